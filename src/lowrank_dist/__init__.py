@@ -1,0 +1,41 @@
+"""Distributed low-rank adaptation of models too big for one machine: PiSSA and its kin under Lightning and DeepSpeed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "PiSSAStrategy": "lowrank_dist.strategy",
+    "AdapterCheckpoint": "lowrank_dist.callbacks",
+    "NF4": "lowrank_dist.nf4",
+    "PiSSA": "lowrank_dist.methods",
+    "LoRA": "lowrank_dist.methods",
+    "LoftQ": "lowrank_dist.methods",
+    "SFTDataModule": "lowrank_dist.data",
+    "CausalLMModule": "lowrank_dist.module",
+    "convert_checkpoint": "lowrank_dist.convert",
+}
+
+__all__ = ["__version__", *_EXPORTS]
+
+if TYPE_CHECKING:
+    from lowrank_dist.callbacks import AdapterCheckpoint as AdapterCheckpoint
+    from lowrank_dist.convert import convert_checkpoint as convert_checkpoint
+    from lowrank_dist.data import SFTDataModule as SFTDataModule
+    from lowrank_dist.methods import LoftQ as LoftQ
+    from lowrank_dist.methods import LoRA as LoRA
+    from lowrank_dist.methods import PiSSA as PiSSA
+    from lowrank_dist.module import CausalLMModule as CausalLMModule
+    from lowrank_dist.nf4 import NF4 as NF4
+    from lowrank_dist.strategy import PiSSAStrategy as PiSSAStrategy
+
+
+def __getattr__(name: str) -> Any:
+    """Import the heavy halves (lightning, deepspeed, bitsandbytes) only when they are asked for."""
+    if name in _EXPORTS:
+        import importlib
+
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,123 @@
+"""The shard group: the P ranks that together hold every tensor once, and the few collectives the walk needs.
+
+P is not necessarily the world: the residual may be sharded within a node and replicated across nodes, so every
+function that communicates takes a `ShardGroup` and asks nothing else about the world.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class ShardGroup:
+    """Ranks over which tensors are sharded.
+
+    Parameters
+    ----------
+    process_group
+        A ``torch.distributed`` group; None is the default group where one is initialised, else a group of one.
+    device
+        Device on which the small tensors of `raise_together` live (the device of the group's backend).
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup | None = None, device: torch.device | None = None) -> None:
+        self._group = process_group
+        self._distributed = dist.is_available() and dist.is_initialized()
+        self.rank: int = dist.get_rank(process_group) if self._distributed else 0
+        self.size: int = dist.get_world_size(process_group) if self._distributed else 1
+        self.device = device or torch.device("cpu")
+
+    @classmethod
+    def single(cls) -> ShardGroup:
+        """A group of one rank, whatever the process belongs to: no call of it communicates."""
+        group = cls.__new__(cls)
+        group._group, group._distributed, group.rank, group.size = None, False, 0, 1
+        group.device = torch.device("cpu")
+        return group
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum `tensor` (same shape on every rank) over the ranks, in place. One all-reduce."""
+        if self.size > 1:
+            dist.all_reduce(tensor, group=self._group)
+        return tensor
+
+    def max(self, tensor: Tensor) -> Tensor:
+        """Element-wise maximum of `tensor` over the ranks, in place. One all-reduce."""
+        if self.size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group)
+        return tensor
+
+    def once(self, out: Tensor, compute: Callable[[], Tensor]) -> Tensor:
+        """Run `compute` on rank 0 only and broadcast its result into `out` (its shape and dtype). One broadcast.
+
+        Solving small problems on one rank keeps data-dependent decisions identical everywhere, also on hosts
+        whose LAPACKs round differently.
+        """
+        if self.rank == 0:
+            out.copy_(compute())
+        if self.size > 1:
+            dist.broadcast(out, src=self._global(0), group=self._group)
+        return out
+
+    def reduce_once(self, partial: Tensor, out: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+        """Sum `partial` (same shape on every rank; overwritten) on rank 0 and go on as `once`. One reduce, one broadcast."""
+        if self.size > 1:
+            dist.reduce(partial, dst=self._global(0), group=self._group)
+        return self.once(out, lambda: compute(partial))
+
+    def gather_equal(self, tensor: Tensor) -> Tensor:
+        """Concatenate `tensor` (same shape on every rank) along its first dimension, in rank order. One all-gather."""
+        if self.size == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(parts, tensor.contiguous(), group=self._group)
+        return torch.cat(parts)
+
+    def broadcast_object(self, value: object) -> object:
+        """Rank 0's `value`, on every rank (pickled: trusted peers only)."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=self._global(0), group=self._group, device=self.device)
+        return box[0]
+
+    def raise_together(self, error: Exception | None) -> None:
+        """Raise on every rank if any rank has an error, so that none is left waiting in a collective.
+
+        The rank that has an error raises its own; the others raise a `RemoteError` that carries the text of the
+        first. One all-reduce of a flag; one object all-gather if the flag is up.
+        """
+        if self.size > 1:
+            flag = torch.tensor([0 if error is None else 1], dtype=torch.int32, device=self.device)
+            if int(self.max(flag)) == 0:
+                return
+            reports: list[tuple[str, str] | None] = [None] * self.size
+            mine = None if error is None else (type(error).__name__, str(error))
+            dist.all_gather_object(reports, mine, group=self._group)
+            if error is None:
+                rank, report = next((r, report) for r, report in enumerate(reports) if report is not None)
+                raise RemoteError(f"rank {rank}: {report[0]}: {report[1]}")
+        if error is not None:
+            raise error
+
+    @contextmanager
+    def shared_errors(self) -> Iterator[None]:
+        """Run a part that does not communicate; what any rank raises there is raised on all of them at its end."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        self.raise_together(error)
+
+    def _global(self, rank: int) -> int:
+        return rank if self._group is None else dist.get_global_rank(self._group, rank)
+
+
+class RemoteError(ValueError):
+    """Another rank of the group refused the input; the text is that rank's own error."""

@@ -1,0 +1,374 @@
+"""The walk: a model skeleton on meta and a checkpoint on disk in, a sharded trainable model out.
+
+Every rank reads its own rows of every adapted weight, decomposes them together with the others, encodes its rows of
+the residual and keeps them as its own ZeRO-3 partition. No weight crosses the network, no rank holds a whole matrix,
+and the ranks together read every byte once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from lowrank_dist.checkpoint_io import CheckpointError, CheckpointReader
+from lowrank_dist.comm import ShardGroup
+from lowrank_dist.layers import FrozenLinear
+from lowrank_dist.linalg import seed_from_name
+from lowrank_dist.methods.base import Decomposition, Matrix, Method
+from lowrank_dist.partition import FlatPartition, RowPartition
+from lowrank_dist.residual import ResidualFormat
+from lowrank_dist.skeleton import ADAPTER, Plan, PlannedMatrix, PlannedTensor
+from lowrank_dist.zero3 import Partitioner, local_shard
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixReport:
+    """What the walk measured on one matrix (norms are Frobenius norms of the whole matrix).
+
+    Attributes
+    ----------
+    name : str
+        Layer in the model.
+    rows, columns, rank : int
+        Shape as stored, and r.
+    norm : float
+        ``||W||``.
+    error : float
+        ``||W - (Q(W_res) + scaling B A)||``: what the model differs from W by at step 0.
+    quantization_error : float
+        ``||W - Q(W)||``: what plain quantization would lose; 0 for residuals that are not quantized.
+    error_reduction : float
+        ``1 - error / quantization_error``; 0 where nothing is quantized.
+    seconds : float
+        Wall-clock time of this matrix on rank 0.
+    """
+
+    name: str
+    rows: int
+    columns: int
+    rank: int
+    norm: float
+    error: float
+    quantization_error: float
+    seconds: float
+
+    @property
+    def error_reduction(self) -> float:
+        return 1 - self.error / self.quantization_error if self.quantization_error else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Fields and derived figures, for JSON."""
+        return {**asdict(self), "error_reduction": self.error_reduction}
+
+
+@dataclass(kw_only=True)
+class InitReport:
+    """What the walk measured.
+
+    Attributes
+    ----------
+    matrices
+        One entry per adapted matrix.
+    bytes_read
+        Bytes of tensor data read by all ranks together.
+    checkpoint_bytes
+        Bytes of all tensors of the checkpoint.
+    seconds
+        Wall-clock time of the walk on this rank.
+    """
+
+    matrices: list[MatrixReport] = field(default_factory=list)
+    bytes_read: int = 0
+    checkpoint_bytes: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(kw_only=True)
+class Materialized:
+    """A sharded model: what the walk leaves behind beside the parameters themselves.
+
+    Attributes
+    ----------
+    report
+        Measurements.
+    initial
+        This rank's shards of the factors before training (A0 and B0), by parameter name; CPU.
+    """
+
+    report: InitReport
+    initial: dict[str, Tensor]
+
+
+def materialize(
+    backbone: PreTrainedModel,
+    plan: Plan,
+    reader: CheckpointReader,
+    partitioner: Partitioner,
+    *,
+    init: Method,
+    residual: ResidualFormat,
+    compute_dtype: torch.dtype,
+    factor_dtype: torch.dtype,
+    fp32_norms: bool = False,
+    progress: bool = True,
+) -> Materialized:
+    """Fill `backbone` (on meta, adapters injected) with ZeRO-3 parameters. Collective: all ranks of the group call it.
+
+    Parameters
+    ----------
+    backbone
+        Model skeleton; its parameters are replaced.
+    plan
+        From `lowrank_dist.skeleton.plan_walk`.
+    reader
+        The checkpoint; read by rows, each byte by one rank.
+    partitioner
+        Makes the ZeRO-3 parameters; its group shares every tensor.
+    init
+        Initialisation of the adapters.
+    residual
+        Format of the frozen residual.
+    compute_dtype
+        Dtype of the parameters that are not adapted, and of the arithmetic with the residual.
+    factor_dtype
+        Dtype of A and B.
+    fp32_norms
+        Keep the weights of normalisation layers in fp32; their outputs are cast to `compute_dtype`.
+    progress
+        Show a bar (bytes, matrices, ETA) on rank 0.
+
+    Raises
+    ------
+    CheckpointError
+        On every rank, if any rank finds a NaN or infinity or cannot read.
+    """
+    walk = _Walk(backbone, reader, partitioner, compute_dtype, factor_dtype, progress)
+    started = time.monotonic()
+    with walk.bar:
+        for planned in plan.matrices:
+            walk.matrix(planned, init, residual)
+        walk.parameters(plan.parameters, fp32_norms)
+        walk.buffers(plan.buffers)
+    total = torch.tensor([reader.bytes_read], dtype=torch.float64, device=partitioner.device)
+    walk.report.bytes_read = int(partitioner.group.sum(total))
+    walk.report.checkpoint_bytes = reader.nbytes
+    walk.report.seconds = time.monotonic() - started
+    return Materialized(report=walk.report, initial=walk.initial)
+
+
+class _Walk:
+    """State of one walk: where shards go, what was measured."""
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        reader: CheckpointReader,
+        partitioner: Partitioner,
+        compute_dtype: torch.dtype,
+        factor_dtype: torch.dtype,
+        progress: bool,
+    ) -> None:
+        self.backbone, self.reader, self.partitioner = backbone, reader, partitioner
+        self.group: ShardGroup = partitioner.group
+        self.compute_dtype, self.factor_dtype = compute_dtype, factor_dtype
+        self.report = InitReport()
+        self.initial: dict[str, Tensor] = {}
+        self.bar = tqdm(
+            total=reader.nbytes,
+            unit="B",
+            unit_scale=True,
+            desc="Decomposing",
+            disable=not (progress and self.group.rank == 0),
+        )
+
+    # -- adapted weights ----------------------------------------------------------------------------------------
+
+    def matrix(self, planned: PlannedMatrix, init: Method, residual: ResidualFormat) -> None:
+        """Read, decompose, encode and partition one adapted weight."""
+        started = time.monotonic()
+        partition = RowPartition(
+            rows=planned.rows, columns=planned.columns, world_size=self.group.size, block=residual.block
+        )
+        block = self.read_rows(planned.key, partition)
+        matrix = Matrix(
+            name=planned.key,
+            block=block,
+            partition=partition,
+            group=self.group,
+            rank=planned.rank,
+            scaling=planned.scaling,
+            input_first=planned.input_first,
+            factor_dtype=self.factor_dtype,
+        )
+        decomposition = init.decompose(matrix, residual)
+        self.replace_base_layer(planned, partition, residual, decomposition)
+        self.place_factors(planned, partition, decomposition)
+        norm, error, plain = self.norms(matrix, residual, decomposition)
+        self.report.matrices.append(
+            MatrixReport(
+                name=planned.layer,
+                rows=planned.rows,
+                columns=planned.columns,
+                rank=planned.rank,
+                norm=norm,
+                error=error,
+                quantization_error=plain,
+                seconds=time.monotonic() - started,
+            )
+        )
+        self.bar.set_postfix(matrices=len(self.report.matrices), refresh=False)
+        self.bar.update(self.reader.info(planned.key).nbytes)
+
+    def read_rows(self, key: str, partition: RowPartition) -> Tensor:
+        """This rank's rows of tensor `key` as fp32 on the device; raises on every rank what any rank finds."""
+        rows = torch.empty(0)
+        with self.group.shared_errors():
+            rows = self.reader.rows(key, *partition.bounds(self.group.rank)).float()
+            check_finite(key, rows, partition.bounds(self.group.rank)[0])
+        return rows.to(self.partitioner.device)
+
+    def replace_base_layer(
+        self, planned: PlannedMatrix, partition: RowPartition, residual: ResidualFormat, decomposition: Decomposition
+    ) -> None:
+        layer: Any = self.backbone.get_submodule(planned.layer)
+        frozen = FrozenLinear(
+            partition, residual, compute_dtype=self.compute_dtype, input_first=planned.input_first
+        )
+        for name, storage in residual.storages(partition).items():
+            shard = decomposition.residual.shards[name]
+            shape = (storage.shard_numel * self.group.size,)
+            setattr(frozen, name, self.partitioner.parameter(shape, storage.dtype, shard))
+        frozen.bias = layer.base_layer.bias  # on meta until its own turn
+        layer.base_layer = frozen
+
+    def place_factors(self, planned: PlannedMatrix, partition: RowPartition, decomposition: Decomposition) -> None:
+        layer: Any = self.backbone.get_submodule(planned.layer)
+        left, right = decomposition.factors.left, decomposition.factors.right
+        if planned.input_first:
+            factors = {"lora_A": self.whole_left(left, partition).mT, "lora_B": right.mT}
+        else:
+            factors = {"lora_A": right, "lora_B": None}
+        for child, whole in factors.items():
+            name = f"{planned.layer}.{child}.{ADAPTER}.weight"
+            shape = getattr(layer, child)[ADAPTER].weight.shape
+            if whole is None and partition.padded_rows == partition.rows:
+                shard = left.flatten()  # a block of rows of B is its flat partition
+            else:
+                whole = self.whole_left(left, partition) if whole is None else whole
+                flat = FlatPartition(numel=shape.numel(), world_size=self.group.size)
+                shard = whole.flatten()[slice(*flat.bounds(self.group.rank))]
+            parameter = self.partitioner.parameter(
+                shape, self.factor_dtype, shard.to(self.factor_dtype), requires_grad=True
+            )
+            getattr(layer, child)[ADAPTER].weight = parameter
+            self.initial[name] = local_shard(parameter).detach().to("cpu", copy=True)
+
+    def whole_left(self, left: Tensor, partition: RowPartition) -> Tensor:
+        """Rows of all ranks of a row-sharded factor: ``[m, r]``, replicated. One all-gather."""
+        padded = left.new_zeros(partition.rows_per_rank, left.shape[1])
+        padded[: left.shape[0]] = left
+        return self.group.gather_equal(padded)[: partition.rows]
+
+    def norms(
+        self, matrix: Matrix, residual: ResidualFormat, decomposition: Decomposition
+    ) -> tuple[float, float, float]:
+        """``||W||``, ``||W - (Q(W_res) + scaling B A)||`` and ``||W - Q(W)||``, Frobenius. One all-reduce."""
+        factors = decomposition.factors
+        error = torch.addmm(
+            matrix.block - decomposition.residual.decoded, factors.left, factors.right, alpha=-matrix.scaling
+        )
+        squares = [matrix.block.double().square().sum(), error.double().square().sum()]
+        if residual.exact:
+            squares.append(torch.zeros_like(squares[0]))
+        else:
+            plain = residual.encode(matrix.block, matrix.partition, matrix.group)
+            squares.append((matrix.block - plain.decoded).double().square().sum())
+        norm, error_norm, plain_norm = self.group.sum(torch.stack(squares)).sqrt().tolist()
+        return norm, error_norm, plain_norm
+
+    # -- everything else ----------------------------------------------------------------------------------------
+
+    def parameters(self, planned: list[PlannedTensor], fp32_norms: bool) -> None:
+        """Load the parameters that are not adapted into their partitions, a flat range per rank."""
+        norms = norm_modules(self.backbone) if fp32_norms and self.compute_dtype != torch.float32 else {}
+        with self.group.shared_errors():
+            for tensor in planned:
+                owner, _, leaf = tensor.names[0].rpartition(".")
+                parameter = getattr(self.backbone.get_submodule(owner), leaf)
+                dtype = torch.float32 if owner in norms else self.compute_dtype
+                if tensor.trainable:
+                    dtype = self.factor_dtype
+                partitioned = self.partitioner.parameter(
+                    parameter.shape, dtype, self.flat_shard(tensor, parameter, dtype), requires_grad=tensor.trainable
+                )
+                for name in tensor.names:
+                    owner, _, leaf = name.rpartition(".")
+                    setattr(self.backbone.get_submodule(owner), leaf, partitioned)
+        for module in norms.values():
+            compute_in_fp32(module, self.compute_dtype)
+
+    def flat_shard(self, tensor: PlannedTensor, parameter: Tensor, dtype: torch.dtype) -> Tensor:
+        partition = FlatPartition(numel=parameter.numel(), world_size=self.group.size)
+        start, stop = partition.bounds(self.group.rank)
+        if tensor.key is None:
+            return self.fresh(tensor.names[0], parameter).flatten()[start:stop].to(self.partitioner.device, dtype)
+        shard = self.reader.flat(tensor.key, start, stop)
+        check_finite(tensor.key, shard, start)
+        self.bar.update(self.reader.info(tensor.key).nbytes)
+        return shard.to(self.partitioner.device, dtype)
+
+    def fresh(self, name: str, parameter: Tensor) -> Tensor:
+        """The model's own initialisation of a parameter that the checkpoint lacks; the same on every rank."""
+        owner, _, leaf = name.rpartition(".")
+        module = self.backbone.get_submodule(owner)
+        if not isinstance(module, nn.Linear):
+            raise CheckpointError(
+                f"{name}: not in the checkpoint, and a {type(module).__name__} cannot be initialised anew; only the "
+                "Linear layers of a new head can"
+            )
+        std = getattr(self.backbone.config, "initializer_range", 0.02)
+        generator = torch.Generator().manual_seed(seed_from_name(name))
+        return torch.randn(parameter.shape, generator=generator) * std if leaf == "weight" else torch.zeros(parameter.shape)
+
+    def buffers(self, planned: list[PlannedTensor]) -> None:
+        """Load persistent buffers: read by rank 0, replicated."""
+        for tensor in planned:
+            (name,), key = tensor.names, tensor.key
+            buffer = self.backbone.get_buffer(name)
+            value = torch.zeros(buffer.shape, dtype=buffer.dtype, device=self.partitioner.device)
+
+            def read(key: str = str(key), value: Tensor = value) -> Tensor:
+                whole = self.reader.flat(key, 0, value.numel()).view(value.shape)
+                self.bar.update(whole.nbytes)
+                return whole.to(value)
+
+            buffer.data = self.group.once(value, read)
+
+
+def check_finite(key: str, values: Tensor, start: int) -> None:
+    """Raise CheckpointError if `values` (rows or elements of tensor `key` from `start` on) hold a NaN or infinity."""
+    if not bool(torch.isfinite(values).all()):
+        bad = (~torch.isfinite(values)).nonzero()[0].tolist()
+        bad[0] += start
+        raise CheckpointError(
+            f"{key}: NaN or infinity at {bad}; the checkpoint is damaged or was saved from a diverged run"
+        )
+
+
+def norm_modules(backbone: nn.Module) -> dict[str, nn.Module]:
+    """Normalisation layers by name: modules whose class name contains "Norm"."""
+    return {name: module for name, module in backbone.named_modules() if "Norm" in type(module).__name__}
+
+
+def compute_in_fp32(module: nn.Module, output_dtype: torch.dtype) -> None:
+    """Let `module` take its input in fp32 and give its output in `output_dtype`."""
+    cast: Callable[..., Any] = lambda _, args: (args[0].float(), *args[1:])  # noqa: E731
+    module.register_forward_pre_hook(cast)
+    module.register_forward_hook(lambda _, args, output: output.to(output_dtype))

@@ -1,0 +1,104 @@
+"""What an initialisation method is: a frozen dataclass that turns one row-sharded matrix into factors and a residual."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowrank_dist.comm import ShardGroup
+from lowrank_dist.linalg import full_fp32
+from lowrank_dist.partition import RowPartition
+from lowrank_dist.residual import Encoded, ResidualFormat
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matrix:
+    """One row-sharded matrix on its way through the walk, with what its adapter asks for.
+
+    The matrix is taken as it is stored: ``[out, in]`` for ``nn.Linear``, ``[in, out]`` for GPT-2's ``Conv1D``.
+
+    Attributes
+    ----------
+    name
+        Name of the weight in the checkpoint; seeds everything random.
+    block
+        This rank's real rows, ``[m_p, n]`` fp32.
+    partition
+        Shape and sharding of the whole matrix.
+    group
+        The ranks that share it.
+    rank
+        r of the adapter.
+    scaling
+        PEFT's factor in front of B A: ``alpha / r``, or ``alpha / sqrt(r)`` with rsLoRA.
+    input_first
+        True where rows are inputs (Conv1D).
+    factor_dtype
+        Type of the trained factors. Factors are rounded to it before the residual is formed, so that residual and
+        factors still add up to the weight.
+    """
+
+    name: str
+    block: Tensor
+    partition: RowPartition
+    group: ShardGroup
+    rank: int
+    scaling: float
+    input_first: bool
+    factor_dtype: torch.dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factors:
+    """``scaling * left @ right``: the low-rank part of a matrix in its stored orientation.
+
+    Attributes
+    ----------
+    left
+        ``[m_p, r]`` fp32 holding `factor_dtype` values, row-sharded. B, or A^T where rows are inputs.
+    right
+        ``[r, n]`` fp32 holding `factor_dtype` values, replicated. A, or B^T where rows are inputs.
+    """
+
+    left: Tensor
+    right: Tensor
+
+    def rounded(self, dtype: torch.dtype) -> Factors:
+        return Factors(left=self.left.to(dtype).float(), right=self.right.to(dtype).float())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decomposition:
+    """A decomposed matrix: trainable factors and the encoded residual."""
+
+    factors: Factors
+    residual: Encoded
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """Base of the initialisations. Subclasses add their options as fields and implement `decompose`."""
+
+    @property
+    def starts_at_zero(self) -> bool:
+        """Whether B A is zero at step 0: then the trained adapter is an ordinary LoRA already."""
+        return False
+
+    def check(self, residual: ResidualFormat) -> None:
+        """Raise ValueError where the options make no sense with this residual format."""
+
+    @abstractmethod
+    def decompose(self, matrix: Matrix, residual: ResidualFormat) -> Decomposition:
+        """Decompose one matrix. Called by all ranks of ``matrix.group`` together, in the same order."""
+
+    def __str__(self) -> str:
+        return type(self).__name__
+
+
+def residual_block(matrix: Matrix, factors: Factors) -> Tensor:
+    """This rank's rows of ``W - scaling * left @ right`` in true fp32, ``[m_p, n]``; nothing is communicated."""
+    with full_fp32():
+        return torch.addmm(matrix.block, factors.left, factors.right, alpha=-matrix.scaling)

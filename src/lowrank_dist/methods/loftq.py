@@ -1,0 +1,48 @@
+"""LoftQ: the adapter takes what quantization lost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lowrank_dist.methods.base import Decomposition, Matrix, residual_block
+from lowrank_dist.methods.principal import PrincipalMethod
+from lowrank_dist.residual import ResidualFormat
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoftQ(PrincipalMethod):
+    """LoRA-fine-tuning-aware quantization: ``Q = quantize(W - B A)``, ``B A = SVD_r(W - Q)``, T times from B A = 0.
+
+    At step 0 the model computes ``Q + scaling * B A``, the rank-r corrected quantization of W.
+
+    Parameters
+    ----------
+    power_iterations, oversampling, seed
+        Options of the randomized SVD, see `PrincipalMethod`.
+    quantization_iterations
+        T, alternations of quantization and SVD.
+
+    References
+    ----------
+    Y. Li, Y. Yu, C. Liang, P. He, N. Karampatziakis, W. Chen, T. Zhao, "LoftQ: LoRA-Fine-Tuning-Aware Quantization
+    for Large Language Models", ICLR 2024, algorithm 1; arXiv:2310.08659.
+    """
+
+    quantization_iterations: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.quantization_iterations < 1:
+            raise ValueError(f"LoftQ: quantization_iterations={self.quantization_iterations} must be at least 1")
+
+    def check(self, residual: ResidualFormat) -> None:
+        if residual.exact:
+            raise ValueError("LoftQ corrects a quantization error, but the residual is not quantized; pass quantization=NF4()")
+
+    def decompose(self, matrix: Matrix, residual: ResidualFormat) -> Decomposition:
+        encoded = residual.encode(matrix.block, matrix.partition, matrix.group)
+        factors, start = self.principal_factors(matrix, matrix.block - encoded.decoded)
+        for _ in range(self.quantization_iterations - 1):
+            encoded = residual.encode(residual_block(matrix, factors), matrix.partition, matrix.group)
+            factors, start = self.principal_factors(matrix, matrix.block - encoded.decoded, start)
+        return Decomposition(factors=factors, residual=encoded)

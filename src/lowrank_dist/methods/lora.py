@@ -1,0 +1,49 @@
+"""LoRA and QLoRA: a zero adapter beside the (quantized) weight."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from lowrank_dist.linalg import seed_from_name
+from lowrank_dist.methods.base import Decomposition, Factors, Matrix, Method
+from lowrank_dist.residual import ResidualFormat
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA(Method):
+    """``A ~ U(-1/sqrt(in), 1/sqrt(in))`` (PEFT's Kaiming initialisation), ``B = 0``; QLoRA where W is quantized.
+
+    At step 0 the model computes W, or its quantization.
+
+    Parameters
+    ----------
+    seed
+        Mixed with the weight's name into the seed of A.
+
+    References
+    ----------
+    E. Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, section 4.1; arXiv:2106.09685.
+    T. Dettmers et al., "QLoRA", NeurIPS 2023, equation 5; arXiv:2305.14314.
+    """
+
+    seed: int = 0
+
+    @property
+    def starts_at_zero(self) -> bool:
+        return True
+
+    def decompose(self, matrix: Matrix, residual: ResidualFormat) -> Decomposition:
+        partition, device = matrix.partition, matrix.block.device
+        inputs, outputs = partition.columns, partition.rows
+        if matrix.input_first:
+            inputs, outputs = outputs, inputs
+        generator = torch.Generator().manual_seed(seed_from_name(matrix.name, self.seed))
+        a = (torch.rand(matrix.rank, inputs, generator=generator) * 2 - 1).div_(math.sqrt(inputs)).to(device)
+        b = torch.zeros(outputs, matrix.rank, device=device)
+        left, right = (a.mT, b.mT) if matrix.input_first else (b, a)
+        start, stop = partition.bounds(matrix.group.rank)
+        factors = Factors(left=left[start:stop], right=right).rounded(matrix.factor_dtype)
+        return Decomposition(factors=factors, residual=residual.encode(matrix.block, partition, matrix.group))

@@ -1,0 +1,184 @@
+"""NF4: the 4-bit NormalFloat of QLoRA, encoded shard by shard with bitsandbytes' own kernels.
+
+Blocks of `block_size` consecutive elements share one absolute maximum. Because ranks hold whole blocks
+(`lowrank_dist.partition`), quantizing a shard gives the very bytes that quantizing the whole matrix gives. Double
+quantization stores the maxima themselves in 8 bits, 256 to a second-level block; a second-level block that straddles
+two ranks is made equal on both with one all-reduce.
+
+References
+----------
+T. Dettmers, A. Pagnoni, A. Holtzman, L. Zettlemoyer, "QLoRA: Efficient Finetuning of Quantized LLMs", NeurIPS 2023,
+section 3; arXiv:2305.14314.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from lowrank_dist.comm import ShardGroup
+from lowrank_dist.partition import FlatPartition, RowPartition
+from lowrank_dist.residual import Encoded, Storage, pad_rows
+
+NESTED_BLOCK = 256  # absolute maxima per second-level block, as in bitsandbytes' compress_statistics
+BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
+
+
+@cache
+def _bitsandbytes() -> ModuleType:
+    import bitsandbytes.functional
+
+    return bitsandbytes.functional
+
+
+@dataclass(frozen=True, kw_only=True)
+class NF4:
+    """Residual format: packed NF4 codes with block-wise absolute maxima (4.5 bits per weight; 4.127 double-quantized).
+
+    Parameters
+    ----------
+    block_size
+        Elements that share one absolute maximum.
+    double_quant
+        Quantize the absolute maxima to 8 bits too (QLoRA's double quantization; bitsandbytes'
+        ``compress_statistics``).
+
+    Notes
+    -----
+    Stored per rank, as bytes so that nothing casts them: ``weight_packed`` (two codes to a byte), ``weight_absmax``
+    (fp32, or one 8-bit code each) and, double-quantized, ``weight_nested`` (fp32: the offset, then the second-level
+    maxima of the whole matrix, cut evenly over the ranks).
+    """
+
+    block_size: int = 64
+    double_quant: bool = False
+
+    def __post_init__(self) -> None:
+        if self.block_size not in BLOCK_SIZES:
+            raise ValueError(f"NF4: block_size={self.block_size} is not one of {BLOCK_SIZES}")
+
+    @property
+    def block(self) -> int:
+        return self.block_size
+
+    @property
+    def exact(self) -> bool:
+        return False
+
+    def storages(self, partition: RowPartition) -> dict[str, Storage]:
+        blocks = partition.blocks_per_rank
+        bytes_per_absmax = 1 if self.double_quant else 4
+        storages = {
+            "weight_packed": Storage(shard_numel=blocks * self.block_size // 2, dtype=torch.uint8),
+            "weight_absmax": Storage(shard_numel=blocks * bytes_per_absmax, dtype=torch.uint8),
+        }
+        if self.double_quant:
+            shard = _nested_partition(partition).shard_numel
+            storages["weight_nested"] = Storage(shard_numel=shard * 4, dtype=torch.uint8)
+        return storages
+
+    def encode(self, block: Tensor, partition: RowPartition, group: ShardGroup) -> Encoded:
+        """Quantize this rank's real rows, ``[m_p, n]`` fp32.
+
+        Returns
+        -------
+        Encoded
+            Byte shards, and the dequantized rows in fp32. Double quantization issues two all-reduces (one scalar,
+            one of ``ceil(m n / (256 block_size))`` fp32); plain NF4 none.
+        """
+        _bitsandbytes()
+        rows = pad_rows(block, partition)
+        if rows.shape[0] == 0:
+            packed = torch.empty(0, dtype=torch.uint8, device=block.device)
+            absmax = torch.empty(0, dtype=torch.float32, device=block.device)
+        else:
+            packed, absmax = torch.ops.bitsandbytes.quantize_4bit.default(rows, self.block_size, "nf4", torch.uint8)
+        shards = {"weight_packed": packed.flatten()}
+        if self.double_quant:
+            codes, nested = _quantize_absmax(absmax, partition, group)
+            absmax = _dequantize_absmax(codes, nested, first_block=group.rank * partition.blocks_per_rank)
+            start, stop = _nested_partition(partition).bounds(group.rank)
+            mine = torch.zeros(_nested_partition(partition).shard_numel, dtype=torch.float32, device=block.device)
+            mine[: stop - start] = nested[start:stop]
+            shards |= {"weight_absmax": codes, "weight_nested": mine.view(torch.uint8)}
+        else:
+            shards["weight_absmax"] = absmax.view(torch.uint8)
+        decoded = _dequantize(shards["weight_packed"], absmax, self.block_size, tuple(rows.shape), torch.float32)
+        return Encoded(shards=shards, decoded=decoded[: block.shape[0]])
+
+    def decode(self, stored: Mapping[str, Tensor], partition: RowPartition, dtype: torch.dtype) -> Tensor:
+        _bitsandbytes()
+        if self.double_quant:
+            absmax = _dequantize_absmax(stored["weight_absmax"], stored["weight_nested"].view(torch.float32))
+        else:
+            absmax = stored["weight_absmax"].view(torch.float32)
+        shape = (partition.padded_rows, partition.columns)
+        return _dequantize(stored["weight_packed"], absmax, self.block_size, shape, dtype)[: partition.rows]
+
+
+def _nested_partition(partition: RowPartition) -> FlatPartition:
+    """Even shards of ``[offset, second-level maxima]`` of the whole matrix."""
+    return FlatPartition(numel=1 + -(-partition.blocks // NESTED_BLOCK), world_size=partition.world_size)
+
+
+def _dequantize(packed: Tensor, absmax: Tensor, block_size: int, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    if shape[0] == 0:
+        return torch.empty(shape, dtype=dtype, device=packed.device)
+    # Blocks run over the flattened matrix: only rows of whole blocks may be handed over as rows.
+    flat = shape if shape[1] % block_size == 0 else (shape[0] * shape[1],)
+    out = torch.ops.bitsandbytes.dequantize_4bit.default(packed.view(-1, 1), absmax, block_size, "nf4", flat, dtype)
+    return out.view(shape)  # type: ignore[no-any-return]
+
+
+def _quantize_absmax(absmax: Tensor, partition: RowPartition, group: ShardGroup) -> tuple[Tensor, Tensor]:
+    """Second-level quantization of row-sharded absolute maxima.
+
+    Parameters
+    ----------
+    absmax
+        ``[blocks_per_rank]`` fp32, row-sharded; entries beyond the last real block are padding.
+
+    Returns
+    -------
+    codes
+        ``[blocks_per_rank]`` uint8, row-sharded; padding has code 0.
+    nested
+        ``[1 + ceil(blocks / 256)]`` fp32, replicated: the mean of all maxima (summed in fp64, so that it does not
+        depend on the world size), then the second-level maxima.
+    """
+    first, last = partition.block_bounds(group.rank)
+    real = absmax[: last - first]
+    offset = (group.sum(real.double().sum().reshape(1)) / partition.blocks).float()
+    centred = real - offset
+    second = torch.zeros(-(-partition.blocks // NESTED_BLOCK), dtype=torch.float32, device=absmax.device)
+    index = torch.arange(first, last, device=absmax.device) // NESTED_BLOCK
+    group.max(second.scatter_reduce_(0, index, centred.abs(), "amax"))
+
+    codes = torch.zeros(absmax.numel(), dtype=torch.uint8, device=absmax.device)
+    if last > first:
+        # Lay this rank's maxima into whole second-level blocks; slots of other ranks carry the block's maximum, so
+        # that the kernel finds the maximum of the whole block.
+        start, stop = first // NESTED_BLOCK, -(-last // NESTED_BLOCK)
+        whole = second[start:stop].repeat_interleave(NESTED_BLOCK)
+        mine = slice(first - start * NESTED_BLOCK, last - start * NESTED_BLOCK)
+        whole[mine] = centred
+        quantized, _ = torch.ops.bitsandbytes.quantize_blockwise.default(whole, _dynamic_map(whole.device), NESTED_BLOCK)
+        codes[: last - first] = quantized[mine]
+    return codes, torch.cat([offset, second])
+
+
+def _dequantize_absmax(codes: Tensor, nested: Tensor, first_block: int = 0) -> Tensor:
+    """fp32 absolute maxima of `codes`, the blocks of a matrix from `first_block` on; padding repeats the last block."""
+    index = torch.arange(first_block, first_block + codes.numel(), device=codes.device) // NESTED_BLOCK
+    scale = nested[1:][index.clamp_(max=nested.numel() - 2)]
+    return _dynamic_map(codes.device)[codes.int()] * scale + nested[0]
+
+
+@cache
+def _dynamic_map(device: torch.device) -> Tensor:
+    return _bitsandbytes().create_dynamic_map().to(device)  # type: ignore[no-any-return]

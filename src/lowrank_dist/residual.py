@@ -1,0 +1,100 @@
+"""Residual formats: how the frozen part of a decomposed matrix is stored, sharded and read back.
+
+A format turns this rank's rows of the residual into named flat shards, says how long each shard is, and decodes
+the gathered (or local) shards again. The walk, the ZeRO-3 partition and the layer know nothing else about it, so
+a new format is one class. `Dense` below keeps the values; `lowrank_dist.nf4.NF4` packs them into 4 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lowrank_dist.comm import ShardGroup
+from lowrank_dist.partition import RowPartition
+
+
+@dataclass(frozen=True, kw_only=True)
+class Storage:
+    """One stored tensor of a format: `shard_numel` elements of `dtype` on every rank."""
+
+    shard_numel: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """This rank's shards of a stored residual.
+
+    Attributes
+    ----------
+    shards
+        Flat tensors by name, each exactly as long as `ResidualFormat.storages` says.
+    decoded
+        What the shards stand for: ``[m_p, n]`` fp32, real rows only.
+    """
+
+    shards: dict[str, Tensor]
+    decoded: Tensor
+
+
+class ResidualFormat(Protocol):
+    """How a residual is stored. Implementations are frozen dataclasses without state."""
+
+    @property
+    def block(self) -> int:
+        """Consecutive elements that are encoded together; ranks hold whole blocks."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether decoding gives back the encoded values up to rounding to a floating-point type."""
+
+    def storages(self, partition: RowPartition) -> dict[str, Storage]:
+        """Names, lengths and dtypes of the shards of a matrix partitioned by `partition`."""
+
+    def encode(self, block: Tensor, partition: RowPartition, group: ShardGroup) -> Encoded:
+        """Encode this rank's real rows, ``[m_p, n]`` fp32."""
+
+    def decode(self, stored: Mapping[str, Tensor], partition: RowPartition, dtype: torch.dtype) -> Tensor:
+        """Decode the gathered storages of all ranks to the ``[m, n]`` matrix in `dtype`; nothing is communicated."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dense:
+    """The residual as it is, rounded to `dtype` and sharded by rows.
+
+    Parameters
+    ----------
+    dtype
+        Floating-point type of the stored values.
+    """
+
+    dtype: torch.dtype
+
+    @property
+    def block(self) -> int:
+        return 1
+
+    @property
+    def exact(self) -> bool:
+        return True
+
+    def storages(self, partition: RowPartition) -> dict[str, Storage]:
+        return {"weight_rows": Storage(shard_numel=partition.rows_per_rank * partition.columns, dtype=self.dtype)}
+
+    def encode(self, block: Tensor, partition: RowPartition, group: ShardGroup) -> Encoded:
+        values = block.to(self.dtype)
+        return Encoded(shards={"weight_rows": pad_rows(values, partition).flatten()}, decoded=values.float())
+
+    def decode(self, stored: Mapping[str, Tensor], partition: RowPartition, dtype: torch.dtype) -> Tensor:
+        return stored["weight_rows"].view(-1, partition.columns)[: partition.rows].to(dtype)
+
+
+def pad_rows(block: Tensor, partition: RowPartition) -> Tensor:
+    """``[m_p, n]`` real rows, followed by zeros up to ``[rows_per_rank, n]``."""
+    missing = partition.rows_per_rank - block.shape[0]
+    return block if missing == 0 else torch.nn.functional.pad(block, (0, 0, 0, missing))

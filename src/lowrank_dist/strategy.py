@@ -1,0 +1,292 @@
+"""`PiSSAStrategy`: Lightning's DeepSpeed strategy whose weights come from the walk instead of ``zero.Init``."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from peft import LoraConfig
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lowrank_dist.adapters import AdapterWriter
+from lowrank_dist.checkpoint_io import CheckpointReader, resolve_checkpoint
+from lowrank_dist.materialize import InitReport, materialize
+from lowrank_dist.methods import Method, PiSSA
+from lowrank_dist.nf4 import NF4
+from lowrank_dist.residual import Dense, ResidualFormat
+from lowrank_dist.skeleton import ModelError, find_backbone, inject_adapter, meta_parameters, plan_walk
+from lowrank_dist.zero3 import Partitioner, gather_to_cpu, is_partitioned, live_budget, use_cpu_accelerator
+
+# precision: (dtype of frozen parameters and arithmetic, dtype of the trained factors)
+PRECISIONS = {
+    "32-true": (torch.float32, torch.float32),
+    "bf16-true": (torch.bfloat16, torch.bfloat16),
+    "bf16-mixed": (torch.bfloat16, torch.float32),
+}
+
+
+class PiSSAStrategy(DeepSpeedStrategy):
+    """Train low-rank adapters over a frozen residual that is sharded with ZeRO-3.
+
+    The LightningModule builds its model in ``configure_model`` with ``from_config``; the strategy makes that a
+    skeleton without memory, puts PEFT's LoRA layers in, and fills it from the checkpoint: every rank reads its own
+    rows, decomposes them together with the others and keeps them.
+
+    Parameters
+    ----------
+    pretrained
+        Checkpoint to start from: a directory with safetensors, or a hub id.
+    adapter
+        PEFT's LoRA configuration (r, lora_alpha, target_modules, rank_pattern, use_rslora, ...).
+    init
+        How adapters and residual are made from the weights: ``PiSSA(...)``, ``LoRA()``, ``LoftQ(...)``.
+    quantization
+        ``NF4(...)`` for a 4-bit residual; None keeps it in the compute dtype.
+    revision
+        Revision of a hub id.
+    gradient_checkpointing
+        Recompute activations layer by layer in backward.
+    use_reentrant
+        The reentrant flavour of gradient checkpointing.
+    fp32_norms
+        Keep the weights of normalisation layers in fp32 under bf16 precisions.
+    live_layers
+        Gathered weights may fill this many decoder layers ahead of their use: more overlaps communication with
+        arithmetic, fewer save memory. Sets DeepSpeed's ``stage3_max_live_parameters`` and
+        ``stage3_prefetch_bucket_size``, which count bytes of packed weights as elements.
+    show_progress
+        Show a progress bar while the weights are decomposed.
+    **deepspeed_options
+        Anything `lightning.pytorch.strategies.DeepSpeedStrategy` takes (``offload_optimizer``, ``reduce_bucket_size``,
+        ``timeout``, ``config``, ...), except ``stage``, which is 3.
+
+    Attributes
+    ----------
+    init_report : InitReport or None
+        What the walk measured, once the model is set up.
+
+    Notes
+    -----
+    Precision: ``32-true`` computes in fp32; ``bf16-true`` holds everything in bf16, the optimizer fp32 masters of
+    the factors; ``bf16-mixed`` keeps the factors in fp32 and computes under autocast. fp16 is refused: NF4
+    residuals and factors of PiSSA exceed its range in gradients and DeepSpeed cannot train it on CPU.
+    """
+
+    strategy_name = "pissa"
+
+    #: LightningModules may ask: with this strategy, build the model from its configuration alone.
+    materializes_weights = True
+
+    def __init__(
+        self,
+        pretrained: str | os.PathLike[str],
+        adapter: LoraConfig,
+        init: Method | None = None,
+        quantization: NF4 | None = None,
+        *,
+        revision: str | None = None,
+        gradient_checkpointing: bool = True,
+        use_reentrant: bool = False,
+        fp32_norms: bool = False,
+        live_layers: int = 2,
+        show_progress: bool = True,
+        **deepspeed_options: Any,
+    ) -> None:
+        known = inspect.signature(DeepSpeedStrategy.__init__).parameters
+        for option in deepspeed_options:
+            if option not in known or option == "stage":
+                raise ValueError(
+                    f"PiSSAStrategy: unknown option {option}={deepspeed_options[option]!r}; beside its own it takes those of "
+                    f"DeepSpeedStrategy except stage: {', '.join(sorted(set(known) - {'self', 'stage'}))}"
+                )
+        if not isinstance(adapter, LoraConfig):
+            raise ValueError(f"PiSSAStrategy: adapter must be a peft.LoraConfig, not {type(adapter).__name__}")
+        if live_layers < 0:
+            raise ValueError(f"PiSSAStrategy: live_layers={live_layers} must not be negative")
+        deepspeed_options.setdefault("exclude_frozen_parameters", True)
+        super().__init__(stage=3, **deepspeed_options)
+        self.pretrained = os.fspath(pretrained)
+        self.adapter = adapter
+        self.init: Method = PiSSA() if init is None else init
+        self.quantization = quantization
+        self.revision = revision
+        self.gradient_checkpointing, self.use_reentrant = gradient_checkpointing, use_reentrant
+        self.fp32_norms = fp32_norms
+        self.live_layers = live_layers
+        self.show_progress = show_progress
+        self.init_report: InitReport | None = None
+        self._backbone: PreTrainedModel | None = None
+        self._writer: AdapterWriter | None = None
+        #: ZeRO settings that the user has chosen: they are left alone.
+        self._chosen = set(deepspeed_options)
+        if deepspeed_options.get("config") is not None:
+            self._chosen |= set(self._deepspeed_config.get("zero_optimization", {}))
+        zero = self._deepspeed_config.setdefault("zero_optimization", {})
+        if zero.setdefault("stage", 3) != 3:
+            raise ValueError(f"PiSSAStrategy: the DeepSpeed config sets zero_optimization.stage={zero['stage']}; it must be 3")
+        self.init.check(self._residual_format(torch.float32))
+
+    # -- Lightning's hooks, in the order in which they are called ---------------------------------------------------
+
+    def setup_environment(self) -> None:
+        precision = self.precision_plugin.precision
+        if precision not in PRECISIONS:
+            raise ValueError(f"PiSSAStrategy: precision={precision!r} is not supported; use one of {', '.join(PRECISIONS)}")
+        if isinstance(self.accelerator, CPUAccelerator):
+            use_cpu_accelerator()
+        DDPStrategy.setup_environment(self)  # DeepSpeedStrategy's own refuses every accelerator but CUDA
+
+    def setup_distributed(self) -> None:
+        if self.root_device.type == "cuda":
+            super().setup_distributed()
+            return
+        reset_seed()  # the parent's, without its check of CUDA device indices
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    @property
+    def root_device(self) -> torch.device:
+        device = super().root_device
+        return torch.device("cpu", 0) if device.type == "cpu" else device  # DeepSpeed wants an index
+
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """Parameters created inside have no memory: the walk brings them."""
+        self._init_config_if_needed()
+        with meta_parameters():
+            yield
+
+    def setup(self, trainer: Trainer) -> None:
+        self._init_config_if_needed()
+        assert self.accelerator is not None and self.lightning_module is not None
+        self.accelerator.setup(trainer)
+        # Unlike the parent, no precision_plugin.convert_module: parameters are made in their dtypes, and rotary
+        # frequencies and other buffers must keep theirs.
+        self._set_up_model(self.lightning_module)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+        self.init_deepspeed()
+        self.barrier()
+
+    def _format_config(self) -> None:
+        if self.precision_plugin.precision == "bf16-mixed":
+            # The factors are fp32 parameters and autocast wraps the model: to DeepSpeed this is fp32 training.
+            self._deepspeed_config.setdefault("bf16", {"enabled": False})
+        super()._format_config()
+
+    # -- the model ----------------------------------------------------------------------------------------------
+
+    def _set_up_model(self, module: LightningModule) -> None:
+        if self._backbone is not None and any(child is self._backbone for child in module.modules()):
+            return  # a second fit, validate or test of the same module
+        compute_dtype, factor_dtype = PRECISIONS[self.precision_plugin.precision]
+        residual = self._residual_format(compute_dtype)
+        partitioner = Partitioner(self._deepspeed_config)
+        group = partitioner.group
+
+        with group.shared_errors():
+            if self.local_rank == 0:  # of a hub id, one rank of each host fetches what is missing
+                resolve_checkpoint(self.pretrained, revision=self.revision)
+        with group.shared_errors():
+            _, backbone = find_backbone(module)
+            if self.gradient_checkpointing and not backbone.supports_gradient_checkpointing:
+                raise ModelError(
+                    f"{type(backbone).__name__} does not support gradient checkpointing; pass gradient_checkpointing=False"
+                )
+            reader = CheckpointReader(resolve_checkpoint(self.pretrained, revision=self.revision))
+            inject_adapter(backbone, self.adapter)
+            plan = plan_walk(backbone, reader)
+
+        result = materialize(
+            backbone,
+            plan,
+            reader,
+            partitioner,
+            init=self.init,
+            residual=residual,
+            compute_dtype=compute_dtype,
+            factor_dtype=factor_dtype,
+            fp32_norms=self.fp32_norms,
+            progress=self.show_progress,
+        )
+        reader.close()
+        self._backbone, self.init_report = backbone, result.report
+        self._writer = AdapterWriter(
+            backbone,
+            self.adapter,
+            result,
+            group,
+            base=self.pretrained,
+            method=str(self.init),
+            quantization=None if self.quantization is None else str(self.quantization),
+            starts_at_zero=self.init.starts_at_zero,
+        )
+        self._enable_checkpointing(backbone)
+        if self.precision_plugin.precision == "bf16-mixed":
+            autocast = torch.autocast(self.root_device.type, dtype=compute_dtype)
+            backbone.forward = autocast(backbone.forward)  # type: ignore[method-assign]
+        self._tune(backbone)
+        report = result.report
+        rank_zero_info(
+            f"{self.init}: {len(report.matrices)} matrices decomposed in {report.seconds:.1f} s, "
+            f"{report.bytes_read / 2**20:.0f} MiB read by {group.size} ranks "
+            f"({report.bytes_read / report.checkpoint_bytes:.2f} x the checkpoint)"
+        )
+
+    def _enable_checkpointing(self, backbone: PreTrainedModel) -> None:
+        if self.gradient_checkpointing:
+            options = {"use_reentrant": self.use_reentrant}
+            if hasattr(backbone, "activation_checkpointing_enable"):
+                backbone.activation_checkpointing_enable(options)
+            else:  # its name before transformers 5.23
+                backbone.gradient_checkpointing_enable(options)
+            if self.use_reentrant:  # which skips layers whose input wants no gradient
+                backbone.enable_input_require_grads()
+
+    def _tune(self, backbone: PreTrainedModel) -> None:
+        """Settings for packed weights, where the user has not set them."""
+        zero = self._deepspeed_config["zero_optimization"]
+        for key, value in live_budget(backbone, self.live_layers).items():
+            if key not in self._chosen:
+                zero[key] = value
+
+    def _residual_format(self, compute_dtype: torch.dtype) -> ResidualFormat:
+        return Dense(dtype=compute_dtype) if self.quantization is None else self.quantization
+
+    @property
+    def _deepspeed_config(self) -> dict[str, Any]:
+        assert isinstance(self.config, dict)
+        return self.config
+
+    # -- adapters -----------------------------------------------------------------------------------------------
+
+    def save_adapter(self, directory: str | os.PathLike[str]) -> None:
+        """Write the adapter, its initial value and the converted LoRA; complete or absent. Collective.
+
+        Parameters
+        ----------
+        directory
+            To write; replaced where it exists. See `lowrank_dist.callbacks.AdapterCheckpoint` for what it holds.
+        """
+        if self._writer is None:
+            raise RuntimeError("PiSSAStrategy: there is no adapter before the model is set up (fit, validate or test)")
+        self._writer.write(Path(self.broadcast(os.fspath(directory))))
+
+    def lightning_module_state_dict(self) -> dict[str, Tensor]:
+        """The trained parameters, whole, on rank 0; nothing of the frozen base. Collective."""
+        assert self.lightning_module is not None
+        trained = [(n, p) for n, p in self.lightning_module.named_parameters() if p.requires_grad and is_partitioned(p)]
+        return dict(gather_to_cpu(trained, max_bytes=2**28, keep=self.is_global_zero))

@@ -1,0 +1,243 @@
+"""ZeRO-3 partitions written and read directly: the only module that names DeepSpeed's ``ds_*`` attributes.
+
+``deepspeed.zero.Init`` partitions tensors that exist whole on a rank. Here no rank ever has a whole tensor: every
+rank brings its own shard, and the attributes that ``zero.Init`` would set are set around it. These are private
+names; ``tests/distributed/test_zero3.py`` is the canary that fails when DeepSpeed changes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, ZeroParamStatus
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from lowrank_dist.comm import ShardGroup
+from lowrank_dist.partition import FlatPartition
+
+
+class Partitioner:
+    """Makes ZeRO-3 parameters out of local shards.
+
+    Parameters
+    ----------
+    config
+        DeepSpeed configuration; its ``zero_optimization`` section decides where partitions live
+        (``offload_param``).
+
+    Attributes
+    ----------
+    group : ShardGroup
+        The ranks over which parameters are partitioned.
+    device : torch.device
+        Where shards are computed.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self._init = deepspeed.zero.Init(config_dict_or_path=config)
+        if str(self._init.remote_device) == "nvme":
+            raise ValueError("offload_params_device='nvme' is not supported: partitions are written once, to 'cpu' or none")
+        # The plain F.linear keeps a view of every gathered frozen weight until its backward. DeepSpeed's own
+        # (memory_efficient_linear, on by default) does not; it stays patched for the process, as with zero.Init.
+        if self._init.mem_efficient_linear:
+            self._init._enable_mem_efficient_linear()
+        self.device = torch.device(self._init.local_device)
+        self.group = ShardGroup(self._init.get_dp_process_group(), device=self.device)
+
+    def parameter(
+        self, shape: Sequence[int], dtype: torch.dtype, shard: Tensor, *, requires_grad: bool = False
+    ) -> nn.Parameter:
+        """A partitioned parameter of `shape` whose local shard is `shard`.
+
+        Parameters
+        ----------
+        shape
+            Shape of the whole tensor.
+        dtype
+            Dtype of the parameter; `shard` must have it.
+        shard
+            Flat: this rank's ``ceil(numel / P)`` elements, or fewer where the rest is padding.
+        requires_grad
+            Whether it is trained.
+        """
+        partition = FlatPartition(numel=torch.Size(shape).numel(), world_size=self.group.size)
+        if shard.dtype != dtype or shard.numel() > partition.shard_numel:
+            raise ValueError(
+                f"shard of {shard.numel()} {shard.dtype} elements does not fit a partition of "
+                f"{partition.shard_numel} {dtype} elements"
+            )
+        home = "cpu" if str(self._init.remote_device) == "cpu" else self.device
+        stored = torch.zeros(partition.shard_numel, dtype=dtype, device=home)
+        if self._init.pin_memory and home == "cpu":
+            stored = stored.pin_memory()
+        stored[: shard.numel()] = shard
+
+        parameter = nn.Parameter(torch.empty(0, dtype=dtype, device=self.device), requires_grad=requires_grad)
+        self._init._convert_to_deepspeed_param(parameter)
+        ds: Any = parameter
+        ds.ds_shape = torch.Size(shape)
+        ds.ds_numel = partition.numel
+        ds.ds_numel_aligned = partition.shard_numel * partition.world_size
+        ds.ds_tensor = stored
+        ds.ds_tensor.ds_numel = partition.shard_numel
+        ds.ds_tensor.status = PartitionedParamStatus.AVAILABLE
+        ds.ds_tensor.final_location = None
+        ds.ds_status = ZeroParamStatus.NOT_AVAILABLE
+        return parameter
+
+
+def use_cpu_accelerator() -> None:
+    """Let DeepSpeed compute on the CPU, also where CUDA devices are present; call it before anything is partitioned.
+
+    Also tells it to go without ``deepspeed_shm_comm``, an operator for inference that it would compile at start
+    (minutes under load, and a killed build leaves a lock behind which later runs wait for ever).
+    """
+    if deepspeed.accelerator.get_accelerator().device_name() != "cpu":
+        deepspeed.accelerator.set_accelerator(CPU_Accelerator())
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def is_partitioned(parameter: Tensor) -> bool:
+    """Whether `parameter` is a ZeRO-3 parameter."""
+    return hasattr(parameter, "ds_id")
+
+
+def whole_shape(parameter: Tensor) -> torch.Size:
+    """Shape of the whole tensor, partitioned or not."""
+    return parameter.ds_shape if is_partitioned(parameter) else parameter.shape  # type: ignore[attr-defined]
+
+
+def local_shard(parameter: Tensor) -> Tensor:
+    """This rank's flat partition, padding included."""
+    return parameter.ds_tensor  # type: ignore[attr-defined,no-any-return]
+
+
+def stored_bytes(parameters: Iterable[Tensor]) -> int:
+    """Bytes of this rank's partitions, padding included."""
+    return sum(local_shard(p).untyped_storage().nbytes() for p in parameters)
+
+
+@contextmanager
+def gathered(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Gather `parameters` on every rank; read-only inside. Collective: all ranks enter with the same parameters."""
+    with deepspeed.zero.GatheredParameters(list(parameters)):
+        yield
+
+
+def gather_to_cpu(
+    named: Sequence[tuple[str, Tensor]], *, max_bytes: int, keep: bool = True
+) -> Iterator[tuple[str, Tensor]]:
+    """Whole tensors one after the other, gathered a few at a time.
+
+    Parameters
+    ----------
+    named
+        Names and partitioned parameters; the same on every rank.
+    max_bytes
+        Gathered at once, at most (a single larger tensor is gathered alone).
+    keep
+        False on ranks that take part in the gathers but want no copies.
+
+    Yields
+    ------
+    tuple of str and Tensor
+        A CPU copy of the whole tensor, in its own dtype. All-gathers: exhaust it on every rank.
+    """
+    for batch in _batches(named, max_bytes):
+        with gathered([parameter for _, parameter in batch]):
+            copies = [(name, parameter.detach().cpu().clone()) for name, parameter in batch] if keep else []
+        yield from copies
+
+
+def _batches(named: Sequence[tuple[str, Tensor]], max_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
+    batch: list[tuple[str, Tensor]] = []
+    size = 0
+    for name, parameter in named:
+        nbytes = whole_shape(parameter).numel() * parameter.element_size()
+        if batch and size + nbytes > max_bytes:
+            yield batch
+            batch, size = [], 0
+        batch.append((name, parameter))
+        size += nbytes
+    if batch:
+        yield batch
+
+
+def live_budget(backbone: nn.Module, layers: int) -> dict[str, int]:
+    """DeepSpeed settings that bound gathered weights to about `layers` decoder layers ahead of their use.
+
+    DeepSpeed's own defaults count elements and suppose 16-bit weights: a billion packed bytes hold two billion
+    weights, and most of the model would stay gathered. Nothing is kept for reuse, and nothing is small enough to be
+    kept for good.
+    """
+    layer = max(
+        (
+            sum(whole_shape(p).numel() for p in child.parameters())
+            for stack in backbone.modules()
+            if isinstance(stack, nn.ModuleList)
+            for child in stack
+        ),
+        default=0,
+    )
+    trainable = sum(whole_shape(p).numel() for p in backbone.parameters() if p.requires_grad)
+    return {
+        "stage3_max_live_parameters": layers * layer,
+        "stage3_prefetch_bucket_size": layers * layer // 2,
+        "stage3_max_reuse_distance": 0,
+        "stage3_param_persistence_threshold": 0,
+        "reduce_bucket_size": max(1, min(trainable, 50_000_000)),
+    }
+
+
+class LiveMemory:
+    """Measures the bytes of gathered parameters that are alive, right after every gather of forward and backward.
+
+    Watches storages, not parameters: a gathered buffer that autograd (or anything else) still holds counts until
+    it is gone, also after DeepSpeed has released the parameter. Use as a context manager around training steps.
+
+    Parameters
+    ----------
+    module
+        Holds the partitioned parameters to watch.
+
+    Attributes
+    ----------
+    peak_bytes : int
+        Largest sum seen inside the context.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._parameters = [p for p in module.parameters() if is_partitioned(p)]
+        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._fetch = PartitionedParameterCoordinator.fetch_sub_module
+        self.peak_bytes = 0
+
+    def __enter__(self) -> LiveMemory:
+        fetch = self._fetch
+
+        def fetch_and_look(coordinator: Any, *args: Any, **kwargs: Any) -> Any:
+            result = fetch(coordinator, *args, **kwargs)
+            self.peak_bytes = max(self.peak_bytes, self.current_bytes())
+            return result
+
+        PartitionedParameterCoordinator.fetch_sub_module = fetch_and_look
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        PartitionedParameterCoordinator.fetch_sub_module = self._fetch
+
+    def current_bytes(self) -> int:
+        """Bytes of gathered storages that are alive now."""
+        for parameter in self._parameters:
+            storage = parameter.data.untyped_storage()
+            if storage.nbytes() and parameter.ds_status is ZeroParamStatus.AVAILABLE:  # type: ignore[attr-defined]
+                self._live[storage.data_ptr()] = (StorageWeakRef(storage), storage.nbytes())
+        self._live = {key: entry for key, entry in self._live.items() if not entry[0].expired()}
+        return sum(nbytes for _, nbytes in self._live.values())

@@ -1,0 +1,107 @@
+"""Runs a function on N gloo ranks, each a process of its own, and brings back what each returned."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from queue import Empty
+from typing import Any
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+# Imported once, in a server process that does nothing else: ranks fork from it in milliseconds.
+_CONTEXT.set_forkserver_preload(["lowrank_dist.strategy", "lowrank_dist.callbacks", "torch.testing"])
+
+
+class RankFailedError(AssertionError):
+    """A rank raised, died or hung; the text holds its traceback."""
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 240) -> list[Any]:
+    """``function(*args)`` on `world_size` ranks of a gloo group; their results by rank (picklable).
+
+    Raises
+    ------
+    RankFailedError
+        With the traceback of the first rank that failed; the others are ended.
+    """
+    outcomes = run_ranks_catching(world_size, function, *args, timeout=timeout)
+    for rank, (result, error) in enumerate(outcomes):
+        if error is not None and "RemoteError" not in error.splitlines()[-1]:
+            raise RankFailedError(f"rank {rank} of {world_size}:\n{error}")
+        del result
+    return [result for result, _ in outcomes]
+
+
+def run_ranks_catching(
+    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 240
+) -> list[tuple[Any, str | None]]:
+    """Like `run_ranks`, with ``(result, traceback or None)`` for every rank; only a hang raises."""
+    queue = _CONTEXT.Queue()
+    port = _free_port()
+    ranks = [
+        _CONTEXT.Process(target=_rank_main, args=(queue, rank, world_size, port, function, args), daemon=False)
+        for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    outcomes: dict[int, tuple[Any, str | None]] = {}
+    deadline = time.monotonic() + timeout
+    try:
+        while len(outcomes) < world_size:
+            try:
+                rank, result, error = queue.get(timeout=0.2)
+                outcomes[rank] = (result, error)
+            except Empty:
+                for rank, process in enumerate(ranks):
+                    if process.exitcode not in (None, 0) and rank not in outcomes:
+                        outcomes[rank] = (None, f"rank {rank} died with exit code {process.exitcode}")
+                if time.monotonic() > deadline:
+                    raise RankFailedError(
+                        f"ranks {sorted(set(range(world_size)) - set(outcomes))} hang after {timeout} s; "
+                        f"the others: {outcomes}"
+                    ) from None
+    finally:
+        for process in ranks:
+            process.join(timeout=5 if len(outcomes) == world_size else 0)
+            if process.is_alive():
+                process.kill()
+                process.join()
+    return [outcomes[rank] for rank in range(world_size)]
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+def _rank_main(queue: Any, rank: int, world_size: int, port: int, function: Any, args: tuple[Any, ...]) -> None:
+    # What torchrun sets: Lightning then takes the processes as they are.
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        GROUP_RANK="0",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        TORCHELASTIC_RUN_ID="test",
+        OMP_NUM_THREADS="1",
+    )
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+        queue.put((rank, function(*args), None))
+    except BaseException:
+        queue.put((rank, None, traceback.format_exc()))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
