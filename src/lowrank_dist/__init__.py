@@ -9,6 +9,8 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "PiSSAStrategy": "lowrank_dist.strategy",
     "AdapterCheckpoint": "lowrank_dist.callbacks",
+    "InitReport": "lowrank_dist.callbacks",
+    "LossHistory": "lowrank_dist.callbacks",
     "NF4": "lowrank_dist.nf4",
     "PiSSA": "lowrank_dist.methods",
     "LoRA": "lowrank_dist.methods",
@@ -22,6 +24,8 @@ __all__ = ["__version__", *_EXPORTS]
 
 if TYPE_CHECKING:
     from lowrank_dist.callbacks import AdapterCheckpoint as AdapterCheckpoint
+    from lowrank_dist.callbacks import InitReport as InitReport
+    from lowrank_dist.callbacks import LossHistory as LossHistory
     from lowrank_dist.convert import convert_checkpoint as convert_checkpoint
     from lowrank_dist.data import SFTDataModule as SFTDataModule
     from lowrank_dist.methods import LoftQ as LoftQ

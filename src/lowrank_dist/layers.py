@@ -71,6 +71,10 @@ class FrozenLinear(nn.Module):
         for name in (*self.stored_names, "bias"):
             self.register_parameter(name, None)
 
+    def stored(self) -> list[Tensor]:
+        """The parameters that hold the encoded weight: the objects themselves, never views (see the module's notes)."""
+        return [self._parameters[name] for name in self.stored_names]  # type: ignore[misc]
+
     def decode(self, stored: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         """The stored matrix in `dtype`, from its gathered storages."""
         by_name: Mapping[str, Tensor] = dict(zip(self.stored_names, stored, strict=True))
@@ -81,9 +85,8 @@ class FrozenLinear(nn.Module):
         device = x.device.type
         autocast = torch.is_autocast_enabled(device)
         x = x.to(torch.get_autocast_dtype(device) if autocast else self.compute_dtype)
-        # The Parameters themselves, not views of them: see the module docstring.
         with torch.autocast(device, enabled=False):
-            y = _FrozenLinearFunction.apply(x, self, *(self._parameters[name] for name in self.stored_names))
+            y = _FrozenLinearFunction.apply(x, self, *self.stored())
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:

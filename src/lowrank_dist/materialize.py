@@ -25,7 +25,7 @@ from lowrank_dist.methods.base import Decomposition, Matrix, Method
 from lowrank_dist.partition import FlatPartition, RowPartition
 from lowrank_dist.residual import ResidualFormat
 from lowrank_dist.skeleton import ADAPTER, Plan, PlannedMatrix, PlannedTensor
-from lowrank_dist.zero3 import Partitioner, local_shard
+from lowrank_dist.zero3 import Partitioner, local_shard, stored_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +80,12 @@ class InitReport:
         Bytes of tensor data read by all ranks together.
     checkpoint_bytes
         Bytes of all tensors of the checkpoint.
+    residual_bytes_per_rank
+        Bytes of the encoded residual that this rank stores, padding included.
+    residual_bytes
+        The same over all ranks.
+    world_size
+        Ranks that share the model.
     seconds
         Wall-clock time of the walk on this rank.
     """
@@ -87,7 +93,14 @@ class InitReport:
     matrices: list[MatrixReport] = field(default_factory=list)
     bytes_read: int = 0
     checkpoint_bytes: int = 0
+    residual_bytes_per_rank: int = 0
+    residual_bytes: int = 0
+    world_size: int = 1
     seconds: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """All figures, for JSON."""
+        return {**asdict(self), "matrices": [matrix.as_dict() for matrix in self.matrices]}
 
 
 @dataclass(kw_only=True)
@@ -156,11 +169,17 @@ def materialize(
             walk.matrix(planned, init, residual)
         walk.parameters(plan.parameters, fp32_norms)
         walk.buffers(plan.buffers)
-    total = torch.tensor([reader.bytes_read], dtype=torch.float64, device=partitioner.device)
-    walk.report.bytes_read = int(partitioner.group.sum(total))
-    walk.report.checkpoint_bytes = reader.nbytes
-    walk.report.seconds = time.monotonic() - started
-    return Materialized(report=walk.report, initial=walk.initial)
+    report = walk.report
+    frozen = [module for module in backbone.modules() if isinstance(module, FrozenLinear)]
+    report.residual_bytes_per_rank = stored_bytes(p for module in frozen for p in module.stored())
+    totals = torch.tensor(
+        [reader.bytes_read, report.residual_bytes_per_rank], dtype=torch.float64, device=partitioner.device
+    )
+    report.bytes_read, report.residual_bytes = map(int, partitioner.group.sum(totals).tolist())
+    report.checkpoint_bytes = reader.nbytes
+    report.world_size = partitioner.group.size
+    report.seconds = time.monotonic() - started
+    return Materialized(report=report, initial=walk.initial)
 
 
 class _Walk:

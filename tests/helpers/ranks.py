@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import socket
 import time
 import traceback
@@ -55,7 +56,7 @@ def run_ranks_catching(
         while len(outcomes) < world_size:
             try:
                 rank, result, error = queue.get(timeout=0.2)
-                outcomes[rank] = (result, error)
+                outcomes[rank] = (None if result is None else pickle.loads(result), error)
             except Empty:
                 for rank, process in enumerate(ranks):
                     if process.exitcode not in (None, 0) and rank not in outcomes:
@@ -99,7 +100,8 @@ def _rank_main(queue: Any, rank: int, world_size: int, port: int, function: Any,
     torch.set_num_threads(1)
     try:
         dist.init_process_group("gloo", timeout=timedelta(seconds=120))
-        queue.put((rank, function(*args), None))
+        # As bytes: tensors would otherwise travel as handles that die with this process.
+        queue.put((rank, pickle.dumps(function(*args)), None))
     except BaseException:
         queue.put((rank, None, traceback.format_exc()))
     finally:

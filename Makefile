@@ -1,0 +1,53 @@
+# make demo | test | lint | bench | clean; each fails when something in it fails.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help setup ops demo test lint bench clean
+
+PYTHON ?= python3
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+# ninja, which DeepSpeed looks for on PATH, lives in the environment's bin
+RUN := env PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
+# a private directory: a build killed half-way leaves a lock that would hang every other user of a shared one
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
+
+help:
+	@echo "make demo    train QPiSSA on a small model with 2 CPU ranks, convert, evaluate with stock PEFT (runs/demo)"
+	@echo "make test    set up and run the tests"
+	@echo "make lint    ruff check, ruff format --check, mypy"
+	@echo "make bench   run every benchmarks/bench_*.py"
+	@echo "make clean   remove the environment, caches and build output; runs/ stays"
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt -e ".[dev,demo]"
+	touch $@
+
+setup: $(INSTALLED)
+
+ops: $(INSTALLED)
+	@$(RUN) python scripts/prebuild_ops.py
+
+demo: ops
+	$(RUN) lowrank-dist demo --output runs/demo
+
+# one thread per rank: the distributed tests start several ranks on few cores
+test: export OMP_NUM_THREADS := 1
+test: ops
+	$(RUN) python -m pytest $(PYTEST_ARGS)
+
+lint: $(INSTALLED)
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) mypy
+
+bench: ops
+	@shopt -s nullglob; files=(benchmarks/bench_*.py); \
+	if (($${#files[@]} == 0)); then echo "no benchmarks/bench_*.py yet: nothing to run"; fi; \
+	for file in "$${files[@]}"; do echo "== $$file"; $(RUN) python "$$file"; done
+
+clean:
+	rm -rf $(VENV) .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
+	find . -path ./.git -prune -o -path ./runs -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +

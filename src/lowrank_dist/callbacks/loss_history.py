@@ -1,0 +1,56 @@
+"""The losses of a run as one JSON file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lowrank_dist.checkpoint_io import write_json
+
+
+class LossHistory(Callback):
+    """Record ``train_loss`` of every step and ``val_loss`` of every validation, also of the sanity check before step 1.
+
+    With ``num_sanity_val_steps=-1`` the first validation entry is the loss at step 0 on the whole set, which shows
+    whether the initialisation left the model what it was.
+
+    Parameters
+    ----------
+    path
+        JSON file, relative to the trainer's ``default_root_dir``, written at the end of every validation and of the fit: ``{"train": [{"step", "loss"}, ...],
+        "validation": [...]}``.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = path
+        self.history: dict[str, list[dict[str, float]]] = {"train": [], "validation": []}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._record("train", "train_loss", trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._record("validation", "val_loss", trainer)
+        self._write(trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write(trainer)
+
+    def _record(self, part: str, metric: str, trainer: Trainer) -> None:
+        value = trainer.callback_metrics.get(metric)
+        if value is None:
+            return
+        entries = self.history[part]
+        if entries and entries[-1]["step"] == trainer.global_step:
+            entries.pop()  # gradient accumulation: the last micro-batch of a step stands for it
+        entries.append({"step": trainer.global_step, "loss": float(value)})
+
+    def _write(self, trainer: Trainer) -> None:
+        if trainer.is_global_zero:
+            path = Path(trainer.default_root_dir, self.path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, self.history)

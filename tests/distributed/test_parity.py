@@ -1,0 +1,111 @@
+"""Training on 1 to 4 sharded ranks against one process without DeepSpeed that holds the same weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.ranks import run_ranks
+from helpers.training import LR, STEPS, CausalLM, dense_state, fit, loader, make_strategy, make_trainer, tokens
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from lowrank_dist import LoRA, PiSSA
+
+CHECKPOINTING = {
+    "off": {"gradient_checkpointing": False},
+    "non-reentrant": {"gradient_checkpointing": True},
+    "reentrant": {"gradient_checkpointing": True, "use_reentrant": True},
+}
+
+
+def train_sharded(pretrained: Path, precision: str, options: dict[str, Any]) -> tuple[list[float], dict[str, Tensor]]:
+    module, trainer = fit(pretrained, precision=precision, **options)
+    return module.losses, dense_state(trainer.strategy)
+
+
+def train_plainly(pretrained: Path, state: dict[str, Tensor], clip: float | None = None) -> list[float]:
+    """The same weights in stock transformers + PEFT, one process, AdamW, the global batch at once."""
+    model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32)
+    inject_adapter_in_model(LoraConfig(r=4, lora_alpha=4, target_modules="all-linear"), model)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not missing
+    assert not unexpected
+    trained = [p for n, p in model.named_parameters() if "lora_" in n]
+    optimizer = torch.optim.AdamW(trained, lr=LR)
+    losses = []
+    for ids in tokens():
+        optimizer.zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(trained, clip)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_losses_equal_those_of_one_process(llama: Path, world_size: int, checkpointing: str) -> None:
+    """fp32, 1e-5 relative: only the order of sums differs, over the ranks and in the batched products."""
+    results = run_ranks(world_size, train_sharded, llama, "32-true", CHECKPOINTING[checkpointing])
+    losses, state = results[0]
+    expected = train_plainly(llama, state)
+    assert len(losses) == STEPS
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert all(other == losses for other, _ in results)
+
+
+def test_accumulation_and_clipping_are_lightnings_own(llama: Path) -> None:
+    """Two micro-batches of three on two ranks are the global batch of twelve; the norm is clipped over all ranks."""
+    options = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.01}
+    losses, state = run_ranks(2, train_sharded, llama, "32-true", options)[0]
+    expected = train_plainly(llama, state, clip=0.01)
+    means = [(a + b) / 2 for a, b in zip(losses[::2], losses[1::2], strict=True)]
+    assert means == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize("fp32_norms", [False, True])
+def test_bf16_follows_fp32(llama: Path, precision: str, fp32_norms: bool) -> None:
+    """bf16 has 8 bits: unit rounding 2^-9 in some dozen operations in a row, so 1 % of the loss is generous."""
+    options = {"fp32_norms": fp32_norms}
+    losses, state = run_ranks(2, train_sharded, llama, precision, options)[0]
+    expected = train_plainly(llama, {name: t.float() for name, t in state.items()})
+    assert losses == pytest.approx(expected, rel=1e-2)
+    norms = {t.dtype for name, t in state.items() if "norm" in name}
+    assert norms == {torch.float32 if fp32_norms else torch.bfloat16}
+
+
+class Logits(CausalLM):
+    def validation_step(self, batch: list[Tensor], _: int) -> None:
+        self.logits = self.model(input_ids=batch[0], use_cache=False).logits
+
+
+def first_logits(pretrained: Path, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    module = Logits(pretrained)
+    trainer = make_trainer(make_strategy(pretrained, **options))
+    batches = loader(trainer.global_rank, trainer.world_size, steps=1)
+    trainer.validate(module, batches, verbose=False)
+    return batches.dataset.tensors[0], module.logits
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("init", [PiSSA(), PiSSA(power_iterations=0), LoRA()])
+def test_unquantized_step_0_is_the_original_model(llama: Path, world_size: int, init: Any) -> None:
+    """W - B A + B A = W whatever the factors: only fp32 rounding of two sums remains."""
+    original = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    for ids, logits in run_ranks(world_size, first_logits, llama, {"quantization": None, "init": init}):
+        torch.testing.assert_close(logits, original(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("adapter", [{"use_rslora": True}, {"lora_alpha": 32}, {"rank_pattern": {"q_proj": 7}}])
+def test_step_0_is_the_original_model_under_any_scaling(llama: Path, adapter: dict[str, Any]) -> None:
+    config = LoraConfig(**{"r": 4, "lora_alpha": 4, "target_modules": "all-linear", **adapter})
+    original = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    for ids, logits in run_ranks(2, first_logits, llama, {"quantization": None, "adapter": config}):
+        torch.testing.assert_close(logits, original(input_ids=ids).logits, rtol=1e-5, atol=1e-5)

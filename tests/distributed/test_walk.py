@@ -1,0 +1,258 @@
+"""The walk on 1 to 4 ranks: bytes that do not depend on the world size, one read of every byte, bounded memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from helpers.models import ARCHITECTURES, save_checkpoint
+from helpers.ranks import run_ranks
+from helpers.training import CausalLM, fit, loader, make_strategy, make_trainer
+from torch import Tensor
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
+
+from lowrank_dist import NF4, LoftQ, LoRA, PiSSA
+from lowrank_dist.checkpoint_io import CheckpointReader
+from lowrank_dist.comm import ShardGroup
+from lowrank_dist.layers import FrozenLinear
+from lowrank_dist.linalg import randomized_svd
+from lowrank_dist.methods.base import Matrix, residual_block
+from lowrank_dist.partition import RowPartition
+from lowrank_dist.zero3 import LiveMemory, stored_bytes
+
+SHAPES = [(96, 64), (64, 136), (37, 36), (3, 50), (200, 20)]
+
+
+def weight(rows: int, columns: int) -> Tensor:
+    generator = torch.Generator().manual_seed(rows * 1000 + columns)
+    scale = torch.arange(1, columns + 1) ** -0.5
+    return torch.randn(rows, columns, generator=generator) * scale
+
+
+def svd_of_rows(rows: int, columns: int, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    group = ShardGroup()
+    partition = RowPartition(rows=rows, columns=columns, world_size=group.size, block=64)
+    start, stop = partition.bounds(group.rank)
+    return tuple(
+        randomized_svd(weight(rows, columns)[start:stop], rank, rows=rows, group=group, seed=1, power_iterations=8)
+    )
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_svd_does_not_depend_on_the_world_size(rows: int, columns: int, world_size: int) -> None:
+    """Sums over the ranks are taken in another order: fp32 rounding, amplified by the gap between singular values."""
+    whole = randomized_svd(
+        weight(rows, columns), 3, rows=rows, group=ShardGroup.single(), seed=1, power_iterations=8
+    )
+    parts = run_ranks(world_size, svd_of_rows, rows, columns, 3)
+    torch.testing.assert_close(torch.cat([u for u, _, _ in parts]), whole.u, rtol=0, atol=1e-4)
+    for _, s, vh in parts:
+        torch.testing.assert_close(s, whole.s, rtol=1e-5, atol=0)
+        torch.testing.assert_close(vh, whole.vh, rtol=0, atol=1e-4)
+        assert torch.equal(vh, parts[0][2])
+
+
+def decompose_rows(method: Any, fmt: Any, rows: int, columns: int) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
+    group = ShardGroup()
+    partition = RowPartition(rows=rows, columns=columns, world_size=group.size, block=fmt.block)
+    start, stop = partition.bounds(group.rank)
+    matrix = Matrix(
+        name=f"w{rows}x{columns}",
+        block=weight(rows, columns)[start:stop],
+        partition=partition,
+        group=group,
+        rank=3,
+        scaling=0.5,
+        input_first=False,
+        factor_dtype=torch.bfloat16,
+    )
+    result = method.decompose(matrix, fmt)
+    return result.factors.left, result.factors.right, result.residual.shards, residual_block(matrix, result.factors)
+
+
+@pytest.mark.parametrize("method", [PiSSA(quantization_iterations=2), LoRA()], ids=str)
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_shards_equal_bitsandbytes_on_the_whole_residual(
+    method: Any, double_quant: bool, rows: int, columns: int
+) -> None:
+    """Bit for bit: the residual that the ranks formed, put together and quantized whole, has the bytes of the shards."""
+    fmt = NF4(double_quant=double_quant)
+    for world_size in (1, 2, 3, 4):
+        parts = run_ranks(world_size, decompose_rows, method, fmt, rows, columns)
+        residual = torch.cat([part[3] for part in parts]).flatten()
+        residual = torch.nn.functional.pad(residual, (0, -residual.numel() % 64))
+        packed, state = bnb.quantize_4bit(residual, quant_type="nf4", compress_statistics=double_quant)
+        stored = {name: torch.cat([part[2][name] for part in parts]) for name in parts[0][2]}
+        assert torch.equal(stored["weight_packed"][: packed.numel()], packed.flatten())
+        absmax = stored["weight_absmax"] if double_quant else stored["weight_absmax"].view(torch.float32)
+        assert torch.equal(absmax[: state.absmax.numel()], state.absmax)
+
+
+@pytest.mark.parametrize("method", [PiSSA(power_iterations=8), LoRA()], ids=str)
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_bytes_do_not_depend_on_the_world_size(method: Any, rows: int, columns: int) -> None:
+    """LoRA's residual is W itself: equal bytes, always. PiSSA's factors agree to fp32 rounding and are rounded to bf16
+    before the residual is formed: where no entry falls on the other side of a bf16 boundary, bytes are equal too; one
+    entry that does changes one row or column of the residual by 2^-9 of a product, and few of its codes.
+    """
+    reference = run_ranks(1, decompose_rows, method, NF4(), rows, columns)[0]
+    for world_size in (2, 3, 4):
+        parts = run_ranks(world_size, decompose_rows, method, NF4(), rows, columns)
+        left, packed = (torch.cat([part[0] for part in parts]), torch.cat([p[2]["weight_packed"] for p in parts]))
+        packed = packed[: reference[2]["weight_packed"].numel()]
+        if torch.equal(left, reference[0]) and torch.equal(parts[0][1], reference[1]):
+            assert torch.equal(packed, reference[2]["weight_packed"][: packed.numel()])
+        else:
+            assert not isinstance(method, LoRA)
+            torch.testing.assert_close(left, reference[0], rtol=2**-7, atol=1e-3)
+            assert (packed != reference[2]["weight_packed"][: packed.numel()]).float().mean() < 0.02
+
+
+def walk(pretrained: Path, options: dict[str, Any], auto_class: Any = None) -> dict[str, Any]:
+    """Set the model up as `validate` does; what the ranks hold afterwards."""
+    module = CausalLM(pretrained) if auto_class is None else CausalLM(pretrained, auto_class)
+    trainer = make_trainer(make_strategy(pretrained, **options))
+    trainer.validate(module, loader(trainer.global_rank, trainer.world_size, 1), verbose=False)
+    strategy = trainer.strategy
+    frozen = [m for m in module.modules() if isinstance(m, FrozenLinear)]
+    return {
+        "report": strategy.init_report,
+        "stored": stored_bytes(p for m in frozen for p in m.stored()),
+        "live": LiveMemory(module).current_bytes(),
+        "val_loss": float(trainer.callback_metrics["val_loss"]),
+        "matrices": [(m.partition.rows, m.partition.columns, m.partition.rows_per_rank) for m in frozen],
+    }
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_an_idle_rank_holds_its_part_and_padding(llama: Path, world_size: int, double_quant: bool) -> None:
+    results = run_ranks(world_size, walk, llama, {"quantization": NF4(double_quant=double_quant)})
+    for result in results:
+        expected = 0
+        for rows, columns, rows_per_rank in result["matrices"]:
+            assert rows_per_rank * world_size - rows < world_size * 64
+            blocks = rows_per_rank * columns // 64
+            nested = -(-(1 + -(-(-(-rows * columns // 64)) // 256)) // world_size) * 4
+            expected += blocks * 32 + (blocks + nested if double_quant else blocks * 4)
+        assert result["stored"] == expected == result["report"].residual_bytes_per_rank
+        assert result["live"] == 0
+        assert result["report"].residual_bytes == world_size * expected
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_every_byte_is_read_once(llama: Path, world_size: int) -> None:
+    result = run_ranks(world_size, walk, llama, {})[0]
+    assert result["report"].bytes_read == result["report"].checkpoint_bytes == CheckpointReader(llama).nbytes
+
+
+@pytest.mark.parametrize(
+    ("init", "quantization"),
+    [(PiSSA(), NF4()), (PiSSA(quantization_iterations=3), NF4()), (LoRA(), NF4()), (LoftQ(), NF4()), (PiSSA(), None)],
+    ids=str,
+)
+def test_every_method_reports_what_it_left_over(llama: Path, init: Any, quantization: Any) -> None:
+    report = run_ranks(2, walk, llama, {"init": init, "quantization": quantization})[0]["report"]
+    assert len(report.matrices) == 14
+    for matrix in report.matrices:
+        if quantization is None:
+            assert matrix.error < 1e-6 * matrix.norm
+        elif isinstance(init, LoRA):
+            assert matrix.error == pytest.approx(matrix.quantization_error, rel=1e-6)
+        else:
+            assert 0 < matrix.error < matrix.quantization_error
+
+
+def live_peak(pretrained: Path, options: dict[str, Any]) -> tuple[int, int, int]:
+    module = CausalLM(pretrained)
+    trainer = make_trainer(make_strategy(pretrained, **options), steps=4)
+    watched: dict[str, Any] = {}
+
+    def start(batch: Any, index: int) -> None:
+        if index == 2:  # the first steps record DeepSpeed's trace
+            watched["memory"] = LiveMemory(module).__enter__()
+
+    module.on_train_batch_start = start
+    trainer.fit(module, loader(trainer.global_rank, trainer.world_size, 4))
+    watched["memory"].__exit__()
+    layers = [sum(p.ds_numel * p.element_size() for p in layer.parameters()) for layer in module.model.model.layers]
+    head = module.model.model.embed_tokens.weight
+    return watched["memory"].peak_bytes, max(layers), head.ds_numel * head.element_size()
+
+
+@pytest.mark.parametrize("options", [{"gradient_checkpointing": False}, {}, {"use_reentrant": True}], ids=str)
+def test_live_gathered_bytes_stay_within_a_few_layers(
+    tmp_path_factory: pytest.TempPathFactory, options: dict[str, Any]
+) -> None:
+    """Budget: the layer at work, `live_layers` = 2 ahead of it, and the embedding; eight layers would not fit in it."""
+    deep = save_checkpoint(tmp_path_factory.mktemp("deep"), "llama", num_hidden_layers=8, tie_word_embeddings=True)
+    peak, layer, head = run_ranks(2, live_peak, deep, options)[0]
+    assert 0 < peak <= 3 * layer + head
+    assert 8 * layer > 3 * layer + head
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_architectures(tmp_path: Path, architecture: str) -> None:
+    """Step 0 without quantization has the loss of the original model, whatever its layers are called."""
+    from transformers import AutoModelForCausalLM
+
+    pretrained = save_checkpoint(tmp_path, architecture)
+    result = run_ranks(2, walk, pretrained, {"quantization": None})[0]
+    model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32)
+    (ids,) = next(iter(loader(0, 1, 1)))
+    assert result["val_loss"] == pytest.approx(float(model(input_ids=ids, labels=ids).loss), rel=1e-5)
+    quantized = run_ranks(3, fit_losses, pretrained)
+    assert quantized[0][-1] < quantized[0][0]
+
+
+def fit_losses(pretrained: Path) -> list[float]:
+    module, _ = fit(pretrained)
+    return module.losses
+
+
+BERT = {
+    "hidden_size": 64,
+    "intermediate_size": 136,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 256,
+    "max_position_embeddings": 64,
+}
+
+
+def test_an_encoder(tmp_path: Path) -> None:
+    pretrained = save_checkpoint(tmp_path, "bert", auto_class=AutoModelForMaskedLM, **BERT)
+    losses = run_ranks(2, encoder_losses, pretrained, AutoModelForMaskedLM, None)[0]
+    assert losses[-1] < losses[0]
+
+
+def test_an_encoder_with_a_new_head(tmp_path: Path) -> None:
+    """The head is not in the checkpoint: it starts from the model's own initialisation and is trained whole."""
+    pretrained = save_checkpoint(tmp_path, "bert", auto_class=AutoModelForMaskedLM, **BERT)
+    losses = run_ranks(2, encoder_losses, pretrained, AutoModelForSequenceClassification, ["classifier"])[0]
+    assert losses[-1] < losses[0]
+
+
+class Encoder(CausalLM):
+    def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+        (ids,) = batch
+        labels = ids[:, 0] % 2 if "Classification" in self.auto_class.__name__ else ids
+        loss = self.model(input_ids=ids, labels=labels).loss
+        self.losses.append(float(loss.detach()))
+        return loss
+
+
+def encoder_losses(pretrained: Path, auto_class: Any, saved: list[str] | None) -> list[float]:
+    from peft import LoraConfig
+
+    adapter = LoraConfig(r=4, lora_alpha=4, target_modules=["query", "value", "dense"], modules_to_save=saved)
+    module = Encoder(pretrained, auto_class)
+    trainer = make_trainer(make_strategy(pretrained, adapter=adapter), steps=8)
+    batch = next(iter(loader(trainer.global_rank, trainer.world_size, 1)))
+    trainer.fit(module, [batch] * 8)
+    return module.losses
