@@ -136,6 +136,11 @@ class PiSSAStrategy(DeepSpeedStrategy):
         zero = self._deepspeed_config.setdefault("zero_optimization", {})
         if zero.setdefault("stage", 3) != 3:
             raise ValueError(f"PiSSAStrategy: the DeepSpeed config sets zero_optimization.stage={zero['stage']}; it must be 3")
+        if zero.get("offload_param", {}).get("device") == "nvme":
+            raise ValueError(
+                "PiSSAStrategy: parameters cannot be offloaded to 'nvme', only to 'cpu' (offload_parameters=True): partitions "
+                "are written in place"
+            )
         self.init.check(self._residual_format(torch.float32))
 
     # -- Lightning's hooks, in the order in which they are called ---------------------------------------------------
@@ -180,6 +185,13 @@ class PiSSAStrategy(DeepSpeedStrategy):
         self.setup_precision_plugin()
         self.init_deepspeed()
         self.barrier()
+
+    def teardown(self) -> None:
+        module = self.lightning_module
+        if module is not None and any(parameter.is_meta for parameter in module.parameters()):
+            # Set-up failed: moving a skeleton to the CPU would fail too, and hide why.
+            self._lightning_module = None
+        super().teardown()
 
     def _format_config(self) -> None:
         if self.precision_plugin.precision == "bf16-mixed":

@@ -42,8 +42,6 @@ class Partitioner:
 
     def __init__(self, config: dict[str, Any]) -> None:
         self._init = deepspeed.zero.Init(config_dict_or_path=config)
-        if str(self._init.remote_device) == "nvme":
-            raise ValueError("offload_params_device='nvme' is not supported: partitions are written once, to 'cpu' or none")
         # The plain F.linear keeps a view of every gathered frozen weight until its backward. DeepSpeed's own
         # (memory_efficient_linear, on by default) does not; it stays patched for the process, as with zero.Init.
         if self._init.mem_efficient_linear:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import proxy
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -20,6 +21,8 @@ class AdapterCheckpoint(ModelCheckpoint):
     - ``adapter_init/``: the factors before training (not for LoRA and QLoRA, whose adapter starts at zero);
     - ``lora/``: the converted LoRA, of rank 2r, a PEFT adapter for the *original* model;
     - ``lowrank_dist.json``: base, method, and per matrix what quantization left over.
+
+    The last step of a fit is saved too, whatever the interval (unless ``save_top_k=0`` or a ``monitor`` decides).
 
     Takes the arguments of `lightning.pytorch.callbacks.ModelCheckpoint` (``dirpath``, ``every_n_train_steps``, ``monitor``,
     ``save_top_k``, ``save_last``, ...) with the same meaning.
@@ -40,6 +43,11 @@ class AdapterCheckpoint(ModelCheckpoint):
             )
         super().setup(trainer, pl_module, stage)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        if self.monitor is None and not self._should_skip_saving_checkpoint(trainer):
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         strategy: Any = trainer.strategy
         strategy.save_adapter(filepath)
@@ -47,4 +55,4 @@ class AdapterCheckpoint(ModelCheckpoint):
         self._last_checkpoint_saved = filepath
         if trainer.is_global_zero:
             for logger in trainer.loggers:
-                logger.after_save_checkpoint(self)
+                logger.after_save_checkpoint(proxy(self))

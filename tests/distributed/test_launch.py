@@ -1,0 +1,125 @@
+"""One YAML launched by Lightning itself, by torchrun and under SLURM's environment; then converted and loaded by PEFT."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.sft import byte_level_tokenizer, tiny_llama, write_jsonl
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+CONFIG = Path(__file__).parents[2] / "configs" / "smollm2-135m_qpissa_2cpu.yaml"
+CLI = ["-m", "lowrank_dist.cli"]
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with its tokenizer, and a few prompts with completions."""
+    directory = tmp_path_factory.mktemp("material")
+    tokenizer = byte_level_tokenizer()
+    torch.manual_seed(0)
+    tiny_llama(len(tokenizer)).save_pretrained(directory / "model")
+    tokenizer.save_pretrained(directory / "model")
+    records = [{"prompt": f"{i} + {i} = ", "completion": str(2 * i)} for i in range(24)]
+    write_jsonl(directory / "data.jsonl", records)
+    return directory
+
+
+def arguments(material: Path, output: Path) -> list[str]:
+    strategy = "--trainer.strategy.init_args"
+    options = {
+        "--config": CONFIG,
+        "--model.pretrained": material / "model",
+        f"{strategy}.pretrained": material / "model",
+        f"{strategy}.adapter.init_args.r": 4,
+        "--data.tokenizer": material / "model",
+        "--data.train": material / "data.jsonl",
+        "--data.validation": material / "data.jsonl",
+        "--trainer.default_root_dir": output,
+        "--trainer.logger.init_args.save_dir": output,
+        "--trainer.max_steps": STEPS,
+        "--trainer.val_check_interval": STEPS,
+        "--trainer.precision": "32-true",
+    }
+    return [*CLI, "fit", *(f"{key}={value}" for key, value in options.items())]
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """This environment without a trace of a launcher, plus `extra`."""
+    launchers = ("SLURM", "TORCHELASTIC", "LOCAL_", "RANK", "WORLD_SIZE", "MASTER", "NODE_RANK", "GROUP_RANK")
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(launchers)}
+    return {**clean, "PYTHONWARNINGS": "ignore", **extra}
+
+
+def by_lightning(command: list[str]) -> list[subprocess.Popen[str]]:
+    return [start([sys.executable, *command], environment())]
+
+
+def by_torchrun(command: list[str]) -> list[subprocess.Popen[str]]:
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    return [start([sys.executable, *launcher, *command], environment())]
+
+
+def by_slurm(command: list[str]) -> list[subprocess.Popen[str]]:
+    """What ``srun --ntasks=2`` sets for its two tasks on one node."""
+    common = {
+        "SLURM_JOB_ID": str(free_port()),  # Lightning derives the port from it
+        "SLURM_JOB_NAME": "qpissa",
+        "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_NNODES": "1",
+        "SLURM_NODEID": "0",
+        "SLURM_NODELIST": "127.0.0.1",
+    }
+    tasks = [environment(**common, SLURM_PROCID=str(task), SLURM_LOCALID=str(task)) for task in range(2)]
+    return [start([sys.executable, *command], task) for task in tasks]
+
+
+def start(command: list[str], env: dict[str, str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.parametrize("launch", [by_lightning, by_torchrun, by_slurm])
+def test_fit_convert_and_load(material: Path, tmp_path: Path, launch: object) -> None:
+    processes = launch(arguments(material, tmp_path))  # type: ignore[operator]
+    for process in processes:
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, output[-4000:]
+    history = json.loads((tmp_path / "history.json").read_text())
+    assert [entry["step"] for entry in history["train"]] == list(range(1, STEPS + 1))
+    assert [entry["step"] for entry in history["validation"]] == [0, STEPS]
+    report = json.loads((tmp_path / "init_report.json").read_text())
+    assert report["world_size"] == 2
+    assert report["bytes_read"] == report["checkpoint_bytes"]
+    checkpoint = tmp_path / "checkpoints" / f"step={STEPS}"
+    if launch is by_lightning:
+        done = subprocess.run(
+            [sys.executable, *CLI, "convert", str(checkpoint), "--output", str(tmp_path / "lora")],
+            env=environment(),
+            check=False,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        written = (tmp_path / "lora" / "adapter_model.safetensors").read_bytes()
+        assert written == (checkpoint / "lora" / "adapter_model.safetensors").read_bytes()
+    base = AutoModelForCausalLM.from_pretrained(material / "model")
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        before = base(ids).logits
+        after = PeftModel.from_pretrained(base, checkpoint / "lora")(ids).logits
+    assert 0 < (after - before).abs().max() < 1

@@ -1,0 +1,152 @@
+"""The streaming reader and the writers, on real files, damaged ones too."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lowrank_dist.checkpoint_io import (
+    INDEX_NAME,
+    CheckpointError,
+    CheckpointReader,
+    atomic_directory,
+    resolve_checkpoint,
+    write_json,
+)
+
+
+@pytest.fixture
+def sharded(llama: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(llama, tmp_path / "copy"))
+
+
+def whole(directory: Path) -> dict[str, torch.Tensor]:
+    return {k: v for file in directory.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+def test_slices_equal_the_whole_tensors_and_are_counted(llama: Path) -> None:
+    reader = CheckpointReader(llama)
+    tensors = whole(llama)
+    assert set(reader) == set(tensors)
+    assert reader.nbytes == sum(t.nbytes for t in tensors.values())
+    for name, tensor in tensors.items():
+        third = tensor.shape[0] // 3
+        parts = [reader.rows(name, 0, third), reader.rows(name, third, third), reader.rows(name, third, len(tensor))]
+        assert torch.equal(torch.cat(parts), tensor)
+        cut = tensor.numel() // 3 + 1
+        flat = [reader.flat(name, 0, cut), reader.flat(name, cut, tensor.numel())]
+        assert torch.equal(torch.cat(flat), tensor.flatten())
+    assert reader.bytes_read == 2 * reader.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_one_file_of_any_float_type(tmp_path: Path, dtype: torch.dtype) -> None:
+    w = torch.randn(6, 5).to(dtype)
+    save_file({"w": w}, tmp_path / "model.safetensors")
+    reader = CheckpointReader(tmp_path)
+    assert (reader.info("w").shape, reader.info("w").nbytes) == ((6, 5), w.nbytes)
+    assert torch.equal(reader.rows("w", 2, 4), w[2:4])
+
+
+def test_a_directory_without_a_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds neither model.safetensors.index.json nor model.safetensors"):
+        CheckpointReader(tmp_path)
+
+
+def test_a_missing_file_is_named(sharded: Path) -> None:
+    victim = min(sharded.glob("model-*.safetensors"))
+    victim.unlink()
+    with pytest.raises(CheckpointError, match=f"{victim.name}: missing"):
+        CheckpointReader(sharded)
+
+
+def test_a_truncated_file_is_named(sharded: Path) -> None:
+    victim = min(sharded.glob("model-*.safetensors"))
+    victim.write_bytes(victim.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=f"{victim.name}: .* truncated or corrupt"):
+        CheckpointReader(sharded)
+
+
+def test_an_index_that_names_an_absent_tensor(sharded: Path) -> None:
+    index = json.loads((sharded / INDEX_NAME).read_text())
+    index["weight_map"]["ghost.weight"] = next(iter(index["weight_map"].values()))
+    (sharded / INDEX_NAME).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"names tensor ghost\.weight"):
+        CheckpointReader(sharded)
+
+
+def test_a_damaged_index(sharded: Path) -> None:
+    (sharded / INDEX_NAME).write_text("{")
+    with pytest.raises(CheckpointError, match="not a safetensors index"):
+        CheckpointReader(sharded)
+
+
+def test_a_path_that_is_not_there() -> None:
+    with pytest.raises(CheckpointError, match="'/no/such/directory': no such directory"):
+        resolve_checkpoint("/no/such/directory")
+
+
+def test_a_hub_id_in_the_cache_is_found_without_a_network(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = "0" * 40
+    snapshot = tmp_path / "models--someone--model" / "snapshots" / commit
+    shutil.copytree(llama, snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert resolve_checkpoint("someone/model") == snapshot
+
+
+def test_a_hub_id_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(CheckpointError, match="'someone/missing': neither a directory nor a model the hub"):
+        resolve_checkpoint("someone/missing")
+
+
+def test_a_directory_is_complete_or_absent(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with pytest.raises(RuntimeError, match="half-way"), atomic_directory(target) as staging:
+        write_json(staging / "a.json", {})
+        raise RuntimeError("half-way")
+    assert list(tmp_path.iterdir()) == []
+    for value in (1, 2):
+        with atomic_directory(target) as staging:
+            write_json(staging / "a.json", {"value": value})
+    assert json.loads((target / "a.json").read_text()) == {"value": 2}
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_killed_writer_leaves_no_half_directory(tmp_path: Path) -> None:
+    """kill -9 in the middle of writing: the target is not there, and the next writer sweeps the remains."""
+    program = f"""
+        import os, signal
+        from lowrank_dist.checkpoint_io import atomic_directory
+        with atomic_directory({str(tmp_path / "out")!r}) as staging:
+            (staging / "part").write_text("x")
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=False)
+    assert done.returncode == -9
+    assert not (tmp_path / "out").exists()
+    with atomic_directory(tmp_path / "out") as staging:
+        write_json(staging / "a.json", {})
+    assert os.listdir(tmp_path) == ["out"]
+    assert os.listdir(tmp_path / "out") == ["a.json"]
+
+
+def test_a_full_disk_leaves_the_previous_directory(tmp_path: Path) -> None:
+    with atomic_directory(tmp_path / "out") as staging:
+        write_json(staging / "a.json", {"old": 1})
+    with pytest.raises(OSError, match="No space left"), atomic_directory(tmp_path / "out") as staging:
+        (staging / "full").symlink_to("/dev/full")
+        (staging / "full").write_text("x" * 100_000)
+    assert json.loads((tmp_path / "out" / "a.json").read_text()) == {"old": 1}
+    assert os.listdir(tmp_path) == ["out"]
