@@ -246,6 +246,7 @@ class PiSSAStrategy(DeepSpeedStrategy):
             quantization=None if self.quantization is None else str(self.quantization),
             starts_at_zero=self.init.starts_at_zero,
         )
+        module.strict_loading = False  # checkpoints hold the trained parameters only
         self._enable_checkpointing(backbone)
         if self.precision_plugin.precision == "bf16-mixed":
             autocast = torch.autocast(self.root_device.type, dtype=compute_dtype)
@@ -295,10 +296,12 @@ class PiSSAStrategy(DeepSpeedStrategy):
         """
         if self._writer is None:
             raise RuntimeError("PiSSAStrategy: there is no adapter before the model is set up (fit, validate or test)")
+        self.deepspeed_engine.empty_partition_cache()  # what was prefetched for a step that did not come
         self._writer.write(Path(self.broadcast(os.fspath(directory))))
 
     def lightning_module_state_dict(self) -> dict[str, Tensor]:
         """The trained parameters, whole, on rank 0; nothing of the frozen base. Collective."""
         assert self.lightning_module is not None
+        self.deepspeed_engine.empty_partition_cache()
         trained = [(n, p) for n, p in self.lightning_module.named_parameters() if p.requires_grad and is_partitioned(p)]
         return dict(gather_to_cpu(trained, max_bytes=2**28, keep=self.is_global_zero))

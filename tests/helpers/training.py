@@ -22,7 +22,7 @@ LR = 2e-3
 
 def tokens(steps: int = STEPS, length: int = 16) -> Tensor:
     """Token ids of every step's global batch, ``[steps, 12, length]``."""
-    return torch.randint(3, 256, (steps, GLOBAL_BATCH, length), generator=torch.Generator().manual_seed(7))
+    return torch.randint(3, 256, (STEPS, GLOBAL_BATCH, length), generator=torch.Generator().manual_seed(7))[:steps]
 
 
 class CausalLM(L.LightningModule):
@@ -55,9 +55,9 @@ class CausalLM(L.LightningModule):
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=LR)
 
 
-def loader(rank: int, world_size: int, steps: int = STEPS, micro_batches: int = 1) -> DataLoader:
-    """This rank's part of every global batch, in `micro_batches` parts."""
-    mine = tokens(steps).unflatten(1, (world_size, -1))[:, rank]
+def loader(rank: int, world_size: int, steps: int = STEPS, micro_batches: int = 1, first: int = 0) -> DataLoader:
+    """This rank's part of every global batch, in `micro_batches` parts, beginning with batch `first`."""
+    mine = tokens(steps).roll(-first, dims=0).unflatten(1, (world_size, -1))[:, rank]
     size = mine.shape[1] // micro_batches
     return DataLoader(TensorDataset(mine.flatten(0, 1)), batch_size=size)
 
@@ -108,6 +108,7 @@ def dense_state(strategy: PiSSAStrategy) -> dict[str, Tensor]:
     """All weights of a sharded model by PEFT's names, residuals decoded, factors as they were before training. Collective."""
     from lowrank_dist.layers import FrozenLinear
 
+    strategy.deepspeed_engine.empty_partition_cache()
     backbone, state = strategy._backbone, {}
     frozen = {name: module for name, module in backbone.named_modules() if isinstance(module, FrozenLinear)}
     for name, module in frozen.items():
