@@ -3,16 +3,13 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup ops demo test lint bench clean
+.PHONY: help setup demo test lint bench clean
 
 PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
-# ninja, which DeepSpeed looks for on PATH, lives in the environment's bin
+# console scripts and ninja (DeepSpeed builds its CUDA operators with it) live in the environment's bin
 RUN := env PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
-# a private directory: a build killed half-way leaves a lock that would hang every other user of a shared one
-export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
-
 help:
 	@echo "make demo    train QPiSSA on a small model with 2 CPU ranks, convert, evaluate with stock PEFT (runs/demo)"
 	@echo "make test    set up and run the tests"
@@ -27,15 +24,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 setup: $(INSTALLED)
 
-ops: $(INSTALLED)
-	@$(RUN) python scripts/prebuild_ops.py
-
-demo: ops
+demo: $(INSTALLED)
 	$(RUN) lowrank-dist demo --output runs/demo
 
 # one thread per rank: the distributed tests start several ranks on few cores
 test: export OMP_NUM_THREADS := 1
-test: ops
+test: $(INSTALLED)
 	$(RUN) python -m pytest $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
@@ -43,7 +37,7 @@ lint: $(INSTALLED)
 	$(RUN) ruff format --check .
 	$(RUN) mypy
 
-bench: ops
+bench: $(INSTALLED)
 	@shopt -s nullglob; files=(benchmarks/bench_*.py); \
 	if (($${#files[@]} == 0)); then echo "no benchmarks/bench_*.py yet: nothing to run"; fi; \
 	for file in "$${files[@]}"; do echo "== $$file"; $(RUN) python "$$file"; done

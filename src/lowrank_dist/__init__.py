@@ -1,4 +1,4 @@
-"""Distributed low-rank adaptation of models too big for one machine: PiSSA and its kin under Lightning and DeepSpeed."""
+"""Low-rank adaptation of models too big for one machine: PiSSA and its kin under Lightning and DeepSpeed ZeRO-3."""
 
 from __future__ import annotations
 

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lowrank_dist import __version__
 from peft import LoraConfig
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lowrank_dist import __version__
 from lowrank_dist.checkpoint_io import atomic_directory, write_json
 from lowrank_dist.comm import ShardGroup
 from lowrank_dist.convert import ADAPTER_DIR, INITIAL_DIR, LORA_DIR, MANIFEST, lora_config, to_lora, write_adapter

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: a streaming reader of sharded safetensors, and writers whose directories are complete or absent."""
+"""Checkpoints on disk: a streaming reader of sharded safetensors; writers whose output is complete or absent."""
 
 from __future__ import annotations
 
@@ -74,7 +74,9 @@ class CheckpointReader:
         held = {file: set(self._open(file).keys()) for file in sorted(set(self._file_of.values()))}
         for name, file in self._file_of.items():
             if name not in held[file]:
-                raise CheckpointError(f"{index_path}: names tensor {name}, which {file} does not hold; fetch both again")
+                raise CheckpointError(
+                    f"{index_path}: names tensor {name}, which {file} does not hold; fetch both again"
+                )
 
     def _open(self, file: str) -> Any:
         if file not in self._files:
@@ -85,7 +87,9 @@ class CheckpointReader:
                 self._files[file] = safe_open(path, framework="pt").__enter__()
             except SafetensorError as error:
                 size = path.stat().st_size
-                raise CheckpointError(f"{path}: {size} bytes, truncated or corrupt ({error}); fetch it again") from error
+                raise CheckpointError(
+                    f"{path}: {size} bytes, truncated or corrupt ({error}); fetch it again"
+                ) from error
         return self._files[file]
 
     def __contains__(self, name: object) -> bool:

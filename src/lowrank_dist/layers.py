@@ -29,7 +29,7 @@ class _FrozenLinearFunction(torch.autograd.Function):
         return x @ (weight if layer.input_first else weight.mT)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         stored = ctx.saved_tensors
         weight = ctx.layer.decode(stored, grad.dtype)
         return grad @ (weight.mT if ctx.layer.input_first else weight), None, *(None for _ in stored)

@@ -108,10 +108,12 @@ def _cholesky_pass(y: Tensor, group: ShardGroup) -> tuple[Tensor, Tensor | None]
     group.reduce_once(wide.mT @ wide, factor, _cholesky_or_nan)
     if bool(factor[0, 0].isnan()):
         return y, None
-    return torch.linalg.solve_triangular(factor.float(), y, upper=True, left=False), factor
+    q: Tensor = torch.linalg.solve_triangular(factor.float(), y, upper=True, left=False)
+    return q, factor
 
 
 def _cholesky_or_nan(gram: Tensor) -> Tensor:
+    factor: Tensor
     factor, info = torch.linalg.cholesky_ex(gram, upper=True)
     diagonal = factor.diagonal()
     if int(info) != 0 or not bool(diagonal.min() * _MAX_CONDITION > diagonal.max()):

@@ -257,9 +257,7 @@ class _Walk:
         self, planned: PlannedMatrix, partition: RowPartition, residual: ResidualFormat, decomposition: Decomposition
     ) -> None:
         layer: Any = self.backbone.get_submodule(planned.layer)
-        frozen = FrozenLinear(
-            partition, residual, compute_dtype=self.compute_dtype, input_first=planned.input_first
-        )
+        frozen = FrozenLinear(partition, residual, compute_dtype=self.compute_dtype, input_first=planned.input_first)
         for name, storage in residual.storages(partition).items():
             shard = decomposition.residual.shards[name]
             shape = (storage.shard_numel * self.group.size,)
@@ -270,19 +268,18 @@ class _Walk:
     def place_factors(self, planned: PlannedMatrix, partition: RowPartition, decomposition: Decomposition) -> None:
         layer: Any = self.backbone.get_submodule(planned.layer)
         left, right = decomposition.factors.left, decomposition.factors.right
-        if planned.input_first:
-            factors = {"lora_A": self.whole_left(left, partition).mT, "lora_B": right.mT}
-        else:
-            factors = {"lora_A": right, "lora_B": None}
-        for child, whole in factors.items():
+        # Without padding, a rank's rows of B are its flat partition of B: nothing needs to be gathered.
+        rows_are_shard = not planned.input_first and partition.padded_rows == partition.rows
+        if not rows_are_shard:
+            left = self.whole_left(left, partition)
+        a, b = (left.mT, right.mT) if planned.input_first else (right, left)
+        for child, factor in (("lora_A", a), ("lora_B", b)):
             name = f"{planned.layer}.{child}.{ADAPTER}.weight"
             shape = getattr(layer, child)[ADAPTER].weight.shape
-            if whole is None and partition.padded_rows == partition.rows:
-                shard = left.flatten()  # a block of rows of B is its flat partition
-            else:
-                whole = self.whole_left(left, partition) if whole is None else whole
+            shard = factor.flatten()
+            if not (rows_are_shard and factor is b):
                 flat = FlatPartition(numel=shape.numel(), world_size=self.group.size)
-                shard = whole.flatten()[slice(*flat.bounds(self.group.rank))]
+                shard = shard[slice(*flat.bounds(self.group.rank))]
             parameter = self.partitioner.parameter(
                 shape, self.factor_dtype, shard.to(self.factor_dtype), requires_grad=True
             )
@@ -354,7 +351,11 @@ class _Walk:
             )
         std = getattr(self.backbone.config, "initializer_range", 0.02)
         generator = torch.Generator().manual_seed(seed_from_name(name))
-        return torch.randn(parameter.shape, generator=generator) * std if leaf == "weight" else torch.zeros(parameter.shape)
+        return (
+            torch.randn(parameter.shape, generator=generator) * std
+            if leaf == "weight"
+            else torch.zeros(parameter.shape)
+        )
 
     def buffers(self, planned: list[PlannedTensor]) -> None:
         """Load persistent buffers: read by rank 0, replicated."""

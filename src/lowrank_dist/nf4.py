@@ -13,7 +13,7 @@ section 3; arXiv:2305.14314.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -33,7 +33,8 @@ BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 def _bitsandbytes() -> ModuleType:
     import bitsandbytes.functional
 
-    return bitsandbytes.functional
+    module: ModuleType = bitsandbytes.functional
+    return module
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +109,7 @@ class NF4:
             shards |= {"weight_absmax": codes, "weight_nested": mine.view(torch.uint8)}
         else:
             shards["weight_absmax"] = absmax.view(torch.uint8)
-        decoded = _dequantize(shards["weight_packed"], absmax, self.block_size, tuple(rows.shape), torch.float32)
+        decoded = _dequantize(shards["weight_packed"], absmax, self.block_size, rows.shape, torch.float32)
         return Encoded(shards=shards, decoded=decoded[: block.shape[0]])
 
     def decode(self, stored: Mapping[str, Tensor], partition: RowPartition, dtype: torch.dtype) -> Tensor:
@@ -126,7 +127,7 @@ def _nested_partition(partition: RowPartition) -> FlatPartition:
     return FlatPartition(numel=1 + -(-partition.blocks // NESTED_BLOCK), world_size=partition.world_size)
 
 
-def _dequantize(packed: Tensor, absmax: Tensor, block_size: int, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+def _dequantize(packed: Tensor, absmax: Tensor, block_size: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     if shape[0] == 0:
         return torch.empty(shape, dtype=dtype, device=packed.device)
     # Blocks run over the flattened matrix: only rows of whole blocks may be handed over as rows.
@@ -167,7 +168,9 @@ def _quantize_absmax(absmax: Tensor, partition: RowPartition, group: ShardGroup)
         whole = second[start:stop].repeat_interleave(NESTED_BLOCK)
         mine = slice(first - start * NESTED_BLOCK, last - start * NESTED_BLOCK)
         whole[mine] = centred
-        quantized, _ = torch.ops.bitsandbytes.quantize_blockwise.default(whole, _dynamic_map(whole.device), NESTED_BLOCK)
+        quantized, _ = torch.ops.bitsandbytes.quantize_blockwise.default(
+            whole, _dynamic_map(whole.device), NESTED_BLOCK
+        )
         codes[: last - first] = quantized[mine]
     return codes, torch.cat([offset, second])
 

@@ -6,7 +6,6 @@ the same error.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -34,7 +33,7 @@ _UNSUPPORTED_OPTIONS = {
 
 
 class ModelError(ValueError):
-    """A model or an adapter configuration that cannot be trained as asked; the message names the layer and the remedy."""
+    """A model or adapter configuration that cannot be trained as asked; the message names layer and remedy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +96,7 @@ def meta_parameters() -> AbstractContextManager[None]:
     """Inside, parameters are created on the meta device; buffers (rotary frequencies, ...) are real."""
     from accelerate import init_empty_weights
 
-    return init_empty_weights(include_buffers=False)  # type: ignore[no-any-return]
+    return init_empty_weights(include_buffers=False)
 
 
 def find_backbone(module: nn.Module) -> tuple[str, PreTrainedModel]:
@@ -119,15 +118,17 @@ def find_backbone(module: nn.Module) -> tuple[str, PreTrainedModel]:
             "`self.model = AutoModelForCausalLM.from_config(config)`"
         )
     if len(found) > 1:
-        raise ModelError(f"{owner} holds {len(found)} transformers models ({', '.join(n for n, _ in found)}); one is supported")
+        raise ModelError(
+            f"{owner} holds {len(found)} transformers models ({', '.join(n for n, _ in found)}); one is supported"
+        )
     name, backbone = found[0]
     backbone.tie_weights()  # creation on meta breaks ties
     inside = {id(p) for p in backbone.parameters()}
     for parameter_name, parameter in module.named_parameters():
         if id(parameter) not in inside:
             raise ModelError(
-                f"{owner}.{parameter_name} is outside the transformers model {name!r}: no checkpoint holds it; move it into "
-                "a model class with a head (AutoModelForSequenceClassification, ...) and list the head in modules_to_save"
+                f"{owner}.{parameter_name} is outside the transformers model {name!r}: no checkpoint holds it; use a "
+                "model class with a head (AutoModelForSequenceClassification, ...) and list it in modules_to_save"
             )
         if parameter.device.type != "meta":
             raise ModelError(
@@ -147,7 +148,9 @@ def inject_adapter(backbone: PreTrainedModel, adapter: LoraConfig) -> None:
     """
     for option, reason in _UNSUPPORTED_OPTIONS.items():
         if getattr(adapter, option, None):
-            raise ModelError(f"LoraConfig.{option}={getattr(adapter, option)!r} is not supported: {reason}; leave it unset")
+            raise ModelError(
+                f"LoraConfig.{option}={getattr(adapter, option)!r} is not supported: {reason}; leave it unset"
+            )
     if adapter.bias != "none":
         raise ModelError(f"LoraConfig.bias={adapter.bias!r} is not supported: biases stay frozen; use bias='none'")
     if adapter.init_lora_weights not in (True, False):
@@ -159,10 +162,12 @@ def inject_adapter(backbone: PreTrainedModel, adapter: LoraConfig) -> None:
     try:
         inject_adapter_in_model(adapter, backbone, adapter_name=ADAPTER, low_cpu_mem_usage=True)
     except ValueError as error:
-        linears = sorted({n.rsplit(".", 1)[-1] for n, m in backbone.named_modules() if isinstance(m, nn.Linear | Conv1D)})
+        linears = sorted(
+            {n.rsplit(".", 1)[-1] for n, m in backbone.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+        )
         raise ModelError(
-            f"LoraConfig.target_modules={adapter.target_modules!r} cannot be applied to {type(backbone).__name__}: {error} "
-            f"Linear layers of this model: {', '.join(linears)}"
+            f"LoraConfig.target_modules={adapter.target_modules!r} cannot be applied to {type(backbone).__name__}: "
+            f"{error} Linear layers of this model: {', '.join(linears)}"
         ) from error
 
 
@@ -177,41 +182,62 @@ def plan_walk(backbone: PreTrainedModel, reader: CheckpointReader) -> Plan:
     """
     if getattr(backbone.config, "quantization_config", None) is not None:
         raise ModelError(f"{reader.directory} is quantized already; pass the checkpoint it was made from")
-    keys = _KeyResolver(backbone, reader)
-    problems: list[str] = []
-    plan = Plan()
-    planned: set[int] = set()
+    planner = _Planner(backbone, reader)
+    planner.adapted_layers()
+    planner.other_parameters()
+    planner.persistent_buffers()
+    problems = planner.problems
+    if problems:
+        shown = "\n  ".join(problems[:5])
+        more = f"\n  ... and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ModelError(f"{type(backbone).__name__} cannot be set up from {reader.directory}:\n  {shown}{more}")
+    return planner.plan
 
-    names_of: dict[int, list[str]] = {}
-    for name, parameter in backbone.named_parameters(remove_duplicate=False):
-        names_of.setdefault(id(parameter), []).append(name)
 
-    for name, layer in backbone.named_modules():
-        if not isinstance(layer, BaseTunerLayer):
-            continue
-        planned |= {id(p) for p in _adapter_parameters(layer)}
-        base = layer.get_base_layer()
+class _Planner:
+    """Builds a plan, and collects everything that stands against it."""
+
+    def __init__(self, backbone: PreTrainedModel, reader: CheckpointReader) -> None:
+        self.backbone = backbone
+        self.keys = _KeyResolver(backbone, reader)
+        self.plan = Plan()
+        self.problems: list[str] = []
+        self._done: set[int] = set()  # parameters that belong to adapted layers
+        self._names: dict[int, list[str]] = {}
+        for name, parameter in backbone.named_parameters(remove_duplicate=False):
+            self._names.setdefault(id(parameter), []).append(name)
+
+    def adapted_layers(self) -> None:
+        for name, layer in self.backbone.named_modules():
+            if isinstance(layer, BaseTunerLayer):
+                base = layer.get_base_layer()
+                self._done |= {id(p) for p in layer.parameters()} - {id(p) for p in base.parameters()}
+                problem = self._adapted_layer(name, layer, base)
+                if problem is not None:
+                    self.problems.append(problem)
+
+    def _adapted_layer(self, name: str, layer: LoraLinear, base: nn.Linear) -> str | None:
         if not isinstance(layer, LoraLinear) or not isinstance(base, nn.Linear | Conv1D):
-            problems.append(f"{name} is a {type(base).__name__}: only Linear and Conv1D layers are decomposed; drop it from target_modules")
-            continue
-        planned.add(id(base.weight))
-        others = [n for n in names_of[id(base.weight)] if n != f"{name}.base_layer.weight"]
-        if others:
-            problems.append(f"{name}.weight is tied to {_plain(others[0])}; untie them or drop {name} from target_modules")
-            continue
-        key = keys.find(f"{name}.weight")
-        problem = keys.check(f"{name}.weight", key, base.weight)
-        rows, columns = base.weight.shape
-        rank = layer.r[ADAPTER]
-        if problem is None and rank > min(rows, columns):
-            problem = (
-                f"rank={rank} exceeds min(out, in)={min(rows, columns)} of {name}; lower r (or rank_pattern) or drop it "
-                "from target_modules"
+            return (
+                f"{name} is a {type(base).__name__}: only Linear and Conv1D layers are decomposed; drop it from "
+                "target_modules"
             )
+        weight = base.weight
+        self._done.add(id(weight))
+        others = [other for other in self._names[id(weight)] if other != f"{name}.base_layer.weight"]
+        if others:
+            return f"{name}.weight is tied to {_plain(others[0])}; untie them or drop {name} from target_modules"
+        key = self.keys.find(f"{name}.weight")
+        problem = self.keys.check(f"{name}.weight", key, weight)
         if problem is not None or key is None:
-            problems.append(str(problem))
-            continue
-        plan.matrices.append(
+            return problem
+        (rows, columns), rank = weight.shape, layer.r[ADAPTER]
+        if rank > min(rows, columns):
+            return (
+                f"rank={rank} exceeds min(out, in)={min(rows, columns)} of {name}; lower r (or rank_pattern) or drop "
+                "it from target_modules"
+            )
+        self.plan.matrices.append(
             PlannedMatrix(
                 layer=name,
                 key=key,
@@ -222,36 +248,29 @@ def plan_walk(backbone: PreTrainedModel, reader: CheckpointReader) -> Plan:
                 scaling=layer.scaling[ADAPTER],
             )
         )
+        return None
 
-    saved = tuple(f"{n}." for n, m in backbone.named_modules() if isinstance(m, ModulesToSaveWrapper))
-    for name, parameter in backbone.named_parameters():
-        if id(parameter) in planned:
-            continue
-        key = keys.find(name)
-        may_be_new = name.startswith(saved) if saved else False
-        problem = None if key is None and may_be_new else keys.check(name, key, parameter)
-        if problem is not None:
-            problems.append(problem)
-        plan.parameters.append(
-            PlannedTensor(names=tuple(names_of[id(parameter)]), key=key, trainable=parameter.requires_grad)
-        )
-    persistent = backbone.state_dict(keep_vars=True)
-    for name, buffer in backbone.named_buffers():
-        if name in persistent and (key := keys.find(name)) is not None:
-            problem = keys.check(name, key, buffer)
-            if problem is not None:
-                problems.append(problem)
-            plan.buffers.append(PlannedTensor(names=(name,), key=key))
-    if problems:
-        shown = "\n  ".join(problems[:5])
-        more = f"\n  ... and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ModelError(f"{type(backbone).__name__} cannot be set up from {reader.directory}:\n  {shown}{more}")
-    return plan
+    def other_parameters(self) -> None:
+        wrappers = [n for n, m in self.backbone.named_modules() if isinstance(m, ModulesToSaveWrapper)]
+        may_be_new = tuple(f"{wrapper}." for wrapper in wrappers)
+        for name, parameter in self.backbone.named_parameters():
+            if id(parameter) in self._done:
+                continue
+            key = self.keys.find(name)
+            problem = self.keys.check(name, key, parameter)
+            if problem is not None and not (key is None and name.startswith(may_be_new)):
+                self.problems.append(problem)
+            names = tuple(self._names[id(parameter)])
+            self.plan.parameters.append(PlannedTensor(names=names, key=key, trainable=parameter.requires_grad))
 
-
-def _adapter_parameters(layer: BaseTunerLayer) -> Iterator[Tensor]:
-    base = {id(p) for p in layer.get_base_layer().parameters()}
-    return (p for p in layer.parameters() if id(p) not in base)  # type: ignore[attr-defined]
+    def persistent_buffers(self) -> None:
+        persistent = self.backbone.state_dict(keep_vars=True)
+        for name, buffer in self.backbone.named_buffers():
+            if name in persistent and (key := self.keys.find(name)) is not None:
+                problem = self.keys.check(name, key, buffer)
+                if problem is not None:
+                    self.problems.append(problem)
+                self.plan.buffers.append(PlannedTensor(names=(name,), key=key))
 
 
 def _plain(name: str) -> str:

@@ -108,8 +108,8 @@ class PiSSAStrategy(DeepSpeedStrategy):
         for option in deepspeed_options:
             if option not in known or option == "stage":
                 raise ValueError(
-                    f"PiSSAStrategy: unknown option {option}={deepspeed_options[option]!r}; beside its own it takes those of "
-                    f"DeepSpeedStrategy except stage: {', '.join(sorted(set(known) - {'self', 'stage'}))}"
+                    f"PiSSAStrategy: unknown option {option}={deepspeed_options[option]!r}; beside its own it takes "
+                    f"those of DeepSpeedStrategy except stage: {', '.join(sorted(set(known) - {'self', 'stage'}))}"
                 )
         if not isinstance(adapter, LoraConfig):
             raise ValueError(f"PiSSAStrategy: adapter must be a peft.LoraConfig, not {type(adapter).__name__}")
@@ -135,11 +135,13 @@ class PiSSAStrategy(DeepSpeedStrategy):
             self._chosen |= set(self._deepspeed_config.get("zero_optimization", {}))
         zero = self._deepspeed_config.setdefault("zero_optimization", {})
         if zero.setdefault("stage", 3) != 3:
-            raise ValueError(f"PiSSAStrategy: the DeepSpeed config sets zero_optimization.stage={zero['stage']}; it must be 3")
+            raise ValueError(
+                f"PiSSAStrategy: the DeepSpeed config sets zero_optimization.stage={zero['stage']}; it must be 3"
+            )
         if zero.get("offload_param", {}).get("device") == "nvme":
             raise ValueError(
-                "PiSSAStrategy: parameters cannot be offloaded to 'nvme', only to 'cpu' (offload_parameters=True): partitions "
-                "are written in place"
+                "PiSSAStrategy: parameters cannot be offloaded to 'nvme', only to 'cpu' (offload_parameters=True): "
+                "partitions are written in place"
             )
         self.init.check(self._residual_format(torch.float32))
 
@@ -148,7 +150,9 @@ class PiSSAStrategy(DeepSpeedStrategy):
     def setup_environment(self) -> None:
         precision = self.precision_plugin.precision
         if precision not in PRECISIONS:
-            raise ValueError(f"PiSSAStrategy: precision={precision!r} is not supported; use one of {', '.join(PRECISIONS)}")
+            raise ValueError(
+                f"PiSSAStrategy: precision={precision!r} is not supported; use one of {', '.join(PRECISIONS)}"
+            )
         if isinstance(self.accelerator, CPUAccelerator):
             use_cpu_accelerator()
         DDPStrategy.setup_environment(self)  # DeepSpeedStrategy's own refuses every accelerator but CUDA
@@ -175,7 +179,8 @@ class PiSSAStrategy(DeepSpeedStrategy):
 
     def setup(self, trainer: Trainer) -> None:
         self._init_config_if_needed()
-        assert self.accelerator is not None and self.lightning_module is not None
+        assert self.accelerator is not None
+        assert self.lightning_module is not None
         self.accelerator.setup(trainer)
         # Unlike the parent, no precision_plugin.convert_module: parameters are made in their dtypes, and rotary
         # frequencies and other buffers must keep theirs.
@@ -216,7 +221,8 @@ class PiSSAStrategy(DeepSpeedStrategy):
             _, backbone = find_backbone(module)
             if self.gradient_checkpointing and not backbone.supports_gradient_checkpointing:
                 raise ModelError(
-                    f"{type(backbone).__name__} does not support gradient checkpointing; pass gradient_checkpointing=False"
+                    f"{type(backbone).__name__} does not support gradient checkpointing; pass "
+                    "gradient_checkpointing=False"
                 )
             reader = CheckpointReader(resolve_checkpoint(self.pretrained, revision=self.revision))
             inject_adapter(backbone, self.adapter)
@@ -250,7 +256,7 @@ class PiSSAStrategy(DeepSpeedStrategy):
         self._enable_checkpointing(backbone)
         if self.precision_plugin.precision == "bf16-mixed":
             autocast = torch.autocast(self.root_device.type, dtype=compute_dtype)
-            backbone.forward = autocast(backbone.forward)  # type: ignore[method-assign]
+            backbone.forward = autocast(backbone.forward)
         self._tune(backbone)
         report = result.report
         rank_zero_info(

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.ranks import run_ranks_catching
-from helpers.training import CausalLM, loader, make_strategy, make_trainer
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from helpers.ranks import run_ranks_catching
+from helpers.training import CausalLM, loader, make_strategy, make_trainer
 from lowrank_dist import NF4, AdapterCheckpoint, PiSSA
 from lowrank_dist.checkpoint_io import INDEX_NAME
 
@@ -136,11 +136,20 @@ def test_rank_above_the_short_side(llama: Path, tmp_path: Path) -> None:
 
 
 def test_target_that_matches_nothing(llama: Path, tmp_path: Path) -> None:
-    refused(llama, tmp_path, "no_such_layer", "Linear layers of this model: ", "q_proj", adapter={"target_modules": ["no_such_layer"]})
+    refused(
+        llama,
+        tmp_path,
+        "no_such_layer",
+        "Linear layers of this model: ",
+        "q_proj",
+        adapter={"target_modules": ["no_such_layer"]},
+    )
 
 
 def test_tied_target(llama: Path, tmp_path: Path) -> None:
-    refused(llama, tmp_path, "lm_head.weight is tied to model.embed_tokens.weight", adapter={"target_modules": ["lm_head"]})
+    refused(
+        llama, tmp_path, "lm_head.weight is tied to model.embed_tokens.weight", adapter={"target_modules": ["lm_head"]}
+    )
 
 
 def test_embedding_target(llama: Path, tmp_path: Path) -> None:
@@ -190,7 +199,12 @@ def test_model_not_built_as_it_must_be(llama: Path, tmp_path: Path, module: Any,
 
 @pytest.mark.parametrize("precision", ["16-true", "16-mixed"])
 def test_fp16(llama: Path, tmp_path: Path, precision: str) -> None:
-    refused(llama, tmp_path, f"precision={precision!r} is not supported; use one of 32-true, bf16-true, bf16-mixed", precision=precision)
+    refused(
+        llama,
+        tmp_path,
+        f"precision={precision!r} is not supported; use one of 32-true, bf16-true, bf16-mixed",
+        precision=precision,
+    )
 
 
 @pytest.mark.parametrize(

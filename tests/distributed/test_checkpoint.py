@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.ranks import run_ranks, run_ranks_catching
-from helpers.training import STEPS, CausalLM, dense_state, fit, loader, make_strategy, make_trainer
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from helpers.ranks import run_ranks, run_ranks_catching
+from helpers.training import STEPS, CausalLM, dense_state, fit, loader, make_strategy, make_trainer
 from lowrank_dist import AdapterCheckpoint, LoftQ, LoRA, convert_checkpoint
 from lowrank_dist.checkpoint_io import CheckpointReader
 
@@ -50,7 +50,9 @@ def logits_of(base: Path, adapter: Path, ids: Tensor) -> Tensor:
         return model(input_ids=ids).logits
 
 
-@pytest.mark.parametrize("adapter", [{}, {"use_rslora": True}, {"rank_pattern": {"k_proj": 2}, "alpha_pattern": {"k_proj": 7}}], ids=str)
+@pytest.mark.parametrize(
+    "adapter", [{}, {"use_rslora": True}, {"rank_pattern": {"k_proj": 2}, "alpha_pattern": {"k_proj": 7}}], ids=str
+)
 def test_converted_lora_on_the_base_is_the_trained_model(llama: Path, tmp_path: Path, adapter: dict[str, Any]) -> None:
     """Without quantization: equal to fp32 rounding of sums over the layers, under stock transformers + PEFT."""
     config = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **adapter})
@@ -58,7 +60,9 @@ def test_converted_lora_on_the_base_is_the_trained_model(llama: Path, tmp_path: 
     converted = convert_checkpoint(tmp_path / f"step={STEPS}", tmp_path / "converted")
     for result in results:
         for directory in (tmp_path / f"step={STEPS}" / "lora", converted):
-            torch.testing.assert_close(logits_of(llama, directory, result["ids"]), result["logits"], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                logits_of(llama, directory, result["ids"]), result["logits"], rtol=1e-4, atol=1e-4
+            )
     before = AutoModelForCausalLM.from_pretrained(llama)(results[0]["ids"]).logits
     assert (results[0]["logits"] - before).abs().max() > 0.05  # training changed something to be converted
 
@@ -91,7 +95,11 @@ def test_a_checkpoint_holds_adapters_only(llama: Path, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step=4", "step=8"]
     assert result["best"] == str(tmp_path / "step=8")
     files = sorted(str(p.relative_to(tmp_path / "step=8")) for p in (tmp_path / "step=8").rglob("*") if p.is_file())
-    adapters = [f"{d}/{f}" for d in ("adapter", "adapter_init", "lora") for f in ("adapter_config.json", "adapter_model.safetensors")]
+    adapters = [
+        f"{d}/{f}"
+        for d in ("adapter", "adapter_init", "lora")
+        for f in ("adapter_config.json", "adapter_model.safetensors")
+    ]
     assert files == sorted([*adapters, "lowrank_dist.json"])
     for directory in ("adapter", "adapter_init", "lora"):
         names = set(load_file(tmp_path / "step=8" / directory / "adapter_model.safetensors"))
@@ -131,7 +139,7 @@ def killed_while_writing(pretrained: Path, output: Path) -> None:
 
 
 def test_a_rank_killed_while_writing_leaves_nothing_half_written(llama: Path, tmp_path: Path) -> None:
-    """kill -9 of the writer: no checkpoint directory appears, the other rank ends too, the next run sweeps and saves."""
+    """kill -9 of the writer: no checkpoint appears, the other rank ends too, the next run sweeps and saves."""
     outcomes = run_ranks_catching(2, killed_while_writing, llama, tmp_path, timeout=120)
     assert all(error is not None for _, error in outcomes)
     assert not [p for p in tmp_path.iterdir() if not p.name.startswith(".")]

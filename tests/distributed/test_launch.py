@@ -1,4 +1,4 @@
-"""One YAML launched by Lightning itself, by torchrun and under SLURM's environment; then converted and loaded by PEFT."""
+"""One YAML launched by Lightning itself, by torchrun and under SLURM's environment; then loaded by stock PEFT."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.sft import byte_level_tokenizer, tiny_llama, write_jsonl
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
+
+from helpers.sft import byte_level_tokenizer, tiny_llama, write_jsonl
 
 CONFIG = Path(__file__).parents[2] / "configs" / "smollm2-135m_qpissa_2cpu.yaml"
 CLI = ["-m", "lowrank_dist.cli"]

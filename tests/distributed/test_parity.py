@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.ranks import run_ranks
-from helpers.training import LR, STEPS, CausalLM, dense_state, fit, loader, make_strategy, make_trainer, tokens
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from helpers.ranks import run_ranks
+from helpers.training import STEPS, CausalLM, dense_state, fit, loader, make_strategy, make_trainer, train_plainly
 from lowrank_dist import LoRA, PiSSA
 
 CHECKPOINTING = {
@@ -25,27 +25,6 @@ CHECKPOINTING = {
 def train_sharded(pretrained: Path, precision: str, options: dict[str, Any]) -> tuple[list[float], dict[str, Tensor]]:
     module, trainer = fit(pretrained, precision=precision, **options)
     return module.losses, dense_state(trainer.strategy)
-
-
-def train_plainly(pretrained: Path, state: dict[str, Tensor], clip: float | None = None) -> list[float]:
-    """The same weights in stock transformers + PEFT, one process, AdamW, the global batch at once."""
-    model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32)
-    inject_adapter_in_model(LoraConfig(r=4, lora_alpha=4, target_modules="all-linear"), model)
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    assert not missing
-    assert not unexpected
-    trained = [p for n, p in model.named_parameters() if "lora_" in n]
-    optimizer = torch.optim.AdamW(trained, lr=LR)
-    losses = []
-    for ids in tokens():
-        optimizer.zero_grad()
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        if clip is not None:
-            torch.nn.utils.clip_grad_norm_(trained, clip)
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from helpers.models import ARCHITECTURES, save_checkpoint
-from helpers.ranks import run_ranks
-from helpers.training import STEPS, CausalLM, loader, make_strategy, make_trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
+from helpers.models import ARCHITECTURES, save_checkpoint
+from helpers.ranks import run_ranks
+from helpers.training import STEPS, CausalLM, loader, make_strategy, make_trainer
 from lowrank_dist import NF4, LoftQ, LoRA, PiSSA
 from lowrank_dist.checkpoint_io import CheckpointReader
 from lowrank_dist.comm import ShardGroup
@@ -46,9 +47,7 @@ def svd_of_rows(rows: int, columns: int, rank: int) -> tuple[Tensor, Tensor, Ten
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
 def test_svd_does_not_depend_on_the_world_size(rows: int, columns: int, world_size: int) -> None:
     """Sums over the ranks are taken in another order: fp32 rounding, amplified by the gap between singular values."""
-    whole = randomized_svd(
-        weight(rows, columns), 3, rows=rows, group=ShardGroup.single(), seed=1, power_iterations=8
-    )
+    whole = randomized_svd(weight(rows, columns), 3, rows=rows, group=ShardGroup.single(), seed=1, power_iterations=8)
     parts = run_ranks(world_size, svd_of_rows, rows, columns, 3)
     torch.testing.assert_close(torch.cat([u for u, _, _ in parts]), whole.u, rtol=0, atol=1e-4)
     for _, s, vh in parts:
@@ -81,7 +80,7 @@ def decompose_rows(method: Any, fmt: Any, rows: int, columns: int) -> tuple[Tens
 def test_shards_equal_bitsandbytes_on_the_whole_residual(
     method: Any, double_quant: bool, rows: int, columns: int
 ) -> None:
-    """Bit for bit: the residual that the ranks formed, put together and quantized whole, has the bytes of the shards."""
+    """Bit for bit: the residual that the ranks formed, put together and quantized whole, has the shards' bytes."""
     fmt = NF4(double_quant=double_quant)
     for world_size in (1, 2, 3, 4):
         parts = run_ranks(world_size, decompose_rows, method, fmt, rows, columns)
@@ -144,7 +143,8 @@ def test_an_idle_rank_holds_its_part_and_padding(llama: Path, world_size: int, d
         for rows, columns, rows_per_rank in result["matrices"]:
             assert rows_per_rank * world_size - rows < world_size * 64
             blocks = rows_per_rank * columns // 64
-            nested = -(-(1 + -(-(-(-rows * columns // 64)) // 256)) // world_size) * 4
+            maxima = 1 + math.ceil(math.ceil(rows * columns / 64) / 256)  # the offset and the second level
+            nested = math.ceil(maxima / world_size) * 4
             expected += blocks * 32 + (blocks + nested if double_quant else blocks * 4)
         assert result["stored"] == expected == result["report"].residual_bytes_per_rank
         assert result["live"] == 0

@@ -27,7 +27,15 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "mistral": _SMALL,
     "gemma": {**_SMALL, "head_dim": 16},
     "phi": _SMALL,
-    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 256, "n_positions": 128, "bos_token_id": 1, "eos_token_id": 2},
+    "gpt2": {
+        "n_embd": 64,
+        "n_layer": 2,
+        "n_head": 4,
+        "vocab_size": 256,
+        "n_positions": 128,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
 }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -73,7 +73,9 @@ def make_strategy(pretrained: Path, **options: Any) -> PiSSAStrategy:
     return PiSSAStrategy(pretrained, **{**defaults, **options})
 
 
-def make_trainer(strategy: PiSSAStrategy, *, precision: Any = "32-true", steps: int = STEPS, **options: Any) -> L.Trainer:
+def make_trainer(
+    strategy: PiSSAStrategy, *, precision: Any = "32-true", steps: int = STEPS, **options: Any
+) -> L.Trainer:
     """A quiet Trainer over the ranks of the test."""
     return L.Trainer(
         strategy=strategy,
@@ -101,11 +103,17 @@ def fit(pretrained: Path, *, precision: str = "32-true", steps: int = STEPS, **o
     return module, trainer
 
 
-_TRAINER_OPTIONS = ("accumulate_grad_batches", "gradient_clip_val", "callbacks", "default_root_dir", "enable_checkpointing")
+_TRAINER_OPTIONS = (
+    "accumulate_grad_batches",
+    "gradient_clip_val",
+    "callbacks",
+    "default_root_dir",
+    "enable_checkpointing",
+)
 
 
 def dense_state(strategy: PiSSAStrategy) -> dict[str, Tensor]:
-    """All weights of a sharded model by PEFT's names, residuals decoded, factors as they were before training. Collective."""
+    """All weights by PEFT's names, residuals decoded, factors as they were before training. Collective."""
     from lowrank_dist.layers import FrozenLinear
 
     strategy.deepspeed_engine.empty_partition_cache()
@@ -123,3 +131,24 @@ def dense_state(strategy: PiSSAStrategy) -> dict[str, Tensor]:
     for name, tensor in strategy._writer._gather_initial(keep=True):
         state[name.removeprefix("base_model.model.").replace(".weight", ".default.weight")] = tensor
     return state
+
+
+def train_plainly(pretrained: Path, state: dict[str, Tensor], clip: float | None = None) -> list[float]:
+    """The same weights in stock transformers + PEFT, one process, AdamW, the global batch at once."""
+    model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32)
+    inject_adapter_in_model(LoraConfig(r=4, lora_alpha=4, target_modules="all-linear"), model)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not missing
+    assert not unexpected
+    trained = [p for n, p in model.named_parameters() if "lora_" in n]
+    optimizer = torch.optim.AdamW(trained, lr=LR)
+    losses = []
+    for ids in tokens():
+        optimizer.zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(trained, clip)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses

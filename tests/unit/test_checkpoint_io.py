@@ -95,7 +95,9 @@ def test_a_path_that_is_not_there() -> None:
         resolve_checkpoint("/no/such/directory")
 
 
-def test_a_hub_id_in_the_cache_is_found_without_a_network(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_in_the_cache_is_found_without_a_network(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     commit = "0" * 40
     snapshot = tmp_path / "models--someone--model" / "snapshots" / commit
     shutil.copytree(llama, snapshot)

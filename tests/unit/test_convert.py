@@ -55,7 +55,14 @@ def scalings(model: Any) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-@pytest.mark.parametrize("patterns", [{}, {"rank_pattern": {"q_proj": 3}}, {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"q_proj": 10, "v_proj": 5}}])
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        {},
+        {"rank_pattern": {"q_proj": 3}},
+        {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"q_proj": 10, "v_proj": 5}},
+    ],
+)
 def test_every_module_keeps_its_scaling(llama: Path, rslora: bool, patterns: dict[str, Any]) -> None:
     config = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj"], use_rslora=rslora, **patterns)
     before = scalings(get_peft_model(AutoModelForCausalLM.from_pretrained(llama), config))

@@ -47,8 +47,8 @@ def test_shards_are_the_bytes_of_the_whole(rows: int, columns: int, world_size: 
 
 @pytest.mark.parametrize(("rows", "columns"), [(64, 64), (300, 128), (576, 1536), (37, 36)])
 def test_double_quantization_has_bitsandbytes_codes(rows: int, columns: int) -> None:
-    """The offset is the mean of all maxima, summed in fp64 here and in fp32 there (in an order of the device's own): one
-    unit of rounding apart. Given the offset, everything is equal bit for bit.
+    """The offset is the mean of all maxima, summed in fp64 here and in fp32 there (in the device's own order): one unit
+    of rounding apart. Given the offset, everything is equal bit for bit.
     """
     w = weight(rows, columns)
     partition = RowPartition(rows=rows, columns=columns, world_size=1, block=64)

@@ -24,8 +24,8 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     The last step of a fit is saved too, whatever the interval (unless ``save_top_k=0`` or a ``monitor`` decides).
 
-    Takes the arguments of `lightning.pytorch.callbacks.ModelCheckpoint` (``dirpath``, ``every_n_train_steps``, ``monitor``,
-    ``save_top_k``, ``save_last``, ...) with the same meaning.
+    Takes the arguments of `lightning.pytorch.callbacks.ModelCheckpoint` (``dirpath``, ``every_n_train_steps``,
+    ``monitor``, ``save_top_k``, ``save_last``, ...) with the same meaning.
 
     Raises
     ------

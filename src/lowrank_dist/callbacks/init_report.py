@@ -41,18 +41,19 @@ class InitReport(Callback):
 
 
 def as_table(report: Measurements) -> str:
-    """One line per layer type: matrices, shape, rank, relative error of the model at step 0, error reduction, seconds."""
+    """One line per layer type: matrices, shape, rank, relative error at step 0, error reduction, seconds."""
     groups: dict[tuple[str, int, int, int], list[MatrixReport]] = defaultdict(list)
     for matrix in report.matrices:
         groups[matrix.name.rsplit(".", 1)[-1], matrix.rows, matrix.columns, matrix.rank].append(matrix)
-    lines = [f"{'layer':<16}{'matrices':>9}{'shape':>15}{'rank':>6}{'rel. error':>12}{'error reduction':>17}{'seconds':>9}"]
+    lines = [
+        f"{'layer':<16}{'matrices':>9}{'shape':>15}{'rank':>6}{'rel. error':>12}{'error reduction':>17}{'seconds':>9}"
+    ]
     for (layer, rows, columns, rank), members in sorted(groups.items()):
         error = _mean([m.error / m.norm if m.norm else 0.0 for m in members])
         reduction = _mean([m.error_reduction for m in members])
         seconds = sum(m.seconds for m in members)
-        lines.append(
-            f"{layer:<16}{len(members):>9}{f'{rows} x {columns}':>15}{rank:>6}{error:>12.2e}{reduction:>17.1%}{seconds:>9.1f}"
-        )
+        shape = f"{rows} x {columns}"
+        lines.append(f"{layer:<16}{len(members):>9}{shape:>15}{rank:>6}{error:>12.2e}{reduction:>17.1%}{seconds:>9.1f}")
     return "\n".join(lines)
 
 

@@ -19,8 +19,8 @@ class LossHistory(Callback):
     Parameters
     ----------
     path
-        JSON file, relative to the trainer's ``default_root_dir``, written at the end of every validation and of the fit: ``{"train": [{"step", "loss"}, ...],
-        "validation": [...]}``.
+        JSON file, relative to the trainer's ``default_root_dir``, written at the end of every validation and of the
+        fit: ``{"train": [{"step", "loss"}, ...], "validation": [...]}``.
     """
 
     def __init__(self, path: str) -> None:

@@ -159,6 +159,7 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def say(text: str) -> None:
+    """Announce a step."""
     print(f"\n== {text}", flush=True)
 
 
@@ -171,7 +172,10 @@ def table(summary: dict[str, Any], work: Path) -> str:
         ("loss, converted LoRA on the original model", f"{summary['eval_loss_converted']:.4f}"),
         ("matrices decomposed", f"{summary['matrices']} in {summary['init_seconds']:.0f} s"),
         ("bytes read / bytes of the checkpoint", f"{summary['bytes_read_over_checkpoint_bytes']:.2f}"),
-        ("NF4 residual per rank, and in all", f"{mib(summary['packed_bytes_per_rank'])}, {mib(summary['packed_bytes_total'])}"),
+        (
+            "NF4 residual per rank, and in all",
+            f"{mib(summary['packed_bytes_per_rank'])}, {mib(summary['packed_bytes_total'])}",
+        ),
         ("LoRA for stock PEFT", summary["lora_dir"]),
         ("picture", os.path.relpath(work / "demo.png")),
     ]
@@ -180,4 +184,5 @@ def table(summary: dict[str, Any], work: Path) -> str:
 
 
 def mib(count: int) -> str:
+    """Bytes, for people."""
     return f"{count / 2**20:.1f} MiB"

@@ -1,4 +1,4 @@
-"""What an initialisation method is: a frozen dataclass that turns one row-sharded matrix into factors and a residual."""
+"""What an initialisation is: a frozen dataclass that turns one row-sharded matrix into factors and a residual."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Method(ABC):
         """Whether B A is zero at step 0: then the trained adapter is an ordinary LoRA already."""
         return False
 
-    def check(self, residual: ResidualFormat) -> None:
+    def check(self, residual: ResidualFormat) -> None:  # noqa: B027 (most methods take any residual)
         """Raise ValueError where the options make no sense with this residual format."""
 
     @abstractmethod

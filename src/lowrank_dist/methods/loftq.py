@@ -37,7 +37,9 @@ class LoftQ(PrincipalMethod):
 
     def check(self, residual: ResidualFormat) -> None:
         if residual.exact:
-            raise ValueError("LoftQ corrects a quantization error, but the residual is not quantized; pass quantization=NF4()")
+            raise ValueError(
+                "LoftQ corrects a quantization error, but the residual is not quantized; pass quantization=NF4()"
+            )
 
     def decompose(self, matrix: Matrix, residual: ResidualFormat) -> Decomposition:
         encoded = residual.encode(matrix.block, matrix.partition, matrix.group)
