@@ -115,7 +115,7 @@ class PiSSAStrategy(DeepSpeedStrategy):
             raise ValueError(f"PiSSAStrategy: adapter must be a peft.LoraConfig, not {type(adapter).__name__}")
         if live_layers < 0:
             raise ValueError(f"PiSSAStrategy: live_layers={live_layers} must not be negative")
-        deepspeed_options.setdefault("exclude_frozen_parameters", True)
+        deepspeed_options["exclude_frozen_parameters"] = True
         super().__init__(stage=3, **deepspeed_options)
         self.pretrained = os.fspath(pretrained)
         self.adapter = adapter
@@ -129,8 +129,8 @@ class PiSSAStrategy(DeepSpeedStrategy):
         self.init_report: InitReport | None = None
         self._backbone: PreTrainedModel | None = None
         self._writer: AdapterWriter | None = None
-        #: ZeRO settings that the user has chosen: they are left alone.
-        self._chosen = set(deepspeed_options)
+        # ZeRO settings that the user has chosen are left alone; the command line passes all, mostly at their defaults.
+        self._chosen = {key for key, value in deepspeed_options.items() if value != known[key].default}
         if deepspeed_options.get("config") is not None:
             self._chosen |= set(self._deepspeed_config.get("zero_optimization", {}))
         zero = self._deepspeed_config.setdefault("zero_optimization", {})
@@ -138,6 +138,8 @@ class PiSSAStrategy(DeepSpeedStrategy):
             raise ValueError(
                 f"PiSSAStrategy: the DeepSpeed config sets zero_optimization.stage={zero['stage']}; it must be 3"
             )
+        # Adapters are small: an offloaded optimizer may be any, not only DeepSpeed's own CPU Adam.
+        self._deepspeed_config.setdefault("zero_force_ds_cpu_optimizer", False)
         if zero.get("offload_param", {}).get("device") == "nvme":
             raise ValueError(
                 "PiSSAStrategy: parameters cannot be offloaded to 'nvme', only to 'cpu' (offload_parameters=True): "

@@ -70,11 +70,11 @@ def test_validation_between_and_after_the_steps_changes_nothing(llama: Path) -> 
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
 @pytest.mark.parametrize("fp32_norms", [False, True])
 def test_bf16_follows_fp32(llama: Path, precision: str, fp32_norms: bool) -> None:
-    """bf16 has 8 bits: unit rounding 2^-9 in some dozen operations in a row, so 1 % of the loss is generous."""
+    """bf16 has 8 bits, unit rounding 2^-9 = 2e-3; the loss averages it over tokens (1e-4 seen)."""
     options = {"fp32_norms": fp32_norms}
     losses, state = run_ranks(2, train_sharded, llama, precision, options)[0]
     expected = train_plainly(llama, {name: t.float() for name, t in state.items()})
-    assert losses == pytest.approx(expected, rel=1e-2)
+    assert losses == pytest.approx(expected, rel=1e-3)
     norms = {t.dtype for name, t in state.items() if "norm" in name}
     assert norms == {torch.float32 if fp32_norms else torch.bfloat16}
 

@@ -1,15 +1,15 @@
-"""On CUDA devices: the same losses, really paged optimizers, the memory budget. One process per device."""
+"""On a CUDA device, in a process of its own: the losses, the walk and offloading against the CPU."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 
-from helpers.training import STEPS, CausalLM, dense_state, loader, make_strategy, train_plainly
+from helpers import training
+from helpers.ranks import run_ranks
 
 pytestmark = [
     pytest.mark.gpu,
@@ -17,21 +17,17 @@ pytestmark = [
 ]
 
 
-def fit(pretrained: Path, accelerator: str, precision: Any, **options: Any) -> tuple[list[float], Any]:
-    module = CausalLM(pretrained)
-    trainer = L.Trainer(
-        strategy=make_strategy(pretrained, **options),
-        accelerator=accelerator,
-        devices=1,
-        precision=precision,
-        max_steps=STEPS,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-    )
-    trainer.fit(module, loader(0, 1))
-    return module.losses, trainer
+def fit(pretrained: Path, accelerator: str, precision: str, **options: Any) -> tuple[list[float], Any, Any]:
+    """Losses, weights before training (fp32, CPU) and the walk's report of a fit on one device."""
+    return run_ranks(1, fit_here, pretrained, accelerator, precision, options)[0]
+
+
+def fit_here(
+    pretrained: Path, accelerator: str, precision: str, options: dict[str, Any]
+) -> tuple[list[float], Any, Any]:
+    module, trainer = training.fit(pretrained, accelerator=accelerator, precision=precision, **options)
+    state = {name: t.float().cpu() for name, t in training.dense_state(trainer.strategy).items()}
+    return module.losses, state, trainer.strategy.init_report
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("32-true", 1e-3), ("bf16-true", 2e-2), ("bf16-mixed", 2e-2)])
@@ -40,13 +36,20 @@ def test_losses_equal_those_of_one_plain_process(
     llama: Path, precision: str, tolerance: float, gradient_checkpointing: bool
 ) -> None:
     """fp32 on a GPU may use other kernels and orders; bf16 has 8 bits. The reference is fp32 on the CPU."""
-    losses, trainer = fit(llama, "gpu", precision, gradient_checkpointing=gradient_checkpointing)
-    state = {name: t.float().cpu() for name, t in dense_state(trainer.strategy).items()}
-    assert losses == pytest.approx(train_plainly(llama, state), rel=tolerance)
+    losses, state, _ = fit(llama, "gpu", precision, gradient_checkpointing=gradient_checkpointing)
+    assert losses == pytest.approx(training.train_plainly(llama, state), rel=tolerance)
 
 
 def test_the_walk_gives_the_bytes_of_the_cpu(llama: Path) -> None:
     """Factors agree to rounding; what the residual loses, matrix by matrix, agrees to a per mille."""
-    reports = [fit(llama, accelerator, "32-true")[1].strategy.init_report for accelerator in ("gpu", "cpu")]
+    reports = [fit(llama, accelerator, "32-true")[2] for accelerator in ("gpu", "cpu")]
     for ours, theirs in zip(reports[0].matrices, reports[1].matrices, strict=True):
         assert ours.error == pytest.approx(theirs.error, rel=1e-3)
+
+
+@pytest.mark.parametrize("offload", [{"offload_optimizer": True}, {"offload_parameters": True}], ids=str)
+def test_offloading_changes_no_loss(llama: Path, offload: dict[str, bool]) -> None:
+    """Partitions or optimizer states in host memory: the same arithmetic, fp32 rounding of other kernels aside."""
+    plain, _, _ = fit(llama, "gpu", "32-true")
+    offloaded, _, _ = fit(llama, "gpu", "32-true", **offload)
+    assert offloaded == pytest.approx(plain, rel=1e-4)

@@ -1,4 +1,4 @@
-"""Runs a function on N gloo ranks, each a process of its own, and brings back what each returned."""
+"""Runs a function on N ranks (gloo on CPUs, NCCL on CUDA devices), each a process of its own, and brings back what each returned."""
 
 from __future__ import annotations
 
@@ -99,7 +99,8 @@ def _rank_main(queue: Any, rank: int, world_size: int, port: int, function: Any,
 
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=120))
         # As bytes: tensors would otherwise travel as handles that die with this process.
         queue.put((rank, pickle.dumps(function(*args)), None))
     except BaseException:

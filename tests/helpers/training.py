@@ -74,12 +74,12 @@ def make_strategy(pretrained: Path, **options: Any) -> PiSSAStrategy:
 
 
 def make_trainer(
-    strategy: PiSSAStrategy, *, precision: Any = "32-true", steps: int = STEPS, **options: Any
+    strategy: PiSSAStrategy, *, accelerator: str = "cpu", precision: Any = "32-true", steps: int = STEPS, **options: Any
 ) -> L.Trainer:
     """A quiet Trainer over the ranks of the test."""
     return L.Trainer(
         strategy=strategy,
-        accelerator="cpu",
+        accelerator=accelerator,
         devices=torch.distributed.get_world_size(),
         precision=precision,
         max_steps=steps,
@@ -104,6 +104,7 @@ def fit(pretrained: Path, *, precision: str = "32-true", steps: int = STEPS, **o
 
 
 _TRAINER_OPTIONS = (
+    "accelerator",
     "accumulate_grad_batches",
     "gradient_clip_val",
     "callbacks",

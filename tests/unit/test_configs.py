@@ -23,11 +23,8 @@ NAME = re.compile(r"(?P<model>[a-z0-9.-]+)_(?P<method>[a-z]+)_(?P<count>\d+)(?P<
 METHODS = {"lora": LoRA, "qlora": LoRA, "pissa": PiSSA, "qpissa": PiSSA, "loftq": LoftQ}
 QUANTIZED = {"qlora", "qpissa", "loftq"}
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*instantiate_classes"),
-    # jsonargparse fills every option of the configuration in, and peft warns of this one
-    pytest.mark.filterwarnings("ignore:`loftq_config` specified but will be ignored"),
-]
+# jsonargparse fills every option of the configuration in, and peft warns of this one
+pytestmark = pytest.mark.filterwarnings("ignore:`loftq_config` specified but will be ignored")
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 
 
@@ -43,7 +40,7 @@ def parse(path: Path) -> Any:
 
 
 def instantiate(settings: Any, part: str) -> Any:
-    """The object that `part` (``model``, ``data``, ``trainer``) of parsed settings stands for; options, for the trainer."""
+    """The object that `part` of parsed settings stands for; for the trainer, its options."""
     fit = parser()._subcommands_action.choices["fit"]
     return getattr(fit, "instantiate", fit.instantiate_classes)(settings)[part]
 
@@ -89,8 +86,15 @@ def test_cpu_runs_can_be_instantiated(path: Path, monkeypatch: pytest.MonkeyPatc
     assert isinstance(instantiate(settings, "data"), L.LightningDataModule)
 
 
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_a_file_serves_all_commands(command: str) -> None:
+    (path,) = (path for path in FILES if path.stem == "smollm2-135m_qpissa_2cpu")
+    settings = parser().parse_args([command, f"--config={path}"])[command]
+    assert settings.model == parse(path).model
+
+
 def test_the_runs_of_one_model_differ_in_the_method_only() -> None:
-    """Same model, data, steps and batch: what differs is the strategy, its callbacks, the rate, and where results go."""
+    """Same model, data, steps, batch: they differ in strategy, callbacks, rate, and where results go."""
     parsed = {path.stem: yaml.safe_load(path.read_text()) for path in FILES if path.stem.startswith("smollm2-135m_")}
     for settings in parsed.values():
         trainer = settings["trainer"]
