@@ -1,4 +1,4 @@
-"""Runs a function on N ranks (gloo on CPUs, NCCL on CUDA devices), each a process of its own, and brings back what each returned."""
+"""Runs a function on N ranks, each a process of its own (gloo; NCCL on CUDA), and brings back what each returned."""
 
 from __future__ import annotations
 
