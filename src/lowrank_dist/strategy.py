@@ -27,7 +27,14 @@ from lowrank_dist.methods import Method, PiSSA
 from lowrank_dist.nf4 import NF4
 from lowrank_dist.residual import Dense, ResidualFormat
 from lowrank_dist.skeleton import ModelError, find_backbone, inject_adapter, meta_parameters, plan_walk
-from lowrank_dist.zero3 import Partitioner, gather_to_cpu, is_partitioned, live_budget, use_cpu_accelerator
+from lowrank_dist.zero3 import (
+    Partitioner,
+    gather_by_layer,
+    gather_to_cpu,
+    is_partitioned,
+    live_budget,
+    use_cpu_accelerator,
+)
 
 # precision: (dtype of frozen parameters and arithmetic, dtype of the trained factors)
 PRECISIONS = {
@@ -259,6 +266,8 @@ class PiSSAStrategy(DeepSpeedStrategy):
         if self.precision_plugin.precision == "bf16-mixed":
             autocast = torch.autocast(self.root_device.type, dtype=compute_dtype)
             backbone.forward = autocast(backbone.forward)
+        gather_by_layer(backbone)
+        backbone.enable_input_require_grads()  # for gather_by_layer, and for reentrant checkpointing
         self._tune(backbone)
         report = result.report
         rank_zero_info(
@@ -274,8 +283,6 @@ class PiSSAStrategy(DeepSpeedStrategy):
                 backbone.activation_checkpointing_enable(options)
             else:  # its name before transformers 5.23
                 backbone.gradient_checkpointing_enable(options)
-            if self.use_reentrant:  # which skips layers whose input wants no gradient
-                backbone.enable_input_require_grads()
 
     def _tune(self, backbone: PreTrainedModel) -> None:
         """Settings for packed weights, where the user has not set them."""

@@ -16,6 +16,7 @@ import torch
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -168,6 +169,26 @@ def _batches(named: Sequence[tuple[str, Tensor]], max_bytes: int) -> Iterator[li
         yield batch
 
 
+def repeated_layers(backbone: nn.Module) -> list[nn.Module]:
+    """The decoder (or encoder) layers of `backbone`: the outermost modules that stand in a ``ModuleList``."""
+    layers: list[nn.Module] = []
+    stacks = [(name, module) for name, module in backbone.named_modules() if isinstance(module, nn.ModuleList)]
+    for name, stack in stacks:
+        if not any(name.startswith(f"{outer}.") for outer, _ in stacks):
+            layers += stack
+    return layers
+
+
+def gather_by_layer(backbone: nn.Module) -> None:
+    """Let ZeRO-3 gather and release decoder layers whole: one collective per dtype, not three per linear layer.
+
+    DeepSpeed reduces the gradients of such a layer once the gradient of its input is there: the input of the first
+    layer must want one (``enable_input_require_grads``), or they would be taken for missing.
+    """
+    for layer in repeated_layers(backbone):
+        set_z3_leaf_module(layer, True)
+
+
 def live_budget(backbone: nn.Module, layers: int) -> dict[str, int]:
     """DeepSpeed settings that bound gathered weights to about `layers` decoder layers ahead of their use.
 
@@ -175,15 +196,8 @@ def live_budget(backbone: nn.Module, layers: int) -> dict[str, int]:
     weights, and most of the model would stay gathered. Nothing is kept for reuse, and nothing is small enough to be
     kept for good.
     """
-    layer = max(
-        (
-            sum(whole_shape(p).numel() for p in child.parameters())
-            for stack in backbone.modules()
-            if isinstance(stack, nn.ModuleList)
-            for child in stack
-        ),
-        default=0,
-    )
+    sizes = [sum(whole_shape(p).numel() for p in layer.parameters()) for layer in repeated_layers(backbone)]
+    layer = max(sizes, default=0)
     trainable = sum(whole_shape(p).numel() for p in backbone.parameters() if p.requires_grad)
     return {
         "stage3_max_live_parameters": layers * layer,

@@ -45,6 +45,7 @@ def evaluate(
     rows: Sequence[dict[str, Any]],
     *,
     adapter_dir: str | None = None,
+    dtype: str = "float32",
     batch_size: int = 8,
     max_length: int = 512,
 ) -> dict[str, Any]:
@@ -53,11 +54,13 @@ def evaluate(
     Parameters
     ----------
     model_dir
-        Checkpoint with its tokenizer; loaded in fp32.
+        Checkpoint with its tokenizer.
     rows
         Dictionaries with ``messages`` and ``completion``.
     adapter_dir
         PEFT adapter for that checkpoint.
+    dtype
+        Type that the model is loaded and evaluated in; the loss is taken in fp32.
     batch_size
         Rows of one forward pass; longest rows first, so that rows of one batch have similar lengths.
     max_length
@@ -74,7 +77,7 @@ def evaluate(
     start = time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype))
     if adapter_dir is not None:
         from peft import PeftModel
 
@@ -114,6 +117,7 @@ def evaluate(
         "truncated_rows": truncated,
         "model": model_dir,
         "adapter": adapter_dir,
+        "dtype": dtype,
         "max_length": max_length,
         "seconds": round(time.monotonic() - start, 2),
     }
@@ -147,6 +151,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--adapter", help="directory of a PEFT adapter for that model")
     parser.add_argument("--data", required=True, type=Path, help="JSONL file with `messages` and `completion`")
     parser.add_argument("--limit", type=int, help="use only the first LIMIT rows")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default="float32", help="type of the model (default: %(default)s)"
+    )
     parser.add_argument("--batch-size", type=int, default=8, help="rows of one forward pass (default: %(default)s)")
     parser.add_argument(
         "--max-length", type=int, default=512, help="truncate rows to so many tokens (default: %(default)s)"
@@ -171,6 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.model,
         rows,
         adapter_dir=options.adapter,
+        dtype=options.dtype,
         batch_size=options.batch_size,
         max_length=options.max_length,
     )
