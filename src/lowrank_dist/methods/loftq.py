@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lowrank_dist.methods.base import Decomposition, Matrix, residual_block
-from lowrank_dist.methods.principal import PrincipalMethod
+from lowrank_dist.methods.principal import AlternatingMethod
 from lowrank_dist.residual import ResidualFormat
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoftQ(PrincipalMethod):
+class LoftQ(AlternatingMethod):
     """LoRA-fine-tuning-aware quantization: ``Q = quantize(W - B A)``, ``B A = SVD_r(W - Q)``, T times from B A = 0.
 
     At step 0 the model computes ``Q + scaling * B A``, the rank-r corrected quantization of W.
@@ -27,13 +27,6 @@ class LoftQ(PrincipalMethod):
     Y. Li, Y. Yu, C. Liang, P. He, N. Karampatziakis, W. Chen, T. Zhao, "LoftQ: LoRA-Fine-Tuning-Aware Quantization
     for Large Language Models", ICLR 2024, algorithm 1; arXiv:2310.08659.
     """
-
-    quantization_iterations: int = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.quantization_iterations < 1:
-            raise ValueError(f"LoftQ: quantization_iterations={self.quantization_iterations} must be at least 1")
 
     def check(self, residual: ResidualFormat) -> None:
         if residual.exact:

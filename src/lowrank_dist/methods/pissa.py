@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lowrank_dist.methods.base import Decomposition, Matrix, residual_block
-from lowrank_dist.methods.principal import PrincipalMethod
+from lowrank_dist.methods.principal import AlternatingMethod
 from lowrank_dist.residual import ResidualFormat
 
 
 @dataclass(frozen=True, kw_only=True)
-class PiSSA(PrincipalMethod):
+class PiSSA(AlternatingMethod):
     """Principal singular values and singular vectors adaptation; QPiSSA where the residual is quantized.
 
     ``scaling * B A = U_r S_r V_r^T`` and ``W_res = W - scaling * B A``. With a quantized residual, T alternations
@@ -29,13 +29,6 @@ class PiSSA(PrincipalMethod):
     F. Meng, Z. Wang, M. Zhang, "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language
     Models", NeurIPS 2024, equations 2-4 and algorithm 1; arXiv:2404.02948.
     """
-
-    quantization_iterations: int = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.quantization_iterations < 1:
-            raise ValueError(f"PiSSA: quantization_iterations={self.quantization_iterations} must be at least 1")
 
     def check(self, residual: ResidualFormat) -> None:
         if residual.exact and self.quantization_iterations > 1:

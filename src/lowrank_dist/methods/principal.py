@@ -59,3 +59,21 @@ class PrincipalMethod(Method):
         root = (svd.s / matrix.scaling).sqrt()
         factors = Factors(left=svd.u * root, right=root[:, None] * svd.vh)
         return factors.rounded(matrix.factor_dtype), svd.vh.mT
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlternatingMethod(PrincipalMethod):
+    """A principal method that alternates with the quantization of the residual.
+
+    Parameters
+    ----------
+    quantization_iterations
+        T, quantizations of the residual.
+    """
+
+    quantization_iterations: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.quantization_iterations < 1:
+            raise ValueError(f"{self}: quantization_iterations={self.quantization_iterations} must be at least 1")
