@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +20,9 @@ from torch import Tensor
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+
+_Request = TypeVar("_Request")
+_Block = TypeVar("_Block")
 
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -147,6 +152,26 @@ class CheckpointReader:
         for handle in self._files.values():
             handle.__exit__(None, None, None)
         self._files.clear()
+
+
+def read_ahead(read: Callable[[_Request], _Block], requests: Iterable[_Request], *, depth: int = 1) -> Iterator[_Block]:
+    """``map(read, requests)`` with a thread that stays `depth` results ahead of the consumer.
+
+    Host memory holds at most ``depth + 1`` results beside the one in use. An error of `read` is raised where its
+    result would have been.
+    """
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as pool:
+        pending: deque[Future[_Block]] = deque()
+        try:
+            for request in requests:
+                pending.append(pool.submit(read, request))
+                if len(pending) > depth:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
 
 
 def resolve_checkpoint(pretrained: str | os.PathLike[str], *, revision: str | None = None) -> Path:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from lowrank_dist.checkpoint_io import CheckpointError, CheckpointReader
+from lowrank_dist.checkpoint_io import CheckpointError, CheckpointReader, read_ahead
 from lowrank_dist.comm import ShardGroup
 from lowrank_dist.layers import FrozenLinear
 from lowrank_dist.linalg import seed_from_name
@@ -28,7 +28,7 @@ from lowrank_dist.skeleton import ADAPTER, Plan, PlannedMatrix, PlannedTensor
 from lowrank_dist.zero3 import Partitioner, local_shard, stored_bytes
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class MatrixReport:
     """What the walk measured on one matrix (norms are Frobenius norms of the whole matrix).
 
@@ -47,7 +47,7 @@ class MatrixReport:
     error_reduction : float
         ``1 - error / quantization_error``; 0 where nothing is quantized.
     seconds : float
-        Wall-clock time of this matrix on rank 0.
+        Wall-clock time of this matrix on this rank, waiting for the disk included.
     """
 
     name: str
@@ -57,7 +57,7 @@ class MatrixReport:
     norm: float
     error: float
     quantization_error: float
-    seconds: float
+    seconds: float = 0.0
 
     @property
     def error_reduction(self) -> float:
@@ -165,8 +165,7 @@ def materialize(
     walk = _Walk(backbone, reader, partitioner, compute_dtype, factor_dtype, progress)
     started = time.monotonic()
     with walk.bar:
-        for planned in plan.matrices:
-            walk.matrix(planned, init, residual)
+        walk.matrices(plan.matrices, init, residual)
         walk.parameters(plan.parameters, fp32_norms)
         walk.buffers(plan.buffers)
     report = walk.report
@@ -209,13 +208,32 @@ class _Walk:
 
     # -- adapted weights ----------------------------------------------------------------------------------------
 
-    def matrix(self, planned: PlannedMatrix, init: Method, residual: ResidualFormat) -> None:
-        """Read, decompose, encode and partition one adapted weight."""
-        started = time.monotonic()
-        partition = RowPartition(
-            rows=planned.rows, columns=planned.columns, world_size=self.group.size, block=residual.block
-        )
-        block = self.read_rows(planned.key, partition)
+    def matrices(self, planned: list[PlannedMatrix], init: Method, residual: ResidualFormat) -> None:
+        """Decompose all adapted weights, while a thread reads ahead: at most two more row blocks on the host."""
+        partitions = [
+            RowPartition(rows=p.rows, columns=p.columns, world_size=self.group.size, block=residual.block)
+            for p in planned
+        ]
+        blocks = read_ahead(self.read_rows, [(p.key, part) for p, part in zip(planned, partitions, strict=True)])
+        for matrix, partition in zip(planned, partitions, strict=True):
+            started = time.monotonic()
+            with self.group.shared_errors():
+                block = next(blocks).to(self.partitioner.device)
+            self.matrix(matrix, partition, block, init, residual)
+            self.report.matrices[-1].seconds = time.monotonic() - started
+
+    def read_rows(self, request: tuple[str, RowPartition]) -> Tensor:
+        """This rank's rows of a tensor as fp32 on the host, checked for NaN and infinity."""
+        key, partition = request
+        start, stop = partition.bounds(self.group.rank)
+        rows = self.reader.rows(key, start, stop).float()
+        check_finite(key, rows, start)
+        return rows
+
+    def matrix(
+        self, planned: PlannedMatrix, partition: RowPartition, block: Tensor, init: Method, residual: ResidualFormat
+    ) -> None:
+        """Decompose, encode and partition one adapted weight."""
         matrix = Matrix(
             name=planned.key,
             block=block,
@@ -239,19 +257,10 @@ class _Walk:
                 norm=norm,
                 error=error,
                 quantization_error=plain,
-                seconds=time.monotonic() - started,
             )
         )
         self.bar.set_postfix(matrices=len(self.report.matrices), refresh=False)
         self.bar.update(self.reader.info(planned.key).nbytes)
-
-    def read_rows(self, key: str, partition: RowPartition) -> Tensor:
-        """This rank's rows of tensor `key` as fp32 on the device; raises on every rank what any rank finds."""
-        rows = torch.empty(0)
-        with self.group.shared_errors():
-            rows = self.reader.rows(key, *partition.bounds(self.group.rank)).float()
-            check_finite(key, rows, partition.bounds(self.group.rank)[0])
-        return rows.to(self.partitioner.device)
 
     def replace_base_layer(
         self, planned: PlannedMatrix, partition: RowPartition, residual: ResidualFormat, decomposition: Decomposition

@@ -87,8 +87,8 @@ class PiSSAStrategy(DeepSpeedStrategy):
     Notes
     -----
     Precision: ``32-true`` computes in fp32; ``bf16-true`` holds everything in bf16, the optimizer fp32 masters of
-    the factors; ``bf16-mixed`` keeps the factors in fp32 and computes under autocast. fp16 is refused: NF4
-    residuals and factors of PiSSA exceed its range in gradients and DeepSpeed cannot train it on CPU.
+    the factors; ``bf16-mixed`` keeps the factors in fp32 and computes under autocast. fp16 is refused: DeepSpeed does
+    not train it on CPU, so that nothing here could be tested with it.
     """
 
     strategy_name = "pissa"

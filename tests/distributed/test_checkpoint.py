@@ -13,8 +13,9 @@ import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
+from helpers.models import save_checkpoint
 from helpers.ranks import run_ranks, run_ranks_catching
 from helpers.training import STEPS, CausalLM, dense_state, fit, loader, make_strategy, make_trainer
 from lowrank_dist import AdapterCheckpoint, LoftQ, LoRA, convert_checkpoint
@@ -68,8 +69,6 @@ def test_converted_lora_on_the_base_is_the_trained_model(llama: Path, tmp_path: 
 
 
 def test_gpt2s_conv1d_is_converted_the_right_way_round(tmp_path: Path) -> None:
-    from helpers.models import save_checkpoint
-
     base = save_checkpoint(tmp_path / "gpt2", "gpt2")
     result = run_ranks(3, train_and_save, base, tmp_path / "out", {"quantization": None})[0]
     lora = tmp_path / "out" / f"step={STEPS}" / "lora"
@@ -185,3 +184,35 @@ def test_training_state_resumes_on_as_many_ranks(llama: Path, tmp_path: Path) ->
     size = sum(p.stat().st_size for p in (tmp_path / "state.ckpt").rglob("*") if p.is_file())
     trained = 28 * 4 * 136 * 4  # an upper bound of the bytes of all factors in fp32
     assert size < 8 * trained + 200_000  # factors, masters and two moments, in pickles that bring their own overhead
+
+
+class Classifier(Evaluated):
+    def training_step(self, batch: list[Tensor], _: int) -> Tensor:
+        return self.model(input_ids=batch[0], labels=batch[0][:, 0] % 2).loss
+
+
+def train_classifier(pretrained: Path, output: Path) -> tuple[Tensor, Tensor]:
+    adapter = LoraConfig(
+        r=4,
+        lora_alpha=4,
+        target_modules=["query", "value"],
+        modules_to_save=["pooler", "classifier"],
+        task_type="SEQ_CLS",
+    )
+    module = Classifier(pretrained, AutoModelForSequenceClassification)
+    callback = AdapterCheckpoint(dirpath=output, filename="{step}", every_n_train_steps=STEPS)
+    strategy = make_strategy(pretrained, adapter=adapter, quantization=None)
+    trainer = make_trainer(strategy, callbacks=[callback], enable_checkpointing=True)
+    trainer.fit(module, loader(trainer.global_rank, trainer.world_size), loader(0, 1, 1))
+    return module.seen, module.logits
+
+
+def test_a_trained_head_travels_with_the_lora(tmp_path: Path) -> None:
+    """An encoder whose head and pooler the checkpoint lacks: stock PEFT puts in the saved ones, with equal results."""
+    base = save_checkpoint(tmp_path / "bert", "bert", auto_class=AutoModelForMaskedLM)
+    ids, logits = run_ranks(2, train_classifier, base, tmp_path / "out")[0]
+    torch.manual_seed(123)  # the head that transformers makes up here must not matter
+    model = AutoModelForSequenceClassification.from_pretrained(base, dtype=torch.float32)
+    converted = PeftModel.from_pretrained(model, tmp_path / "out" / f"step={STEPS}" / "lora").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(converted(input_ids=ids).logits, logits, rtol=1e-4, atol=1e-5)

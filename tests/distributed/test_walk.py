@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
-from helpers.models import ARCHITECTURES, save_checkpoint
+from helpers.models import CAUSAL_LMS, save_checkpoint
 from helpers.ranks import run_ranks
 from helpers.training import STEPS, CausalLM, loader, make_strategy, make_trainer
 from lowrank_dist import NF4, LoftQ, LoRA, PiSSA
@@ -202,7 +202,7 @@ def test_live_gathered_bytes_stay_within_a_few_layers(
     assert 8 * layer > 3 * layer + head
 
 
-@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", CAUSAL_LMS)
 def test_architectures(tmp_path: Path, architecture: str) -> None:
     """Step 0 without quantization has the loss of the original model, whatever its layers are called."""
     from transformers import AutoModelForCausalLM
@@ -229,25 +229,15 @@ def same_batch(rank: int, world_size: int) -> DataLoader:
     return DataLoader(TensorDataset(ids.repeat(STEPS, 1)), batch_size=len(ids))
 
 
-BERT = {
-    "hidden_size": 64,
-    "intermediate_size": 136,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": 256,
-    "max_position_embeddings": 64,
-}
-
-
 def test_an_encoder(tmp_path: Path) -> None:
-    pretrained = save_checkpoint(tmp_path, "bert", auto_class=AutoModelForMaskedLM, **BERT)
+    pretrained = save_checkpoint(tmp_path, "bert", auto_class=AutoModelForMaskedLM)
     losses = run_ranks(2, encoder_losses, pretrained, AutoModelForMaskedLM, None)[0]
     assert losses[-1] < losses[0]
 
 
 def test_an_encoder_with_a_new_head(tmp_path: Path) -> None:
     """The head is not in the checkpoint: it starts from the model's own initialisation and is trained whole."""
-    pretrained = save_checkpoint(tmp_path, "bert", auto_class=AutoModelForMaskedLM, **BERT)
+    pretrained = save_checkpoint(tmp_path, "bert", auto_class=AutoModelForMaskedLM)
     losses = run_ranks(2, encoder_losses, pretrained, AutoModelForSequenceClassification, ["pooler", "classifier"])[0]
     assert losses[-1] < losses[0]
 

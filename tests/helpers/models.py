@@ -21,7 +21,16 @@ _SMALL = {
     "eos_token_id": 2,
 }
 
+CAUSAL_LMS = ("llama", "qwen2", "mistral", "gemma", "phi", "gpt2")
 ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "bert": {
+        "hidden_size": 64,
+        "intermediate_size": 136,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 256,
+        "max_position_embeddings": 64,
+    },
     "llama": _SMALL,
     "qwen2": _SMALL,
     "mistral": _SMALL,

@@ -19,6 +19,7 @@ from lowrank_dist.checkpoint_io import (
     CheckpointError,
     CheckpointReader,
     atomic_directory,
+    read_ahead,
     resolve_checkpoint,
     write_json,
 )
@@ -152,3 +153,28 @@ def test_a_full_disk_leaves_the_previous_directory(tmp_path: Path) -> None:
         (staging / "full").write_text("x" * 100_000)
     assert json.loads((tmp_path / "out" / "a.json").read_text()) == {"old": 1}
     assert os.listdir(tmp_path) == ["out"]
+
+
+def test_reading_ahead_keeps_the_order_and_the_bound() -> None:
+    begun: list[int] = []
+
+    def read(number: int) -> int:
+        begun.append(number)
+        return number
+
+    for taken, number in enumerate(read_ahead(read, range(20), depth=2)):
+        assert number == taken
+        assert len(begun) <= taken + 3  # this one, and two ahead
+    assert begun == list(range(20))
+
+
+def test_reading_ahead_raises_in_turn() -> None:
+    def read(number: int) -> int:
+        if number == 3:
+            raise CheckpointError("three")
+        return number
+
+    blocks = read_ahead(read, range(10), depth=2)
+    assert [next(blocks) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(CheckpointError, match="three"):
+        next(blocks)

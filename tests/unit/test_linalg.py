@@ -49,8 +49,9 @@ def test_triplets_are_orthonormal_ordered_and_near_optimal(
     assert (u.mT @ u - eye).abs().max() < 1e-5
     assert (vh @ vh.mT - eye).abs().max() < 1e-5
     assert bool((s[:-1] >= s[1:]).all())
-    # singular values of a projection never exceed those of the matrix (Cauchy interlacing), up to rounding
-    assert bool((s.double() <= exact[:rank] * (1 + 1e-5)).all())
+    # singular values of a projection never exceed those of the matrix (Cauchy interlacing); rounding of the fp32
+    # matrix and of products with it moves each by a few units of 6e-8 sigma_1 (Weyl)
+    assert bool((s.double() <= exact[:rank] + 2e-6 * exact[0]).all())
     # corollary 10.10 of HMT for the mean of the spectral error, times 3 for a single draw; p = oversampling
     p, q, k = min(rank, min(rows, columns) - rank), 4, min(rows, columns)
     spectral = torch.linalg.matrix_norm(w.double() - (u.double() * s.double()) @ vh.double(), ord=2)
