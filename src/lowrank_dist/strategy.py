@@ -33,6 +33,7 @@ from lowrank_dist.zero3 import (
     gather_to_cpu,
     is_partitioned,
     live_budget,
+    to_device,
     use_cpu_accelerator,
 )
 
@@ -194,6 +195,7 @@ class PiSSAStrategy(DeepSpeedStrategy):
         # Unlike the parent, no precision_plugin.convert_module: parameters are made in their dtypes, and rotary
         # frequencies and other buffers must keep theirs.
         self._set_up_model(self.lightning_module)
+        to_device(self.lightning_module, self.root_device)
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()

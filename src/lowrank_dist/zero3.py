@@ -123,6 +123,20 @@ def stored_bytes(parameters: Iterable[Tensor]) -> int:
     return sum(local_shard(p).untyped_storage().nbytes() for p in parameters)
 
 
+def to_device(module: nn.Module, device: torch.device) -> None:
+    """Move buffers, and the emptied data of partitioned parameters, to `device`; partitions stay where they are.
+
+    ``zero.Init`` creates buffers on the device, a skeleton has them on the CPU, and Lightning moves a module to the CPU
+    after every run: DeepSpeed's single-parameter gathers would then follow the parameter's device there.
+    """
+    for child in module.modules():
+        for name, buffer in child.named_buffers(recurse=False):
+            setattr(child, name, buffer.to(device))
+    for parameter in module.parameters():
+        if is_partitioned(parameter) and parameter.numel() == 0:
+            parameter.data = parameter.data.to(device)
+
+
 @contextmanager
 def gathered(parameters: Sequence[Tensor]) -> Iterator[None]:
     """Gather `parameters` on every rank; read-only inside. Collective: all ranks enter with the same parameters."""

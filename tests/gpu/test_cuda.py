@@ -27,6 +27,8 @@ def fit_here(
 ) -> tuple[list[float], Any, Any]:
     module, trainer = training.fit(pretrained, accelerator=accelerator, precision=precision, **options)
     state = {name: t.float().cpu() for name, t in training.dense_state(trainer.strategy).items()}
+    for stage in (trainer.validate, trainer.test):  # after a fit, whose end moves the module to the CPU
+        stage(module, training.loader(0, 1, 1), verbose=False)
     return module.losses, state, trainer.strategy.init_report
 
 
