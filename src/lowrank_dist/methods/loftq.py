@@ -39,5 +39,5 @@ class LoftQ(AlternatingMethod):
         factors, start = self.principal_factors(matrix, matrix.block - encoded.decoded)
         for _ in range(self.quantization_iterations - 1):
             encoded = residual.encode(residual_block(matrix, factors), matrix.partition, matrix.group)
-            factors, start = self.principal_factors(matrix, matrix.block - encoded.decoded, start)
+            factors, start = self.refined_factors(matrix, matrix.block - encoded.decoded, start)
         return Decomposition(factors=factors, residual=encoded)

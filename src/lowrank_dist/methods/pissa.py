@@ -41,6 +41,6 @@ class PiSSA(AlternatingMethod):
         factors, start = self.principal_factors(matrix, matrix.block)
         encoded = residual.encode(residual_block(matrix, factors), matrix.partition, matrix.group)
         for _ in range(self.quantization_iterations - 1):
-            factors, start = self.principal_factors(matrix, matrix.block - encoded.decoded, start)
+            factors, start = self.refined_factors(matrix, matrix.block - encoded.decoded, start)
             encoded = residual.encode(residual_block(matrix, factors), matrix.partition, matrix.group)
         return Decomposition(factors=factors, residual=encoded)

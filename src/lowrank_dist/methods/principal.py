@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -65,6 +65,10 @@ class PrincipalMethod(Method):
 class AlternatingMethod(PrincipalMethod):
     """A principal method that alternates with the quantization of the residual.
 
+    The rounds after the first start from the right singular vectors of the round before and take two power iterations
+    at most: the matrix has changed by a quantization error only, and more of them do not lower the error
+    (docs/log.md).
+
     Parameters
     ----------
     quantization_iterations
@@ -77,3 +81,7 @@ class AlternatingMethod(PrincipalMethod):
         super().__post_init__()
         if self.quantization_iterations < 1:
             raise ValueError(f"{self}: quantization_iterations={self.quantization_iterations} must be at least 1")
+
+    def refined_factors(self, matrix: Matrix, block: Tensor, start: Tensor) -> tuple[Factors, Tensor]:
+        """`principal_factors` of a `block` that differs little from the one that `start` came from."""
+        return replace(self, power_iterations=min(self.power_iterations, 2)).principal_factors(matrix, block, start)
