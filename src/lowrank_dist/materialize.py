@@ -350,21 +350,12 @@ class _Walk:
         return shard.to(self.partitioner.device, dtype)
 
     def fresh(self, name: str, parameter: Tensor) -> Tensor:
-        """The model's own initialisation of a parameter that the checkpoint lacks; the same on every rank."""
-        owner, _, leaf = name.rpartition(".")
-        module = self.backbone.get_submodule(owner)
-        if not isinstance(module, nn.Linear):
-            raise CheckpointError(
-                f"{name}: not in the checkpoint, and a {type(module).__name__} cannot be initialised anew; only the "
-                "Linear layers of a new head can"
-            )
-        std = getattr(self.backbone.config, "initializer_range", 0.02)
+        """Transformers' initialisation of a linear layer that the checkpoint lacks; the same on every rank."""
+        if name.endswith(".bias"):
+            return torch.zeros(parameter.shape)
         generator = torch.Generator().manual_seed(seed_from_name(name))
-        return (
-            torch.randn(parameter.shape, generator=generator) * std
-            if leaf == "weight"
-            else torch.zeros(parameter.shape)
-        )
+        std = getattr(self.backbone.config, "initializer_range", 0.02)
+        return torch.randn(parameter.shape, generator=generator) * std
 
     def buffers(self, planned: list[PlannedTensor]) -> None:
         """Load persistent buffers: read by rank 0, replicated."""

@@ -72,8 +72,8 @@ class PlannedTensor:
     names
         All its names in the backbone; more than one where it is tied.
     key
-        Its name in the checkpoint, or None where the checkpoint lacks it and the model's own initialisation stands in
-        (newly added heads under ``modules_to_save``).
+        Its name in the checkpoint, or None where the checkpoint lacks it and a fresh initialisation stands in (linear
+        layers of a new head under ``modules_to_save``).
     trainable
         Whether it is trained (copies under ``modules_to_save``).
     """
@@ -257,8 +257,10 @@ class _Planner:
             if id(parameter) in self._done:
                 continue
             key = self.keys.find(name)
-            problem = self.keys.check(name, key, parameter)
-            if problem is not None and not (key is None and name.startswith(may_be_new)):
+            owner = self.backbone.get_submodule(name.rpartition(".")[0])
+            is_new = key is None and name.startswith(may_be_new) and isinstance(owner, nn.Linear)
+            problem = None if is_new else self.keys.check(name, key, parameter)
+            if problem is not None:
                 self.problems.append(problem)
             names = tuple(self._names[id(parameter)])
             self.plan.parameters.append(PlannedTensor(names=names, key=key, trainable=parameter.requires_grad))

@@ -11,7 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+)
 
 from helpers.models import CAUSAL_LMS, save_checkpoint
 from helpers.ranks import run_ranks
@@ -205,8 +210,6 @@ def test_live_gathered_bytes_stay_within_a_few_layers(
 @pytest.mark.parametrize("architecture", CAUSAL_LMS)
 def test_architectures(tmp_path: Path, architecture: str) -> None:
     """Step 0 without quantization has the loss of the original model, whatever its layers are called."""
-    from transformers import AutoModelForCausalLM
-
     pretrained = save_checkpoint(tmp_path, architecture)
     result = run_ranks(2, walk, pretrained, {"quantization": None})[0]
     model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32)
@@ -214,6 +217,16 @@ def test_architectures(tmp_path: Path, architecture: str) -> None:
     assert result["val_loss"] == pytest.approx(model(input_ids=ids, labels=ids).loss.item(), rel=1e-5)
     quantized = run_ranks(3, fit_losses, pretrained)
     assert quantized[0][-1] < quantized[0][0]
+
+
+def test_a_checkpoint_without_the_head(tmp_path: Path) -> None:
+    """Saved from the bare model, with names that lack ``model.``: found as transformers finds them."""
+    pretrained = save_checkpoint(tmp_path, "llama", auto_class=AutoModel, tie_word_embeddings=True)
+    result = run_ranks(2, walk, pretrained, {"quantization": None})[0]
+    model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32)
+    (ids,) = next(iter(loader(0, 1, 1)))
+    assert result["val_loss"] == pytest.approx(model(input_ids=ids, labels=ids).loss.item(), rel=1e-5)
+    assert result["report"].bytes_read == result["report"].checkpoint_bytes
 
 
 def fit_losses(pretrained: Path) -> list[float]:
