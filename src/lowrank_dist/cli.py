@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from lowrank_dist import __version__
+from lowrank_dist.errors import InputError
 
 TRAINER_COMMANDS = {
     "fit": "train adapters as a YAML file says (LightningCLI)",
@@ -18,19 +19,18 @@ TRAINER_COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``lowrank-dist``; `argv` without the program's name. Returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and argv[0] in TRAINER_COMMANDS:
-        run_trainer(argv)
-        return 0
-    options = _parser().parse_args(argv)
     try:
+        if argv and argv[0] in TRAINER_COMMANDS:
+            return run_trainer(argv)
+        options = _parser().parse_args(argv)
         return int(options.run(options))
-    except ValueError as error:
-        print(f"lowrank-dist {options.command}: {error}", file=sys.stderr)
+    except InputError as error:
+        print(f"lowrank-dist {argv[0]}: {error}", file=sys.stderr)
         return 1
 
 
-def run_trainer(argv: Sequence[str]) -> None:
-    """Run a Trainer command of LightningCLI with `CausalLMModule` and `SFTDataModule`."""
+def run_trainer(argv: Sequence[str]) -> int:
+    """Run a Trainer command of LightningCLI with `CausalLMModule` and `SFTDataModule`; returns 0."""
     from lightning.pytorch.cli import LightningCLI
 
     from lowrank_dist.data import SFTDataModule
@@ -50,6 +50,7 @@ def run_trainer(argv: Sequence[str]) -> None:
         save_config_kwargs={"overwrite": True},
         parser_kwargs={"prog": "lowrank-dist"},
     )
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:

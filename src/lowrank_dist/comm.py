@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lowrank_dist.errors import RemoteError
+
 
 class ShardGroup:
     """Ranks over which tensors are sharded.
@@ -117,7 +119,3 @@ class ShardGroup:
 
     def _global(self, rank: int) -> int:
         return rank if self._group is None else dist.get_global_rank(self._group, rank)
-
-
-class RemoteError(ValueError):
-    """Another rank of the group refused the input; the text is that rank's own error."""

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_dist.checkpoint_io import FLOAT_DTYPES, CheckpointReader
+from lowrank_dist.errors import InputError
 
 ADAPTER = "default"
 
@@ -32,7 +33,7 @@ _UNSUPPORTED_OPTIONS = {
 }
 
 
-class ModelError(ValueError):
+class ModelError(InputError):
     """A model or adapter configuration that cannot be trained as asked; the message names layer and remedy."""
 
 

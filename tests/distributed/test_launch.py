@@ -94,6 +94,16 @@ def start(command: list[str], env: dict[str, str]) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+def test_a_bad_checkpoint_is_one_line_and_no_traceback(material: Path, tmp_path: Path) -> None:
+    command = [*arguments(material, tmp_path), f"--trainer.strategy.init_args.pretrained={tmp_path / 'none'}"]
+    (process,) = by_lightning([*command, "--trainer.devices=1"])
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert output.splitlines()[-1] == f"lowrank-dist fit: pretrained={str(tmp_path / 'none')!r}: no such directory"
+    assert "Traceback" not in output
+    assert not (tmp_path / "checkpoints").exists()
+
+
 @pytest.mark.parametrize("launch", [by_lightning, by_torchrun, by_slurm])
 def test_fit_convert_and_load(material: Path, tmp_path: Path, launch: object) -> None:
     processes = launch(arguments(material, tmp_path))  # type: ignore[operator]

@@ -26,6 +26,7 @@ LAYERS = [
     ["linalg", "nf4"],
     ["residual"],
     ["checkpoint_io", "comm", "partition"],
+    ["errors"],
 ]
 HOMES = {
     "deepspeed": {"zero3", "strategy"},

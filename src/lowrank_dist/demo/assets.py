@@ -28,13 +28,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowrank_dist.errors import InputError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["AssetError", "fetch_data", "fetch_model"]
 
 
-class AssetError(RuntimeError):
+class AssetError(InputError):
     """A file of the demonstration could not be fetched or is not what it should be."""
 
 

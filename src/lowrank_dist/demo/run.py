@@ -22,6 +22,7 @@ import lowrank_dist
 from lowrank_dist.checkpoint_io import write_json
 from lowrank_dist.demo.assets import fetch_data, fetch_model
 from lowrank_dist.demo.plots import plot_demo
+from lowrank_dist.errors import InputError
 
 CONFIG_NAME = "smollm2-135m_qpissa_2cpu.yaml"
 EVAL_PAIRS = 64
@@ -160,7 +161,7 @@ def run(arguments: Sequence[str]) -> None:
     environment = {**os.environ, "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run([sys.executable, *arguments], env=environment, check=False)
     if done.returncode != 0:
-        raise ValueError(f"`python {' '.join(arguments)}` failed with status {done.returncode}; its output is above")
+        raise InputError(f"`python {' '.join(arguments)}` failed with status {done.returncode}; its output is above")
 
 
 def say(text: str) -> None:
