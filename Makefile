@@ -10,6 +10,7 @@ VENV := .venv
 INSTALLED := $(VENV)/.installed
 # console scripts and ninja (DeepSpeed builds its CUDA operators with it) live in the environment's bin
 RUN := env PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
+
 help:
 	@echo "make demo    train QPiSSA on a small model with 2 CPU ranks, convert, evaluate with stock PEFT (runs/demo)"
 	@echo "make test    set up and run the tests"

@@ -72,9 +72,10 @@ class Partitioner:
                 f"shard of {shard.numel()} {shard.dtype} elements does not fit a partition of "
                 f"{partition.shard_numel} {dtype} elements"
             )
-        home = "cpu" if str(self._init.remote_device) == "cpu" else self.device
+        offloaded = self._init.remote_device == "cpu"  # a string or one of DeepSpeed's string enums
+        home = torch.device("cpu") if offloaded else self.device
         stored = torch.zeros(partition.shard_numel, dtype=dtype, device=home)
-        if self._init.pin_memory and home == "cpu":
+        if self._init.pin_memory and offloaded:
             stored = stored.pin_memory()
         stored[: shard.numel()] = shard
 
