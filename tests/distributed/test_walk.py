@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import bitsandbytes.functional as bnb
+import huggingface_hub
 import pytest
 import torch
 from torch import Tensor
@@ -227,6 +229,24 @@ def test_a_checkpoint_without_the_head(tmp_path: Path) -> None:
     (ids,) = next(iter(loader(0, 1, 1)))
     assert result["val_loss"] == pytest.approx(model(input_ids=ids, labels=ids).loss.item(), rel=1e-5)
     assert result["report"].bytes_read == result["report"].checkpoint_bytes
+
+
+def walk_from_the_hub(pretrained: Path, cache: Path) -> dict[str, Any]:
+    huggingface_hub.constants.HF_HUB_CACHE = str(cache)
+    module = CausalLM(pretrained)
+    trainer = make_trainer(make_strategy(pretrained, quantization=None))
+    trainer.strategy.pretrained = "someone/model"
+    trainer.validate(module, loader(trainer.global_rank, trainer.world_size, 1), verbose=False)
+    return {"val_loss": float(trainer.callback_metrics["val_loss"])}
+
+
+def test_a_hub_id_is_taken_from_the_cache(llama: Path, tmp_path: Path) -> None:
+    commit = "0" * 40
+    shutil.copytree(llama, tmp_path / "models--someone--model" / "snapshots" / commit)
+    (tmp_path / "models--someone--model" / "refs").mkdir()
+    (tmp_path / "models--someone--model" / "refs" / "main").write_text(commit)
+    local = run_ranks(2, walk, llama, {"quantization": None})[0]
+    assert run_ranks(2, walk_from_the_hub, llama, tmp_path)[0]["val_loss"] == local["val_loss"]
 
 
 def fit_losses(pretrained: Path) -> list[float]:
