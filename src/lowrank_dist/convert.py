@@ -97,10 +97,10 @@ def lora_config(config: LoraConfig) -> LoraConfig:
 
 
 def write_adapter(directory: Path, tensors: Mapping[str, Tensor], config: LoraConfig) -> None:
-    """``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT writes them; `directory` is created."""
+    """``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT writes them, in `directory`."""
     if not tensors:
         raise ValueError(f"{directory}: refusing to write an adapter without tensors")
-    directory.mkdir(parents=True)
+    directory.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(directory))
     write_tensors(directory / WEIGHTS, tensors)
 
@@ -154,9 +154,6 @@ def convert_checkpoint(checkpoint: str | os.PathLike[str], output: str | os.Path
         initial, _ = read_adapter(checkpoint / INITIAL_DIR)
         adapter, config = to_lora(adapter, initial), lora_config(config)
     with atomic_directory(output) as staging:
-        write_adapter(staging / LORA_DIR, adapter, config)
-        for path in (staging / LORA_DIR).iterdir():
-            path.rename(staging / path.name)
-        (staging / LORA_DIR).rmdir()
+        write_adapter(staging, adapter, config)
         write_json(staging / MANIFEST, manifest)
     return output

@@ -20,7 +20,7 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lowrank_dist.adapters import AdapterWriter
+from lowrank_dist.adapters import GATHER_BYTES, AdapterWriter
 from lowrank_dist.checkpoint_io import CheckpointReader, resolve_checkpoint
 from lowrank_dist.materialize import InitReport, materialize
 from lowrank_dist.methods import Method, PiSSA
@@ -321,4 +321,4 @@ class PiSSAStrategy(DeepSpeedStrategy):
         assert self.lightning_module is not None
         self.deepspeed_engine.empty_partition_cache()
         trained = [(n, p) for n, p in self.lightning_module.named_parameters() if p.requires_grad and is_partitioned(p)]
-        return dict(gather_to_cpu(trained, max_bytes=2**28, keep=self.is_global_zero))
+        return dict(gather_to_cpu(trained, max_bytes=GATHER_BYTES, keep=self.is_global_zero))
