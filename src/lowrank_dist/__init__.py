@@ -12,9 +12,16 @@ _EXPORTS = {
     "InitReport": "lowrank_dist.callbacks",
     "LossHistory": "lowrank_dist.callbacks",
     "NF4": "lowrank_dist.nf4",
+    "Calibration": "lowrank_dist.calibration",
     "PiSSA": "lowrank_dist.methods",
     "LoRA": "lowrank_dist.methods",
     "LoftQ": "lowrank_dist.methods",
+    "OLoRA": "lowrank_dist.methods",
+    "MiLoRA": "lowrank_dist.methods",
+    "CorDA": "lowrank_dist.methods",
+    "EVA": "lowrank_dist.methods",
+    "LoRAGA": "lowrank_dist.methods",
+    "register": "lowrank_dist.methods",
     "SFTDataModule": "lowrank_dist.data",
     "CausalLMModule": "lowrank_dist.module",
     "convert_checkpoint": "lowrank_dist.convert",
@@ -23,14 +30,21 @@ _EXPORTS = {
 __all__ = ["__version__", *_EXPORTS]
 
 if TYPE_CHECKING:
+    from lowrank_dist.calibration import Calibration as Calibration
     from lowrank_dist.callbacks import AdapterCheckpoint as AdapterCheckpoint
     from lowrank_dist.callbacks import InitReport as InitReport
     from lowrank_dist.callbacks import LossHistory as LossHistory
     from lowrank_dist.convert import convert_checkpoint as convert_checkpoint
     from lowrank_dist.data import SFTDataModule as SFTDataModule
+    from lowrank_dist.methods import EVA as EVA
+    from lowrank_dist.methods import CorDA as CorDA
     from lowrank_dist.methods import LoftQ as LoftQ
     from lowrank_dist.methods import LoRA as LoRA
+    from lowrank_dist.methods import LoRAGA as LoRAGA
+    from lowrank_dist.methods import MiLoRA as MiLoRA
+    from lowrank_dist.methods import OLoRA as OLoRA
     from lowrank_dist.methods import PiSSA as PiSSA
+    from lowrank_dist.methods import register as register
     from lowrank_dist.module import CausalLMModule as CausalLMModule
     from lowrank_dist.nf4 import NF4 as NF4
     from lowrank_dist.strategy import PiSSAStrategy as PiSSAStrategy

@@ -13,18 +13,13 @@ from transformers import PreTrainedModel
 
 from lowrank_dist import __version__
 from lowrank_dist.checkpoint_io import atomic_directory, write_json
+from lowrank_dist.checkpoint_keys import peft_name
 from lowrank_dist.comm import ShardGroup
 from lowrank_dist.convert import ADAPTER_DIR, INITIAL_DIR, LORA_DIR, MANIFEST, lora_config, to_lora, write_adapter
 from lowrank_dist.materialize import Materialized
-from lowrank_dist.skeleton import ADAPTER
 from lowrank_dist.zero3 import gather_to_cpu, whole_shape
 
 GATHER_BYTES = 2**28
-
-
-def peft_name(name: str) -> str:
-    """PEFT's name, in an adapter file, of the backbone's parameter `name`."""
-    return "base_model.model." + name.replace(f".modules_to_save.{ADAPTER}", "").replace(f".{ADAPTER}.", ".")
 
 
 class AdapterWriter:
@@ -74,6 +69,7 @@ class AdapterWriter:
             "quantization": quantization,
             "starts_at_zero": starts_at_zero,
             "adapter_is_for": "the residual" if not starts_at_zero else "the base",
+            "experts": {peft_name(name): count for name, count in materialized.experts.items()},
             "matrices": [m.as_dict() for m in materialized.report.matrices],
         }
 
@@ -93,7 +89,11 @@ class AdapterWriter:
                         write_adapter(staging / LORA_DIR, adapter, self._config)
                     else:
                         write_adapter(staging / INITIAL_DIR, initial, self._config)
-                        write_adapter(staging / LORA_DIR, to_lora(adapter, initial), lora_config(self._config))
+                        write_adapter(
+                            staging / LORA_DIR,
+                            to_lora(adapter, initial, self._manifest["experts"]),
+                            lora_config(self._config),
+                        )
                     write_json(staging / MANIFEST, self._manifest)
 
     def _gather_initial(self, keep: bool) -> Iterator[tuple[str, Tensor]]:

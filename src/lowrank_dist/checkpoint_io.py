@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,12 +21,12 @@ from torch import Tensor
 from lowrank_dist.errors import InputError
 
 INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
 
 _Request = TypeVar("_Request")
 _Block = TypeVar("_Block")
 
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PACKED_DTYPE = "NF4"  # what the reader of a decomposed model says of 4-bit weights
 
 
 class CheckpointError(InputError):
@@ -42,6 +42,14 @@ class TensorInfo:
     nbytes: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A part of a checkpoint: tensor `key`, or entry `index` of its first dimension."""
+
+    key: str
+    index: int | None = None
+
+
 class CheckpointReader:
     """Reads slices of the tensors of a safetensors checkpoint and counts the bytes it hands out.
 
@@ -51,6 +59,13 @@ class CheckpointReader:
     ----------
     directory
         Holds ``model.safetensors``, or ``model.safetensors.index.json`` and the files it names.
+    stem
+        Another first part of these names.
+
+    Attributes
+    ----------
+    holds_residuals : bool
+        Whether what it gives are residuals of decomposed matrices (`lowrank_dist.decomposed`).
 
     Raises
     ------
@@ -59,23 +74,27 @@ class CheckpointReader:
         does not hold.
     """
 
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
+    holds_residuals = False
+
+    def __init__(self, directory: str | os.PathLike[str], *, stem: str = "model") -> None:
         self.directory = Path(directory)
+        single, index_name = f"{stem}.safetensors", INDEX_NAME.replace("model", stem, 1)
         self.bytes_read = 0
         self._files: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
         self._info: dict[str, TensorInfo] = {}
-        index_path = self.directory / INDEX_NAME
+        self._joined: dict[str, tuple[Piece, ...]] = {}
+        index_path = self.directory / index_name
         if index_path.is_file():
             try:
                 self._file_of = dict(json.loads(index_path.read_text())["weight_map"])
             except (ValueError, KeyError, TypeError) as error:
                 raise CheckpointError(f"{index_path}: not a safetensors index: {error!r}; fetch it again") from error
-        elif (self.directory / SINGLE_NAME).is_file():
-            self._file_of = dict.fromkeys(self._open(SINGLE_NAME).keys(), SINGLE_NAME)
+        elif (self.directory / single).is_file():
+            self._file_of = dict.fromkeys(self._open(single).keys(), single)
         else:
             raise CheckpointError(
-                f"{self.directory}: holds neither {INDEX_NAME} nor {SINGLE_NAME}; pass a directory or a hub id with "
+                f"{self.directory}: holds neither {index_name} nor {single}; pass a directory or a hub id with "
                 "safetensors weights (convert others with `model.save_pretrained(directory)` of transformers)"
             )
         held = {file: set(self._open(file).keys()) for file in sorted(set(self._file_of.values()))}
@@ -89,7 +108,7 @@ class CheckpointReader:
         if file not in self._files:
             path = self.directory / file
             if not path.is_file():
-                raise CheckpointError(f"{path}: missing, though {INDEX_NAME} names it; fetch it again")
+                raise CheckpointError(f"{path}: missing, though the index names it; fetch it again")
             try:
                 self._files[file] = safe_open(path, framework="pt").__enter__()
             except SafetensorError as error:
@@ -106,12 +125,71 @@ class CheckpointReader:
         return iter(self._file_of)
 
     @property
+    def files(self) -> list[Path]:
+        """The safetensors files, sorted."""
+        return [self.directory / file for file in sorted(set(self._file_of.values()))]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors together."""
-        return sum(self.info(name).nbytes for name in self._file_of)
+        return sum(self.stored(name).nbytes for name in self._file_of)
+
+    def join(self, name: str, pieces: Sequence[Piece]) -> None:
+        """Let `name` stand for `pieces`, matrices stacked along their rows, from now on.
+
+        What is joined is read like any other tensor, but belongs neither to the names nor to the bytes of the
+        checkpoint.
+
+        Raises
+        ------
+        CheckpointError
+            Where the pieces differ in width or dtype.
+        """
+        infos = [self.stored(piece.key) for piece in pieces]
+        shapes = [info.shape[0 if piece.index is None else 1 :] for piece, info in zip(pieces, infos, strict=True)]
+        for piece, info, shape in zip(pieces, infos, shapes, strict=True):
+            if len(shape) != 2 or shape[1] != shapes[0][1] or info.dtype != infos[0].dtype:
+                raise CheckpointError(
+                    f"{name}: {piece.key} {list(shape)} {info.dtype} does not go with {pieces[0].key} "
+                    f"{list(shapes[0])} {infos[0].dtype}; fetch the checkpoint again"
+                )
+        rows = sum(shape[0] for shape in shapes)
+        nbytes = sum(i.nbytes // (1 if p.index is None else i.shape[0]) for p, i in zip(pieces, infos, strict=True))
+        self._joined[name] = tuple(pieces)
+        self._info[name] = TensorInfo(shape=(rows, shapes[0][1]), dtype=infos[0].dtype, nbytes=nbytes)
+
+    def join_stack(self, name: str, pieces: Sequence[Piece], depth: int) -> None:
+        """Like `join`, for a ``[depth, rows, columns]`` tensor: as many pieces for every entry of its first dimension.
+
+        Raises
+        ------
+        CheckpointError
+            Where the pieces differ in width or dtype, or do not fill `depth` equal entries.
+        """
+        self.join(name, pieces)
+        info, each = self._info[name], len(pieces) // depth
+        heights = [self.stored(piece.key).shape[0] for piece in pieces]
+        if len(pieces) % depth or heights != heights[:each] * depth:
+            raise CheckpointError(f"{name}: {len(pieces)} tensors do not make {depth} equal ones; fetch them again")
+        shape = (depth, info.shape[0] // depth, info.shape[1])
+        self._info[name] = TensorInfo(shape=shape, dtype=info.dtype, nbytes=info.nbytes)
+
+    def entry(self, name: str, index: int) -> str:
+        """Name of entry `index` of the ``[depth, rows, columns]`` tensor `name`, to be read as a matrix."""
+        entry = f"{name}[{index}]"
+        pieces: Sequence[Piece] = [Piece(key=name, index=index)]
+        if name in self._joined:
+            each = len(self._joined[name]) // self.stored(name).shape[0]
+            pieces = self._joined[name][index * each : (index + 1) * each]
+        self.join(entry, pieces)
+        return entry
 
     def info(self, name: str) -> TensorInfo:
-        """Shape, dtype and size of tensor `name`."""
+        """Shape, dtype and size of the tensor that `name` stands for."""
+        return self.stored(name)
+
+    def stored(self, name: str) -> TensorInfo:
+        """Shape, dtype and size of `name` as the file holds it."""
         if name not in self._info:
             view = self._open(self._file_of[name]).get_slice(name)
             shape, dtype = tuple(view.get_shape()), view.get_dtype()
@@ -125,8 +203,12 @@ class CheckpointReader:
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows ``start:stop`` of the first dimension, in the dtype of the file."""
         if start >= stop:
-            shape = (0, *self.info(name).shape[1:])
-            return torch.empty(shape, dtype=FLOAT_DTYPES.get(self.info(name).dtype, torch.float32))
+            shape = (0, *self.stored(name).shape[1:])
+            return torch.empty(shape, dtype=FLOAT_DTYPES.get(self.stored(name).dtype, torch.float32))
+        if name in self._joined:
+            row = self.stored(name).shape[1:]
+            width = torch.Size(row).numel()
+            return self._flat_of_pieces(name, start * width, stop * width).view(-1, *row)
         rows: Tensor = self._open(self._file_of[name]).get_slice(name)[start:stop]
         self.bytes_read += rows.nbytes
         return rows
@@ -137,17 +219,38 @@ class CheckpointReader:
         Whole rows of the first dimension are read, so that the rows at both ends may be read by two ranks; only
         the elements asked for are counted as read.
         """
-        shape = self.info(name).shape
+        if name in self._joined:
+            return self._flat_of_pieces(name, start, stop)
+        shape = self.stored(name).shape
         if not shape:
             whole: Tensor = self._open(self._file_of[name]).get_tensor(name).reshape(1)
             self.bytes_read += whole[start:stop].nbytes
             return whole[start:stop]
-        width = max(1, self.info(name).nbytes and torch.Size(shape[1:]).numel())
+        width = max(1, self.stored(name).nbytes and torch.Size(shape[1:]).numel())
         first, last = start // width, -(-stop // width)
         before = self.bytes_read
         part = self.rows(name, first, last).reshape(-1)[start - first * width : stop - first * width]
         self.bytes_read = before + part.nbytes
         return part
+
+    def _flat_of_pieces(self, name: str, start: int, stop: int) -> Tensor:
+        parts = [torch.empty(0, dtype=FLOAT_DTYPES.get(self.stored(name).dtype, torch.float32))]
+        first = 0
+        for piece in self._joined[name]:
+            shape = self.stored(piece.key).shape[0 if piece.index is None else 1 :]
+            numel = torch.Size(shape).numel()
+            low, high = max(start - first, 0), min(stop - first, numel)
+            first += numel
+            if low >= high:
+                continue
+            if piece.index is None:
+                parts.append(self.flat(piece.key, low, high))
+                continue
+            top, bottom = low // shape[1], -(-high // shape[1])
+            rows = self._open(self._file_of[piece.key]).get_slice(piece.key)[piece.index, top:bottom]
+            parts.append(rows.reshape(-1)[low - top * shape[1] : high - top * shape[1]])
+            self.bytes_read += parts[-1].nbytes
+        return torch.cat(parts)
 
     def close(self) -> None:
         """Close the files."""
@@ -212,24 +315,39 @@ def atomic_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    staging = target.with_name(f".{target.name}.partial")
-    old = target.with_name(f".{target.name}.old")
+    staging = staging_of(target)
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     try:
         yield staging
-        for path in sorted(staging.rglob("*")):
-            _fsync(path)
-        _fsync(staging)
+        flush_directory(staging)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+    put_in_place(staging, target)
+
+
+def put_in_place(staging: Path, target: Path) -> None:
+    """Rename the flushed directory `staging` to `target`, in the place of what is there."""
+    old = target.with_name(f".{target.name}.old")
     if target.exists():
         shutil.rmtree(old, ignore_errors=True)
         target.rename(old)
     staging.rename(target)
     _fsync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def staging_of(target: Path) -> Path:
+    """The directory in which `target` is built."""
+    return target.with_name(f".{target.name}.partial")
+
+
+def flush_directory(directory: Path) -> None:
+    """Bring `directory` and everything below it to disk."""
+    for path in sorted(directory.rglob("*")):
+        _fsync(path)
+    _fsync(directory)
 
 
 def _fsync(path: Path) -> None:

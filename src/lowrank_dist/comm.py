@@ -33,20 +33,74 @@ class ShardGroup:
         self.rank: int = dist.get_rank(process_group) if self._distributed else 0
         self.size: int = dist.get_world_size(process_group) if self._distributed else 1
         self.device = device or torch.device("cpu")
+        self._parts: dict[int, ShardGroup] = {}
 
     @classmethod
     def single(cls) -> ShardGroup:
         """A group of one rank, whatever the process belongs to: no call of it communicates."""
         group = cls.__new__(cls)
         group._group, group._distributed, group.rank, group.size = None, False, 0, 1
-        group.device = torch.device("cpu")
+        group.device, group._parts = torch.device("cpu"), {}
         return group
+
+    def split(self, size: int) -> ShardGroup:
+        """The group of `size` consecutive ranks that this rank belongs to; all ranks call it with the same `size`.
+
+        Raises
+        ------
+        ValueError
+            Where `size` does not divide the ranks of this group.
+        """
+        if size < 1 or self.size % size:
+            raise ValueError(f"groups of {size} ranks do not divide the {self.size} ranks of the shard group")
+        if size == self.size:
+            return self
+        if size == 1:
+            return ShardGroup.single()
+        if size not in self._parts:
+            for first in range(0, self.size, size):
+                members = [self._global(rank) for rank in range(first, first + size)]
+                if first <= self.rank < first + size:
+                    part = dist.new_group(members, use_local_synchronization=True)
+                    self._parts[size] = ShardGroup(part, self.device)
+        return self._parts[size]
+
+    def exchange(self, outgoing: list[Tensor], sizes: list[int]) -> list[Tensor]:
+        """Send ``outgoing[j]`` to rank j and receive what every rank sends here. One all-to-all.
+
+        Parameters
+        ----------
+        outgoing
+            A flat uint8 tensor for every rank, possibly empty.
+        sizes
+            Bytes that every rank sends to this one.
+
+        Returns
+        -------
+        list of Tensor
+            The flat uint8 tensors received, in rank order.
+        """
+        if self.size == 1:
+            return outgoing
+        received = torch.empty(sum(sizes), dtype=torch.uint8, device=outgoing[0].device)
+        dist.all_to_all_single(
+            received, torch.cat(outgoing), sizes, [part.numel() for part in outgoing], group=self._group
+        )
+        return list(received.split(sizes))
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum `tensor` (same shape on every rank) over the ranks, in place. One all-reduce."""
         if self.size > 1:
             dist.all_reduce(tensor, group=self._group)
         return tensor
+
+    def sum_rows(self, tensor: Tensor) -> Tensor:
+        """This rank's ``[rows, n]`` of the sum of `tensor` ``[P * rows, n]`` over the ranks. One reduce-scatter."""
+        if self.size == 1:
+            return tensor
+        rows = tensor.new_empty(tensor.shape[0] // self.size, *tensor.shape[1:])
+        dist.reduce_scatter_tensor(rows, tensor.contiguous(), group=self._group)
+        return rows
 
     def max(self, tensor: Tensor) -> Tensor:
         """Element-wise maximum of `tensor` over the ranks, in place. One all-reduce."""
@@ -71,6 +125,12 @@ class ShardGroup:
         if self.size > 1:
             dist.reduce(partial, dst=self._global(0), group=self._group)
         return self.once(out, lambda: compute(partial))
+
+    def broadcast(self, tensor: Tensor, source: int) -> Tensor:
+        """Overwrite `tensor` (same shape everywhere) with that of rank `source`, in place. One broadcast."""
+        if self.size > 1:
+            dist.broadcast(tensor, src=self._global(source), group=self._group)
+        return tensor
 
     def gather_equal(self, tensor: Tensor) -> Tensor:
         """Concatenate `tensor` (same shape on every rank) along its first dimension, in rank order. One all-gather."""

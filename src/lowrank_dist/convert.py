@@ -40,16 +40,26 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 
 
-def to_lora(adapter: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> dict[str, Tensor]:
+A_NAMES = (".lora_A.weight", ".lora_embedding_A")
+B_NAMES = (".lora_B.weight", ".lora_embedding_B")
+
+
+def to_lora(
+    adapter: Mapping[str, Tensor], initial: Mapping[str, Tensor], experts: Mapping[str, int] | None = None
+) -> dict[str, Tensor]:
     """Factors of the rank-2r LoRA ``[A; A_0]``, ``[B | -B_0]``.
 
     Parameters
     ----------
     adapter
-        Trained tensors under PEFT's names: ``....lora_A.weight`` ``[r, in]``, ``....lora_B.weight`` ``[out, r]``, and
-        whole modules (``modules_to_save``), which are passed through.
+        Trained tensors under PEFT's names: ``....lora_A.weight`` ``[r, in]``, ``....lora_B.weight`` ``[out, r]``
+        (``lora_embedding_A`` and ``_B`` of embeddings), and whole modules (``modules_to_save``), which are passed
+        through.
     initial
         ``A_0`` and ``B_0`` under the same names.
+    experts
+        How many experts share a tensor, by name, where it is more than one: ``[experts * r, in]`` with one expert after
+        the other, ``[out, r * experts]`` with the experts interleaved, as PEFT lays them out.
 
     Returns
     -------
@@ -63,7 +73,7 @@ def to_lora(adapter: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> dic
     """
     converted = {}
     for name, tensor in adapter.items():
-        if not name.endswith((".lora_A.weight", ".lora_B.weight")):
+        if not name.endswith(A_NAMES + B_NAMES):
             converted[name] = tensor
             continue
         start = initial.get(name)
@@ -72,8 +82,11 @@ def to_lora(adapter: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> dic
             raise ValueError(
                 f"{name} {list(tensor.shape)}: its initial value {found}; adapter and adapter_init must be of one run"
             )
-        is_a = name.endswith(".lora_A.weight")
-        converted[name] = torch.cat([tensor, start if is_a else -start], dim=0 if is_a else 1)
+        if name.endswith(A_NAMES):
+            stacks = [t.reshape((experts or {}).get(name, 1), -1, t.shape[1]) for t in (tensor, start)]
+            converted[name] = torch.cat(stacks, dim=1).flatten(0, 1)
+        else:
+            converted[name] = torch.cat([tensor, -start], dim=1)
     return converted
 
 
@@ -152,7 +165,7 @@ def convert_checkpoint(checkpoint: str | os.PathLike[str], output: str | os.Path
     adapter, config = read_adapter(checkpoint / ADAPTER_DIR)
     if not manifest["starts_at_zero"]:
         initial, _ = read_adapter(checkpoint / INITIAL_DIR)
-        adapter, config = to_lora(adapter, initial), lora_config(config)
+        adapter, config = to_lora(adapter, initial, manifest.get("experts")), lora_config(config)
     with atomic_directory(output) as staging:
         write_adapter(staging, adapter, config)
         write_json(staging / MANIFEST, manifest)

@@ -1,14 +1,14 @@
-"""`FrozenLinear`: a linear layer over an encoded, row-sharded, frozen weight; one autograd Function.
+"""Layers over an encoded, row-sharded, frozen weight: `FrozenLinear`, one autograd Function, and `FrozenEmbedding`.
 
-The trade-off: the weight is decoded twice per step (forward and backward) and never kept. What the Function saves for
-backward decides memory under ZeRO-3: it saves the stored *Parameter objects*. DeepSpeed frees their data after the
-forward, gathers it again before the backward, and the saved Parameter then shows the gathered bytes; saving a view or
-a decoded copy instead would keep every layer gathered until its backward.
+The trade-off of the linear layer: the weight is decoded twice per step (forward and backward) and never kept. What the
+Function saves for backward decides memory under ZeRO-3: it saves the stored *Parameter objects*. DeepSpeed frees their
+data after the forward, gathers it again before the backward, and the saved Parameter then shows the gathered bytes;
+saving a view or a decoded copy instead would keep every layer gathered until its backward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,11 +35,48 @@ class _FrozenLinearFunction(torch.autograd.Function):
         return grad @ (weight.mT if ctx.layer.input_first else weight), None, *(None for _ in stored)
 
 
-class FrozenLinear(nn.Module):
+class FrozenWeight(nn.Module):
+    """A frozen, encoded matrix.
+
+    The parameters named by the residual format are registered by the walk, one flat tensor each.
+
+    Parameters
+    ----------
+    partition
+        Shape of the stored matrix and its sharding.
+    residual
+        How the matrix is encoded.
+    compute_dtype
+        Dtype in which it is decoded for use.
+    """
+
+    def __init__(self, partition: RowPartition, residual: ResidualFormat, *, compute_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.partition, self.residual, self.compute_dtype = partition, residual, compute_dtype
+        self.stored_names = tuple(residual.storages(partition))
+        for name in self.stored_names:
+            self.register_parameter(name, None)
+
+    def stored(self) -> list[Tensor]:
+        """The parameters that hold the encoded weight: the objects themselves, never views (see the module's notes)."""
+        return [self._parameters[name] for name in self.stored_names]  # type: ignore[misc]
+
+    def decode(self, stored: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        """The stored matrix in `dtype`, from its gathered storages."""
+        return self.residual.decode(self.by_name(stored), self.partition, dtype)
+
+    def by_name(self, stored: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Storages by the names that the format gives them."""
+        return dict(zip(self.stored_names, stored, strict=True))
+
+    def extra_repr(self) -> str:
+        return f"rows={self.partition.rows}, columns={self.partition.columns}, residual={self.residual}"
+
+
+class FrozenLinear(FrozenWeight):
     """Linear layer whose weight is a frozen, encoded residual.
 
-    Takes the place of the ``base_layer`` of a PEFT ``lora.Linear``. The parameters named by the residual format are
-    registered by the walk, one flat tensor each.
+    Takes the place of the ``base_layer`` of a PEFT ``lora.Linear``.
 
     Parameters
     ----------
@@ -61,24 +98,12 @@ class FrozenLinear(nn.Module):
         compute_dtype: torch.dtype,
         input_first: bool = False,
     ) -> None:
-        super().__init__()
-        self.partition, self.residual, self.input_first = partition, residual, input_first
-        self.compute_dtype = compute_dtype
+        super().__init__(partition, residual, compute_dtype=compute_dtype)
+        self.input_first = input_first
         self.out_features, self.in_features = partition.rows, partition.columns
         if input_first:
             self.in_features, self.out_features = self.out_features, self.in_features
-        self.stored_names = tuple(residual.storages(partition))
-        for name in (*self.stored_names, "bias"):
-            self.register_parameter(name, None)
-
-    def stored(self) -> list[Tensor]:
-        """The parameters that hold the encoded weight: the objects themselves, never views (see the module's notes)."""
-        return [self._parameters[name] for name in self.stored_names]  # type: ignore[misc]
-
-    def decode(self, stored: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
-        """The stored matrix in `dtype`, from its gathered storages."""
-        by_name: Mapping[str, Tensor] = dict(zip(self.stored_names, stored, strict=True))
-        return self.residual.decode(by_name, self.partition, dtype)
+        self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in]`` of any floating type to ``[..., out]`` in the compute dtype."""
@@ -91,3 +116,42 @@ class FrozenLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, residual={self.residual}"
+
+
+class FrozenEmbedding(FrozenWeight):
+    """Embedding whose table ``[num_embeddings, embedding_dim]`` is a frozen, encoded residual.
+
+    Takes the place of the ``base_layer`` of a PEFT ``lora.Embedding``. Decodes the rows that it looks up and saves
+    nothing for backward: no gradient reaches it.
+
+    Parameters
+    ----------
+    partition, residual
+        See `FrozenWeight`.
+    compute_dtype
+        Of the output.
+    replaced
+        The embedding whose place it takes: plain, or one that multiplies its output by ``embed_scale``.
+    """
+
+    def __init__(
+        self, partition: RowPartition, residual: ResidualFormat, *, compute_dtype: torch.dtype, replaced: nn.Embedding
+    ) -> None:
+        super().__init__(partition, residual, compute_dtype=compute_dtype)
+        self.num_embeddings, self.embedding_dim = partition.rows, partition.columns
+        self.embed_scale: Tensor | None
+        # PEFT's layer looks A up with these
+        self.padding_idx, self.norm_type = replaced.padding_idx, replaced.norm_type
+        self.max_norm, self.scale_grad_by_freq, self.sparse = None, False, False
+        scale = getattr(replaced, "embed_scale", None)
+        if scale is not None:  # PEFT looks for it, and asks nothing about the weight where it is a tensor
+            scale = scale.detach() if isinstance(scale, Tensor) else torch.tensor(float(scale))
+        self.register_buffer("embed_scale", scale, persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """``[...]`` integer to ``[..., embedding_dim]`` in the compute dtype."""
+        with torch.no_grad():
+            rows = self.residual.decode_rows(
+                self.by_name(self.stored()), self.partition, ids.flatten().long(), self.compute_dtype
+            ).view(*ids.shape, self.embedding_dim)
+            return rows if self.embed_scale is None else rows * self.embed_scale.to(rows.dtype)

@@ -1,106 +1,32 @@
-"""The walk: a model skeleton on meta and a checkpoint on disk in, a sharded trainable model out.
+"""A model skeleton on meta and decomposed matrices in, a sharded trainable model out.
 
-Every rank reads its own rows of every adapted weight, decomposes them together with the others, encodes its rows of
-the residual and keeps them as its own ZeRO-3 partition. No weight crosses the network, no rank holds a whole matrix,
-and the ranks together read every byte once.
+Every rank keeps its shards of residuals and factors, as they come from the walk or from a decomposed model on disk, as
+its own ZeRO-3 partitions, and reads its part of every other parameter. No weight crosses the network, no rank holds a
+whole matrix, and the ranks together read every byte once.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from lowrank_dist.checkpoint_io import CheckpointError, CheckpointReader, read_ahead
+from lowrank_dist.checkpoint_io import CheckpointReader
 from lowrank_dist.comm import ShardGroup
-from lowrank_dist.layers import FrozenLinear
+from lowrank_dist.experts import AdaptedParameter, put_factor
+from lowrank_dist.layers import FrozenEmbedding, FrozenLinear, FrozenWeight
 from lowrank_dist.linalg import seed_from_name
-from lowrank_dist.methods.base import Decomposition, Matrix, Method
-from lowrank_dist.partition import FlatPartition, RowPartition
+from lowrank_dist.partition import FlatPartition
+from lowrank_dist.report import InitReport
 from lowrank_dist.residual import ResidualFormat
 from lowrank_dist.skeleton import ADAPTER, Plan, PlannedMatrix, PlannedTensor
-from lowrank_dist.zero3 import Partitioner, local_shard, stored_bytes
-
-
-@dataclass(kw_only=True)
-class MatrixReport:
-    """What the walk measured on one matrix (norms are Frobenius norms of the whole matrix).
-
-    Attributes
-    ----------
-    name : str
-        Layer in the model.
-    rows, columns, rank : int
-        Shape as stored, and r.
-    norm : float
-        ``||W||``.
-    error : float
-        ``||W - (Q(W_res) + scaling B A)||``: what the model differs from W by at step 0.
-    quantization_error : float
-        ``||W - Q(W)||``: what plain quantization would lose; 0 for residuals that are not quantized.
-    error_reduction : float
-        ``1 - error / quantization_error``; 0 where nothing is quantized.
-    seconds : float
-        Wall-clock time of this matrix on this rank, waiting for the disk included.
-    """
-
-    name: str
-    rows: int
-    columns: int
-    rank: int
-    norm: float
-    error: float
-    quantization_error: float
-    seconds: float = 0.0
-
-    @property
-    def error_reduction(self) -> float:
-        return 1 - self.error / self.quantization_error if self.quantization_error else 0.0
-
-    def as_dict(self) -> dict[str, Any]:
-        """Fields and derived figures, for JSON."""
-        return {**asdict(self), "error_reduction": self.error_reduction}
-
-
-@dataclass(kw_only=True)
-class InitReport:
-    """What the walk measured.
-
-    Attributes
-    ----------
-    matrices
-        One entry per adapted matrix.
-    bytes_read
-        Bytes of tensor data read by all ranks together.
-    checkpoint_bytes
-        Bytes of all tensors of the checkpoint.
-    residual_bytes_per_rank
-        Bytes of the encoded residual that this rank stores, padding included.
-    residual_bytes
-        The same over all ranks.
-    world_size
-        Ranks that share the model.
-    seconds
-        Wall-clock time of the walk on this rank.
-    """
-
-    matrices: list[MatrixReport] = field(default_factory=list)
-    bytes_read: int = 0
-    checkpoint_bytes: int = 0
-    residual_bytes_per_rank: int = 0
-    residual_bytes: int = 0
-    world_size: int = 1
-    seconds: float = 0.0
-
-    def as_dict(self) -> dict[str, Any]:
-        """All figures, for JSON."""
-        return {**asdict(self), "matrices": [matrix.as_dict() for matrix in self.matrices]}
+from lowrank_dist.walk import DecomposedMatrix, check_finite, factor_shapes
+from lowrank_dist.zero3 import Partitioner, local_shard, register_used_parameters, stored_bytes, whole_shape
 
 
 @dataclass(kw_only=True)
@@ -113,10 +39,13 @@ class Materialized:
         Measurements.
     initial
         This rank's shards of the factors before training (A0 and B0), by parameter name; CPU.
+    experts
+        How many experts share a factor, by parameter name, where it is more than one.
     """
 
     report: InitReport
     initial: dict[str, Tensor]
+    experts: dict[str, int]
 
 
 def materialize(
@@ -124,13 +53,13 @@ def materialize(
     plan: Plan,
     reader: CheckpointReader,
     partitioner: Partitioner,
+    decomposed: Iterable[DecomposedMatrix],
     *,
-    init: Method,
     residual: ResidualFormat,
     compute_dtype: torch.dtype,
     factor_dtype: torch.dtype,
     fp32_norms: bool = False,
-    progress: bool = True,
+    advance: Callable[[int], object] = lambda _: None,
 ) -> Materialized:
     """Fill `backbone` (on meta, adapters injected) with ZeRO-3 parameters. Collective: all ranks of the group call it.
 
@@ -141,11 +70,11 @@ def materialize(
     plan
         From `lowrank_dist.skeleton.plan_walk`.
     reader
-        The checkpoint; read by rows, each byte by one rank.
+        The checkpoint; of it the parameters are read that are not adapted.
     partitioner
         Makes the ZeRO-3 parameters; its group shares every tensor.
-    init
-        Initialisation of the adapters.
+    decomposed
+        Every matrix of the plan, decomposed.
     residual
         Format of the frozen residual.
     compute_dtype
@@ -154,22 +83,24 @@ def materialize(
         Dtype of A and B.
     fp32_norms
         Keep the weights of normalisation layers in fp32; their outputs are cast to `compute_dtype`.
-    progress
-        Show a bar (bytes, matrices, ETA) on rank 0.
+    advance
+        Called with the bytes of every tensor that is done (for a progress bar).
 
     Raises
     ------
     CheckpointError
         On every rank, if any rank finds a NaN or infinity or cannot read.
     """
-    walk = _Walk(backbone, reader, partitioner, compute_dtype, factor_dtype, progress)
     started = time.monotonic()
-    with walk.bar:
-        walk.matrices(plan.matrices, init, residual)
-        walk.parameters(plan.parameters, fp32_norms)
-        walk.buffers(plan.buffers)
-    report = walk.report
-    frozen = [module for module in backbone.modules() if isinstance(module, FrozenLinear)]
+    filling = _Filling(backbone, reader, partitioner, residual, compute_dtype, factor_dtype, advance)
+    for matrix in decomposed:
+        filling.matrix(matrix)
+    filling.parameters(plan.parameters, fp32_norms)
+    filling.buffers(plan.buffers)
+    report = filling.report
+    order = {planned.name: index for index, planned in enumerate(plan.matrices)}
+    report.matrices.sort(key=lambda matrix: order[matrix.name])
+    frozen = [module for module in backbone.modules() if isinstance(module, FrozenWeight)]
     report.residual_bytes_per_rank = stored_bytes(p for module in frozen for p in module.stored())
     totals = torch.tensor(
         [reader.bytes_read, report.residual_bytes_per_rank], dtype=torch.float64, device=partitioner.device
@@ -178,145 +109,97 @@ def materialize(
     report.checkpoint_bytes = reader.nbytes
     report.world_size = partitioner.group.size
     report.seconds = time.monotonic() - started
-    return Materialized(report=report, initial=walk.initial)
+    return Materialized(report=report, initial=filling.initial, experts=filling.experts)
 
 
-class _Walk:
-    """State of one walk: where shards go, what was measured."""
+class _Filling:
+    """State of one model being filled: where shards go, what was measured."""
 
     def __init__(
         self,
         backbone: PreTrainedModel,
         reader: CheckpointReader,
         partitioner: Partitioner,
+        residual: ResidualFormat,
         compute_dtype: torch.dtype,
         factor_dtype: torch.dtype,
-        progress: bool,
+        advance: Callable[[int], object],
     ) -> None:
         self.backbone, self.reader, self.partitioner = backbone, reader, partitioner
         self.group: ShardGroup = partitioner.group
-        self.compute_dtype, self.factor_dtype = compute_dtype, factor_dtype
+        self.residual, self.compute_dtype, self.factor_dtype = residual, compute_dtype, factor_dtype
+        self.advance = advance
         self.report = InitReport()
         self.initial: dict[str, Tensor] = {}
-        self.bar = tqdm(
-            total=reader.nbytes,
-            unit="B",
-            unit_scale=True,
-            desc="Decomposing",
-            disable=not (progress and self.group.rank == 0),
-        )
+        self.experts: dict[str, int] = {}
+        self._stacks: dict[str, _Stack] = {}
 
     # -- adapted weights ----------------------------------------------------------------------------------------
 
-    def matrices(self, planned: list[PlannedMatrix], init: Method, residual: ResidualFormat) -> None:
-        """Decompose all adapted weights, while a thread reads ahead: at most two more row blocks on the host."""
-        partitions = [
-            RowPartition(rows=p.rows, columns=p.columns, world_size=self.group.size, block=residual.block)
-            for p in planned
-        ]
-        blocks = read_ahead(self.read_rows, [(p.key, part) for p, part in zip(planned, partitions, strict=True)])
-        for matrix, partition in zip(planned, partitions, strict=True):
-            started = time.monotonic()
-            with self.group.shared_errors():
-                block = next(blocks).to(self.partitioner.device)
-            self.matrix(matrix, partition, block, init, residual)
-            self.report.matrices[-1].seconds = time.monotonic() - started
+    def matrix(self, matrix: DecomposedMatrix) -> None:
+        """Put the shards of one adapted weight in the place of its layer's parameters.
 
-    def read_rows(self, request: tuple[str, RowPartition]) -> Tensor:
-        """This rank's rows of a tensor as fp32 on the host, checked for NaN and infinity."""
-        key, partition = request
-        start, stop = partition.bounds(self.group.rank)
-        rows = self.reader.rows(key, start, stop).float()
-        check_finite(key, rows, start)
-        return rows
-
-    def matrix(
-        self, planned: PlannedMatrix, partition: RowPartition, block: Tensor, init: Method, residual: ResidualFormat
-    ) -> None:
-        """Decompose, encode and partition one adapted weight."""
-        matrix = Matrix(
-            name=planned.key,
-            block=block,
-            partition=partition,
-            group=self.group,
-            rank=planned.rank,
-            scaling=planned.scaling,
-            input_first=planned.input_first,
-            factor_dtype=self.factor_dtype,
-        )
-        decomposition = init.decompose(matrix, residual)
-        self.replace_base_layer(planned, partition, residual, decomposition)
-        self.place_factors(planned, partition, decomposition)
-        norm, error, plain = self.norms(matrix, residual, decomposition)
-        self.report.matrices.append(
-            MatrixReport(
-                name=planned.layer,
-                rows=planned.rows,
-                columns=planned.columns,
-                rank=planned.rank,
-                norm=norm,
-                error=error,
-                quantization_error=plain,
-            )
-        )
-        self.bar.set_postfix(matrices=len(self.report.matrices), refresh=False)
-        self.bar.update(self.reader.info(planned.key).nbytes)
-
-    def replace_base_layer(
-        self, planned: PlannedMatrix, partition: RowPartition, residual: ResidualFormat, decomposition: Decomposition
-    ) -> None:
+        Experts of one parameter are collected until all are there; each costs one all-gather per factor.
+        """
+        planned, residual, factors = matrix.planned, matrix.residual, matrix.factors
+        self.report.matrices.append(matrix.report)
+        if planned.expert is not None:
+            stack = self._stacks.setdefault(planned.layer, _Stack(planned, self.group, self.factor_dtype))
+            if not stack.add(matrix):
+                return
+            residual, factors = stack.residual(), self._stacks.pop(planned.layer).factors
+            self.experts |= dict.fromkeys(planned.factor_names.values(), planned.experts)
         layer: Any = self.backbone.get_submodule(planned.layer)
-        frozen = FrozenLinear(partition, residual, compute_dtype=self.compute_dtype, input_first=planned.input_first)
-        for name, storage in residual.storages(partition).items():
-            shard = decomposition.residual.shards[name]
-            shape = (storage.shard_numel * self.group.size,)
-            setattr(frozen, name, self.partitioner.parameter(shape, storage.dtype, shard))
-        frozen.bias = layer.base_layer.bias  # on meta until its own turn
-        layer.base_layer = frozen
-
-    def place_factors(self, planned: PlannedMatrix, partition: RowPartition, decomposition: Decomposition) -> None:
-        layer: Any = self.backbone.get_submodule(planned.layer)
-        left, right = decomposition.factors.left, decomposition.factors.right
-        # Without padding, a rank's rows of B are its flat partition of B: nothing needs to be gathered.
-        rows_are_shard = not planned.input_first and partition.padded_rows == partition.rows
-        if not rows_are_shard:
-            left = self.whole_left(left, partition)
-        a, b = (left.mT, right.mT) if planned.input_first else (right, left)
-        for child, factor in (("lora_A", a), ("lora_B", b)):
-            name = f"{planned.layer}.{child}.{ADAPTER}.weight"
-            shape = getattr(layer, child)[ADAPTER].weight.shape
-            shard = factor.flatten()
-            if not (rows_are_shard and factor is b):
-                flat = FlatPartition(numel=shape.numel(), world_size=self.group.size)
-                shard = shard[slice(*flat.bounds(self.group.rank))]
-            parameter = self.partitioner.parameter(
-                shape, self.factor_dtype, shard.to(self.factor_dtype), requires_grad=True
-            )
-            getattr(layer, child)[ADAPTER].weight = parameter
-            self.initial[name] = local_shard(parameter).detach().to("cpu", copy=True)
-
-    def whole_left(self, left: Tensor, partition: RowPartition) -> Tensor:
-        """Rows of all ranks of a row-sharded factor: ``[m, r]``, replicated. One all-gather."""
-        padded = left.new_zeros(partition.rows_per_rank, left.shape[1])
-        padded[: left.shape[0]] = left
-        return self.group.gather_equal(padded)[: partition.rows]
-
-    def norms(
-        self, matrix: Matrix, residual: ResidualFormat, decomposition: Decomposition
-    ) -> tuple[float, float, float]:
-        """``||W||``, ``||W - (Q(W_res) + scaling B A)||`` and ``||W - Q(W)||``, Frobenius. One all-reduce."""
-        factors = decomposition.factors
-        error = torch.addmm(
-            matrix.block - decomposition.residual.decoded, factors.left, factors.right, alpha=-matrix.scaling
-        )
-        squares = [matrix.block.double().square().sum(), error.double().square().sum()]
-        if residual.exact:
-            squares.append(torch.zeros_like(squares[0]))
+        frozen = self.frozen(layer, matrix)
+        for name, storage in self.residual.storages(matrix.partition).items():
+            shape = (storage.shard_numel * self.group.size * planned.experts,)
+            setattr(frozen, name, self.partitioner.parameter(shape, storage.dtype, residual[name]))
+        if planned.wrapped:
+            parent, _, child = planned.layer.rpartition(".")
+            setattr(self.backbone.get_submodule(parent), child, frozen)
         else:
-            plain = residual.encode(matrix.block, matrix.partition, matrix.group)
-            squares.append((matrix.block - plain.decoded).double().square().sum())
-        norm, error_norm, plain_norm = self.group.sum(torch.stack(squares)).sqrt().tolist()
-        return norm, error_norm, plain_norm
+            layer.base_layer = frozen
+        for factor, name in planned.factor_names.items():
+            self.factor(name, factors[factor])
+        if planned.lookup:
+            # Not in a module with a forward of its own, unlike the factors of linear layers.
+            register_used_parameters(
+                layer, [self.backbone.get_parameter(name) for name in planned.factor_names.values()]
+            )
+
+    def frozen(self, layer: Any, matrix: DecomposedMatrix) -> FrozenWeight:
+        """The module that holds the encoded residual."""
+        planned, partition = matrix.planned, matrix.partition
+        if planned.wrapped:
+            return AdaptedParameter(
+                partition,
+                self.residual,
+                compute_dtype=self.compute_dtype,
+                wrapper=layer,
+                adapter=ADAPTER,
+                parameter=planned.parameter,
+                experts=None if planned.expert is None else planned.experts,
+                input_first=planned.input_first,
+            )
+        if planned.lookup:
+            return FrozenEmbedding(
+                partition, self.residual, compute_dtype=self.compute_dtype, replaced=layer.get_base_layer()
+            )
+        linear = FrozenLinear(
+            partition, self.residual, compute_dtype=self.compute_dtype, input_first=planned.input_first
+        )
+        linear.bias = layer.base_layer.bias  # on meta until its own turn
+        return linear
+
+    def factor(self, name: str, shard: Tensor) -> None:
+        """Make this rank's `shard` of a factor a trained parameter, and keep its initial value."""
+        owner, _, leaf = name.rpartition(".")
+        module, whole = self.backbone.get_submodule(owner), self.backbone.get_parameter(name)
+        parameter = self.partitioner.parameter(
+            whole_shape(whole), self.factor_dtype, shard.to(self.factor_dtype), requires_grad=True
+        )
+        setattr(module, leaf, parameter)
+        self.initial[name] = local_shard(parameter).detach().to("cpu", copy=True)
 
     # -- everything else ----------------------------------------------------------------------------------------
 
@@ -346,7 +229,7 @@ class _Walk:
             return self.fresh(tensor.names[0], parameter).flatten()[start:stop].to(self.partitioner.device, dtype)
         shard = self.reader.flat(tensor.key, start, stop)
         check_finite(tensor.key, shard, start)
-        self.bar.update(self.reader.info(tensor.key).nbytes)
+        self.advance(self.reader.info(tensor.key).nbytes)
         return shard.to(self.partitioner.device, dtype)
 
     def fresh(self, name: str, parameter: Tensor) -> Tensor:
@@ -366,20 +249,43 @@ class _Walk:
 
             def read(key: str = str(key), value: Tensor = value) -> Tensor:
                 whole = self.reader.flat(key, 0, value.numel()).view(value.shape)
-                self.bar.update(whole.nbytes)
+                self.advance(whole.nbytes)
                 return whole.to(value)
 
             buffer.data = self.group.once(value, read)
 
 
-def check_finite(key: str, values: Tensor, start: int) -> None:
-    """Raise CheckpointError if `values` (rows or elements of tensor `key` from `start` on) hold a NaN or infinity."""
-    if not bool(torch.isfinite(values).all()):
-        bad = (~torch.isfinite(values)).nonzero()[0].tolist()
-        bad[0] += start
-        raise CheckpointError(
-            f"{key}: NaN or infinity at {bad}; the checkpoint is damaged or was saved from a diverged run"
-        )
+class _Stack:
+    """Shards of all experts of one parameter, on their way to becoming one tensor each."""
+
+    def __init__(self, planned: PlannedMatrix, group: ShardGroup, dtype: torch.dtype) -> None:
+        self.group, self.dtype, self.experts = group, dtype, planned.experts
+        self.shapes = factor_shapes(planned)
+        self.factors: dict[str, Tensor] = {}
+        self._residuals: dict[int, dict[str, Tensor]] = {}
+
+    def add(self, matrix: DecomposedMatrix) -> bool:
+        """Take one expert; whether it was the last. One all-gather of each of its factors."""
+        expert = matrix.planned.expert
+        assert expert is not None
+        self._residuals[expert] = matrix.residual
+        for name, shard in matrix.factors.items():
+            one = FlatPartition(numel=torch.Size(self.shapes[name]).numel(), world_size=self.group.size)
+            padded = shard.new_zeros(one.shard_numel)
+            padded[: shard.numel()] = shard
+            whole = self.group.gather_equal(padded)[: one.numel]
+            start, stop = FlatPartition(numel=one.numel * self.experts, world_size=self.group.size).bounds(
+                self.group.rank
+            )
+            if name not in self.factors:
+                self.factors[name] = torch.zeros(stop - start, dtype=self.dtype, device=shard.device)
+            put_factor(self.factors[name], start, whole, expert, self.experts, interleaved=name == "lora_B")
+        return len(self._residuals) == self.experts
+
+    def residual(self) -> dict[str, Tensor]:
+        """This rank's shards of all experts, one after the other, by storage name."""
+        ordered = [self._residuals[expert] for expert in range(self.experts)]
+        return {name: torch.cat([shards[name] for shards in ordered]) for name in ordered[0]}
 
 
 def norm_modules(backbone: nn.Module) -> dict[str, nn.Module]:

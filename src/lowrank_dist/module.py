@@ -157,6 +157,11 @@ class CausalLMModule(L.LightningModule):
         self.log("train_loss", loss.detach(), prog_bar=True, sync_dist=True, batch_size=len(batch["input_ids"]))
         return loss
 
+    def calibration_step(self, batch: dict[str, Tensor]) -> Tensor:
+        """Loss of a batch of a calibration pass (`lowrank_dist.Calibration`)."""
+        loss: Tensor = self(**batch).loss
+        return loss
+
     def configure_optimizers(self) -> Any:
         """Return the optimizer of the parameters that require grad, and a schedule that moves at every optimizer step.
 

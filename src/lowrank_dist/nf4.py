@@ -13,19 +13,24 @@ section 3; arXiv:2305.14314.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowrank_dist.comm import ShardGroup
 from lowrank_dist.partition import FlatPartition, RowPartition
-from lowrank_dist.residual import Encoded, Storage, pad_rows
+from lowrank_dist.residual import Encoded, FileTensor, ReadFile, Storage, pad_rows
 
 NESTED_BLOCK = 256  # absolute maxima per second-level block, as in bitsandbytes' compress_statistics
+QUANT_STATE = ".quant_state.bitsandbytes__nf4"
+_STATE_BYTES = 256  # room for the JSON beside a weight, whose length depends on the digits of its numbers
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -72,15 +77,17 @@ class NF4:
         return False
 
     def storages(self, partition: RowPartition) -> dict[str, Storage]:
-        blocks = partition.blocks_per_rank
-        bytes_per_absmax = 1 if self.double_quant else 4
+        def of_bytes(units: int, per_rank: int, size: int) -> Storage:
+            return Storage(numel=units * size, shard_numel=per_rank * size, dtype=torch.uint8)
+
+        blocks, per_rank = partition.blocks, partition.blocks_per_rank
         storages = {
-            "weight_packed": Storage(shard_numel=blocks * self.block_size // 2, dtype=torch.uint8),
-            "weight_absmax": Storage(shard_numel=blocks * bytes_per_absmax, dtype=torch.uint8),
+            "weight_packed": of_bytes(blocks, per_rank, self.block_size // 2),
+            "weight_absmax": of_bytes(blocks, per_rank, 1 if self.double_quant else 4),
         }
         if self.double_quant:
-            shard = _nested_partition(partition).shard_numel
-            storages["weight_nested"] = Storage(shard_numel=shard * 4, dtype=torch.uint8)
+            nested = _nested_partition(partition)
+            storages["weight_nested"] = of_bytes(nested.numel, nested.shard_numel, 4)
         return storages
 
     def encode(self, block: Tensor, partition: RowPartition, group: ShardGroup) -> Encoded:
@@ -102,7 +109,8 @@ class NF4:
         shards = {"weight_packed": packed.flatten()}
         if self.double_quant:
             codes, nested = _quantize_absmax(absmax, partition, group)
-            absmax = _dequantize_absmax(codes, nested, first_block=group.rank * partition.blocks_per_rank)
+            first = group.rank * partition.blocks_per_rank
+            absmax = _dequantize_absmax(codes, nested, torch.arange(first, first + len(codes), device=codes.device))
             start, stop = _nested_partition(partition).bounds(group.rank)
             mine = torch.zeros(_nested_partition(partition).shard_numel, dtype=torch.float32, device=block.device)
             mine[: stop - start] = nested[start:stop]
@@ -115,11 +123,107 @@ class NF4:
     def decode(self, stored: Mapping[str, Tensor], partition: RowPartition, dtype: torch.dtype) -> Tensor:
         _bitsandbytes()
         if self.double_quant:
-            absmax = _dequantize_absmax(stored["weight_absmax"], stored["weight_nested"].view(torch.float32))
+            codes, nested = stored["weight_absmax"], stored["weight_nested"].view(torch.float32)
+            absmax = _dequantize_absmax(codes, nested, torch.arange(len(codes), device=codes.device))
         else:
             absmax = stored["weight_absmax"].view(torch.float32)
         shape = (partition.padded_rows, partition.columns)
         return _dequantize(stored["weight_packed"], absmax, self.block_size, shape, dtype)[: partition.rows]
+
+    def decode_rows(
+        self, stored: Mapping[str, Tensor], partition: RowPartition, rows: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        _bitsandbytes()
+        size, columns = self.block_size, partition.columns
+        # A row may begin anywhere in a block, in steps of the common divisor.
+        per_row = -(-(size - math.gcd(size, columns) + columns) // size)
+        packed = stored["weight_packed"].view(-1, size // 2)
+        within = torch.arange(max(per_row * size, columns), device=rows.device)
+        blocks = (rows[:, None] * columns // size + within[:per_row]).clamp_(max=len(packed) - 1)
+        if self.double_quant:
+            absmax = _dequantize_absmax(
+                stored["weight_absmax"][blocks], stored["weight_nested"].view(torch.float32), blocks
+            )
+        else:
+            absmax = stored["weight_absmax"].view(torch.float32)[blocks]
+        shape = (len(rows) * per_row, size)
+        values = _dequantize(packed[blocks].flatten(), absmax.flatten(), size, shape, dtype).view(
+            len(rows), per_row * size
+        )
+        return values.gather(1, rows[:, None] * columns % size + within[:columns])
+
+    def files(self, partition: RowPartition, dtype: torch.dtype) -> dict[str, FileTensor]:
+        """The serialization of bitsandbytes' ``Linear4bit``: codes, maxima, code books, a JSON of the rest."""
+        uint8, fp32 = torch.uint8, torch.float32
+        numel, blocks = partition.rows * partition.columns, partition.blocks
+        files = {
+            "": FileTensor(shape=(-(-numel // 2), 1), dtype=uint8),
+            ".absmax": FileTensor(shape=(blocks,), dtype=uint8 if self.double_quant else fp32),
+            ".quant_map": FileTensor(shape=(16,), dtype=fp32),
+            QUANT_STATE: FileTensor(shape=(_STATE_BYTES,), dtype=uint8),
+        }
+        if self.double_quant:
+            files[".nested_absmax"] = FileTensor(shape=(_nested_partition(partition).numel - 1,), dtype=fp32)
+            files[".nested_quant_map"] = FileTensor(shape=(256,), dtype=fp32)
+        return files
+
+    def to_files(
+        self, shards: Mapping[str, Tensor], partition: RowPartition, rank: int, dtype: torch.dtype
+    ) -> Iterator[tuple[str, int, Tensor]]:
+        first, last = partition.block_bounds(rank)
+        start = first * self.block_size // 2
+        stop = min(last * self.block_size // 2, -(-partition.rows * partition.columns // 2))
+        yield "", start, shards["weight_packed"][: stop - start]
+        absmax = shards["weight_absmax"] if self.double_quant else shards["weight_absmax"].view(torch.float32)
+        yield ".absmax", first, absmax[: last - first]
+        state = {
+            "quant_type": "nf4",
+            "blocksize": self.block_size,
+            "dtype": str(dtype).removeprefix("torch."),
+            "shape": [partition.rows, partition.columns],
+        }
+        if self.double_quant:
+            start, stop = _nested_partition(partition).bounds(rank)
+            nested = shards["weight_nested"].view(torch.float32)[: stop - start]
+            yield ".nested_absmax", max(start - 1, 0), nested[1 if start == 0 else 0 :]
+            if rank == 0:  # whose shard begins with the offset
+                state |= {
+                    "nested_blocksize": NESTED_BLOCK,
+                    "nested_dtype": "float32",
+                    "nested_offset": float(nested[0]),
+                }
+                yield ".nested_quant_map", 0, _dynamic_map(torch.device("cpu"))
+        if rank == 0:
+            yield ".quant_map", 0, _nf4_map()
+            text = json.dumps(state).encode().ljust(_STATE_BYTES)  # JSON may end in spaces
+            yield QUANT_STATE, 0, torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+    def from_files(self, read: ReadFile, partition: RowPartition, rank: int) -> dict[str, Tensor]:
+        first, last = partition.block_bounds(rank)
+        storages = self.storages(partition)
+        start = first * self.block_size // 2
+        stop = min(last * self.block_size // 2, -(-partition.rows * partition.columns // 2))
+        shards = {
+            "weight_packed": read("", start, stop),
+            "weight_absmax": read(".absmax", first, last).view(torch.uint8),
+        }
+        if self.double_quant:
+            start, stop = _nested_partition(partition).bounds(rank)
+            nested = read(".nested_absmax", max(start - 1, 0), max(stop - 1, 0))
+            if start == 0:
+                state = read_quant_state(read(QUANT_STATE, 0, None))
+                nested = torch.cat([torch.tensor([state["nested_offset"]], dtype=torch.float32), nested])
+            shards["weight_nested"] = nested.view(torch.uint8)
+        return {
+            name: torch.nn.functional.pad(shard, (0, storages[name].shard_numel - shard.numel()))
+            for name, shard in shards.items()
+        }
+
+
+def read_quant_state(values: Tensor) -> dict[str, Any]:
+    """The JSON that bitsandbytes keeps beside a 4-bit weight (``<weight>.quant_state.bitsandbytes__nf4``)."""
+    state: dict[str, Any] = json.loads(values.numpy().tobytes().decode())
+    return state
 
 
 def _nested_partition(partition: RowPartition) -> FlatPartition:
@@ -175,11 +279,15 @@ def _quantize_absmax(absmax: Tensor, partition: RowPartition, group: ShardGroup)
     return codes, torch.cat([offset, second])
 
 
-def _dequantize_absmax(codes: Tensor, nested: Tensor, first_block: int = 0) -> Tensor:
-    """fp32 absolute maxima of `codes`, the blocks of a matrix from `first_block` on; padding repeats the last block."""
-    index = torch.arange(first_block, first_block + codes.numel(), device=codes.device) // NESTED_BLOCK
-    scale = nested[1:][index.clamp_(max=nested.numel() - 2)]
+def _dequantize_absmax(codes: Tensor, nested: Tensor, blocks: Tensor) -> Tensor:
+    """fp32 absolute maxima of `codes`, which belong to `blocks` (same shape); padding repeats the last block."""
+    scale = nested[1:][(blocks // NESTED_BLOCK).clamp_(max=nested.numel() - 2)]
     return _dynamic_map(codes.device)[codes.int()] * scale + nested[0]
+
+
+@cache
+def _nf4_map() -> Tensor:
+    return _bitsandbytes().get_4bit_type("nf4", device="cpu")  # type: ignore[no-any-return]
 
 
 @cache

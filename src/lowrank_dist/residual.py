@@ -7,7 +7,8 @@ a new format is one class. `Dense` below keeps the values; `lowrank_dist.nf4.NF4
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,8 +21,12 @@ from lowrank_dist.partition import RowPartition
 
 @dataclass(frozen=True, kw_only=True)
 class Storage:
-    """One stored tensor of a format: `shard_numel` elements of `dtype` on every rank."""
+    """One stored tensor of a format: flat, `numel` elements of `dtype`, cut every `shard_numel` elements.
 
+    The last shards may end in padding, or be padding only.
+    """
+
+    numel: int
     shard_numel: int
     dtype: torch.dtype
 
@@ -40,6 +45,23 @@ class Encoded:
 
     shards: dict[str, Tensor]
     decoded: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileTensor:
+    """Shape and dtype of a tensor of a safetensors file."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+#: ``read(suffix, start, stop)``: elements ``start:stop`` of the flattened file tensor ``<weight's name><suffix>``;
+#: None: to its end.
+ReadFile = Callable[[str, int, int | None], Tensor]
 
 
 class ResidualFormat(Protocol):
@@ -61,6 +83,22 @@ class ResidualFormat(Protocol):
 
     def decode(self, stored: Mapping[str, Tensor], partition: RowPartition, dtype: torch.dtype) -> Tensor:
         """Decode the gathered storages of all ranks to the ``[m, n]`` matrix in `dtype`; nothing is communicated."""
+
+    def decode_rows(
+        self, stored: Mapping[str, Tensor], partition: RowPartition, rows: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """``decode(stored, partition, dtype)[rows]`` for row numbers ``[k]`` int64, without decoding the others."""
+
+    def files(self, partition: RowPartition, dtype: torch.dtype) -> dict[str, FileTensor]:
+        """The tensors that stand for a matrix of a checkpoint in `dtype` on disk, by suffix to the weight's name."""
+
+    def to_files(
+        self, shards: Mapping[str, Tensor], partition: RowPartition, rank: int, dtype: torch.dtype
+    ) -> Iterator[tuple[str, int, Tensor]]:
+        """What `rank` contributes to `files`: suffix, first element, flat values. All ranks together fill them."""
+
+    def from_files(self, read: ReadFile, partition: RowPartition, rank: int) -> dict[str, Tensor]:
+        """The shards of `rank`, exactly as long as `storages` says, from `files`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +122,8 @@ class Dense:
         return True
 
     def storages(self, partition: RowPartition) -> dict[str, Storage]:
-        return {"weight_rows": Storage(shard_numel=partition.rows_per_rank * partition.columns, dtype=self.dtype)}
+        numel, shard_numel = partition.rows * partition.columns, partition.rows_per_rank * partition.columns
+        return {"weight_rows": Storage(numel=numel, shard_numel=shard_numel, dtype=self.dtype)}
 
     def encode(self, block: Tensor, partition: RowPartition, group: ShardGroup) -> Encoded:
         values = block.to(self.dtype)
@@ -92,6 +131,25 @@ class Dense:
 
     def decode(self, stored: Mapping[str, Tensor], partition: RowPartition, dtype: torch.dtype) -> Tensor:
         return stored["weight_rows"].view(-1, partition.columns)[: partition.rows].to(dtype)
+
+    def decode_rows(
+        self, stored: Mapping[str, Tensor], partition: RowPartition, rows: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        return stored["weight_rows"].view(-1, partition.columns)[rows].to(dtype)
+
+    def files(self, partition: RowPartition, dtype: torch.dtype) -> dict[str, FileTensor]:
+        return {"": FileTensor(shape=(partition.rows, partition.columns), dtype=dtype)}
+
+    def to_files(
+        self, shards: Mapping[str, Tensor], partition: RowPartition, rank: int, dtype: torch.dtype
+    ) -> Iterator[tuple[str, int, Tensor]]:
+        start, stop = (row * partition.columns for row in partition.bounds(rank))
+        yield "", start, shards["weight_rows"][: stop - start].to(dtype)
+
+    def from_files(self, read: ReadFile, partition: RowPartition, rank: int) -> dict[str, Tensor]:
+        start, stop = partition.bounds(rank)
+        rows = read("", start * partition.columns, stop * partition.columns).to(self.dtype)
+        return {"weight_rows": pad_rows(rows.view(-1, partition.columns), partition).flatten()}
 
 
 def pad_rows(block: Tensor, partition: RowPartition) -> Tensor:

@@ -6,28 +6,34 @@ the same error.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+import transformers
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lowrank_dist.checkpoint_io import FLOAT_DTYPES, CheckpointReader
+from lowrank_dist.checkpoint_io import CheckpointReader
+from lowrank_dist.checkpoint_keys import ADAPTER as ADAPTER
+from lowrank_dist.checkpoint_keys import CheckpointKeys
+from lowrank_dist.checkpoint_keys import plain_name as plain_name
 from lowrank_dist.errors import InputError
-
-ADAPTER = "default"
 
 _UNSUPPORTED_OPTIONS = {
     "use_dora": "its magnitude vector reads the dense weight in every step",
     "lora_bias": "converted adapters cannot carry it",
     "layer_replication": "replicated layers would share one sharded residual",
-    "target_parameters": "fused 3-D expert weights are not decomposed",
+    "ensure_weight_tying": "layers that share an adapter would share one sharded residual",
     "trainable_token_indices": "embedding rows are not sharded separately",
     "megatron_config": "tensor-parallel layers are sharded already",
 }
@@ -39,20 +45,28 @@ class ModelError(InputError):
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedMatrix:
-    """One adapted weight.
+    """One adapted weight, or one of the matrices of a stacked one (the weight of one expert).
 
     Attributes
     ----------
     layer
         Name of the PEFT layer in the backbone.
     key
-        Name of the weight in the checkpoint.
+        Name of the weight in the checkpoint, as its reader knows it.
     rows, columns
         Shape as stored.
     input_first
-        The weight is stored ``[in, out]`` (Conv1D).
+        The weight is stored ``[in, out]`` (Conv1D, embeddings, some experts).
     rank, scaling
         Of its adapter.
+    parameter
+        Name of the weight in the base layer.
+    lookup
+        The layer looks rows up instead of multiplying by the matrix (embeddings).
+    wrapped
+        PEFT adapts the parameter, not the module that holds it (``target_parameters``).
+    expert, experts
+        Which matrix of the stack, of how many; None and 1 where the weight is a matrix.
     """
 
     layer: str
@@ -62,6 +76,25 @@ class PlannedMatrix:
     input_first: bool
     rank: int
     scaling: float
+    parameter: str = "weight"
+    lookup: bool = False
+    wrapped: bool = False
+    expert: int | None = None
+    experts: int = 1
+
+    @property
+    def name(self) -> str:
+        """For reports: the layer; for adapted parameters the parameter, and the expert in brackets."""
+        if not self.wrapped:
+            return self.layer
+        return f"{plain_name(self.layer)}.{self.parameter}{'' if self.expert is None else f'[{self.expert}]'}"
+
+    @property
+    def factor_names(self) -> dict[str, str]:
+        """Names of the parameters that hold A (``lora_A``) and B (``lora_B``) in the backbone."""
+        if self.lookup:
+            return {f"lora_{x}": f"{self.layer}.lora_embedding_{x}.{ADAPTER}" for x in "AB"}
+        return {f"lora_{x}": f"{self.layer}.lora_{x}.{ADAPTER}.weight" for x in "AB"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +172,61 @@ def find_backbone(module: nn.Module) -> tuple[str, PreTrainedModel]:
     return name, backbone
 
 
+def build_skeleton(directory: Path) -> PreTrainedModel:
+    """The transformers model that the ``config.json`` of a checkpoint names, on the meta device.
+
+    Raises
+    ------
+    ModelError
+        Where there is no configuration, or one of an architecture that transformers does not have.
+    """
+    try:
+        config = transformers.AutoConfig.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{directory}: no configuration that transformers reads: {error}") from error
+    names = config.architectures or []
+    found = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
+    if len(found) != 1:
+        raise ModelError(f"{directory}/config.json: architectures={names} must name one model class of transformers")
+    with meta_parameters():
+        backbone: PreTrainedModel = found[0]._from_config(config)
+    backbone.tie_weights()  # creation on meta breaks ties
+    return backbone
+
+
+def untie_embeddings(backbone: PreTrainedModel) -> dict[str, str]:
+    """Give an output embedding that is tied to the input embedding a parameter of its own.
+
+    Returns
+    -------
+    dict
+        Name of the parameter, and of the one it was tied to; empty where nothing is tied.
+
+    Raises
+    ------
+    ModelError
+        For encoder-decoders: some of them scale their logits where embeddings are tied.
+    """
+    output = backbone.get_output_embeddings()
+    tied = backbone.get_expanded_tied_weights_keys(all_submodels=True)
+    tied = {name: source for name, source in tied.items() if backbone.get_submodule(name.rpartition(".")[0]) is output}
+    if not tied:
+        return {}
+    if backbone.config.is_encoder_decoder:
+        raise ModelError(
+            f"untie_embeddings=True: {type(backbone).__name__} is an encoder-decoder, whose arithmetic may depend on "
+            "config.tie_word_embeddings; leave it out and drop the embeddings from target_modules"
+        )
+    for name in tied:
+        leaf = name.rpartition(".")[2]
+        setattr(output, leaf, nn.Parameter(torch.empty_like(getattr(output, leaf))))
+    for model in backbone.modules():
+        if isinstance(model, PreTrainedModel):
+            model.config.tie_word_embeddings = False
+            model.all_tied_weights_keys = {}
+    return tied
+
+
 def inject_adapter(backbone: PreTrainedModel, adapter: LoraConfig) -> None:
     """Put PEFT's LoRA layers, on meta, into `backbone`; only what PEFT makes trainable stays trainable.
 
@@ -172,8 +260,17 @@ def inject_adapter(backbone: PreTrainedModel, adapter: LoraConfig) -> None:
         ) from error
 
 
-def plan_walk(backbone: PreTrainedModel, reader: CheckpointReader) -> Plan:
+def plan_walk(backbone: PreTrainedModel, reader: CheckpointReader, tied: Mapping[str, str] | None = None) -> Plan:
     """Match every parameter of an injected `backbone` with the checkpoint; refuse what cannot be done.
+
+    Parameters
+    ----------
+    backbone
+        On meta, adapters injected.
+    reader
+        The checkpoint.
+    tied
+        From `untie_embeddings`.
 
     Raises
     ------
@@ -181,9 +278,9 @@ def plan_walk(backbone: PreTrainedModel, reader: CheckpointReader) -> Plan:
         Naming the layers, their shapes and the remedy: unsupported layer types, tied or missing or misshapen weights,
         ranks above ``min(out, in)``.
     """
-    if getattr(backbone.config, "quantization_config", None) is not None:
+    if getattr(backbone.config, "quantization_config", None) is not None and not reader.holds_residuals:
         raise ModelError(f"{reader.directory} is quantized already; pass the checkpoint it was made from")
-    planner = _Planner(backbone, reader)
+    planner = _Planner(backbone, reader, CheckpointKeys(backbone, reader, tied))
     planner.adapted_layers()
     planner.other_parameters()
     planner.persistent_buffers()
@@ -198,9 +295,8 @@ def plan_walk(backbone: PreTrainedModel, reader: CheckpointReader) -> Plan:
 class _Planner:
     """Builds a plan, and collects everything that stands against it."""
 
-    def __init__(self, backbone: PreTrainedModel, reader: CheckpointReader) -> None:
-        self.backbone = backbone
-        self.keys = _KeyResolver(backbone, reader)
+    def __init__(self, backbone: PreTrainedModel, reader: CheckpointReader, keys: CheckpointKeys) -> None:
+        self.backbone, self.reader, self.keys = backbone, reader, keys
         self.plan = Plan()
         self.problems: list[str] = []
         self._done: set[int] = set()  # parameters that belong to adapted layers
@@ -217,38 +313,51 @@ class _Planner:
                 if problem is not None:
                     self.problems.append(problem)
 
-    def _adapted_layer(self, name: str, layer: LoraLinear, base: nn.Linear) -> str | None:
-        if not isinstance(layer, LoraLinear) or not isinstance(base, nn.Linear | Conv1D):
-            return (
-                f"{name} is a {type(base).__name__}: only Linear and Conv1D layers are decomposed; drop it from "
-                "target_modules"
-            )
-        weight = base.weight
+    def _adapted_layer(self, name: str, layer: LoraLayer, base: nn.Module) -> str | None:
+        problem = _unsupported_layer(layer, base)
+        if problem is not None:
+            return f"{plain_name(name)}{problem}"
+        wrapped = isinstance(layer, ParamWrapper)
+        parameter = layer.parameter_name if wrapped else "weight"
+        weight, weight_name = getattr(base, parameter), f"{plain_name(name)}.{parameter}"
         self._done.add(id(weight))
-        others = [other for other in self._names[id(weight)] if other != f"{name}.base_layer.weight"]
+        others = {plain_name(other) for other in self._names[id(weight)]} - {weight_name}
         if others:
-            return f"{name}.weight is tied to {_plain(others[0])}; untie them or drop {name} from target_modules"
-        key = self.keys.find(f"{name}.weight")
-        problem = self.keys.check(f"{name}.weight", key, weight)
+            return (
+                f"{weight_name} is tied to {min(others)}; give each its own with PiSSAStrategy(untie_embeddings=True) "
+                f"or drop {plain_name(name)} from target_modules"
+            )
+        key = self.keys.find(weight_name)
+        problem = self.keys.check(weight_name, key, weight)
         if problem is not None or key is None:
             return problem
-        (rows, columns), rank = weight.shape, layer.r[ADAPTER]
+        (rows, columns), rank = weight.shape[-2:], layer.r[ADAPTER]
         if rank > min(rows, columns):
             return (
-                f"rank={rank} exceeds min(out, in)={min(rows, columns)} of {name}; lower r (or rank_pattern) or drop "
-                "it from target_modules"
+                f"rank={rank} exceeds min(out, in)={min(rows, columns)} of {weight_name if wrapped else name}; lower r "
+                f"(or rank_pattern) or drop it from {'target_parameters' if wrapped else 'target_modules'}"
             )
-        self.plan.matrices.append(
-            PlannedMatrix(
-                layer=name,
-                key=key,
-                rows=rows,
-                columns=columns,
-                input_first=isinstance(base, Conv1D),
-                rank=rank,
-                scaling=layer.scaling[ADAPTER],
+        lookup = isinstance(layer, LoraEmbedding)
+        stacked = weight.ndim == 3
+        for expert in range(len(weight)) if stacked else [None]:
+            self.plan.matrices.append(
+                PlannedMatrix(
+                    layer=name,
+                    key=key if expert is None else self.reader.entry(key, expert),
+                    rows=rows,
+                    columns=columns,
+                    input_first=getattr(base, "is_transposed", False)
+                    if stacked
+                    else isinstance(base, Conv1D) or lookup,
+                    rank=rank,
+                    scaling=layer.scaling[ADAPTER],
+                    parameter=parameter,
+                    lookup=lookup,
+                    wrapped=wrapped,
+                    expert=expert,
+                    experts=len(weight) if stacked else 1,
+                )
             )
-        )
         return None
 
     def other_parameters(self) -> None:
@@ -257,13 +366,13 @@ class _Planner:
         for name, parameter in self.backbone.named_parameters():
             if id(parameter) in self._done:
                 continue
-            key = self.keys.find(name)
+            names = tuple(self._names[id(parameter)])
+            key = next((found for found in map(self.keys.find, names) if found is not None), None)
             owner = self.backbone.get_submodule(name.rpartition(".")[0])
             is_new = key is None and name.startswith(may_be_new) and isinstance(owner, nn.Linear)
             problem = None if is_new else self.keys.check(name, key, parameter)
             if problem is not None:
                 self.problems.append(problem)
-            names = tuple(self._names[id(parameter)])
             self.plan.parameters.append(PlannedTensor(names=names, key=key, trainable=parameter.requires_grad))
 
     def persistent_buffers(self) -> None:
@@ -276,37 +385,33 @@ class _Planner:
                 self.plan.buffers.append(PlannedTensor(names=(name,), key=key))
 
 
-def _plain(name: str) -> str:
-    """Name of a parameter as it was before PEFT's layers were put in."""
-    for inserted in (".base_layer", ".original_module", f".modules_to_save.{ADAPTER}"):
-        name = name.replace(inserted, "")
-    return name
-
-
-class _KeyResolver:
-    """Finds a parameter in a checkpoint that may hold the model with or without its head, as transformers does."""
-
-    def __init__(self, backbone: PreTrainedModel, reader: CheckpointReader) -> None:
-        self._reader = reader
-        self._prefix = f"{backbone.base_model_prefix}."
-
-    def find(self, name: str) -> str | None:
-        name = _plain(name)
-        for candidate in (name, self._prefix + name, name.removeprefix(self._prefix)):
-            if candidate in self._reader:
-                return candidate
+def _unsupported_layer(layer: BaseTunerLayer, base: nn.Module) -> str | None:
+    """Why a layer of PEFT cannot be set up over a sharded residual, to be put behind its name; or None."""
+    drop, kind = "; drop it from target_modules", type(base).__name__
+    if getattr(layer, "lora_variant", None):
+        return f": the variant {type(layer.lora_variant[ADAPTER]).__name__} of LoRA reads the dense weight; turn it off"
+    if isinstance(layer, ParamWrapper):
+        return _unsupported_parameter(layer, base)
+    if isinstance(layer, LoraEmbedding) and isinstance(base, nn.Embedding):
+        if type(base) is not nn.Embedding and not kind.endswith("ScaledWordEmbedding"):
+            return f" is a {kind}, whose own forward is not known here: only plain and scaled embeddings are" + drop
+        for option in ("max_norm", "sparse", "scale_grad_by_freq"):
+            if getattr(base, option):
+                return f" is an embedding with {option}={getattr(base, option)}, which is not supported" + drop
         return None
-
-    def check(self, name: str, key: str | None, parameter: Tensor) -> str | None:
-        """What is wrong with loading `parameter` from `key`, or None."""
-        shape = tuple(parameter.shape)
-        if key is None:
-            near = [k for k in self._reader if k.rsplit(".", 2)[-2:] == _plain(name).rsplit(".", 2)[-2:]]
-            hint = f" (similar: {near[0]})" if near else ""
-            return f"{_plain(name)} {list(shape)}: the checkpoint holds no such tensor{hint}"
-        info = self._reader.info(key)
-        if info.shape != shape:
-            return f"{_plain(name)}: the model has shape {list(shape)}, the checkpoint {list(info.shape)}"
-        if torch.is_floating_point(parameter) and info.dtype not in FLOAT_DTYPES:
-            return f"{_plain(name)}: the checkpoint stores {info.dtype}; only {', '.join(FLOAT_DTYPES)} are read"
+    if isinstance(layer, LoraLinear) and isinstance(base, nn.Linear | Conv1D):
         return None
+    return f" is a {kind}: only Linear, Conv1D and Embedding layers and parameters are decomposed" + drop
+
+
+def _unsupported_parameter(layer: ParamWrapper, base: nn.Module) -> str | None:
+    """The same for a parameter under ``target_parameters``."""
+    name, weight = layer.parameter_name, layer.get_param()
+    drop = "; drop it from target_parameters"
+    if isinstance(base, nn.Embedding):
+        return f".{name} is the weight of an embedding, which a lookup cannot take apart{drop}, use target_modules"
+    if name in getattr(base, "parametrizations", ()):
+        return f".{name} is parametrized already{drop}"
+    if weight.ndim == 3 and len(weight) == 1 and getattr(base, "is_transposed", False):
+        return f".{name} {list(weight.shape)}: PEFT applies its adapter the wrong way round for a single expert{drop}"
+    return None

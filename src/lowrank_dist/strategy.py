@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,26 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowrank_dist.adapters import GATHER_BYTES, AdapterWriter
-from lowrank_dist.checkpoint_io import CheckpointReader, resolve_checkpoint
-from lowrank_dist.materialize import InitReport, materialize
-from lowrank_dist.methods import Method, PiSSA
+from lowrank_dist.calibrated_walk import materialize_calibrated
+from lowrank_dist.calibration import Calibration, check_options
+from lowrank_dist.calibration_data import calibration_batches, calibration_step
+from lowrank_dist.checkpoint_io import resolve_checkpoint
+from lowrank_dist.materialize import Materialized, materialize
+from lowrank_dist.methods import Method
 from lowrank_dist.nf4 import NF4
-from lowrank_dist.residual import Dense, ResidualFormat
-from lowrank_dist.skeleton import ModelError, find_backbone, inject_adapter, meta_parameters, plan_walk
+from lowrank_dist.planner import Sharding
+from lowrank_dist.pretrained import PretrainedModel, open_source
+from lowrank_dist.report import InitReport
+from lowrank_dist.skeleton import (
+    ModelError,
+    Plan,
+    find_backbone,
+    inject_adapter,
+    meta_parameters,
+    plan_walk,
+    untie_embeddings,
+)
+from lowrank_dist.walk import progress_bar
 from lowrank_dist.zero3 import (
     Partitioner,
     gather_by_layer,
@@ -55,15 +69,29 @@ class PiSSAStrategy(DeepSpeedStrategy):
     Parameters
     ----------
     pretrained
-        Checkpoint to start from: a directory with safetensors, or a hub id.
+        Checkpoint to start from: a directory with safetensors, or a hub id. It may be a decomposed model (from
+        ``lowrank-dist decompose``, or one that the authors of PiSSA publish): then nothing is decomposed, and the
+        three options below are what it says where they are left out.
     adapter
         PEFT's LoRA configuration (r, lora_alpha, target_modules, rank_pattern, use_rslora, ...).
     init
-        How adapters and residual are made from the weights: ``PiSSA(...)``, ``LoRA()``, ``LoftQ(...)``.
+        How adapters and residual are made from the weights: ``PiSSA(...)``, ``LoRA()``, ``LoftQ(...)``, ...
     quantization
         ``NF4(...)`` for a 4-bit residual; None keeps it in the compute dtype.
+    calibration
+        How methods that look at data (``CorDA``, ``EVA``, ``LoRAGA``) see it; default ``Calibration()``: the first 8
+        batches that each rank would train on.
+    init_cache
+        Directory, seen by all ranks, for decomposed models: the first run with the same weights and settings writes
+        one there and starts from it, later runs start from it; a run that was killed goes on where it stopped.
+    ranks_per_matrix
+        So many ranks decompose each matrix together; it must divide their number. None: a cost model, measured at
+        start, decides for every matrix (`lowrank_dist.planner`).
     revision
         Revision of a hub id.
+    untie_embeddings
+        Give a head that is tied to the input embedding a weight of its own, so that either can be a target. Both are
+        read from the one tensor of the checkpoint, which then counts twice in ``init_report.bytes_read``.
     gradient_checkpointing
         Recompute activations layer by layer in backward.
     use_reentrant
@@ -100,11 +128,15 @@ class PiSSAStrategy(DeepSpeedStrategy):
     def __init__(
         self,
         pretrained: str | os.PathLike[str],
-        adapter: LoraConfig,
+        adapter: LoraConfig | None = None,
         init: Method | None = None,
         quantization: NF4 | None = None,
         *,
+        calibration: Calibration | None = None,
+        init_cache: str | os.PathLike[str] | None = None,
+        ranks_per_matrix: int | None = None,
         revision: str | None = None,
+        untie_embeddings: bool = False,
         gradient_checkpointing: bool = True,
         use_reentrant: bool = False,
         fp32_norms: bool = False,
@@ -119,7 +151,7 @@ class PiSSAStrategy(DeepSpeedStrategy):
                     f"PiSSAStrategy: unknown option {option}={deepspeed_options[option]!r}; beside its own it takes "
                     f"those of DeepSpeedStrategy except stage: {', '.join(sorted(set(known) - {'self', 'stage'}))}"
                 )
-        if not isinstance(adapter, LoraConfig):
+        if adapter is not None and not isinstance(adapter, LoraConfig):
             raise ValueError(f"PiSSAStrategy: adapter must be a peft.LoraConfig, not {type(adapter).__name__}")
         if live_layers < 0:
             raise ValueError(f"PiSSAStrategy: live_layers={live_layers} must not be negative")
@@ -127,9 +159,10 @@ class PiSSAStrategy(DeepSpeedStrategy):
         super().__init__(stage=3, **deepspeed_options)
         self.pretrained = os.fspath(pretrained)
         self.adapter = adapter
-        self.init: Method = PiSSA() if init is None else init
+        self.init, self.init_cache, self.ranks_per_matrix = init, init_cache, ranks_per_matrix
         self.quantization = quantization
         self.revision = revision
+        self.untie_embeddings = untie_embeddings
         self.gradient_checkpointing, self.use_reentrant = gradient_checkpointing, use_reentrant
         self.fp32_norms = fp32_norms
         self.live_layers = live_layers
@@ -153,7 +186,8 @@ class PiSSAStrategy(DeepSpeedStrategy):
                 "PiSSAStrategy: parameters cannot be offloaded to 'nvme', only to 'cpu' (offload_parameters=True): "
                 "partitions are written in place"
             )
-        self.init.check(self._residual_format(torch.float32))
+        self.calibration = calibration
+        check_options(init, calibration, init_cache=init_cache, ranks_per_matrix=ranks_per_matrix)
 
     # -- Lightning's hooks, in the order in which they are called ---------------------------------------------------
 
@@ -221,7 +255,6 @@ class PiSSAStrategy(DeepSpeedStrategy):
         if self._backbone is not None and any(child is self._backbone for child in module.modules()):
             return  # a second fit, validate or test of the same module
         compute_dtype, factor_dtype = PRECISIONS[self.precision_plugin.precision]
-        residual = self._residual_format(compute_dtype)
         partitioner = Partitioner(self._deepspeed_config)
         group = partitioner.group
 
@@ -235,33 +268,49 @@ class PiSSAStrategy(DeepSpeedStrategy):
                     f"{type(backbone).__name__} does not support gradient checkpointing; pass "
                     "gradient_checkpointing=False"
                 )
-            reader = CheckpointReader(resolve_checkpoint(self.pretrained, revision=self.revision))
-            inject_adapter(backbone, self.adapter)
-            plan = plan_walk(backbone, reader)
+            source = open_source(
+                self.pretrained,
+                resolve_checkpoint(self.pretrained, revision=self.revision),
+                adapter=self.adapter,
+                init=self.init,
+                quantization=self.quantization,
+                compute_dtype=compute_dtype,
+                cache=self.init_cache,
+                sharding=Sharding(
+                    ranks_per_matrix=self.ranks_per_matrix, ranks_per_node=max(1, group.size // self.num_nodes)
+                ),
+            )
+            tied = untie_embeddings(backbone) if self.untie_embeddings else {}
+            inject_adapter(backbone, source.adapter)
+            plan = plan_walk(backbone, source.reader, tied)
+            source.check(plan)
 
-        result = materialize(
-            backbone,
-            plan,
-            reader,
-            partitioner,
-            init=self.init,
-            residual=residual,
-            compute_dtype=compute_dtype,
-            factor_dtype=factor_dtype,
-            fp32_norms=self.fp32_norms,
-            progress=self.show_progress,
-        )
-        reader.close()
+        with progress_bar(source.reader.nbytes, show=self.show_progress and group.rank == 0) as bar:
+            source = source.through_cache(plan, group, factor_dtype, device=partitioner.device, advance=bar.update)
+            bar.reset(source.reader.nbytes)
+            options: dict[str, Any] = {
+                "residual": source.residual,
+                "compute_dtype": compute_dtype,
+                "factor_dtype": factor_dtype,
+                "fp32_norms": self.fp32_norms,
+                "advance": bar.update,
+            }
+            if isinstance(source, PretrainedModel) and source.init.statistic is not None:
+                result = self._materialize_calibrated(backbone, plan, source, partitioner, options)
+            else:
+                matrices = source.matrices(plan, group, factor_dtype, device=partitioner.device, advance=bar.update)
+                result = materialize(backbone, plan, source.reader, partitioner, matrices, **options)
+        source.reader.close()
         self._backbone, self.init_report = backbone, result.report
         self._writer = AdapterWriter(
             backbone,
-            self.adapter,
+            source.adapter,
             result,
             group,
-            base=self.pretrained,
-            method=str(self.init),
-            quantization=None if self.quantization is None else str(self.quantization),
-            starts_at_zero=self.init.starts_at_zero,
+            base=source.base,
+            method=source.method,
+            quantization=None if source.residual.exact else str(source.residual),
+            starts_at_zero=source.starts_at_zero,
         )
         module.strict_loading = False  # checkpoints hold the trained parameters only
         self._enable_checkpointing(backbone)
@@ -273,10 +322,37 @@ class PiSSAStrategy(DeepSpeedStrategy):
         self._tune(backbone)
         report = result.report
         rank_zero_info(
-            f"{self.init}: {len(report.matrices)} matrices decomposed in {report.seconds:.1f} s, "
+            f"{source.method}: {len(report.matrices)} matrices in {report.seconds:.1f} s, "
             f"{report.bytes_read / 2**20:.0f} MiB read by {group.size} ranks "
             f"({report.bytes_read / report.checkpoint_bytes:.2f} x the checkpoint)"
         )
+
+    def _materialize_calibrated(
+        self,
+        backbone: PreTrainedModel,
+        plan: Plan,
+        source: PretrainedModel,
+        partitioner: Partitioner,
+        options: dict[str, Any],
+    ) -> Materialized:
+        """Fill the model by way of a calibration pass; the training data and random states end as they were."""
+        module, calibration = self.lightning_module, self.calibration or Calibration()
+        assert module is not None
+        autocast = options["compute_dtype"] if self.precision_plugin.precision == "bf16-mixed" else None
+        with ExitStack() as stack:
+            with partitioner.group.shared_errors():
+                batches = stack.enter_context(calibration_batches(module.trainer, calibration))
+            return materialize_calibrated(
+                backbone,
+                plan,
+                source.reader,
+                partitioner,
+                batches,
+                calibration=calibration,
+                init=source.init,
+                step=calibration_step(module, calibration, autocast),
+                **options,
+            )
 
     def _enable_checkpointing(self, backbone: PreTrainedModel) -> None:
         if self.gradient_checkpointing:
@@ -292,9 +368,6 @@ class PiSSAStrategy(DeepSpeedStrategy):
         for key, value in live_budget(backbone, self.live_layers).items():
             if key not in self._chosen:
                 zero[key] = value
-
-    def _residual_format(self, compute_dtype: torch.dtype) -> ResidualFormat:
-        return Dense(dtype=compute_dtype) if self.quantization is None else self.quantization
 
     @property
     def _deepspeed_config(self) -> dict[str, Any]:

@@ -124,6 +124,16 @@ def stored_bytes(parameters: Iterable[Tensor]) -> int:
     return sum(local_shard(p).untyped_storage().nbytes() for p in parameters)
 
 
+def let_go(parameters: Iterable[Tensor]) -> None:
+    """Give back the memory of partitioned parameters that are used no more.
+
+    DeepSpeed's methods on a parameter refer to it: dropping it frees its partition only when cycles are collected.
+    """
+    for parameter in parameters:
+        shard = local_shard(parameter)
+        shard.data = shard.data.new_empty(0)
+
+
 def to_device(module: nn.Module, device: torch.device) -> None:
     """Move buffers, and the emptied data of partitioned parameters, to `device`; partitions stay where they are.
 
@@ -202,6 +212,12 @@ def gather_by_layer(backbone: nn.Module) -> None:
     """
     for layer in repeated_layers(backbone):
         set_z3_leaf_module(layer, True)
+
+
+def register_used_parameters(module: nn.Module, parameters: Iterable[Tensor]) -> None:
+    """Let ZeRO-3 gather `parameters` with `module`, whose forward uses them though they are not its own."""
+    for parameter in parameters:
+        deepspeed.zero.register_external_parameter(module, parameter)
 
 
 def live_budget(backbone: nn.Module, layers: int) -> dict[str, int]:

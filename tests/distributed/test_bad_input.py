@@ -154,7 +154,8 @@ def test_tied_target(llama: Path, tmp_path: Path) -> None:
 
 
 def test_embedding_target(llama: Path, tmp_path: Path) -> None:
-    refused(llama, tmp_path, "model.embed_tokens is a Embedding", adapter={"target_modules": ["embed_tokens"]})
+    text = "model.embed_tokens.weight is tied to lm_head.weight; give each its own with PiSSAStrategy(untie_embeddings"
+    refused(llama, tmp_path, text, adapter={"target_modules": ["embed_tokens"]})
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,6 @@ from lowrank_dist import NF4, LoftQ, LoRA, PiSSA
 from lowrank_dist.checkpoint_io import CheckpointReader
 from lowrank_dist.comm import ShardGroup
 from lowrank_dist.layers import FrozenLinear
-from lowrank_dist.linalg import randomized_svd
 from lowrank_dist.methods.base import Matrix, residual_block
 from lowrank_dist.partition import RowPartition
 from lowrank_dist.zero3 import LiveMemory, stored_bytes
@@ -39,28 +38,6 @@ def weight(rows: int, columns: int) -> Tensor:
     generator = torch.Generator().manual_seed(rows * 1000 + columns)
     scale = torch.arange(1, columns + 1) ** -0.5
     return torch.randn(rows, columns, generator=generator) * scale
-
-
-def svd_of_rows(rows: int, columns: int, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    group = ShardGroup()
-    partition = RowPartition(rows=rows, columns=columns, world_size=group.size, block=64)
-    start, stop = partition.bounds(group.rank)
-    return tuple(
-        randomized_svd(weight(rows, columns)[start:stop], rank, rows=rows, group=group, seed=1, power_iterations=8)
-    )
-
-
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-@pytest.mark.parametrize(("rows", "columns"), SHAPES)
-def test_svd_does_not_depend_on_the_world_size(rows: int, columns: int, world_size: int) -> None:
-    """Sums over the ranks are taken in another order: fp32 rounding, amplified by the gap between singular values."""
-    whole = randomized_svd(weight(rows, columns), 3, rows=rows, group=ShardGroup.single(), seed=1, power_iterations=8)
-    parts = run_ranks(world_size, svd_of_rows, rows, columns, 3)
-    torch.testing.assert_close(torch.cat([u for u, _, _ in parts]), whole.u, rtol=0, atol=1e-4)
-    for _, s, vh in parts:
-        torch.testing.assert_close(s, whole.s, rtol=1e-5, atol=0)
-        torch.testing.assert_close(vh, whole.vh, rtol=0, atol=1e-4)
-        assert torch.equal(vh, parts[0][2])
 
 
 def decompose_rows(method: Any, fmt: Any, rows: int, columns: int) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
@@ -81,7 +58,7 @@ def decompose_rows(method: Any, fmt: Any, rows: int, columns: int) -> tuple[Tens
     return result.factors.left, result.factors.right, result.residual.shards, residual_block(matrix, result.factors)
 
 
-@pytest.mark.parametrize("method", [PiSSA(quantization_iterations=2), LoRA()], ids=str)
+@pytest.mark.parametrize("method", [PiSSA(), LoRA()], ids=str)
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
 def test_shards_equal_bitsandbytes_on_the_whole_residual(

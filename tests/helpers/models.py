@@ -36,6 +36,17 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "mistral": _SMALL,
     "gemma": {**_SMALL, "head_dim": 16},
     "phi": _SMALL,
+    "phi3": _SMALL,
+    "mixtral": {**_SMALL, "intermediate_size": 40, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "granitemoe": {**_SMALL, "intermediate_size": 40, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {
+        **_SMALL,
+        "head_dim": 16,
+        "intermediate_size": 40,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "qwen3_moe": {**_SMALL, "head_dim": 16, "moe_intermediate_size": 20, "num_experts": 6, "num_experts_per_tok": 2},
     "gpt2": {
         "n_embd": 64,
         "n_layer": 2,
@@ -55,19 +66,23 @@ def save_checkpoint(
     dtype: torch.dtype = torch.float32,
     max_shard_size: str = "100KB",
     auto_class: Any = AutoModelForCausalLM,
+    save_original_format: bool = True,
     **changes: Any,
 ) -> Path:
-    """A tiny model of `architecture` as sharded safetensors under `directory`."""
+    """A tiny model of `architecture` as sharded safetensors under `directory`.
+
+    Experts are on disk one by one, as models are published, unless `save_original_format` is off.
+    """
     options = {**ARCHITECTURES.get(architecture, {}), **changes}
     config = AutoConfig.for_model(architecture, **options)
     torch.manual_seed(0)
     model: PreTrainedModel = auto_class.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 2:
-                rows, columns = parameter.shape
+            for matrix in parameter if parameter.ndim == 3 else [parameter] if parameter.ndim == 2 else []:
+                rows, columns = matrix.shape
                 scale = torch.arange(1, columns + 1) ** -0.5
                 mixing = torch.linalg.qr(torch.randn(columns, columns))[0]
-                parameter.copy_(torch.randn(rows, columns) * scale @ mixing * 0.1)
-    model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
+                matrix.copy_(torch.randn(rows, columns) * scale @ mixing * 0.1)
+    model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size, save_original_format=save_original_format)
     return directory

@@ -1,8 +1,43 @@
 """Initialisations: how a pretrained matrix is split into trainable factors and a frozen residual."""
 
+from lowrank_dist.methods.assembly import layer_shape, sharded, subtracted
 from lowrank_dist.methods.base import Decomposition, Factors, Matrix, Method
+from lowrank_dist.methods.corda import CorDA
+from lowrank_dist.methods.eva import EVA
 from lowrank_dist.methods.loftq import LoftQ
 from lowrank_dist.methods.lora import LoRA
+from lowrank_dist.methods.lora_ga import LoRAGA
+from lowrank_dist.methods.milora import MiLoRA
+from lowrank_dist.methods.olora import OLoRA
 from lowrank_dist.methods.pissa import PiSSA
+from lowrank_dist.methods.registry import METHODS, method_named, register
 
-__all__ = ["Decomposition", "Factors", "LoRA", "LoftQ", "Matrix", "Method", "PiSSA"]
+register("pissa")(PiSSA)
+register("lora")(LoRA)
+register("loftq")(LoftQ)
+register("olora")(OLoRA)
+register("milora")(MiLoRA)
+register("corda")(CorDA)
+register("eva")(EVA)
+register("lora_ga")(LoRAGA)
+
+__all__ = [
+    "EVA",
+    "METHODS",
+    "CorDA",
+    "Decomposition",
+    "Factors",
+    "LoRA",
+    "LoRAGA",
+    "LoftQ",
+    "Matrix",
+    "Method",
+    "MiLoRA",
+    "OLoRA",
+    "PiSSA",
+    "layer_shape",
+    "method_named",
+    "register",
+    "sharded",
+    "subtracted",
+]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from lowrank_dist.comm import ShardGroup
-from lowrank_dist.linalg import full_fp32
+from lowrank_dist.linalg import SVD, full_fp32
 from lowrank_dist.partition import RowPartition
 from lowrank_dist.residual import Encoded, ResidualFormat
 
@@ -18,7 +19,8 @@ from lowrank_dist.residual import Encoded, ResidualFormat
 class Matrix:
     """One row-sharded matrix on its way through the walk, with what its adapter asks for.
 
-    The matrix is taken as it is stored: ``[out, in]`` for ``nn.Linear``, ``[in, out]`` for GPT-2's ``Conv1D``.
+    The matrix is taken as it is stored: ``[out, in]`` for ``nn.Linear``, ``[in, out]`` for GPT-2's ``Conv1D`` and for
+    embeddings, whose inputs are the one-hot vectors of their ids.
 
     Attributes
     ----------
@@ -35,10 +37,18 @@ class Matrix:
     scaling
         PEFT's factor in front of B A: ``alpha / r``, or ``alpha / sqrt(r)`` with rsLoRA.
     input_first
-        True where rows are inputs (Conv1D).
+        True where rows are inputs (Conv1D, embeddings).
+    lookup
+        True where the layer looks rows up instead of multiplying by the matrix (embeddings).
     factor_dtype
         Type of the trained factors. Factors are rounded to it before the residual is formed, so that residual and
         factors still add up to the weight.
+    statistic
+        What a calibration pass measured for this matrix, where the method's `statistic` asks for it; fp32, row-sharded.
+        ``"covariance"``: this rank's rows of ``X^T X / tokens``, ``[in, in]`` in all, cut like a `RowPartition` with
+        ``block=1``. ``"gradient"``: this rank's rows of ``dL/dW``, shaped and sharded like `block`.
+    thorough
+        Whether to estimate what the decomposition left over, for the report.
     """
 
     name: str
@@ -49,6 +59,9 @@ class Matrix:
     scaling: float
     input_first: bool
     factor_dtype: torch.dtype
+    lookup: bool = False
+    statistic: Tensor | None = None
+    thorough: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,20 +85,74 @@ class Factors:
 
 @dataclass(frozen=True, kw_only=True)
 class Decomposition:
-    """A decomposed matrix: trainable factors and the encoded residual."""
+    """A decomposed matrix: trainable factors and the encoded residual.
+
+    Attributes
+    ----------
+    factors
+        ``B A``.
+    residual
+        The encoded residual.
+    ended_on : {"quantize", "decompose"}
+        Which came last: "quantize" if the residual was encoded for these factors, "decompose" if the factors were
+        fitted to the encoded residual.
+    svd
+        The singular value decomposition that the factors come from, where there was one.
+    """
 
     factors: Factors
     residual: Encoded
+    ended_on: Literal["quantize", "decompose"] = "quantize"
+    svd: SVD | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a decomposition costs, for the planner; estimates to leading order.
+
+    Attributes
+    ----------
+    sharded_flops
+        Of all ranks together: work that they share.
+    replicated_flops
+        Of every rank: work that each does for itself, or waits for.
+    collectives
+        How many all-reduces (or the like) one waits for.
+    reduced_bytes
+        Bytes of the tensors that these reduce.
+    """
+
+    sharded_flops: float = 0.0
+    replicated_flops: float = 0.0
+    collectives: int = 0
+    reduced_bytes: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
-    """Base of the initialisations. Subclasses add their options as fields and implement `decompose`."""
+    """Base of the initialisations. Subclasses add their options as fields and implement `decompose`.
+
+    Attributes
+    ----------
+    statistic : {None, "covariance", "gradient"}
+        What `decompose` wants to find in ``Matrix.statistic``: None, the second moment of the layer's inputs, or the
+        gradient of the loss, both from a calibration pass.
+    """
+
+    statistic: ClassVar[Literal["covariance", "gradient"] | None] = None
 
     @property
     def starts_at_zero(self) -> bool:
         """Whether B A is zero at step 0: then the trained adapter is an ordinary LoRA already."""
         return False
+
+    def work(self, rows: int, columns: int, rank: int) -> Work:
+        """What `decompose` costs on a ``rows x columns`` matrix; the default knows of ``W - scaling B A`` only."""
+        return Work(sharded_flops=2.0 * rows * columns * rank, collectives=1)
+
+    def objection(self, *, rows: int, columns: int, rank: int, lookup: bool) -> str | None:
+        """Why a matrix of this shape cannot be decomposed with this rank, or None; asked before anything is read."""
+        return None
 
     def check(self, residual: ResidualFormat) -> None:  # noqa: B027 (most methods take any residual)
         """Raise ValueError where the options make no sense with this residual format."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lowrank_dist.methods.base import Decomposition, Matrix, residual_block
-from lowrank_dist.methods.principal import AlternatingMethod
+from lowrank_dist.methods.principal import AlternatingMethod, told
 from lowrank_dist.residual import ResidualFormat
 
 
@@ -17,7 +17,7 @@ class LoftQ(AlternatingMethod):
 
     Parameters
     ----------
-    power_iterations, oversampling, seed
+    power_iterations, oversampling, tolerance, seed
         Options of the randomized SVD, see `PrincipalMethod`.
     quantization_iterations
         T, alternations of quantization and SVD.
@@ -36,8 +36,9 @@ class LoftQ(AlternatingMethod):
 
     def decompose(self, matrix: Matrix, residual: ResidualFormat) -> Decomposition:
         encoded = residual.encode(matrix.block, matrix.partition, matrix.group)
-        factors, start = self.principal_factors(matrix, matrix.block - encoded.decoded)
+        factors, first = self.principal_factors(matrix, matrix.block - encoded.decoded)
+        svd = first
         for _ in range(self.quantization_iterations - 1):
             encoded = residual.encode(residual_block(matrix, factors), matrix.partition, matrix.group)
-            factors, start = self.refined_factors(matrix, matrix.block - encoded.decoded, start)
-        return Decomposition(factors=factors, residual=encoded)
+            factors, svd = self.refined_factors(matrix, matrix.block - encoded.decoded, svd)
+        return Decomposition(factors=factors, residual=encoded, ended_on="decompose", svd=told(svd, first))

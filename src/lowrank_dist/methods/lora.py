@@ -16,12 +16,12 @@ from lowrank_dist.residual import ResidualFormat
 class LoRA(Method):
     """``A ~ U(-1/sqrt(in), 1/sqrt(in))`` (PEFT's Kaiming initialisation), ``B = 0``; QLoRA where W is quantized.
 
-    At step 0 the model computes W, or its quantization.
+    Of embeddings, as in PEFT, A is zero and ``B ~ N(0, 1)``. At step 0 the model computes W, or its quantization.
 
     Parameters
     ----------
     seed
-        Mixed with the weight's name into the seed of A.
+        Mixed with the weight's name into the seed of what is random.
 
     References
     ----------
@@ -41,8 +41,12 @@ class LoRA(Method):
         if matrix.input_first:
             inputs, outputs = outputs, inputs
         generator = torch.Generator().manual_seed(seed_from_name(matrix.name, self.seed))
-        a = (torch.rand(matrix.rank, inputs, generator=generator) * 2 - 1).div_(math.sqrt(inputs)).to(device)
-        b = torch.zeros(outputs, matrix.rank, device=device)
+        if matrix.lookup:
+            a = torch.zeros(matrix.rank, inputs, device=device)
+            b = torch.randn(outputs, matrix.rank, generator=generator).to(device)
+        else:
+            a = (torch.rand(matrix.rank, inputs, generator=generator) * 2 - 1).div_(math.sqrt(inputs)).to(device)
+            b = torch.zeros(outputs, matrix.rank, device=device)
         left, right = (a.mT, b.mT) if matrix.input_first else (b, a)
         start, stop = partition.bounds(matrix.group.rank)
         factors = Factors(left=left[start:stop], right=right).rounded(matrix.factor_dtype)

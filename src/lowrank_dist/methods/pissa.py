@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lowrank_dist.methods.base import Decomposition, Matrix, residual_block
-from lowrank_dist.methods.principal import AlternatingMethod
-from lowrank_dist.residual import ResidualFormat
+import torch
+
+from lowrank_dist.linalg import squared_norm
+from lowrank_dist.methods.base import Decomposition, Factors, Matrix, residual_block
+from lowrank_dist.methods.principal import AlternatingMethod, told
+from lowrank_dist.residual import Encoded, ResidualFormat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,12 +17,16 @@ class PiSSA(AlternatingMethod):
     """Principal singular values and singular vectors adaptation; QPiSSA where the residual is quantized.
 
     ``scaling * B A = U_r S_r V_r^T`` and ``W_res = W - scaling * B A``. With a quantized residual, T alternations
-    ``B A = SVD_r(W - Q(W_res))``, ``W_res = W - scaling * B A`` shrink the error; the result ends on the quantization.
+    ``B A = SVD_r(W - Q(W_res))``, ``W_res = W - scaling * B A`` shrink the error. After the last quantization one
+    more SVD gives the factors that fit it better than those it was made with, as a rule; whichever leaves the lower
+    ``||W - (Q(W_res) + scaling * B A)||_F`` is kept, and ``Decomposition.ended_on`` says which. T = 1 is plain: it
+    ends on the quantization.
+
     At step 0 the model computes ``Q(W_res) + scaling * B A``: W itself without quantization.
 
     Parameters
     ----------
-    power_iterations, oversampling, seed
+    power_iterations, oversampling, tolerance, seed
         Options of the randomized SVD, see `PrincipalMethod`.
     quantization_iterations
         T, quantizations of the residual; 1 is plain PiSSA followed by one quantization.
@@ -38,9 +45,25 @@ class PiSSA(AlternatingMethod):
             )
 
     def decompose(self, matrix: Matrix, residual: ResidualFormat) -> Decomposition:
-        factors, start = self.principal_factors(matrix, matrix.block)
+        factors, first = self.principal_factors(matrix, matrix.block)
+        svd = first
         encoded = residual.encode(residual_block(matrix, factors), matrix.partition, matrix.group)
         for _ in range(self.quantization_iterations - 1):
-            factors, start = self.refined_factors(matrix, matrix.block - encoded.decoded, start)
+            factors, svd = self.refined_factors(matrix, matrix.block - encoded.decoded, svd)
             encoded = residual.encode(residual_block(matrix, factors), matrix.partition, matrix.group)
-        return Decomposition(factors=factors, residual=encoded)
+        if self.quantization_iterations > 1:
+            refitted, last = self.refined_factors(matrix, matrix.block - encoded.decoded, svd)
+            kept, refit = self.errors(matrix, encoded, factors, refitted)
+            if refit < kept:
+                return Decomposition(factors=refitted, residual=encoded, ended_on="decompose", svd=told(last, first))
+        return Decomposition(factors=factors, residual=encoded, svd=told(svd, first))
+
+    @property
+    def refinements(self) -> int:
+        return 0 if self.quantization_iterations == 1 else self.quantization_iterations
+
+    @staticmethod
+    def errors(matrix: Matrix, encoded: Encoded, *candidates: Factors) -> list[float]:
+        """``||W - (Q + scaling * left @ right)||_F^2`` for every candidate. One all-reduce of as many numbers."""
+        squares = [squared_norm(residual_block(matrix, factors).sub_(encoded.decoded)) for factors in candidates]
+        return matrix.group.sum(torch.stack(squares)).tolist()

@@ -1,4 +1,4 @@
-"""The command line: ``lowrank-dist fit | validate | test | convert | demo``."""
+"""The command line: ``lowrank-dist fit | validate | test | decompose | convert | report | demo``."""
 
 from __future__ import annotations
 
@@ -22,6 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if argv and argv[0] in TRAINER_COMMANDS:
             return run_trainer(argv)
+        if argv and argv[0] == "decompose":
+            from lowrank_dist.cli.decompose import run
+
+            return run(argv[1:])
         options = _parser().parse_args(argv)
         return int(options.run(options))
     except InputError as error:
@@ -61,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in TRAINER_COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)
+    commands.add_parser("decompose", help="write residual and initial adapter as a model of their own", add_help=False)
 
     convert = commands.add_parser(
         "convert",
@@ -71,6 +76,16 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("checkpoint", help="directory that AdapterCheckpoint wrote")
     convert.add_argument("--output", required=True, help="directory to write; replaced where it exists")
     convert.set_defaults(run=_convert)
+
+    report = commands.add_parser(
+        "report",
+        help="show what an initialisation did to every matrix",
+        description="Print a table per layer type of what an initialisation measured.",
+    )
+    report.add_argument("directory", help="decomposed model, checkpoint of AdapterCheckpoint, or JSON of InitReport")
+    report.add_argument("--json", help="file to write the figures of every matrix to")
+    report.add_argument("--picture", help="PNG to draw: heat maps layer x type, spectra")
+    report.set_defaults(run=_report)
 
     demo = commands.add_parser(
         "demo",
@@ -92,11 +107,13 @@ def _convert(options: argparse.Namespace) -> int:
     return 0
 
 
+def _report(options: argparse.Namespace) -> int:
+    from lowrank_dist.cli.report import run
+
+    return run(options)
+
+
 def _demo(options: argparse.Namespace) -> int:
     from lowrank_dist.demo.run import run_demo
 
     return run_demo(output=options.output, config=options.config, steps=options.steps)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,153 @@
+"""``lowrank-dist decompose``: a checkpoint in, a decomposed model out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser
+from peft import LoraConfig
+
+from lowrank_dist.checkpoint_io import FLOAT_DTYPES, CheckpointReader, resolve_checkpoint
+from lowrank_dist.cli.ranks import launch, launched, local_ranks, shard_group
+from lowrank_dist.convert import MANIFEST
+from lowrank_dist.decompose import decompose
+from lowrank_dist.errors import InputError
+from lowrank_dist.methods import METHODS, Method, method_named
+from lowrank_dist.nf4 import NF4
+from lowrank_dist.planner import Sharding
+from lowrank_dist.report import MatrixReport, as_table
+from lowrank_dist.residual import Dense
+from lowrank_dist.skeleton import build_skeleton, inject_adapter, plan_walk
+from lowrank_dist.walk import Walk, check_matrices, progress_bar
+
+QUANTIZED = {"qpissa": "pissa", "qlora": "lora"}  # names in use for a method with an NF4 residual
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run ``lowrank-dist decompose``; `argv` without the command's name. Returns the exit status."""
+    name = _method_of(argv)
+    options = _parser(name).parse_args(list(argv))
+    if options.devices > 1 and not launched():
+        return launch(["decompose", *argv], options.devices)
+    quantized = options.quantization == "nf4" or (options.quantization is None and name in (*QUANTIZED, "loftq"))
+    if name in QUANTIZED and not quantized:
+        raise InputError(f"--method {name} has an NF4 residual; leave --quantization out, or use {QUANTIZED[name]}")
+    init: Method = _method(name)(**vars(options.init))
+    with shard_group(options.accelerator) as (group, device):
+        with group.shared_errors():
+            if options.devices > 1 and group.size != options.devices:
+                raise InputError(f"--devices {options.devices}, but {group.size} ranks were started; leave it out")
+            directory = resolve_checkpoint(options.pretrained, revision=options.revision)
+            reader = CheckpointReader(directory)
+            backbone = build_skeleton(directory)
+            adapter = _adapter(options)
+            inject_adapter(backbone, adapter)
+            plan = plan_walk(backbone, reader)
+            source_dtype = FLOAT_DTYPES[reader.info(plan.matrices[0].key).dtype]
+            residual = NF4(**vars(options.nf4)) if quantized else Dense(dtype=source_dtype)
+            init.check(residual)
+            check_matrices(plan, init)
+        with progress_bar(reader.nbytes, show=group.rank == 0) as bar:
+            walk = Walk(
+                reader,
+                group,
+                init=init,
+                residual=residual,
+                factor_dtype=DTYPES[options.factor_dtype] if options.factor_dtype else source_dtype,
+                device=device,
+                advance=bar.update,
+                thorough=options.thorough,
+            )
+            output = decompose(
+                plan,
+                walk,
+                options.output,
+                adapter=adapter,
+                base=str(options.pretrained),
+                sharding=Sharding(ranks_per_matrix=options.ranks_per_matrix, ranks_per_node=local_ranks()),
+                announce=bar.write,
+                overwrite=options.overwrite,
+            )
+        if group.rank == 0:
+            entries = json.loads((output / MANIFEST).read_text())["matrices"]
+            print(as_table([MatrixReport.from_dict(entry) for entry in entries]))
+            print(output)
+    return 0
+
+
+def _method_of(argv: Sequence[str]) -> str:
+    """The method that the command line names: its options become options of the command."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--method", default="pissa")
+    known, _ = parser.parse_known_args(list(argv))
+    _method(known.method)
+    return str(known.method)
+
+
+def _method(name: str) -> type[Method]:
+    return method_named(QUANTIZED.get(name, name))
+
+
+def _parser(method: str) -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="lowrank-dist decompose",
+        description="Decompose a checkpoint and write the residual, and the initial adapter beside it, as a model that "
+        "stock transformers + peft load and PiSSAStrategy(pretrained=DIR) starts from. A run that was killed goes on "
+        "where it stopped.",
+    )
+    parser.add_argument("--pretrained", required=True, help="directory with safetensors, or hub id")
+    parser.add_argument("--revision", type=str | None, help="revision of a hub id")
+    parser.add_argument("--output", required=True, help="directory to write; complete or absent")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is at --output")
+    parser.add_argument(
+        "--method", default=method, help=f"one of {', '.join(sorted({*METHODS, *QUANTIZED}))} (default: pissa)"
+    )
+    parser.add_argument("--rank", type=int, default=16, help="r")
+    parser.add_argument("--alpha", type=float | None, help="lora_alpha (default: r)")
+    parser.add_argument("--rslora", action="store_true", help="scale by alpha / sqrt(r)")
+    parser.add_argument("--target_modules", type=list[str] | str, default="all-linear", help="as in peft.LoraConfig")
+    parser.add_argument(
+        "--adapter", type=str | None, help="adapter_config.json with all of it (patterns too), in the place of these"
+    )
+    parser.add_argument(
+        "--quantization",
+        choices=["nf4", "none"],
+        help="format of the residual (default: nf4 for qpissa, qlora and loftq, else none: the checkpoint's dtype)",
+    )
+    parser.add_class_arguments(NF4, "nf4")
+    parser.add_argument("--factor_dtype", choices=list(DTYPES), help="of A and B (default: the checkpoint's)")
+    parser.add_argument(
+        "--thorough", action="store_true", help="report nuclear norms and excess residuals too; takes longer"
+    )
+    parser.add_argument("--devices", type=int, default=1, help="ranks to start on this host")
+    parser.add_argument(
+        "--ranks_per_matrix", type=int | None, help="so many ranks share each matrix (default: a cost model decides)"
+    )
+    parser.add_argument("--accelerator", choices=["auto", "cpu", "gpu"], default="auto", help="where to compute")
+    parser.add_class_arguments(_method(method), "init")
+    return parser
+
+
+def _adapter(options: Any) -> LoraConfig:
+    if options.adapter is not None:
+        path = Path(options.adapter)
+        if not path.is_file():
+            raise InputError(f"--adapter {path}: no such file; pass the adapter_config.json of a PEFT LoRA")
+        config = LoraConfig.from_peft_type(**json.loads(path.read_text()))
+        if not isinstance(config, LoraConfig):
+            raise InputError(f"--adapter {path}: a {config.peft_type} configuration, not a LoRA")
+        config.init_lora_weights, config.inference_mode = True, False
+        return config
+    return LoraConfig(
+        r=options.rank,
+        lora_alpha=options.rank if options.alpha is None else options.alpha,
+        use_rslora=options.rslora,
+        target_modules=options.target_modules,
+        task_type="CAUSAL_LM",
+    )

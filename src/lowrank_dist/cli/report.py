@@ -1,0 +1,103 @@
+"""``lowrank-dist report``: what an initialisation did, as a table, as JSON and as a picture."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from lowrank_dist.checkpoint_io import CheckpointError, write_json
+from lowrank_dist.convert import MANIFEST
+from lowrank_dist.errors import InputError
+from lowrank_dist.report import MatrixReport, as_table
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run ``lowrank-dist report``. Returns the exit status."""
+    matrices = read_report(Path(options.directory))
+    print(as_table(matrices))
+    if options.json is not None:
+        write_json(Path(options.json), {"matrices": [matrix.as_dict() for matrix in matrices]})
+    if options.picture is not None:
+        print(draw(matrices, Path(options.picture)))
+    return 0
+
+
+def read_report(path: Path) -> list[MatrixReport]:
+    """The figures of a decomposed model, of an adapter checkpoint, or of a JSON file that `InitReport` wrote."""
+    file = path / MANIFEST if path.is_dir() else path
+    if not file.is_file():
+        raise CheckpointError(
+            f"{path}: holds no {MANIFEST}; pass a decomposed model, a directory that AdapterCheckpoint wrote, or the "
+            "JSON of InitReport"
+        )
+    try:
+        entries: list[dict[str, Any]] = json.loads(file.read_text())["matrices"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file}: not a report: {error!r}") from error
+    if not entries:
+        raise CheckpointError(f"{file}: the report has no matrices")
+    return [MatrixReport.from_dict(entry) for entry in entries]
+
+
+def draw(matrices: list[MatrixReport], path: Path) -> Path:
+    """Heat maps of every measured figure over layers and layer types, and the spectra that went to the factors."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError(f"--picture needs matplotlib ({error}); install it, or lowrank-dist[demo]") from error
+
+    # the object interface: no pyplot, no global state, no display
+    types = list(dict.fromkeys(_type(matrix.name) for matrix in matrices))
+    layers = sorted({_layer(matrix.name) for matrix in matrices})
+    maps = {
+        "error / norm": lambda m: m.relative_error,
+        "error reduction, Frobenius": lambda m: m.error_reduction if m.quantization_error else None,
+        "error reduction, nuclear": lambda m: m.nuclear_reduction,
+        "energy in the factors": lambda m: m.captured_energy,
+        "sigma_1 / sigma_r": lambda m: m.sigma_1 / m.sigma_r if m.sigma_1 and m.sigma_r else None,
+    }
+    shown = {title: value for title, value in maps.items() if any(value(m) is not None for m in matrices)}
+    spectra = [matrix for matrix in matrices if matrix.singular_values]
+    panels = len(shown) + bool(spectra)
+    figure = Figure(figsize=(1.2 + 3.4 * panels, 1.5 + max(2.5, 0.16 * len(layers))), layout="constrained")
+    axes = FigureCanvasAgg(figure).figure.subplots(1, max(panels, 1), squeeze=False)[0]
+    for ax, (title, value) in zip(axes, shown.items(), strict=False):
+        grid = [[float("nan")] * len(types) for _ in layers]
+        for matrix in matrices:
+            found = value(matrix)
+            grid[layers.index(_layer(matrix.name))][types.index(_type(matrix.name))] = (
+                float("nan") if found is None else found
+            )
+        image = ax.imshow(grid, aspect="auto", interpolation="nearest", cmap="viridis")
+        ax.set_title(title, fontsize=9)
+        ax.set_xticks(range(len(types)), types, rotation=60, ha="right", fontsize=7)
+        ax.set_ylabel("layer", fontsize=8)
+        figure.colorbar(image, ax=ax)
+    if spectra:
+        ax = axes[-1]
+        for index, kind in enumerate(types):
+            for matrix in (m for m in spectra if _type(m.name) == kind):
+                label = kind if matrix is next(m for m in spectra if _type(m.name) == kind) else None
+                values = matrix.singular_values or []
+                ax.plot(range(1, len(values) + 1), values, color=f"C{index % 10}", alpha=0.4, lw=0.7, label=label)
+        ax.set_yscale("log")
+        ax.set_title("singular values in the factors", fontsize=9)
+        ax.set_xlabel("index", fontsize=8)
+        ax.legend(fontsize=6)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def _layer(name: str) -> int:
+    """Number of the layer in a module's name; -1 outside of layers."""
+    found = re.search(r"\.(\d+)\.", f".{name}.")
+    return int(found.group(1)) if found else -1
+
+
+def _type(name: str) -> str:
+    return name.rsplit(".", 1)[-1]

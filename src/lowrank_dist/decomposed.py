@@ -1,0 +1,244 @@
+"""Decomposed models on disk: the residual at the root, the initial adapter beside it, read back by rows.
+
+The layout is the one in which the authors of PiSSA publish: an ordinary checkpoint that holds the residual, dense or in
+bitsandbytes' own 4-bit serialization, and a directory ``pissa_init/`` (``loftq_init/``, ...) with a PEFT adapter that
+belongs to it. Stock transformers + peft load both; here every rank reads its own part.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import Tensor
+
+from lowrank_dist.checkpoint_io import PACKED_DTYPE, CheckpointError, CheckpointReader, TensorInfo, read_ahead
+from lowrank_dist.checkpoint_keys import peft_name
+from lowrank_dist.comm import ShardGroup
+from lowrank_dist.convert import CONFIG, MANIFEST, WEIGHTS
+from lowrank_dist.methods import Method
+from lowrank_dist.nf4 import NF4, QUANT_STATE, read_quant_state
+from lowrank_dist.partition import FlatPartition
+from lowrank_dist.report import MatrixReport
+from lowrank_dist.residual import ResidualFormat
+from lowrank_dist.skeleton import ModelError, Plan, PlannedMatrix
+from lowrank_dist.walk import DecomposedMatrix, check_finite, factor_shapes, row_partition
+
+
+def initial_directory(directory: Path) -> Path | None:
+    """The directory of the initial adapter inside a decomposed model (``*_init``), or None where there is none."""
+    found = sorted(path.parent for path in directory.glob(f"*_init/{CONFIG}"))
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{directory}: holds {len(found)} initial adapters ({', '.join(path.name for path in found)}); leave one"
+        )
+    return found[0] if found else None
+
+
+def factor_keys(planned: PlannedMatrix) -> dict[str, str]:
+    """Names of A (``lora_A``) and B (``lora_B``) in the file of the initial adapter."""
+    return {factor: peft_name(name) for factor, name in planned.factor_names.items()}
+
+
+class ResidualReader(CheckpointReader):
+    """The root of a decomposed model: 4-bit weights have the shape of the matrix they stand for, and dtype ``NF4``."""
+
+    holds_residuals = True
+
+    def info(self, name: str) -> TensorInfo:
+        info = super().info(name)
+        if name + QUANT_STATE not in self:
+            return info
+        state = self.quant_state(name)
+        return TensorInfo(shape=tuple(state["shape"]), dtype=PACKED_DTYPE, nbytes=info.nbytes)
+
+    def quant_state(self, name: str) -> dict[str, Any]:
+        """The JSON that bitsandbytes keeps beside the 4-bit weight `name`."""
+        key = name + QUANT_STATE
+        try:
+            return read_quant_state(self._open(self._file_of[key]).get_tensor(key))
+        except ValueError as error:
+            raise CheckpointError(f"{key}: no quantization state of bitsandbytes ({error}); fetch it again") from error
+
+
+class DecomposedModel:
+    """A decomposed model on disk.
+
+    Parameters
+    ----------
+    directory
+        Its root.
+    dense
+        Format that a residual gets which is not quantized.
+
+    Attributes
+    ----------
+    reader : ResidualReader
+        The residual, and every parameter that is not adapted.
+    adapter : peft.LoraConfig
+        Configuration of the initial adapter, ready for training.
+    residual : ResidualFormat
+        How the residual is stored: NF4 where the model holds 4-bit weights, else `dense`.
+    manifest : dict
+        What this package wrote beside it; empty for models of other origin.
+    base, method, starts_at_zero
+        See `lowrank_dist.pretrained.Source`; where there is no manifest, what the initial adapter says.
+
+    Raises
+    ------
+    CheckpointError
+        Where `directory` is no decomposed model or cannot be read.
+    """
+
+    def __init__(self, directory: str | Path, dense: ResidualFormat) -> None:
+        self.directory = Path(directory)
+        initial = initial_directory(self.directory)
+        if initial is None:
+            raise CheckpointError(f"{directory}: no decomposed model: it holds no *_init/{CONFIG}")
+        self.reader = ResidualReader(self.directory)
+        self._initial = CheckpointReader(initial, stem=Path(WEIGHTS).stem)
+        try:
+            config = LoraConfig.from_peft_type(**json.loads((initial / CONFIG).read_text()))
+            manifest = self.directory / MANIFEST
+            self.manifest: dict[str, Any] = json.loads(manifest.read_text()) if manifest.is_file() else {}
+        except ValueError as error:
+            raise CheckpointError(f"{directory}: damaged JSON: {error}; fetch or decompose it again") from error
+        if not isinstance(config, LoraConfig):
+            raise CheckpointError(f"{initial}: a {config.peft_type} adapter, not a LoRA")
+        config.init_lora_weights, config.inference_mode = True, False
+        self.adapter: LoraConfig = config
+        self.residual = self._stored_format() or dense
+        self.base: str = self.manifest.get("base") or config.base_model_name_or_path or str(directory)
+        self.method: str = self.manifest.get("method") or initial.name.removesuffix("_init")
+        self.starts_at_zero: bool = self.manifest.get("starts_at_zero", False)
+
+    @staticmethod
+    def is_at(directory: Path) -> bool:
+        """Whether `directory` is the root of a decomposed model."""
+        return initial_directory(directory) is not None
+
+    def _stored_format(self) -> ResidualFormat | None:
+        found: dict[ResidualFormat, str] = {}
+        for key in self.reader:
+            if key.endswith(QUANT_STATE):
+                name = key.removesuffix(QUANT_STATE)
+                block_size = self.reader.quant_state(name)["blocksize"]
+                found.setdefault(NF4(block_size=block_size, double_quant=f"{name}.nested_absmax" in self.reader), name)
+        if len(found) > 1:
+            shown = "; ".join(f"{name}: {fmt}" for fmt, name in found.items())
+            raise CheckpointError(f"{self.directory}: residuals in {len(found)} formats are not supported: {shown}")
+        return next(iter(found), None)
+
+    def check_settings(
+        self, *, adapter: LoraConfig | None, init: Method | None, quantization: ResidualFormat | None
+    ) -> None:
+        """Raise ModelError where a user asks for anything else than what is stored; None asks for nothing."""
+        asked_and_stored: list[tuple[str, Any, Any]] = []
+        if adapter is not None:
+            for option in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
+                pair = getattr(adapter, option) or None, getattr(self.adapter, option) or None
+                asked_and_stored.append((f"adapter: {option}", *pair))
+        if init is not None and "options" in self.manifest:
+            asked_and_stored.append(("init", repr(init), self.manifest["options"]))
+        if quantization is not None:
+            asked_and_stored.append(("quantization", quantization, self.residual))
+        for what, asked, stored in asked_and_stored:
+            if asked != stored:
+                raise ModelError(
+                    f"{what} is {asked!r}, but {self.directory} was decomposed with {stored!r}; leave "
+                    f"`{what.split(':')[0]}` out to take what is stored, or decompose the original anew"
+                )
+
+    def check(self, plan: Plan) -> None:
+        """Raise ModelError where what `plan` asks for is not what is stored: other targets, shapes or formats."""
+        for parameter in plan.parameters:
+            if parameter.key is not None and self.reader.info(parameter.key).dtype == PACKED_DTYPE:
+                raise ModelError(
+                    f"{parameter.names[0]} is stored in 4 bits, and the adapter does not target it; leave `adapter` "
+                    "out to take the stored configuration"
+                )
+        for planned in plan.matrices:
+            dtype = self.reader.info(planned.key).dtype
+            if (dtype == PACKED_DTYPE) == self.residual.exact:
+                raise ModelError(f"{planned.layer}: the residual is stored as {dtype}, others as {self.residual}")
+            for factor, shape in factor_shapes(planned).items():
+                key = factor_keys(planned)[factor]
+                stored = self._initial.info(key).shape if key in self._initial else None
+                if stored != shape:
+                    what = "has none" if stored is None else f"has shape {list(stored)}"
+                    raise ModelError(
+                        f"{planned.layer}: the adapter wants {factor} {list(shape)}, {self._initial.directory} {what}; "
+                        "leave `adapter` out to take the stored configuration"
+                    )
+
+    def through_cache(
+        self,
+        plan: Plan,
+        group: ShardGroup,
+        factor_dtype: torch.dtype,
+        *,
+        device: torch.device | None = None,
+        advance: Callable[[int], object] = lambda _: None,
+    ) -> DecomposedModel:
+        """This very model: there is nothing to decompose."""
+        return self
+
+    def matrices(
+        self,
+        plan: Plan,
+        group: ShardGroup,
+        factor_dtype: torch.dtype,
+        *,
+        device: torch.device | None = None,
+        advance: Callable[[int], object] = lambda _: None,
+    ) -> Iterator[DecomposedMatrix]:
+        """Read every matrix of `plan`, this rank its own shards. Collective: all ranks of `group` iterate to the end.
+
+        Raises
+        ------
+        CheckpointError
+            On every rank, if any rank cannot read or finds a NaN or infinity.
+        """
+        device, residual = device or torch.device("cpu"), self.residual
+        stored = {entry["name"]: MatrixReport.from_dict(entry) for entry in self.manifest.get("matrices", [])}
+
+        def read(planned: PlannedMatrix) -> DecomposedMatrix:
+            partition = row_partition(planned, residual, group.size)
+            report = stored.get(planned.name) or MatrixReport(
+                name=planned.name, rows=planned.rows, columns=planned.columns, rank=planned.rank
+            )
+
+            def read_file(suffix: str, start: int, stop: int | None) -> Tensor:
+                name = planned.key + suffix
+                if stop is None:
+                    stop = torch.Size(self.reader.stored(name).shape).numel()
+                values = self.reader.flat(name, start, stop)
+                if values.is_floating_point():
+                    check_finite(name, values, start)
+                return values
+
+            factors = {}
+            for factor, shape in factor_shapes(planned).items():
+                key = factor_keys(planned)[factor]
+                bounds = FlatPartition(numel=shape[0] * shape[1], world_size=group.size).bounds(group.rank)
+                factors[factor] = self._initial.flat(key, *bounds).to(device, factor_dtype)
+                check_finite(key, factors[factor], bounds[0])
+            shards = residual.from_files(read_file, partition, group.rank)
+            return DecomposedMatrix(
+                planned=planned,
+                partition=partition,
+                residual={name: shard.to(device) for name, shard in shards.items()},
+                factors=factors,
+                report=report,
+            )
+
+        matrices = read_ahead(read, plan.matrices)
+        for planned in plan.matrices:
+            with group.shared_errors():
+                matrix = next(matrices)
+            yield matrix
+            advance(self.reader.info(planned.key).nbytes)

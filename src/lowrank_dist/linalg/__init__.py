@@ -1,0 +1,11 @@
+"""Linear algebra of row-sharded matrices: orthonormalization and the leading singular triplets.
+
+Everything is computed in true fp32 (no tf32), Gram matrices that orthonormalize in fp64. What a rank decides from
+data, rank 0 decides for all.
+"""
+
+from lowrank_dist.linalg.krylov import SVD, randomized_svd, seed_from_name
+from lowrank_dist.linalg.orthonormal import orthonormalize
+from lowrank_dist.linalg.precision import full_fp32, squared_norm
+
+__all__ = ["SVD", "full_fp32", "orthonormalize", "randomized_svd", "seed_from_name", "squared_norm"]

@@ -1,0 +1,104 @@
+"""Orthonormalization of row-sharded vectors: CholeskyQR2 in fp64 Grams, TSQR where that breaks down.
+
+References
+----------
+.. [CQR] Y. Yamamoto, Y. Nakatsukasa, Y. Yanagisawa, T. Fukaya, "Roundoff error analysis of the CholeskyQR2
+   algorithm", ETNA 44 (2015).
+.. [TSQR] J. Demmel, L. Grigori, M. Hoemmen, J. Langou, "Communication-optimal parallel and sequential QR and LU
+   factorizations", SIAM J. Sci. Comput. 34 (2012).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowrank_dist.comm import ShardGroup
+
+# One pass of CholeskyQR leaves an orthogonality error of condition * 6e-8. For k equally long orthogonal vectors
+# ||L|| ||L^-1|| is k; up to this multiple of k one pass is enough.
+_ONE_PASS = 10.0
+# A second pass repairs what the first left while that stays well below 1 [CQR]; beyond this condition number the
+# Householder route takes over.
+_MAX_CONDITION = 1e5
+# Columns that are widened to fp64 at a time.
+_PANEL = 2048
+
+
+def orthonormalize(y: Tensor, group: ShardGroup) -> tuple[Tensor, Tensor]:
+    """Thin QR of a row-sharded tall matrix: CholeskyQR with fp64 Grams, once or twice, TSQR where that breaks down.
+
+    Parameters
+    ----------
+    y
+        ``[m_p, k]`` fp32, row-sharded, ``m >= k`` in total; a rank may hold no row.
+    group
+        The ranks that hold the rows; ``ShardGroup.single()`` where they are replicated.
+
+    Returns
+    -------
+    q
+        ``[m_p, k]`` fp32, row-sharded, orthonormal columns also where `y` is rank-deficient or zero.
+    r
+        ``[k, k]`` fp64, upper triangular, replicated, ``q @ r = y``.
+
+    Notes
+    -----
+    A reduce + broadcast pair of ``k x k`` fp64 per pass ([CQR]): one if ``||R|| ||R^-1||`` shows that `y` is
+    well-conditioned, two otherwise; a third, of ``P x k x k``, if `y` is too ill-conditioned for Cholesky ([TSQR]).
+    Rank 0 factors and broadcasts, so that all ranks decide alike.
+    """
+    q, lower = orthonormal_rows(y.mT, group)
+    return q.mT.contiguous(), lower.mT
+
+
+def orthonormal_rows(y: Tensor, group: ShardGroup) -> tuple[Tensor, Tensor]:
+    """`orthonormalize` for vectors as rows: ``[k, m_p]`` to ``q [k, m_p]`` and ``l [k, k]`` with ``l @ q = y``."""
+    k = y.shape[0]
+    q, lower = y, torch.eye(k, dtype=torch.float64, device=y.device)
+    for _ in range(2):
+        packed = torch.empty(2 * k, k, dtype=torch.float64, device=y.device)
+        group.reduce_once(gram(q, q), packed, _cholesky)
+        factor, inverse = packed[:k], packed[k:]
+        condition = float(factor.norm() * inverse.norm())
+        if not condition < _MAX_CONDITION:
+            return _tsqr(y, group)
+        q, lower = inverse.float() @ q, lower @ factor
+        if condition < _ONE_PASS * k:
+            break
+    return q, lower
+
+
+def gram(x: Tensor, y: Tensor) -> Tensor:
+    """``x @ y.T`` in fp64 for vectors as rows; widens a panel of columns at a time."""
+    total = torch.zeros(x.shape[0], y.shape[0], dtype=torch.float64, device=x.device)
+    for first in range(0, y.shape[1], _PANEL):
+        wide = y[:, first : first + _PANEL].double()
+        total.addmm_(wide if x is y else x[:, first : first + _PANEL].double(), wide.mT)
+    return total
+
+
+def _cholesky(gram: Tensor) -> Tensor:
+    """``[L; L^-1]``, or NaNs where the Gram matrix has no Cholesky factor."""
+    lower, info = torch.linalg.cholesky_ex(gram)
+    if int(info) != 0:
+        return torch.full((2 * len(gram), len(gram)), torch.nan, dtype=gram.dtype, device=gram.device)
+    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return torch.cat([lower, torch.linalg.solve_triangular(lower, eye, upper=False)])
+
+
+def _tsqr(y: Tensor, group: ShardGroup) -> tuple[Tensor, Tensor]:
+    """Householder TSQR: local QR, then one QR of the stacked R factors on rank 0."""
+    k, entries = y.shape
+    local_q, local_r = torch.linalg.qr(y.mT.double())
+    stacked = torch.zeros(group.size, k, k, dtype=torch.float64, device=y.device)
+    stacked[group.rank, : local_r.shape[0]] = local_r
+
+    def combine(blocks: Tensor) -> Tensor:
+        q, r = torch.linalg.qr(blocks.reshape(-1, k))
+        return torch.cat([q, r])
+
+    solution = torch.empty((group.size + 1) * k, k, dtype=torch.float64, device=y.device)
+    group.reduce_once(stacked, solution, combine)
+    mine = solution[group.rank * k : group.rank * k + min(entries, k)]
+    return (local_q @ mine).mT.float().contiguous(), solution[group.size * k :].mT

@@ -1,0 +1,47 @@
+"""Steps that most initialisations end with; a new one is little more than its own formula beside these."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lowrank_dist.methods.base import Decomposition, Factors, Matrix, residual_block
+from lowrank_dist.residual import ResidualFormat
+
+
+def layer_shape(matrix: Matrix) -> tuple[int, int]:
+    """``(in, out)`` of the layer, whichever way its weight is stored."""
+    rows, columns = matrix.partition.rows, matrix.partition.columns
+    return (rows, columns) if matrix.input_first else (columns, rows)
+
+
+def sharded(matrix: Matrix, a: Tensor, b: Tensor) -> Factors:
+    """This rank's part of replicated factors.
+
+    Parameters
+    ----------
+    matrix
+        The matrix they belong to.
+    a
+        A, ``[r, in]`` fp32, replicated.
+    b
+        B, ``[out, r]`` fp32, replicated.
+
+    Returns
+    -------
+    Factors
+        ``left`` row-sharded like ``matrix.block``, ``right`` replicated. Nothing is communicated.
+    """
+    left, right = (a.mT, b.mT) if matrix.input_first else (b, a)
+    start, stop = matrix.partition.bounds(matrix.group.rank)
+    device = matrix.block.device
+    return Factors(left=left[start:stop].to(device), right=right.to(device))
+
+
+def subtracted(matrix: Matrix, factors: Factors, residual: ResidualFormat) -> Decomposition:
+    """Round the factors to ``matrix.factor_dtype`` and encode ``W - scaling * left @ right``.
+
+    Communicates only what the residual format does.
+    """
+    factors = factors.rounded(matrix.factor_dtype)
+    encoded = residual.encode(residual_block(matrix, factors), matrix.partition, matrix.group)
+    return Decomposition(factors=factors, residual=encoded)

@@ -1,0 +1,108 @@
+"""CorDA: singular triplets of the weight as the layer's inputs see it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lowrank_dist.errors import InputError
+from lowrank_dist.linalg import full_fp32, seed_from_name
+from lowrank_dist.methods.assembly import layer_shape, subtracted
+from lowrank_dist.methods.base import Decomposition, Factors, Matrix
+from lowrank_dist.methods.calibrated import CalibratedMethod
+from lowrank_dist.partition import RowPartition
+from lowrank_dist.residual import ResidualFormat
+from lowrank_dist.trailing import multiply, trailing_svd
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorDA(CalibratedMethod):
+    """Context-oriented decomposition: ``U S V^T = SVD(W C)`` with C the covariance of the layer's inputs.
+
+    ``B = U_r sqrt(S_r / scaling)``, ``A = sqrt(S_r / scaling) V_r^T C^-1``, residual ``W - scaling * B A``. At step 0
+    the model computes W, or ``Q(W_res) + scaling * B A`` where the residual is quantized.
+
+    No inverse is needed. From ``U^T W C = S V^T`` follows ``V_r^T C^-1 = S_r^-1 U_r^T W``, so that
+    ``A = U_r^T W / sqrt(scaling * S_r)`` and ``scaling * B A = U_r U_r^T W``: the part of W that lands in r directions
+    of the output. Rows of A whose singular value is zero are zero: there, ``U_r^T W`` is rounding.
+
+    B A does not depend on the unit of C, but the split does: C times c multiplies B by ``sqrt(c)`` and divides A by it.
+    C here is ``X^T X / tokens``; PEFT divides the inputs by their largest entry and C by the number of batches.
+
+    Parameters
+    ----------
+    corda_method : {"ipm", "kpm"}
+        PEFT's name for the mode. Instruction-previewed: the r largest triplets are trained, C comes from the task's
+        data. Knowledge-preserved: the r smallest are trained, C comes from data whose knowledge is to be kept.
+    damping
+        C is ``C + damping * mean(diag C) * I``, which makes it positive definite. PEFT starts at 0.01 and doubles it
+        until its inverse is accurate.
+    power_iterations, oversampling, tolerance, seed
+        Options of the randomized SVD of ``W C``, see `PrincipalMethod`; kpm takes `trailing_svd` and only the seed.
+
+    Notes
+    -----
+    ``W C`` is formed with the rows of C, or of W where rows are inputs (Conv1D), sent round one rank at a time
+    (`row_blocks`); memory for ``W C`` itself, for C's rows and for one peer's block. Then the collectives of the SVD
+    and one all-reduce of ``r x n`` fp32.
+
+    References
+    ----------
+    Y. Yang, X. Li, Z. Zhou, S. L. Song, J. Wu, L. Nie, B. Ghanem, "CorDA: Context-Oriented Decomposition Adaptation of
+    Large Language Models for Task-Aware Parameter-Efficient Fine-tuning", NeurIPS 2024, section 3; arXiv:2406.05223.
+    """
+
+    statistic: ClassVar[Literal["covariance", "gradient"] | None] = "covariance"
+
+    corda_method: Literal["ipm", "kpm"] = "ipm"
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.damping < 0:
+            raise ValueError(f"{self}: damping={self.damping} must not be negative")
+
+    def decompose(self, matrix: Matrix, residual: ResidualFormat) -> Decomposition:
+        block, group, rows = matrix.block, matrix.group, matrix.partition.rows
+        covariance = self.damped_covariance(matrix)
+        # where rows are inputs, C W^T = (W C)^T: left and right change places, C is symmetric
+        pair = (covariance, block) if matrix.input_first else (block, covariance)
+        product = multiply(*pair, group)
+        del covariance, pair
+        if self.corda_method == "ipm":
+            svd = self.leading(matrix, product, matrix.rank, rows=rows)
+        else:
+            seed = seed_from_name(matrix.name, self.seed)
+            svd = trailing_svd(product, matrix.rank, rows=rows, group=group, seed=seed)
+        root = (svd.s / matrix.scaling).sqrt()
+        inverse_root = torch.where(svd.s > 0, (svd.s * matrix.scaling).rsqrt(), 0)
+        with full_fp32():
+            if matrix.input_first:
+                factors = Factors(left=(block @ svd.vh.mT) * inverse_root, right=root[:, None] * svd.vh)
+            else:
+                right = inverse_root[:, None] * group.sum(svd.u.mT @ block)
+                factors = Factors(left=svd.u * root, right=right)
+        return subtracted(matrix, factors, residual)
+
+    def damped_covariance(self, matrix: Matrix) -> Tensor:
+        """This rank's rows of ``C + damping * mean(diag C) * I``, ``[in_p, in]``. One all-reduce of a scalar.
+
+        Raises
+        ------
+        InputError
+            On every rank, if C is zero: the layer saw no input in the calibration pass.
+        """
+        covariance, inputs = self.measured(matrix).clone(), layer_shape(matrix)[0]
+        partition = RowPartition(rows=inputs, columns=inputs, world_size=matrix.group.size)
+        diagonal = covariance[:, slice(*partition.bounds(matrix.group.rank))].diagonal()
+        mean = matrix.group.sum(diagonal.double().sum()) / inputs
+        if not float(mean) > 0:
+            raise InputError(
+                f"{self}: the covariance of {matrix.name} is zero, its layer saw no input in the calibration pass; "
+                "calibrate on more data or drop it from target_modules"
+            )
+        diagonal.add_(self.damping * mean.to(diagonal.dtype))
+        return covariance

@@ -1,0 +1,232 @@
+"""Where decomposed matrices come from: a pretrained checkpoint that is decomposed now, or a decomposed model on disk.
+
+`open_source` looks at the directory and gives one or the other; what fills a model need not know which.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from peft import LoraConfig
+from torch import Tensor
+
+from lowrank_dist.checkpoint_io import CheckpointReader
+from lowrank_dist.comm import ShardGroup
+from lowrank_dist.decompose import decompose, fingerprint
+from lowrank_dist.decomposed import DecomposedModel
+from lowrank_dist.methods import Method, PiSSA
+from lowrank_dist.planner import Sharding, scheduled
+from lowrank_dist.residual import Dense, ResidualFormat
+from lowrank_dist.skeleton import ModelError, Plan, PlannedMatrix
+from lowrank_dist.walk import DecomposedMatrix, Walk, check_matrices
+
+_log = logging.getLogger(__name__)
+
+
+class Source(Protocol):
+    """What a model can be filled from.
+
+    Attributes
+    ----------
+    adapter : peft.LoraConfig
+        The adapter to put in.
+    residual : ResidualFormat
+        How the frozen part is stored.
+    base : str
+        The pretrained model, for which converted adapters are.
+    method : str
+        Name of the initialisation.
+    starts_at_zero : bool
+        Whether B A is zero at step 0.
+    """
+
+    adapter: LoraConfig
+    residual: ResidualFormat
+    base: str
+    method: str
+    starts_at_zero: bool
+
+    @property
+    def reader(self) -> CheckpointReader:
+        """Gives the parameters that are not adapted."""
+
+    def check(self, plan: Plan) -> None:
+        """Raise ModelError where the matrices of `plan` cannot be had from here."""
+
+    def through_cache(
+        self,
+        plan: Plan,
+        group: ShardGroup,
+        factor_dtype: torch.dtype,
+        *,
+        device: torch.device | None = None,
+        advance: Callable[[int], object] = lambda _: None,
+    ) -> Source:
+        """The source to read from: this one, or what a cache holds for it. Collective."""
+
+    def matrices(
+        self,
+        plan: Plan,
+        group: ShardGroup,
+        factor_dtype: torch.dtype,
+        *,
+        device: torch.device | None = None,
+        advance: Callable[[int], object] = lambda _: None,
+    ) -> Iterator[DecomposedMatrix]:
+        """All matrices of `plan`, cut for the ranks of `group`. Collective: all of them iterate to the end."""
+
+
+class PretrainedModel:
+    """A pretrained checkpoint that is decomposed on the way; a `Source`.
+
+    Parameters
+    ----------
+    directory
+        The checkpoint.
+    adapter, init, residual
+        How.
+    base
+        Name of the checkpoint as the user gave it.
+    cache
+        Directory for decomposed models: the first run writes one there, see `lowrank_dist.decompose.decompose`.
+    sharding
+        How matrices are shared while they are decomposed.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        adapter: LoraConfig,
+        init: Method,
+        residual: ResidualFormat,
+        base: str,
+        cache: str | os.PathLike[str] | None = None,
+        sharding: Sharding | None = None,
+    ) -> None:
+        self.reader = CheckpointReader(directory)
+        self.adapter, self.init, self.residual, self.base, self.cache = adapter, init, residual, base, cache
+        self.method, self.starts_at_zero, self.sharding = str(init), init.starts_at_zero, sharding
+        self.statistics: Callable[[PlannedMatrix], Tensor] | None = None
+
+    def check(self, plan: Plan) -> None:
+        self.init.check(self.residual)
+        check_matrices(plan, self.init)
+
+    def matrices(
+        self,
+        plan: Plan,
+        group: ShardGroup,
+        factor_dtype: torch.dtype,
+        *,
+        device: torch.device | None = None,
+        advance: Callable[[int], object] = lambda _: None,
+    ) -> Iterator[DecomposedMatrix]:
+        walk = self._walk(group, factor_dtype, device, advance)
+        yield from scheduled(walk, plan.matrices, self.sharding, _log.info)
+
+    def _walk(
+        self,
+        group: ShardGroup,
+        factor_dtype: torch.dtype,
+        device: torch.device | None,
+        advance: Callable[[int], object],
+    ) -> Walk:
+        return Walk(
+            self.reader,
+            group,
+            init=self.init,
+            residual=self.residual,
+            factor_dtype=factor_dtype,
+            device=device,
+            advance=advance,
+            statistics=self.statistics,
+        )
+
+    def through_cache(
+        self,
+        plan: Plan,
+        group: ShardGroup,
+        factor_dtype: torch.dtype,
+        *,
+        device: torch.device | None = None,
+        advance: Callable[[int], object] = lambda _: None,
+    ) -> Source:
+        """The decomposed model of this checkpoint in the cache, written first where it is not there. Collective.
+
+        Without a cache: this very source, nothing is communicated.
+        """
+        if self.cache is None:
+            return self
+        walk = self._walk(group, factor_dtype, device, advance)
+        name = f"{self.reader.directory.name}-{self.method}-{fingerprint(walk, plan)[:12]}"
+        directory = decompose(
+            plan,
+            walk,
+            Path(self.cache) / name,
+            adapter=self.adapter,
+            base=self.base,
+            sharding=self.sharding,
+            announce=_log.info,
+        )
+        self.reader.close()
+        return DecomposedModel(directory, self.residual)
+
+
+def open_source(
+    pretrained: str,
+    directory: Path,
+    *,
+    adapter: LoraConfig | None,
+    init: Method | None,
+    quantization: ResidualFormat | None,
+    compute_dtype: torch.dtype,
+    cache: str | os.PathLike[str] | None = None,
+    sharding: Sharding | None = None,
+) -> Source:
+    """The checkpoint, or the decomposed model, at `directory`.
+
+    Parameters
+    ----------
+    pretrained
+        What the user called it.
+    directory
+        Where it is.
+    adapter, init, quantization
+        What the user asked for; None: what a decomposed model says. A checkpoint needs an `adapter`; its default `init`
+        is PiSSA.
+    compute_dtype
+        Dtype of a dense residual.
+    cache, sharding
+        See `PretrainedModel`.
+
+    Raises
+    ------
+    ModelError
+        Where a decomposed model is not what was asked for.
+    """
+    if not DecomposedModel.is_at(directory):
+        if adapter is None:
+            raise ModelError(
+                f"pretrained={pretrained!r} is no decomposed model: adapter=LoraConfig(...) must say what to decompose"
+            )
+        residual = Dense(dtype=compute_dtype) if quantization is None else quantization
+        return PretrainedModel(
+            directory,
+            adapter=adapter,
+            init=init or PiSSA(),
+            residual=residual,
+            base=pretrained,
+            cache=cache,
+            sharding=sharding,
+        )
+    stored = DecomposedModel(directory, Dense(dtype=compute_dtype))
+    stored.check_settings(adapter=adapter, init=init, quantization=quantization)
+    if adapter is not None:
+        stored.adapter = adapter
+    return stored

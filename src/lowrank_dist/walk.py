@@ -1,0 +1,397 @@
+"""The walk: matrices of a checkpoint in, decomposed matrices out, cut for the ranks that will keep them.
+
+Every rank reads its own rows of a matrix, decomposes them together with the others and encodes its rows of the
+residual. By default all ranks share every matrix; a batch of several matrices gives each to a part of the ranks, and
+what they found is then cut anew for all ranks with one all-to-all. Either way the ranks together read every byte once,
+and what comes out is the same.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lowrank_dist.checkpoint_io import CheckpointError, CheckpointReader, read_ahead
+from lowrank_dist.comm import ShardGroup
+from lowrank_dist.linalg import full_fp32, seed_from_name, squared_norm
+from lowrank_dist.methods.base import Decomposition, Factors, Matrix, Method
+from lowrank_dist.norms import nuclear_norm
+from lowrank_dist.partition import FlatPartition, RowPartition
+from lowrank_dist.report import MatrixReport
+from lowrank_dist.residual import ResidualFormat, Storage
+from lowrank_dist.skeleton import ModelError, Plan, PlannedMatrix
+
+FACTORS = ("lora_A", "lora_B")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Matrices that are decomposed at the same time, one by every `group_size` consecutive ranks."""
+
+    group_size: int
+    matrices: tuple[PlannedMatrix, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecomposedMatrix:
+    """One matrix as this rank keeps it.
+
+    Attributes
+    ----------
+    planned
+        Which.
+    partition
+        How its rows are cut over all ranks.
+    residual
+        This rank's flat shards of the encoded residual, by storage name.
+    factors
+        This rank's flat shards of A ``[r, in]`` (``lora_A``) and B ``[out, r]`` (``lora_B``), possibly padded.
+    report
+        What was measured; the same on every rank but for `seconds`.
+    """
+
+    planned: PlannedMatrix
+    partition: RowPartition
+    residual: dict[str, Tensor]
+    factors: dict[str, Tensor]
+    report: MatrixReport
+
+
+def row_partition(planned: PlannedMatrix, residual: ResidualFormat, world_size: int) -> RowPartition:
+    """How the rows of a planned matrix are cut over `world_size` ranks."""
+    return RowPartition(rows=planned.rows, columns=planned.columns, world_size=world_size, block=residual.block)
+
+
+def factor_shapes(planned: PlannedMatrix) -> dict[str, tuple[int, int]]:
+    """Shapes of A and B under PEFT's names."""
+    outputs, inputs = planned.rows, planned.columns
+    if planned.input_first:
+        outputs, inputs = inputs, outputs
+    return {"lora_A": (planned.rank, inputs), "lora_B": (outputs, planned.rank)}
+
+
+def check_matrices(plan: Plan, init: Method) -> None:
+    """Raise ModelError where `init` cannot decompose a matrix of `plan`."""
+    for m in plan.matrices:
+        objection = init.objection(rows=m.rows, columns=m.columns, rank=m.rank, lookup=m.lookup)
+        if objection is not None:
+            raise ModelError(f"{m.name}: {objection}")
+
+
+class Walk:
+    """Decomposes planned matrices one batch after the other, while a thread reads the rows of the next.
+
+    Parameters
+    ----------
+    reader
+        The checkpoint.
+    group
+        The ranks that keep the result.
+    init, residual
+        How matrices are decomposed, and how the frozen part is stored.
+    factor_dtype
+        Dtype of A and B.
+    device
+        Where matrices are decomposed.
+    advance
+        Called with the bytes of every matrix that is done (for a progress bar).
+    statistics
+        Gives the calibration statistic of a matrix, for methods that want one.
+    thorough
+        Also measure the nuclear norms of quantization errors and estimate excess residuals, which may cost more than
+        the decomposition.
+
+    Notes
+    -----
+    Host memory: at most three row blocks as fp32 beside the temporaries of the decomposition: the one in use, one that
+    was read, one being read.
+    """
+
+    def __init__(
+        self,
+        reader: CheckpointReader,
+        group: ShardGroup,
+        *,
+        init: Method,
+        residual: ResidualFormat,
+        factor_dtype: torch.dtype,
+        device: torch.device | None = None,
+        advance: Callable[[int], object] = lambda _: None,
+        statistics: Callable[[PlannedMatrix], Tensor] | None = None,
+        thorough: bool = False,
+    ) -> None:
+        self.reader, self.group, self.init, self.residual = reader, group, init, residual
+        self.factor_dtype, self.device = factor_dtype, device or torch.device("cpu")
+        self.advance, self.statistics, self.thorough = advance, statistics, thorough
+
+    def run(self, batches: Iterable[Batch]) -> Iterator[DecomposedMatrix]:
+        """Decompose all matrices of `batches`. Collective: all ranks iterate to the end.
+
+        Raises
+        ------
+        CheckpointError
+            On every rank, if any rank finds a NaN or infinity or cannot read.
+        """
+        batches = list(batches)
+        blocks = read_ahead(self._read, batches)
+        for batch in batches:
+            started = time.monotonic()
+            with self.group.shared_errors():
+                block = next(blocks)
+            # one rank's trouble must not leave the ranks that work on other matrices waiting for it
+            with self.group.shared_errors() if batch.group_size < self.group.size else nullcontext():
+                shards, measured = self._decompose(batch, block)
+            del block
+            yield from self._cut_anew(batch, shards, measured, started)
+            del shards
+            self.advance(sum(self.reader.info(planned.key).nbytes for planned in batch.matrices))
+
+    def _mine(self, batch: Batch) -> PlannedMatrix | None:
+        """The matrix of `batch` that this rank works on."""
+        index = self.group.rank // batch.group_size
+        return batch.matrices[index] if index < len(batch.matrices) else None
+
+    def _read(self, batch: Batch) -> Tensor | None:
+        """This rank's rows of its matrix of `batch` as fp32 on the host, checked for NaN and infinity."""
+        planned = self._mine(batch)
+        if planned is None:
+            return None
+        partition = row_partition(planned, self.residual, batch.group_size)
+        start, stop = partition.bounds(self.group.rank % batch.group_size)
+        rows = self.reader.rows(planned.key, start, stop).float()
+        check_finite(planned.key, rows, start)
+        return rows
+
+    def _decompose(self, batch: Batch, block: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
+        """Shards and measures of this rank's matrix of `batch`, cut for the ranks that share it."""
+        planned = self._mine(batch)
+        shards: dict[str, Tensor] = {}
+        width = len(_MEASURES) + max(other.rank for other in batch.matrices)
+        measured = torch.full((width,), torch.nan, dtype=torch.float64)
+        if planned is not None and block is not None:
+            group = self.group.split(batch.group_size)
+            partition = row_partition(planned, self.residual, group.size)
+            matrix = Matrix(
+                name=planned.key,
+                block=block.to(self.device),
+                partition=partition,
+                group=group,
+                rank=planned.rank,
+                scaling=planned.scaling,
+                input_first=planned.input_first,
+                lookup=planned.lookup,
+                factor_dtype=self.factor_dtype,
+                statistic=None if self.statistics is None else self.statistics(planned),
+                thorough=self.thorough,
+            )
+            decomposition = self.init.decompose(matrix, self.residual)
+            shards = decomposition.residual.shards | self._factor_shards(
+                planned, partition, decomposition.factors, group
+            )
+            self._measure(matrix, decomposition, measured)
+        elif batch.group_size < self.group.size:
+            self.group.split(batch.group_size)
+        return shards, measured
+
+    def _factor_shards(
+        self, planned: PlannedMatrix, partition: RowPartition, factors: Factors, group: ShardGroup
+    ) -> dict[str, Tensor]:
+        left, right = factors.left, factors.right
+        # Without padding, a rank's rows of B are its flat part of B: nothing needs to be gathered.
+        rows_are_shard = not planned.input_first and partition.padded_rows == partition.rows
+        if not rows_are_shard:
+            left = whole_left(left, partition, group)
+        a, b = (left.mT, right.mT) if planned.input_first else (right, left)
+        shards = {}
+        for name, factor in zip(FACTORS, (a, b), strict=True):
+            shard = factor.flatten()
+            if not (rows_are_shard and name == "lora_B"):
+                shard = shard[slice(*FlatPartition(numel=shard.numel(), world_size=group.size).bounds(group.rank))]
+            shards[name] = shard.to(self.factor_dtype)
+        return shards
+
+    def _measure(self, matrix: Matrix, decomposition: Decomposition, out: Tensor) -> None:
+        """Fill `out` with the measures of one matrix, then its singular values. One all-reduce, or as the norms do."""
+        residual, group = self.residual, matrix.group
+        squares, nuclear = [squared_norm(matrix.block)], []
+        for error in self._errors(matrix, decomposition):
+            squares.append(squared_norm(error))
+            if self.thorough and not residual.exact:
+                # the same probes for both: what they miss cancels in the ratio
+                seed = seed_from_name(matrix.name)
+                nuclear.append(nuclear_norm(error, rows=matrix.partition.rows, group=group, seed=seed))
+            del error
+        found = dict(zip(_MEASURES, [*group.sum(torch.stack(squares)).sqrt().tolist(), *nuclear], strict=False))
+        found.setdefault("quantization_error", 0.0)
+        svd = decomposition.svd
+        if svd is not None:
+            found |= {"sigma_1": float(svd.s[0]), "sigma_r": float(svd.s[-1]), "excess_residual": svd.estimate}
+            energy = float(svd.s.double().square().sum())
+            found["captured_energy"] = energy / found["norm"] ** 2 if found["norm"] else math.nan
+            out[len(_MEASURES) : len(_MEASURES) + matrix.rank] = svd.s
+        if not residual.exact:
+            found["ended_on"] = float(ENDS.index(decomposition.ended_on))
+        out[: len(_MEASURES)] = torch.tensor([found.get(name, math.nan) for name in _MEASURES])
+
+    def _errors(self, matrix: Matrix, decomposition: Decomposition) -> Iterator[Tensor]:
+        """This rank's rows of what the model lacks at step 0, then of what plain quantization would lose."""
+        factors = decomposition.factors
+        with full_fp32():
+            error = matrix.block - decomposition.residual.decoded
+            yield error.addmm_(factors.left, factors.right, alpha=-matrix.scaling)
+        if not self.residual.exact:
+            del error
+            yield matrix.block - self.residual.encode(matrix.block, matrix.partition, matrix.group).decoded
+
+    def _cut_anew(
+        self, batch: Batch, shards: Mapping[str, Tensor], measured: Tensor, started: float
+    ) -> Iterator[DecomposedMatrix]:
+        whole = batch.group_size == self.group.size
+        every = measured[None] if whole else self.group.gather_equal(measured[None].to(self.group.device)).cpu()
+        layouts = [self._layout(planned, batch.group_size) for planned in batch.matrices]
+        parts = [dict(shards)] if whole else redistribute(shards, layouts, batch.group_size, self.group)
+        for index, (planned, mine) in enumerate(zip(batch.matrices, parts, strict=True)):
+            values = [
+                value if math.isfinite(value) else None
+                for value in every[0 if whole else index * batch.group_size].tolist()
+            ]
+            measures: dict[str, Any] = dict(zip(_MEASURES, values, strict=False))
+            if measures["ended_on"] is not None:
+                measures["ended_on"] = ENDS[int(measures["ended_on"])]
+            spectrum = values[len(_MEASURES) : len(_MEASURES) + planned.rank]
+            measures["singular_values"] = None if None in spectrum else spectrum
+            yield DecomposedMatrix(
+                planned=planned,
+                partition=row_partition(planned, self.residual, self.group.size),
+                residual={name: shard for name, shard in mine.items() if name not in FACTORS},
+                factors={name: mine[name] for name in FACTORS},
+                report=MatrixReport(
+                    name=planned.name,
+                    rows=planned.rows,
+                    columns=planned.columns,
+                    rank=planned.rank,
+                    seconds=(time.monotonic() - started) / len(batch.matrices),
+                    nbytes=self.reader.info(planned.key).nbytes,
+                    group_size=batch.group_size,
+                    **measures,
+                ),
+            )
+
+    def _layout(self, planned: PlannedMatrix, group_size: int) -> dict[str, tuple[Storage, Storage]]:
+        """Every flat tensor of a decomposed matrix, as a group of `group_size` ranks and as all ranks cut it."""
+        both = []
+        for size in (group_size, self.group.size):
+            storages = dict(self.residual.storages(row_partition(planned, self.residual, size)))
+            for name, shape in factor_shapes(planned).items():
+                flat = FlatPartition(numel=shape[0] * shape[1], world_size=size)
+                storages[name] = Storage(numel=flat.numel, shard_numel=flat.shard_numel, dtype=self.factor_dtype)
+            both.append(storages)
+        return {name: (storage, both[1][name]) for name, storage in both[0].items()}
+
+
+ENDS = ("quantize", "decompose")
+_MEASURES = (
+    "norm",
+    "error",
+    "quantization_error",
+    "nuclear_error",
+    "nuclear_quantization_error",
+    "sigma_1",
+    "sigma_r",
+    "captured_energy",
+    "excess_residual",
+    "ended_on",
+)
+
+
+def progress_bar(total: int, *, show: bool) -> tqdm[Any]:
+    """Bytes of the checkpoint that are done, throughput and time left."""
+    return tqdm(total=total, unit="B", unit_scale=True, desc="Decomposing", disable=not show)
+
+
+def whole_left(left: Tensor, partition: RowPartition, group: ShardGroup) -> Tensor:
+    """Rows of all ranks of a row-sharded factor: ``[m, r]``, replicated. One all-gather."""
+    padded = left.new_zeros(partition.rows_per_rank, left.shape[1])
+    padded[: left.shape[0]] = left
+    return group.gather_equal(padded)[: partition.rows]
+
+
+def redistribute(
+    shards: Mapping[str, Tensor],
+    layouts: list[dict[str, tuple[Storage, Storage]]],
+    group_size: int,
+    group: ShardGroup,
+) -> list[dict[str, Tensor]]:
+    """Cut tensors that parts of the ranks hold anew for all ranks. One all-to-all.
+
+    Parameters
+    ----------
+    shards
+        This rank's flat shards of the tensors of item ``rank // group_size``; empty where there is no such item.
+    layouts
+        For every item and name: the storage over its `group_size` ranks and the one over all ranks.
+    group_size
+        Consecutive ranks that share an item.
+    group
+        All ranks.
+
+    Returns
+    -------
+    list of dict
+        For every item this rank's flat shards over all ranks, padding included.
+    """
+
+    def overlap(source: int, target: int, storages: tuple[Storage, Storage]) -> tuple[int, int]:
+        held, wanted = storages
+        position = source % group_size
+        start = max(position * held.shard_numel, target * wanted.shard_numel)
+        return start, min((position + 1) * held.shard_numel, (target + 1) * wanted.shard_numel, held.numel)
+
+    me = group.rank
+    device = next((shard.device for shard in shards.values()), group.device)
+    outgoing = []
+    for target in range(group.size):
+        pieces = [torch.empty(0, dtype=torch.uint8, device=device)]
+        for name, storages in layouts[me // group_size].items() if shards else ():
+            start, stop = overlap(me, target, storages)
+            first = me % group_size * storages[0].shard_numel
+            if start < stop:
+                pieces.append(shards[name][start - first : stop - first].contiguous().view(torch.uint8))
+        outgoing.append(torch.cat(pieces))
+
+    items = [
+        {name: torch.zeros(cut.shard_numel, dtype=cut.dtype, device=device) for name, (_, cut) in layout.items()}
+        for layout in layouts
+    ]
+    incoming: list[list[Tensor]] = []  # views of `items` to fill, in the order in which their ranks send
+    for source in range(group.size):
+        incoming.append([])
+        index = source // group_size
+        for name, storages in layouts[index].items() if index < len(layouts) else ():
+            start, stop = overlap(source, me, storages)
+            first = me * storages[1].shard_numel
+            if start < stop:
+                incoming[-1].append(items[index][name][start - first : stop - first].view(torch.uint8))
+    received = group.exchange(outgoing, [sum(view.numel() for view in views) for views in incoming])
+    for data, views in zip(received, incoming, strict=True):
+        for view, part in zip(views, torch.split(data, [view.numel() for view in views]), strict=True):
+            view.copy_(part)
+    return items
+
+
+def check_finite(key: str, values: Tensor, start: int) -> None:
+    """Raise CheckpointError if `values` (rows or elements of tensor `key` from `start` on) hold a NaN or infinity."""
+    if not bool(torch.isfinite(values).all()):
+        bad = (~torch.isfinite(values)).nonzero()[0].tolist()
+        bad[0] += start
+        raise CheckpointError(
+            f"{key}: NaN or infinity at {bad}; the checkpoint is damaged or was saved from a diverged run"
+        )

@@ -1,0 +1,79 @@
+"""The walk under a memory cap that the operating system enforces."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import resource
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from helpers.ranks import run_ranks, run_ranks_catching
+from lowrank_dist import NF4, PiSSA
+from lowrank_dist.checkpoint_io import CheckpointReader
+from lowrank_dist.comm import ShardGroup
+from lowrank_dist.residual import Dense
+from lowrank_dist.skeleton import PlannedMatrix
+from lowrank_dist.walk import Batch, Walk
+
+M_MMAP_THRESHOLD = -3  # of malloc.h
+ROWS, COLUMNS, MATRICES = 2048, 4096, 20
+BLOCK = ROWS // 2 * COLUMNS * 4  # fp32 rows of one rank of two
+
+
+def data_bytes() -> int:
+    """Private writable memory of this process, which RLIMIT_DATA caps; mapped files are not in it."""
+    pages = int(Path("/proc/self/statm").read_text().split()[5])
+    return pages * resource.getpagesize()
+
+
+def walk_under_a_cap(checkpoint: Path, residual: Any, blocks: int, keep: bool) -> int:
+    reader, group = CheckpointReader(checkpoint), ShardGroup()
+    planned = [
+        PlannedMatrix(
+            layer=name[:-7], key=name, rows=ROWS, columns=COLUMNS, input_first=False, rank=8, scaling=1.0
+        )
+        for name in sorted(reader)
+    ]  # fmt: skip
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)  # else what is freed stays in the heap, in pieces
+    walk = Walk(reader, group, init=PiSSA(), residual=residual, factor_dtype=torch.float32)
+    batches = [Batch(group_size=group.size, matrices=(matrix,)) for matrix in planned]
+    for _ in walk.run(batches[:1]):  # libraries load, thread stacks and communication buffers are made
+        pass
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (data_bytes() + blocks * BLOCK, hard))
+    kept = []
+    count = 0
+    for matrix in walk.run(batches):
+        count += 1
+        if keep:
+            kept.append(matrix)
+    return count
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("large")
+    generator = torch.Generator().manual_seed(0)
+    for i in range(MATRICES):
+        tensor = torch.randn(ROWS, COLUMNS, generator=generator).bfloat16()
+        save_file({f"l{i:02d}.weight": tensor}, directory / f"part{i:02d}.safetensors")
+    index = {f"l{i:02d}.weight": f"part{i:02d}.safetensors" for i in range(MATRICES)}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    return directory
+
+
+@pytest.mark.parametrize("residual", [NF4(), Dense(dtype=torch.bfloat16)], ids=str)
+def test_a_rank_needs_a_few_row_blocks_whatever_the_model(checkpoint: Path, residual: Any) -> None:
+    """Twelve blocks: three that were read and up to nine that decomposing and quantizing take, of a model of twenty."""
+    assert run_ranks(2, walk_under_a_cap, checkpoint, residual, 12, False) == [MATRICES, MATRICES]
+
+
+def test_the_cap_would_be_felt(checkpoint: Path) -> None:
+    """The same walk that keeps its results in fp32 dies of the cap."""
+    outcomes = run_ranks_catching(2, walk_under_a_cap, checkpoint, Dense(dtype=torch.float32), 12, True)
+    assert any(error is not None for _, error in outcomes)
