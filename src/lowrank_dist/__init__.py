@@ -21,6 +21,7 @@ _EXPORTS = {
     "CorDA": "lowrank_dist.methods",
     "EVA": "lowrank_dist.methods",
     "LoRAGA": "lowrank_dist.methods",
+    "LoRAXS": "lowrank_dist.methods",
     "register": "lowrank_dist.methods",
     "SFTDataModule": "lowrank_dist.data",
     "CausalLMModule": "lowrank_dist.module",
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from lowrank_dist.methods import LoftQ as LoftQ
     from lowrank_dist.methods import LoRA as LoRA
     from lowrank_dist.methods import LoRAGA as LoRAGA
+    from lowrank_dist.methods import LoRAXS as LoRAXS
     from lowrank_dist.methods import MiLoRA as MiLoRA
     from lowrank_dist.methods import OLoRA as OLoRA
     from lowrank_dist.methods import PiSSA as PiSSA

@@ -20,6 +20,16 @@ from lowrank_dist.materialize import Materialized
 from lowrank_dist.zero3 import gather_to_cpu, whole_shape
 
 GATHER_BYTES = 2**28
+CORE = ".core"
+
+
+def fold_cores(adapter: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The LoRA that stands for factors with a core between them: ``B R`` in the place of B and R."""
+    folded = {name: tensor for name, tensor in adapter.items() if not name.endswith(CORE)}
+    for name in adapter.keys() - folded.keys():
+        b, core = name.removesuffix(CORE) + ".weight", adapter[name]
+        folded[b] = (adapter[b].float() @ core.float()).to(core.dtype)
+    return folded
 
 
 class AdapterWriter:
@@ -55,7 +65,11 @@ class AdapterWriter:
         quantization: str | None,
         starts_at_zero: bool,
     ) -> None:
-        self._trained = [(name, p) for name, p in backbone.named_parameters() if p.requires_grad]
+        parameters = dict(backbone.named_parameters())
+        names = [name for name, p in parameters.items() if p.requires_grad]
+        # the frozen factors around a trained core belong to the adapter too
+        names += [name for name in materialized.initial if name not in names]
+        self._saved = [(name, parameters[name]) for name in names]
         self._config = copy.deepcopy(config)
         self._config.base_model_name_or_path = base
         self._config.inference_mode = True
@@ -79,7 +93,8 @@ class AdapterWriter:
         All-gathers of at most 256 MiB of parameters at a time; rank 0 writes. An error of rank 0 is raised on all.
         """
         writes = self._group.rank == 0
-        adapter = {peft_name(n): t for n, t in gather_to_cpu(self._trained, max_bytes=GATHER_BYTES, keep=writes)}
+        adapter = {peft_name(n): t for n, t in gather_to_cpu(self._saved, max_bytes=GATHER_BYTES, keep=writes)}
+        adapter = fold_cores(adapter)
         initial = dict(self._gather_initial(keep=writes))
         with self._group.shared_errors():
             if writes:
@@ -97,7 +112,7 @@ class AdapterWriter:
                     write_json(staging / MANIFEST, self._manifest)
 
     def _gather_initial(self, keep: bool) -> Iterator[tuple[str, Tensor]]:
-        shapes = {name: whole_shape(parameter) for name, parameter in self._trained}
+        shapes = {name: whole_shape(parameter) for name, parameter in self._saved}
         for name, shard in self._initial.items():
             whole = self._group.gather_equal(shard.to(self._group.device))
             if keep:

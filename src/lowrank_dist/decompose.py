@@ -142,13 +142,18 @@ def decompose(
 def _check_layout(plan: Plan, walk: Walk) -> None:
     """Raise ModelError where the published layout cannot hold a matrix of `plan`."""
     shared = {parameter.key for parameter in plan.parameters}
+    keys = [planned.key for planned in plan.matrices]
     for planned in plan.matrices:
         problem = None
-        if planned.input_first and not walk.residual.exact:
+        if walk.init.core is not None:
+            problem = f"the layout has no place for the three factors of {walk.init}"
+        elif walk.init.statistic is not None:
+            problem = f"{walk.init} depends on data, which the fingerprint of a decomposed model does not cover"
+        elif planned.input_first and not walk.residual.exact:
             problem = "bitsandbytes stores 4-bit weights as [out, in], this one is [in, out]; use a dense residual"
         elif planned.wrapped:
             problem = "the layout has no place for parameters that are adapted without their module"
-        elif planned.key in shared:
+        elif planned.key in shared or keys.count(planned.key) > 1:
             problem = f"{planned.key} stands for another parameter too (untied), and the layout keeps names"
         if problem is not None:
             raise ModelError(f"{planned.name}: {problem}; or train without saving a decomposed model (no init_cache)")

@@ -155,3 +155,22 @@ class FrozenEmbedding(FrozenWeight):
                 self.by_name(self.stored()), self.partition, ids.flatten().long(), self.compute_dtype
             ).view(*ids.shape, self.embedding_dim)
             return rows if self.embed_scale is None else rows * self.embed_scale.to(rows.dtype)
+
+
+class CoredLinear(nn.Module):
+    """``x R^T B^T``: takes the place of PEFT's ``lora_B`` where a core R is trained and B is frozen.
+
+    Parameters
+    ----------
+    weight
+        B, ``[out, r]``, partitioned.
+    core
+        R, ``[r, r]``, partitioned.
+    """
+
+    def __init__(self, weight: nn.Parameter, core: nn.Parameter) -> None:
+        super().__init__()
+        self.weight, self.core = weight, core
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(nn.functional.linear(x, self.core), self.weight)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from lowrank_dist.checkpoint_io import CheckpointReader
 from lowrank_dist.comm import ShardGroup
 from lowrank_dist.experts import AdaptedParameter, put_factor
-from lowrank_dist.layers import FrozenEmbedding, FrozenLinear, FrozenWeight
+from lowrank_dist.layers import CoredLinear, FrozenEmbedding, FrozenLinear, FrozenWeight
 from lowrank_dist.linalg import seed_from_name
 from lowrank_dist.partition import FlatPartition
 from lowrank_dist.report import InitReport
@@ -59,6 +59,7 @@ def materialize(
     compute_dtype: torch.dtype,
     factor_dtype: torch.dtype,
     fp32_norms: bool = False,
+    core: float | None = None,
     advance: Callable[[int], object] = lambda _: None,
 ) -> Materialized:
     """Fill `backbone` (on meta, adapters injected) with ZeRO-3 parameters. Collective: all ranks of the group call it.
@@ -83,6 +84,8 @@ def materialize(
         Dtype of A and B.
     fp32_norms
         Keep the weights of normalisation layers in fp32; their outputs are cast to `compute_dtype`.
+    core
+        Freeze A and B and train an ``r x r`` matrix between them, drawn with this standard deviation.
     advance
         Called with the bytes of every tensor that is done (for a progress bar).
 
@@ -92,7 +95,7 @@ def materialize(
         On every rank, if any rank finds a NaN or infinity or cannot read.
     """
     started = time.monotonic()
-    filling = _Filling(backbone, reader, partitioner, residual, compute_dtype, factor_dtype, advance)
+    filling = _Filling(backbone, reader, partitioner, residual, compute_dtype, factor_dtype, core, advance)
     for matrix in decomposed:
         filling.matrix(matrix)
     filling.parameters(plan.parameters, fp32_norms)
@@ -123,12 +126,13 @@ class _Filling:
         residual: ResidualFormat,
         compute_dtype: torch.dtype,
         factor_dtype: torch.dtype,
+        core: float | None,
         advance: Callable[[int], object],
     ) -> None:
         self.backbone, self.reader, self.partitioner = backbone, reader, partitioner
         self.group: ShardGroup = partitioner.group
         self.residual, self.compute_dtype, self.factor_dtype = residual, compute_dtype, factor_dtype
-        self.advance = advance
+        self.core, self.advance = core, advance
         self.report = InitReport()
         self.initial: dict[str, Tensor] = {}
         self.experts: dict[str, int] = {}
@@ -161,6 +165,8 @@ class _Filling:
             layer.base_layer = frozen
         for factor, name in planned.factor_names.items():
             self.factor(name, factors[factor])
+        if self.core is not None:
+            self.put_core(layer, planned)
         if planned.lookup:
             # Not in a module with a forward of its own, unlike the factors of linear layers.
             register_used_parameters(
@@ -192,14 +198,25 @@ class _Filling:
         return linear
 
     def factor(self, name: str, shard: Tensor) -> None:
-        """Make this rank's `shard` of a factor a trained parameter, and keep its initial value."""
+        """Make this rank's `shard` of a factor a parameter, trained unless there is a core, and keep its value."""
         owner, _, leaf = name.rpartition(".")
         module, whole = self.backbone.get_submodule(owner), self.backbone.get_parameter(name)
         parameter = self.partitioner.parameter(
-            whole_shape(whole), self.factor_dtype, shard.to(self.factor_dtype), requires_grad=True
+            whole_shape(whole), self.factor_dtype, shard.to(self.factor_dtype), requires_grad=self.core is None
         )
         setattr(module, leaf, parameter)
         self.initial[name] = local_shard(parameter).detach().to("cpu", copy=True)
+
+    def put_core(self, layer: Any, planned: PlannedMatrix) -> None:
+        """Put a trained core, the same whatever the number of ranks, in front of a frozen B."""
+        generator = torch.Generator().manual_seed(seed_from_name(f"{planned.key}:core"))
+        core = torch.randn(planned.rank, planned.rank, generator=generator).flatten() * (self.core or 0.0)
+        mine = slice(*FlatPartition(numel=core.numel(), world_size=self.group.size).bounds(self.group.rank))
+        shard = core[mine].to(self.partitioner.device, self.factor_dtype)
+        parameter = self.partitioner.parameter(
+            (planned.rank, planned.rank), self.factor_dtype, shard, requires_grad=True
+        )
+        layer.lora_B[ADAPTER] = CoredLinear(layer.lora_B[ADAPTER].weight, parameter)
 
     # -- everything else ----------------------------------------------------------------------------------------
 

@@ -298,6 +298,8 @@ class PiSSAStrategy(DeepSpeedStrategy):
             if isinstance(source, PretrainedModel) and source.init.statistic is not None:
                 result = self._materialize_calibrated(backbone, plan, source, partitioner, options)
             else:
+                if isinstance(source, PretrainedModel):
+                    options["core"] = source.init.core
                 matrices = source.matrices(plan, group, factor_dtype, device=partitioner.device, advance=bar.update)
                 result = materialize(backbone, plan, source.reader, partitioner, matrices, **options)
         source.reader.close()

@@ -81,7 +81,8 @@ def factor_shapes(planned: PlannedMatrix) -> dict[str, tuple[int, int]]:
 def check_matrices(plan: Plan, init: Method) -> None:
     """Raise ModelError where `init` cannot decompose a matrix of `plan`."""
     for m in plan.matrices:
-        objection = init.objection(rows=m.rows, columns=m.columns, rank=m.rank, lookup=m.lookup)
+        shape = {"rows": m.rows, "columns": m.columns, "rank": m.rank}
+        objection = init.objection(**shape, lookup=m.lookup, wrapped=m.wrapped)
         if objection is not None:
             raise ModelError(f"{m.name}: {objection}")
 
@@ -246,7 +247,9 @@ class Walk:
         factors = decomposition.factors
         with full_fp32():
             error = matrix.block - decomposition.residual.decoded
-            yield error.addmm_(factors.left, factors.right, alpha=-matrix.scaling)
+            if self.init.core is None:
+                error.addmm_(factors.left, factors.right, alpha=-matrix.scaling)
+            yield error
         if not self.residual.exact:
             del error
             yield matrix.block - self.residual.encode(matrix.block, matrix.partition, matrix.group).decoded

@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser, capture_parser
 import lowrank_dist
 from lowrank_dist import cli
 
-COMMANDS = {"fit", "validate", "test", "convert", "demo"}
+COMMANDS = {"fit", "validate", "test", "decompose", "convert", "report", "demo"}
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:

@@ -136,7 +136,7 @@ def test_without_quantization_nothing_is_lost(
     weight = gaussian(outputs, 1) @ gaussian(1, inputs) if deficient else gaussian(outputs, inputs)
     m = matrix(weight, rank, method, scaling=scaling, factor_dtype=dtype, input_first=input_first)
     rows, columns = m.partition.rows, m.partition.columns
-    objection = method.objection(rows=rows, columns=columns, rank=rank, lookup=False)
+    objection = method.objection(rows=rows, columns=columns, rank=rank, lookup=False, wrapped=False)
     if isinstance(method, LoRAGA) and 2 * rank > min(outputs, inputs):
         assert f"takes 2r={2 * rank} singular triplets" in str(objection)
         return
@@ -397,7 +397,7 @@ def test_without_calibration_the_error_says_what_to_do(method: Method, statistic
 
 @pytest.mark.parametrize("method", [CorDA(), EVA()], ids=str)
 def test_embeddings_have_no_covariance(method: Method) -> None:
-    options = {"rows": 16, "columns": 24, "rank": 4}
+    options = {"rows": 16, "columns": 24, "rank": 4, "wrapped": False}
     assert method.objection(**options, lookup=False) is None
     assert "those of an embedding are ids; drop it" in str(method.objection(**options, lookup=True))
 

@@ -7,6 +7,7 @@ from lowrank_dist.methods.eva import EVA
 from lowrank_dist.methods.loftq import LoftQ
 from lowrank_dist.methods.lora import LoRA
 from lowrank_dist.methods.lora_ga import LoRAGA
+from lowrank_dist.methods.lora_xs import LoRAXS
 from lowrank_dist.methods.milora import MiLoRA
 from lowrank_dist.methods.olora import OLoRA
 from lowrank_dist.methods.pissa import PiSSA
@@ -20,6 +21,7 @@ register("milora")(MiLoRA)
 register("corda")(CorDA)
 register("eva")(EVA)
 register("lora_ga")(LoRAGA)
+register("lora_xs")(LoRAXS)
 
 __all__ = [
     "EVA",
@@ -29,6 +31,7 @@ __all__ = [
     "Factors",
     "LoRA",
     "LoRAGA",
+    "LoRAXS",
     "LoftQ",
     "Matrix",
     "Method",

@@ -143,14 +143,19 @@ class Method(ABC):
 
     @property
     def starts_at_zero(self) -> bool:
-        """Whether B A is zero at step 0: then the trained adapter is an ordinary LoRA already."""
+        """Whether the residual is W itself: the adapter starts at zero, or next to it, and is an ordinary LoRA."""
         return False
+
+    @property
+    def core(self) -> float | None:
+        """Where only an ``r x r`` matrix between the factors is trained: its standard deviation at step 0."""
+        return None
 
     def work(self, rows: int, columns: int, rank: int) -> Work:
         """What `decompose` costs on a ``rows x columns`` matrix; the default knows of ``W - scaling B A`` only."""
         return Work(sharded_flops=2.0 * rows * columns * rank, collectives=1)
 
-    def objection(self, *, rows: int, columns: int, rank: int, lookup: bool) -> str | None:
+    def objection(self, *, rows: int, columns: int, rank: int, lookup: bool, wrapped: bool) -> str | None:
         """Why a matrix of this shape cannot be decomposed with this rank, or None; asked before anything is read."""
         return None
 

@@ -32,7 +32,7 @@ class CalibratedMethod(PrincipalMethod):
             if choices and value not in choices:
                 raise ValueError(f"{self}: {field.name}={value!r} is none of {', '.join(choices)}")
 
-    def objection(self, *, rows: int, columns: int, rank: int, lookup: bool) -> str | None:
+    def objection(self, *, rows: int, columns: int, rank: int, lookup: bool, wrapped: bool) -> str | None:
         if lookup and self.statistic == "covariance":
             return (
                 f"{self} needs the covariance of a layer's inputs, but those of an embedding are ids; drop it from "

@@ -61,13 +61,13 @@ class LoRAGA(CalibratedMethod):
         if not self.stable_gamma > 0:
             raise ValueError(f"{self}: stable_gamma={self.stable_gamma} must be positive")
 
-    def objection(self, *, rows: int, columns: int, rank: int, lookup: bool) -> str | None:
+    def objection(self, *, rows: int, columns: int, rank: int, lookup: bool, wrapped: bool) -> str | None:
         if 2 * rank > min(rows, columns):
             return (
                 f"{self} takes 2r={2 * rank} singular triplets of the gradient, which has min(out, in)="
                 f"{min(rows, columns)}; lower r or drop it from target_modules"
             )
-        return super().objection(rows=rows, columns=columns, rank=rank, lookup=lookup)
+        return super().objection(rows=rows, columns=columns, rank=rank, lookup=lookup, wrapped=wrapped)
 
     def decompose(self, matrix: Matrix, residual: ResidualFormat) -> Decomposition:
         svd = self.leading(matrix, self.measured(matrix), 2 * matrix.rank, rows=matrix.partition.rows)

@@ -1,0 +1,60 @@
+"""LoRA-XS: frozen principal factors, and between them an r x r matrix that is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lowrank_dist.methods.base import Decomposition, Factors, Matrix
+from lowrank_dist.methods.principal import PrincipalMethod
+from lowrank_dist.residual import ResidualFormat
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAXS(PrincipalMethod):
+    """Low-rank adaptation with an extremely small number of parameters: ``W + scaling * B R A``, only R is trained.
+
+    ``B = U_r S_r`` and ``A = V_r^T`` of W are frozen, R is ``r x r`` and drawn from ``N(0, core_std^2)``. The residual
+    is W itself, or its quantization; at step 0 the model computes it up to some ``scaling * core_std`` times W. What is
+    saved is the LoRA with the factors A and ``B R``, for the original model as it is.
+
+    Parameters
+    ----------
+    core_std
+        Standard deviation of R at step 0.
+    power_iterations, oversampling, tolerance, seed
+        Options of the randomized SVD, see `PrincipalMethod`.
+
+    References
+    ----------
+    K. Bałazy, M. Banaei, K. Aberer, J. Tabor, "LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters",
+    2024, section 3; arXiv:2405.17604.
+    """
+
+    core_std: float = 1e-5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.core_std > 0:
+            raise ValueError(f"{self}: core_std={self.core_std} must be positive")
+
+    @property
+    def starts_at_zero(self) -> bool:
+        return True
+
+    @property
+    def core(self) -> float | None:
+        return self.core_std
+
+    def objection(self, *, rows: int, columns: int, rank: int, lookup: bool, wrapped: bool) -> str | None:
+        if lookup or wrapped:
+            return f"{self} puts its matrix between the factors of linear layers only; drop it from the targets"
+        return None
+
+    def decompose(self, matrix: Matrix, residual: ResidualFormat) -> Decomposition:
+        _, svd = self.principal_factors(matrix, matrix.block)
+        # B = U S and A = V^T, whichever way the weight is stored
+        factors = Factors(left=svd.u, right=svd.s[:, None] * svd.vh)
+        if not matrix.input_first:
+            factors = Factors(left=svd.u * svd.s, right=svd.vh)
+        encoded = residual.encode(matrix.block, matrix.partition, matrix.group)
+        return Decomposition(factors=factors.rounded(matrix.factor_dtype), residual=encoded, svd=svd)
