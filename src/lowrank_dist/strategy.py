@@ -170,6 +170,7 @@ class PiSSAStrategy(DeepSpeedStrategy):
         self.init_report: InitReport | None = None
         self._backbone: PreTrainedModel | None = None
         self._writer: AdapterWriter | None = None
+        self._was_fitted = False
         # ZeRO settings that the user has chosen are left alone; the command line passes all, mostly at their defaults.
         self._chosen = {key for key, value in deepspeed_options.items() if value != known[key].default}
         if deepspeed_options.get("config") is not None:
@@ -252,8 +253,16 @@ class PiSSAStrategy(DeepSpeedStrategy):
     # -- the model ----------------------------------------------------------------------------------------------
 
     def _set_up_model(self, module: LightningModule) -> None:
+        fits = module.trainer.state.fn == TrainerFn.FITTING
         if self._backbone is not None and any(child is self._backbone for child in module.modules()):
+            if fits and not self._was_fitted:
+                # The hooks that DeepSpeed's evaluation engine leaves in the module break the backward of another.
+                raise ModelError(
+                    "fit after validate or test of the same module: DeepSpeed cannot train a module that it has "
+                    "evaluated; make a new module, strategy and Trainer (or validate with num_sanity_val_steps=-1)"
+                )
             return  # a second fit, validate or test of the same module
+        self._was_fitted = fits
         compute_dtype, factor_dtype = PRECISIONS[self.precision_plugin.precision]
         partitioner = Partitioner(self._deepspeed_config)
         group = partitioner.group

@@ -249,3 +249,16 @@ def test_a_quantized_checkpoint(copy: Path, tmp_path: Path) -> None:
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (copy / "config.json").write_text(json.dumps(config))
     refused(copy, tmp_path, "is quantized already", quantization=NF4())
+
+
+def validate_then_fit(pretrained: Path) -> None:
+    module, trainer = CausalLM(pretrained), make_trainer(make_strategy(pretrained), steps=1)
+    rank, size = trainer.global_rank, trainer.world_size
+    trainer.validate(module, loader(rank, size, 1), verbose=False)
+    trainer.fit(module, loader(rank, size, 1))
+
+
+def test_fit_after_validate_of_the_same_module(llama: Path) -> None:
+    """DeepSpeed would fail in the first backward, and not say why."""
+    for _, error in run_ranks_catching(2, validate_then_fit, llama, timeout=90):
+        assert "make a new module, strategy and Trainer" in str(error)

@@ -103,9 +103,7 @@ def test_the_serialization_is_that_of_bitsandbytes(
     assert not found
 
 
-@pytest.mark.parametrize(
-    "residual", [NF4(double_quant=True), NF4(block_size=128), Dense(dtype=FP32)], ids=str
-)
+@pytest.mark.parametrize("residual", [NF4(double_quant=True), NF4(block_size=128), Dense(dtype=FP32)], ids=str)
 def test_stock_transformers_and_peft_load_it(llama: Path, tmp_path: Path, residual: Any) -> None:
     """Logits of the stock model equal those of the strategy that starts from the same directory."""
     run_ranks(2, write, llama, tmp_path / "out", PiSSA(), residual)

@@ -131,21 +131,18 @@ def test_row_blocks_and_inverse_iteration(world_size: int, rows: int, columns: i
     torch.testing.assert_close((u.mT @ whole).norm(), torch.ones(()), rtol=1e-3, atol=0)
 
 
-def refused(shape: tuple[int, int, int]) -> list[str]:
-    group, texts = ShardGroup(), []
-    for method in (CorDA(), LoRAGA()):
-        m = matrix(group, shape, method, False)
-        assert m.statistic is not None
-        m.statistic.zero_()
-        try:
-            method.decompose(m, Dense(dtype=torch.float32))
-        except InputError as error:
-            texts.append(str(error))
-    return texts
+def refused(shape: tuple[int, int, int]) -> str:
+    m = matrix(ShardGroup(), shape, CorDA(), False)
+    assert m.statistic is not None
+    m.statistic.zero_()
+    try:
+        CorDA().decompose(m, Dense(dtype=torch.float32))
+    except InputError as error:
+        return str(error)
+    return ""
 
 
 def test_refusals_come_on_every_rank() -> None:
     """No rank is left waiting in a collective, also one without rows."""
-    for texts in run_ranks(3, refused, (5, 3, 2)):
-        assert "the covariance of w is zero" in texts[0]
-        assert "takes 2r=4 singular triplets" in texts[1]
+    for text in run_ranks(3, refused, (5, 3, 2)):
+        assert "the covariance of w is zero" in text

@@ -14,6 +14,8 @@ from jsonargparse import ArgumentParser, capture_parser
 
 import lowrank_dist
 from lowrank_dist import cli
+from lowrank_dist.cli import decompose
+from lowrank_dist.methods import METHODS
 
 COMMANDS = {"fit", "validate", "test", "decompose", "convert", "report", "demo"}
 
@@ -33,13 +35,15 @@ def own_parsers() -> dict[str, argparse.ArgumentParser]:
     (commands,) = (a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction))
     assert set(commands.choices) == COMMANDS
     assert {choice.dest for choice in commands._choices_actions if choice.help} == COMMANDS
-    return {name: parser for name, parser in commands.choices.items() if name not in cli.TRAINER_COMMANDS}
+    elsewhere = {*cli.TRAINER_COMMANDS, "decompose"}
+    own = {name: parser for name, parser in commands.choices.items() if name not in elsewhere}
+    return own | {f"decompose --method {method}": decompose._parser(method) for method in METHODS}
 
 
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     status, output, _ = run(capsys, "--help")
     assert status == 0
-    assert all(re.search(rf"^    {command} +\w", output, re.MULTILINE) for command in COMMANDS)
+    assert all(re.search(rf"^    {command}\s+\w", output, re.MULTILINE) for command in COMMANDS)
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
@@ -54,7 +58,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
 def test_own_options_are_documented() -> None:
     for name, parser in own_parsers().items():
         assert parser.description, name
-        assert [action.dest for action in parser._actions if not action.help] == [], name
+        assert [a.dest for a in parser._actions if not a.help] == [], name
 
 
 @pytest.mark.parametrize("command", sorted(cli.TRAINER_COMMANDS))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +22,21 @@ from torch import Tensor, nn
 from lowrank_dist import EVA, NF4, CorDA, LoRA, LoRAGA, MiLoRA, OLoRA, PiSSA, register
 from lowrank_dist.comm import ShardGroup
 from lowrank_dist.errors import InputError
-from lowrank_dist.linalg import seed_from_name
 from lowrank_dist.methods import (
     METHODS,
     Decomposition,
     Factors,
     Matrix,
     Method,
-    layer_shape,
     method_named,
     registry,
     sharded,
-    subtracted,
 )
 from lowrank_dist.methods.base import residual_block
 from lowrank_dist.partition import RowPartition
-from lowrank_dist.residual import Dense, ResidualFormat
+from lowrank_dist.residual import Dense
 
+README = Path(__file__).parents[2] / "README.md"
 SINGLE = ShardGroup.single()
 FP32 = Dense(dtype=torch.float32)
 WHOLE = 1000  # oversampling to the whole short side: the randomized SVD is exact to rounding
@@ -421,7 +420,7 @@ def names() -> Iterator[None]:
 
 
 def test_the_family_is_registered() -> None:
-    assert sorted(METHODS) == ["corda", "eva", "loftq", "lora", "lora_ga", "milora", "olora", "pissa"]
+    assert sorted(METHODS) == ["corda", "eva", "loftq", "lora", "lora_ga", "lora_xs", "milora", "olora", "pissa"]
     assert all(str(cls()).lower() == name.replace("_", "") for name, cls in METHODS.items())
     assert method_named("milora") is MiLoRA
 
@@ -444,16 +443,10 @@ def test_names_are_given_once_and_to_methods_only() -> None:
 @pytest.mark.usefixtures("names")
 @pytest.mark.parametrize("input_first", [False, True])
 def test_a_users_own_method(input_first: bool) -> None:
-    @register("orthogonal")
-    @dataclass(frozen=True, kw_only=True)
-    class Orthogonal(Method):
-        def decompose(self, matrix: Matrix, residual: ResidualFormat) -> Decomposition:
-            inputs, outputs = layer_shape(matrix)
-            generator = torch.Generator().manual_seed(seed_from_name(matrix.name))
-            a = torch.linalg.qr(torch.randn(inputs, matrix.rank, generator=generator)).Q.T
-            b = torch.linalg.qr(torch.randn(outputs, matrix.rank, generator=generator)).Q
-            return subtracted(matrix, sharded(matrix, a, b), residual)
-
+    """The example of the README."""
+    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    (example,) = (block for block in blocks if "@register" in block)
+    exec(compile(example, "README.md", "exec"), {"__name__": "readme"})
     init = method_named("orthogonal")()
     m = matrix(gaussian(24, 16), 4, init, input_first=input_first)
     d = init.decompose(m, FP32)

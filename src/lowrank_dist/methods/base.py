@@ -160,7 +160,7 @@ class Method(ABC):
         return None
 
     def check(self, residual: ResidualFormat) -> None:  # noqa: B027 (most methods take any residual)
-        """Raise ValueError where the options make no sense with this residual format."""
+        """Raise InputError where the options make no sense with this residual format."""
 
     @abstractmethod
     def decompose(self, matrix: Matrix, residual: ResidualFormat) -> Decomposition:

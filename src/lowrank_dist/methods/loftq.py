@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lowrank_dist.errors import InputError
 from lowrank_dist.methods.base import Decomposition, Matrix, residual_block
 from lowrank_dist.methods.principal import AlternatingMethod, told
 from lowrank_dist.residual import ResidualFormat
@@ -30,7 +31,7 @@ class LoftQ(AlternatingMethod):
 
     def check(self, residual: ResidualFormat) -> None:
         if residual.exact:
-            raise ValueError(
+            raise InputError(
                 "LoftQ corrects a quantization error, but the residual is not quantized; pass quantization=NF4()"
             )
 

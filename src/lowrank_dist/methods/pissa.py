@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lowrank_dist.errors import InputError
 from lowrank_dist.linalg import squared_norm
 from lowrank_dist.methods.base import Decomposition, Factors, Matrix, residual_block
 from lowrank_dist.methods.principal import AlternatingMethod, told
@@ -39,7 +40,7 @@ class PiSSA(AlternatingMethod):
 
     def check(self, residual: ResidualFormat) -> None:
         if residual.exact and self.quantization_iterations > 1:
-            raise ValueError(
+            raise InputError(
                 f"PiSSA: quantization_iterations={self.quantization_iterations} alternates SVD and quantization, but "
                 "the residual is not quantized; pass quantization=NF4() or leave it at 1"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -46,13 +47,22 @@ def register(name: str) -> Callable[[MethodClass], MethodClass]:
 
 
 def method_named(name: str) -> type[Method]:
-    """The initialisation registered as `name`.
+    """The initialisation registered as `name`, or the class at the import path ``module.Class``.
 
     Raises
     ------
     InputError
         If there is none; the message lists the names there are.
     """
+    module, _, attribute = name.rpartition(".")
+    if module:
+        try:
+            found = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise InputError(f"there is no initialisation {name!r}: {error}") from error
+        if not (isinstance(found, type) and issubclass(found, Method)):
+            raise InputError(f"{name} is no initialisation; derive it from lowrank_dist.methods.Method")
+        return found
     if name not in METHODS:
         raise InputError(f"there is no initialisation {name!r}; registered are {', '.join(sorted(METHODS))}")
     return METHODS[name]

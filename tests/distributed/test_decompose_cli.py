@@ -1,0 +1,80 @@
+"""``lowrank-dist decompose`` and ``report`` as a user runs them, ranks and all."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith(("RANK", "LOCAL_", "WORLD_SIZE"))}
+
+
+def lowrank_dist(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lowrank_dist.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=240)
+
+
+def test_decompose_with_two_ranks_then_report(llama: Path, tmp_path: Path) -> None:
+    options = ["--pretrained", llama, "--output", tmp_path / "out", "--rank", "4", "--devices", "2"]
+    options += ["--method", "qpissa", "--init.quantization_iterations", "2", "--nf4.double_quant", "true", "--thorough"]
+    done = lowrank_dist("decompose", *options)
+    assert done.returncode == 0, done.stderr
+    assert "Gflop/s a rank" in done.stderr + done.stdout
+    assert str(tmp_path / "out") in done.stdout
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    PeftModel.from_pretrained(stock, tmp_path / "out" / "pissa_init")
+
+    picture, figures = tmp_path / "p.png", tmp_path / "f.json"
+    done = lowrank_dist("report", tmp_path / "out", "--picture", picture, "--json", figures)
+    assert done.returncode == 0, done.stderr
+    assert "q_proj" in done.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    entries = json.loads(figures.read_text())["matrices"]
+    assert len(entries) == 14
+    for entry in entries:
+        assert 0 < entry["error"] < entry["quantization_error"] < entry["norm"]
+        assert entry["nuclear_reduction"] == pytest.approx(entry["error_reduction"], abs=0.1)
+        assert len(entry["singular_values"]) == entry["rank"] == 4
+        assert entry["sigma_1"] >= entry["sigma_r"] == entry["singular_values"][-1]
+        assert entry["ended_on"] in ("quantize", "decompose")
+    known = [entry["excess_residual"] for entry in entries if entry["excess_residual"] is not None]
+    assert known
+    assert all(0 <= value < 0.1 for value in known)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--method", "nonsense"], "there is no initialisation 'nonsense'; registered are"),
+        (["--method", "corda"], "depends on data"),
+        (["--method", "lora_xs"], "three factors"),
+        (["--method", "qpissa", "--quantization", "none"], "--method qpissa has an NF4 residual"),
+        (["--method", "loftq", "--quantization", "none"], "LoftQ corrects a quantization error"),
+        (["--rank", "65"], "rank=65 exceeds min(out, in)"),
+        (["--ranks_per_matrix", "2"], "ranks_per_matrix=2 does not divide the 1 ranks"),
+        (["--pretrained", "/nowhere"], "pretrained='/nowhere': no such directory"),
+        (["--adapter", "/nowhere"], "--adapter /nowhere: no such file"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_options_end_in_one_line(llama: Path, tmp_path: Path, options: list[str], text: str) -> None:
+    base = ["--output", str(tmp_path / "out")]
+    base += [] if "--pretrained" in options else ["--pretrained", str(llama)]
+    base += [] if "--rank" in options else ["--rank", "4"]
+    done = lowrank_dist("decompose", *base, *options)
+    assert done.returncode == 1
+    assert text in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_report_of_nothing(tmp_path: Path) -> None:
+    done = lowrank_dist("report", tmp_path)
+    assert done.returncode == 1
+    assert "holds no lowrank_dist.json; pass a decomposed model" in done.stderr
