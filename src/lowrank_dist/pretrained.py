@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,8 +23,6 @@ from lowrank_dist.planner import Sharding, scheduled
 from lowrank_dist.residual import Dense, ResidualFormat
 from lowrank_dist.skeleton import ModelError, Plan, PlannedMatrix
 from lowrank_dist.walk import DecomposedMatrix, Walk, check_matrices
-
-_log = logging.getLogger(__name__)
 
 
 class Source(Protocol):
@@ -94,8 +91,8 @@ class PretrainedModel:
         Name of the checkpoint as the user gave it.
     cache
         Directory for decomposed models: the first run writes one there, see `lowrank_dist.decompose.decompose`.
-    sharding
-        How matrices are shared while they are decomposed.
+    sharding, announce
+        How matrices are shared while they are decomposed; is told so. See `lowrank_dist.planner.scheduled`.
     """
 
     def __init__(
@@ -108,10 +105,12 @@ class PretrainedModel:
         base: str,
         cache: str | os.PathLike[str] | None = None,
         sharding: Sharding | None = None,
+        announce: Callable[[str], object] = lambda _: None,
     ) -> None:
         self.reader = CheckpointReader(directory)
         self.adapter, self.init, self.residual, self.base, self.cache = adapter, init, residual, base, cache
         self.method, self.starts_at_zero, self.sharding = str(init), init.starts_at_zero, sharding
+        self.announce = announce
         self.statistics: Callable[[PlannedMatrix], Tensor] | None = None
 
     def check(self, plan: Plan) -> None:
@@ -128,7 +127,7 @@ class PretrainedModel:
         advance: Callable[[int], object] = lambda _: None,
     ) -> Iterator[DecomposedMatrix]:
         walk = self._walk(group, factor_dtype, device, advance)
-        yield from scheduled(walk, plan.matrices, self.sharding, _log.info)
+        yield from scheduled(walk, plan.matrices, self.sharding, self.announce)
 
     def _walk(
         self,
@@ -172,7 +171,7 @@ class PretrainedModel:
             adapter=self.adapter,
             base=self.base,
             sharding=self.sharding,
-            announce=_log.info,
+            announce=self.announce,
         )
         self.reader.close()
         return DecomposedModel(directory, self.residual)
@@ -188,6 +187,7 @@ def open_source(
     compute_dtype: torch.dtype,
     cache: str | os.PathLike[str] | None = None,
     sharding: Sharding | None = None,
+    announce: Callable[[str], object] = lambda _: None,
 ) -> Source:
     """The checkpoint, or the decomposed model, at `directory`.
 
@@ -202,7 +202,7 @@ def open_source(
         is PiSSA.
     compute_dtype
         Dtype of a dense residual.
-    cache, sharding
+    cache, sharding, announce
         See `PretrainedModel`.
 
     Raises
@@ -224,6 +224,7 @@ def open_source(
             base=pretrained,
             cache=cache,
             sharding=sharding,
+            announce=announce,
         )
     stored = DecomposedModel(directory, Dense(dtype=compute_dtype))
     stored.check_settings(adapter=adapter, init=init, quantization=quantization)

@@ -25,12 +25,14 @@ from lowrank_dist.calibrated_walk import materialize_calibrated
 from lowrank_dist.calibration import Calibration, check_options
 from lowrank_dist.calibration_data import calibration_batches, calibration_step
 from lowrank_dist.checkpoint_io import resolve_checkpoint
+from lowrank_dist.decomposed import DecomposedModel
 from lowrank_dist.materialize import Materialized, materialize
 from lowrank_dist.methods import Method
 from lowrank_dist.nf4 import NF4
 from lowrank_dist.planner import Sharding
 from lowrank_dist.pretrained import PretrainedModel, open_source
 from lowrank_dist.report import InitReport
+from lowrank_dist.residual import Dense
 from lowrank_dist.skeleton import (
     ModelError,
     Plan,
@@ -187,6 +189,8 @@ class PiSSAStrategy(DeepSpeedStrategy):
                 "PiSSAStrategy: parameters cannot be offloaded to 'nvme', only to 'cpu' (offload_parameters=True): "
                 "partitions are written in place"
             )
+        if init is not None and not DecomposedModel.is_at(Path(pretrained)):
+            init.check(Dense(dtype=torch.float32) if quantization is None else quantization)
         self.calibration = calibration
         check_options(init, calibration, init_cache=init_cache, ranks_per_matrix=ranks_per_matrix)
 
@@ -288,6 +292,7 @@ class PiSSAStrategy(DeepSpeedStrategy):
                 sharding=Sharding(
                     ranks_per_matrix=self.ranks_per_matrix, ranks_per_node=max(1, group.size // self.num_nodes)
                 ),
+                announce=rank_zero_info,
             )
             tied = untie_embeddings(backbone) if self.untie_embeddings else {}
             inject_adapter(backbone, source.adapter)
