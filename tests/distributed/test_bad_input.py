@@ -57,7 +57,7 @@ def _first_of_report(error: str) -> str:
     """First line of the exception's own text: after the last frame of the traceback."""
     lines = error.splitlines()
     last_frame = max(i for i, line in enumerate(lines) if line.startswith("  File "))
-    names = ("ValueError", "CheckpointError", "ModelError", "RemoteError", "TypeError")
+    names = ("ValueError", "InputError", "CheckpointError", "ModelError", "RemoteError", "TypeError")
     return next(line for line in lines[last_frame:] if line.split(":")[0].rsplit(".", 1)[-1] in names)
 
 

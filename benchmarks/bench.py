@@ -1,0 +1,151 @@
+"""What the tables share: the settings of a run, and every measurement that was made in it, once."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import models
+from costs import Host, measure_host
+from peers import PeftOutcome, measure_peft
+from ranks import run_alone, run_ranks
+from walks import Job, Outcome, measure_walk, reports_of
+
+from lowrank_dist.report import MatrixReport
+
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is measured, and how long that may take.
+
+    Attributes
+    ----------
+    model
+        Directory of the checkpoint of the model tables.
+    scratch
+        Directory for synthetic matrices.
+    rank, layer_rank
+        r of the model's tables, and of the tables of single layers and matrices.
+    ranks
+        Processes of one thread that share the work; PEFT has one process with as many threads.
+    repeats, budget
+        At most so many timed repeats of each measurement, as long as they take less than `budget` seconds.
+    tiny
+        Random matrices of a few rows: a dry run.
+    large
+        The layer of a 70B model too.
+    """
+
+    model: Path
+    scratch: Path
+    rank: int = 64
+    layer_rank: int = 128
+    ranks: int = 2
+    repeats: int = 3
+    budget: float = 60.0
+    tiny: bool = False
+    large: bool = False
+
+
+@dataclass
+class Bench:
+    """The measurements of a run; each is made when a table first asks for it."""
+
+    settings: Settings
+    _known: dict[Any, Any] = field(default_factory=dict)
+
+    def timed(self, job: Job, ranks: int) -> list[Outcome]:
+        """`job` on `ranks` processes, with excess residuals where its factors are leading triplets of W itself."""
+        return self.walk(job, ranks, scored=getattr(job.method, "quantization_iterations", 1) == 1)
+
+    def walk(self, job: Job, ranks: int, *, scored: bool) -> list[Outcome]:
+        """`job` on `ranks` processes, by rank; `scored`: with the excess residuals."""
+        best = self.best(job.checkpoint, job.rank) if scored else None
+        s = self.settings
+        return self._once(
+            f"ours: {described(job)}, {ranks} rank{'s'[: ranks > 1]}",
+            (job, ranks, scored),
+            lambda: run_ranks(ranks, measure_walk, job, s.repeats, s.budget, best),
+        )
+
+    def reports(self, job: Job, ranks: int) -> list[MatrixReport]:
+        """What `job` reports, from one run that is not timed."""
+        label = f"reports: {described(job)}"
+        return self._once(label, ("reports", job, ranks), lambda: run_ranks(ranks, reports_of, job)[0])
+
+    def peft(self, checkpoint: Path, rank: int, init: str) -> PeftOutcome:
+        """PEFT's `init` in one process."""
+        best, s = self.best(checkpoint, rank), self.settings
+        return self._once(
+            f"PEFT {init}, {checkpoint.name}",
+            (checkpoint, rank, init),
+            lambda: run_alone(measure_peft, checkpoint, rank, init, s.repeats, s.budget, best, threads=s.ranks),
+        )
+
+    def best(self, checkpoint: Path, rank: int) -> Mapping[str, float]:
+        """The smallest residuals of all matrices of a checkpoint."""
+        return self._once(
+            f"exact singular values, {checkpoint.name}",
+            (checkpoint, rank),
+            lambda: run_alone(models.best_residuals, checkpoint, rank, threads=self.settings.ranks),
+        )
+
+    def host(self, ranks: int) -> Host:
+        """Rates of this machine with `ranks` busy processes."""
+        side = 256 if self.settings.tiny else 2048
+        return self._once(
+            f"rates of the machine, {ranks} ranks",
+            ("host", ranks),
+            lambda: run_ranks(ranks, measure_host, self.settings.model, side)[0],
+        )
+
+    def layer(self, name: str, shapes: models.Shapes) -> Path:
+        """The synthetic checkpoint of one layer."""
+        path = self.settings.scratch / name
+        return self._once(f"writing {name}", path, lambda: models.save_layer(path, shapes))
+
+    def layer_8b(self) -> Path:
+        return self.layer("llama3-8b-layer", models.TINY_LAYER if self.settings.tiny else models.LLAMA_8B)
+
+    def note(self, label: str, make: Callable[[], _Result]) -> _Result:
+        """``make()``, with a line of progress on stderr."""
+        print(f"  {label} ...", end=" ", file=sys.stderr, flush=True)
+        started = time.perf_counter()
+        try:
+            return make()
+        finally:
+            print(f"{time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
+
+    def _once(self, label: str, key: Any, make: Callable[[], _Result]) -> _Result:
+        if key not in self._known:
+            self._known[key] = self.note(label, make)
+        return self._known[key]
+
+
+def described(job: Job) -> str:
+    """What `job` does, without options that have their default values."""
+    changed = [
+        f"{f.name}={getattr(job.method, f.name)}"
+        for f in fields(job.method)
+        if getattr(job.method, f.name) != f.default
+    ]
+    shared = ", rows shared" if job.ranks_per_matrix else ""
+    method = f"{type(job.method).__name__}({', '.join(changed)})"
+    return f"{job.checkpoint.name}, {method}, r = {job.rank}, {type(job.residual).__name__}{shared}"
+
+
+def table(columns: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """A Markdown table."""
+    columns = list(columns)
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def verdict(met: bool) -> str:
+    return "**met**" if met else "**missed**"
