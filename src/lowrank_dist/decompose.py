@@ -56,8 +56,16 @@ def fingerprint(walk: Walk, plan: Plan) -> str:
 
     Of the source: names, sizes and headers of its files, and 16 samples of 64 KiB of each, evenly spread (hashing all
     of it would cost a second read). Of the settings: method, residual format, dtype of the factors, and for every
-    matrix rank and scaling.
+    matrix rank and scaling. Rank 0 computes it, the others are told. Collective.
     """
+    digest = None
+    with walk.group.shared_errors():
+        if walk.group.rank == 0:
+            digest = _digest(walk, plan)
+    return str(walk.group.broadcast_object(digest))
+
+
+def _digest(walk: Walk, plan: Plan) -> str:
     digest = hashlib.sha256()
     for path in walk.reader.files:
         size = path.stat().st_size
@@ -120,7 +128,7 @@ def decompose(
     output, group = Path(output).absolute(), walk.group
     _check_layout(plan, walk)
     key = fingerprint(walk, plan)
-    if _is_complete(output, key):
+    if group.broadcast_object(_is_complete(output, key)):
         return output
     with group.shared_errors():
         if output.exists() and not overwrite:
@@ -219,6 +227,8 @@ class _Writer:
                     raise InputError(
                         f"{self.staging}: another run is writing it; wait for that run, or choose another directory"
                     ) from None
+                except OSError:
+                    pass  # a file system without locks
         try:
             yield
         finally:
@@ -345,10 +355,10 @@ class _Writer:
                 config = copy.deepcopy(adapter)
                 config.base_model_name_or_path, config.inference_mode = str(self.output), True
                 config.save_pretrained(str(self.initial))
-                (self.staging / JOURNAL).unlink()
                 write_json(self.staging / MANIFEST, manifest)
                 flush_directory(self.staging)
                 put_in_place(self.staging, self.output)
+                (self.output / JOURNAL).unlink()
 
     def _copy_small_files(self) -> None:
         """Configuration, tokenizer and licence of the source; what is quantized is said where transformers looks."""
