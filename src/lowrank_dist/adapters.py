@@ -66,9 +66,9 @@ class AdapterWriter:
         starts_at_zero: bool,
     ) -> None:
         parameters = dict(backbone.named_parameters())
-        names = [name for name, p in parameters.items() if p.requires_grad]
+        trained = [name for name, p in parameters.items() if p.requires_grad]
         # the frozen factors around a trained core belong to the adapter too
-        names += [name for name in materialized.initial if name not in names]
+        names = dict.fromkeys([*trained, *materialized.initial])
         self._saved = [(name, parameters[name]) for name in names]
         self._config = copy.deepcopy(config)
         self._config.base_model_name_or_path = base
@@ -95,7 +95,7 @@ class AdapterWriter:
         writes = self._group.rank == 0
         adapter = {peft_name(n): t for n, t in gather_to_cpu(self._saved, max_bytes=GATHER_BYTES, keep=writes)}
         adapter = fold_cores(adapter)
-        initial = dict(self._gather_initial(keep=writes))
+        initial = {} if self._starts_at_zero else dict(self._gather_initial(keep=writes))
         with self._group.shared_errors():
             if writes:
                 with atomic_directory(directory) as staging:

@@ -44,7 +44,7 @@ class ShardGroup:
         return group
 
     def split(self, size: int) -> ShardGroup:
-        """The group of `size` consecutive ranks that this rank belongs to; all ranks call it with the same `size`.
+        """The group of `size` consecutive ranks that this rank belongs to; they call it together.
 
         Raises
         ------
@@ -58,11 +58,10 @@ class ShardGroup:
         if size == 1:
             return ShardGroup.single()
         if size not in self._parts:
-            for first in range(0, self.size, size):
-                members = [self._global(rank) for rank in range(first, first + size)]
-                if first <= self.rank < first + size:
-                    part = dist.new_group(members, use_local_synchronization=True)
-                    self._parts[size] = ShardGroup(part, self.device)
+            first = self.rank // size * size
+            members = [self._global(rank) for rank in range(first, first + size)]
+            part = dist.new_group(members, use_local_synchronization=True)
+            self._parts[size] = ShardGroup(part, self.device)
         return self._parts[size]
 
     def exchange(self, outgoing: list[Tensor], sizes: list[int]) -> list[Tensor]:

@@ -92,6 +92,7 @@ def decompose(
     sharding: Sharding | None = None,
     announce: Callable[[str], object] = lambda _: None,
     overwrite: bool = False,
+    key: str | None = None,
 ) -> Path:
     """Decompose a checkpoint and write the result as a decomposed model. Collective: all ranks of the walk call it.
 
@@ -112,6 +113,8 @@ def decompose(
         See `lowrank_dist.planner.scheduled`.
     overwrite
         Replace what else is at `output`.
+    key
+        The `fingerprint`, where it is known already.
 
     Returns
     -------
@@ -127,7 +130,7 @@ def decompose(
     """
     output, group = Path(output).absolute(), walk.group
     _check_layout(plan, walk)
-    key = fingerprint(walk, plan)
+    key = key or fingerprint(walk, plan)
     if group.broadcast_object(_is_complete(output, key)):
         return output
     with group.shared_errors():

@@ -86,7 +86,8 @@ class DecomposedModel:
     manifest : dict
         What this package wrote beside it; empty for models of other origin.
     base, method, starts_at_zero
-        See `lowrank_dist.pretrained.Source`; where there is no manifest, what the initial adapter says.
+        The pretrained model (for which converted adapters are), the initialisation, and whether the residual is W;
+        where there is no manifest, what the initial adapter says.
 
     Raises
     ------
@@ -175,18 +176,6 @@ class DecomposedModel:
                         "leave `adapter` out to take the stored configuration"
                     )
 
-    def through_cache(
-        self,
-        plan: Plan,
-        group: ShardGroup,
-        factor_dtype: torch.dtype,
-        *,
-        device: torch.device | None = None,
-        advance: Callable[[int], object] = lambda _: None,
-    ) -> DecomposedModel:
-        """This very model: there is nothing to decompose."""
-        return self
-
     def matrices(
         self,
         plan: Plan,
@@ -241,4 +230,9 @@ class DecomposedModel:
             with group.shared_errors():
                 matrix = next(matrices)
             yield matrix
-            advance(self.reader.info(planned.key).nbytes)
+            advance(self.reader.stored(planned.key).nbytes)
+
+    def close(self) -> None:
+        """Close the files."""
+        self.reader.close()
+        self._initial.close()

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from lowrank_dist.comm import ShardGroup
+from lowrank_dist.errors import InputError
 from lowrank_dist.partition import FlatPartition, RowPartition
 from lowrank_dist.residual import Encoded, FileTensor, ReadFile, Storage, pad_rows
 
@@ -66,7 +67,7 @@ class NF4:
 
     def __post_init__(self) -> None:
         if self.block_size not in BLOCK_SIZES:
-            raise ValueError(f"NF4: block_size={self.block_size} is not one of {BLOCK_SIZES}")
+            raise InputError(f"NF4: block_size={self.block_size} is not one of {BLOCK_SIZES}")
 
     @property
     def block(self) -> int:

@@ -89,7 +89,7 @@ class Schedule:
     batches
         In the order of the walk.
     machine
-        What it was decided from; None where it was forced.
+        What it was decided from; None where there was nothing to decide.
     seconds
         What the model predicts for the decompositions, without reading, quantizing and writing.
     """
@@ -104,7 +104,7 @@ class Schedule:
             counts[batch.group_size] = counts.get(batch.group_size, 0) + len(batch.matrices)
         groups = ", ".join(f"{count} over {size} rank{'s'[: size > 1]} each" for size, count in sorted(counts.items()))
         if self.machine is None:
-            return f"matrices: {groups} (forced)"
+            return f"matrices: {groups}"
         return f"matrices: {groups}; predicted {self.seconds:.1f} s of linear algebra ({self.machine})"
 
 
@@ -208,7 +208,8 @@ def plan_schedule(
     if ranks_per_matrix is not None or whole:
         size = group.size if ranks_per_matrix is None or whole else ranks_per_matrix
         return Schedule(batches=tuple(_batches(planned, size, group.size)), machine=None, seconds=0.0)
-    sizes = candidates(group, sharding.ranks_per_node)
+    per_node = sharding.ranks_per_node if machine else _agreed(sharding.ranks_per_node, group)
+    sizes = candidates(group, per_node)
     machine = machine or measure(group, sizes, device or torch.device("cpu"))
     chosen: dict[int, list[PlannedMatrix]] = {}
     seconds = 0.0
@@ -228,6 +229,12 @@ def plan_schedule(
     chosen[group.size] = chosen.get(group.size, []) + left
     batches = [batch for size, matrices in sorted(chosen.items()) for batch in _batches(matrices, size, group.size)]
     return Schedule(batches=tuple(batches), machine=machine, seconds=seconds)
+
+
+def _agreed(ranks_per_node: int, group: ShardGroup) -> int:
+    """The same on all ranks: 1 where hosts have different numbers of them. One all-reduce."""
+    bounds = group.max(torch.tensor([ranks_per_node, -ranks_per_node], device=group.device))
+    return ranks_per_node if int(bounds[0]) == -int(bounds[1]) else 1
 
 
 def _batches(matrices: Sequence[PlannedMatrix], size: int, world_size: int) -> list[Batch]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from peft import LoraConfig
@@ -25,61 +24,8 @@ from lowrank_dist.skeleton import ModelError, Plan, PlannedMatrix
 from lowrank_dist.walk import DecomposedMatrix, Walk, check_matrices
 
 
-class Source(Protocol):
-    """What a model can be filled from.
-
-    Attributes
-    ----------
-    adapter : peft.LoraConfig
-        The adapter to put in.
-    residual : ResidualFormat
-        How the frozen part is stored.
-    base : str
-        The pretrained model, for which converted adapters are.
-    method : str
-        Name of the initialisation.
-    starts_at_zero : bool
-        Whether B A is zero at step 0.
-    """
-
-    adapter: LoraConfig
-    residual: ResidualFormat
-    base: str
-    method: str
-    starts_at_zero: bool
-
-    @property
-    def reader(self) -> CheckpointReader:
-        """Gives the parameters that are not adapted."""
-
-    def check(self, plan: Plan) -> None:
-        """Raise ModelError where the matrices of `plan` cannot be had from here."""
-
-    def through_cache(
-        self,
-        plan: Plan,
-        group: ShardGroup,
-        factor_dtype: torch.dtype,
-        *,
-        device: torch.device | None = None,
-        advance: Callable[[int], object] = lambda _: None,
-    ) -> Source:
-        """The source to read from: this one, or what a cache holds for it. Collective."""
-
-    def matrices(
-        self,
-        plan: Plan,
-        group: ShardGroup,
-        factor_dtype: torch.dtype,
-        *,
-        device: torch.device | None = None,
-        advance: Callable[[int], object] = lambda _: None,
-    ) -> Iterator[DecomposedMatrix]:
-        """All matrices of `plan`, cut for the ranks of `group`. Collective: all of them iterate to the end."""
-
-
 class PretrainedModel:
-    """A pretrained checkpoint that is decomposed on the way; a `Source`.
+    """A pretrained checkpoint that is decomposed on the way.
 
     Parameters
     ----------
@@ -114,6 +60,7 @@ class PretrainedModel:
         self.statistics: Callable[[PlannedMatrix], Tensor] | None = None
 
     def check(self, plan: Plan) -> None:
+        """Raise InputError where the matrices of `plan` cannot be decomposed as asked."""
         self.init.check(self.residual)
         check_matrices(plan, self.init)
 
@@ -126,6 +73,7 @@ class PretrainedModel:
         device: torch.device | None = None,
         advance: Callable[[int], object] = lambda _: None,
     ) -> Iterator[DecomposedMatrix]:
+        """All matrices of `plan`, cut for the ranks of `group`. Collective: all of them iterate to the end."""
         walk = self._walk(group, factor_dtype, device, advance)
         yield from scheduled(walk, plan.matrices, self.sharding, self.announce)
 
@@ -155,7 +103,7 @@ class PretrainedModel:
         *,
         device: torch.device | None = None,
         advance: Callable[[int], object] = lambda _: None,
-    ) -> Source:
+    ) -> PretrainedModel | DecomposedModel:
         """The decomposed model of this checkpoint in the cache, written first where it is not there. Collective.
 
         Without a cache: this very source, nothing is communicated.
@@ -163,18 +111,24 @@ class PretrainedModel:
         if self.cache is None:
             return self
         walk = self._walk(group, factor_dtype, device, advance)
-        name = f"{self.reader.directory.name}-{self.method}-{fingerprint(walk, plan)[:12]}"
+        key = fingerprint(walk, plan)
         directory = decompose(
             plan,
             walk,
-            Path(self.cache) / name,
+            Path(self.cache) / f"{self.reader.directory.name}-{self.method}-{key[:12]}",
+            key=key,
             adapter=self.adapter,
             base=self.base,
             sharding=self.sharding,
             announce=self.announce,
         )
+        self.close()
+        with group.shared_errors():  # a shared file system may show it late to some
+            return DecomposedModel(directory, self.residual)
+
+    def close(self) -> None:
+        """Close the files."""
         self.reader.close()
-        return DecomposedModel(directory, self.residual)
 
 
 def open_source(
@@ -188,7 +142,7 @@ def open_source(
     cache: str | os.PathLike[str] | None = None,
     sharding: Sharding | None = None,
     announce: Callable[[str], object] = lambda _: None,
-) -> Source:
+) -> PretrainedModel | DecomposedModel:
     """The checkpoint, or the decomposed model, at `directory`.
 
     Parameters

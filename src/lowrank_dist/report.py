@@ -129,11 +129,16 @@ class InitReport:
         return {**asdict(self), "matrices": [matrix.as_dict() for matrix in self.matrices]}
 
 
+def layer_type(name: str) -> str:
+    """Last part of a layer's name; the same for all experts of a stack."""
+    return name.rsplit(".", 1)[-1].partition("[")[0]
+
+
 def as_table(matrices: list[MatrixReport]) -> str:
     """One line per layer type: matrices, shape, rank, means over its matrices, seconds in all."""
     groups: dict[tuple[str, int, int, int], list[MatrixReport]] = defaultdict(list)
     for matrix in matrices:
-        groups[matrix.name.rsplit(".", 1)[-1], matrix.rows, matrix.columns, matrix.rank].append(matrix)
+        groups[layer_type(matrix.name), matrix.rows, matrix.columns, matrix.rank].append(matrix)
     lines = [
         f"{'layer':<16}{'matrices':>9}{'shape':>15}{'rank':>6}{'sigma_1':>10}{'sigma_r':>10}{'energy':>8}"
         f"{'excess':>10}{'rel. error':>12}{'error reduction':>17}{'nuclear':>9}{'seconds':>9}"

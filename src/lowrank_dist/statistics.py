@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ def adapted_layers(backbone: nn.Module, matrices: Sequence[PlannedMatrix]) -> li
     return found
 
 
-class Measured:
+class Measured(ABC):
     """What hooks on the adapted layers collect; subclasses say what."""
 
     def __init__(
@@ -107,9 +108,9 @@ class Measured:
                 stack.callback(layer.frozen.register_forward_hook(hook).remove)
             yield
 
+    @abstractmethod
     def observe(self, layer: AdaptedLayer, x: Tensor, y: Tensor) -> Tensor | None:
         """Forward hook of a frozen layer; what it returns takes the place of `y`."""
-        raise NotImplementedError
 
     def unit_ends(self, unit: Unit) -> None:
         """Called on all ranks when the forward of a unit is done, never in backward."""
@@ -128,8 +129,9 @@ class Measured:
                         "method that looks at no data"
                     )
 
+    @abstractmethod
     def finish(self, batches: int) -> Statistics:
-        raise NotImplementedError
+        """The statistics, once all `batches` have run. Collective."""
 
     def add(self, name: str, left: Tensor, right: Tensor, partition: RowPartition) -> None:
         """Add this rank's rows of ``left^T right``, summed over the ranks, to statistic `name`."""

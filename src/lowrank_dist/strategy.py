@@ -172,7 +172,6 @@ class PiSSAStrategy(DeepSpeedStrategy):
         self.init_report: InitReport | None = None
         self._backbone: PreTrainedModel | None = None
         self._writer: AdapterWriter | None = None
-        self._was_fitted = False
         # ZeRO settings that the user has chosen are left alone; the command line passes all, mostly at their defaults.
         self._chosen = {key for key, value in deepspeed_options.items() if value != known[key].default}
         if deepspeed_options.get("config") is not None:
@@ -257,16 +256,14 @@ class PiSSAStrategy(DeepSpeedStrategy):
     # -- the model ----------------------------------------------------------------------------------------------
 
     def _set_up_model(self, module: LightningModule) -> None:
-        fits = module.trainer.state.fn == TrainerFn.FITTING
         if self._backbone is not None and any(child is self._backbone for child in module.modules()):
-            if fits and not self._was_fitted:
-                # The hooks that DeepSpeed's evaluation engine leaves in the module break the backward of another.
+            if module.trainer.state.fn == TrainerFn.FITTING:
+                # An engine of DeepSpeed leaves hooks in the module that break the backward of the next.
                 raise ModelError(
-                    "fit after validate or test of the same module: DeepSpeed cannot train a module that it has "
-                    "evaluated; make a new module, strategy and Trainer (or validate with num_sanity_val_steps=-1)"
+                    "fit of a module that was fitted, validated or tested before: DeepSpeed cannot train it again; "
+                    "make a new module, strategy and Trainer (to validate first: num_sanity_val_steps=-1)"
                 )
-            return  # a second fit, validate or test of the same module
-        self._was_fitted = fits
+            return  # validate or test after something else
         compute_dtype, factor_dtype = PRECISIONS[self.precision_plugin.precision]
         partitioner = Partitioner(self._deepspeed_config)
         group = partitioner.group
@@ -300,7 +297,8 @@ class PiSSAStrategy(DeepSpeedStrategy):
             source.check(plan)
 
         with progress_bar(source.reader.nbytes, show=self.show_progress and group.rank == 0) as bar:
-            source = source.through_cache(plan, group, factor_dtype, device=partitioner.device, advance=bar.update)
+            if isinstance(source, PretrainedModel):
+                source = source.through_cache(plan, group, factor_dtype, device=partitioner.device, advance=bar.update)
             bar.reset(source.reader.nbytes)
             options: dict[str, Any] = {
                 "residual": source.residual,
@@ -316,7 +314,7 @@ class PiSSAStrategy(DeepSpeedStrategy):
                     options["core"] = source.init.core
                 matrices = source.matrices(plan, group, factor_dtype, device=partitioner.device, advance=bar.update)
                 result = materialize(backbone, plan, source.reader, partitioner, matrices, **options)
-        source.reader.close()
+        source.close()
         self._backbone, self.init_report = backbone, result.report
         self._writer = AdapterWriter(
             backbone,

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from lowrank_dist.comm import ShardGroup
-from lowrank_dist.linalg import SVD, full_fp32, orthonormalize
+from lowrank_dist.linalg import SVD, full_fp32, orthonormalize, row_signs
 
 # Rows (or columns) that are widened to fp64 at a time.
 _CHUNK = 1024
@@ -173,8 +173,7 @@ def _rotated(left: Tensor, middle: Tensor, right: Tensor, group: ShardGroup) -> 
     group.once(small, solve)
     u = left @ small[:r].float()
     vh = (right @ small[r + 1 :].float()).mT
-    signs = vh.gather(1, vh.abs().argmax(dim=1, keepdim=True)).sign()
-    signs[signs == 0] = 1
+    signs = row_signs(vh)
     return SVD(u * signs.mT, small[r].float(), (vh * signs).contiguous())
 
 

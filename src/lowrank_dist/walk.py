@@ -1,9 +1,9 @@
 """The walk: matrices of a checkpoint in, decomposed matrices out, cut for the ranks that will keep them.
 
 Every rank reads its own rows of a matrix, decomposes them together with the others and encodes its rows of the
-residual. By default all ranks share every matrix; a batch of several matrices gives each to a part of the ranks, and
-what they found is then cut anew for all ranks with one all-to-all. Either way the ranks together read every byte once,
-and what comes out is the same.
+residual. All ranks share a matrix, or a batch of several gives each to a part of the ranks (`lowrank_dist.planner`
+decides), and what they found is then cut anew for all ranks with one all-to-all. Either way the ranks together read
+every byte once, and what comes out is the same.
 """
 
 from __future__ import annotations
@@ -198,8 +198,6 @@ class Walk:
                 planned, partition, decomposition.factors, group
             )
             self._measure(matrix, decomposition, measured)
-        elif batch.group_size < self.group.size:
-            self.group.split(batch.group_size)
         return shards, measured
 
     def _factor_shards(
@@ -252,15 +250,20 @@ class Walk:
             yield error
         if not self.residual.exact:
             del error
-            yield matrix.block - self.residual.encode(matrix.block, matrix.partition, matrix.group).decoded
+            plain = decomposition.residual
+            if not self.init.starts_at_zero:  # else the residual is W, quantized already
+                plain = self.residual.encode(matrix.block, matrix.partition, matrix.group)
+            yield matrix.block - plain.decoded
 
     def _cut_anew(
         self, batch: Batch, shards: Mapping[str, Tensor], measured: Tensor, started: float
     ) -> Iterator[DecomposedMatrix]:
         whole = batch.group_size == self.group.size
-        every = measured[None] if whole else self.group.gather_equal(measured[None].to(self.group.device)).cpu()
-        layouts = [self._layout(planned, batch.group_size) for planned in batch.matrices]
-        parts = [dict(shards)] if whole else redistribute(shards, layouts, batch.group_size, self.group)
+        every, parts = measured[None], [dict(shards)]
+        if not whole:
+            every = self.group.gather_equal(every.to(self.group.device)).cpu()
+            layouts = [self._layout(planned, batch.group_size) for planned in batch.matrices]
+            parts = redistribute(shards, layouts, batch.group_size, self.group)
         for index, (planned, mine) in enumerate(zip(batch.matrices, parts, strict=True)):
             values = [
                 value if math.isfinite(value) else None

@@ -251,14 +251,15 @@ def test_a_quantized_checkpoint(copy: Path, tmp_path: Path) -> None:
     refused(copy, tmp_path, "is quantized already", quantization=NF4())
 
 
-def validate_then_fit(pretrained: Path) -> None:
+def twice(pretrained: Path, first: str) -> None:
     module, trainer = CausalLM(pretrained), make_trainer(make_strategy(pretrained), steps=1)
-    rank, size = trainer.global_rank, trainer.world_size
-    trainer.validate(module, loader(rank, size, 1), verbose=False)
-    trainer.fit(module, loader(rank, size, 1))
+    batches = loader(trainer.global_rank, trainer.world_size, 1)
+    getattr(trainer, first)(module, batches)
+    trainer.fit(module, batches)
 
 
-def test_fit_after_validate_of_the_same_module(llama: Path) -> None:
+@pytest.mark.parametrize("first", ["fit", "validate"])
+def test_fit_of_a_module_that_ran_before(llama: Path, first: str) -> None:
     """DeepSpeed would fail in the first backward, and not say why."""
-    for _, error in run_ranks_catching(2, validate_then_fit, llama, timeout=90):
+    for _, error in run_ranks_catching(2, twice, llama, first, timeout=90):
         assert "make a new module, strategy and Trainer" in str(error)

@@ -249,6 +249,35 @@ def test_what_is_not_stored_is_refused(llama: Path, tmp_path: Path, options: Any
 # -- killed -------------------------------------------------------------------------------------------------------
 
 
+def write_until(pretrained: Path, output: Path, commits: int) -> None:
+    """Write; both ranks are killed (as by kill -9) once the journal holds `commits` flushes."""
+    import lowrank_dist.decompose as module
+
+    commit, done = module._Writer._commit, 0
+
+    def counted(writer: module._Writer) -> None:
+        nonlocal done
+        commit(writer)
+        done += 1
+        torch.distributed.barrier()
+        if done == commits:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    module.FLUSH_BYTES = 1
+    module._Writer._commit = counted
+    write(pretrained, output, PiSSA(quantization_iterations=5))
+
+
+def test_a_rerun_reads_only_what_the_journal_lacks(llama: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    run_ranks_catching(2, write_until, llama, output, 3, timeout=60)
+    entries = [json.loads(line) for line in (staging_of(output) / "journal.jsonl").read_text().splitlines()]
+    done = sum(entry["nbytes"] for entry in entries[1:])
+    assert len(entries) > 3
+    read = run_ranks(2, write, llama, output, PiSSA(quantization_iterations=5))
+    assert sum(read) == CheckpointReader(llama).nbytes - done
+
+
 def write_and_die(pretrained: Path, output: Path, after: float, victim: int) -> None:
     """Write; rank `victim` is killed (as by kill -9) `after` seconds, or at the moment it would have finished."""
     import lowrank_dist.decompose as module
@@ -263,7 +292,7 @@ def write_and_die(pretrained: Path, output: Path, after: float, victim: int) -> 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_killed_at_any_moment_a_rerun_goes_on(llama: Path, tmp_path: Path, victim: int) -> None:
-    """20 kills at moments spread over a run: never a partial directory, and the last run gives the undisturbed bytes.
+    """10 kills at moments spread over a run: never a partial directory, and the last run gives the undisturbed bytes.
 
     Every rerun keeps what the journal holds, so that the journal never shrinks.
     """
@@ -277,8 +306,7 @@ def test_killed_at_any_moment_a_rerun_goes_on(llama: Path, tmp_path: Path, victi
         lines = len(journal.read_text().splitlines()) if journal.exists() else 0
         assert lines >= kept
         kept = lines
-    read = run_ranks(2, write, llama, output, PiSSA(quantization_iterations=5))
-    assert sum(read) < CheckpointReader(llama).nbytes or kept < 2
+    run_ranks(2, write, llama, output, PiSSA(quantization_iterations=5))
     assert not staging_of(output).exists()
     for file in ("model.safetensors", "pissa_init/adapter_model.safetensors"):
         assert (output / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()

@@ -56,6 +56,7 @@ def test_decompose_with_two_ranks_then_report(llama: Path, tmp_path: Path) -> No
         (["--method", "lora_xs"], "three factors"),
         (["--method", "qpissa", "--quantization", "none"], "--method qpissa has an NF4 residual"),
         (["--method", "loftq", "--quantization", "none"], "LoftQ corrects a quantization error"),
+        (["--init.power_iterations", "-1"], "power_iterations=-1 must not be negative"),
         (["--rank", "65"], "rank=65 exceeds min(out, in)"),
         (["--ranks_per_matrix", "2"], "ranks_per_matrix=2 does not divide the 1 ranks"),
         (["--pretrained", "/nowhere"], "pretrained='/nowhere': no such directory"),

@@ -13,7 +13,7 @@ from jsonargparse import ArgumentParser
 from peft import LoraConfig
 
 from lowrank_dist.checkpoint_io import FLOAT_DTYPES, CheckpointReader, resolve_checkpoint
-from lowrank_dist.cli.ranks import launch, launched, local_ranks, shard_group
+from lowrank_dist.cli.ranks import first_on_host, launch, launched, local_ranks, shard_group
 from lowrank_dist.convert import MANIFEST
 from lowrank_dist.decompose import decompose
 from lowrank_dist.errors import InputError
@@ -43,6 +43,9 @@ def run(argv: Sequence[str]) -> int:
         with group.shared_errors():
             if options.devices > 1 and group.size != options.devices:
                 raise InputError(f"--devices {options.devices}, but {group.size} ranks were started; leave it out")
+            if first_on_host():  # of a hub id, one rank of each host fetches what is missing
+                resolve_checkpoint(options.pretrained, revision=options.revision)
+        with group.shared_errors():
             directory = resolve_checkpoint(options.pretrained, revision=options.revision)
             reader = CheckpointReader(directory)
             backbone = build_skeleton(directory)

@@ -22,6 +22,11 @@ def launched() -> bool:
     return TorchElasticEnvironment.detect() or SLURMEnvironment.detect()
 
 
+def first_on_host() -> bool:
+    """Whether this process is the first rank of its host."""
+    return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0) == 0
+
+
 def local_ranks() -> int:
     """Ranks on this host."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or 1)

@@ -11,7 +11,7 @@ from typing import Any
 from lowrank_dist.checkpoint_io import CheckpointError, write_json
 from lowrank_dist.convert import MANIFEST
 from lowrank_dist.errors import InputError
-from lowrank_dist.report import MatrixReport, as_table
+from lowrank_dist.report import MatrixReport, as_table, layer_type
 
 
 def run(options: argparse.Namespace) -> int:
@@ -51,7 +51,7 @@ def draw(matrices: list[MatrixReport], path: Path) -> Path:
         raise InputError(f"--picture needs matplotlib ({error}); install it, or lowrank-dist[demo]") from error
 
     # the object interface: no pyplot, no global state, no display
-    types = list(dict.fromkeys(_type(matrix.name) for matrix in matrices))
+    types = list(dict.fromkeys(layer_type(matrix.name) for matrix in matrices))
     layers = sorted({_layer(matrix.name) for matrix in matrices})
     maps = {
         "error / norm": lambda m: m.relative_error,
@@ -69,7 +69,7 @@ def draw(matrices: list[MatrixReport], path: Path) -> Path:
         grid = [[float("nan")] * len(types) for _ in layers]
         for matrix in matrices:
             found = value(matrix)
-            grid[layers.index(_layer(matrix.name))][types.index(_type(matrix.name))] = (
+            grid[layers.index(_layer(matrix.name))][types.index(layer_type(matrix.name))] = (
                 float("nan") if found is None else found
             )
         image = ax.imshow(grid, aspect="auto", interpolation="nearest", cmap="viridis")
@@ -80,8 +80,8 @@ def draw(matrices: list[MatrixReport], path: Path) -> Path:
     if spectra:
         ax = axes[-1]
         for index, kind in enumerate(types):
-            for matrix in (m for m in spectra if _type(m.name) == kind):
-                label = kind if matrix is next(m for m in spectra if _type(m.name) == kind) else None
+            for matrix in (m for m in spectra if layer_type(m.name) == kind):
+                label = kind if matrix is next(m for m in spectra if layer_type(m.name) == kind) else None
                 values = matrix.singular_values or []
                 ax.plot(range(1, len(values) + 1), values, color=f"C{index % 10}", alpha=0.4, lw=0.7, label=label)
         ax.set_yscale("log")
@@ -97,7 +97,3 @@ def _layer(name: str) -> int:
     """Number of the layer in a module's name; -1 outside of layers."""
     found = re.search(r"\.(\d+)\.", f".{name}.")
     return int(found.group(1)) if found else -1
-
-
-def _type(name: str) -> str:
-    return name.rsplit(".", 1)[-1]

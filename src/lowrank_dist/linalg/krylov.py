@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from lowrank_dist.comm import ShardGroup
-from lowrank_dist.linalg.orthonormal import gram, orthonormal_rows
+from lowrank_dist.linalg.orthonormal import gram, orthonormal_rows, row_signs
 from lowrank_dist.linalg.precision import full_fp32, squared_norm
 
 # From this share of the short side on, its whole Gram matrix costs less than a Krylov basis.
@@ -361,8 +361,7 @@ class _Krylov:
         self.group.once(packed, lambda: _small_svd(lower))
         basis, image = packed[:r].float() @ basis, packed[r + 1 :].float() @ image
         u, vh = (image, basis) if self.tall else (basis, image)
-        signs = vh.gather(1, vh.abs().argmax(dim=1, keepdim=True)).sign()
-        signs[signs == 0] = 1
+        signs = row_signs(vh)
         return SVD((u * signs).mT.contiguous(), packed[r].float(), vh * signs, self.iterations, self.estimate)
 
 

@@ -78,6 +78,12 @@ def gram(x: Tensor, y: Tensor) -> Tensor:
     return total
 
 
+def row_signs(vectors: Tensor) -> Tensor:
+    """Signs that make the largest entry of every row of `vectors`, ``[k, n]``, positive: ``[k, 1]``, never zero."""
+    signs = vectors.gather(1, vectors.abs().argmax(dim=1, keepdim=True)).sign()
+    return torch.where(signs == 0, 1, signs)
+
+
 def _cholesky(gram: Tensor) -> Tensor:
     """``[L; L^-1]``, or NaNs where the Gram matrix has no Cholesky factor."""
     lower, info = torch.linalg.cholesky_ex(gram)

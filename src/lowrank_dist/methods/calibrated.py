@@ -30,7 +30,7 @@ class CalibratedMethod(PrincipalMethod):
             choices = get_args(hints[field.name]) if get_origin(hints[field.name]) is Literal else ()
             value = getattr(self, field.name)
             if choices and value not in choices:
-                raise ValueError(f"{self}: {field.name}={value!r} is none of {', '.join(choices)}")
+                raise InputError(f"{self}: {field.name}={value!r} is none of {', '.join(choices)}")
 
     def objection(self, *, rows: int, columns: int, rank: int, lookup: bool, wrapped: bool) -> str | None:
         if lookup and self.statistic == "covariance":

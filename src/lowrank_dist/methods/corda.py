@@ -63,7 +63,7 @@ class CorDA(CalibratedMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.damping < 0:
-            raise ValueError(f"{self}: damping={self.damping} must not be negative")
+            raise InputError(f"{self}: damping={self.damping} must not be negative")
 
     def decompose(self, matrix: Matrix, residual: ResidualFormat) -> Decomposition:
         block, group, rows = matrix.block, matrix.group, matrix.partition.rows

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lowrank_dist.errors import InputError
 from lowrank_dist.linalg import seed_from_name
 from lowrank_dist.methods.assembly import layer_shape, subtracted
 from lowrank_dist.methods.base import Decomposition, Factors, Matrix
@@ -59,7 +60,7 @@ class LoRAGA(CalibratedMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.stable_gamma > 0:
-            raise ValueError(f"{self}: stable_gamma={self.stable_gamma} must be positive")
+            raise InputError(f"{self}: stable_gamma={self.stable_gamma} must be positive")
 
     def objection(self, *, rows: int, columns: int, rank: int, lookup: bool, wrapped: bool) -> str | None:
         if 2 * rank > min(rows, columns):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lowrank_dist.errors import InputError
 from lowrank_dist.methods.base import Decomposition, Factors, Matrix
 from lowrank_dist.methods.principal import PrincipalMethod
 from lowrank_dist.residual import ResidualFormat
@@ -35,7 +36,7 @@ class LoRAXS(PrincipalMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.core_std > 0:
-            raise ValueError(f"{self}: core_std={self.core_std} must be positive")
+            raise InputError(f"{self}: core_std={self.core_std} must be positive")
 
     @property
     def starts_at_zero(self) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from lowrank_dist.errors import InputError
 from lowrank_dist.linalg import SVD, randomized_svd, seed_from_name
 from lowrank_dist.methods.base import Factors, Matrix, Method, Work
 
@@ -43,11 +44,11 @@ class PrincipalMethod(Method):
 
     def __post_init__(self) -> None:
         if self.power_iterations < 0:
-            raise ValueError(f"{self}: power_iterations={self.power_iterations} must not be negative")
+            raise InputError(f"{self}: power_iterations={self.power_iterations} must not be negative")
         if self.oversampling is not None and self.oversampling < 0:
-            raise ValueError(f"{self}: oversampling={self.oversampling} must not be negative")
+            raise InputError(f"{self}: oversampling={self.oversampling} must not be negative")
         if self.tolerance is not None and not self.tolerance > 0:
-            raise ValueError(f"{self}: tolerance={self.tolerance} must be positive; an excess residual, such as 1e-3")
+            raise InputError(f"{self}: tolerance={self.tolerance} must be positive; an excess residual, such as 1e-3")
 
     def work(self, rows: int, columns: int, rank: int) -> Work:
         return svd_work(rows, columns, rank, self.oversampling, self.power_iterations)
@@ -127,7 +128,7 @@ class AlternatingMethod(PrincipalMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.quantization_iterations < 1:
-            raise ValueError(f"{self}: quantization_iterations={self.quantization_iterations} must be at least 1")
+            raise InputError(f"{self}: quantization_iterations={self.quantization_iterations} must be at least 1")
 
     def work(self, rows: int, columns: int, rank: int) -> Work:
         first, later = super().work(rows, columns, rank), svd_work(rows, columns, rank, rank, 1)
