@@ -84,8 +84,8 @@ def main() -> None:
             "svd_lowrank niter=16": lowrank(rank, 16),
             "oversampling=2r, power_iterations=7": krylov(rank, oversampling=2 * rank, power_iterations=7),
             "power_iterations=4": krylov(rank, power_iterations=4),
-            "power_iterations=7 (default)": krylov(rank, power_iterations=7),
-            "power_iterations=15": krylov(rank, power_iterations=15),
+            "power_iterations=7": krylov(rank, power_iterations=7),
+            "power_iterations=15 (default)": krylov(rank, power_iterations=15),
             "tolerance=1e-3": krylov(rank, tolerance=1e-3),
             "tolerance=1e-5": krylov(rank, tolerance=1e-5),
         }

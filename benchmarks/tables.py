@@ -53,7 +53,7 @@ def model_jobs(bench: Bench) -> dict[str, Job]:
     common: dict[str, Any] = {"checkpoint": s.model, "rank": s.rank}
     jobs = {"ours, `PiSSA()`": Job(**common), "ours, `PiSSA()`, NF4": Job(**common, residual=NF4())}
     if not s.tiny:
-        for options in ({"power_iterations": 4}, {"power_iterations": 15}, {"tolerance": 1e-5}):
+        for options in ({"power_iterations": 7}, {"oversampling": 4 * s.rank}, {"tolerance": 1e-5}):
             method = PiSSA(**options)
             name, value = next(iter(options.items()))
             jobs[f"ours, `{name}={value}`"] = Job(**common, method=method)

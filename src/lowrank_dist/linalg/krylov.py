@@ -85,7 +85,7 @@ def randomized_svd(
     group: ShardGroup,
     seed: int,
     oversampling: int | None = None,
-    power_iterations: int = 7,
+    power_iterations: int = 15,
     tolerance: float | None = None,
     start: Tensor | None = None,
     estimated: bool = False,
@@ -153,7 +153,7 @@ def randomized_svd(
     ``q = O(log(n) / sqrt(e))`` whatever the gaps between singular values ([MM], theorem 1). Narrower blocks give more
     accuracy for the same flops; what they need grows with the logarithm of the smallest gap ([MMM], theorem 1): of a
     singular value of exact multiplicity above b they may miss copies. fp32 rounding adds up to some
-    ``1e-5 sigma_1`` where the spectrum is steep.
+    ``3e-5 sigma_1`` where the spectrum is steep.
 
     *Estimate.* The captured energy ``E = sum theta_i`` of the r leading Ritz values of A grows to ``sum sigma_i^2``
     from below (Cauchy interlacing). If its last two increments, over ``rank / 2`` rows or more each, are d' and d, a
