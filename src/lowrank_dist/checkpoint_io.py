@@ -1,14 +1,12 @@
-"""Checkpoints on disk: a streaming reader of sharded safetensors; writers whose output is complete or absent."""
+"""Checkpoints on disk: a streaming reader of sharded safetensors; small writers."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -305,57 +303,6 @@ def resolve_checkpoint(pretrained: str | os.PathLike[str], *, revision: str | No
             f"pretrained={str(pretrained)!r}: neither a directory nor a model the hub or its cache could give "
             f"({type(error).__name__}: {error}); pass a local directory, or fetch it first with `hf download`"
         ) from error
-
-
-@contextmanager
-def atomic_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
-    """A directory to fill, beside `target`; flushed to disk and renamed to it at the end, removed on any error.
-
-    An existing `target` is replaced. A reader sees the old one, none for an instant, or the new one: never a part.
-    """
-    target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = staging_of(target)
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
-    try:
-        yield staging
-        flush_directory(staging)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    put_in_place(staging, target)
-
-
-def put_in_place(staging: Path, target: Path) -> None:
-    """Rename the flushed directory `staging` to `target`, in the place of what is there."""
-    old = target.with_name(f".{target.name}.old")
-    if target.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        target.rename(old)
-    staging.rename(target)
-    _fsync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def staging_of(target: Path) -> Path:
-    """The directory in which `target` is built."""
-    return target.with_name(f".{target.name}.partial")
-
-
-def flush_directory(directory: Path) -> None:
-    """Bring `directory` and everything below it to disk."""
-    for path in sorted(directory.rglob("*")):
-        _fsync(path)
-    _fsync(directory)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

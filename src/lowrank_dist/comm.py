@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -147,6 +148,14 @@ class ShardGroup:
         dist.broadcast_object_list(box, src=self._global(0), group=self._group, device=self.device)
         return box[0]
 
+    def gather_objects(self, value: object) -> list[Any]:
+        """Every rank's `value`, in rank order, on every rank (pickled: trusted peers only). One object all-gather."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
     def raise_together(self, error: Exception | None) -> None:
         """Raise on every rank if any rank has an error, so that none is left waiting in a collective.
 
@@ -157,9 +166,7 @@ class ShardGroup:
             flag = torch.tensor([0 if error is None else 1], dtype=torch.int32, device=self.device)
             if int(self.max(flag)) == 0:
                 return
-            reports: list[tuple[str, str] | None] = [None] * self.size
-            mine = None if error is None else (type(error).__name__, str(error))
-            dist.all_gather_object(reports, mine, group=self._group)
+            reports = self.gather_objects(None if error is None else (type(error).__name__, str(error)))
             if error is None:
                 rank, report = next((r, report) for r, report in enumerate(reports) if report is not None)
                 raise RemoteError(f"rank {rank}: {report[0]}: {report[1]}")

@@ -27,7 +27,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lowrank_dist.checkpoint_io import CheckpointError, atomic_directory, write_json, write_tensors
+from lowrank_dist.checkpoint_io import CheckpointError, write_json, write_tensors
+from lowrank_dist.directories import atomic_directory
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -39,6 +40,8 @@ MANIFEST = "lowrank_dist.json"
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 
+
+CORE = ".core"  # LoRA-XS: the trained matrix between frozen factors
 
 A_NAMES = (".lora_A.weight", ".lora_embedding_A")
 B_NAMES = (".lora_B.weight", ".lora_embedding_B")
@@ -88,6 +91,15 @@ def to_lora(
         else:
             converted[name] = torch.cat([tensor, -start], dim=1)
     return converted
+
+
+def fold_cores(adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The LoRA that stands for factors with a core between them: ``B R`` in the place of B and R."""
+    folded = {name: tensor for name, tensor in adapter.items() if not name.endswith(CORE)}
+    for name in adapter.keys() - folded.keys():
+        b, core = name.removesuffix(CORE) + ".weight", adapter[name]
+        folded[b] = (adapter[b].float() @ core.float()).to(core.dtype)
+    return folded
 
 
 def lora_config(config: LoraConfig) -> LoraConfig:

@@ -7,7 +7,6 @@ so that a run that was killed goes on where it stopped; the rename at the end ma
 from __future__ import annotations
 
 import copy
-import fcntl
 import hashlib
 import json
 import math
@@ -15,7 +14,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,11 @@ import torch
 from peft import LoraConfig
 
 from lowrank_dist import __version__
-from lowrank_dist.checkpoint_io import (
-    CheckpointError,
-    flush_directory,
-    put_in_place,
-    staging_of,
-    write_json,
-)
+from lowrank_dist.checkpoint_io import CheckpointError, CheckpointReader, write_json
+from lowrank_dist.comm import ShardGroup
 from lowrank_dist.convert import MANIFEST, WEIGHTS
 from lowrank_dist.decomposed import factor_keys
+from lowrank_dist.directories import flush_directory, locked_directory, put_in_place, staging_of
 from lowrank_dist.errors import InputError
 from lowrank_dist.nf4 import NF4
 from lowrank_dist.partition import FlatPartition
@@ -65,9 +60,26 @@ def fingerprint(walk: Walk, plan: Plan) -> str:
     return str(walk.group.broadcast_object(digest))
 
 
+def source_fingerprint(reader: CheckpointReader, group: ShardGroup) -> str:
+    """Hexadecimal digest of the files of a checkpoint, as in `fingerprint`. Collective."""
+    digest = None
+    with group.shared_errors():
+        if group.rank == 0:
+            digest = _source_digest(reader).hexdigest()
+    return str(group.broadcast_object(digest))
+
+
 def _digest(walk: Walk, plan: Plan) -> str:
+    digest = _source_digest(walk.reader)
+    matrices = [[m.name, m.key, m.rank, m.scaling] for m in plan.matrices]
+    settings = [FORMAT, repr(walk.init), repr(walk.residual), str(walk.factor_dtype), matrices]
+    digest.update(json.dumps(settings).encode())
+    return digest.hexdigest()
+
+
+def _source_digest(reader: CheckpointReader) -> Any:
     digest = hashlib.sha256()
-    for path in walk.reader.files:
+    for path in reader.files:
         size = path.stat().st_size
         digest.update(f"{path.name}:{size}:".encode())
         with open(path, "rb") as handle:
@@ -76,10 +88,7 @@ def _digest(walk: Walk, plan: Plan) -> str:
             for sample in range(_SAMPLES):
                 handle.seek(8 + header + max(0, size - 8 - header - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
                 digest.update(handle.read(_SAMPLE_BYTES))
-    matrices = [[m.name, m.key, m.rank, m.scaling] for m in plan.matrices]
-    settings = [FORMAT, repr(walk.init), repr(walk.residual), str(walk.factor_dtype), matrices]
-    digest.update(json.dumps(settings).encode())
-    return digest.hexdigest()
+    return digest
 
 
 def decompose(
@@ -218,27 +227,13 @@ class _Writer:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other runs out of the directory under construction; a lock dies with its process."""
-        descriptor = None
-        with self.group.shared_errors():
-            if self.group.rank == 0:
-                self.staging.mkdir(parents=True, exist_ok=True)
-                descriptor = os.open(self.staging, os.O_RDONLY)
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    os.close(descriptor)
-                    raise InputError(
-                        f"{self.staging}: another run is writing it; wait for that run, or choose another directory"
-                    ) from None
-                except OSError:
-                    pass  # a file system without locks
-        try:
+        with ExitStack() as stack:
+            stack.callback(self._factors.close)
+            stack.callback(self._root.close)
+            with self.group.shared_errors():
+                if self.group.rank == 0:
+                    stack.enter_context(locked_directory(self.staging))
             yield
-        finally:
-            self._root.close()
-            self._factors.close()
-            if descriptor is not None:
-                os.close(descriptor)
 
     def begin(self) -> None:
         """Make the files, or find what a killed run has completed."""

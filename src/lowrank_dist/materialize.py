@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -46,6 +46,7 @@ class Materialized:
     report: InitReport
     initial: dict[str, Tensor]
     experts: dict[str, int]
+    encoded_from: dict[str, Tensor] = field(default_factory=dict)
 
 
 def materialize(

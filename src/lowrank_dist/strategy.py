@@ -17,14 +17,16 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from peft import LoraConfig
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from lowrank_dist.adapters import GATHER_BYTES, AdapterWriter
 from lowrank_dist.calibrated_walk import materialize_calibrated
 from lowrank_dist.calibration import Calibration, check_options
 from lowrank_dist.calibration_data import calibration_batches, calibration_step
 from lowrank_dist.checkpoint_io import resolve_checkpoint
+from lowrank_dist.checkpointed import CheckpointedStrategy
+from lowrank_dist.checkpoints.resuming import check_residual, check_settings, check_source
+from lowrank_dist.checkpoints.writer import CheckpointWriter
+from lowrank_dist.decompose import source_fingerprint
 from lowrank_dist.decomposed import DecomposedModel
 from lowrank_dist.materialize import Materialized, materialize
 from lowrank_dist.methods import Method
@@ -46,8 +48,6 @@ from lowrank_dist.walk import progress_bar
 from lowrank_dist.zero3 import (
     Partitioner,
     gather_by_layer,
-    gather_to_cpu,
-    is_partitioned,
     live_budget,
     to_device,
     use_cpu_accelerator,
@@ -61,7 +61,7 @@ PRECISIONS = {
 }
 
 
-class PiSSAStrategy(DeepSpeedStrategy):
+class PiSSAStrategy(CheckpointedStrategy):
     """Train low-rank adapters over a frozen residual that is sharded with ZeRO-3.
 
     The LightningModule builds its model in ``configure_model`` with ``from_config``; the strategy makes that a
@@ -157,8 +157,7 @@ class PiSSAStrategy(DeepSpeedStrategy):
             raise ValueError(f"PiSSAStrategy: adapter must be a peft.LoraConfig, not {type(adapter).__name__}")
         if live_layers < 0:
             raise ValueError(f"PiSSAStrategy: live_layers={live_layers} must not be negative")
-        deepspeed_options["exclude_frozen_parameters"] = True
-        super().__init__(stage=3, **deepspeed_options)
+        super().__init__(**deepspeed_options)
         self.pretrained = os.fspath(pretrained)
         self.adapter = adapter
         self.init, self.init_cache, self.ranks_per_matrix = init, init_cache, ranks_per_matrix
@@ -171,7 +170,6 @@ class PiSSAStrategy(DeepSpeedStrategy):
         self.show_progress = show_progress
         self.init_report: InitReport | None = None
         self._backbone: PreTrainedModel | None = None
-        self._writer: AdapterWriter | None = None
         # ZeRO settings that the user has chosen are left alone; the command line passes all, mostly at their defaults.
         self._chosen = {key for key, value in deepspeed_options.items() if value != known[key].default}
         if deepspeed_options.get("config") is not None:
@@ -263,6 +261,7 @@ class PiSSAStrategy(DeepSpeedStrategy):
                     "fit of a module that was fitted, validated or tested before: DeepSpeed cannot train it again; "
                     "make a new module, strategy and Trainer (to validate first: num_sanity_val_steps=-1)"
                 )
+            self._load_parameters()  # of a checkpoint that the Trainer was given
             return  # validate or test after something else
         compute_dtype, factor_dtype = PRECISIONS[self.precision_plugin.precision]
         partitioner = Partitioner(self._deepspeed_config)
@@ -295,6 +294,12 @@ class PiSSAStrategy(DeepSpeedStrategy):
             inject_adapter(backbone, source.adapter)
             plan = plan_walk(backbone, source.reader, tied)
             source.check(plan)
+            quantization = None if source.residual.exact else str(source.residual)
+            if self._resumed is not None:
+                check_settings(self._resumed, method=source.method, quantization=quantization)
+        fingerprint = source_fingerprint(source.reader, group)
+        if self._resumed is not None:
+            check_source(self._resumed, fingerprint)
 
         with progress_bar(source.reader.nbytes, show=self.show_progress and group.rank == 0) as bar:
             if isinstance(source, PretrainedModel):
@@ -316,15 +321,25 @@ class PiSSAStrategy(DeepSpeedStrategy):
                 result = materialize(backbone, plan, source.reader, partitioner, matrices, **options)
         source.close()
         self._backbone, self.init_report = backbone, result.report
-        self._writer = AdapterWriter(
-            backbone,
-            source.adapter,
-            result,
-            group,
-            base=source.base,
-            method=source.method,
-            quantization=None if source.residual.exact else str(source.residual),
-            starts_at_zero=source.starts_at_zero,
+        if self._resumed is not None:
+            check_residual(self._resumed, result.report)
+        facts = {
+            "pretrained": self.pretrained,
+            "source": fingerprint,
+            "method": source.method,
+            "quantization": quantization,
+            "precision": self.precision_plugin.precision,
+        }
+        self._checkpoints_with(
+            CheckpointWriter(
+                backbone,
+                source.adapter,
+                result,
+                group,
+                base=source.base,
+                starts_at_zero=source.starts_at_zero,
+                facts=facts,
+            )
         )
         module.strict_loading = False  # checkpoints hold the trained parameters only
         self._enable_checkpointing(backbone)
@@ -387,25 +402,3 @@ class PiSSAStrategy(DeepSpeedStrategy):
     def _deepspeed_config(self) -> dict[str, Any]:
         assert isinstance(self.config, dict)
         return self.config
-
-    # -- adapters -----------------------------------------------------------------------------------------------
-
-    def save_adapter(self, directory: str | os.PathLike[str]) -> None:
-        """Write the adapter, its initial value and the converted LoRA; complete or absent. Collective.
-
-        Parameters
-        ----------
-        directory
-            To write; replaced where it exists. See `lowrank_dist.callbacks.AdapterCheckpoint` for what it holds.
-        """
-        if self._writer is None:
-            raise RuntimeError("PiSSAStrategy: there is no adapter before the model is set up (fit, validate or test)")
-        self.deepspeed_engine.empty_partition_cache()  # what was prefetched for a step that did not come
-        self._writer.write(Path(self.broadcast(os.fspath(directory))))
-
-    def lightning_module_state_dict(self) -> dict[str, Tensor]:
-        """The trained parameters, whole, on rank 0; nothing of the frozen base. Collective."""
-        assert self.lightning_module is not None
-        self.deepspeed_engine.empty_partition_cache()
-        trained = [(n, p) for n, p in self.lightning_module.named_parameters() if p.requires_grad and is_partitioned(p)]
-        return dict(gather_to_cpu(trained, max_bytes=GATHER_BYTES, keep=self.is_global_zero))

@@ -97,6 +97,11 @@ class TensorFiles:
         for name in names:
             self._places[name] = _Place(file=file, offset=first + header[name]["data_offsets"][0], tensor=tensors[name])
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(self._sizes.values())
+
     def create(self) -> None:
         """Write headers and index and give every file its length, of zeros. One process only, before any writes."""
         for file, header in self._headers.items():

@@ -155,45 +155,6 @@ def gathered(parameters: Sequence[Tensor]) -> Iterator[None]:
         yield
 
 
-def gather_to_cpu(
-    named: Sequence[tuple[str, Tensor]], *, max_bytes: int, keep: bool = True
-) -> Iterator[tuple[str, Tensor]]:
-    """Whole tensors one after the other, gathered a few at a time.
-
-    Parameters
-    ----------
-    named
-        Names and partitioned parameters; the same on every rank.
-    max_bytes
-        Gathered at once, at most (a single larger tensor is gathered alone).
-    keep
-        False on ranks that take part in the gathers but want no copies.
-
-    Yields
-    ------
-    tuple of str and Tensor
-        A CPU copy of the whole tensor, in its own dtype. All-gathers: exhaust it on every rank.
-    """
-    for batch in _batches(named, max_bytes):
-        with gathered([parameter for _, parameter in batch]):
-            copies = [(name, parameter.detach().cpu().clone()) for name, parameter in batch] if keep else []
-        yield from copies
-
-
-def _batches(named: Sequence[tuple[str, Tensor]], max_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
-    batch: list[tuple[str, Tensor]] = []
-    size = 0
-    for name, parameter in named:
-        nbytes = whole_shape(parameter).numel() * parameter.element_size()
-        if batch and size + nbytes > max_bytes:
-            yield batch
-            batch, size = [], 0
-        batch.append((name, parameter))
-        size += nbytes
-    if batch:
-        yield batch
-
-
 def repeated_layers(backbone: nn.Module) -> list[nn.Module]:
     """The decoder (or encoder) layers of `backbone`: the outermost modules that stand in a ``ModuleList``."""
     layers: list[nn.Module] = []

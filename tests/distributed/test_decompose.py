@@ -23,9 +23,10 @@ from helpers.models import save_checkpoint
 from helpers.ranks import run_ranks, run_ranks_catching
 from helpers.training import CausalLM, dense_state, fit, loader, make_trainer, tokens
 from lowrank_dist import NF4, LoftQ, LoRA, PiSSA, PiSSAStrategy
-from lowrank_dist.checkpoint_io import CheckpointReader, staging_of
+from lowrank_dist.checkpoint_io import CheckpointReader
 from lowrank_dist.comm import ShardGroup
 from lowrank_dist.decompose import decompose
+from lowrank_dist.directories import staging_of
 from lowrank_dist.planner import Sharding
 from lowrank_dist.residual import Dense
 from lowrank_dist.skeleton import build_skeleton, inject_adapter, plan_walk

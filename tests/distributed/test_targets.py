@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM
 
 from helpers.models import save_checkpoint
 from helpers.ranks import run_ranks
-from helpers.training import LR, STEPS, CausalLM, loader, make_strategy, make_trainer, tokens
+from helpers.training import LR, STEPS, CausalLM, initial_factors, loader, make_strategy, make_trainer, tokens
 from lowrank_dist import NF4, AdapterCheckpoint, LoRA, convert_checkpoint
+from lowrank_dist.checkpoint_keys import peft_name
 from lowrank_dist.layers import FrozenWeight
 from lowrank_dist.zero3 import LiveMemory
 
@@ -249,7 +250,7 @@ def test_lora_starts_as_pefts_does(tmp_path: Path, name: str) -> None:
     with torch.no_grad():
         torch.testing.assert_close(result["first"], original(base, case)(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(converted(input_ids=ids).logits, result["last"], rtol=1e-4, atol=1e-4)
-    start = run_ranks(2, initial_factors, base, case)[0]
+    start = run_ranks(2, starting_factors, base, case)[0]
     zero = {name for name, tensor in start.items() if not tensor.any()}
     assert zero == {name for name in start if "lora_embedding_A" in name or name.endswith("lora_B.weight")}
     for name, tensor in start.items():
@@ -257,10 +258,10 @@ def test_lora_starts_as_pefts_does(tmp_path: Path, name: str) -> None:
             assert 0.8 < tensor.std() < 1.2
 
 
-def initial_factors(pretrained: Path, case: Case) -> dict[str, Tensor]:
+def starting_factors(pretrained: Path, case: Case) -> dict[str, Tensor]:
     trainer = make_trainer(make_strategy(pretrained, adapter=adapter_of(case), init=LoRA()))
     trainer.validate(CausalLM(pretrained), loader(0, 1, 1), verbose=False)
-    return dict(trainer.strategy._writer._gather_initial(keep=True))
+    return {peft_name(name): tensor for name, tensor in initial_factors(trainer.strategy).items()}
 
 
 def test_bytes_read(tmp_path: Path) -> None:

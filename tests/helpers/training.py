@@ -129,9 +129,13 @@ def dense_state(strategy: PiSSAStrategy) -> dict[str, Tensor]:
         if name not in inside:
             with gathered([parameter]):
                 state[name] = parameter.detach().clone()
-    for name, tensor in strategy._writer._gather_initial(keep=True):
-        state[name.removeprefix("base_model.model.").replace(".weight", ".default.weight")] = tensor
-    return state
+    return state | initial_factors(strategy)
+
+
+def initial_factors(strategy: PiSSAStrategy) -> dict[str, Tensor]:
+    """A0 and B0 by the names of the parameters, whole, on every rank. Collective."""
+    every = strategy._group.gather_objects({name: t.numpy() for name, t in strategy._writer._initial.items()})
+    return {name: torch.from_numpy(value) for one in every for name, value in one.items()}
 
 
 def train_plainly(pretrained: Path, state: dict[str, Tensor], clip: float | None = None) -> list[float]:

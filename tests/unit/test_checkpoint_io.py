@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -18,10 +14,8 @@ from lowrank_dist.checkpoint_io import (
     INDEX_NAME,
     CheckpointError,
     CheckpointReader,
-    atomic_directory,
     read_ahead,
     resolve_checkpoint,
-    write_json,
 )
 
 
@@ -112,47 +106,6 @@ def test_a_hub_id_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(CheckpointError, match="'someone/missing': neither a directory nor a model the hub"):
         resolve_checkpoint("someone/missing")
-
-
-def test_a_directory_is_complete_or_absent(tmp_path: Path) -> None:
-    target = tmp_path / "out"
-    with pytest.raises(RuntimeError, match="half-way"), atomic_directory(target) as staging:
-        write_json(staging / "a.json", {})
-        raise RuntimeError("half-way")
-    assert list(tmp_path.iterdir()) == []
-    for value in (1, 2):
-        with atomic_directory(target) as staging:
-            write_json(staging / "a.json", {"value": value})
-    assert json.loads((target / "a.json").read_text()) == {"value": 2}
-    assert list(tmp_path.iterdir()) == [target]
-
-
-def test_a_killed_writer_leaves_no_half_directory(tmp_path: Path) -> None:
-    """kill -9 in the middle of writing: the target is not there, and the next writer sweeps the remains."""
-    program = f"""
-        import os, signal
-        from lowrank_dist.checkpoint_io import atomic_directory
-        with atomic_directory({str(tmp_path / "out")!r}) as staging:
-            (staging / "part").write_text("x")
-            os.kill(os.getpid(), signal.SIGKILL)
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=False)
-    assert done.returncode == -9
-    assert not (tmp_path / "out").exists()
-    with atomic_directory(tmp_path / "out") as staging:
-        write_json(staging / "a.json", {})
-    assert os.listdir(tmp_path) == ["out"]
-    assert os.listdir(tmp_path / "out") == ["a.json"]
-
-
-def test_a_full_disk_leaves_the_previous_directory(tmp_path: Path) -> None:
-    with atomic_directory(tmp_path / "out") as staging:
-        write_json(staging / "a.json", {"old": 1})
-    with pytest.raises(OSError, match="No space left"), atomic_directory(tmp_path / "out") as staging:
-        (staging / "full").symlink_to("/dev/full")
-        (staging / "full").write_text("x" * 100_000)
-    assert json.loads((tmp_path / "out" / "a.json").read_text()) == {"old": 1}
-    assert os.listdir(tmp_path) == ["out"]
 
 
 def test_reading_ahead_keeps_the_order_and_the_bound() -> None:

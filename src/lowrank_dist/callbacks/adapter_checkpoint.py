@@ -1,31 +1,51 @@
-"""A `ModelCheckpoint` that writes adapters only."""
+"""A `ModelCheckpoint` that writes adapters and training state, in the background."""
 
 from __future__ import annotations
 
-from typing import Any
+import logging
+from pathlib import Path
+from typing import Any, Literal
 from weakref import proxy
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lowrank_dist.checkpoints.layout import newest_checkpoint
+from lowrank_dist.directories import sweep
+from lowrank_dist.errors import InputError
 from lowrank_dist.strategy import PiSSAStrategy
+
+log = logging.getLogger(__name__)
 
 
 class AdapterCheckpoint(ModelCheckpoint):
-    """Write the adapter and the LoRA it converts to, at every checkpoint; nothing of the frozen base.
+    """Write the adapter, the LoRA it converts to and the state of training; nothing of the frozen base.
 
-    Every checkpoint is a directory, complete or absent:
+    Every checkpoint is a directory, complete or absent, of safetensors and JSON:
 
     - ``adapter/``: the trained factors, a PEFT adapter for the *residual*;
-    - ``adapter_init/``: the factors before training (not for LoRA and QLoRA, whose adapter starts at zero);
+    - ``adapter_init/``: the factors before training;
     - ``lora/``: the converted LoRA, of rank 2r, a PEFT adapter for the *original* model;
-    - ``lowrank_dist.json``: base, method, and per matrix what quantization left over.
+    - ``optimizer.safetensors``, ``state.json``, ``state.safetensors``: what training goes on from (not with
+      ``save_weights_only``);
+    - ``lowrank_dist.json``: settings, step, per matrix what quantization left over, hashes.
 
-    The last step of a fit is saved too, whatever the interval (unless ``save_top_k=0`` or a ``monitor`` decides).
+    ``trainer.fit(..., ckpt_path=DIR)`` resumes on any number of ranks; ``ckpt_path="last"`` takes the newest complete
+    one in `dirpath`. The last step of a fit is saved too, whatever the interval (unless ``save_top_k=0`` or a
+    ``monitor`` decides). Where gradients are accumulated, saves wait for the end of the step.
 
     Takes the arguments of `lightning.pytorch.callbacks.ModelCheckpoint` (``dirpath``, ``every_n_train_steps``,
-    ``monitor``, ``save_top_k``, ``save_last``, ...) with the same meaning.
+    ``monitor``, ``save_top_k``, ``save_last``, ...) with the same meaning, and two more.
+
+    Parameters
+    ----------
+    background
+        Write files while training goes on; a step is held up only while the state is copied. Old checkpoints are
+        removed, links made and loggers told once the new one is complete.
+    on_save_error
+        A save that fails (a full disk) leaves the checkpoints before it intact. ``"stop"``: training ends with the
+        error, at the next save or at the end. ``"continue"``: it goes on with a warning.
 
     Raises
     ------
@@ -35,6 +55,15 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     FILE_EXTENSION = ""
 
+    def __init__(
+        self, *args: Any, background: bool = True, on_save_error: Literal["stop", "continue"] = "stop", **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if on_save_error not in ("stop", "continue"):
+            raise MisconfigurationException(f"on_save_error={on_save_error!r} is none of 'stop', 'continue'")
+        self.background, self.on_save_error = background, on_save_error
+        self._untold = False
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not isinstance(trainer.strategy, PiSSAStrategy):
             raise MisconfigurationException(
@@ -42,17 +71,71 @@ class AdapterCheckpoint(ModelCheckpoint):
                 f"{type(trainer.strategy).__name__}; use lightning's ModelCheckpoint with it"
             )
         super().setup(trainer, pl_module, stage)
+        if stage == "fit" and trainer.is_global_zero and self.dirpath is not None:
+            sweep(Path(self.dirpath))
+
+    # -- when ---------------------------------------------------------------------------------------------------
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        if not trainer.fit_loop._should_accumulate():  # gradients of an unfinished step would be lost
+            super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
+        if self._untold and trainer.is_global_zero and not _saver(trainer).busy:
+            self._tell_loggers(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
         if self.monitor is None and not self._should_skip_saving_checkpoint(trainer):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+        self._settle(trainer)
+
+    # -- how ----------------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        self._settle(trainer)
         strategy: Any = trainer.strategy
-        strategy.save_adapter(filepath)
+        try:
+            with strategy.background_saves():
+                trainer.save_checkpoint(filepath, self.save_weights_only)
+        except (OSError, InputError) as error:
+            self._failed(error)
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath
-        if trainer.is_global_zero:
+        self._untold = True
+        if not self.background:
+            self._settle(trainer)
+
+    def _settle(self, trainer: Trainer) -> None:
+        """Wait for what is being written, on all ranks; then loggers are told, or the error is dealt with."""
+        try:
+            _saver(trainer).wait()
+        except (OSError, InputError) as error:
+            self._failed(error)
+        else:
+            self._tell_loggers(trainer)
+
+    def _failed(self, error: Exception) -> None:
+        self._untold = False
+        if self.on_save_error == "stop":
+            raise error
+        log.warning("A checkpoint could not be saved, training goes on: %s", error)
+
+    def _tell_loggers(self, trainer: Trainer) -> None:
+        if self._untold and trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.after_save_checkpoint(proxy(self))
+        self._untold = False
+
+    @staticmethod
+    def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
+        if trainer.is_global_zero:
+            _saver(trainer).link(Path(filepath), Path(linkpath))
+
+    def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
+        directory = self._ModelCheckpoint__resolve_ckpt_dir(trainer)  # type: ignore[attr-defined]
+        newest = newest_checkpoint(directory)
+        return set() if newest is None else {str(newest)}
+
+
+def _saver(trainer: Trainer) -> Any:
+    strategy: Any = trainer.strategy
+    return strategy.saver

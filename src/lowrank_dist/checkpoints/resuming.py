@@ -1,0 +1,124 @@
+"""Training state of a checkpoint into a sharded model, on any number of ranks: each reads its own flat ranges."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_dist.checkpoint_io import CheckpointError, CheckpointReader
+from lowrank_dist.checkpoint_keys import peft_name
+from lowrank_dist.checkpoints.layout import OPTIMIZER, TrainingCheckpoint
+from lowrank_dist.comm import ShardGroup
+from lowrank_dist.convert import ADAPTER_DIR, CORE
+from lowrank_dist.partition import FlatPartition
+from lowrank_dist.report import InitReport
+from lowrank_dist.zero3 import local_shard, whole_shape
+from lowrank_dist.zero3_optimizer import MASTER, ShardedOptimizer
+
+
+def load_parameters(checkpoint: TrainingCheckpoint, trained: Mapping[str, Tensor], group: ShardGroup) -> None:
+    """Overwrite this rank's partitions of `trained` parameters with their values in `checkpoint`.
+
+    Before an engine of DeepSpeed is made, whose fp32 copies begin from them. Collective.
+
+    Raises
+    ------
+    CheckpointError
+        On every rank, where a parameter is missing or has another shape.
+    """
+    with group.shared_errors():
+        before = checkpoint.manifest["trained"]
+        if len(before) != len(trained):
+            odd = sorted(set(before) ^ set(trained))[0]
+            raise CheckpointError(
+                f"{checkpoint.directory}: the run that wrote it trained {len(before)} tensors, this run trains "
+                f"{len(trained)} (the first that one of them lacks: {odd}); resume with the same adapter"
+            )
+        for name, parameter in trained.items():
+            # the adapter file has B R in the place of B, where a core R is trained
+            part, key = (OPTIMIZER, name) if name.endswith(CORE) else (ADAPTER_DIR, peft_name(name))
+            if part not in checkpoint.manifest["hashes"]:
+                raise CheckpointError(f"{checkpoint.directory}: holds no {name}: it was saved with weights_only")
+            shard = _own_range(checkpoint, part, key, whole_shape(parameter), group)
+            local = local_shard(parameter)
+            local[: shard.numel()].copy_(shard)
+
+
+def load_optimizer(
+    checkpoint: TrainingCheckpoint,
+    trained: Mapping[str, Tensor],
+    optimizer: ShardedOptimizer,
+    group: ShardGroup,
+    *,
+    steps: int,
+    settings: list[dict[str, Any]],
+) -> None:
+    """Set fp32 copies and moments of `trained` parameters, and the settings of their groups. Collective.
+
+    Raises
+    ------
+    CheckpointError
+        On every rank, where something is missing or has another shape.
+    """
+    names = {id(parameter): name for name, parameter in trained.items()}
+    kinds = {key.rpartition(".")[2] for key in checkpoint.part(OPTIMIZER) if key not in trained}
+
+    def shards(parameter: Tensor) -> dict[str, Tensor]:
+        name, found = names[id(parameter)], {}
+        for kind in kinds:
+            key = f"{name}.{kind}"
+            if kind != MASTER or key in checkpoint.part(OPTIMIZER):
+                found[kind] = _own_range(checkpoint, OPTIMIZER, key, whole_shape(parameter), group)
+        return found
+
+    with group.shared_errors():
+        optimizer.settings = settings
+        optimizer.load(shards, steps)
+
+
+def _own_range(checkpoint: TrainingCheckpoint, part: str, key: str, shape: torch.Size, group: ShardGroup) -> Tensor:
+    reader: CheckpointReader = checkpoint.part(part)
+    stored = reader.stored(key).shape if key in reader else None
+    if stored != tuple(shape):
+        what = "is not there" if stored is None else f"has shape {list(stored)}"
+        raise CheckpointError(
+            f"{checkpoint.directory}: {key} {list(shape)} {what} in {part}; resume with the adapter, the model and the "
+            "strategy's options of the run that wrote it"
+        )
+    return reader.flat(key, *FlatPartition(numel=shape.numel(), world_size=group.size).bounds(group.rank))
+
+
+def check_settings(checkpoint: TrainingCheckpoint, **settings: object) -> None:
+    """Raise CheckpointError where a setting is not the manifest's; before anything is decomposed."""
+    for name, value in settings.items():
+        if checkpoint.manifest[name] != value:
+            raise CheckpointError(
+                f"{checkpoint.directory}: {name} is {value!r}, but the run that wrote the checkpoint had "
+                f"{checkpoint.manifest[name]!r}; resume with the same one"
+            )
+
+
+def check_source(checkpoint: TrainingCheckpoint, fingerprint: str) -> None:
+    """Raise CheckpointError where the pretrained weights are not those that the run began from."""
+    if checkpoint.manifest["source"] != fingerprint:
+        raise CheckpointError(
+            f"{checkpoint.directory}: the pretrained weights have changed since it was written (it began from "
+            f"{checkpoint.manifest['pretrained']!r}, fingerprint {checkpoint.manifest['source'][:12]}, now "
+            f"{fingerprint[:12]}); resume with the weights of the first run"
+        )
+
+
+def check_residual(checkpoint: TrainingCheckpoint, report: InitReport) -> None:
+    """Raise CheckpointError where a residual is not, bit for bit, the one that the checkpoint was trained with."""
+    expected = {matrix["name"]: matrix.get("digest") for matrix in checkpoint.manifest["matrices"]}
+    wrong = [m.name for m in report.matrices if expected.get(m.name) != getattr(m, "digest", None)]
+    if wrong:
+        raise CheckpointError(
+            f"{checkpoint.directory}: the frozen residual of {wrong[0]} ({len(wrong)} of {len(report.matrices)} "
+            "matrices) is not, bit for bit, the one that this adapter was trained with, though the pretrained weights "
+            "have the same fingerprint: other rounding on other hardware; resume on the hardware of the first run, or "
+            "start runs that are to move with init_cache=DIR, which stores the residual"
+        )

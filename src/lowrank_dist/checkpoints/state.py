@@ -1,0 +1,91 @@
+"""What Lightning, the optimizer and the engine know beside the model's tensors, into a checkpoint and back."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_dist.checkpoints.codec import encode_state
+from lowrank_dist.checkpoints.layout import TrainingCheckpoint
+from lowrank_dist.checkpoints.rng import rng_state, set_rng_state
+from lowrank_dist.comm import ShardGroup
+from lowrank_dist.zero3_optimizer import ShardedOptimizer
+
+#: Key of what is added to Lightning's dictionary.
+OWN_STATE = "lowrank_dist"
+
+_ELSEWHERE = {"state_dict", "optimizer_states"}
+_HYPER_PARAMETERS = ("hyper_parameters", "datamodule_hyper_parameters")
+
+log = logging.getLogger(__name__)
+
+
+def encode_training_state(
+    checkpoint: dict[str, Any], optimizer: ShardedOptimizer, engine: Any, group: ShardGroup
+) -> tuple[Any, dict[str, Tensor]]:
+    """JSON and tensors of a training run's state.
+
+    Parameters
+    ----------
+    checkpoint
+        Lightning's dictionary. Its weights and optimizer states are left out.
+    optimizer, engine
+        Of DeepSpeed.
+    group
+        All ranks. One object all-gather: of every rank's random number generators.
+
+    Raises
+    ------
+    StateError
+        On every rank, at an object that only pickle could store. Hyper-parameters become their ``repr`` then.
+    """
+    own = {
+        "steps": optimizer.steps,
+        "settings": optimizer.settings,
+        "engine": {name: getattr(engine, name) for name in ("global_steps", "global_samples", "skipped_steps")},
+        "rng": group.gather_objects(rng_state()),
+    }
+    with group.shared_errors():
+        described = {key: checkpoint[key] for key in _HYPER_PARAMETERS if key in checkpoint}
+        shown, shown_tensors = encode_state(described, lossy=True)
+        rest = {key: value for key, value in checkpoint.items() if key not in _ELSEWHERE and key not in described}
+        value, tensors = encode_state({**rest, OWN_STATE: own}, where="checkpoint", first=len(shown_tensors))
+    return {**shown, **value}, shown_tensors | tensors
+
+
+def decode_training_state(checkpoint: TrainingCheckpoint, *, accumulate_grad_batches: int) -> dict[str, Any]:
+    """Lightning's dictionary, its progress counted in batches of this run.
+
+    Progress is a number of optimizer steps; how many batches that are depends on how many each rank accumulates. With
+    another number of ranks or another batch size, and `accumulate_grad_batches` such that the global batch is the same,
+    the steps are the same ones.
+    """
+    state = checkpoint.state()
+    before, now = checkpoint.manifest["accumulate_grad_batches"], accumulate_grad_batches
+    for counts in state["loops"]["fit_loop"]["epoch_loop.batch_progress"].values():
+        if isinstance(counts, dict) and before != now:
+            counts.update({name: -(-count // before) * now for name, count in counts.items()})
+    state[OWN_STATE]["engine"]["micro_steps"] = state[OWN_STATE]["engine"]["global_steps"] * now
+    state.setdefault("state_dict", {})
+    return state
+
+
+def restore_rng(states: list[dict[str, Any]], group: ShardGroup) -> None:
+    """Set this rank's random number generators as they were.
+
+    On another number of ranks they are seeded anew, from rank 0's and the rank: runs with dropout go on validly, not
+    identically.
+    """
+    if len(states) == group.size:
+        set_rng_state(states[group.rank])
+        return
+    set_rng_state(states[0])
+    seed = int(torch.randint(2**62, ()).item()) + group.rank
+    torch.manual_seed(seed)
+    if group.rank == 0:
+        log.info(
+            "resumed on %d ranks instead of %d: random numbers (dropout) go on differently", group.size, len(states)
+        )

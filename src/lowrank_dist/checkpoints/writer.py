@@ -1,0 +1,349 @@
+"""Writes checkpoints: every tensor by its owner, all owners at once into the same files, complete or absent.
+
+A save has two parts. `CheckpointWriter.snapshot` runs between two steps: shards travel to their owners, who copy them
+to the host; it costs one all-to-all per 64 MiB of a rank's shards. `CheckpointWriter.write` converts, hashes, writes
+and flushes what was copied; it may run in another thread, over a process group of its own, while training goes on.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lowrank_dist import __version__
+from lowrank_dist.checkpoint_io import write_json
+from lowrank_dist.checkpoint_keys import peft_name
+from lowrank_dist.checkpoints.layout import (
+    ENCODED_DIR,
+    FORMAT,
+    OPTIMIZER,
+    PARTS,
+    STATE,
+    file_digest,
+    sealed,
+    tensor_digest,
+)
+from lowrank_dist.comm import ShardGroup
+from lowrank_dist.convert import (
+    ADAPTER_DIR,
+    CORE,
+    INITIAL_DIR,
+    LORA_DIR,
+    MANIFEST,
+    fold_cores,
+    lora_config,
+    to_lora,
+)
+from lowrank_dist.directories import flush_directory, locked_directory, put_in_place, staging_of
+from lowrank_dist.errors import InputError
+from lowrank_dist.materialize import Materialized
+from lowrank_dist.owners import assign_owners, gather_to_owners
+from lowrank_dist.residual import FileTensor
+from lowrank_dist.tensor_files import TensorFiles
+from lowrank_dist.zero3 import local_shard, whole_shape
+from lowrank_dist.zero3_optimizer import MASTER, ShardedOptimizer
+
+
+@dataclass(kw_only=True)
+class Snapshot:
+    """What one rank writes of one checkpoint; nothing of it changes as training goes on.
+
+    Attributes
+    ----------
+    values
+        Trained parameters that this rank owns, whole, by name; CPU, in the dtype of the parameter.
+    moments
+        Likewise, by ``<parameter>.<state>``: optimizer state in fp32, and fp32 copies of parameters of another dtype.
+    states
+        Names of the optimizer state that every trained parameter has.
+    state
+        Lightning's checkpoint without weights, encoded (`lowrank_dist.checkpoints.codec`). None: weights only.
+    facts
+        For the manifest: step, epoch, ...
+    """
+
+    values: dict[str, Tensor] = field(default_factory=dict)
+    moments: dict[str, Tensor] = field(default_factory=dict)
+    states: list[str] = field(default_factory=list)
+    state: tuple[Any, dict[str, Tensor]] | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class CheckpointWriter:
+    """Writes the adapters and the training state of a sharded model.
+
+    Parameters
+    ----------
+    backbone
+        The sharded model.
+    config
+        PEFT configuration of the adapter.
+    materialized
+        What the walk left: initial factors and measurements. Its factors move to their owners here: one all-to-all per
+        64 MiB of shards, after which `materialized` holds them no more.
+    group
+        The ranks that share the model.
+    base
+        Checkpoint that the model was made from; becomes ``base_model_name_or_path``.
+    starts_at_zero
+        The adapter is a LoRA for `base` as it is.
+    facts
+        Further entries of the manifest: method, quantization, fingerprint of the base, ...
+    """
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        config: LoraConfig,
+        materialized: Materialized,
+        group: ShardGroup,
+        *,
+        base: str,
+        starts_at_zero: bool,
+        facts: Mapping[str, Any],
+    ) -> None:
+        parameters = dict(backbone.named_parameters())
+        self._names = {id(parameter): name for name, parameter in parameters.items() if parameter.requires_grad}
+        self.trained = {name: parameters[name] for name in self._names.values()}
+        # the frozen factors around a trained core belong to the adapter too
+        self._frozen = {name: parameters[name] for name in materialized.initial if name not in self.trained}
+        self._config = copy.deepcopy(config)
+        self._config.base_model_name_or_path, self._config.inference_mode = base, True
+        self._group, self._starts_at_zero = group, starts_at_zero
+        self._experts = {peft_name(name): count for name, count in materialized.experts.items()}
+        self._shapes = {name: whole_shape(p) for name, p in (self.trained | self._frozen).items()}
+        self._dtypes = {name: p.dtype for name, p in (self.trained | self._frozen).items()}
+        units: dict[str, int] = {}
+        for name, shape in self._shapes.items():
+            units[_unit(name)] = units.get(_unit(name), 0) + shape.numel()
+        owners = assign_owners(units, group.size)
+        self._owner = {name: owners[_unit(name)] for name in self._shapes}
+        self._initial = self._to_owners(materialized.initial)
+        self._encoded = self._to_owners(materialized.encoded_from)
+        self._initial_names, self._encoded_names = list(materialized.initial), list(materialized.encoded_from)
+        materialized.initial.clear()
+        materialized.encoded_from.clear()
+        self._facts: dict[str, Any] = {
+            "format": FORMAT,
+            "kind": "checkpoint",
+            "lowrank_dist": __version__,
+            "base": base,
+            "starts_at_zero": starts_at_zero,
+            "adapter_is_for": "the base" if starts_at_zero else "the residual",
+            "experts": self._experts,
+            "world_size": group.size,
+            "trained": sorted(self.trained),
+            "matrices": [matrix.as_dict() for matrix in materialized.report.matrices],
+            **facts,
+        }
+
+    def _to_owners(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        named = ((name, shard, self._shapes[name].numel()) for name, shard in shards.items())
+        whole = gather_to_owners(named, self._owner.__getitem__, self._group)
+        return {name: tensor.view(self._shapes[name]) for name, tensor in whole}
+
+    def snapshot(
+        self,
+        optimizer: ShardedOptimizer | None = None,
+        *,
+        state: tuple[Any, dict[str, Tensor]] | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> Snapshot:
+        """Copy what a checkpoint needs to the host of its owner. Collective: one all-to-all per 64 MiB of shards.
+
+        Host memory of a rank: its part of the adapters and, with an optimizer, of masters and moments.
+        """
+        taken = Snapshot(state=state, facts=dict(facts or {}))
+        for key, whole in gather_to_owners(self._shards(optimizer, taken), self._owner_of, self._group):
+            name, _, kind = key.rpartition("\n")
+            tensor = whole.view(self._shapes[name])
+            if kind in ("", MASTER):
+                taken.values[name] = tensor.to(self._dtypes[name])
+            if kind and not (kind == MASTER and self._dtypes[name] == torch.float32):
+                taken.moments[f"{name}.{kind}"] = tensor
+        return taken
+
+    def _owner_of(self, key: str) -> int:
+        return self._owner[key.partition("\n")[0]]
+
+    def _shards(self, optimizer: ShardedOptimizer | None, taken: Snapshot) -> Iterator[tuple[str, Tensor, int]]:
+        if optimizer is None:
+            for name, parameter in self.trained.items():
+                yield f"{name}\n", local_shard(parameter), self._shapes[name].numel()
+            return
+        for parameter, shards in optimizer.shards():
+            name = self._names[id(parameter)]
+            taken.states = [state for state in shards if state != MASTER]
+            for kind, shard in shards.items():
+                yield f"{name}\n{kind}", shard, self._shapes[name].numel()
+
+    # -- writing ------------------------------------------------------------------------------------------------
+
+    def write(self, taken: Snapshot, directory: Path, group: ShardGroup) -> None:
+        """Write a snapshot to `directory`, replacing what is there; complete or absent. Collective over `group`.
+
+        Parameters
+        ----------
+        taken
+            From `snapshot`; its tensors are let go of as they are written.
+        directory
+            On a file system that all ranks see.
+        group
+            The ranks of the snapshot, in the same order; its collectives must not run beside others of the group.
+
+        Raises
+        ------
+        OSError, InputError
+            On every rank; what was at `directory` before is still there.
+        """
+        staging = staging_of(directory)
+        with ExitStack() as stack:
+            files = self._files(taken, staging)
+            for part in files.values():
+                stack.callback(part.close)
+            try:
+                with group.shared_errors():
+                    if group.rank == 0:
+                        directory.parent.mkdir(parents=True, exist_ok=True)
+                        stack.enter_context(locked_directory(staging))
+                        self._begin(staging, files)
+                with group.shared_errors():
+                    hashes = self._tensors(taken, files)
+                    for part in files.values():
+                        part.flush()
+                everyone = group.gather_objects(hashes)
+                with group.shared_errors():
+                    if group.rank == 0:
+                        self._finish(taken, staging, everyone)
+                        put_in_place(staging, directory)
+            except BaseException:
+                if group.rank == 0:
+                    shutil.rmtree(staging, ignore_errors=True)
+                raise
+
+    def _files(self, taken: Snapshot, staging: Path) -> dict[str, TensorFiles]:
+        """All files of tensors that several ranks write, laid out alike on every rank."""
+        meta = {
+            name: torch.empty(shape, dtype=self._dtypes[name], device="meta") for name, shape in self._shapes.items()
+        }
+        moments: dict[str, Tensor] = {}
+        if taken.state is not None:
+            for name in self.trained:
+                kinds = [*taken.states, *([] if self._dtypes[name] == torch.float32 else [MASTER])]
+                moments |= {f"{name}.{kind}": meta[name].float() for kind in kinds}
+                if name.endswith(CORE):  # folded into B in the adapter
+                    moments[name] = meta[name]
+        encoded = {name: meta[name] for name in self._encoded_names}
+        initial = {name: meta[name] for name in self._initial_names}
+        parts = self._parts(meta, initial, encoded) | ({OPTIMIZER: moments} if taken.state is not None else {})
+        return {
+            part: TensorFiles(
+                staging / PARTS[part][0],
+                {name: FileTensor(shape=tuple(t.shape), dtype=t.dtype) for name, t in tensors.items()},
+                stem=PARTS[part][1],
+                **({} if part == OPTIMIZER else {"max_bytes": sys.maxsize}),
+            )
+            for part, tensors in parts.items()
+        }
+
+    def _parts(
+        self, values: Mapping[str, Tensor], initial: Mapping[str, Tensor], encoded: Mapping[str, Tensor]
+    ) -> dict[str, dict[str, Tensor]]:
+        """Tensors of every adapter file under PEFT's names, from those of whole layers; on meta too."""
+        adapter = fold_cores({peft_name(name): tensor for name, tensor in values.items()})
+        start = {peft_name(name): tensor for name, tensor in initial.items()}
+        parts = {ADAPTER_DIR: adapter, INITIAL_DIR: start}
+        parts[LORA_DIR] = adapter if self._starts_at_zero else to_lora(adapter, start, self._experts)
+        if self._encoded_names:
+            parts[ENCODED_DIR] = {peft_name(name): tensor for name, tensor in encoded.items()}
+        return parts
+
+    def _begin(self, staging: Path, files: Mapping[str, TensorFiles]) -> None:
+        for path in staging.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        needed, free = sum(part.nbytes for part in files.values()), shutil.disk_usage(staging).free
+        if free < needed:
+            raise InputError(
+                f"{staging.parent}: a checkpoint needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free there; make "
+                "room, keep fewer (save_top_k) or choose another dirpath"
+            )
+        for part in files.values():
+            part.directory.mkdir(exist_ok=True)
+            part.create()
+
+    def _tensors(self, taken: Snapshot, files: Mapping[str, TensorFiles]) -> dict[str, dict[str, str]]:
+        """Write what this rank owns, layer by layer; the hashes by part and name."""
+        hashes: dict[str, dict[str, str]] = {part: {} for part in files}
+
+        def write(part: str, name: str, tensor: Tensor) -> None:
+            tensor = tensor.contiguous()
+            hashes[part][name] = tensor_digest(tensor)
+            files[part].write(name, 0, tensor.flatten())
+
+        layers: dict[str, list[str]] = {}
+        for name in [*taken.values, *(n for n in self._initial if n in self._frozen)]:
+            layers.setdefault(_unit(name), []).append(name)
+        for names in layers.values():
+            values = {name: taken.values.pop(name) if name in taken.values else self._initial[name] for name in names}
+            own = {name: self._initial[name] for name in names if name in self._initial}
+            encoded = {name: self._encoded[name] for name in names if name in self._encoded}
+            for part, tensors in self._parts(values, own, encoded).items():
+                for name, tensor in tensors.items():
+                    write(part, name, tensor)
+            if OPTIMIZER in files:
+                for name in names:
+                    if name.endswith(CORE):
+                        write(OPTIMIZER, name, values[name])
+        for name in list(taken.moments):
+            if OPTIMIZER in files:
+                write(OPTIMIZER, name, taken.moments[name])
+            del taken.moments[name]
+        return hashes
+
+    def _finish(self, taken: Snapshot, staging: Path, everyone: list[dict[str, dict[str, str]]]) -> None:
+        """What one rank writes for all: configurations, training state, the manifest last."""
+        for part, config in ((ADAPTER_DIR, self._config), (INITIAL_DIR, self._config), (LORA_DIR, self._lora_config())):
+            config.save_pretrained(str(staging / part))
+        hashes: dict[str, dict[str, str]] = {}
+        for one in everyone:
+            for part, found in one.items():
+                hashes.setdefault(part, {}).update(found)
+        if taken.state is not None:
+            value, tensors = taken.state
+            (staging / f"{STATE}.json").write_text(json.dumps(value, allow_nan=False))
+            save_file(tensors, staging / f"{STATE}.safetensors", metadata={"format": "pt"})
+            hashes[STATE] = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
+        files = sorted(path for path in staging.rglob("*.json"))
+        facts = {
+            **self._facts,
+            **taken.facts,
+            "hashes": hashes,
+            "files": {str(path.relative_to(staging)): file_digest(path) for path in files},
+        }
+        flush_directory(staging)
+        write_json(staging / MANIFEST, sealed(facts))
+        flush_directory(staging)
+
+    def _lora_config(self) -> LoraConfig:
+        return self._config if self._starts_at_zero else lora_config(self._config)
+
+
+def _unit(name: str) -> str:
+    """What is written together: all trained tensors of a layer."""
+    for mark in (".lora_A", ".lora_B", ".lora_embedding_A", ".lora_embedding_B"):
+        if mark in name:
+            return name.partition(mark)[0]
+    return name

@@ -1,0 +1,140 @@
+"""Directories that are complete or absent: built beside their place, flushed, moved there; remains are swept."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from lowrank_dist.errors import InputError
+
+
+@contextmanager
+def atomic_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """A directory to fill, beside `target`; flushed to disk and renamed to it at the end, removed on any error.
+
+    An existing `target` is replaced. A reader sees the old one, none for an instant, or the new one: never a part.
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = staging_of(target)
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    try:
+        yield staging
+        flush_directory(staging)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    put_in_place(staging, target)
+
+
+def put_in_place(staging: Path, target: Path) -> None:
+    """Rename the flushed directory `staging` to `target`, in the place of what is there.
+
+    Where the file system can exchange two directories (most local ones on Linux) there is no instant without `target`.
+    """
+    old = staging
+    if target.is_symlink():
+        target.unlink()
+    if not target.exists():
+        staging.rename(target)
+    elif not _exchange(staging, target):
+        old = _old_of(target)
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+        staging.rename(target)
+    _fsync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two directories atomically; False where the system or the file system cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
+
+
+def remove_directory(directory: Path) -> None:
+    """Remove a directory; a reader sees all of it or nothing."""
+    old = _old_of(directory)
+    shutil.rmtree(old, ignore_errors=True)
+    if directory.is_symlink():
+        directory.unlink()
+    elif directory.exists():
+        directory.rename(old)
+        shutil.rmtree(old)
+
+
+def sweep(directory: Path) -> None:
+    """Remove what killed runs have left in `directory`: what was under construction, replaced or being removed.
+
+    What another process is writing at this moment is left alone.
+    """
+    for old in directory.glob(".*.old"):
+        target = directory / old.name[1 : -len(".old")]
+        if target.exists() or not any(old.iterdir()):
+            shutil.rmtree(old, ignore_errors=True)
+        elif staging_of(target).exists():  # killed between two renames
+            old.rename(target)
+        else:  # killed while it was removed
+            shutil.rmtree(old, ignore_errors=True)
+    for staging in directory.glob(".*.partial"):
+        with suppress(InputError), locked_directory(staging):
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def locked_directory(directory: Path) -> Iterator[None]:
+    """Make `directory` and keep other processes out of it; the lock dies with its process.
+
+    Raises
+    ------
+    InputError
+        Where another process has the lock. On file systems without locks nobody is kept out.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{directory}: another run is writing it; wait for that run, or choose another directory"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _old_of(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old")
+
+
+def staging_of(target: Path) -> Path:
+    """The directory in which `target` is built."""
+    return target.with_name(f".{target.name}.partial")
+
+
+def flush_directory(directory: Path) -> None:
+    """Bring `directory` and everything below it to disk."""
+    for path in sorted(directory.rglob("*")):
+        _fsync(path)
+    _fsync(directory)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,294 @@
+"""Resuming from a checkpoint: the curve of an undisturbed run on any number of ranks, or an error that says why."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from helpers.models import save_checkpoint
+from helpers.ranks import run_ranks, run_ranks_catching
+from helpers.training import STEPS, CausalLM, fit, loader, make_strategy, make_trainer
+from lowrank_dist import NF4, AdapterCheckpoint, LoftQ, LoRA, LoRAXS, PiSSA
+
+CUT = 5
+_TRAINER = ("precision", "accumulate_grad_batches", "gradient_clip_val")
+
+
+class Scheduled(CausalLM):
+    """With a schedule and a metric, whose state must travel."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=STEPS + 1)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def make_optimizer(self, parameters: list[Any]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameters, lr=2e-3)
+
+
+class Paged(Scheduled):
+    def make_optimizer(self, parameters: list[Any]) -> torch.optim.Optimizer:
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(parameters, lr=2e-3)
+
+
+def begin(pretrained: Path, output: Path, options: dict[str, Any], module: type[CausalLM] = Scheduled) -> list[float]:
+    """Train to the end with a checkpoint at the cut; the losses of all steps."""
+    trainer_options = {key: options[key] for key in _TRAINER if key in options}
+    callback = AdapterCheckpoint(dirpath=output, filename="{step}", every_n_train_steps=CUT, save_top_k=-1)
+    model = module(pretrained)
+    strategy = make_strategy(pretrained, **{k: v for k, v in options.items() if k not in _TRAINER})
+    trainer = make_trainer(strategy, callbacks=[callback], enable_checkpointing=True, **trainer_options)
+    batches = loader(trainer.global_rank, trainer.world_size, STEPS, trainer.accumulate_grad_batches)
+    trainer.fit(model, batches)
+    return per_step(model.losses, trainer.accumulate_grad_batches)
+
+
+def go_on(
+    pretrained: Path, checkpoint: Path | str, options: dict[str, Any], module: type[CausalLM] = Scheduled
+) -> list[float]:
+    """Resume, in a fresh model, with the data behind the cut; the losses of the remaining steps."""
+    trainer_options = {key: options[key] for key in _TRAINER if key in options}
+    strategy_options = {key: value for key, value in options.items() if key not in trainer_options}
+    model = module(pretrained)
+    trainer = make_trainer(make_strategy(pretrained, **strategy_options), **trainer_options)
+    rest = loader(trainer.global_rank, trainer.world_size, STEPS, trainer.accumulate_grad_batches, first=CUT)
+    trainer.fit(model, rest, ckpt_path=checkpoint)
+    assert trainer.global_step == STEPS
+    return per_step(model.losses, trainer.accumulate_grad_batches)
+
+
+def per_step(losses: list[float], micro_batches: int) -> list[float]:
+    """Mean over the micro-batches of every step."""
+    return torch.tensor(losses).view(-1, micro_batches).mean(1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "first", "then"),
+    [
+        (2, 2, {}, {}),
+        (1, 2, {}, {}),
+        (2, 3, {"quantization": NF4(double_quant=True)}, {}),
+        (4, 1, {"init": LoRA()}, {}),
+        (2, 1, {"accumulate_grad_batches": 3}, {"accumulate_grad_batches": 2}),
+        (3, 2, {"quantization": None, "gradient_clip_val": 0.1}, {}),
+        (2, 3, {"precision": "bf16-mixed"}, {}),
+        (2, 2, {"init": LoRAXS()}, {}),
+        (2, 1, {"init": PiSSA(quantization_iterations=3)}, {}),
+        (1, 3, {"init": LoftQ(quantization_iterations=2)}, {}),
+    ],
+    ids=str,
+)
+def test_the_curve_goes_on(
+    llama: Path, tmp_path: Path, before: int, after: int, first: dict[str, Any], then: dict[str, Any]
+) -> None:
+    """To fp32 rounding of sums over other numbers of ranks; bf16 arithmetic rounds its sums to 4e-3."""
+    whole = run_ranks(before, begin, llama, tmp_path, first)[0]
+    rest = run_ranks(after, go_on, llama, tmp_path / f"step={CUT}", {**first, **then})[0]
+    assert rest == pytest.approx(whole[CUT:], rel=4e-3 if "precision" in first else 1e-5)
+
+
+def test_bf16_parameters_resume_with_their_masters(llama: Path, tmp_path: Path) -> None:
+    """On as many ranks nothing is summed otherwise: the same numbers."""
+    options = {"precision": "bf16-true"}
+    whole = run_ranks(2, begin, llama, tmp_path, options)[0]
+    assert run_ranks(2, go_on, llama, tmp_path / f"step={CUT}", options)[0] == whole[CUT:]
+
+
+def test_8_bit_moments_resume_to_their_accuracy(llama: Path, tmp_path: Path) -> None:
+    whole = run_ranks(2, begin, llama, tmp_path, {}, Paged)[0]
+    assert run_ranks(2, go_on, llama, tmp_path / f"step={CUT}", {}, Paged)[0] == pytest.approx(whole[CUT:], rel=1e-3)
+
+
+def test_moments_go_over_to_another_adam(llama: Path, tmp_path: Path) -> None:
+    """As where a run moves from CUDA, with bitsandbytes' optimizer, to a CPU, with torch's."""
+    whole = run_ranks(2, begin, llama, tmp_path, {}, Paged)[0]
+    assert run_ranks(1, go_on, llama, tmp_path / f"step={CUT}", {})[0] == pytest.approx(whole[CUT:], rel=5e-3)
+
+
+def test_nothing_in_it_runs_code(llama: Path, tmp_path: Path) -> None:
+    run_ranks(2, begin, llama, tmp_path, {})
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".json", ".safetensors"}
+    trained = 28 * 4 * 136 * 4  # an upper bound of the bytes of all factors in fp32
+    assert sum(path.stat().st_size for path in files) / 2 < 7 * trained + 100_000
+
+
+# -- the newest -----------------------------------------------------------------------------------------------------
+
+
+def go_on_with_last(pretrained: Path, output: Path) -> tuple[int, list[float]]:
+    callback = AdapterCheckpoint(dirpath=output, filename="{step}", every_n_train_steps=2, save_top_k=1)
+    model = Scheduled(pretrained)
+    trainer = make_trainer(make_strategy(pretrained), callbacks=[callback], enable_checkpointing=True)
+    seen: list[int] = []
+    model.on_train_start = lambda: seen.append(trainer.global_step)
+    rest = loader(trainer.global_rank, trainer.world_size, STEPS, first=CUT)
+    trainer.fit(model, rest, ckpt_path="last")
+    return seen[0], model.losses
+
+
+def test_last_is_the_newest_complete_one(llama: Path, tmp_path: Path) -> None:
+    whole = run_ranks(2, begin, llama, tmp_path, {})[0]
+    newest = tmp_path / f"step={STEPS}"
+    manifest = json.loads((newest / "lowrank_dist.json").read_text())
+    (newest / "lowrank_dist.json").write_text(json.dumps({**manifest, "step": 999}))  # damaged
+    (tmp_path / ".step=9.partial").mkdir()
+    step, losses = run_ranks(2, go_on_with_last, llama, tmp_path)[0]
+    assert step == CUT
+    assert losses == pytest.approx(whole[CUT:], rel=1e-5)
+    assert not (tmp_path / ".step=9.partial").exists()
+
+
+def test_without_any_the_run_begins_anew(llama: Path, tmp_path: Path) -> None:
+    step, _ = run_ranks(2, go_on_with_last, llama, tmp_path / "empty")[0]
+    assert step == 0
+
+
+# -- evaluation -----------------------------------------------------------------------------------------------------
+
+
+def evaluate(pretrained: Path, checkpoint: Path) -> list[float]:
+    trainer = make_trainer(make_strategy(pretrained))
+    batches = loader(trainer.global_rank, trainer.world_size, 2)
+    first = trainer.validate(CausalLM(pretrained), batches, verbose=False)[0]["val_loss"]
+    trainer = make_trainer(make_strategy(pretrained))
+    second = trainer.validate(CausalLM(pretrained), batches, ckpt_path=checkpoint, verbose=False)[0]["val_loss"]
+    return [first, second]
+
+
+def fit_and_evaluate(pretrained: Path, output: Path) -> list[float]:
+    callback = AdapterCheckpoint(dirpath=output, filename="{step}", every_n_train_steps=CUT, save_top_k=-1)
+    trainer = make_trainer(make_strategy(pretrained), callbacks=[callback], enable_checkpointing=True)
+    model = CausalLM(pretrained)
+    trainer.fit(model, loader(trainer.global_rank, trainer.world_size))
+    batches = loader(trainer.global_rank, trainer.world_size, 2)
+    paths = [None, output / f"step={CUT}", output / f"step={STEPS}"]
+    return [trainer.test(model, batches, ckpt_path=path, verbose=False)[0]["val_loss"] for path in paths]
+
+
+def test_checkpoints_are_evaluated(llama: Path, tmp_path: Path) -> None:
+    trained, earlier, last = run_ranks(2, fit_and_evaluate, llama, tmp_path)[0]
+    assert last == trained
+    assert earlier != trained
+    untrained, loaded = run_ranks(1, evaluate, llama, tmp_path / f"step={CUT}")[0]
+    assert loaded == pytest.approx(earlier, rel=1e-5)
+    assert untrained != pytest.approx(earlier, rel=1e-3)
+
+
+# -- refused --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A base model and a checkpoint trained from it."""
+    directory = tmp_path_factory.mktemp("saved")
+    base = save_checkpoint(directory / "base", "llama")
+    run_ranks(2, begin, base, directory / "out", {})
+    return base, directory / "out" / f"step={CUT}"
+
+
+def flip(path: Path, where: float) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(where * (len(data) - 1))] ^= 4
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("damage", "texts"),
+    [
+        (lambda c: flip(c / "adapter/adapter_model.safetensors", 0.9), ["adapter_model.safetensors is damaged"]),
+        (lambda c: flip(c / "optimizer.safetensors", 0.9), ["in optimizer.safetensors is damaged"]),
+        (lambda c: flip(c / "adapter_init/adapter_model.safetensors", 0.8), ["adapter_init", "is damaged"]),
+        (lambda c: flip(c / "state.safetensors", 0.9), ["state.safetensors is damaged"]),
+        (lambda c: flip(c / "state.json", 0.5), ["state.json is damaged"]),
+        (lambda c: flip(c / "adapter/adapter_config.json", 0.5), ["adapter_config.json is damaged"]),
+        (lambda c: flip(c / "lowrank_dist.json", 0.5), ["lowrank_dist.json: damaged"]),
+        (lambda c: cut(c / "optimizer.safetensors"), ["optimizer.safetensors", "truncated"]),
+        (lambda c: (c / "state.json").unlink(), ["state.json is damaged"]),
+        (lambda c: (c / "lowrank_dist.json").unlink(), ["holds no lowrank_dist.json"]),
+        (lambda c: shutil.rmtree(c), ["holds no lowrank_dist.json"]),
+    ],
+    ids=[
+        "adapter", "optimizer", "initial", "generators", "state", "configuration", "manifest", "truncated", "missing",
+        "foreign", "nothing",
+    ],
+)  # fmt: skip
+def test_damage_is_named(
+    saved: tuple[Path, Path], tmp_path: Path, damage: Callable[[Path], object], texts: list[str]
+) -> None:
+    base, checkpoint = saved
+    shutil.copytree(checkpoint, tmp_path / "copy")
+    damage(tmp_path / "copy")
+    for _, error in run_ranks_catching(2, go_on, base, tmp_path / "copy", {}, timeout=90):
+        assert all(text in str(error) for text in texts), error
+
+
+@pytest.mark.parametrize(
+    ("options", "texts"),
+    [
+        ({"adapter": LoraConfig(r=8, lora_alpha=8, target_modules="all-linear")}, ["lora_A", "has shape [4, 64]"]),
+        (
+            {"adapter": LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj"])},
+            ["trained 28 tensors", "this run trains 4", "down_proj"],
+        ),
+        ({"quantization": None}, ["quantization is None", "NF4(block_size=64, double_quant=False)"]),
+        ({"init": LoRA()}, ["method is 'LoRA'", "'PiSSA'"]),
+    ],
+    ids=["rank", "targets", "format", "method"],
+)
+def test_another_setting_is_refused(saved: tuple[Path, Path], options: dict[str, Any], texts: list[str]) -> None:
+    for _, error in run_ranks_catching(2, go_on, *saved, options, timeout=90):
+        assert all(text in str(error) for text in texts), error
+
+
+def test_another_base_is_refused(saved: tuple[Path, Path], tmp_path: Path) -> None:
+    base, checkpoint = saved
+    shutil.copytree(base, tmp_path / "base")
+    flip(next((tmp_path / "base").glob("*.safetensors")), 0.7)
+    for _, error in run_ranks_catching(2, go_on, tmp_path / "base", checkpoint, {}, timeout=90):
+        assert "the pretrained weights have changed" in str(error), error
+
+
+def save_weights_only(pretrained: Path, output: Path) -> None:
+    _, trainer = fit(pretrained, steps=2)
+    trainer.save_checkpoint(output / "weights", weights_only=True)
+    trainer.strategy.save_adapter(output / "adapter")
+
+
+def test_weights_only(saved: tuple[Path, Path], tmp_path: Path) -> None:
+    base, _ = saved
+    run_ranks(2, save_weights_only, base, tmp_path)
+    for name in ("weights", "adapter"):
+        assert not (tmp_path / name / "optimizer.safetensors").exists()
+        for _, error in run_ranks_catching(2, go_on, base, tmp_path / name, {}, timeout=90):
+            assert "weights_only: there is nothing to resume from" in str(error)
+        untrained, loaded = run_ranks(2, evaluate, base, tmp_path / name)[0]
+        assert untrained != loaded
+
+
+class Stubborn(AdapterCheckpoint):
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "function": lambda: None}
+
+
+def save_a_function(pretrained: Path, output: Path) -> None:
+    callback = Stubborn(dirpath=output, every_n_train_steps=2)
+    fit(pretrained, steps=2, callbacks=[callback], enable_checkpointing=True)
+
+
+def test_state_that_needs_pickle_is_named(saved: tuple[Path, Path], tmp_path: Path) -> None:
+    for _, error in run_ranks_catching(2, save_a_function, saved[0], tmp_path, timeout=90):
+        assert "['function']: a builtins.function cannot be stored without pickle" in str(error)
