@@ -44,7 +44,8 @@ class CheckpointedStrategy(DeepSpeedStrategy):
     """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(stage=3, **{**options, "exclude_frozen_parameters": True})
+        options["exclude_frozen_parameters"] = True
+        super().__init__(stage=3, **options)
         self._writer: CheckpointWriter | None = None
         self._saver: Saver | None = None
         self._in_background = False
