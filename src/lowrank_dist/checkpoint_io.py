@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -24,6 +25,10 @@ INDEX_NAME = "model.safetensors.index.json"
 
 _Request = TypeVar("_Request")
 _Block = TypeVar("_Block")
+
+# what a directory with a model holds beside its weights: configuration, tokenizer, licence
+WEIGHT_FILES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+_FETCHED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*"]
 
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PACKED_DTYPE = "NF4"  # what the reader of a decomposed model says of 4-bit weights
@@ -184,6 +189,10 @@ class CheckpointReader:
         self.join(entry, pieces)
         return entry
 
+    def pieces(self, name: str) -> tuple[Piece, ...]:
+        """The tensors of the files that `name` stands for, in the order in which they are joined."""
+        return self._joined.get(name, (Piece(key=name),))
+
     def info(self, name: str) -> TensorInfo:
         """Shape, dtype and size of the tensor that `name` stands for."""
         return self.stored(name)
@@ -299,7 +308,7 @@ def resolve_checkpoint(pretrained: str | os.PathLike[str], *, revision: str | No
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(pretrained), revision=revision, allow_patterns=["*.safetensors", "*.json"]))
+        return Path(snapshot_download(str(pretrained), revision=revision, allow_patterns=_FETCHED))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"pretrained={str(pretrained)!r}: neither a directory nor a model the hub or its cache could give "
@@ -312,24 +321,77 @@ def atomic_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
     """A directory to fill, beside `target`; flushed to disk and renamed to it at the end, removed on any error.
 
     An existing `target` is replaced. A reader sees the old one, none for an instant, or the new one: never a part.
+
+    Raises
+    ------
+    InputError
+        Where another process is building the same directory.
     """
     target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
     staging = staging_of(target)
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
+    with exclusive(staging):
+        empty(staging)
+        try:
+            yield staging
+            flush_directory(staging)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        put_in_place(staging, target)
+
+
+@contextmanager
+def exclusive(directory: Path) -> Iterator[None]:
+    """Make `directory` and keep other processes out of it; a lock dies with its process.
+
+    Raises
+    ------
+    InputError
+        Where another process holds it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
-        yield staging
-        flush_directory(staging)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    put_in_place(staging, target)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{directory}: another run is writing it; wait for that run, or choose another directory"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def empty(directory: Path) -> None:
+    """Remove everything in `directory`."""
+    for path in directory.iterdir():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def check_free(target: Path, nbytes: int) -> None:
+    """Raise InputError where the disk that `target` is, or will be, on has fewer than `nbytes` left."""
+    existing = next(path for path in (target, *target.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < nbytes:
+        raise InputError(
+            f"{target}: {nbytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free there; make room or choose "
+            "another disk"
+        )
+
+
+def copy_other_files(source: Path, target: Path, *, leave: Sequence[str] = ()) -> None:
+    """Copy what a model's directory holds beside its weights (configuration, tokenizer, licence), but for `leave`."""
+    for path in source.iterdir():
+        if path.is_file() and not path.name.endswith(WEIGHT_FILES) and path.name not in leave:
+            shutil.copyfile(path, target / path.name)
 
 
 def put_in_place(staging: Path, target: Path) -> None:
     """Rename the flushed directory `staging` to `target`, in the place of what is there."""
-    old = target.with_name(f".{target.name}.old")
+    old = replaced_of(target)
     if target.exists():
         shutil.rmtree(old, ignore_errors=True)
         target.rename(old)
@@ -341,6 +403,11 @@ def put_in_place(staging: Path, target: Path) -> None:
 def staging_of(target: Path) -> Path:
     """The directory in which `target` is built."""
     return target.with_name(f".{target.name}.partial")
+
+
+def replaced_of(target: Path) -> Path:
+    """Where `target` is kept for the instant in which another takes its place."""
+    return target.with_name(f".{target.name}.old")
 
 
 def flush_directory(directory: Path) -> None:

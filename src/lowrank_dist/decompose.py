@@ -7,15 +7,13 @@ so that a run that was killed goes on where it stopped; the rename at the end ma
 from __future__ import annotations
 
 import copy
-import fcntl
 import hashlib
 import json
 import math
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,10 @@ from peft import LoraConfig
 
 from lowrank_dist import __version__
 from lowrank_dist.checkpoint_io import (
-    CheckpointError,
+    check_free,
+    copy_other_files,
+    empty,
+    exclusive,
     flush_directory,
     put_in_place,
     staging_of,
@@ -39,7 +40,7 @@ from lowrank_dist.planner import Sharding, scheduled
 from lowrank_dist.report import MatrixReport
 from lowrank_dist.residual import FileTensor
 from lowrank_dist.skeleton import ModelError, Plan, plain_name
-from lowrank_dist.tensor_files import CODES, TensorFiles
+from lowrank_dist.tensor_files import TensorFiles, stored_dtype
 from lowrank_dist.walk import DecomposedMatrix, Walk, check_finite, factor_shapes, row_partition
 
 FORMAT = 2  # of the manifest and of what the fingerprint covers
@@ -47,8 +48,6 @@ JOURNAL, LOCK = "journal.jsonl", "lock"
 FLUSH_BYTES = 64 * 2**20  # of the source, between two entries of the journal
 COPY_BYTES = 64 * 2**20  # of a tensor that is copied as it is, at a time
 _SAMPLES, _SAMPLE_BYTES = 16, 2**16
-
-_DTYPES = {code: dtype for dtype, code in CODES.items()}
 
 
 def fingerprint(walk: Walk, plan: Plan) -> str:
@@ -210,35 +209,20 @@ class _Writer:
         self._factors = TensorFiles(self.initial, factors, stem=Path(WEIGHTS).stem, max_bytes=sys.maxsize)
 
     def _dtype(self, name: str) -> torch.dtype:
-        code = self.reader.info(name).dtype
-        if code not in _DTYPES:
-            raise CheckpointError(f"{name}: stored as {code}; only {', '.join(_DTYPES)} can be copied")
-        return _DTYPES[code]
+        return stored_dtype(name, self.reader.info(name))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other runs out of the directory under construction; a lock dies with its process."""
-        descriptor = None
-        with self.group.shared_errors():
-            if self.group.rank == 0:
-                self.staging.mkdir(parents=True, exist_ok=True)
-                descriptor = os.open(self.staging, os.O_RDONLY)
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    os.close(descriptor)
-                    raise InputError(
-                        f"{self.staging}: another run is writing it; wait for that run, or choose another directory"
-                    ) from None
-                except OSError:
-                    pass  # a file system without locks
-        try:
-            yield
-        finally:
-            self._root.close()
-            self._factors.close()
-            if descriptor is not None:
-                os.close(descriptor)
+        """Keep other runs out of the directory under construction."""
+        with ExitStack() as stack:
+            with self.group.shared_errors():
+                if self.group.rank == 0:
+                    stack.enter_context(exclusive(self.staging))
+            try:
+                yield
+            finally:
+                self._root.close()
+                self._factors.close()
 
     def begin(self) -> None:
         """Make the files, or find what a killed run has completed."""
@@ -266,14 +250,8 @@ class _Writer:
         return entries if entries and entries[0] == {"fingerprint": self.key} else []
 
     def _create(self) -> None:
-        for path in self.staging.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        free = shutil.disk_usage(self.staging).free
-        if free < self._nbytes:
-            raise InputError(
-                f"{self.output}: {self._nbytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free there; make room "
-                "or choose another disk"
-            )
+        empty(self.staging)
+        check_free(self.output, self._nbytes)
         self.initial.mkdir()
         self._root.create()
         self._factors.create()
@@ -365,9 +343,7 @@ class _Writer:
 
     def _copy_small_files(self) -> None:
         """Configuration, tokenizer and licence of the source; what is quantized is said where transformers looks."""
-        for path in self.reader.directory.iterdir():
-            if path.is_file() and not path.name.endswith(_WEIGHT_FILES):
-                shutil.copyfile(path, self.staging / path.name)
+        copy_other_files(self.reader.directory, self.staging)
         config_path = self.staging / "config.json"
         if isinstance(self.residual, NF4) and config_path.is_file():
             config = json.loads(config_path.read_text())
@@ -389,6 +365,3 @@ class _Writer:
                 "llm_int8_skip_modules": kept,
             }
             write_json(config_path, config)
-
-
-_WEIGHT_FILES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")

@@ -18,11 +18,14 @@ from lowrank_dist.checkpoint_io import (
     INDEX_NAME,
     CheckpointError,
     CheckpointReader,
+    Piece,
     atomic_directory,
+    check_free,
     read_ahead,
     resolve_checkpoint,
     write_json,
 )
+from lowrank_dist.errors import InputError
 
 
 @pytest.fixture
@@ -143,6 +146,32 @@ def test_a_killed_writer_leaves_no_half_directory(tmp_path: Path) -> None:
         write_json(staging / "a.json", {})
     assert os.listdir(tmp_path) == ["out"]
     assert os.listdir(tmp_path / "out") == ["a.json"]
+
+
+def test_a_second_writer_is_refused_and_disturbs_nothing(tmp_path: Path) -> None:
+    with atomic_directory(tmp_path / "out") as staging:
+        (staging / "part").touch()
+        with pytest.raises(InputError, match="another run is writing it"), atomic_directory(tmp_path / "out"):
+            raise AssertionError("two writers")
+        assert os.listdir(staging) == ["part"]
+    assert os.listdir(tmp_path / "out") == ["part"]
+
+
+def test_the_disk_is_the_one_that_the_target_will_be_on(tmp_path: Path) -> None:
+    target = tmp_path / "not" / "yet"
+    check_free(target, shutil.disk_usage(tmp_path).free // 2)
+    with pytest.raises(InputError, match=f"{target}: .* GB are needed, .* GB are free there"):
+        check_free(target, 2**60)
+
+
+def test_what_a_joined_name_stands_for(sharded: Path) -> None:
+    reader = CheckpointReader(sharded)
+    up, gate = (f"model.layers.0.mlp.{part}_proj.weight" for part in ("up", "gate"))
+    reader.join_stack("stack", [Piece(key=up), Piece(key=gate)], 2)
+    assert reader.pieces(up) == (Piece(key=up),)
+    assert reader.pieces("stack") == (Piece(key=up), Piece(key=gate))
+    assert reader.pieces(reader.entry("stack", 1)) == (Piece(key=gate),)
+    assert reader.pieces(reader.entry("stack", 0)) == (Piece(key=up),)
 
 
 def test_a_full_disk_leaves_the_previous_directory(tmp_path: Path) -> None:
