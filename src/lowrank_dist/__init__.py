@@ -26,6 +26,7 @@ _EXPORTS = {
     "SFTDataModule": "lowrank_dist.data",
     "CausalLMModule": "lowrank_dist.module",
     "convert_checkpoint": "lowrank_dist.convert",
+    "merge_checkpoint": "lowrank_dist.merge",
 }
 
 __all__ = ["__version__", *_EXPORTS]
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from lowrank_dist.callbacks import LossHistory as LossHistory
     from lowrank_dist.convert import convert_checkpoint as convert_checkpoint
     from lowrank_dist.data import SFTDataModule as SFTDataModule
+    from lowrank_dist.merge import merge_checkpoint as merge_checkpoint
     from lowrank_dist.methods import EVA as EVA
     from lowrank_dist.methods import CorDA as CorDA
     from lowrank_dist.methods import LoftQ as LoftQ

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +23,10 @@ INDEX_NAME = "model.safetensors.index.json"
 
 _Request = TypeVar("_Request")
 _Block = TypeVar("_Block")
+
+# what a directory with a model holds beside its weights: configuration, tokenizer, licence
+WEIGHT_FILES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+_FETCHED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*"]
 
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PACKED_DTYPE = "NF4"  # what the reader of a decomposed model says of 4-bit weights
@@ -182,6 +187,10 @@ class CheckpointReader:
         self.join(entry, pieces)
         return entry
 
+    def pieces(self, name: str) -> tuple[Piece, ...]:
+        """The tensors of the files that `name` stands for, in the order in which they are joined."""
+        return self._joined.get(name, (Piece(key=name),))
+
     def info(self, name: str) -> TensorInfo:
         """Shape, dtype and size of the tensor that `name` stands for."""
         return self.stored(name)
@@ -297,12 +306,19 @@ def resolve_checkpoint(pretrained: str | os.PathLike[str], *, revision: str | No
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(pretrained), revision=revision, allow_patterns=["*.safetensors", "*.json"]))
+        return Path(snapshot_download(str(pretrained), revision=revision, allow_patterns=_FETCHED))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"pretrained={str(pretrained)!r}: neither a directory nor a model the hub or its cache could give "
             f"({type(error).__name__}: {error}); pass a local directory, or fetch it first with `hf download`"
         ) from error
+
+
+def copy_other_files(source: Path, target: Path, *, leave: Sequence[str] = ()) -> None:
+    """Copy what a model's directory holds beside its weights (configuration, tokenizer, licence), but for `leave`."""
+    for path in source.iterdir():
+        if path.is_file() and not path.name.endswith(WEIGHT_FILES) and path.name not in leave:
+            shutil.copyfile(path, target / path.name)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -65,6 +65,10 @@ class CheckpointKeys:
         name = plain_name(name)
         return self._find(name) or (self._find(self._tied[name]) if name in self._tied else None)
 
+    def holds(self, name: str) -> bool:
+        """Whether the checkpoint has the parameter `name` itself, not only the one it is tied to."""
+        return self._find(plain_name(name)) is not None
+
     def _find(self, name: str) -> str | None:
         for candidate in (name, self._prefix + name, name.removeprefix(self._prefix)):
             if candidate in self._reader:

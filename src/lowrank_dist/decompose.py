@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,11 +21,11 @@ import torch
 from peft import LoraConfig
 
 from lowrank_dist import __version__
-from lowrank_dist.checkpoint_io import CheckpointError, CheckpointReader, write_json
+from lowrank_dist.checkpoint_io import CheckpointReader, copy_other_files, write_json
 from lowrank_dist.comm import ShardGroup
 from lowrank_dist.convert import MANIFEST, WEIGHTS
 from lowrank_dist.decomposed import factor_keys
-from lowrank_dist.directories import flush_directory, locked_directory, put_in_place, staging_of
+from lowrank_dist.directories import check_free, empty, exclusive, flush_directory, put_in_place, staging_of
 from lowrank_dist.errors import InputError
 from lowrank_dist.nf4 import NF4
 from lowrank_dist.partition import FlatPartition
@@ -34,7 +33,7 @@ from lowrank_dist.planner import Sharding, scheduled
 from lowrank_dist.report import MatrixReport
 from lowrank_dist.residual import FileTensor
 from lowrank_dist.skeleton import ModelError, Plan, plain_name
-from lowrank_dist.tensor_files import CODES, TensorFiles
+from lowrank_dist.tensor_files import TensorFiles, stored_dtype
 from lowrank_dist.walk import DecomposedMatrix, Walk, check_finite, factor_shapes, row_partition
 
 FORMAT = 2  # of the manifest and of what the fingerprint covers
@@ -42,8 +41,6 @@ JOURNAL, LOCK = "journal.jsonl", "lock"
 FLUSH_BYTES = 64 * 2**20  # of the source, between two entries of the journal
 COPY_BYTES = 64 * 2**20  # of a tensor that is copied as it is, at a time
 _SAMPLES, _SAMPLE_BYTES = 16, 2**16
-
-_DTYPES = {code: dtype for dtype, code in CODES.items()}
 
 
 def fingerprint(walk: Walk, plan: Plan) -> str:
@@ -219,10 +216,7 @@ class _Writer:
         self._factors = TensorFiles(self.initial, factors, stem=Path(WEIGHTS).stem, max_bytes=sys.maxsize)
 
     def _dtype(self, name: str) -> torch.dtype:
-        code = self.reader.info(name).dtype
-        if code not in _DTYPES:
-            raise CheckpointError(f"{name}: stored as {code}; only {', '.join(_DTYPES)} can be copied")
-        return _DTYPES[code]
+        return stored_dtype(name, self.reader.info(name))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -232,7 +226,7 @@ class _Writer:
             stack.callback(self._root.close)
             with self.group.shared_errors():
                 if self.group.rank == 0:
-                    stack.enter_context(locked_directory(self.staging))
+                    stack.enter_context(exclusive(self.staging))
             yield
 
     def begin(self) -> None:
@@ -261,14 +255,8 @@ class _Writer:
         return entries if entries and entries[0] == {"fingerprint": self.key} else []
 
     def _create(self) -> None:
-        for path in self.staging.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        free = shutil.disk_usage(self.staging).free
-        if free < self._nbytes:
-            raise InputError(
-                f"{self.output}: {self._nbytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free there; make room "
-                "or choose another disk"
-            )
+        empty(self.staging)
+        check_free(self.output, self._nbytes)
         self.initial.mkdir()
         self._root.create()
         self._factors.create()
@@ -360,9 +348,7 @@ class _Writer:
 
     def _copy_small_files(self) -> None:
         """Configuration, tokenizer and licence of the source; what is quantized is said where transformers looks."""
-        for path in self.reader.directory.iterdir():
-            if path.is_file() and not path.name.endswith(_WEIGHT_FILES):
-                shutil.copyfile(path, self.staging / path.name)
+        copy_other_files(self.reader.directory, self.staging)
         config_path = self.staging / "config.json"
         if isinstance(self.residual, NF4) and config_path.is_file():
             config = json.loads(config_path.read_text())
@@ -384,6 +370,3 @@ class _Writer:
                 "llm_int8_skip_modules": kept,
             }
             write_json(config_path, config)
-
-
-_WEIGHT_FILES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")

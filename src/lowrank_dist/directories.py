@@ -17,20 +17,41 @@ from lowrank_dist.errors import InputError
 def atomic_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
     """A directory to fill, beside `target`; flushed to disk and renamed to it at the end, removed on any error.
 
-    An existing `target` is replaced. A reader sees the old one, none for an instant, or the new one: never a part.
+    An existing `target` is replaced, see `put_in_place`: a reader never sees a part.
+
+    Raises
+    ------
+    InputError
+        Where another process is building the same directory.
     """
     target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
     staging = staging_of(target)
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
-    try:
-        yield staging
-        flush_directory(staging)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    put_in_place(staging, target)
+    with exclusive(staging):
+        empty(staging)
+        try:
+            yield staging
+            flush_directory(staging)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        put_in_place(staging, target)
+
+
+def empty(directory: Path) -> None:
+    """Remove everything in `directory`."""
+    for path in directory.iterdir():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def check_free(target: Path, nbytes: int) -> None:
+    """Raise InputError where the disk that `target` is, or will be, on has fewer than `nbytes` left."""
+    existing = next(path for path in (target, *target.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < nbytes:
+        raise InputError(
+            f"{target}: {nbytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free there; make room or choose "
+            "another disk"
+        )
 
 
 def put_in_place(staging: Path, target: Path) -> None:
@@ -44,7 +65,7 @@ def put_in_place(staging: Path, target: Path) -> None:
     if not target.exists():
         staging.rename(target)
     elif not _exchange(staging, target):
-        old = _old_of(target)
+        old = replaced_of(target)
         shutil.rmtree(old, ignore_errors=True)
         target.rename(old)
         staging.rename(target)
@@ -64,7 +85,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 def remove_directory(directory: Path) -> None:
     """Remove a directory; a reader sees all of it or nothing."""
-    old = _old_of(directory)
+    old = replaced_of(directory)
     shutil.rmtree(old, ignore_errors=True)
     if directory.is_symlink():
         directory.unlink()
@@ -87,12 +108,12 @@ def sweep(directory: Path) -> None:
         else:  # killed while it was removed
             shutil.rmtree(old, ignore_errors=True)
     for staging in directory.glob(".*.partial"):
-        with suppress(InputError), locked_directory(staging):
+        with suppress(InputError), exclusive(staging):
             shutil.rmtree(staging, ignore_errors=True)
 
 
 @contextmanager
-def locked_directory(directory: Path) -> Iterator[None]:
+def exclusive(directory: Path) -> Iterator[None]:
     """Make `directory` and keep other processes out of it; the lock dies with its process.
 
     Raises
@@ -116,7 +137,8 @@ def locked_directory(directory: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _old_of(target: Path) -> Path:
+def replaced_of(target: Path) -> Path:
+    """Where `target` is kept while another takes its place or it is removed."""
     return target.with_name(f".{target.name}.old")
 
 

@@ -20,7 +20,7 @@ from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_dist.checkpoint_io import CheckpointReader
@@ -172,18 +172,30 @@ def find_backbone(module: nn.Module) -> tuple[str, PreTrainedModel]:
     return name, backbone
 
 
-def build_skeleton(directory: Path) -> PreTrainedModel:
-    """The transformers model that the ``config.json`` of a checkpoint names, on the meta device.
+def read_config(directory: Path) -> PretrainedConfig:
+    """The ``config.json`` of a checkpoint.
+
+    Raises
+    ------
+    ModelError
+        Where there is none that transformers reads.
+    """
+    try:
+        config: PretrainedConfig = transformers.AutoConfig.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{directory}: no configuration that transformers reads: {error}") from error
+    return config
+
+
+def build_skeleton(directory: Path, config: PretrainedConfig | None = None) -> PreTrainedModel:
+    """The transformers model that the ``config.json`` of a checkpoint, or `config`, names, on the meta device.
 
     Raises
     ------
     ModelError
         Where there is no configuration, or one of an architecture that transformers does not have.
     """
-    try:
-        config = transformers.AutoConfig.from_pretrained(directory)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{directory}: no configuration that transformers reads: {error}") from error
+    config = read_config(directory) if config is None else config
     names = config.architectures or []
     found = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
     if len(found) != 1:
@@ -260,7 +272,13 @@ def inject_adapter(backbone: PreTrainedModel, adapter: LoraConfig) -> None:
         ) from error
 
 
-def plan_walk(backbone: PreTrainedModel, reader: CheckpointReader, tied: Mapping[str, str] | None = None) -> Plan:
+def plan_walk(
+    backbone: PreTrainedModel,
+    reader: CheckpointReader,
+    tied: Mapping[str, str] | None = None,
+    *,
+    limit_rank: bool = True,
+) -> Plan:
     """Match every parameter of an injected `backbone` with the checkpoint; refuse what cannot be done.
 
     Parameters
@@ -271,6 +289,9 @@ def plan_walk(backbone: PreTrainedModel, reader: CheckpointReader, tied: Mapping
         The checkpoint.
     tied
         From `untie_embeddings`.
+    limit_rank
+        Refuse ranks above ``min(out, in)``: so many directions cannot be taken from a matrix. An adapter that is there
+        already may have them.
 
     Raises
     ------
@@ -280,7 +301,7 @@ def plan_walk(backbone: PreTrainedModel, reader: CheckpointReader, tied: Mapping
     """
     if getattr(backbone.config, "quantization_config", None) is not None and not reader.holds_residuals:
         raise ModelError(f"{reader.directory} is quantized already; pass the checkpoint it was made from")
-    planner = _Planner(backbone, reader, CheckpointKeys(backbone, reader, tied))
+    planner = _Planner(backbone, reader, CheckpointKeys(backbone, reader, tied), limit_rank)
     planner.adapted_layers()
     planner.other_parameters()
     planner.persistent_buffers()
@@ -295,8 +316,10 @@ def plan_walk(backbone: PreTrainedModel, reader: CheckpointReader, tied: Mapping
 class _Planner:
     """Builds a plan, and collects everything that stands against it."""
 
-    def __init__(self, backbone: PreTrainedModel, reader: CheckpointReader, keys: CheckpointKeys) -> None:
-        self.backbone, self.reader, self.keys = backbone, reader, keys
+    def __init__(
+        self, backbone: PreTrainedModel, reader: CheckpointReader, keys: CheckpointKeys, limit_rank: bool
+    ) -> None:
+        self.backbone, self.reader, self.keys, self.limit_rank = backbone, reader, keys, limit_rank
         self.plan = Plan()
         self.problems: list[str] = []
         self._done: set[int] = set()  # parameters that belong to adapted layers
@@ -332,7 +355,7 @@ class _Planner:
         if problem is not None or key is None:
             return problem
         (rows, columns), rank = weight.shape[-2:], layer.r[ADAPTER]
-        if rank > min(rows, columns):
+        if self.limit_rank and rank > min(rows, columns):
             return (
                 f"rank={rank} exceeds min(out, in)={min(rows, columns)} of {weight_name if wrapped else name}; lower r "
                 f"(or rank_pattern) or drop it from {'target_parameters' if wrapped else 'target_modules'}"

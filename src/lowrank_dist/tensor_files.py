@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_dist.checkpoint_io import write_json
+from lowrank_dist.checkpoint_io import CheckpointError, TensorInfo, write_json
 from lowrank_dist.residual import FileTensor
 
 MAX_BYTES = 5_000_000_000  # of one file; the size transformers cuts checkpoints at
@@ -34,6 +34,20 @@ CODES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+DTYPES = {code: dtype for dtype, code in CODES.items()}
+
+
+def stored_dtype(name: str, info: TensorInfo) -> torch.dtype:
+    """Dtype of a tensor of a checkpoint, to be written again.
+
+    Raises
+    ------
+    CheckpointError
+        Where it is one that cannot be written.
+    """
+    if info.dtype not in DTYPES:
+        raise CheckpointError(f"{name}: stored as {info.dtype}; only {', '.join(DTYPES)} can be copied")
+    return DTYPES[info.dtype]
 
 
 @dataclass(frozen=True, kw_only=True)

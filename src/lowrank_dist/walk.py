@@ -318,9 +318,9 @@ _MEASURES = (
 )
 
 
-def progress_bar(total: int, *, show: bool) -> tqdm[Any]:
+def progress_bar(total: int, *, show: bool, doing: str = "Decomposing") -> tqdm[Any]:
     """Bytes of the checkpoint that are done, throughput and time left."""
-    return tqdm(total=total, unit="B", unit_scale=True, desc="Decomposing", disable=not show)
+    return tqdm(total=total, unit="B", unit_scale=True, desc=doing, disable=not show)
 
 
 def whole_left(left: Tensor, partition: RowPartition, group: ShardGroup) -> Tensor:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelFo
 from helpers.models import save_checkpoint
 from helpers.ranks import run_ranks, run_ranks_catching
 from helpers.training import STEPS, CausalLM, dense_state, loader, make_strategy, make_trainer
-from lowrank_dist import AdapterCheckpoint, LoftQ, LoRA, convert_checkpoint
+from lowrank_dist import AdapterCheckpoint, LoftQ, LoRA, convert_checkpoint, merge_checkpoint
 from lowrank_dist.checkpoint_io import CheckpointReader
 
 
@@ -185,7 +185,9 @@ def train_classifier(pretrained: Path, output: Path) -> tuple[Tensor, Tensor]:
 
 
 def test_a_trained_head_travels_with_the_lora(tmp_path: Path) -> None:
-    """An encoder whose head and pooler the checkpoint lacks: stock PEFT puts in the saved ones, with equal results."""
+    """An encoder whose head and pooler the checkpoint lacks: stock PEFT puts in the saved ones, with equal results;
+    merged, transformers itself does.
+    """
     base = save_checkpoint(tmp_path / "bert", "bert", auto_class=AutoModelForMaskedLM)
     ids, logits = run_ranks(2, train_classifier, base, tmp_path / "out")[0]
     torch.manual_seed(123)  # the head that transformers makes up here must not matter
@@ -193,3 +195,7 @@ def test_a_trained_head_travels_with_the_lora(tmp_path: Path) -> None:
     converted = PeftModel.from_pretrained(model, tmp_path / "out" / f"step={STEPS}" / "lora").eval()
     with torch.no_grad():
         torch.testing.assert_close(converted(input_ids=ids).logits, logits, rtol=1e-4, atol=1e-5)
+        merged = AutoModelForSequenceClassification.from_pretrained(
+            merge_checkpoint(tmp_path / "out" / f"step={STEPS}", tmp_path / "merged")
+        )
+        torch.testing.assert_close(merged(input_ids=ids).logits, logits, rtol=1e-4, atol=1e-5)

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from helpers.ranks import run_ranks
 from helpers.training import LR, STEPS, CausalLM, dense_state, loader, make_strategy, make_trainer, tokens
-from lowrank_dist import NF4, AdapterCheckpoint, LoRAXS
+from lowrank_dist import NF4, AdapterCheckpoint, LoRAXS, merge_checkpoint
+from lowrank_dist.inspection import inspect
 from lowrank_dist.layers import CoredLinear
 from lowrank_dist.skeleton import ModelError
 from lowrank_dist.walk import check_matrices
@@ -93,6 +94,11 @@ def test_the_saved_lora_fits_the_original_model(llama: Path, tmp_path: Path) -> 
     model = PeftModel.from_pretrained(base, directory).eval()
     with torch.no_grad():
         torch.testing.assert_close(model(input_ids=tokens()[0]).logits, result["logits"], rtol=1e-4, atol=1e-5)
+    checkpoint = tmp_path / f"step={STEPS}"
+    assert inspect(checkpoint).facts["trained parameters"] == 14 * 4 * 4
+    merged = AutoModelForCausalLM.from_pretrained(merge_checkpoint(checkpoint, tmp_path / "merged"))
+    with torch.no_grad():
+        torch.testing.assert_close(merged(input_ids=tokens()[0]).logits, result["logits"], rtol=1e-4, atol=1e-5)
 
 
 def test_embeddings_and_experts_are_refused() -> None:

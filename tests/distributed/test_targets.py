@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from helpers.models import save_checkpoint
 from helpers.ranks import run_ranks
 from helpers.training import LR, STEPS, CausalLM, initial_factors, loader, make_strategy, make_trainer, tokens
-from lowrank_dist import NF4, AdapterCheckpoint, LoRA, convert_checkpoint
+from lowrank_dist import NF4, AdapterCheckpoint, LoRA, convert_checkpoint, merge_checkpoint
 from lowrank_dist.checkpoint_keys import peft_name
 from lowrank_dist.layers import FrozenWeight
 from lowrank_dist.zero3 import LiveMemory
@@ -162,7 +162,7 @@ def train_with_stock_peft(base: Path, case: Case, initial: Path) -> list[float]:
 )
 def test_unquantized(tmp_path: Path, name: str, world_size: int) -> None:
     """Step 0 is the original model; losses are those of stock PEFT on the same residual; the converted LoRA makes the
-    original model the trained one. fp32: only the order of sums differs.
+    original model the trained one, and so does merging. fp32: only the order of sums differs.
     """
     case = CASES[name]
     base, output = save_checkpoint(tmp_path / "base", case.architecture, **case.model), tmp_path / "out"
@@ -185,6 +185,9 @@ def test_unquantized(tmp_path: Path, name: str, world_size: int) -> None:
         assert set(stored) == set(peft_keys(converted))
         with torch.no_grad():
             torch.testing.assert_close(converted(input_ids=ids).logits, results[0]["last"], rtol=1e-4, atol=1e-4)
+    merged = AutoModelForCausalLM.from_pretrained(merge_checkpoint(checkpoint, tmp_path / "merged"))
+    with torch.no_grad():
+        torch.testing.assert_close(merged(input_ids=ids).logits, results[0]["last"], rtol=1e-4, atol=1e-4)
 
 
 def peft_keys(model: PeftModel) -> list[str]:

@@ -14,6 +14,7 @@ from lowrank_dist.checkpoint_io import (
     INDEX_NAME,
     CheckpointError,
     CheckpointReader,
+    Piece,
     read_ahead,
     resolve_checkpoint,
 )
@@ -106,6 +107,16 @@ def test_a_hub_id_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(CheckpointError, match="'someone/missing': neither a directory nor a model the hub"):
         resolve_checkpoint("someone/missing")
+
+
+def test_what_a_joined_name_stands_for(sharded: Path) -> None:
+    reader = CheckpointReader(sharded)
+    up, gate = (f"model.layers.0.mlp.{part}_proj.weight" for part in ("up", "gate"))
+    reader.join_stack("stack", [Piece(key=up), Piece(key=gate)], 2)
+    assert reader.pieces(up) == (Piece(key=up),)
+    assert reader.pieces("stack") == (Piece(key=up), Piece(key=gate))
+    assert reader.pieces(reader.entry("stack", 1)) == (Piece(key=gate),)
+    assert reader.pieces(reader.entry("stack", 0)) == (Piece(key=up),)
 
 
 def test_reading_ahead_keeps_the_order_and_the_bound() -> None:

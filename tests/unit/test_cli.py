@@ -17,7 +17,7 @@ from lowrank_dist import cli
 from lowrank_dist.cli import decompose
 from lowrank_dist.methods import METHODS
 
-COMMANDS = {"fit", "validate", "test", "decompose", "convert", "report", "demo"}
+COMMANDS = {"fit", "validate", "test", "decompose", "convert", "merge", "inspect", "report", "demo"}
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:

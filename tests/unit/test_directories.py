@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -14,7 +15,7 @@ import pytest
 
 import lowrank_dist.directories as directories
 from lowrank_dist.checkpoint_io import write_json
-from lowrank_dist.directories import atomic_directory, locked_directory, remove_directory, staging_of, sweep
+from lowrank_dist.directories import atomic_directory, check_free, exclusive, remove_directory, staging_of, sweep
 from lowrank_dist.errors import InputError
 
 
@@ -47,6 +48,22 @@ def test_a_killed_writer_leaves_no_half_directory(tmp_path: Path) -> None:
         write_json(staging / "a.json", {})
     assert os.listdir(tmp_path) == ["out"]
     assert os.listdir(tmp_path / "out") == ["a.json"]
+
+
+def test_a_second_writer_is_refused_and_disturbs_nothing(tmp_path: Path) -> None:
+    with atomic_directory(tmp_path / "out") as staging:
+        (staging / "part").touch()
+        with pytest.raises(InputError, match="another run is writing it"), atomic_directory(tmp_path / "out"):
+            raise AssertionError("two writers")
+        assert os.listdir(staging) == ["part"]
+    assert os.listdir(tmp_path / "out") == ["part"]
+
+
+def test_the_disk_is_the_one_that_the_target_will_be_on(tmp_path: Path) -> None:
+    target = tmp_path / "not" / "yet"
+    check_free(target, shutil.disk_usage(tmp_path).free // 2)
+    with pytest.raises(InputError, match=f"{target}: .* GB are needed, .* GB are free there"):
+        check_free(target, 2**60)
 
 
 def test_a_full_disk_leaves_the_previous_directory(tmp_path: Path) -> None:
@@ -123,10 +140,10 @@ def test_remains_are_swept(tmp_path: Path) -> None:
 
 def test_what_is_being_written_is_not_swept(tmp_path: Path) -> None:
     staging = staging_of(tmp_path / "out")
-    with locked_directory(staging):
+    with exclusive(staging):
         sweep(tmp_path)
         assert staging.exists()
-        with pytest.raises(InputError, match="another run is writing it"), locked_directory(staging):
+        with pytest.raises(InputError, match="another run is writing it"), exclusive(staging):
             pass
     sweep(tmp_path)
     assert not staging.exists()

@@ -47,8 +47,7 @@ from lowrank_dist.convert import (
     lora_config,
     to_lora,
 )
-from lowrank_dist.directories import flush_directory, locked_directory, put_in_place, staging_of
-from lowrank_dist.errors import InputError
+from lowrank_dist.directories import check_free, empty, exclusive, flush_directory, put_in_place, staging_of
 from lowrank_dist.materialize import Materialized
 from lowrank_dist.owners import assign_owners, gather_to_owners
 from lowrank_dist.residual import FileTensor
@@ -218,7 +217,7 @@ class CheckpointWriter:
                 with group.shared_errors():
                     if group.rank == 0:
                         directory.parent.mkdir(parents=True, exist_ok=True)
-                        stack.enter_context(locked_directory(staging))
+                        stack.enter_context(exclusive(staging))
                         self._begin(staging, files)
                 with group.shared_errors():
                     hashes = self._tensors(taken, files)
@@ -272,14 +271,8 @@ class CheckpointWriter:
         return parts
 
     def _begin(self, staging: Path, files: Mapping[str, TensorFiles]) -> None:
-        for path in staging.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        needed, free = sum(part.nbytes for part in files.values()), shutil.disk_usage(staging).free
-        if free < needed:
-            raise InputError(
-                f"{staging.parent}: a checkpoint needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free there; make "
-                "room, keep fewer (save_top_k) or choose another dirpath"
-            )
+        empty(staging)
+        check_free(staging.parent, sum(part.nbytes for part in files.values()))
         for part in files.values():
             part.directory.mkdir(exist_ok=True)
             part.create()

@@ -1,4 +1,4 @@
-"""The command line: ``lowrank-dist fit | validate | test | decompose | convert | report | demo``."""
+"""The command line: ``lowrank-dist fit | validate | test | decompose | convert | merge | inspect | report | demo``."""
 
 from __future__ import annotations
 
@@ -77,6 +77,35 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--output", required=True, help="directory to write; replaced where it exists")
     convert.set_defaults(run=_convert)
 
+    merge = commands.add_parser(
+        "merge",
+        help="write the original model with a checkpoint's adapter merged into it",
+        description="Write the original model with an adapter merged into it, as an ordinary Hugging Face checkpoint. "
+        "Memory for some blocks of rows is enough, whatever the model.",
+    )
+    merge.add_argument("checkpoint", help="directory that AdapterCheckpoint, convert or PEFT (LoRA) wrote")
+    merge.add_argument("--output", required=True, help="directory to write; complete or absent")
+    merge.add_argument("--overwrite", action="store_true", help="replace what is at --output")
+    merge.add_argument("--base", help="directory or hub id of the original model (default: what the checkpoint names)")
+    merge.add_argument("--revision", help="revision of a hub id")
+    merge.add_argument(
+        "--dtype", choices=["bfloat16", "float16", "float32"], help="of the output (default: that of the base)"
+    )
+    merge.add_argument(
+        "--max-shard-size", type=float, default=5.0, metavar="GB", help="of one file (default: %(default)s)"
+    )
+    merge.set_defaults(run=_merge)
+
+    inspect = commands.add_parser(
+        "inspect",
+        help="say what a directory or a cached hub id holds",
+        description="Say what a checkpoint, decomposed model, adapter, model or directory of these holds. Headers are "
+        "read, no weights.",
+    )
+    inspect.add_argument("path", help="directory, or hub id in the cache")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+    inspect.set_defaults(run=_inspect)
+
     report = commands.add_parser(
         "report",
         help="show what an initialisation did to every matrix",
@@ -105,6 +134,18 @@ def _convert(options: argparse.Namespace) -> int:
 
     print(convert_checkpoint(options.checkpoint, options.output))
     return 0
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from lowrank_dist.cli.merge import run
+
+    return run(options)
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from lowrank_dist.cli.inspect import run
+
+    return run(options)
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -1,0 +1,64 @@
+"""``lowrank-dist inspect``: a `lowrank_dist.inspection.Description` as a table or as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from lowrank_dist.inspection import Description, inspect
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run ``lowrank-dist inspect``. Returns the exit status."""
+    found = inspect(options.path)
+    print(json.dumps(found.as_dict(), indent=2) if options.json else as_table(found))
+    return 0
+
+
+def as_table(found: Description) -> str:
+    """One line per fact, then one per thing inside."""
+    facts = {"kind": found.kind, "written": _seconds(found.modified), **found.facts}
+    if "bytes" not in facts:
+        facts["bytes"] = found.nbytes
+    facts["complete"] = "yes" if found.complete else "no: " + "; ".join(found.problems)
+    width = max(map(len, facts))
+    lines = [found.path, *(f"  {name:<{width}}  {_value(name, value)}" for name, value in facts.items())]
+    if found.contents:
+        names = [Path(item.path).name for item in found.contents]
+        columns = [max(map(len, names)), max(len(item.kind) for item in found.contents)]
+        lines.append("")
+        for name, item in zip(names, found.contents, strict=True):
+            step = f"step {item.facts['step']}" if "step" in item.facts else ""
+            state = "" if item.complete else "incomplete: " + "; ".join(item.problems)
+            cells = [f"{name:<{columns[0]}}", f"{item.kind:<{columns[1]}}", _seconds(item.modified)]
+            lines.append("  " + "  ".join([*cells, f"{_bytes(item.nbytes):>10}", step, state]).rstrip())
+    return "\n".join(lines)
+
+
+def _value(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_value(name, inner)}" for key, inner in value.items())
+    if isinstance(value, list):  # names of layers: the last parts, and how often
+        count = Counter(str(item).rpartition(".")[2] for item in value)
+        return ", ".join(name if times == 1 else f"{name} ({times} times)" for name, times in count.items())
+    if name == "bytes":
+        return _bytes(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _seconds(iso: str) -> str:
+    return iso.partition(".")[0].replace("T", " ") + " UTC"
+
+
+def _bytes(count: int) -> str:
+    for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= factor:
+            return f"{count / factor:.2f} {unit}"
+    return f"{count} B"
