@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lowrank_dist.comm import ShardGroup
 from lowrank_dist.errors import InputError
+from lowrank_dist.exact import exact_sum
 from lowrank_dist.partition import FlatPartition, RowPartition
 from lowrank_dist.residual import Encoded, FileTensor, ReadFile, Storage, pad_rows
 
@@ -97,8 +98,8 @@ class NF4:
         Returns
         -------
         Encoded
-            Byte shards, and the dequantized rows in fp32. Double quantization issues two all-reduces (one scalar,
-            one of ``ceil(m n / (256 block_size))`` fp32); plain NF4 none.
+            Byte shards, and the dequantized rows in fp32. Double quantization issues two all-reduces (`exact_sum`'s
+            and one of ``ceil(m n / (256 block_size))`` fp32); plain NF4 none.
         """
         _bitsandbytes()
         rows = pad_rows(block, partition)
@@ -254,12 +255,12 @@ def _quantize_absmax(absmax: Tensor, partition: RowPartition, group: ShardGroup)
     codes
         ``[blocks_per_rank]`` uint8, row-sharded; padding has code 0.
     nested
-        ``[1 + ceil(blocks / 256)]`` fp32, replicated: the mean of all maxima (summed in fp64, so that it does not
+        ``[1 + ceil(blocks / 256)]`` fp32, replicated: the mean of all maxima (of their exact sum, so that it does not
         depend on the world size), then the second-level maxima.
     """
     first, last = partition.block_bounds(group.rank)
     real = absmax[: last - first]
-    offset = (group.sum(real.double().sum().reshape(1)) / partition.blocks).float()
+    offset = absmax.new_tensor([exact_sum(real, group) / partition.blocks])
     centred = real - offset
     second = torch.zeros(-(-partition.blocks // NESTED_BLOCK), dtype=torch.float32, device=absmax.device)
     index = torch.arange(first, last, device=absmax.device) // NESTED_BLOCK

@@ -33,7 +33,7 @@ LAYERS = [
     ["trailing"],
     ["linalg", "nf4"],
     ["convert", "tensor_files"],
-    ["residual"],
+    ["residual", "exact"],
     ["checkpoint_io", "comm", "partition"],
     ["errors", "report"],
 ]
