@@ -84,7 +84,9 @@ class NF4:
 
         blocks, per_rank = partition.blocks, partition.blocks_per_rank
         storages = {
-            "weight_packed": of_bytes(blocks, per_rank, self.block_size // 2),
+            "weight_packed": Storage(
+                numel=_packed_bytes(partition), shard_numel=per_rank * self.block_size // 2, dtype=torch.uint8
+            ),
             "weight_absmax": of_bytes(blocks, per_rank, 1 if self.double_quant else 4),
         }
         if self.double_quant:
@@ -157,9 +159,9 @@ class NF4:
     def files(self, partition: RowPartition, dtype: torch.dtype) -> dict[str, FileTensor]:
         """The serialization of bitsandbytes' ``Linear4bit``: codes, maxima, code books, a JSON of the rest."""
         uint8, fp32 = torch.uint8, torch.float32
-        numel, blocks = partition.rows * partition.columns, partition.blocks
+        blocks = partition.blocks
         files = {
-            "": FileTensor(shape=(-(-numel // 2), 1), dtype=uint8),
+            "": FileTensor(shape=(_packed_bytes(partition), 1), dtype=uint8),
             ".absmax": FileTensor(shape=(blocks,), dtype=uint8 if self.double_quant else fp32),
             ".quant_map": FileTensor(shape=(16,), dtype=fp32),
             QUANT_STATE: FileTensor(shape=(_STATE_BYTES,), dtype=uint8),
@@ -174,7 +176,7 @@ class NF4:
     ) -> Iterator[tuple[str, int, Tensor]]:
         first, last = partition.block_bounds(rank)
         start = first * self.block_size // 2
-        stop = min(last * self.block_size // 2, -(-partition.rows * partition.columns // 2))
+        stop = min(last * self.block_size // 2, _packed_bytes(partition))
         yield "", start, shards["weight_packed"][: stop - start]
         absmax = shards["weight_absmax"] if self.double_quant else shards["weight_absmax"].view(torch.float32)
         yield ".absmax", first, absmax[: last - first]
@@ -204,7 +206,7 @@ class NF4:
         first, last = partition.block_bounds(rank)
         storages = self.storages(partition)
         start = first * self.block_size // 2
-        stop = min(last * self.block_size // 2, -(-partition.rows * partition.columns // 2))
+        stop = min(last * self.block_size // 2, _packed_bytes(partition))
         shards = {
             "weight_packed": read("", start, stop),
             "weight_absmax": read(".absmax", first, last).view(torch.uint8),
@@ -226,6 +228,11 @@ def read_quant_state(values: Tensor) -> dict[str, Any]:
     """The JSON that bitsandbytes keeps beside a 4-bit weight (``<weight>.quant_state.bitsandbytes__nf4``)."""
     state: dict[str, Any] = json.loads(values.numpy().tobytes().decode())
     return state
+
+
+def _packed_bytes(partition: RowPartition) -> int:
+    """Bytes of the codes of the whole matrix: those that fill up the last block are padding."""
+    return -(-partition.rows * partition.columns // 2)
 
 
 def _nested_partition(partition: RowPartition) -> FlatPartition:

@@ -29,7 +29,7 @@ LAYERS = [
     ["walk"],
     ["skeleton", "experts", "layerwise"],
     ["zero3", "layers", "methods", "checkpoint_keys"],
-    ["norms"],
+    ["norms", "digest"],
     ["trailing"],
     ["linalg", "nf4"],
     ["convert", "tensor_files"],

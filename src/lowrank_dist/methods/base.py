@@ -98,12 +98,17 @@ class Decomposition:
         fitted to the encoded residual.
     svd
         The singular value decomposition that the factors come from, where there was one.
+    encoded_from
+        The residual is the encoded ``W - scaling * left @ right`` of these, holding `factor_dtype` values; zero for W
+        itself. None: of `factors`, or of W where the method starts at zero. With them a residual can be formed again
+        from W, without a decomposition (`lowrank_dist.restored`).
     """
 
     factors: Factors
     residual: Encoded
     ended_on: Literal["quantize", "decompose"] = "quantize"
     svd: SVD | None = None
+    encoded_from: Factors | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
