@@ -168,6 +168,7 @@ def measure(
         compute_dtype=compute_dtype,
         factor_dtype=factor_dtype,
         fp32_norms=fp32_norms,
+        digest=False,
         advance=advance,
     )
     to_device(backbone, partitioner.device)  # buffers

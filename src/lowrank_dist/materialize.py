@@ -8,8 +8,8 @@ whole matrix, and the ranks together read every byte once.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from lowrank_dist.checkpoint_io import CheckpointReader
 from lowrank_dist.comm import ShardGroup
+from lowrank_dist.digest import digest_sums, digests
 from lowrank_dist.experts import AdaptedParameter, put_factor
 from lowrank_dist.layers import CoredLinear, FrozenEmbedding, FrozenLinear, FrozenWeight
 from lowrank_dist.linalg import seed_from_name
@@ -41,12 +42,15 @@ class Materialized:
         This rank's shards of the factors before training (A0 and B0), by parameter name; CPU.
     experts
         How many experts share a factor, by parameter name, where it is more than one.
+    encoded_from
+        This rank's shards of the factors that the residual was encoded from, by parameter name, where these are neither
+        A0 and B0 nor none; CPU. Of experts that share a factor some may be those of A0 and B0.
     """
 
     report: InitReport
     initial: dict[str, Tensor]
     experts: dict[str, int]
-    encoded_from: dict[str, Tensor] = field(default_factory=dict)
+    encoded_from: dict[str, Tensor]
 
 
 def materialize(
@@ -61,6 +65,7 @@ def materialize(
     factor_dtype: torch.dtype,
     fp32_norms: bool = False,
     core: float | None = None,
+    digest: bool = True,
     advance: Callable[[int], object] = lambda _: None,
 ) -> Materialized:
     """Fill `backbone` (on meta, adapters injected) with ZeRO-3 parameters. Collective: all ranks of the group call it.
@@ -87,6 +92,8 @@ def materialize(
         Keep the weights of normalisation layers in fp32; their outputs are cast to `compute_dtype`.
     core
         Freeze A and B and train an ``r x r`` matrix between them, drawn with this standard deviation.
+    digest
+        Whether to take digests of the encoded residuals, for the report. One all-reduce for all of them.
     advance
         Called with the bytes of every tensor that is done (for a progress bar).
 
@@ -97,11 +104,17 @@ def materialize(
     """
     started = time.monotonic()
     filling = _Filling(backbone, reader, partitioner, residual, compute_dtype, factor_dtype, core, advance)
+    sums = []
     for matrix in decomposed:
+        if digest:
+            storages = residual.storages(matrix.partition)
+            sums.append(digest_sums(matrix.residual, storages, partitioner.group.rank).to(partitioner.device))
         filling.matrix(matrix)
     filling.parameters(plan.parameters, fp32_norms)
     filling.buffers(plan.buffers)
     report = filling.report
+    for of_matrix, text in zip(report.matrices, digests(sums, partitioner.group), strict=False):
+        of_matrix.digest = text
     order = {planned.name: index for index, planned in enumerate(plan.matrices)}
     report.matrices.sort(key=lambda matrix: order[matrix.name])
     frozen = [module for module in backbone.modules() if isinstance(module, FrozenWeight)]
@@ -113,7 +126,9 @@ def materialize(
     report.checkpoint_bytes = reader.nbytes
     report.world_size = partitioner.group.size
     report.seconds = time.monotonic() - started
-    return Materialized(report=report, initial=filling.initial, experts=filling.experts)
+    return Materialized(
+        report=report, initial=filling.initial, experts=filling.experts, encoded_from=filling.encoded_from
+    )
 
 
 class _Filling:
@@ -137,6 +152,7 @@ class _Filling:
         self.report = InitReport()
         self.initial: dict[str, Tensor] = {}
         self.experts: dict[str, int] = {}
+        self.encoded_from: dict[str, Tensor] = {}
         self._stacks: dict[str, _Stack] = {}
 
     # -- adapted weights ----------------------------------------------------------------------------------------
@@ -146,13 +162,15 @@ class _Filling:
 
         Experts of one parameter are collected until all are there; each costs one all-gather per factor.
         """
-        planned, residual, factors = matrix.planned, matrix.residual, matrix.factors
+        planned, residual = matrix.planned, matrix.residual
+        factors, encoded_from = matrix.factors, matrix.encoded_from
         self.report.matrices.append(matrix.report)
         if planned.expert is not None:
             stack = self._stacks.setdefault(planned.layer, _Stack(planned, self.group, self.factor_dtype))
             if not stack.add(matrix):
                 return
-            residual, factors = stack.residual(), self._stacks.pop(planned.layer).factors
+            residual, factors, encoded_from = stack.residual(), stack.factors, stack.encoded_from
+            del self._stacks[planned.layer]
             self.experts |= dict.fromkeys(planned.factor_names.values(), planned.experts)
         layer: Any = self.backbone.get_submodule(planned.layer)
         frozen = self.frozen(layer, matrix)
@@ -166,6 +184,10 @@ class _Filling:
             layer.base_layer = frozen
         for factor, name in planned.factor_names.items():
             self.factor(name, factors[factor])
+            if encoded_from:
+                padded = torch.zeros_like(self.initial[name])
+                padded[: encoded_from[factor].numel()] = encoded_from[factor]
+                self.encoded_from[name] = padded
         if self.core is not None:
             self.put_core(layer, planned)
         if planned.lookup:
@@ -280,6 +302,7 @@ class _Stack:
         self.group, self.dtype, self.experts = group, dtype, planned.experts
         self.shapes = factor_shapes(planned)
         self.factors: dict[str, Tensor] = {}
+        self.encoded_from: dict[str, Tensor] = {}  # empty while all residuals are encoded from `factors`
         self._residuals: dict[int, dict[str, Tensor]] = {}
 
     def add(self, matrix: DecomposedMatrix) -> bool:
@@ -287,7 +310,15 @@ class _Stack:
         expert = matrix.planned.expert
         assert expert is not None
         self._residuals[expert] = matrix.residual
-        for name, shard in matrix.factors.items():
+        if matrix.encoded_from and not self.encoded_from:
+            self.encoded_from = {name: stacked.clone() for name, stacked in self.factors.items()}
+        self._put(expert, matrix.factors, self.factors)
+        if self.encoded_from or matrix.encoded_from:
+            self._put(expert, matrix.encoded_from or matrix.factors, self.encoded_from)
+        return len(self._residuals) == self.experts
+
+    def _put(self, expert: int, factors: Mapping[str, Tensor], stacked: dict[str, Tensor]) -> None:
+        for name, shard in factors.items():
             one = FlatPartition(numel=torch.Size(self.shapes[name]).numel(), world_size=self.group.size)
             padded = shard.new_zeros(one.shard_numel)
             padded[: shard.numel()] = shard
@@ -295,10 +326,9 @@ class _Stack:
             start, stop = FlatPartition(numel=one.numel * self.experts, world_size=self.group.size).bounds(
                 self.group.rank
             )
-            if name not in self.factors:
-                self.factors[name] = torch.zeros(stop - start, dtype=self.dtype, device=shard.device)
-            put_factor(self.factors[name], start, whole, expert, self.experts, interleaved=name == "lora_B")
-        return len(self._residuals) == self.experts
+            if name not in stacked:
+                stacked[name] = torch.zeros(stop - start, dtype=self.dtype, device=shard.device)
+            put_factor(stacked[name], start, whole, expert, self.experts, interleaved=name == "lora_B")
 
     def residual(self) -> dict[str, Tensor]:
         """This rank's shards of all experts, one after the other, by storage name."""

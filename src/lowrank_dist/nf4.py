@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lowrank_dist.comm import ShardGroup
 from lowrank_dist.errors import InputError
+from lowrank_dist.exact import exact_sum
 from lowrank_dist.partition import FlatPartition, RowPartition
 from lowrank_dist.residual import Encoded, FileTensor, ReadFile, Storage, pad_rows
 
@@ -83,7 +84,9 @@ class NF4:
 
         blocks, per_rank = partition.blocks, partition.blocks_per_rank
         storages = {
-            "weight_packed": of_bytes(blocks, per_rank, self.block_size // 2),
+            "weight_packed": Storage(
+                numel=_packed_bytes(partition), shard_numel=per_rank * self.block_size // 2, dtype=torch.uint8
+            ),
             "weight_absmax": of_bytes(blocks, per_rank, 1 if self.double_quant else 4),
         }
         if self.double_quant:
@@ -97,8 +100,8 @@ class NF4:
         Returns
         -------
         Encoded
-            Byte shards, and the dequantized rows in fp32. Double quantization issues two all-reduces (one scalar,
-            one of ``ceil(m n / (256 block_size))`` fp32); plain NF4 none.
+            Byte shards, and the dequantized rows in fp32. Double quantization issues two all-reduces (`exact_sum`'s
+            and one of ``ceil(m n / (256 block_size))`` fp32); plain NF4 none.
         """
         _bitsandbytes()
         rows = pad_rows(block, partition)
@@ -156,9 +159,9 @@ class NF4:
     def files(self, partition: RowPartition, dtype: torch.dtype) -> dict[str, FileTensor]:
         """The serialization of bitsandbytes' ``Linear4bit``: codes, maxima, code books, a JSON of the rest."""
         uint8, fp32 = torch.uint8, torch.float32
-        numel, blocks = partition.rows * partition.columns, partition.blocks
+        blocks = partition.blocks
         files = {
-            "": FileTensor(shape=(-(-numel // 2), 1), dtype=uint8),
+            "": FileTensor(shape=(_packed_bytes(partition), 1), dtype=uint8),
             ".absmax": FileTensor(shape=(blocks,), dtype=uint8 if self.double_quant else fp32),
             ".quant_map": FileTensor(shape=(16,), dtype=fp32),
             QUANT_STATE: FileTensor(shape=(_STATE_BYTES,), dtype=uint8),
@@ -173,7 +176,7 @@ class NF4:
     ) -> Iterator[tuple[str, int, Tensor]]:
         first, last = partition.block_bounds(rank)
         start = first * self.block_size // 2
-        stop = min(last * self.block_size // 2, -(-partition.rows * partition.columns // 2))
+        stop = min(last * self.block_size // 2, _packed_bytes(partition))
         yield "", start, shards["weight_packed"][: stop - start]
         absmax = shards["weight_absmax"] if self.double_quant else shards["weight_absmax"].view(torch.float32)
         yield ".absmax", first, absmax[: last - first]
@@ -203,7 +206,7 @@ class NF4:
         first, last = partition.block_bounds(rank)
         storages = self.storages(partition)
         start = first * self.block_size // 2
-        stop = min(last * self.block_size // 2, -(-partition.rows * partition.columns // 2))
+        stop = min(last * self.block_size // 2, _packed_bytes(partition))
         shards = {
             "weight_packed": read("", start, stop),
             "weight_absmax": read(".absmax", first, last).view(torch.uint8),
@@ -225,6 +228,11 @@ def read_quant_state(values: Tensor) -> dict[str, Any]:
     """The JSON that bitsandbytes keeps beside a 4-bit weight (``<weight>.quant_state.bitsandbytes__nf4``)."""
     state: dict[str, Any] = json.loads(values.numpy().tobytes().decode())
     return state
+
+
+def _packed_bytes(partition: RowPartition) -> int:
+    """Bytes of the codes of the whole matrix: those that fill up the last block are padding."""
+    return -(-partition.rows * partition.columns // 2)
 
 
 def _nested_partition(partition: RowPartition) -> FlatPartition:
@@ -254,12 +262,12 @@ def _quantize_absmax(absmax: Tensor, partition: RowPartition, group: ShardGroup)
     codes
         ``[blocks_per_rank]`` uint8, row-sharded; padding has code 0.
     nested
-        ``[1 + ceil(blocks / 256)]`` fp32, replicated: the mean of all maxima (summed in fp64, so that it does not
+        ``[1 + ceil(blocks / 256)]`` fp32, replicated: the mean of all maxima (of their exact sum, so that it does not
         depend on the world size), then the second-level maxima.
     """
     first, last = partition.block_bounds(group.rank)
     real = absmax[: last - first]
-    offset = (group.sum(real.double().sum().reshape(1)) / partition.blocks).float()
+    offset = absmax.new_tensor([exact_sum(real, group) / partition.blocks])
     centred = real - offset
     second = torch.zeros(-(-partition.blocks // NESTED_BLOCK), dtype=torch.float32, device=absmax.device)
     index = torch.arange(first, last, device=absmax.device) // NESTED_BLOCK

@@ -46,6 +46,9 @@ class MatrixReport:
         Bytes of the matrix in the checkpoint.
     group_size : int
         Ranks that decomposed it together.
+    digest : str or None
+        Of the encoded residual (`lowrank_dist.digest`), the same on any number of ranks; None where there is no model
+        that holds it.
     """
 
     name: str
@@ -66,6 +69,7 @@ class MatrixReport:
     seconds: float = 0.0
     nbytes: int = 0
     group_size: int = 1
+    digest: str | None = None
 
     @property
     def error_reduction(self) -> float:

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from lowrank_dist.residual import ResidualFormat, Storage
 from lowrank_dist.skeleton import ModelError, Plan, PlannedMatrix
 
 FACTORS = ("lora_A", "lora_B")
+_ENCODED_FROM = {name: f"encoded_from.{name}" for name in FACTORS}  # among a matrix's shards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,9 @@ class DecomposedMatrix:
         This rank's flat shards of A ``[r, in]`` (``lora_A``) and B ``[out, r]`` (``lora_B``), possibly padded.
     report
         What was measured; the same on every rank but for `seconds`.
+    encoded_from
+        Flat shards, like `factors`, of those that the residual was encoded from, where
+        `lowrank_dist.methods.Decomposition` has them; else empty.
     """
 
     planned: PlannedMatrix
@@ -63,6 +67,7 @@ class DecomposedMatrix:
     residual: dict[str, Tensor]
     factors: dict[str, Tensor]
     report: MatrixReport
+    encoded_from: dict[str, Tensor] = field(default_factory=dict)
 
 
 def row_partition(planned: PlannedMatrix, residual: ResidualFormat, world_size: int) -> RowPartition:
@@ -197,6 +202,9 @@ class Walk:
             shards = decomposition.residual.shards | self._factor_shards(
                 planned, partition, decomposition.factors, group
             )
+            if decomposition.encoded_from is not None:
+                further = self._factor_shards(planned, partition, decomposition.encoded_from, group)
+                shards |= {_ENCODED_FROM[name]: shard for name, shard in further.items()}
             self._measure(matrix, decomposition, measured)
         return shards, measured
 
@@ -238,6 +246,7 @@ class Walk:
             out[len(_MEASURES) : len(_MEASURES) + matrix.rank] = svd.s
         if not residual.exact:
             found["ended_on"] = float(ENDS.index(decomposition.ended_on))
+        found["encoded_from"] = float(decomposition.encoded_from is not None)
         out[: len(_MEASURES)] = torch.tensor([found.get(name, math.nan) for name in _MEASURES])
 
     def _errors(self, matrix: Matrix, decomposition: Decomposition) -> Iterator[Tensor]:
@@ -261,15 +270,18 @@ class Walk:
         whole = batch.group_size == self.group.size
         every, parts = measured[None], [dict(shards)]
         if not whole:
-            every = self.group.gather_equal(every.to(self.group.device)).cpu()
-            layouts = [self._layout(planned, batch.group_size) for planned in batch.matrices]
+            # one row for each matrix: of the first of the ranks that had it
+            every = self.group.gather_equal(every.to(self.group.device)).cpu()[:: batch.group_size]
+            flags = every[:, _MEASURES.index("encoded_from")].tolist()
+            layouts = [
+                self._layout(planned, batch.group_size, encoded_from=flag == 1)
+                for planned, flag in zip(batch.matrices, flags, strict=False)
+            ]
             parts = redistribute(shards, layouts, batch.group_size, self.group)
         for index, (planned, mine) in enumerate(zip(batch.matrices, parts, strict=True)):
-            values = [
-                value if math.isfinite(value) else None
-                for value in every[0 if whole else index * batch.group_size].tolist()
-            ]
+            values = [value if math.isfinite(value) else None for value in every[index].tolist()]
             measures: dict[str, Any] = dict(zip(_MEASURES, values, strict=False))
+            del measures["encoded_from"]
             if measures["ended_on"] is not None:
                 measures["ended_on"] = ENDS[int(measures["ended_on"])]
             spectrum = values[len(_MEASURES) : len(_MEASURES) + planned.rank]
@@ -277,8 +289,9 @@ class Walk:
             yield DecomposedMatrix(
                 planned=planned,
                 partition=row_partition(planned, self.residual, self.group.size),
-                residual={name: shard for name, shard in mine.items() if name not in FACTORS},
+                residual={name: mine[name] for name in self._storages(planned, self.group.size)},
                 factors={name: mine[name] for name in FACTORS},
+                encoded_from={name: mine[key] for name, key in _ENCODED_FROM.items() if key in mine},
                 report=MatrixReport(
                     name=planned.name,
                     rows=planned.rows,
@@ -291,14 +304,23 @@ class Walk:
                 ),
             )
 
-    def _layout(self, planned: PlannedMatrix, group_size: int) -> dict[str, tuple[Storage, Storage]]:
+    def _storages(self, planned: PlannedMatrix, size: int) -> dict[str, Storage]:
+        """The tensors of the encoded residual as `size` ranks cut them."""
+        return dict(self.residual.storages(row_partition(planned, self.residual, size)))
+
+    def _layout(
+        self, planned: PlannedMatrix, group_size: int, *, encoded_from: bool
+    ) -> dict[str, tuple[Storage, Storage]]:
         """Every flat tensor of a decomposed matrix, as a group of `group_size` ranks and as all ranks cut it."""
         both = []
         for size in (group_size, self.group.size):
-            storages = dict(self.residual.storages(row_partition(planned, self.residual, size)))
+            storages = self._storages(planned, size)
             for name, shape in factor_shapes(planned).items():
                 flat = FlatPartition(numel=shape[0] * shape[1], world_size=size)
-                storages[name] = Storage(numel=flat.numel, shard_numel=flat.shard_numel, dtype=self.factor_dtype)
+                of_factor = Storage(numel=flat.numel, shard_numel=flat.shard_numel, dtype=self.factor_dtype)
+                storages[name] = of_factor
+                if encoded_from:
+                    storages[_ENCODED_FROM[name]] = of_factor
             both.append(storages)
         return {name: (storage, both[1][name]) for name, storage in both[0].items()}
 
@@ -315,6 +337,7 @@ _MEASURES = (
     "captured_energy",
     "excess_residual",
     "ended_on",
+    "encoded_from",  # whether there are such factors
 )
 
 

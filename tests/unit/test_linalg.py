@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from lowrank_dist import NF4, LoftQ, PiSSA
 from lowrank_dist.comm import ShardGroup
-from lowrank_dist.linalg import SVD, orthonormalize, randomized_svd, seed_from_name
+from lowrank_dist.linalg import SVD, minus_product, orthonormalize, randomized_svd, seed_from_name
 from lowrank_dist.methods.base import Matrix, residual_block
 from lowrank_dist.partition import RowPartition
 
@@ -315,6 +316,43 @@ def test_signs_do_not_depend_on_the_seed() -> None:
 def test_seeds_depend_on_the_name_alone() -> None:
     assert seed_from_name("a") == seed_from_name("a")
     assert len({seed_from_name("a"), seed_from_name("b"), seed_from_name("a", 1)}) == 3
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    rows=st.integers(1, 800),
+    columns=st.integers(1, 150),
+    rank=st.integers(1, 40),
+    scaling=st.sampled_from([1.0, 0.3, 2.0]),
+    transposed=st.booleans(),
+    data=st.data(),
+)
+def test_a_product_is_subtracted_with_the_same_bits_however_rows_are_cut(
+    rows: int, columns: int, rank: int, scaling: float, transposed: bool, data: st.DataObject
+) -> None:
+    """Cut anywhere, ranks without rows included; against fp64 within the bound of r + 3 roundings of what is added."""
+    generator = torch.Generator().manual_seed(rows * 1000 + columns)
+    block, left = (torch.randn(rows, k, generator=generator) for k in (columns, rank))
+    right = torch.randn(columns, rank, generator=generator).mT
+    right = right if transposed else right.contiguous()
+    whole = minus_product(block, left, right, scaling=scaling, rows=rows, start=0)
+    cuts = sorted([0, rows, *data.draw(st.lists(st.integers(0, rows), max_size=5))])
+    for start, stop in itertools.pairwise(cuts):
+        # a layout of their own: factors arrive as slices, or transposed
+        part = left.mT.contiguous().mT[start:stop] if transposed else left[start:stop].clone()
+        mine = minus_product(block[start:stop], part, right.clone(), scaling=scaling, rows=rows, start=start)
+        assert torch.equal(mine, whole[start:stop])
+    exact = block.double() - scaling * left.double() @ right.double()
+    bound = 6e-8 * (rank + 3) * (block.abs() + scaling * left.abs() @ right.abs())
+    assert bool(((whole - exact).abs() <= bound).all())
+
+
+def test_nothing_subtracted_is_the_matrix_itself() -> None:
+    """Also its negative zeros, which ``W - 0`` would lose."""
+    block = torch.tensor([[-0.0, 1.0], [0.0, -2.0]])
+    same = minus_product(block, torch.ones(2, 1), torch.zeros(1, 2), scaling=1.0, rows=2, start=0)
+    assert torch.equal(same.view(torch.int32), block.view(torch.int32))
+    assert same.data_ptr() != block.data_ptr()
 
 
 def test_rank_above_the_short_side_is_refused() -> None:

@@ -47,7 +47,7 @@ def test_shards_are_the_bytes_of_the_whole(rows: int, columns: int, world_size: 
 
 @pytest.mark.parametrize(("rows", "columns"), [(64, 64), (300, 128), (576, 1536), (37, 36)])
 def test_double_quantization_has_bitsandbytes_codes(rows: int, columns: int) -> None:
-    """The offset is the mean of all maxima, summed in fp64 here and in fp32 there (in the device's own order): one unit
+    """The offset is the mean of all maxima, summed exactly here and in fp32 there (in the device's own order): one unit
     of rounding apart. Given the offset, everything is equal bit for bit.
     """
     w = weight(rows, columns)

@@ -114,7 +114,7 @@ def check_source(checkpoint: TrainingCheckpoint, fingerprint: str) -> None:
 def check_residual(checkpoint: TrainingCheckpoint, report: InitReport) -> None:
     """Raise CheckpointError where a residual is not, bit for bit, the one that the checkpoint was trained with."""
     expected = {matrix["name"]: matrix.get("digest") for matrix in checkpoint.manifest["matrices"]}
-    wrong = [m.name for m in report.matrices if expected.get(m.name) != getattr(m, "digest", None)]
+    wrong = [m.name for m in report.matrices if expected.get(m.name) != m.digest]
     if wrong:
         raise CheckpointError(
             f"{checkpoint.directory}: the frozen residual of {wrong[0]} ({len(wrong)} of {len(report.matrices)} "

@@ -6,6 +6,15 @@ data, rank 0 decides for all.
 
 from lowrank_dist.linalg.krylov import SVD, randomized_svd, seed_from_name
 from lowrank_dist.linalg.orthonormal import orthonormalize, row_signs
-from lowrank_dist.linalg.precision import full_fp32, squared_norm
+from lowrank_dist.linalg.precision import full_fp32, minus_product, squared_norm
 
-__all__ = ["SVD", "full_fp32", "orthonormalize", "randomized_svd", "row_signs", "seed_from_name", "squared_norm"]
+__all__ = [
+    "SVD",
+    "full_fp32",
+    "minus_product",
+    "orthonormalize",
+    "randomized_svd",
+    "row_signs",
+    "seed_from_name",
+    "squared_norm",
+]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowrank_dist.comm import ShardGroup
-from lowrank_dist.linalg import SVD, full_fp32
+from lowrank_dist.linalg import SVD, minus_product
 from lowrank_dist.partition import RowPartition
 from lowrank_dist.residual import Encoded, ResidualFormat
 
@@ -98,12 +98,17 @@ class Decomposition:
         fitted to the encoded residual.
     svd
         The singular value decomposition that the factors come from, where there was one.
+    encoded_from
+        The residual is the encoded ``W - scaling * left @ right`` of these, holding `factor_dtype` values; zero for W
+        itself. None: of `factors`, or of W where the method starts at zero. With them a residual can be formed again
+        from W, without a decomposition (`lowrank_dist.restored`).
     """
 
     factors: Factors
     residual: Encoded
     ended_on: Literal["quantize", "decompose"] = "quantize"
     svd: SVD | None = None
+    encoded_from: Factors | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +176,11 @@ class Method(ABC):
 
 
 def residual_block(matrix: Matrix, factors: Factors) -> Tensor:
-    """This rank's rows of ``W - scaling * left @ right`` in true fp32, ``[m_p, n]``; nothing is communicated."""
-    with full_fp32():
-        return torch.addmm(matrix.block, factors.left, factors.right, alpha=-matrix.scaling)
+    """This rank's rows of ``W - scaling * left @ right``, ``[m_p, n]`` fp32; see `lowrank_dist.linalg.minus_product`.
+
+    The same bits whatever the number of ranks, so that a residual can be formed again on another one.
+    """
+    start, _ = matrix.partition.bounds(matrix.group.rank)
+    return minus_product(
+        matrix.block, factors.left, factors.right, scaling=matrix.scaling, rows=matrix.partition.rows, start=start
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lowrank_dist.errors import InputError
-from lowrank_dist.methods.base import Decomposition, Matrix, residual_block
+from lowrank_dist.methods.base import Decomposition, Factors, Matrix, residual_block
 from lowrank_dist.methods.principal import AlternatingMethod, told
 from lowrank_dist.residual import ResidualFormat
 
@@ -38,8 +38,15 @@ class LoftQ(AlternatingMethod):
     def decompose(self, matrix: Matrix, residual: ResidualFormat) -> Decomposition:
         encoded = residual.encode(matrix.block, matrix.partition, matrix.group)
         factors, first = self.principal_factors(matrix, matrix.block - encoded.decoded)
-        svd = first
+        svd, encoded_from = first, Factors(left=factors.left * 0, right=factors.right * 0)
         for _ in range(self.quantization_iterations - 1):
+            encoded_from = factors
             encoded = residual.encode(residual_block(matrix, factors), matrix.partition, matrix.group)
             factors, svd = self.refined_factors(matrix, matrix.block - encoded.decoded, svd)
-        return Decomposition(factors=factors, residual=encoded, ended_on="decompose", svd=told(svd, first))
+        return Decomposition(
+            factors=factors,
+            residual=encoded,
+            ended_on="decompose",
+            svd=told(svd, first),
+            encoded_from=encoded_from,
+        )

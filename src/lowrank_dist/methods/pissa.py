@@ -56,7 +56,13 @@ class PiSSA(AlternatingMethod):
             refitted, last = self.refined_factors(matrix, matrix.block - encoded.decoded, svd)
             kept, refit = self.errors(matrix, encoded, factors, refitted)
             if refit < kept:
-                return Decomposition(factors=refitted, residual=encoded, ended_on="decompose", svd=told(last, first))
+                return Decomposition(
+                    factors=refitted,
+                    residual=encoded,
+                    ended_on="decompose",
+                    svd=told(last, first),
+                    encoded_from=factors,
+                )
         return Decomposition(factors=factors, residual=encoded, svd=told(svd, first))
 
     @property
