@@ -33,6 +33,7 @@ LAYERS = [
     ["trailing"],
     ["linalg", "nf4"],
     ["convert", "tensor_files"],
+    ["truncate"],
     ["residual"],
     ["checkpoint_io", "comm", "partition"],
     ["errors", "report"],
