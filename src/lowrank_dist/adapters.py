@@ -84,6 +84,8 @@ class AdapterWriter:
             "starts_at_zero": starts_at_zero,
             "adapter_is_for": "the residual" if not starts_at_zero else "the base",
             "experts": {peft_name(name): count for name, count in materialized.experts.items()},
+            # under target_parameters PEFT nests layers, whose names in the file do not say what they adapt
+            "parameters": {peft_name(name): weight for name, weight in materialized.parameters.items()},
             "matrices": [m.as_dict() for m in materialized.report.matrices],
         }
 
