@@ -12,10 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowrank_dist import __version__
+from lowrank_dist.adapter_files import ADAPTER_DIR, INITIAL_DIR, LORA_DIR, MANIFEST, write_adapter
 from lowrank_dist.checkpoint_io import atomic_directory, write_json
 from lowrank_dist.checkpoint_keys import peft_name
 from lowrank_dist.comm import ShardGroup
-from lowrank_dist.convert import ADAPTER_DIR, INITIAL_DIR, LORA_DIR, MANIFEST, lora_config, to_lora, write_adapter
+from lowrank_dist.exact_lora import lora_config, to_lora
 from lowrank_dist.materialize import Materialized
 from lowrank_dist.zero3 import gather_to_cpu, whole_shape
 

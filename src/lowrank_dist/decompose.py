@@ -23,6 +23,7 @@ import torch
 from peft import LoraConfig
 
 from lowrank_dist import __version__
+from lowrank_dist.adapter_files import MANIFEST, WEIGHTS
 from lowrank_dist.checkpoint_io import (
     CheckpointError,
     flush_directory,
@@ -30,7 +31,6 @@ from lowrank_dist.checkpoint_io import (
     staging_of,
     write_json,
 )
-from lowrank_dist.convert import MANIFEST, WEIGHTS
 from lowrank_dist.decomposed import factor_keys
 from lowrank_dist.errors import InputError
 from lowrank_dist.nf4 import NF4
@@ -39,7 +39,7 @@ from lowrank_dist.planner import Sharding, scheduled
 from lowrank_dist.report import MatrixReport
 from lowrank_dist.residual import FileTensor
 from lowrank_dist.skeleton import ModelError, Plan, plain_name
-from lowrank_dist.tensor_files import CODES, TensorFiles
+from lowrank_dist.tensor_files import DTYPES, TensorFiles
 from lowrank_dist.walk import DecomposedMatrix, Walk, check_finite, factor_shapes, row_partition
 
 FORMAT = 2  # of the manifest and of what the fingerprint covers
@@ -47,8 +47,6 @@ JOURNAL, LOCK = "journal.jsonl", "lock"
 FLUSH_BYTES = 64 * 2**20  # of the source, between two entries of the journal
 COPY_BYTES = 64 * 2**20  # of a tensor that is copied as it is, at a time
 _SAMPLES, _SAMPLE_BYTES = 16, 2**16
-
-_DTYPES = {code: dtype for dtype, code in CODES.items()}
 
 
 def fingerprint(walk: Walk, plan: Plan) -> str:
@@ -211,9 +209,9 @@ class _Writer:
 
     def _dtype(self, name: str) -> torch.dtype:
         code = self.reader.info(name).dtype
-        if code not in _DTYPES:
-            raise CheckpointError(f"{name}: stored as {code}; only {', '.join(_DTYPES)} can be copied")
-        return _DTYPES[code]
+        if code not in DTYPES:
+            raise CheckpointError(f"{name}: stored as {code}; only {', '.join(DTYPES)} can be copied")
+        return DTYPES[code]
 
     @contextmanager
     def locked(self) -> Iterator[None]:
