@@ -9,15 +9,8 @@ from typing import Any
 
 from peft import LoraConfig
 
+from lowrank_dist.adapter_files import ADAPTER_DIR, CONFIG, INITIAL_DIR, MANIFEST, WEIGHTS, read_manifest
 from lowrank_dist.checkpoint_io import FLOAT_DTYPES, CheckpointError, CheckpointReader
-from lowrank_dist.convert import (
-    ADAPTER_DIR,
-    CONFIG,
-    INITIAL_DIR,
-    MANIFEST,
-    WEIGHTS,
-    read_manifest,
-)
 
 # initialisations of PEFT that leave the base as it is: the adapter is for the base
 _FOR_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")

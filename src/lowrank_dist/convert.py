@@ -1,164 +1,86 @@
-"""PiSSA to LoRA: from an adapter for the residual to an ordinary LoRA for the original model.
+"""PiSSA to LoRA: what a checkpoint's adapter stands for, as an ordinary LoRA for the original model.
 
-Let the trained model compute ``W_res + s B A`` with ``W_res = W - s B_0 A_0``, s the scaling and ``A_0, B_0`` the
-factors before training. Then ::
-
-    W_res + s B A = W + s (B A - B_0 A_0) = W + s [B | -B_0] [A; A_0],
-
-a LoRA of rank 2r on W with the same scaling ([PiSSA], appendix on conversion; PEFT's
-``path_initial_model_for_weight_conversion`` does the same). The scaling is ``alpha / r``, so alpha doubles with r; with
-rsLoRA it is ``alpha / sqrt(r)`` and alpha grows by ``sqrt(2)``. Where the residual is quantized the model computes
-``Q(W_res) + s B A``, and the identity leaves out ``Q(W_res) - W_res``, which the checkpoint's manifest records.
-
-Pure functions on CPU tensors; no trainer, no process group.
+Exact (`lowrank_dist.exact_lora`), or truncated to a lower rank (`lowrank_dist.truncate`). CPU; no trainer, no process
+group.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import os
-from collections.abc import Mapping
+import sys
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
+from tqdm import tqdm
 
-from lowrank_dist.checkpoint_io import CheckpointError, write_json, write_tensors
+from lowrank_dist.adapter_files import ADAPTER_DIR, INITIAL_DIR, MANIFEST, WEIGHTS, changed_config, whole_tensor
+from lowrank_dist.checkpoint_io import CheckpointError, write_json
 from lowrank_dist.directories import atomic_directory
+from lowrank_dist.errors import InputError
+from lowrank_dist.exact_lora import ExactLora, LoraModule
+from lowrank_dist.residual import FileTensor
+from lowrank_dist.tensor_files import DTYPES, TensorFiles
+from lowrank_dist.truncate import EnergyKept, energy_kept, singular_values, truncate
 
-if TYPE_CHECKING:
-    from peft import LoraConfig
-
-ADAPTER_DIR = "adapter"  # trained A and B, for the residual
-INITIAL_DIR = "adapter_init"  # A_0 and B_0
-LORA_DIR = "lora"  # converted, for the original model
-MANIFEST = "lowrank_dist.json"
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
-
-
-CORE = ".core"  # LoRA-XS: the trained matrix between frozen factors
-
-A_NAMES = (".lora_A.weight", ".lora_embedding_A")
-B_NAMES = (".lora_B.weight", ".lora_embedding_B")
+# vLLM's --max-lora-rank, the size of its buffers, is one of these; an adapter's rank may be smaller, but is the same
+# for all modules
+SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
-def to_lora(
-    adapter: Mapping[str, Tensor], initial: Mapping[str, Tensor], experts: Mapping[str, int] | None = None
-) -> dict[str, Tensor]:
-    """Factors of the rank-2r LoRA ``[A; A_0]``, ``[B | -B_0]``.
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What `convert_checkpoint` wrote.
 
-    Parameters
+    Attributes
     ----------
-    adapter
-        Trained tensors under PEFT's names: ``....lora_A.weight`` ``[r, in]``, ``....lora_B.weight`` ``[out, r]``
-        (``lora_embedding_A`` and ``_B`` of embeddings), and whole modules (``modules_to_save``), which are passed
-        through.
-    initial
-        ``A_0`` and ``B_0`` under the same names.
-    experts
-        How many experts share a tensor, by name, where it is more than one: ``[experts * r, in]`` with one expert after
-        the other, ``[out, r * experts]`` with the experts interleaved, as PEFT lays them out.
-
-    Returns
-    -------
-    dict
-        ``[2r, in]`` and ``[out, 2r]`` under the same names, same dtypes.
-
-    Raises
-    ------
-    ValueError
-        Where a factor has no counterpart in `initial` or another shape there.
+    path
+        The directory.
+    rank
+        Of the LoRA; the largest, where its modules differ.
+    exact_rank
+        Of the exact LoRA; the largest.
+    uniform
+        All modules have the same rank and scaling.
+    energy
+        What is kept of the exact update; None where no rank was asked for.
+    spectra
+        Singular values of every matrix of the exact update, scaling included, descending, fp64. Empty where nothing
+        needed them: the LoRA is exact, not rounded, and of a rank that servers take.
     """
-    converted = {}
-    for name, tensor in adapter.items():
-        if not name.endswith(A_NAMES + B_NAMES):
-            converted[name] = tensor
-            continue
-        start = initial.get(name)
-        if start is None or start.shape != tensor.shape:
-            found = "is missing" if start is None else f"has shape {list(start.shape)}"
-            raise ValueError(
-                f"{name} {list(tensor.shape)}: its initial value {found}; adapter and adapter_init must be of one run"
-            )
-        if name.endswith(A_NAMES):
-            stacks = [t.reshape((experts or {}).get(name, 1), -1, t.shape[1]) for t in (tensor, start)]
-            converted[name] = torch.cat(stacks, dim=1).flatten(0, 1)
-        else:
-            converted[name] = torch.cat([tensor, -start], dim=1)
-    return converted
+
+    path: Path
+    rank: int
+    exact_rank: int
+    uniform: bool
+    energy: EnergyKept | None
+    spectra: dict[str, Tensor]
+
+    @property
+    def alternatives(self) -> dict[int, EnergyKept]:
+        """Where servers do not take the rank: the nearest ones that they take and truncation gives; what those keep."""
+        if not self.spectra or _served(self.rank, self.uniform):
+            return {}
+        below = [rank for rank in SERVED_RANKS if rank <= self.rank][-1:]
+        above = [rank for rank in SERVED_RANKS if self.rank < rank <= self.exact_rank][:1]
+        same = [] if self.uniform else [self.rank]
+        return {rank: energy_kept(self.spectra, rank) for rank in sorted({*below, *same, *above})}
 
 
-def fold_cores(adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The LoRA that stands for factors with a core between them: ``B R`` in the place of B and R."""
-    folded = {name: tensor for name, tensor in adapter.items() if not name.endswith(CORE)}
-    for name in adapter.keys() - folded.keys():
-        b, core = name.removesuffix(CORE) + ".weight", adapter[name]
-        folded[b] = (adapter[b].float() @ core.float()).to(core.dtype)
-    return folded
-
-
-def lora_config(config: LoraConfig) -> LoraConfig:
-    """PEFT configuration of the converted adapter: r doubled everywhere, the scaling of every module unchanged."""
-    from peft import LoraConfig
-
-    grow = math.sqrt(2) if config.use_rslora else 2
-    values = config.to_dict()
-    values.update(
-        r=2 * config.r,
-        lora_alpha=config.lora_alpha * grow,
-        rank_pattern={name: 2 * rank for name, rank in (config.rank_pattern or {}).items()},
-        alpha_pattern={name: alpha * grow for name, alpha in (config.alpha_pattern or {}).items()},
-        init_lora_weights=True,
-        inference_mode=True,
-    )
-    for derived in ("peft_type", "auto_mapping", "peft_version"):
-        values.pop(derived, None)
-    return LoraConfig(**values)
-
-
-def write_adapter(directory: Path, tensors: Mapping[str, Tensor], config: LoraConfig) -> None:
-    """``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT writes them, in `directory`."""
-    if not tensors:
-        raise ValueError(f"{directory}: refusing to write an adapter without tensors")
-    directory.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(str(directory))
-    write_tensors(directory / WEIGHTS, tensors)
-
-
-def read_adapter(directory: Path) -> tuple[dict[str, Tensor], LoraConfig]:
-    """Tensors and configuration of a LoRA adapter written by PEFT or `write_adapter`."""
-    from peft import LoraConfig
-
-    for file in (CONFIG, WEIGHTS):
-        if not (directory / file).is_file():
-            raise CheckpointError(f"{directory}: holds no {file}; pass a directory that an adapter was saved to")
-    try:
-        tensors = load_file(directory / WEIGHTS)
-        values = json.loads((directory / CONFIG).read_text())
-    except (SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{directory}: cannot be read ({error}); it is truncated or no adapter") from error
-    config = LoraConfig.from_peft_type(**values)
-    if not isinstance(config, LoraConfig):
-        raise CheckpointError(f"{directory}: a {config.peft_type} adapter, not a LoRA")
-    return tensors, config
-
-
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint directory."""
-    path = checkpoint / MANIFEST
-    if not path.is_file():
-        raise CheckpointError(f"{checkpoint}: holds no {MANIFEST}; pass a directory that AdapterCheckpoint wrote")
-    manifest: dict[str, Any] = json.loads(path.read_text())
-    return manifest
-
-
-def convert_checkpoint(checkpoint: str | os.PathLike[str], output: str | os.PathLike[str]) -> Path:
+def convert_checkpoint(
+    checkpoint: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    rank: int | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool = False,
+) -> Conversion:
     """Write the LoRA for the original model that a checkpoint's adapter stands for.
+
+    Factors are read, converted and written module by module: host memory holds those of one, and their fp64 copies.
 
     Parameters
     ----------
@@ -166,19 +88,146 @@ def convert_checkpoint(checkpoint: str | os.PathLike[str], output: str | os.Path
         Directory that `lowrank_dist.callbacks.AdapterCheckpoint` wrote.
     output
         Directory to write: a PEFT adapter plus the manifest. Complete or absent.
+    rank
+        Truncate the update of every matrix to this rank, the best way there is (`lowrank_dist.truncate.truncate`). All
+        modules then have this rank and a scaling of 1: ``rank_pattern``, ``alpha_pattern`` and rsLoRA are folded into
+        the factors, and those of modules with a smaller rank are filled up with zeros. None: the exact LoRA, of rank
+        2r, or r where the method starts at zero, with the patterns of its configuration.
+    dtype
+        Of the written factors; None: that of the checkpoint's. Whole modules keep theirs. Where this rounds
+        ``[A; A_0]`` and ``[B | -B_0]``, the singular vectors of their product are written in their place, at the same
+        rank: rounded, they make an error in proportion to the update, not to the much larger products it is the
+        difference of.
+    progress
+        Show a progress bar on standard error where singular values are computed.
 
-    Returns
-    -------
-    Path
-        `output`.
+    Raises
+    ------
+    InputError
+        Where `rank` is below 1 or above that of the exact LoRA, where `dtype` cannot hold the factors, where `output`
+        is the checkpoint itself, a directory around it, or one that the LoRA is made from.
+    CheckpointError
+        Where `checkpoint` is none, is damaged, or holds NaN or infinity.
     """
     checkpoint, output = Path(checkpoint), Path(output)
-    manifest = read_manifest(checkpoint)
-    adapter, config = read_adapter(checkpoint / ADAPTER_DIR)
-    if not manifest["starts_at_zero"]:
-        initial, _ = read_adapter(checkpoint / INITIAL_DIR)
-        adapter, config = to_lora(adapter, initial, manifest.get("experts")), lora_config(config)
+    lora = ExactLora(checkpoint)
+    if rank is not None:
+        _check_rank(rank, lora)
+    source = checkpoint.resolve()
+    if output.resolve() in (source, *source.parents, source / ADAPTER_DIR, source / INITIAL_DIR):
+        raise InputError(
+            f"{output}: the LoRA would replace what it is made from, {checkpoint}; choose another directory"
+        )
+    tensors = _layout(lora, rank, dtype)
+    refactor = rank is not None or (lora.cancels and _rounds(lora, tensors))
+    written, uniform = rank or lora.rank, rank is not None or lora.uniform
+    measure = lora.scalings_known and not _served(written, uniform)
+    spectra: dict[str, Tensor] = {}
     with atomic_directory(output) as staging:
-        write_adapter(staging, adapter, config)
-        write_json(staging / MANIFEST, manifest)
-    return output
+        with closing(TensorFiles(staging, tensors, stem=Path(WEIGHTS).stem, max_bytes=sys.maxsize)) as files:
+            files.create()
+            for name in lora.whole:
+                files.write(name, 0, whole_tensor(lora.trained, name).flatten())
+            hide = not (progress and (refactor or measure))
+            for module in tqdm(lora.modules, desc="Truncating", unit="module", disable=hide):
+                factors = lora.factors(module)
+                if refactor:
+                    factors, values = _truncated(module, factors, rank)
+                elif measure:
+                    pairs = module.split(*factors)
+                    values = [singular_values(a, b, scaling=module.scaling) for a, b in pairs]
+                else:
+                    values = []
+                if lora.scalings_known:
+                    spectra.update(zip(module.matrices, values, strict=False))
+                for name, factor in zip((module.a, module.b), factors, strict=True):
+                    files.write(name, 0, _rounded(name, factor, tensors[name].dtype).flatten())
+        energy = None if rank is None else energy_kept(spectra, rank)
+        config = lora.config
+        if rank is not None:
+            config = changed_config(
+                config, r=rank, lora_alpha=rank, use_rslora=False, rank_pattern={}, alpha_pattern={}
+            )
+        config.save_pretrained(str(staging))
+        write_json(staging / MANIFEST, _manifest(lora, written, energy))
+    return Conversion(
+        path=output,
+        rank=written,
+        exact_rank=lora.rank,
+        uniform=uniform,
+        energy=energy,
+        spectra=spectra,
+    )
+
+
+def _served(rank: int, uniform: bool) -> bool:
+    return uniform and rank in SERVED_RANKS
+
+
+def _check_rank(rank: int, lora: ExactLora) -> None:
+    if not 1 <= rank <= lora.rank:
+        raise InputError(
+            f"rank={rank}: the exact LoRA has rank {lora.rank}; choose one from 1 to {lora.rank}, or leave it out for "
+            "the exact LoRA"
+        )
+    if not lora.scalings_known:
+        raise CheckpointError(
+            f"rank={rank}: the checkpoint does not say which factors belong to which of the parameters "
+            f"{', '.join(lora.config.target_parameters)}, and alpha_pattern gives them scalings of their own; leave "
+            "the rank out"
+        )
+
+
+def _layout(lora: ExactLora, rank: int | None, dtype: torch.dtype | None) -> dict[str, FileTensor]:
+    """Shape and dtype of what is written, in the order in which safetensors writes it."""
+    tensors = {
+        name: FileTensor(shape=lora.trained.info(name).shape, dtype=_stored_dtype(lora, name)) for name in lora.trained
+    }
+    for module in lora.modules:
+        a, b, width = tensors[module.a], tensors[module.b], (rank or module.rank) * module.experts
+        tensors[module.a] = FileTensor(shape=(width, a.shape[1]), dtype=dtype or a.dtype)
+        tensors[module.b] = FileTensor(shape=(b.shape[0], width), dtype=dtype or b.dtype)
+    return dict(sorted(tensors.items()))
+
+
+def _rounds(lora: ExactLora, tensors: dict[str, FileTensor]) -> bool:
+    """Whether a tensor is written in a dtype that does not hold its values as they are."""
+    return any(
+        torch.promote_types(_stored_dtype(lora, name), tensor.dtype) != tensor.dtype for name, tensor in tensors.items()
+    )
+
+
+def _stored_dtype(lora: ExactLora, name: str) -> torch.dtype:
+    return DTYPES[lora.trained.info(name).dtype]
+
+
+def _truncated(
+    module: LoraModule, factors: tuple[Tensor, Tensor], rank: int | None
+) -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
+    """Factors of `rank`, scaling included, or of the module's own rank and without; fp64, with the spectra."""
+    inside, outside = (1.0, abs(module.scaling)) if rank is None else (module.scaling, 1.0)
+    parts = [truncate(a, b, rank or module.rank, scaling=inside) for a, b in module.split(*factors)]
+    return module.join([(part.a, part.b) for part in parts]), [part.singular_values * outside for part in parts]
+
+
+def _rounded(name: str, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    rounded = factor.to(dtype)
+    if not rounded.isfinite().all():
+        raise InputError(
+            f"{name}: holds {float(factor.abs().max()):.3g}, and {dtype} ends at {torch.finfo(dtype).max:.3g}; choose "
+            "bfloat16 or float32"
+        )
+    return rounded
+
+
+def _manifest(lora: ExactLora, rank: int, energy: EnergyKept | None) -> dict[str, Any]:
+    """That of the checkpoint, with what was written."""
+    manifest = {**lora.manifest, "adapter_is_for": "the base", "rank": rank}
+    if energy is not None:
+        manifest["energy_kept"] = {
+            "overall": energy.overall,
+            "least": energy.least,
+            "least_of": energy.least_of,
+            "matrices": energy.matrices,
+        }
+    return manifest

@@ -21,9 +21,9 @@ import torch
 from peft import LoraConfig
 
 from lowrank_dist import __version__
+from lowrank_dist.adapter_files import MANIFEST, WEIGHTS
 from lowrank_dist.checkpoint_io import CheckpointReader, copy_other_files, write_json
 from lowrank_dist.comm import ShardGroup
-from lowrank_dist.convert import MANIFEST, WEIGHTS
 from lowrank_dist.decomposed import factor_keys
 from lowrank_dist.directories import check_free, empty, exclusive, flush_directory, put_in_place, staging_of
 from lowrank_dist.errors import InputError

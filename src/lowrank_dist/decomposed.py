@@ -16,10 +16,10 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
+from lowrank_dist.adapter_files import CONFIG, MANIFEST, WEIGHTS
 from lowrank_dist.checkpoint_io import PACKED_DTYPE, CheckpointError, CheckpointReader, TensorInfo, read_ahead
 from lowrank_dist.checkpoint_keys import peft_name
 from lowrank_dist.comm import ShardGroup
-from lowrank_dist.convert import CONFIG, MANIFEST, WEIGHTS
 from lowrank_dist.methods import Method
 from lowrank_dist.nf4 import NF4, QUANT_STATE, read_quant_state
 from lowrank_dist.partition import FlatPartition

@@ -16,8 +16,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from lowrank_dist.adapter_files import ADAPTER_DIR, CONFIG, INITIAL_DIR, LORA_DIR, MANIFEST, WEIGHTS
 from lowrank_dist.checkpoint_io import INDEX_NAME, CheckpointError
-from lowrank_dist.convert import ADAPTER_DIR, CONFIG, INITIAL_DIR, LORA_DIR, MANIFEST, WEIGHTS
 from lowrank_dist.directories import replaced_of, staging_of
 from lowrank_dist.nf4 import QUANT_STATE
 

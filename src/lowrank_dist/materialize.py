@@ -25,7 +25,7 @@ from lowrank_dist.linalg import seed_from_name
 from lowrank_dist.partition import FlatPartition
 from lowrank_dist.report import InitReport
 from lowrank_dist.residual import ResidualFormat
-from lowrank_dist.skeleton import ADAPTER, Plan, PlannedMatrix, PlannedTensor
+from lowrank_dist.skeleton import ADAPTER, Plan, PlannedMatrix, PlannedTensor, plain_name
 from lowrank_dist.walk import DecomposedMatrix, check_finite, factor_shapes
 from lowrank_dist.zero3 import Partitioner, local_shard, register_used_parameters, stored_bytes, whole_shape
 
@@ -42,6 +42,9 @@ class Materialized:
         This rank's shards of the factors before training (A0 and B0), by parameter name; CPU.
     experts
         How many experts share a factor, by parameter name, where it is more than one.
+    parameters
+        Names, as they were before PEFT's layers were put in, of the weights that PEFT adapts without their module
+        (``target_parameters``), by the parameter name of a factor.
     encoded_from
         This rank's shards of the factors that the residual was encoded from, by parameter name, where these are neither
         A0 and B0 nor none; CPU. Of experts that share a factor some may be those of A0 and B0.
@@ -50,6 +53,7 @@ class Materialized:
     report: InitReport
     initial: dict[str, Tensor]
     experts: dict[str, int]
+    parameters: dict[str, str]
     encoded_from: dict[str, Tensor]
 
 
@@ -127,7 +131,11 @@ def materialize(
     report.world_size = partitioner.group.size
     report.seconds = time.monotonic() - started
     return Materialized(
-        report=report, initial=filling.initial, experts=filling.experts, encoded_from=filling.encoded_from
+        report=report,
+        initial=filling.initial,
+        experts=filling.experts,
+        parameters=filling.parameter_names,
+        encoded_from=filling.encoded_from,
     )
 
 
@@ -152,6 +160,7 @@ class _Filling:
         self.report = InitReport()
         self.initial: dict[str, Tensor] = {}
         self.experts: dict[str, int] = {}
+        self.parameter_names: dict[str, str] = {}
         self.encoded_from: dict[str, Tensor] = {}
         self._stacks: dict[str, _Stack] = {}
 
@@ -178,6 +187,8 @@ class _Filling:
             shape = (storage.shard_numel * self.group.size * planned.experts,)
             setattr(frozen, name, self.partitioner.parameter(shape, storage.dtype, residual[name]))
         if planned.wrapped:
+            weight = f"{plain_name(planned.layer)}.{planned.parameter}"
+            self.parameter_names |= dict.fromkeys(planned.factor_names.values(), weight)
             parent, _, child = planned.layer.rpartition(".")
             setattr(self.backbone.get_submodule(parent), child, frozen)
         else:

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_dist.adapter_files import CONFIG, MANIFEST
 from lowrank_dist.adapter_source import AdapterSource, find_adapter
 from lowrank_dist.checkpoint_io import (
     CheckpointError,
@@ -35,7 +36,6 @@ from lowrank_dist.checkpoint_io import (
     write_json,
 )
 from lowrank_dist.checkpoint_keys import peft_name
-from lowrank_dist.convert import CONFIG, MANIFEST
 from lowrank_dist.decomposed import initial_directory
 from lowrank_dist.directories import atomic_directory, check_free
 from lowrank_dist.errors import InputError

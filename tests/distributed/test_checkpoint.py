@@ -58,9 +58,10 @@ def test_converted_lora_on_the_base_is_the_trained_model(llama: Path, tmp_path: 
     """Without quantization: equal to fp32 rounding of sums over the layers, under stock transformers + PEFT."""
     config = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **adapter})
     results = run_ranks(2, train_and_save, llama, tmp_path, {"quantization": None, "adapter": config})
-    converted = convert_checkpoint(tmp_path / f"step={STEPS}", tmp_path / "converted")
+    exact = convert_checkpoint(tmp_path / f"step={STEPS}", tmp_path / "converted")
+    uniform = convert_checkpoint(tmp_path / f"step={STEPS}", tmp_path / "uniform", rank=exact.rank)
     for result in results:
-        for directory in (tmp_path / f"step={STEPS}" / "lora", converted):
+        for directory in (tmp_path / f"step={STEPS}" / "lora", exact.path, uniform.path):
             torch.testing.assert_close(
                 logits_of(llama, directory, result["ids"]), result["logits"], rtol=1e-4, atol=1e-4
             )
@@ -122,7 +123,7 @@ def test_lora_is_a_lora_already_and_loftq_is_not(llama: Path, tmp_path: Path, in
     run_ranks(2, train_and_save, llama, tmp_path, {"init": init})
     checkpoint = tmp_path / f"step={STEPS}"
     assert json.loads((checkpoint / "lora" / "adapter_config.json").read_text())["r"] == rank
-    converted = load_file(convert_checkpoint(checkpoint, tmp_path / "c") / "adapter_model.safetensors")
+    converted = load_file(convert_checkpoint(checkpoint, tmp_path / "c").path / "adapter_model.safetensors")
     assert {t.shape[0] for n, t in converted.items() if "lora_A" in n} == {rank}
 
 
@@ -190,12 +191,14 @@ def test_a_trained_head_travels_with_the_lora(tmp_path: Path) -> None:
     """
     base = save_checkpoint(tmp_path / "bert", "bert", auto_class=AutoModelForMaskedLM)
     ids, logits = run_ranks(2, train_classifier, base, tmp_path / "out")[0]
+    checkpoint = tmp_path / "out" / f"step={STEPS}"
+    uniform = convert_checkpoint(checkpoint, tmp_path / "uniform", rank=8)
     torch.manual_seed(123)  # the head that transformers makes up here must not matter
-    model = AutoModelForSequenceClassification.from_pretrained(base, dtype=torch.float32)
-    converted = PeftModel.from_pretrained(model, tmp_path / "out" / f"step={STEPS}" / "lora").eval()
+    for directory in (checkpoint / "lora", uniform.path):
+        model = AutoModelForSequenceClassification.from_pretrained(base, dtype=torch.float32)
+        converted = PeftModel.from_pretrained(model, directory).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(converted(input_ids=ids).logits, logits, rtol=1e-4, atol=1e-5)
+    merged = AutoModelForSequenceClassification.from_pretrained(merge_checkpoint(checkpoint, tmp_path / "merged"))
     with torch.no_grad():
-        torch.testing.assert_close(converted(input_ids=ids).logits, logits, rtol=1e-4, atol=1e-5)
-        merged = AutoModelForSequenceClassification.from_pretrained(
-            merge_checkpoint(tmp_path / "out" / f"step={STEPS}", tmp_path / "merged")
-        )
         torch.testing.assert_close(merged(input_ids=ids).logits, logits, rtol=1e-4, atol=1e-5)

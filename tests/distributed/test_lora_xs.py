@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from helpers.ranks import run_ranks
 from helpers.training import LR, STEPS, CausalLM, dense_state, loader, make_strategy, make_trainer, tokens
-from lowrank_dist import NF4, AdapterCheckpoint, LoRAXS, merge_checkpoint
+from lowrank_dist import NF4, AdapterCheckpoint, LoRAXS, convert_checkpoint, merge_checkpoint
 from lowrank_dist.inspection import inspect
 from lowrank_dist.layers import CoredLinear
 from lowrank_dist.skeleton import ModelError
@@ -90,10 +90,13 @@ def test_the_saved_lora_fits_the_original_model(llama: Path, tmp_path: Path) -> 
     names = load_file(directory / "adapter_model.safetensors")
     assert len(names) == 28
     assert all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in names)
-    base = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
-    model = PeftModel.from_pretrained(base, directory).eval()
-    with torch.no_grad():
-        torch.testing.assert_close(model(input_ids=tokens()[0]).logits, result["logits"], rtol=1e-4, atol=1e-5)
+    uniform = convert_checkpoint(directory.parent, tmp_path / "uniform", rank=4)
+    assert uniform.energy.least == pytest.approx(1, abs=1e-12)
+    for lora in (directory, uniform.path):
+        base = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+        model = PeftModel.from_pretrained(base, lora).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(model(input_ids=tokens()[0]).logits, result["logits"], rtol=1e-4, atol=1e-5)
     checkpoint = tmp_path / f"step={STEPS}"
     assert inspect(checkpoint).facts["trained parameters"] == 14 * 4 * 4
     merged = AutoModelForCausalLM.from_pretrained(merge_checkpoint(checkpoint, tmp_path / "merged"))

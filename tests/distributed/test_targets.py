@@ -162,7 +162,8 @@ def train_with_stock_peft(base: Path, case: Case, initial: Path) -> list[float]:
 )
 def test_unquantized(tmp_path: Path, name: str, world_size: int) -> None:
     """Step 0 is the original model; losses are those of stock PEFT on the same residual; the converted LoRA makes the
-    original model the trained one, and so does merging. fp32: only the order of sums differs.
+    original model the trained one, as do that of one rank and scaling for all, and merging. fp32: only the order of
+    sums differs.
     """
     case = CASES[name]
     base, output = save_checkpoint(tmp_path / "base", case.architecture, **case.model), tmp_path / "out"
@@ -179,7 +180,9 @@ def test_unquantized(tmp_path: Path, name: str, world_size: int) -> None:
         train_with_stock_peft(base, case, checkpoint / "adapter_init"), rel=1e-5
     )
     assert (results[0]["last"] - before).abs().max() > 0.01  # training changed something to be converted
-    for directory in (checkpoint / "lora", convert_checkpoint(checkpoint, tmp_path / "converted")):
+    exact = convert_checkpoint(checkpoint, tmp_path / "converted")
+    uniform = convert_checkpoint(checkpoint, tmp_path / "uniform", rank=exact.rank)
+    for directory in (checkpoint / "lora", exact.path, uniform.path):
         converted = load_peft(original(base, case), directory)
         stored = load_file(directory / "adapter_model.safetensors")
         assert set(stored) == set(peft_keys(converted))

@@ -11,8 +11,10 @@ from unittest.mock import patch
 
 import pytest
 from jsonargparse import ArgumentParser, capture_parser
+from peft import LoraConfig
 
 import lowrank_dist
+from helpers.checkpoints import make_checkpoint
 from lowrank_dist import cli
 from lowrank_dist.cli import decompose
 from lowrank_dist.methods import METHODS
@@ -129,3 +131,78 @@ def test_convert_needs_an_output(tmp_path: Path, capsys: pytest.CaptureFixture[s
     status, _, error = run(capsys, "convert", str(tmp_path))
     assert status == 2
     assert "--output" in error
+
+
+def checkpoint(tmp_path: Path, base: Path, rank: int = 12, **options: object) -> str:
+    config = LoraConfig(r=rank, lora_alpha=8, target_modules=["q_proj", "down_proj"], **options)
+    return str(make_checkpoint(tmp_path / "step", base, config).directory)
+
+
+@pytest.mark.parametrize("rank", ["0", "-3", "25"])
+def test_convert_refuses_a_rank_in_one_line(
+    rank: str, tmp_path: Path, llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = checkpoint(tmp_path, llama)
+    capsys.readouterr()
+    status, output, error = run(capsys, "convert", directory, "--output", str(tmp_path / "lora"), "--rank", rank)
+    assert (status, output) == (1, "")
+    assert error == (
+        f"lowrank-dist convert: rank={rank}: the exact LoRA has rank 24; choose one from 1 to 24, or leave it out for "
+        "the exact LoRA\n"
+    )
+    assert not (tmp_path / "lora").exists()
+
+
+@pytest.mark.parametrize("options", [("--rank", "many"), ("--dtype", "int8")])
+def test_convert_refuses_what_is_no_option(options: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    status, output, error = run(capsys, "convert", "step", "--output", "lora", *options)
+    assert (status, output) == (2, "")
+    assert options[0] in error
+    assert options[1] in error
+
+
+ENERGY = r"\d+\.\d{4}% of the update's energy, at least \d+\.\d{4}% \(model\.layers\.\d\.[a-z_.]+\)\."
+BUFFERS = r"vLLM's --max-lora-rank is one of 1, 8, 16, 32, 64, 128, 256, 320, 512: rank {} needs 32\."
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((), [BUFFERS.format(24), f"--rank 16 keeps {ENERGY}"]),
+        (("--dtype", "bfloat16"), [BUFFERS.format(24), f"--rank 16 keeps {ENERGY}"]),
+        (("--rank", "16"), [f"Rank 16 of 24 keeps {ENERGY}"]),
+        (
+            ("--rank", "24"),
+            ["Rank 24 of 24 keeps all of the update's energy.", BUFFERS.format(24), f"--rank 16 keeps {ENERGY}"],
+        ),
+    ],
+)
+def test_convert_says_what_is_kept(
+    arguments: tuple[str, ...], expected: list[str], tmp_path: Path, llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory, lora = checkpoint(tmp_path, llama), str(tmp_path / "lora")
+    capsys.readouterr()
+    status, output, error = run(capsys, "convert", directory, "--output", lora, *arguments)
+    assert status == 0
+    path, *lines = output.splitlines()
+    assert path == lora
+    assert len(lines) == len(expected)
+    assert all(re.fullmatch(pattern, line) for pattern, line in zip(expected, lines, strict=True)), lines
+    assert "4/4" in error  # the progress bar: two modules in two layers
+
+
+def test_convert_says_little_of_what_servers_take(
+    tmp_path: Path, llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory, lora = checkpoint(tmp_path, llama, rank=4), str(tmp_path / "lora")
+    capsys.readouterr()
+    status, output, _ = run(capsys, "convert", directory, "--output", lora, "--rank", "8", "--dtype", "float16")
+    assert (status, output) == (0, f"{lora}\nRank 8 of 8 keeps all of the update's energy.\n")
+
+
+def test_convert_of_unequal_ranks(tmp_path: Path, llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = checkpoint(tmp_path, llama, rank=4, rank_pattern={"q_proj": 2})
+    capsys.readouterr()
+    _, output, _ = run(capsys, "convert", directory, "--output", str(tmp_path / "lora"))
+    assert "Ranks (up to 8) or scalings differ between modules" in output
+    assert "--rank 8 keeps all of the update's energy." in output

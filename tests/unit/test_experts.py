@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lowrank_dist import NF4
 from lowrank_dist.comm import ShardGroup
-from lowrank_dist.convert import to_lora
+from lowrank_dist.exact_lora import to_lora
 from lowrank_dist.experts import put_factor
 from lowrank_dist.partition import FlatPartition, RowPartition
 from lowrank_dist.residual import Dense

@@ -26,8 +26,9 @@ import lowrank_dist.checkpoint_io as checkpoint_io
 import lowrank_dist.merge as merge
 from helpers.models import save_checkpoint
 from lowrank_dist import cli
+from lowrank_dist.adapter_files import read_adapter, write_adapter
 from lowrank_dist.checkpoint_io import CheckpointError, CheckpointReader
-from lowrank_dist.convert import convert_checkpoint, read_adapter, write_adapter
+from lowrank_dist.convert import convert_checkpoint
 from lowrank_dist.directories import exclusive, staging_of
 from lowrank_dist.errors import InputError
 from lowrank_dist.merge import merge_checkpoint

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_dist.adapter_files import ADAPTER_DIR
 from lowrank_dist.checkpoint_io import CheckpointError, CheckpointReader
 from lowrank_dist.checkpoint_keys import peft_name
 from lowrank_dist.checkpoints.layout import OPTIMIZER, TrainingCheckpoint
 from lowrank_dist.comm import ShardGroup
-from lowrank_dist.convert import ADAPTER_DIR, CORE
+from lowrank_dist.exact_lora import CORE
 from lowrank_dist.partition import FlatPartition
 from lowrank_dist.report import InitReport
 from lowrank_dist.zero3 import local_shard, whole_shape

@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowrank_dist import __version__
+from lowrank_dist.adapter_files import ADAPTER_DIR, INITIAL_DIR, LORA_DIR, MANIFEST
 from lowrank_dist.checkpoint_io import write_json
 from lowrank_dist.checkpoint_keys import peft_name
 from lowrank_dist.checkpoints.layout import (
@@ -37,17 +38,8 @@ from lowrank_dist.checkpoints.layout import (
     tensor_digest,
 )
 from lowrank_dist.comm import ShardGroup
-from lowrank_dist.convert import (
-    ADAPTER_DIR,
-    CORE,
-    INITIAL_DIR,
-    LORA_DIR,
-    MANIFEST,
-    fold_cores,
-    lora_config,
-    to_lora,
-)
 from lowrank_dist.directories import check_free, empty, exclusive, flush_directory, put_in_place, staging_of
+from lowrank_dist.exact_lora import CORE, fold_cores, lora_config, to_lora
 from lowrank_dist.materialize import Materialized
 from lowrank_dist.owners import assign_owners, gather_to_owners
 from lowrank_dist.residual import FileTensor
@@ -143,6 +135,8 @@ class CheckpointWriter:
             "starts_at_zero": starts_at_zero,
             "adapter_is_for": "the base" if starts_at_zero else "the residual",
             "experts": self._experts,
+            # under target_parameters PEFT nests layers, whose names in the file do not say what they adapt
+            "parameters": {peft_name(name): weight for name, weight in materialized.parameters.items()},
             "world_size": group.size,
             "trained": sorted(self.trained),
             "matrices": [matrix.as_dict() for matrix in materialized.report.matrices],

@@ -71,10 +71,18 @@ def _parser() -> argparse.ArgumentParser:
         "convert",
         help="write the LoRA for the original model that a checkpoint's adapter stands for",
         description="Write the LoRA ([A; A0], [B | -B0], rank 2r) that stands for a checkpoint's adapter on the "
-        "original model; stock PEFT loads it.",
+        "original model, or the nearest one of a lower rank; stock PEFT loads it.",
     )
     convert.add_argument("checkpoint", help="directory that AdapterCheckpoint wrote")
     convert.add_argument("--output", required=True, help="directory to write; replaced where it exists")
+    convert.add_argument(
+        "--rank", type=int, help="truncate every module to this rank, by singular values (default: exact, rank 2r)"
+    )
+    convert.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="of the written factors (default: that of the checkpoint's)",
+    )
     convert.set_defaults(run=_convert)
 
     merge = commands.add_parser(
@@ -130,10 +138,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    from lowrank_dist.convert import convert_checkpoint
+    from lowrank_dist.cli.convert import run
 
-    print(convert_checkpoint(options.checkpoint, options.output))
-    return 0
+    return run(options)
 
 
 def _merge(options: argparse.Namespace) -> int:

@@ -12,9 +12,9 @@ import torch
 from jsonargparse import ArgumentParser
 from peft import LoraConfig
 
+from lowrank_dist.adapter_files import MANIFEST
 from lowrank_dist.checkpoint_io import FLOAT_DTYPES, CheckpointReader, resolve_checkpoint
 from lowrank_dist.cli.ranks import first_on_host, launch, launched, local_ranks, shard_group
-from lowrank_dist.convert import MANIFEST
 from lowrank_dist.decompose import decompose
 from lowrank_dist.errors import InputError
 from lowrank_dist.methods import METHODS, Method, method_named

@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from lowrank_dist.adapter_files import MANIFEST
 from lowrank_dist.checkpoint_io import CheckpointError, write_json
-from lowrank_dist.convert import MANIFEST
 from lowrank_dist.errors import InputError
 from lowrank_dist.report import MatrixReport, as_table, layer_type
 
