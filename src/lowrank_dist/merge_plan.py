@@ -128,12 +128,10 @@ def plan_merge(adapter: AdapterSource, directory: Path, dtype: torch.dtype | Non
     """
     reader = CheckpointReader(directory)
     backbone, config_changes = _skeleton(adapter, directory)
-    tied = _untie_if_changed(backbone, adapter)
-    if tied:
-        config_changes["tie_word_embeddings"] = False
     if dtype is not None:
         config_changes["dtype"] = str(dtype).removeprefix("torch.")
     try:
+        tied = _untie_if_changed(backbone, adapter)
         with warnings.catch_warnings():
             # PEFT 0.21 says so of patterns that match parameters, and applies them
             warnings.filterwarnings("ignore", message="The following .*_pattern keys did not match any targeted module")
@@ -143,6 +141,8 @@ def plan_merge(adapter: AdapterSource, directory: Path, dtype: torch.dtype | Non
             f"{adapter.directory} cannot be merged into {directory}: {error} (PEFT's merge_and_unload may do what is "
             "not supported here)"
         ) from error
+    if tied:
+        config_changes["tie_word_embeddings"] = False
     plan = plan_walk(backbone, reader, tied, limit_rank=False)
     planner = _Planner(adapter, reader, backbone, CheckpointKeys(backbone, reader, tied), dtype)
     planner.changes(plan)

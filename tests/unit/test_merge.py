@@ -20,7 +20,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+)
 
 import lowrank_dist.checkpoint_io as checkpoint_io
 import lowrank_dist.merge as merge
@@ -268,6 +273,30 @@ def test_the_base_of_another_class_without_its_prefix(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(load(output)), logits(model), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("target", ["q_proj", "embed_tokens"])
+def test_names_that_transformers_changes_while_loading(tmp_path: Path, target: str) -> None:
+    """A model of images and text, on disk under the names of earlier releases, its tie in two configurations."""
+    sizes = {"hidden_size": 64, "intermediate_size": 136, "num_hidden_layers": 2, "num_attention_heads": 4}
+    base = save_checkpoint(
+        tmp_path / "base",
+        "llava",
+        auto_class=AutoModelForImageTextToText,
+        text_config={**sizes, "model_type": "llama", "vocab_size": 256, **TIED},
+        vision_config={**sizes, "model_type": "clip_vision_model", "image_size": 16, "patch_size": 8},
+        **TIED,
+    )
+    assert "language_model.model.norm.weight" in CheckpointReader(base)
+    model = draw(base, Case("llava", {"target_modules": [target]}), 1, AutoModelForImageTextToText)
+    output = merge_checkpoint(save_peft(model, tmp_path / "adapter"), tmp_path / "merged")
+    assert "language_model.model.norm.weight" in CheckpointReader(output)
+    config = json.loads((output / "config.json").read_text())
+    tied = target == "q_proj"
+    assert config["tie_word_embeddings"] == config["text_config"]["tie_word_embeddings"] == tied
+    merged, expected = logits(load(output, AutoModelForImageTextToText)), logits(model)
+    torch.testing.assert_close(merged, expected, rtol=1e-5, atol=1e-5)
+    assert (expected - logits(load(base, AutoModelForImageTextToText))).abs().max() > 0.01
+
+
 def test_a_tied_weight_under_the_heads_name(tmp_path: Path) -> None:
     base = save_checkpoint(tmp_path / "base", "llama", tie_word_embeddings=True, max_shard_size="1GB")
     tensors = load_file(base / "model.safetensors")
@@ -415,6 +444,9 @@ def test_parts_that_are_for_a_residual(pair: tuple[Path, Path], tmp_path: Path) 
     shutil.copytree(pair[1], decomposed / "pissa_init")
     refused(CheckpointError, decomposed / "pissa_init", tmp_path / "out", "for a residual", base=pair[0])
     refused(CheckpointError, checkpoint, tmp_path / "out", "a decomposed model", base=decomposed)
+    # what PEFT trained on the residual belongs there
+    merged = merge_checkpoint(pair[1], tmp_path / "merged", base=decomposed)
+    torch.testing.assert_close(logits(load(merged)), logits(load_peft(*pair)), rtol=1e-5, atol=1e-5)
 
 
 def test_a_quantized_base(pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -516,6 +548,16 @@ def test_the_command(pair: tuple[Path, Path], tmp_path: Path) -> None:
     )
 
 
-def test_the_commands_options_are_the_functions(pair: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", ["0", "-1", "nan", "inf"])
+def test_sizes_that_are_none(
+    pair: tuple[Path, Path], tmp_path: Path, size: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    assert cli.main(["merge", str(pair[1]), "--output", str(output), f"--max-shard-size={size}"]) == 1
+    assert "must be a positive number of GB" in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_the_default_size_is_that_of_transformers() -> None:
     options = cli._parser().parse_args(["merge", "x", "--output", "y"])
     assert options.max_shard_size * 1e9 == merge.MAX_BYTES

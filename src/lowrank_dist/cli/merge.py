@@ -6,6 +6,7 @@ import argparse
 
 import torch
 
+from lowrank_dist.errors import InputError
 from lowrank_dist.merge import merge_checkpoint
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -13,6 +14,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 def run(options: argparse.Namespace) -> int:
     """Run ``lowrank-dist merge``. Returns the exit status."""
+    if not 0 < options.max_shard_size < float("inf"):
+        raise InputError(f"--max-shard-size {options.max_shard_size} must be a positive number of GB")
     output = merge_checkpoint(
         options.checkpoint,
         options.output,
