@@ -45,7 +45,11 @@ def open_adapter(directory: Path) -> tuple[CheckpointReader, LoraConfig]:
     for file in (CONFIG, WEIGHTS):
         if not (directory / file).is_file():
             raise CheckpointError(f"{directory}: holds no {file}; pass a directory that an adapter was saved to")
-    config = LoraConfig.from_peft_type(**_read_json(directory / CONFIG))
+    values = _read_json(directory / CONFIG)
+    try:
+        config = LoraConfig.from_peft_type(**values)
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{directory / CONFIG}: cannot be read ({error!r}); it is damaged") from error
     if not isinstance(config, LoraConfig):
         raise CheckpointError(f"{directory}: a {config.peft_type} adapter, not a LoRA")
     return CheckpointReader(directory, stem=Path(WEIGHTS).stem), config

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
 
-from lowrank_dist.adapter_files import ADAPTER_DIR, CONFIG, INITIAL_DIR, MANIFEST, WEIGHTS, read_manifest
+from lowrank_dist.adapter_files import ADAPTER_DIR, CONFIG, INITIAL_DIR, MANIFEST, open_adapter, read_manifest
 from lowrank_dist.checkpoint_io import FLOAT_DTYPES, CheckpointError, CheckpointReader
 
 # initialisations of PEFT that leave the base as it is: the adapter is for the base
@@ -106,16 +105,7 @@ def _refuse_parts(directory: Path) -> None:
 
 def _open(directory: Path) -> tuple[CheckpointReader, LoraConfig]:
     """Tensors and configuration of one LoRA."""
-    for file in (CONFIG, WEIGHTS):
-        if not (directory / file).is_file():
-            raise CheckpointError(f"{directory}: holds no {file}; pass a directory that an adapter was saved to")
-    try:
-        config = LoraConfig.from_peft_type(**json.loads((directory / CONFIG).read_text()))
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{directory / CONFIG}: cannot be read ({error!r}); it is damaged") from error
-    if not isinstance(config, LoraConfig):
-        raise CheckpointError(f"{directory}: a {config.peft_type} adapter, not a LoRA")
-    reader = CheckpointReader(directory, stem=Path(WEIGHTS).stem)
+    reader, config = open_adapter(directory)
     for name in reader:
         if reader.info(name).dtype not in FLOAT_DTYPES:
             raise CheckpointError(

@@ -260,6 +260,7 @@ def inject_adapter(backbone: PreTrainedModel, adapter: LoraConfig) -> None:
             "PiSSAStrategy(init=PiSSA(...)), and PEFT's own would need whole weights; leave init_lora_weights unset"
         )
     backbone.requires_grad_(False)
+    adapter.inference_mode = False  # as saved configurations have it true; modules_to_save would silently stay frozen
     try:
         inject_adapter_in_model(adapter, backbone, adapter_name=ADAPTER, low_cpu_mem_usage=True)
     except ValueError as error:

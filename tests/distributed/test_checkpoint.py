@@ -176,6 +176,7 @@ def train_classifier(pretrained: Path, output: Path) -> tuple[Tensor, Tensor]:
         target_modules=["query", "value"],
         modules_to_save=["pooler", "classifier"],
         task_type="SEQ_CLS",
+        inference_mode=True,  # as a configuration that was saved before
     )
     module = Classifier(pretrained, AutoModelForSequenceClassification)
     callback = AdapterCheckpoint(dirpath=output, filename="{step}", every_n_train_steps=STEPS)
