@@ -24,7 +24,7 @@ from lowrank_dist.calibration import Calibration, check_options
 from lowrank_dist.calibration_data import calibration_batches, calibration_step
 from lowrank_dist.checkpoint_io import resolve_checkpoint
 from lowrank_dist.checkpointed import CheckpointedStrategy
-from lowrank_dist.checkpoints.resuming import check_residual, check_settings, check_source
+from lowrank_dist.checkpoints.resuming import check_residual, check_settings, check_source, earlier_run
 from lowrank_dist.checkpoints.writer import CheckpointWriter
 from lowrank_dist.decompose import source_fingerprint
 from lowrank_dist.decomposed import DecomposedModel
@@ -289,6 +289,7 @@ class PiSSAStrategy(CheckpointedStrategy):
                     ranks_per_matrix=self.ranks_per_matrix, ranks_per_node=max(1, group.size // self.num_nodes)
                 ),
                 announce=rank_zero_info,
+                resume=None if self._resumed is None else earlier_run(self._resumed),
             )
             tied = untie_embeddings(backbone) if self.untie_embeddings else {}
             inject_adapter(backbone, source.adapter)
@@ -297,13 +298,14 @@ class PiSSAStrategy(CheckpointedStrategy):
             quantization = None if source.residual.exact else str(source.residual)
             if self._resumed is not None:
                 check_settings(self._resumed, method=source.method, quantization=quantization)
-        fingerprint = source_fingerprint(source.reader, group)
+        pretrained_fingerprint = source_fingerprint(source.reader, group)
         if self._resumed is not None:
-            check_source(self._resumed, fingerprint)
+            check_source(self._resumed, pretrained_fingerprint)
 
         with progress_bar(source.reader.nbytes, show=self.show_progress and group.rank == 0) as bar:
             if isinstance(source, PretrainedModel):
                 source = source.through_cache(plan, group, factor_dtype, device=partitioner.device, advance=bar.update)
+            fingerprint = source_fingerprint(source.reader, group)
             bar.reset(source.reader.nbytes)
             options: dict[str, Any] = {
                 "residual": source.residual,
@@ -325,6 +327,7 @@ class PiSSAStrategy(CheckpointedStrategy):
             check_residual(self._resumed, result.report)
         facts = {
             "pretrained": self.pretrained,
+            "pretrained_fingerprint": pretrained_fingerprint,
             "source": fingerprint,
             "method": source.method,
             "quantization": quantization,

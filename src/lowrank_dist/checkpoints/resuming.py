@@ -15,7 +15,8 @@ from lowrank_dist.checkpoints.layout import OPTIMIZER, TrainingCheckpoint
 from lowrank_dist.comm import ShardGroup
 from lowrank_dist.exact_lora import CORE
 from lowrank_dist.partition import FlatPartition
-from lowrank_dist.report import InitReport
+from lowrank_dist.pretrained import Resume
+from lowrank_dist.report import InitReport, MatrixReport
 from lowrank_dist.zero3 import local_shard, whole_shape
 from lowrank_dist.zero3_optimizer import MASTER, ShardedOptimizer
 
@@ -92,6 +93,16 @@ def _own_range(checkpoint: TrainingCheckpoint, part: str, key: str, shape: torch
     return reader.flat(key, *FlatPartition(numel=shape.numel(), world_size=group.size).bounds(group.rank))
 
 
+def earlier_run(checkpoint: TrainingCheckpoint) -> Resume:
+    """What the residual is to be formed from again."""
+    reports = (MatrixReport.from_dict(entry) for entry in checkpoint.manifest["matrices"])
+    return Resume(
+        checkpoint=checkpoint.directory,
+        source=checkpoint.manifest["source"],
+        reports={report.name: report for report in reports},
+    )
+
+
 def check_settings(checkpoint: TrainingCheckpoint, **settings: object) -> None:
     """Raise CheckpointError where a setting is not the manifest's; before anything is decomposed."""
     for name, value in settings.items():
@@ -104,10 +115,11 @@ def check_settings(checkpoint: TrainingCheckpoint, **settings: object) -> None:
 
 def check_source(checkpoint: TrainingCheckpoint, fingerprint: str) -> None:
     """Raise CheckpointError where the pretrained weights are not those that the run began from."""
-    if checkpoint.manifest["source"] != fingerprint:
+    before = checkpoint.manifest["pretrained_fingerprint"]
+    if before != fingerprint:
         raise CheckpointError(
             f"{checkpoint.directory}: the pretrained weights have changed since it was written (it began from "
-            f"{checkpoint.manifest['pretrained']!r}, fingerprint {checkpoint.manifest['source'][:12]}, now "
+            f"{checkpoint.manifest['pretrained']!r}, fingerprint {before[:12]}, now "
             f"{fingerprint[:12]}); resume with the weights of the first run"
         )
 
