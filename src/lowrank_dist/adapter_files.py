@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 ADAPTER_DIR = "adapter"  # trained A and B, for the residual
 INITIAL_DIR = "adapter_init"  # A_0 and B_0
+ENCODED_DIR = "adapter_encoded"  # factors that residuals were encoded from, where these are not A_0 and B_0
 LORA_DIR = "lora"  # converted, for the original model
 MANIFEST = "lowrank_dist.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -43,38 +43,41 @@ COPY_BYTES = 64 * 2**20  # of a tensor that is copied as it is, at a time
 _SAMPLES, _SAMPLE_BYTES = 16, 2**16
 
 
+def source_fingerprint(reader: CheckpointReader, group: ShardGroup) -> str:
+    """Hexadecimal digest of a checkpoint on disk.
+
+    Covers names, sizes and headers of its safetensors files, and 16 samples of 64 KiB of each, evenly spread (hashing
+    all of it would cost a second read). Rank 0 computes it, the others are told. Collective.
+    """
+    return _told(lambda: _hashed_source(reader).hexdigest(), group)
+
+
 def fingerprint(walk: Walk, plan: Plan) -> str:
     """Hexadecimal digest of everything that a decomposed model depends on.
 
-    Of the source: names, sizes and headers of its files, and 16 samples of 64 KiB of each, evenly spread (hashing all
-    of it would cost a second read). Of the settings: method, residual format, dtype of the factors, and for every
-    matrix rank and scaling. Rank 0 computes it, the others are told. Collective.
+    Of the source, what `source_fingerprint` covers. Of the settings: method, residual format, dtype of the factors, and
+    for every matrix rank and scaling. Rank 0 computes it, the others are told. Collective.
     """
-    digest = None
-    with walk.group.shared_errors():
-        if walk.group.rank == 0:
-            digest = _digest(walk, plan)
-    return str(walk.group.broadcast_object(digest))
+
+    def compute() -> str:
+        digest = _hashed_source(walk.reader)
+        matrices = [[m.name, m.key, m.rank, m.scaling] for m in plan.matrices]
+        settings = [FORMAT, repr(walk.init), repr(walk.residual), str(walk.factor_dtype), matrices]
+        digest.update(json.dumps(settings).encode())
+        return digest.hexdigest()
+
+    return _told(compute, walk.group)
 
 
-def source_fingerprint(reader: CheckpointReader, group: ShardGroup) -> str:
-    """Hexadecimal digest of the files of a checkpoint, as in `fingerprint`. Collective."""
-    digest = None
+def _told(compute: Callable[[], str], group: ShardGroup) -> str:
+    text = None
     with group.shared_errors():
         if group.rank == 0:
-            digest = _source_digest(reader).hexdigest()
-    return str(group.broadcast_object(digest))
+            text = compute()
+    return str(group.broadcast_object(text))
 
 
-def _digest(walk: Walk, plan: Plan) -> str:
-    digest = _source_digest(walk.reader)
-    matrices = [[m.name, m.key, m.rank, m.scaling] for m in plan.matrices]
-    settings = [FORMAT, repr(walk.init), repr(walk.residual), str(walk.factor_dtype), matrices]
-    digest.update(json.dumps(settings).encode())
-    return digest.hexdigest()
-
-
-def _source_digest(reader: CheckpointReader) -> Any:
+def _hashed_source(reader: CheckpointReader) -> hashlib._Hash:
     digest = hashlib.sha256()
     for path in reader.files:
         size = path.stat().st_size
@@ -137,7 +140,7 @@ def decompose(
     output, group = Path(output).absolute(), walk.group
     _check_layout(plan, walk)
     key = key or fingerprint(walk, plan)
-    if group.broadcast_object(_is_complete(output, key)):
+    if group.broadcast_object(is_complete(output, key)):
         return output
     with group.shared_errors():
         if output.exists() and not overwrite:
@@ -176,7 +179,8 @@ def _check_layout(plan: Plan, walk: Walk) -> None:
             raise ModelError(f"{planned.name}: {problem}; or train without saving a decomposed model (no init_cache)")
 
 
-def _is_complete(output: Path, key: str) -> bool:
+def is_complete(output: Path, key: str) -> bool:
+    """Whether `output` is a decomposed model with the `fingerprint` `key`."""
     manifest = output / MANIFEST
     if not manifest.is_file():
         return False

@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from peft import LoraConfig
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowrank_dist.calibrated_walk import materialize_calibrated
@@ -24,7 +25,7 @@ from lowrank_dist.calibration import Calibration, check_options
 from lowrank_dist.calibration_data import calibration_batches, calibration_step
 from lowrank_dist.checkpoint_io import resolve_checkpoint
 from lowrank_dist.checkpointed import CheckpointedStrategy
-from lowrank_dist.checkpoints.resuming import check_residual, check_settings, check_source, earlier_run
+from lowrank_dist.checkpoints.resuming import check_settings, check_source, earlier_run
 from lowrank_dist.checkpoints.writer import CheckpointWriter
 from lowrank_dist.decompose import source_fingerprint
 from lowrank_dist.decomposed import DecomposedModel
@@ -35,6 +36,7 @@ from lowrank_dist.planner import Sharding
 from lowrank_dist.pretrained import PretrainedModel, open_source
 from lowrank_dist.report import InitReport
 from lowrank_dist.residual import Dense
+from lowrank_dist.restored import check_digests
 from lowrank_dist.skeleton import (
     ModelError,
     Plan,
@@ -238,6 +240,16 @@ class PiSSAStrategy(CheckpointedStrategy):
         self.init_deepspeed()
         self.barrier()
 
+    def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Backward through DeepSpeed's engine, the loss divided once by the batches that are accumulated.
+
+        Lightning has divided it already where it optimizes by itself; DeepSpeed would do so again.
+        """
+        assert self.lightning_module is not None
+        if self.lightning_module.automatic_optimization:
+            kwargs.setdefault("scale_wrt_gas", False)
+        return super().backward(closure_loss, optimizer, *args, **kwargs)
+
     def teardown(self) -> None:
         module = self.lightning_module
         if module is not None and any(parameter.is_meta for parameter in module.parameters()):
@@ -324,7 +336,7 @@ class PiSSAStrategy(CheckpointedStrategy):
         source.close()
         self._backbone, self.init_report = backbone, result.report
         if self._resumed is not None:
-            check_residual(self._resumed, result.report)
+            check_digests(result.report.matrices, earlier_run(self._resumed).reports)
         facts = {
             "pretrained": self.pretrained,
             "pretrained_fingerprint": pretrained_fingerprint,

@@ -48,6 +48,25 @@ def test_accumulation_and_clipping_are_lightnings_own(llama: Path) -> None:
     assert means == pytest.approx(expected, rel=1e-5)
 
 
+class Descent(CausalLM):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=1.0)
+
+
+def descend(pretrained: Path, micro_batches: int) -> list[float]:
+    module = Descent(pretrained)
+    trainer = make_trainer(make_strategy(pretrained), accumulate_grad_batches=micro_batches)
+    trainer.fit(module, loader(trainer.global_rank, trainer.world_size, STEPS, micro_batches))
+    return torch.tensor(module.losses).view(-1, micro_batches).mean(1).tolist()
+
+
+def test_accumulated_gradients_are_means(llama: Path) -> None:
+    """With SGD, which does not forgive a factor as Adam does."""
+    whole = run_ranks(1, descend, llama, 1)[0]
+    assert whole[-1] != pytest.approx(whole[0], rel=1e-3)
+    assert run_ranks(2, descend, llama, 3)[0] == pytest.approx(whole, rel=1e-5)
+
+
 def train_with_validation(pretrained: Path) -> tuple[list[float], list[float]]:
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     module, measured = CausalLM(pretrained), []

@@ -27,13 +27,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lowrank_dist.adapter_files import ADAPTER_DIR, INITIAL_DIR, LORA_DIR, MANIFEST, WEIGHTS
+from lowrank_dist.adapter_files import ADAPTER_DIR, ENCODED_DIR, INITIAL_DIR, LORA_DIR, MANIFEST, WEIGHTS
 from lowrank_dist.checkpoint_io import CheckpointError, CheckpointReader
 from lowrank_dist.checkpoints.codec import decode_state
 from lowrank_dist.comm import ShardGroup
 
 FORMAT = 2
-ENCODED_DIR = "adapter_encoded"
 OPTIMIZER = "optimizer"
 STATE = "state"
 

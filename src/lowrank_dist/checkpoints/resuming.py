@@ -16,7 +16,7 @@ from lowrank_dist.comm import ShardGroup
 from lowrank_dist.exact_lora import CORE
 from lowrank_dist.partition import FlatPartition
 from lowrank_dist.pretrained import Resume
-from lowrank_dist.report import InitReport, MatrixReport
+from lowrank_dist.report import MatrixReport
 from lowrank_dist.zero3 import local_shard, whole_shape
 from lowrank_dist.zero3_optimizer import MASTER, ShardedOptimizer
 
@@ -121,17 +121,4 @@ def check_source(checkpoint: TrainingCheckpoint, fingerprint: str) -> None:
             f"{checkpoint.directory}: the pretrained weights have changed since it was written (it began from "
             f"{checkpoint.manifest['pretrained']!r}, fingerprint {before[:12]}, now "
             f"{fingerprint[:12]}); resume with the weights of the first run"
-        )
-
-
-def check_residual(checkpoint: TrainingCheckpoint, report: InitReport) -> None:
-    """Raise CheckpointError where a residual is not, bit for bit, the one that the checkpoint was trained with."""
-    expected = {matrix["name"]: matrix.get("digest") for matrix in checkpoint.manifest["matrices"]}
-    wrong = [m.name for m in report.matrices if expected.get(m.name) != m.digest]
-    if wrong:
-        raise CheckpointError(
-            f"{checkpoint.directory}: the frozen residual of {wrong[0]} ({len(wrong)} of {len(report.matrices)} "
-            "matrices) is not, bit for bit, the one that this adapter was trained with, though the pretrained weights "
-            "have the same fingerprint: other rounding on other hardware; resume on the hardware of the first run, or "
-            "start runs that are to move with init_cache=DIR, which stores the residual"
         )

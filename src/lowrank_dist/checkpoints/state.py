@@ -67,7 +67,9 @@ def decode_training_state(checkpoint: TrainingCheckpoint, *, accumulate_grad_bat
     before, now = checkpoint.manifest["accumulate_grad_batches"], accumulate_grad_batches
     for counts in state["loops"]["fit_loop"]["epoch_loop.batch_progress"].values():
         if isinstance(counts, dict) and before != now:
-            counts.update({name: -(-count // before) * now for name, count in counts.items()})
+            # a save at the end of a step finds its last batch processed, but not yet counted as completed
+            ready = -(-counts["ready"] // before) * now
+            counts.update({name: ready - (counts["ready"] - count) for name, count in counts.items()})
     state[OWN_STATE]["engine"]["micro_steps"] = state[OWN_STATE]["engine"]["global_steps"] * now
     state.setdefault("state_dict", {})
     return state

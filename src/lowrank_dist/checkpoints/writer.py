@@ -24,11 +24,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowrank_dist import __version__
-from lowrank_dist.adapter_files import ADAPTER_DIR, INITIAL_DIR, LORA_DIR, MANIFEST
+from lowrank_dist.adapter_files import ADAPTER_DIR, ENCODED_DIR, INITIAL_DIR, LORA_DIR, MANIFEST
 from lowrank_dist.checkpoint_io import write_json
 from lowrank_dist.checkpoint_keys import peft_name
 from lowrank_dist.checkpoints.layout import (
-    ENCODED_DIR,
     FORMAT,
     OPTIMIZER,
     PARTS,
