@@ -63,7 +63,7 @@ def descend(pretrained: Path, micro_batches: int) -> list[float]:
 def test_accumulated_gradients_are_means(llama: Path) -> None:
     """With SGD, which does not forgive a factor as Adam does."""
     whole = run_ranks(1, descend, llama, 1)[0]
-    assert whole[-1] != pytest.approx(whole[0], rel=1e-3)
+    assert whole[-1] != pytest.approx(whole[0], rel=1e-4)
     assert run_ranks(2, descend, llama, 3)[0] == pytest.approx(whole, rel=1e-5)
 
 
