@@ -1,7 +1,7 @@
 """Writes checkpoints: every tensor by its owner, all owners at once into the same files, complete or absent.
 
 A save has two parts. `CheckpointWriter.snapshot` runs between two steps: shards travel to their owners, who copy them
-to the host; it costs one all-to-all per 64 MiB of a rank's shards. `CheckpointWriter.write` converts, hashes, writes
+to the host; it costs one all-to-all per 16 MiB of a rank's shards. `CheckpointWriter.write` converts, hashes, writes
 and flushes what was copied; it may run in another thread, over a process group of its own, while training goes on.
 """
 
@@ -93,7 +93,7 @@ class CheckpointWriter:
         PEFT configuration of the adapter.
     materialized
         What the walk left: initial factors and measurements. Its factors move to their owners here: one all-to-all per
-        64 MiB of shards, after which `materialized` holds them no more.
+        16 MiB of shards, after which `materialized` holds them no more.
     group
         The ranks that share the model.
     base
@@ -162,7 +162,7 @@ class CheckpointWriter:
         state: tuple[Any, dict[str, Tensor]] | None = None,
         facts: Mapping[str, Any] | None = None,
     ) -> Snapshot:
-        """Copy what a checkpoint needs to the host of its owner. Collective: one all-to-all per 64 MiB of shards.
+        """Copy what a checkpoint needs to the host of its owner. Collective: one all-to-all per 16 MiB of shards.
 
         Host memory of a rank: its part of the adapters and, with an optimizer, of masters and moments.
         """
