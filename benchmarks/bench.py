@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -138,14 +138,3 @@ def described(job: Job) -> str:
     shared = ", rows shared" if job.ranks_per_matrix else ""
     method = f"{type(job.method).__name__}({', '.join(changed)})"
     return f"{job.checkpoint.name}, {method}, r = {job.rank}, {type(job.residual).__name__}{shared}"
-
-
-def table(columns: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    """A Markdown table."""
-    columns = list(columns)
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
-
-
-def verdict(met: bool) -> str:
-    return "**met**" if met else "**missed**"

@@ -11,24 +11,18 @@ Peers that are not installed (benchmarks/requirements.txt) are named as skipped.
 from __future__ import annotations
 
 import argparse
-import datetime
-import os
-import platform
-import subprocess
 import sys
 import tempfile
-from importlib import metadata
 from pathlib import Path
 
 import models
-import torch
 from bench import Bench, Settings
 from projection import projection
+from reporting import ROOT, header, write_report
 from tables import layers, limit, peft, reduction, svd
 
 from lowrank_dist.demo.assets import fetch_model
 
-ROOT = Path(__file__).resolve().parents[1]
 TABLES = {
     "peft": ("Initialisation of a model", peft),
     "svd": ("Distributed SVD", svd),
@@ -45,12 +39,12 @@ def main() -> None:
     chosen = list(dict.fromkeys(options.table or TABLES))
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         bench = Bench(_settings(options, Path(scratch)))
-        parts = [header(bench.settings)]
+        parts = [_header(bench.settings)]
         for name in chosen:
             title, make = TABLES[name]
             print(f"{name}: {title}", file=sys.stderr, flush=True)
             parts.append(f"## {title} (`{name}`)\n\n{make(bench)}")
-            _write(options.output, parts)  # what is complete stays if the rest is interrupted
+            write_report(options.output, parts)  # what is complete stays if the rest is interrupted
     print("\n\n".join(parts))
 
 
@@ -88,50 +82,15 @@ def _settings(options: argparse.Namespace, scratch: Path) -> Settings:
     )
 
 
-def _write(output: Path, parts: list[str]) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text("\n\n".join(parts) + "\n")
-
-
-def header(settings: Settings) -> str:
-    """Where and with what the figures were taken."""
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES if _installed(name))
-    now = datetime.datetime.now(datetime.timezone.utc)
-    lines = [
-        "# Initialisation: measured",
-        "",
-        f"- `{' '.join(['python benchmarks/bench_init.py', *sys.argv[1:]])}`",
-        f"- {now:%Y-%m-%d %H:%M} UTC, commit {_commit()}, Python {platform.python_version()}, {versions}",
-        f"- {_processor()}, {os.cpu_count()} logical CPUs; {settings.ranks} ranks of one thread, peers the same number "
-        f"of threads; load average at the start {os.getloadavg()[0]:.1f}",
-        f"- up to {settings.repeats} repeats after a warm-up, which is the only measurement where it took more than "
-        f"{settings.budget:g} s; all files in the page cache",
+def _header(settings: Settings) -> str:
+    notes = [
+        f"up to {settings.repeats} repeats after a warm-up, which is the only measurement where it took more than "
+        f"{settings.budget:g} s; all files in the page cache"
     ]
     if settings.tiny:
-        lines.append("- a dry run on random matrices of a few rows: its figures mean nothing")
-    return "\n".join(lines)
-
-
-def _installed(name: str) -> bool:
-    try:
-        metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-def _commit() -> str:
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-    changes = " with changes" if git("status", "--porcelain") else ""
-    return (git("rev-parse", "--short", "HEAD") or "unknown") + changes
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+        notes.append("a dry run on random matrices of a few rows: its figures mean nothing")
+    machine = f"{settings.ranks} ranks of one thread, peers the same number of threads"
+    return header("Initialisation: measured", "bench_init.py", PACKAGES, machine, notes)
 
 
 if __name__ == "__main__":

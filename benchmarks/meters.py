@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import statistics
 import threading
 import time
@@ -94,6 +96,14 @@ class PeakMemory:
             self._peak = max(self._peak[0], private), max(self._peak[1], resident)
             if self._stop.wait(0.002):
                 return
+
+
+def free_heap() -> None:
+    """Give memory that was freed back to the kernel, where the C library is glibc: new allocations then count."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _resident() -> tuple[int, int]:

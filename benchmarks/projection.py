@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import models
-from bench import Bench, table
+from bench import Bench
 from costs import Host, Seconds, predict
+from reporting import table
 from tables import timed_walks
 
 from lowrank_dist.checkpoint_io import CheckpointReader

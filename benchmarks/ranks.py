@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -15,25 +16,34 @@ import torch.distributed as dist
 
 # Imported once, in a server process that does nothing else; every measured process forks from it.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    [
-        "bitsandbytes",
-        "lowrank_dist.methods",
-        "lowrank_dist.nf4",
-        "lowrank_dist.planner",
-        "lowrank_dist.skeleton",
-        "peft",
-        "torch.utils.flop_counter",
-        "transformers.models.llama.modeling_llama",
-    ]
-)
+_PRELOADED = [
+    "bitsandbytes",
+    "lowrank_dist.methods",
+    "lowrank_dist.nf4",
+    "lowrank_dist.planner",
+    "lowrank_dist.skeleton",
+    "peft",
+    "torch.utils.flop_counter",
+    "transformers.models.llama.modeling_llama",
+]
+_CONTEXT.set_forkserver_preload(_PRELOADED)
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, threads: int = 1) -> list[Any]:
-    """``function(*args)`` on `world_size` new processes of `threads` threads; what each returned, by rank."""
+def preload(*modules: str) -> None:
+    """Import `modules` in the server process too; before the first ranks are run."""
+    _CONTEXT.set_forkserver_preload([*_PRELOADED, *modules])
+
+
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, threads: int = 1, group: bool = False
+) -> list[Any]:
+    """``function(*args)`` on `world_size` new processes of `threads` threads; what each returned, by rank.
+
+    With `group` a single process has a process group too.
+    """
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(world_size, mp_context=_CONTEXT) as pool:
         store = f"file://{folder}/store"
-        futures = [pool.submit(_rank, r, world_size, store, threads, function, args) for r in range(world_size)]
+        futures = [pool.submit(_rank, r, world_size, group, store, threads, function, args) for r in range(world_size)]
         done, _ = wait(futures, return_when=FIRST_EXCEPTION)
         for future in done:
             future.result()
@@ -46,12 +56,21 @@ def run_alone(function: Callable[..., Any], *args: Any, threads: int = 1) -> Any
 
 
 def _rank(
-    rank: int, world_size: int, store: str, threads: int, function: Callable[..., Any], args: tuple[Any, ...]
+    rank: int,
+    world_size: int,
+    group: bool,
+    store: str,
+    threads: int,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> Any:
     warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for an old name
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    if world_size == 1:
+    # what torchrun sets: Lightning then takes the processes as they are
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    os.environ.update({name: str(value) for name, value in places.items()}, TORCHELASTIC_RUN_ID="benchmark")
+    if world_size == 1 and not group:
         return function(*args)
     dist.init_process_group("gloo", store, rank=rank, world_size=world_size, timeout=timedelta(minutes=30))
     try:

@@ -9,10 +9,11 @@ from typing import Any
 
 import models
 import peers as others
-from bench import Bench, table, verdict
+from bench import Bench
 from meters import shown
 from peers import PeerError, PeftOutcome
 from ranks import run_alone, run_ranks
+from reporting import table, verdict
 from safetensors.torch import save_file
 from walks import Job, Outcome, SVDOutcome, measure_svd
 

@@ -82,10 +82,14 @@ class ShardGroup:
         """
         if self.size == 1:
             return outgoing
-        received = torch.empty(sum(sizes), dtype=torch.uint8, device=outgoing[0].device)
-        dist.all_to_all_single(
-            received, torch.cat(outgoing), sizes, [part.numel() for part in outgoing], group=self._group
-        )
+        return self.exchange_packed(torch.cat(outgoing), [part.numel() for part in outgoing], sizes)
+
+    def exchange_packed(self, outgoing: Tensor, lengths: list[int], sizes: list[int]) -> list[Tensor]:
+        """`exchange` of what lies end to end in `outgoing`, ``lengths[j]`` bytes for rank j; it is not copied here."""
+        if self.size == 1:
+            return [outgoing]
+        received = torch.empty(sum(sizes), dtype=torch.uint8, device=outgoing.device)
+        dist.all_to_all_single(received, outgoing, sizes, lengths, group=self._group)
         return list(received.split(sizes))
 
     def sum(self, tensor: Tensor) -> Tensor:

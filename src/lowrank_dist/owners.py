@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowrank_dist.comm import ShardGroup
 
-BATCH_BYTES = 2**26  # of a rank's own shards that travel at a time
+BATCH_BYTES = 2**24  # of a rank's own shards that travel at a time
 
 
 def assign_owners(sizes: Mapping[str, int], world_size: int) -> dict[str, int]:
@@ -80,11 +80,14 @@ def _exchange(
         outgoing[owner(name)].append(data)
         if owner(name) == group.rank:
             mine.append((name, shard.dtype, numel, data.numel()))
-    empty = torch.empty(0, dtype=torch.uint8, device=group.device)
-    sent = [torch.cat(parts) if parts else empty for parts in outgoing]
-    received = group.exchange(sent, [sum(nbytes for *_, nbytes in mine)] * group.size)
+    packed = torch.cat([part for parts in outgoing for part in parts])
+    sizes = [sum(part.numel() for part in parts) for parts in outgoing]
+    received = group.exchange_packed(packed, sizes, [sum(nbytes for *_, nbytes in mine)] * group.size)
+    del packed
     start = 0
     for name, dtype, numel, nbytes in mine:
-        whole = torch.cat([part[start : start + nbytes].cpu() for part in received]).view(dtype)
-        yield name, whole[:numel].clone()
+        whole = torch.empty(group.size, nbytes, dtype=torch.uint8)
+        for row, part in zip(whole, received, strict=True):
+            row.copy_(part[start : start + nbytes])
+        yield name, whole.view(-1).view(dtype)[:numel]
         start += nbytes

@@ -9,12 +9,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_every_table_at_tiny_scale(tmp_path: Path) -> None:
-    output = tmp_path / "init.md"
-    command = [sys.executable, "benchmarks/bench_init.py", "--tiny", "--output", str(output)]
+def dry_run(script: str, output: Path) -> str:
+    command = [sys.executable, f"benchmarks/{script}", "--tiny", "--output", str(output)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     report = output.read_text()
+    assert "dry run" in report
+    return report
+
+
+def test_every_table_at_tiny_scale(tmp_path: Path) -> None:
+    report = dry_run("bench_init.py", tmp_path / "init.md")
     for table in ("peft", "svd", "layers", "limit", "reduction", "projection"):
         assert f"(`{table}`)\n\n" in report
     for row in (
@@ -25,4 +30,20 @@ def test_every_table_at_tiny_scale(tmp_path: Path) -> None:
         "LLaMA-3.1-405B",
     ):
         assert f"| {row}" in report
-    assert "dry run" in report
+
+
+def test_checkpoints_at_tiny_scale(tmp_path: Path) -> None:
+    """Of the figures, those that are no times: what can be resumed elsewhere, and what holds pickles."""
+    report = dry_run("bench_checkpoint.py", tmp_path / "checkpoint.md")
+    for title in ("Saving", "Steps beside a save", "Starting"):
+        assert f"## {title}\n\n" in report
+    rows = {cells[1].strip(): cells[2:] for line in report.splitlines() if len(cells := line.split("|")) > 3}
+    for label, resumes, pickles in (
+        ("ours, in the background", "yes", "no"),
+        ("ours, `background=False`", "yes", "no"),
+        ("Lightning's, without frozen parameters", "no", "yes"),
+        ("Lightning's, with frozen parameters", "no", "yes"),
+    ):
+        assert [cell.strip() for cell in rows[label][-3:-1]] == [resumes, pickles]
+    assert {"fresh", "resumed", "nothing is written"} <= set(rows)
+    assert "as many ranks: DeepSpeed loaded it" in report

@@ -1,7 +1,7 @@
 """Writes checkpoints: every tensor by its owner, all owners at once into the same files, complete or absent.
 
 A save has two parts. `CheckpointWriter.snapshot` runs between two steps: shards travel to their owners, who copy them
-to the host; it costs one all-to-all per 64 MiB of a rank's shards. `CheckpointWriter.write` converts, hashes, writes
+to the host; it costs one all-to-all per 16 MiB of a rank's shards. `CheckpointWriter.write` converts, hashes, writes
 and flushes what was copied; it may run in another thread, over a process group of its own, while training goes on.
 """
 
@@ -83,7 +83,7 @@ class CheckpointWriter:
         PEFT configuration of the adapter.
     materialized
         What the walk left: initial factors and measurements. Its factors move to their owners here: one all-to-all per
-        64 MiB of shards, after which `materialized` holds them no more.
+        16 MiB of shards, after which `materialized` holds them no more.
     group
         The ranks that share the model.
     base
@@ -123,6 +123,7 @@ class CheckpointWriter:
         self._owner = {name: owners[_unit(name)] for name in self._shapes}
         self._initial = self._to_owners(materialized.initial)
         self._encoded = self._to_owners(materialized.encoded_from)
+        self._laid_out: dict[tuple[str, ...] | None, dict[str, dict[str, FileTensor]]] = {}
         self._initial_names, self._encoded_names = list(materialized.initial), list(materialized.encoded_from)
         materialized.initial.clear()
         materialized.encoded_from.clear()
@@ -154,7 +155,7 @@ class CheckpointWriter:
         state: tuple[Any, dict[str, Tensor]] | None = None,
         facts: Mapping[str, Any] | None = None,
     ) -> Snapshot:
-        """Copy what a checkpoint needs to the host of its owner. Collective: one all-to-all per 64 MiB of shards.
+        """Copy what a checkpoint needs to the host of its owner. Collective: one all-to-all per 16 MiB of shards.
 
         Host memory of a rank: its part of the adapters and, with an optimizer, of masters and moments.
         """
@@ -228,28 +229,43 @@ class CheckpointWriter:
 
     def _files(self, taken: Snapshot, staging: Path) -> dict[str, TensorFiles]:
         """All files of tensors that several ranks write, laid out alike on every rank."""
-        meta = {
-            name: torch.empty(shape, dtype=self._dtypes[name], device="meta") for name, shape in self._shapes.items()
-        }
-        moments: dict[str, Tensor] = {}
-        if taken.state is not None:
-            for name in self.trained:
-                kinds = [*taken.states, *([] if self._dtypes[name] == torch.float32 else [MASTER])]
-                moments |= {f"{name}.{kind}": meta[name].float() for kind in kinds}
-                if name.endswith(CORE):  # folded into B in the adapter
-                    moments[name] = meta[name]
-        encoded = {name: meta[name] for name in self._encoded_names}
-        initial = {name: meta[name] for name in self._initial_names}
-        parts = self._parts(meta, initial, encoded) | ({OPTIMIZER: moments} if taken.state is not None else {})
         return {
             part: TensorFiles(
                 staging / PARTS[part][0],
-                {name: FileTensor(shape=tuple(t.shape), dtype=t.dtype) for name, t in tensors.items()},
+                tensors,
                 stem=PARTS[part][1],
                 **({} if part == OPTIMIZER else {"max_bytes": sys.maxsize}),
             )
-            for part, tensors in parts.items()
+            for part, tensors in self._contents(None if taken.state is None else tuple(taken.states)).items()
         }
+
+    def _contents(self, states: tuple[str, ...] | None) -> dict[str, dict[str, FileTensor]]:
+        """Names, shapes and dtypes by part; `states` are those of the optimizer, None: without it.
+
+        Worked out once: operations on meta tensors are Python, which a training thread would have to wait for.
+        """
+        if states not in self._laid_out:
+            self._laid_out[states] = {
+                part: {name: FileTensor(shape=tuple(t.shape), dtype=t.dtype) for name, t in tensors.items()}
+                for part, tensors in self._meta_parts(states).items()
+            }
+        return self._laid_out[states]
+
+    def _meta_parts(self, states: tuple[str, ...] | None) -> dict[str, dict[str, Tensor]]:
+        meta = {
+            name: torch.empty(shape, dtype=self._dtypes[name], device="meta") for name, shape in self._shapes.items()
+        }
+        encoded = {name: meta[name] for name in self._encoded_names}
+        parts = self._parts(meta, {name: meta[name] for name in self._initial_names}, encoded)
+        if states is None:
+            return parts
+        moments: dict[str, Tensor] = {}
+        for name in self.trained:
+            kinds = [*states, *([] if self._dtypes[name] == torch.float32 else [MASTER])]
+            moments |= {f"{name}.{kind}": meta[name].float() for kind in kinds}
+            if name.endswith(CORE):  # folded into B in the adapter
+                moments[name] = meta[name]
+        return parts | {OPTIMIZER: moments}
 
     def _parts(
         self, values: Mapping[str, Tensor], initial: Mapping[str, Tensor], encoded: Mapping[str, Tensor]
