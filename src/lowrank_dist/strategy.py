@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from peft import LoraConfig
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowrank_dist.calibrated_walk import materialize_calibrated
@@ -237,6 +238,12 @@ class PiSSAStrategy(CheckpointedStrategy):
         self.setup_precision_plugin()
         self.init_deepspeed()
         self.barrier()
+
+    def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
+        # Lightning has divided the loss by accumulate_grad_batches already, DeepSpeed would once more
+        if self.lightning_module is not None and self.lightning_module.automatic_optimization:
+            kwargs.setdefault("scale_wrt_gas", False)
+        return super().backward(closure_loss, optimizer, *args, **kwargs)
 
     def teardown(self) -> None:
         module = self.lightning_module
