@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -43,12 +44,15 @@ class CheckpointedStrategy(DeepSpeedStrategy):
         Of `DeepSpeedStrategy`.
     """
 
+    #: Data modules may ask: batches of a step that was not finished are trained on again after resuming.
+    resumes_whole_steps = True
+
     def __init__(self, **options: Any) -> None:
         options["exclude_frozen_parameters"] = True
         super().__init__(stage=3, **options)
         self._writer: CheckpointWriter | None = None
         self._saver: Saver | None = None
-        self._in_background = False
+        self._background: list[Future[None]] | None = None
         self._resumed: TrainingCheckpoint | None = None
         self._resumed_state: dict[str, Any] = {}
 
@@ -103,9 +107,11 @@ class CheckpointedStrategy(DeepSpeedStrategy):
             "epoch": trainer.current_epoch,
             "accumulate_grad_batches": trainer.accumulate_grad_batches,
         }
-        saver.save(Path(self.broadcast(os.fspath(filepath))), optimizer, state=state, facts=facts)
-        if not self._in_background:
-            saver.wait()
+        save = saver.save(Path(self.broadcast(os.fspath(filepath))), optimizer, state=state, facts=facts)
+        if self._background is None:
+            save.result()
+        else:
+            self._background.append(save)
 
     def save_adapter(self, directory: str | os.PathLike[str]) -> None:
         """Write the adapter, its initial value and the converted LoRA; complete or absent. Collective.
@@ -122,16 +128,19 @@ class CheckpointedStrategy(DeepSpeedStrategy):
         return {}
 
     @contextmanager
-    def background_saves(self) -> Iterator[None]:
+    def background_saves(self) -> Iterator[list[Future[None]]]:
         """Inside, ``trainer.save_checkpoint`` returns once the state is copied; files are written meanwhile.
 
-        Whether that succeeded the next save tells, or `Saver.wait` of `saver`.
+        Yields
+        ------
+        list of Future
+            Of the saves begun inside, as they are begun; their ``result()`` waits, and raises what went wrong.
         """
-        self._in_background = True
+        self._background = []
         try:
-            yield
+            yield self._background
         finally:
-            self._in_background = False
+            self._background = None
 
     @property
     def saver(self) -> Saver:
@@ -144,6 +153,7 @@ class CheckpointedStrategy(DeepSpeedStrategy):
         """Remove a checkpoint, once those that are being written are complete."""
         if self.is_global_zero:
             self.saver.remove(Path(filepath))
+            self.saver.wait()
 
     # -- resuming -----------------------------------------------------------------------------------------------
 
@@ -210,9 +220,16 @@ class CheckpointedStrategy(DeepSpeedStrategy):
         """The trained parameters, whole, on rank 0; nothing of the frozen base. Collective.
 
         Nothing while `background_saves`: the checkpoint has them from their owners.
+
+        Raises
+        ------
+        InputError
+            After an exception, where not all ranks come (`Saver.meet`): Lightning asks for it first in every save.
         """
         assert self.lightning_module is not None
-        if self._in_background:
+        if self._trainer.interrupted:
+            self.saver.meet(self._trainer.global_step)
+        if self._background is not None:
             return {}
         trained = [(n, p) for n, p in self.lightning_module.named_parameters() if p.requires_grad and is_partitioned(p)]
         shapes = {name: whole_shape(parameter) for name, parameter in trained}

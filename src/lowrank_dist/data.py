@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -115,16 +116,33 @@ class ShardedSampler(DistributedSampler[Any]):
 class ResumableLoader(DataLoader[dict[str, Tensor]]):
     """A `DataLoader` over a `ShardedSampler` that knows how much of the epoch it has handed out.
 
+    Parameters
+    ----------
+    unused
+        Tells how many of the last batches are to be handed out again after resuming.
+    **settings
+        Of `DataLoader`.
+
+    Notes
+    -----
     Its state is three integers, the same on every rank, and can be loaded on another number of ranks: what is left of
     the epoch is then dealt out anew, no item twice and none left out.
     """
+
+    def __init__(self, *args: Any, unused: Callable[[], int] = lambda: 0, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.unused = unused
+        self._begun = self._steps = 0  # where this iteration began, in items, and its steps since
 
     def state_dict(self) -> dict[str, int]:
         """Epoch, items handed out in it over all ranks, and the step size that its order was drawn for."""
         sampler = self.sampler
         if not isinstance(sampler, ShardedSampler):  # Lightning's overfit_batches puts another one in its place
             return {}
-        return {"epoch": sampler.epoch, "start": sampler.handed_out, "order_step_size": sampler.order_step_size}
+        start = sampler.handed_out
+        if unused := self.unused():
+            start = self._begun + max(0, self._steps - unused) * sampler.step_size
+        return {"epoch": sampler.epoch, "start": start, "order_step_size": sampler.order_step_size}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue where `state` was taken."""
@@ -142,6 +160,7 @@ class ResumableLoader(DataLoader[dict[str, Tensor]]):
         for step, batch in enumerate(super().__iter__(), start=1):
             sampler.start = 0  # has been read: whoever iterates again starts from the beginning
             sampler.handed_out = min(total, start + step * sampler.step_size)
+            self._begun, self._steps = start, step
             yield batch
 
 
@@ -302,9 +321,21 @@ class SFTDataModule(L.LightningDataModule):
         """The training examples, in a new order every epoch."""
         dataset = self._sets["train"]
         sampler = self._sampler(dataset, shuffle=True)
-        self._train_loader = ResumableLoader(dataset, self.batch_size, sampler=sampler, **self._loader_settings())
+        self._train_loader = ResumableLoader(
+            dataset, self.batch_size, sampler=sampler, unused=self._unused_batches, **self._loader_settings()
+        )
         self._train_loader.load_state_dict(self._state)
         return self._train_loader
+
+    def _unused_batches(self) -> int:
+        """Batches handed out to a step that is not done: of a checkpoint that is saved on an exception."""
+        if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
+            return 0
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        unused = progress.ready - progress.processed
+        if getattr(self.trainer.strategy, "resumes_whole_steps", False):
+            unused += progress.processed % self.trainer.accumulate_grad_batches
+        return unused
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self._train_loader is None else self._train_loader.state_dict()

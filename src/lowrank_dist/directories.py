@@ -99,17 +99,28 @@ def sweep(directory: Path) -> None:
 
     What another process is writing at this moment is left alone.
     """
+    restore_replaced(directory)
     for old in directory.glob(".*.old"):
-        target = directory / old.name[1 : -len(".old")]
-        if target.exists() or not any(old.iterdir()):
-            shutil.rmtree(old, ignore_errors=True)
-        elif staging_of(target).exists():  # killed between two renames
-            old.rename(target)
-        else:  # killed while it was removed
-            shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+    for link in directory.glob(".*.link"):
+        link.unlink(missing_ok=True)
     for staging in directory.glob(".*.partial"):
         with suppress(InputError), exclusive(staging):
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def restore_replaced(directory: Path) -> None:
+    """Put back directories whose replacement was killed between its two renames. Any number of processes may call it.
+
+    What another process is replacing at this moment is left alone.
+    """
+    for old in directory.glob(".*.old"):
+        target = directory / old.name[1 : -len(".old")]
+        if target.exists() or not staging_of(target).exists():
+            continue
+        with suppress(InputError, OSError), exclusive(staging_of(target)):
+            if any(old.iterdir()):
+                old.rename(target)
 
 
 @contextmanager
@@ -121,20 +132,24 @@ def exclusive(directory: Path) -> Iterator[None]:
     InputError
         Where another process has the lock. On file systems without locks nobody is kept out.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
+    while True:
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(directory, os.O_RDONLY)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"{directory}: another run is writing it; wait for that run, or choose another directory"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
-        yield
-    finally:
-        os.close(descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(
+                    f"{directory}: another run is writing it; wait for that run, or choose another directory"
+                ) from None
+            except OSError:
+                pass  # a file system without locks
+            if directory.exists() and os.path.samestat(os.fstat(descriptor), directory.stat()):
+                yield
+                return
+        finally:
+            os.close(descriptor)
+        # its owner has moved it to its place meanwhile: what was locked is no longer `directory`
 
 
 def replaced_of(target: Path) -> Path:

@@ -55,6 +55,32 @@ class CausalLM(L.LightningModule):
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=LR)
 
 
+class ByStep(CausalLM):
+    """Its batch is that of the step, whatever the loader gives: a resumed run needs no other loader.
+
+    Rank 0 writes ``step loss`` lines to `record`, which outlive the process.
+    """
+
+    def __init__(self, pretrained: Path, record: Path | None = None) -> None:
+        super().__init__(pretrained)
+        self.record = record
+
+    def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+        step, trainer = self.trainer.global_step, self.trainer
+        mine = tokens()[step % STEPS].unflatten(0, (trainer.world_size, -1))[trainer.global_rank]
+        loss = super().training_step([mine], index)
+        if self.record is not None and trainer.is_global_zero:
+            with self.record.open("a") as file:
+                file.write(f"{step} {self.losses[-1]!r}\n")
+        return loss
+
+
+def recorded(record: Path) -> dict[int, float]:
+    """Losses by step that `ByStep` has written; of steps done twice the last."""
+    lines = [line.split() for line in record.read_text().splitlines()]
+    return {int(step): float(loss) for step, loss in lines}
+
+
 def loader(rank: int, world_size: int, steps: int = STEPS, micro_batches: int = 1, first: int = 0) -> DataLoader:
     """This rank's part of every global batch, in `micro_batches` parts, beginning with batch `first`."""
     mine = tokens(steps).roll(-first, dims=0).unflatten(1, (world_size, -1))[:, rank]

@@ -4,23 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A job that has ended.
-
-    Attributes
-    ----------
-    name
-        What it was called.
-    error
-        What it raised, or None.
-    """
-
-    name: str
-    error: BaseException | None
 
 
 class BackgroundJobs:
@@ -31,10 +14,10 @@ class BackgroundJobs:
 
     def __init__(self) -> None:
         self._pool: ThreadPoolExecutor | None = None
-        self._pending: list[tuple[str, Future[None]]] = []
+        self._pending: list[Future[None]] = []
         self._failed = False
 
-    def submit(self, name: str, job: Callable[[], None], *, needs_success: bool = False) -> None:
+    def submit(self, job: Callable[[], None], *, needs_success: bool = False) -> Future[None]:
         """Run `job` after those submitted before; with `needs_success` only if the one before it ended well."""
         if self._pool is None:
             self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lowrank-dist-save")
@@ -46,25 +29,14 @@ class BackgroundJobs:
             job()
             self._failed = False
 
-        self._pending.append((name, self._pool.submit(run)))
-
-    @property
-    def busy(self) -> bool:
-        """Whether a job has not ended yet."""
-        return any(not future.done() for _, future in self._pending)
-
-    def finished(self) -> list[Finished]:
-        """Jobs that have ended since the last call, in order. Does not wait."""
-        ended = []
-        while self._pending and self._pending[0][1].done():
-            name, future = self._pending.pop(0)
-            ended.append(Finished(name, future.exception()))
-        return ended
+        self._pending.append(self._pool.submit(run))
+        return self._pending[-1]
 
     def wait(self) -> None:
-        """Wait until every job has ended; `finished` then tells how."""
-        for _, future in self._pending:
-            future.exception()
+        """Wait until every job has ended, well or not: that their futures tell."""
+        while self._pending:
+            self._pending[0].exception()
+            self._pending.pop(0)
 
     def close(self) -> None:
         """Wait, and end the thread."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +18,11 @@ from lowrank_dist.checkpoints.background import BackgroundJobs
 from lowrank_dist.checkpoints.writer import CheckpointWriter
 from lowrank_dist.comm import ShardGroup
 from lowrank_dist.directories import remove_directory
+from lowrank_dist.errors import InputError
 from lowrank_dist.zero3_optimizer import ShardedOptimizer
+
+#: How long a rank that failed waits for the others to fail too, before it gives up saving.
+MEETING = timedelta(seconds=30)
 
 log = logging.getLogger(__name__)
 
@@ -35,12 +40,15 @@ class Saver:
     Notes
     -----
     Files are written over a gloo group of their own, so that its collectives never meet those of training.
-    Construction, `save` and `wait` are collective; a failed save is raised by the next `wait`, on every rank.
+    Construction and `save` are collective. Whether a save succeeded its future tells, the same on every rank.
     """
 
     def __init__(self, writer: CheckpointWriter, timeout: timedelta) -> None:
         group = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
-        self._writer, self._group, self._jobs = writer, ShardGroup(group), BackgroundJobs()
+        # a timeout belongs to a group: every operation of this one gives up early
+        meeting = dist.new_group(backend="gloo", timeout=MEETING) if dist.is_initialized() else None
+        self._writer, self._jobs = writer, BackgroundJobs()
+        self._group, self._meeting = ShardGroup(group), ShardGroup(meeting)
 
     def save(
         self,
@@ -49,11 +57,17 @@ class Saver:
         *,
         state: tuple[Any, dict[str, Tensor]] | None,
         facts: Mapping[str, Any],
-    ) -> None:
-        """Take a snapshot and begin to write it; see `CheckpointWriter`. Waits for the save before, if need be."""
+    ) -> Future[None]:
+        """Take a snapshot and begin to write it; see `CheckpointWriter`. Waits for the save before, if need be.
+
+        Returns
+        -------
+        Future
+            Done once the checkpoint is complete, or is not to be: ``result()`` then raises the OSError or InputError.
+        """
         self.wait()
         taken = self._writer.snapshot(optimizer, state=state, facts=facts)
-        self._jobs.submit(f"save {directory}", lambda: self._writer.write(taken, directory, self._group))
+        return self._jobs.submit(lambda: self._writer.write(taken, directory, self._group))
 
     def remove(self, directory: Path) -> None:
         """Remove a checkpoint once the saves before have ended, unless the last of them failed. One rank calls it."""
@@ -62,7 +76,7 @@ class Saver:
             with _warned(f"{directory} could not be removed"):
                 remove_directory(directory)
 
-        self._jobs.submit(f"remove {directory}", remove, needs_success=True)
+        self._jobs.submit(remove, needs_success=True)
 
     def link(self, directory: Path, link: Path) -> None:
         """Make `link` a symbolic link to `directory`, likewise."""
@@ -76,25 +90,33 @@ class Saver:
                     remove_directory(link)
                 fresh.replace(link)
 
-        self._jobs.submit(f"link {link}", make, needs_success=True)
-
-    @property
-    def busy(self) -> bool:
-        """Whether something is still being written on this rank."""
-        return self._jobs.busy
+        self._jobs.submit(make, needs_success=True)
 
     def wait(self) -> None:
-        """Wait until everything is on disk.
+        """Wait until nothing is being written, removed or linked any more."""
+        self._jobs.wait()
+
+    def meet(self, step: int) -> None:
+        """Make sure that a run which an exception has ended can still be saved. Collective, if the others come.
+
+        After an exception on one rank the others may be waiting for it in the middle of a step: a collective save
+        would wait for them as they do for it.
 
         Raises
         ------
-        OSError, InputError
-            Of the first save that failed since the last call; the checkpoints before it are intact.
+        InputError
+            Where not every rank comes within `MEETING`, or not all after the same step.
         """
-        self._jobs.wait()
-        for job in self._jobs.finished():
-            if job.error is not None:
-                raise job.error
+        self.wait()
+        try:
+            steps = self._meeting.gather_objects(step)
+        except RuntimeError as error:  # of gloo: too late, or gone
+            raise InputError(
+                f"the exception was not raised on all ranks within {MEETING.total_seconds():g} s, and a checkpoint "
+                "needs them all; resume from the one before"
+            ) from error
+        if len(set(steps)) > 1:
+            raise InputError(f"the ranks were ended after different steps: {steps}; resume from the checkpoint before")
 
     def close(self) -> None:
         """Wait, and end the thread."""

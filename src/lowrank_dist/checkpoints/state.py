@@ -61,18 +61,45 @@ def decode_training_state(checkpoint: TrainingCheckpoint, *, accumulate_grad_bat
 
     Progress is a number of optimizer steps; how many batches that are depends on how many each rank accumulates. With
     another number of ranks or another batch size, and `accumulate_grad_batches` such that the global batch is the same,
-    the steps are the same ones.
+    the steps are the same ones. Batches of a step that an exception has cut short are not counted. What was saved in a
+    hook at the end of an epoch goes on with the next epoch: as it stands, Lightning would train one more batch of the
+    ended one where ``max_steps`` is set.
     """
     state = checkpoint.state()
     before, now = checkpoint.manifest["accumulate_grad_batches"], accumulate_grad_batches
-    for counts in state["loops"]["fit_loop"]["epoch_loop.batch_progress"].values():
-        if isinstance(counts, dict) and before != now:
-            # a save at the end of a step finds its last batch processed, but not yet counted as completed
-            ready = -(-counts["ready"] // before) * now
-            counts.update({name: ready - (counts["ready"] - count) for name, count in counts.items()})
+    loops = state["loops"]["fit_loop"]
+    epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
+    epoch_ended = batches["is_last_batch"] and batches["current"]["processed"] % before == 0
+    _count_whole_steps(batches, before, now)
+    if epoch_ended:
+        _move_to(epochs, epochs["current"]["ready"])
+        _move_to(batches, 0, total=batches["total"]["processed"])
+        batches["is_last_batch"] = False
     state[OWN_STATE]["engine"]["micro_steps"] = state[OWN_STATE]["engine"]["global_steps"] * now
     state.setdefault("state_dict", {})
     return state
+
+
+def _count_whole_steps(progress: dict[str, Any], before: int, now: int) -> None:
+    """Lightning's batch progress, in place: from `before` batches of a step to `now`, without those of no whole step.
+
+    What a hook at the end of a batch saves is processed but not completed, from which Lightning knows where it stands.
+    """
+    current, total = progress["current"], progress["total"]
+    steps, unfinished = divmod(current["processed"], before)
+    ending = current["processed"] - current["completed"] if not unfinished else 0
+    for name in current:
+        earlier = (total[name] - current[name]) // before * now if before != now else total[name] - current[name]
+        current[name] = steps * now - (ending if name == "completed" else 0)
+        total[name] = earlier + current[name]
+
+
+def _move_to(progress: dict[str, Any], current: int, *, total: int | None = None) -> None:
+    """Set all counts of Lightning's progress, in place; `total` moves with `current` where it is not given."""
+    for name in progress["current"]:
+        moved = progress["total"][name] + current - progress["current"][name]
+        progress["total"][name] = moved if total is None else total
+        progress["current"][name] = current
 
 
 def restore_rng(states: list[dict[str, Any]], group: ShardGroup) -> None:

@@ -202,7 +202,7 @@ class CheckpointWriter:
         OSError, InputError
             On every rank; what was at `directory` before is still there.
         """
-        staging = staging_of(directory)
+        staging, locked = staging_of(directory), False
         with ExitStack() as stack:
             files = self._files(taken, staging)
             for part in files.values():
@@ -212,6 +212,7 @@ class CheckpointWriter:
                     if group.rank == 0:
                         directory.parent.mkdir(parents=True, exist_ok=True)
                         stack.enter_context(exclusive(staging))
+                        locked = True
                         self._begin(staging, files)
                 with group.shared_errors():
                     hashes = self._tensors(taken, files)
@@ -223,7 +224,7 @@ class CheckpointWriter:
                         self._finish(taken, staging, everyone)
                         put_in_place(staging, directory)
             except BaseException:
-                if group.rank == 0:
+                if locked:  # else it is another run's
                     shutil.rmtree(staging, ignore_errors=True)
                 raise
 
