@@ -26,6 +26,11 @@ _Request = TypeVar("_Request")
 _Block = TypeVar("_Block")
 
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {**FLOAT_DTYPES, "F64": torch.float64, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16} | {
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 PACKED_DTYPE = "NF4"  # what the reader of a decomposed model says of 4-bit weights
 
 
@@ -204,7 +209,7 @@ class CheckpointReader:
         """Rows ``start:stop`` of the first dimension, in the dtype of the file."""
         if start >= stop:
             shape = (0, *self.stored(name).shape[1:])
-            return torch.empty(shape, dtype=FLOAT_DTYPES.get(self.stored(name).dtype, torch.float32))
+            return torch.empty(shape, dtype=_DTYPES.get(self.stored(name).dtype, torch.float32))
         if name in self._joined:
             row = self.stored(name).shape[1:]
             width = torch.Size(row).numel()

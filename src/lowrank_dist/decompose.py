@@ -25,11 +25,13 @@ from peft import LoraConfig
 from lowrank_dist import __version__
 from lowrank_dist.checkpoint_io import (
     CheckpointError,
+    CheckpointReader,
     flush_directory,
     put_in_place,
     staging_of,
     write_json,
 )
+from lowrank_dist.comm import ShardGroup
 from lowrank_dist.convert import MANIFEST, WEIGHTS
 from lowrank_dist.decomposed import factor_keys
 from lowrank_dist.errors import InputError
@@ -51,23 +53,43 @@ _SAMPLES, _SAMPLE_BYTES = 16, 2**16
 _DTYPES = {code: dtype for dtype, code in CODES.items()}
 
 
+def source_fingerprint(reader: CheckpointReader, group: ShardGroup) -> str:
+    """Hexadecimal digest of a checkpoint on disk.
+
+    Covers names, sizes and headers of its safetensors files, and 16 samples of 64 KiB of each, evenly spread (hashing
+    all of it would cost a second read). Rank 0 computes it, the others are told. Collective.
+    """
+    return _told(lambda: _hashed_source(reader).hexdigest(), group)
+
+
 def fingerprint(walk: Walk, plan: Plan) -> str:
     """Hexadecimal digest of everything that a decomposed model depends on.
 
-    Of the source: names, sizes and headers of its files, and 16 samples of 64 KiB of each, evenly spread (hashing all
-    of it would cost a second read). Of the settings: method, residual format, dtype of the factors, and for every
-    matrix rank and scaling. Rank 0 computes it, the others are told. Collective.
+    Of the source, what `source_fingerprint` covers. Of the settings: method, residual format, dtype of the factors, and
+    for every matrix rank and scaling. Rank 0 computes it, the others are told. Collective.
     """
-    digest = None
-    with walk.group.shared_errors():
-        if walk.group.rank == 0:
-            digest = _digest(walk, plan)
-    return str(walk.group.broadcast_object(digest))
+
+    def compute() -> str:
+        digest = _hashed_source(walk.reader)
+        matrices = [[m.name, m.key, m.rank, m.scaling] for m in plan.matrices]
+        settings = [FORMAT, repr(walk.init), repr(walk.residual), str(walk.factor_dtype), matrices]
+        digest.update(json.dumps(settings).encode())
+        return digest.hexdigest()
+
+    return _told(compute, walk.group)
 
 
-def _digest(walk: Walk, plan: Plan) -> str:
+def _told(compute: Callable[[], str], group: ShardGroup) -> str:
+    text = None
+    with group.shared_errors():
+        if group.rank == 0:
+            text = compute()
+    return str(group.broadcast_object(text))
+
+
+def _hashed_source(reader: CheckpointReader) -> hashlib._Hash:
     digest = hashlib.sha256()
-    for path in walk.reader.files:
+    for path in reader.files:
         size = path.stat().st_size
         digest.update(f"{path.name}:{size}:".encode())
         with open(path, "rb") as handle:
@@ -76,10 +98,7 @@ def _digest(walk: Walk, plan: Plan) -> str:
             for sample in range(_SAMPLES):
                 handle.seek(8 + header + max(0, size - 8 - header - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
                 digest.update(handle.read(_SAMPLE_BYTES))
-    matrices = [[m.name, m.key, m.rank, m.scaling] for m in plan.matrices]
-    settings = [FORMAT, repr(walk.init), repr(walk.residual), str(walk.factor_dtype), matrices]
-    digest.update(json.dumps(settings).encode())
-    return digest.hexdigest()
+    return digest
 
 
 def decompose(
@@ -131,7 +150,7 @@ def decompose(
     output, group = Path(output).absolute(), walk.group
     _check_layout(plan, walk)
     key = key or fingerprint(walk, plan)
-    if group.broadcast_object(_is_complete(output, key)):
+    if group.broadcast_object(is_complete(output, key)):
         return output
     with group.shared_errors():
         if output.exists() and not overwrite:
@@ -170,7 +189,8 @@ def _check_layout(plan: Plan, walk: Walk) -> None:
             raise ModelError(f"{planned.name}: {problem}; or train without saving a decomposed model (no init_cache)")
 
 
-def _is_complete(output: Path, key: str) -> bool:
+def is_complete(output: Path, key: str) -> bool:
+    """Whether `output` is a decomposed model with the `fingerprint` `key`."""
     manifest = output / MANIFEST
     if not manifest.is_file():
         return False

@@ -113,7 +113,8 @@ def _splitmix(index: Tensor) -> Tensor:
 
 def _shifted(z: Tensor, bits: int) -> Tensor:
     """``z >> bits`` of the unsigned number."""
-    return (z >> bits) & (2 ** (64 - bits) - 1)
+    low: Tensor = (z >> bits) & (2 ** (64 - bits) - 1)
+    return low
 
 
 def _signed(number: int) -> int:

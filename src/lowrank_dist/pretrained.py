@@ -1,12 +1,14 @@
 """Where decomposed matrices come from: a pretrained checkpoint that is decomposed now, or a decomposed model on disk.
 
-`open_source` looks at the directory and gives one or the other; what fills a model need not know which.
+`open_source` looks at the directory and gives one or the other; what fills a model need not know which. Where a run is
+resumed, the pretrained checkpoint is not decomposed: `lowrank_dist.restored` takes the factors from its checkpoint.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,13 +17,35 @@ from torch import Tensor
 
 from lowrank_dist.checkpoint_io import CheckpointReader
 from lowrank_dist.comm import ShardGroup
-from lowrank_dist.decompose import decompose, fingerprint
+from lowrank_dist.decompose import decompose, fingerprint, is_complete, source_fingerprint
 from lowrank_dist.decomposed import DecomposedModel
 from lowrank_dist.methods import Method, PiSSA
 from lowrank_dist.planner import Sharding, scheduled
+from lowrank_dist.report import MatrixReport
 from lowrank_dist.residual import Dense, ResidualFormat
+from lowrank_dist.restored import Restored
 from lowrank_dist.skeleton import ModelError, Plan, PlannedMatrix
 from lowrank_dist.walk import DecomposedMatrix, Walk, check_matrices
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resume:
+    """What a checkpoint says of the frozen base that its run trained on.
+
+    Parameters
+    ----------
+    checkpoint
+        Directory with the factors, see `lowrank_dist.restored.Restored`.
+    source
+        `lowrank_dist.decompose.source_fingerprint` of what the run started from: the pretrained checkpoint, or the
+        decomposed model.
+    reports
+        What was measured on the matrices, by their names; they are not measured again.
+    """
+
+    checkpoint: Path
+    source: str
+    reports: Mapping[str, MatrixReport] = field(default_factory=dict)
 
 
 class PretrainedModel:
@@ -39,6 +63,8 @@ class PretrainedModel:
         Directory for decomposed models: the first run writes one there, see `lowrank_dist.decompose.decompose`.
     sharding, announce
         How matrices are shared while they are decomposed; is told so. See `lowrank_dist.planner.scheduled`.
+    resume
+        Of a run that is resumed: `init` becomes a `Restored`, and nothing is written to `cache`.
     """
 
     def __init__(
@@ -52,8 +78,11 @@ class PretrainedModel:
         cache: str | os.PathLike[str] | None = None,
         sharding: Sharding | None = None,
         announce: Callable[[str], object] = lambda _: None,
+        resume: Resume | None = None,
     ) -> None:
-        self.reader = CheckpointReader(directory)
+        self.reader, self.resume, self._original = CheckpointReader(directory), resume, init
+        if resume is not None:
+            init = Restored(original=init, checkpoint=resume.checkpoint)
         self.adapter, self.init, self.residual, self.base, self.cache = adapter, init, residual, base, cache
         self.method, self.starts_at_zero, self.sharding = str(init), init.starts_at_zero, sharding
         self.announce = announce
@@ -73,7 +102,17 @@ class PretrainedModel:
         device: torch.device | None = None,
         advance: Callable[[int], object] = lambda _: None,
     ) -> Iterator[DecomposedMatrix]:
-        """All matrices of `plan`, cut for the ranks of `group`. Collective: all of them iterate to the end."""
+        """All matrices of `plan`, cut for the ranks of `group`. Collective: all of them iterate to the end.
+
+        Raises
+        ------
+        CheckpointError
+            On every rank, if any rank finds a NaN or infinity or cannot read, or if the checkpoint of a run that is
+            resumed lacks factors.
+        """
+        if self.resume is not None and isinstance(self.init, Restored):
+            with group.shared_errors():
+                self.init.check_factors(plan, factor_dtype, self.resume.reports)
         walk = self._walk(group, factor_dtype, device, advance)
         yield from scheduled(walk, plan.matrices, self.sharding, self.announce)
 
@@ -93,6 +132,7 @@ class PretrainedModel:
             device=device,
             advance=advance,
             statistics=self.statistics,
+            known=None if self.resume is None else self.resume.reports,
         )
 
     def through_cache(
@@ -106,16 +146,21 @@ class PretrainedModel:
     ) -> PretrainedModel | DecomposedModel:
         """The decomposed model of this checkpoint in the cache, written first where it is not there. Collective.
 
-        Without a cache: this very source, nothing is communicated.
+        Without a cache: this very source, nothing is communicated. Of a run that is resumed: the decomposed model if
+        that is what the run started from, else this source.
         """
         if self.cache is None:
             return self
         walk = self._walk(group, factor_dtype, device, advance)
+        walk.init = self._original
         key = fingerprint(walk, plan)
-        directory = decompose(
+        directory = Path(self.cache) / f"{self.reader.directory.name}-{self.method}-{key[:12]}"
+        if self.resume is not None:
+            return self._cached(directory, key, group, self.resume.source)
+        decompose(
             plan,
             walk,
-            Path(self.cache) / f"{self.reader.directory.name}-{self.method}-{key[:12]}",
+            directory,
             key=key,
             adapter=self.adapter,
             base=self.base,
@@ -126,9 +171,22 @@ class PretrainedModel:
         with group.shared_errors():  # a shared file system may show it late to some
             return DecomposedModel(directory, self.residual)
 
+    def _cached(self, directory: Path, key: str, group: ShardGroup, source: str) -> PretrainedModel | DecomposedModel:
+        if not group.broadcast_object(is_complete(directory, key)):
+            return self
+        with group.shared_errors():
+            stored = DecomposedModel(directory, self.residual)
+        if source_fingerprint(stored.reader, group) != source:
+            stored.close()
+            return self
+        self.close()
+        return stored
+
     def close(self) -> None:
         """Close the files."""
         self.reader.close()
+        if isinstance(self.init, Restored):
+            self.init.close()
 
 
 def open_source(
@@ -142,6 +200,7 @@ def open_source(
     cache: str | os.PathLike[str] | None = None,
     sharding: Sharding | None = None,
     announce: Callable[[str], object] = lambda _: None,
+    resume: Resume | None = None,
 ) -> PretrainedModel | DecomposedModel:
     """The checkpoint, or the decomposed model, at `directory`.
 
@@ -156,7 +215,7 @@ def open_source(
         is PiSSA.
     compute_dtype
         Dtype of a dense residual.
-    cache, sharding, announce
+    cache, sharding, announce, resume
         See `PretrainedModel`.
 
     Raises
@@ -179,6 +238,7 @@ def open_source(
             cache=cache,
             sharding=sharding,
             announce=announce,
+            resume=resume,
         )
     stored = DecomposedModel(directory, Dense(dtype=compute_dtype))
     stored.check_settings(adapter=adapter, init=init, quantization=quantization)

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from lowrank_dist.linalg import full_fp32, seed_from_name, squared_norm
 from lowrank_dist.methods.base import Decomposition, Factors, Matrix, Method
 from lowrank_dist.norms import nuclear_norm
 from lowrank_dist.partition import FlatPartition, RowPartition
+from lowrank_dist.redistribute import redistribute, whole_left
 from lowrank_dist.report import MatrixReport
 from lowrank_dist.residual import ResidualFormat, Storage
 from lowrank_dist.skeleton import ModelError, Plan, PlannedMatrix
@@ -111,6 +112,8 @@ class Walk:
         Called with the bytes of every matrix that is done (for a progress bar).
     statistics
         Gives the calibration statistic of a matrix, for methods that want one.
+    known
+        Reports of matrices, by name, that an earlier run has measured: they are not measured again.
     thorough
         Also measure the nuclear norms of quantization errors and estimate excess residuals, which may cost more than
         the decomposition.
@@ -132,11 +135,12 @@ class Walk:
         device: torch.device | None = None,
         advance: Callable[[int], object] = lambda _: None,
         statistics: Callable[[PlannedMatrix], Tensor] | None = None,
+        known: Mapping[str, MatrixReport] | None = None,
         thorough: bool = False,
     ) -> None:
         self.reader, self.group, self.init, self.residual = reader, group, init, residual
         self.factor_dtype, self.device = factor_dtype, device or torch.device("cpu")
-        self.advance, self.statistics, self.thorough = advance, statistics, thorough
+        self.advance, self.statistics, self.known, self.thorough = advance, statistics, known or {}, thorough
 
     def run(self, batches: Iterable[Batch]) -> Iterator[DecomposedMatrix]:
         """Decompose all matrices of `batches`. Collective: all ranks iterate to the end.
@@ -177,10 +181,13 @@ class Walk:
         return rows
 
     def _decompose(self, batch: Batch, block: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
-        """Shards and measures of this rank's matrix of `batch`, cut for the ranks that share it."""
+        """Shards of this rank's matrix of `batch`, cut for the ranks that share it, and measures.
+
+        The first measure says whether there are factors besides A and B that the residual was encoded from.
+        """
         planned = self._mine(batch)
         shards: dict[str, Tensor] = {}
-        width = len(_MEASURES) + max(other.rank for other in batch.matrices)
+        width = 1 + len(_MEASURES) + max(other.rank for other in batch.matrices)
         measured = torch.full((width,), torch.nan, dtype=torch.float64)
         if planned is not None and block is not None:
             group = self.group.split(batch.group_size)
@@ -197,6 +204,8 @@ class Walk:
                 factor_dtype=self.factor_dtype,
                 statistic=None if self.statistics is None else self.statistics(planned),
                 thorough=self.thorough,
+                factor_names=planned.factor_names,
+                expert=(planned.expert or 0, planned.experts),
             )
             decomposition = self.init.decompose(matrix, self.residual)
             shards = decomposition.residual.shards | self._factor_shards(
@@ -205,7 +214,9 @@ class Walk:
             if decomposition.encoded_from is not None:
                 further = self._factor_shards(planned, partition, decomposition.encoded_from, group)
                 shards |= {_ENCODED_FROM[name]: shard for name, shard in further.items()}
-            self._measure(matrix, decomposition, measured)
+            measured[0] = decomposition.encoded_from is not None
+            if planned.name not in self.known:
+                self._measure(matrix, decomposition, measured[1:])
         return shards, measured
 
     def _factor_shards(
@@ -246,7 +257,6 @@ class Walk:
             out[len(_MEASURES) : len(_MEASURES) + matrix.rank] = svd.s
         if not residual.exact:
             found["ended_on"] = float(ENDS.index(decomposition.ended_on))
-        found["encoded_from"] = float(decomposition.encoded_from is not None)
         out[: len(_MEASURES)] = torch.tensor([found.get(name, math.nan) for name in _MEASURES])
 
     def _errors(self, matrix: Matrix, decomposition: Decomposition) -> Iterator[Tensor]:
@@ -272,37 +282,40 @@ class Walk:
         if not whole:
             # one row for each matrix: of the first of the ranks that had it
             every = self.group.gather_equal(every.to(self.group.device)).cpu()[:: batch.group_size]
-            flags = every[:, _MEASURES.index("encoded_from")].tolist()
             layouts = [
-                self._layout(planned, batch.group_size, encoded_from=flag == 1)
-                for planned, flag in zip(batch.matrices, flags, strict=False)
+                self._layout(planned, batch.group_size, encoded_from=bool(row[0] == 1))
+                for planned, row in zip(batch.matrices, every, strict=False)
             ]
             parts = redistribute(shards, layouts, batch.group_size, self.group)
         for index, (planned, mine) in enumerate(zip(batch.matrices, parts, strict=True)):
-            values = [value if math.isfinite(value) else None for value in every[index].tolist()]
-            measures: dict[str, Any] = dict(zip(_MEASURES, values, strict=False))
-            del measures["encoded_from"]
-            if measures["ended_on"] is not None:
-                measures["ended_on"] = ENDS[int(measures["ended_on"])]
-            spectrum = values[len(_MEASURES) : len(_MEASURES) + planned.rank]
-            measures["singular_values"] = None if None in spectrum else spectrum
+            seconds = (time.monotonic() - started) / len(batch.matrices)
             yield DecomposedMatrix(
                 planned=planned,
                 partition=row_partition(planned, self.residual, self.group.size),
                 residual={name: mine[name] for name in self._storages(planned, self.group.size)},
                 factors={name: mine[name] for name in FACTORS},
                 encoded_from={name: mine[key] for name, key in _ENCODED_FROM.items() if key in mine},
-                report=MatrixReport(
-                    name=planned.name,
-                    rows=planned.rows,
-                    columns=planned.columns,
-                    rank=planned.rank,
-                    seconds=(time.monotonic() - started) / len(batch.matrices),
+                report=replace(
+                    self._report(planned, every[index, 1:]),
+                    seconds=seconds,
                     nbytes=self.reader.info(planned.key).nbytes,
                     group_size=batch.group_size,
-                    **measures,
                 ),
             )
+
+    def _report(self, planned: PlannedMatrix, measured: Tensor) -> MatrixReport:
+        """What `_measure` found, or what is known."""
+        if planned.name in self.known:
+            return replace(self.known[planned.name], digest=None)
+        values = [value if math.isfinite(value) else None for value in measured.tolist()]
+        measures: dict[str, Any] = dict(zip(_MEASURES, values, strict=False))
+        if measures["ended_on"] is not None:
+            measures["ended_on"] = ENDS[int(measures["ended_on"])]
+        spectrum = values[len(_MEASURES) : len(_MEASURES) + planned.rank]
+        measures["singular_values"] = None if None in spectrum else spectrum
+        return MatrixReport(
+            name=planned.name, rows=planned.rows, columns=planned.columns, rank=planned.rank, **measures
+        )
 
     def _storages(self, planned: PlannedMatrix, size: int) -> dict[str, Storage]:
         """The tensors of the encoded residual as `size` ranks cut them."""
@@ -337,83 +350,12 @@ _MEASURES = (
     "captured_energy",
     "excess_residual",
     "ended_on",
-    "encoded_from",  # whether there are such factors
 )
 
 
 def progress_bar(total: int, *, show: bool) -> tqdm[Any]:
     """Bytes of the checkpoint that are done, throughput and time left."""
     return tqdm(total=total, unit="B", unit_scale=True, desc="Decomposing", disable=not show)
-
-
-def whole_left(left: Tensor, partition: RowPartition, group: ShardGroup) -> Tensor:
-    """Rows of all ranks of a row-sharded factor: ``[m, r]``, replicated. One all-gather."""
-    padded = left.new_zeros(partition.rows_per_rank, left.shape[1])
-    padded[: left.shape[0]] = left
-    return group.gather_equal(padded)[: partition.rows]
-
-
-def redistribute(
-    shards: Mapping[str, Tensor],
-    layouts: list[dict[str, tuple[Storage, Storage]]],
-    group_size: int,
-    group: ShardGroup,
-) -> list[dict[str, Tensor]]:
-    """Cut tensors that parts of the ranks hold anew for all ranks. One all-to-all.
-
-    Parameters
-    ----------
-    shards
-        This rank's flat shards of the tensors of item ``rank // group_size``; empty where there is no such item.
-    layouts
-        For every item and name: the storage over its `group_size` ranks and the one over all ranks.
-    group_size
-        Consecutive ranks that share an item.
-    group
-        All ranks.
-
-    Returns
-    -------
-    list of dict
-        For every item this rank's flat shards over all ranks, padding included.
-    """
-
-    def overlap(source: int, target: int, storages: tuple[Storage, Storage]) -> tuple[int, int]:
-        held, wanted = storages
-        position = source % group_size
-        start = max(position * held.shard_numel, target * wanted.shard_numel)
-        return start, min((position + 1) * held.shard_numel, (target + 1) * wanted.shard_numel, held.numel)
-
-    me = group.rank
-    device = next((shard.device for shard in shards.values()), group.device)
-    outgoing = []
-    for target in range(group.size):
-        pieces = [torch.empty(0, dtype=torch.uint8, device=device)]
-        for name, storages in layouts[me // group_size].items() if shards else ():
-            start, stop = overlap(me, target, storages)
-            first = me % group_size * storages[0].shard_numel
-            if start < stop:
-                pieces.append(shards[name][start - first : stop - first].contiguous().view(torch.uint8))
-        outgoing.append(torch.cat(pieces))
-
-    items = [
-        {name: torch.zeros(cut.shard_numel, dtype=cut.dtype, device=device) for name, (_, cut) in layout.items()}
-        for layout in layouts
-    ]
-    incoming: list[list[Tensor]] = []  # views of `items` to fill, in the order in which their ranks send
-    for source in range(group.size):
-        incoming.append([])
-        index = source // group_size
-        for name, storages in layouts[index].items() if index < len(layouts) else ():
-            start, stop = overlap(source, me, storages)
-            first = me * storages[1].shard_numel
-            if start < stop:
-                incoming[-1].append(items[index][name][start - first : stop - first].view(torch.uint8))
-    received = group.exchange(outgoing, [sum(view.numel() for view in views) for views in incoming])
-    for data, views in zip(received, incoming, strict=True):
-        for view, part in zip(views, torch.split(data, [view.numel() for view in views]), strict=True):
-            view.copy_(part)
-    return items
 
 
 def check_finite(key: str, values: Tensor, start: int) -> None:

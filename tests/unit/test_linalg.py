@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -401,6 +402,18 @@ def test_qpissa_keeps_the_quantization_where_the_fit_is_worse(monkeypatch: pytes
     assert d.ended_on == "quantize"
     encoded = fmt.encode(residual_block(m, d.factors), m.partition, m.group)
     assert torch.equal(encoded.decoded, d.residual.decoded)
+
+
+@pytest.mark.parametrize("method", [m(quantization_iterations=t) for m in (PiSSA, LoftQ) for t in (1, 2, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_residual_is_that_of_the_factors_it_was_encoded_from(method: PiSSA | LoftQ, dtype: torch.dtype) -> None:
+    """Bit for bit, from what a checkpoint in `dtype` holds."""
+    m, fmt = replace(nf4_matrix(), factor_dtype=dtype), NF4(double_quant=True)
+    d = method.decompose(m, fmt)
+    assert (d.encoded_from is not None) is (d.ended_on == "decompose")
+    source = d.encoded_from or d.factors
+    encoded = fmt.encode(residual_block(m, source.rounded(dtype)), m.partition, m.group)
+    assert all(torch.equal(encoded.shards[name], shard) for name, shard in d.residual.shards.items())
 
 
 @pytest.mark.parametrize("tolerance", [0.0, -1e-3, math.nan])

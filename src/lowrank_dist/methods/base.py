@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -49,6 +50,10 @@ class Matrix:
         ``block=1``. ``"gradient"``: this rank's rows of ``dL/dW``, shaped and sharded like `block`.
     thorough
         Whether to estimate what the decomposition left over, for the report.
+    factor_names
+        Names of the parameters that hold A (``lora_A``) and B (``lora_B``) in the model.
+    expert
+        Which of how many matrices, where these share the parameters (experts).
     """
 
     name: str
@@ -62,6 +67,8 @@ class Matrix:
     lookup: bool = False
     statistic: Tensor | None = None
     thorough: bool = False
+    factor_names: Mapping[str, str] = field(default_factory=dict)
+    expert: tuple[int, int] = (0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
