@@ -53,6 +53,16 @@ def test_one_file_of_any_float_type(tmp_path: Path, dtype: torch.dtype) -> None:
     assert torch.equal(reader.rows("w", 2, 4), w[2:4])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.uint8, torch.int64, torch.bool])
+def test_no_rows_have_the_dtype_of_the_file(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Also what begins beyond the end, as the shard of a rank of padding may."""
+    save_file({"w": torch.zeros(6, 5).to(dtype)}, tmp_path / "model.safetensors")
+    reader = CheckpointReader(tmp_path)
+    for rows in (reader.rows("w", 3, 3), reader.rows("w", 8, 6)):
+        assert (rows.shape, rows.dtype) == ((0, 5), dtype)
+    assert reader.flat("w", 30, 30).dtype == dtype
+
+
 def test_a_directory_without_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds neither model.safetensors.index.json nor model.safetensors"):
         CheckpointReader(tmp_path)
