@@ -200,7 +200,6 @@ class Saves(AdapterCheckpoint):
 
     def _rounds(self, trainer: L.Trainer) -> Iterator[str]:
         """Between two steps it runs on to the next ``yield``."""
-        strategy: Any = trainer.strategy
         group = ShardGroup()
         for _ in range(WARM_UP):
             yield "warm-up"
@@ -214,7 +213,7 @@ class Saves(AdapterCheckpoint):
                 path = self._path(kind)
                 _remove(path, group)
                 self.seen.saves[kind.label].append(save := self._measure_save(trainer, kind, path, group))
-                while kind.background and _on_any(strategy.saver.busy, group):
+                while kind.background and _on_any(self._busy(), group):
                     yield "beside a save"
                     self.seen.beside.append(Step(seconds=self._step.seconds, writing=self._step.overlap(self._writing)))
                 if kind.background:
@@ -224,7 +223,7 @@ class Saves(AdapterCheckpoint):
     def _path(self, kind: Kind) -> Path:
         return Path(str(self.dirpath)) / f"checkpoint-{KINDS.index(kind)}"
 
-    def _save(self, trainer: L.Trainer, kind: Kind, path: Path) -> None:
+    def _save_as(self, trainer: L.Trainer, kind: Kind, path: Path) -> None:
         strategy: Any = trainer.strategy
         self.background, strategy.lightnings = kind.background, kind.lightnings
         strategy.exclude_frozen_parameters = not kind.frozen
@@ -233,10 +232,10 @@ class Saves(AdapterCheckpoint):
     def _measure_save(self, trainer: L.Trainer, kind: Kind, path: Path, group: ShardGroup) -> Save:
         group.raise_together(None)  # all begin together
         began = time.perf_counter()
-        self._save(trainer, kind, path)
+        self._save_as(trainer, kind, path)
         stall = time.perf_counter() - began
         if kind.background:
-            self._watch(trainer.strategy, began)
+            self._watch(began)
         flush = 0.0
         if kind.lightnings:  # not part of it: what a checkpoint that survives a power cut would have taken
             group.raise_together(None)
@@ -244,12 +243,15 @@ class Saves(AdapterCheckpoint):
             group.raise_together(None)
         return Save(stall=stall, written=stall, flushed=stall + flush)
 
-    def _watch(self, strategy: Any, began: float) -> None:
+    def _busy(self) -> bool:
+        return self._save is not None and not self._save.done()
+
+    def _watch(self, began: float) -> None:
         """Note when the writing ends, while steps go on."""
         self._writing = _Interval(began, float("inf"))
 
         def watch() -> None:
-            while strategy.saver.busy:
+            while self._busy():
                 time.sleep(0.002)
             self._writing = _Interval(began, time.perf_counter())
 
@@ -262,7 +264,7 @@ class Saves(AdapterCheckpoint):
         free_heap()
         group.raise_together(None)
         with PeakMemory() as memory:
-            self._save(trainer, kind, path)
+            self._save_as(trainer, kind, path)
             self._settle(trainer)
             group.raise_together(None)
         files = {str(file.relative_to(path)): file.stat().st_size for file in path.rglob("*") if file.is_file()}

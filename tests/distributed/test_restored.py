@@ -19,11 +19,11 @@ from torch import Tensor
 from helpers.models import save_checkpoint
 from helpers.ranks import run_ranks, run_ranks_catching
 from lowrank_dist import EVA, NF4, CorDA, LoftQ, LoRA, LoRAGA, LoRAXS, MiLoRA, OLoRA, PiSSA
+from lowrank_dist.adapter_files import write_adapter
 from lowrank_dist.calibrated_walk import materialize_calibrated
 from lowrank_dist.calibration import Calibration
 from lowrank_dist.checkpoint_io import CheckpointError
 from lowrank_dist.checkpoint_keys import peft_name
-from lowrank_dist.convert import write_adapter
 from lowrank_dist.decompose import source_fingerprint
 from lowrank_dist.decomposed import DecomposedModel
 from lowrank_dist.layers import CoredLinear, FrozenWeight
