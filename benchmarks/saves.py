@@ -225,9 +225,13 @@ class Saves(AdapterCheckpoint):
 
     def _save_as(self, trainer: L.Trainer, kind: Kind, path: Path) -> None:
         strategy: Any = trainer.strategy
-        self.background, strategy.lightnings = kind.background, kind.lightnings
-        strategy.exclude_frozen_parameters = not kind.frozen
+        strategy.lightnings, strategy.exclude_frozen_parameters = kind.lightnings, not kind.frozen
+        if kind.lightnings:
+            trainer.save_checkpoint(path)
+            return
         self._save_checkpoint(trainer, str(path))
+        if not kind.background:
+            self._settle(trainer)
 
     def _measure_save(self, trainer: L.Trainer, kind: Kind, path: Path, group: ShardGroup) -> Save:
         group.raise_together(None)  # all begin together

@@ -97,7 +97,7 @@ def save_in_all_ways(pretrained: Path, output: Path, kind: Kind, checkpoint: Pat
     """Four steps, or from `checkpoint` the other four."""
     best = kind(output / "best", "{step}", monitor="score", save_top_k=2, save_last="link")
     often = kind(output / "often", "{epoch}", every_n_train_steps=3, save_top_k=-1, save_last=True)
-    always = kind(output / "always", "{epoch}", train_time_interval=timedelta(0), save_top_k=-1)
+    always = kind(output / "always", "{step}", train_time_interval=timedelta(0), save_top_k=-1)
     stopping = EarlyStopping("score", patience=3)
     odd, logger, rates = Odd(), Told(), LearningRateMonitor()
     trainer = make_trainer(
@@ -132,12 +132,12 @@ def test_intervals_bests_links_and_loggers(llama: Path, tmp_path: Path, kind: Ki
     assert names(tmp_path / "best") == ["last", "step=2", "step=4"]
     assert (tmp_path / "best" / f"last{end}").readlink() == Path(f"step=4{end}")
     assert names(tmp_path / "often") == ["epoch=0", *(["epoch=1"] if ours else []), "last"]
-    assert names(tmp_path / "always") == ["epoch=0", "epoch=0-v1", "epoch=0-v2", "epoch=0-v3"]
+    assert names(tmp_path / "always") == ["step=1", "step=2", "step=3", "step=4"]
     last = json.loads((tmp_path / "often" / f"last{end}" / "lowrank_dist.json").read_text())
     assert last["step"] == (4 if ours else 3)
     saved = sorted(
         [f"best/step={step}{end}" for step in (2, 4)]
-        + [f"always/epoch=0{version}{end}" for version in ("", "-v1", "-v2", "-v3")]
+        + [f"always/step={step}{end}" for step in (1, 2, 3, 4)]
         + [f"often/epoch=0{end}", f"often/last{end}"]
         + (["often/epoch=1", "often/last"] if ours else [])
     )

@@ -160,8 +160,8 @@ def dense_state(strategy: PiSSAStrategy) -> dict[str, Tensor]:
 
 def initial_factors(strategy: PiSSAStrategy) -> dict[str, Tensor]:
     """A0 and B0 by the names of the parameters, whole, on every rank. Collective."""
-    every = strategy._group.gather_objects({name: t.numpy() for name, t in strategy._writer._initial.items()})
-    return {name: torch.from_numpy(value) for one in every for name, value in one.items()}
+    every = strategy._group.gather_objects(strategy._writer._initial)
+    return {name: value for one in every for name, value in one.items()}
 
 
 def train_plainly(pretrained: Path, state: dict[str, Tensor], clip: float | None = None) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -15,7 +16,15 @@ import pytest
 
 import lowrank_dist.directories as directories
 from lowrank_dist.checkpoint_io import write_json
-from lowrank_dist.directories import atomic_directory, check_free, exclusive, remove_directory, staging_of, sweep
+from lowrank_dist.directories import (
+    atomic_directory,
+    check_free,
+    exclusive,
+    remove_directory,
+    restore_replaced,
+    staging_of,
+    sweep,
+)
 from lowrank_dist.errors import InputError
 
 
@@ -136,6 +145,34 @@ def test_remains_are_swept(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["between", "kept"]
     assert value_of(tmp_path / "between") == 5
     sweep(tmp_path / "nowhere")
+
+
+def test_a_replacement_that_was_killed_is_undone_unless_it_goes_on(tmp_path: Path) -> None:
+    put(tmp_path / ".out.old", 5)
+    put(tmp_path / ".gone.old", 6)  # killed while it was removed: not to come back
+    with exclusive(tmp_path / ".out.partial"):
+        restore_replaced(tmp_path)
+        assert not (tmp_path / "out").exists()
+    for _ in range(2):
+        restore_replaced(tmp_path)
+        assert value_of(tmp_path / "out") == 5
+    assert not (tmp_path / "gone").exists()
+
+
+def test_a_lock_is_on_the_directory_that_bears_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The owner may move what it has locked to its place between another one's open and lock."""
+    staging, flock = staging_of(tmp_path / "out"), fcntl.flock
+
+    def move_and_lock(descriptor: int, how: int) -> None:
+        if not (tmp_path / "out").exists():
+            staging.rename(tmp_path / "out")
+        flock(descriptor, how)
+
+    monkeypatch.setattr(directories.fcntl, "flock", move_and_lock)
+    with exclusive(staging):
+        assert staging.exists()
+        with pytest.raises(InputError, match="another run is writing it"), exclusive(staging):
+            pass
 
 
 def test_what_is_being_written_is_not_swept(tmp_path: Path) -> None:
