@@ -221,8 +221,9 @@ def _rounded(name: str, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _manifest(lora: ExactLora, rank: int, energy: EnergyKept | None) -> dict[str, Any]:
-    """That of the checkpoint, with what was written."""
-    manifest = {**lora.manifest, "adapter_is_for": "the base", "rank": rank}
+    """That of the checkpoint, without what is said of its files, with what was written."""
+    manifest = {key: value for key, value in lora.manifest.items() if key not in _OF_THE_FILES}
+    manifest |= {"kind": "lora", "adapter_is_for": "the base", "rank": rank}
     if energy is not None:
         manifest["energy_kept"] = {
             "overall": energy.overall,
@@ -231,3 +232,6 @@ def _manifest(lora: ExactLora, rank: int, energy: EnergyKept | None) -> dict[str
             "matrices": energy.matrices,
         }
     return manifest
+
+
+_OF_THE_FILES = {"format", "files", "hashes", "seal", "trained", "world_size", "accumulate_grad_batches"}

@@ -16,7 +16,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from lowrank_dist.adapter_files import ADAPTER_DIR, CONFIG, INITIAL_DIR, LORA_DIR, MANIFEST, WEIGHTS
+from lowrank_dist.adapter_files import ADAPTER_DIR, CONFIG, ENCODED_DIR, INITIAL_DIR, LORA_DIR, MANIFEST, WEIGHTS
 from lowrank_dist.checkpoint_io import INDEX_NAME, CheckpointError
 from lowrank_dist.directories import replaced_of, staging_of
 from lowrank_dist.nf4 import QUANT_STATE
@@ -144,8 +144,14 @@ def _adapter_checkpoint(directory: Path, found: Description) -> None:
     _add_adapter(directory / ADAPTER_DIR, found)
     if manifest.get("method") == "LoRAXS":  # of the cores, which are folded into B
         facts["trained parameters"] = sum(entry["rank"] ** 2 for entry in manifest["matrices"])
-    parts = [part for part in (ADAPTER_DIR, INITIAL_DIR, LORA_DIR) if (directory / part).is_dir()]
+    parts = [part for part in (ADAPTER_DIR, INITIAL_DIR, ENCODED_DIR, LORA_DIR) if (directory / part).is_dir()]
     facts["bytes"] = {part: _size(directory / part) for part in parts}
+    for part in ("optimizer", "state"):
+        files = [path for path in directory.glob(f"{part}*") if path.is_file()]
+        if files:
+            facts["bytes"][part] = sum(path.stat().st_size for path in files)
+    facts["training can resume"] = "optimizer" in facts["bytes"]
+    found.problems += [f"{name} is missing" for name in manifest.get("files", {}) if not (directory / name).is_file()]
     for part in [LORA_DIR] + ([] if manifest.get("starts_at_zero") else [INITIAL_DIR]):
         lacking = [file for file in (CONFIG, WEIGHTS) if not (directory / part / file).is_file()]
         found.problems += [f"{part}/{file} is missing" for file in lacking]
