@@ -28,7 +28,7 @@ from lowrank_dist.comm import ShardGroup
 from lowrank_dist.errors import InputError
 from lowrank_dist.exact import exact_sum
 from lowrank_dist.partition import FlatPartition, RowPartition
-from lowrank_dist.residual import Encoded, FileTensor, ReadFile, Storage, pad_rows
+from lowrank_dist.residual import Dense, Encoded, FileTensor, ReadFile, ResidualFormat, Storage, pad_rows
 
 NESTED_BLOCK = 256  # absolute maxima per second-level block, as in bitsandbytes' compress_statistics
 QUANT_STATE = ".quant_state.bitsandbytes__nf4"
@@ -302,3 +302,17 @@ def _nf4_map() -> Tensor:
 @cache
 def _dynamic_map(device: torch.device) -> Tensor:
     return _bitsandbytes().create_dynamic_map().to(device)  # type: ignore[no-any-return]
+
+
+def format_as_dict(residual: ResidualFormat) -> dict[str, Any]:
+    """A residual format for a manifest: the name and the options."""
+    if isinstance(residual, NF4):
+        return {"format": "nf4", "block_size": residual.block_size, "double_quant": residual.double_quant}
+    return {"format": "dense", "dtype": str(getattr(residual, "dtype", None)).removeprefix("torch.")}
+
+
+def format_from_dict(values: Mapping[str, Any]) -> ResidualFormat:
+    """What `format_as_dict` was given."""
+    if values["format"] == "nf4":
+        return NF4(block_size=values["block_size"], double_quant=values["double_quant"])
+    return Dense(dtype=getattr(torch, values["dtype"]))

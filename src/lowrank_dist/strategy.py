@@ -31,7 +31,7 @@ from lowrank_dist.decompose import source_fingerprint
 from lowrank_dist.decomposed import DecomposedModel
 from lowrank_dist.materialize import Materialized, materialize
 from lowrank_dist.methods import Method
-from lowrank_dist.nf4 import NF4
+from lowrank_dist.nf4 import NF4, format_as_dict
 from lowrank_dist.planner import Sharding
 from lowrank_dist.pretrained import PretrainedModel, open_source
 from lowrank_dist.report import InitReport
@@ -343,6 +343,7 @@ class PiSSAStrategy(CheckpointedStrategy):
             "source": fingerprint,
             "method": source.method,
             "quantization": quantization,
+            "residual": format_as_dict(source.residual),
             "precision": self.precision_plugin.precision,
         }
         self._checkpoints_with(

@@ -165,11 +165,11 @@ def test_everything_opens_without_this_project(written: Written, tmp_path: Path)
 
 
 def test_nothing_but_weights_json_and_what_the_base_had(written: Written) -> None:
-    """No pickle and no code; only the manifests name this project, and nothing stock reads them."""
+    """No pickle and no code; only manifests and training state name this project, and nothing stock reads them."""
     for directory in (written.decomposed, written.checkpoint, written.merged):
         for file in (path for path in directory.rglob("*") if path.is_file()):
             assert file.suffix in (".safetensors", ".json", ".md"), file
-            if file.suffix == ".json" and file.name != "lowrank_dist.json":
+            if file.suffix == ".json" and file.name not in ("lowrank_dist.json", "state.json"):
                 text = file.read_text()
                 assert "lowrank_dist" not in text
                 assert 'auto_map"' not in text

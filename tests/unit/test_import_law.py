@@ -22,7 +22,7 @@ LAYERS = [
     ["calibration"],
     ["statistics"],
     ["pretrained"],
-    ["decompose", "materialize", "merge", "inspection"],
+    ["decompose", "materialize", "merge", "inspection", "refit"],
     ["decomposed", "planner", "merge_plan", "restored"],
     ["module", "data", "zero3_optimizer"],
     ["sft", "optim"],

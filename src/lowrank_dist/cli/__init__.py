@@ -83,6 +83,13 @@ def _parser() -> argparse.ArgumentParser:
         choices=["float32", "bfloat16", "float16"],
         help="of the written factors (default: that of the checkpoint's)",
     )
+    convert.add_argument(
+        "--base",
+        choices=["original", "nf4"],
+        help="with --rank: fit the LoRA to what the trained model computes, quantization included, on this base: the "
+        "original model, or it as transformers loads it in NF4",
+    )
+    convert.add_argument("--devices", type=int, default=1, help="with --base: ranks to start on this host")
     convert.set_defaults(run=_convert)
 
     merge = commands.add_parser(

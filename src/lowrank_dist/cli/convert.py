@@ -3,22 +3,56 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 import torch
 
+from lowrank_dist.cli.ranks import launch, launched, shard_group
 from lowrank_dist.convert import SERVED_RANKS, Conversion, convert_checkpoint
+from lowrank_dist.errors import InputError
+from lowrank_dist.refit import refit_checkpoint
 from lowrank_dist.truncate import EnergyKept
+from lowrank_dist.walk import progress_bar
 
 
 def run(options: argparse.Namespace) -> int:
     """Run ``lowrank-dist convert``. Returns the exit status."""
     dtype = getattr(torch, options.dtype) if options.dtype else None
+    if options.base is not None:
+        return _refit(options, dtype)
     done = convert_checkpoint(options.checkpoint, options.output, rank=options.rank, dtype=dtype, progress=True)
     print(done.path)
     if done.energy is not None:
         print(f"Rank {done.rank} of {done.exact_rank} {_kept(done.energy)}.")
     for line in advice(done):
         print(line)
+    return 0
+
+
+def _refit(options: argparse.Namespace, dtype: torch.dtype | None) -> int:
+    """Run ``lowrank-dist convert --base``."""
+    if options.rank is None:
+        raise InputError("--base fits a LoRA of a rank of your choice: give --rank")
+    if options.devices > 1 and not launched():
+        return launch(sys.argv[1:], options.devices)
+    with shard_group("auto") as (group, device):
+        with progress_bar(0, show=group.rank == 0, doing="Fitting") as bar:
+            done = refit_checkpoint(
+                options.checkpoint,
+                options.output,
+                rank=options.rank,
+                base=options.base,
+                group=group,
+                device=device,
+                dtype=dtype,
+                advance=bar.update,
+            )
+        if group.rank == 0:
+            print(done.path)
+            print(
+                f"Of what the trained model adds to the {options.base} base, the exact LoRA leaves {done.before:.4%} "
+                f"out (Frobenius), this one of rank {done.rank} {done.after:.4%}."
+            )
     return 0
 
 

@@ -1,0 +1,317 @@
+"""The best LoRA for another base than the residual: what a trained model computes, seen from where it will go.
+
+A model with a quantized residual computes ``M = Q(W_res) + s B A``. The exact conversion ``s (B A - B_0 A_0)``
+(`lowrank_dist.exact_lora`) leaves out what quantization changed, ``Q(W_res) - W_res``. Here the difference from the
+base that the LoRA is to sit on is formed a matrix at a time, row-sharded, and its best approximation of rank K is
+taken (Eckart-Young)::
+
+    D = M - base,   base = W, or Q(W) as bitsandbytes quantizes it on loading;   s' B' A' = SVD_K(D).
+
+The residual is formed again from W and the checkpoint's factors, bit for bit (`lowrank_dist.restored`).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lowrank_dist.adapter_files import (
+    ADAPTER_DIR,
+    MANIFEST,
+    WEIGHTS,
+    changed_config,
+    open_adapter,
+    read_manifest,
+    whole_tensor,
+)
+from lowrank_dist.checkpoint_io import CheckpointError, CheckpointReader, resolve_checkpoint, write_json
+from lowrank_dist.checkpoint_keys import peft_name
+from lowrank_dist.comm import ShardGroup
+from lowrank_dist.directories import atomic_directory
+from lowrank_dist.errors import InputError
+from lowrank_dist.linalg import full_fp32, randomized_svd, seed_from_name, squared_norm
+from lowrank_dist.methods import Decomposition, Matrix, Method
+from lowrank_dist.nf4 import NF4, format_from_dict
+from lowrank_dist.redistribute import whole_left
+from lowrank_dist.residual import FileTensor, ResidualFormat
+from lowrank_dist.restored import Restored, StoredFactors
+from lowrank_dist.skeleton import ModelError, PlannedMatrix, build_skeleton, inject_adapter, plan_walk
+from lowrank_dist.tensor_files import TensorFiles
+from lowrank_dist.walk import check_finite, factor_shapes, row_partition
+
+TOLERANCE = 1e-4  # of the SVD; what is left over is reported anyway
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leftover:
+    """Frobenius norms of one matrix.
+
+    Attributes
+    ----------
+    name
+        Which.
+    norm
+        Of D, the difference between the trained model and the base.
+    before
+        Of what the exact conversion leaves of it.
+    after
+        Of what the fitted LoRA leaves of it.
+    """
+
+    name: str
+    norm: float
+    before: float
+    after: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refit:
+    """What `refit_checkpoint` wrote: the directory, the rank, and what is left over of every matrix."""
+
+    path: Path
+    rank: int
+    leftovers: list[Leftover]
+
+    @property
+    def before(self) -> float:
+        """Of all matrices: ``sqrt(sum before^2 / sum norm^2)``."""
+        return _ratio([(left.before, left.norm) for left in self.leftovers])
+
+    @property
+    def after(self) -> float:
+        """Of all matrices: ``sqrt(sum after^2 / sum norm^2)``."""
+        return _ratio([(left.after, left.norm) for left in self.leftovers])
+
+
+def refit_checkpoint(
+    checkpoint: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    rank: int,
+    base: Literal["original", "nf4"],
+    group: ShardGroup | None = None,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    advance: Callable[[int], object] = lambda _: None,
+) -> Refit:
+    """Write the LoRA of rank K that brings `base` nearest to the trained model. Collective over `group`.
+
+    Parameters
+    ----------
+    checkpoint
+        Directory that `lowrank_dist.callbacks.AdapterCheckpoint` wrote.
+    output
+        Directory to write: a PEFT adapter of one rank and scaling for all modules. Complete or absent.
+    rank
+        K. A matrix whose short side is smaller gets zeros beyond it.
+    base
+        What the LoRA will sit on: the ``"original"`` model, or the original as transformers loads it in NF4 with
+        bitsandbytes (``"nf4"``; blocks and double quantization as in training, else 64 and none).
+    group
+        The ranks that share every matrix by rows. Default: this process alone.
+    device
+        Where matrices are decomposed.
+    dtype
+        Of the written factors. Default: that of the checkpoint's.
+    advance
+        Called with the bytes of every matrix that is done.
+
+    Returns
+    -------
+    Refit
+        With what is left over before and after; the same on every rank.
+
+    Raises
+    ------
+    CheckpointError, ModelError, InputError
+        On every rank: where the base is not the one of the run, where the run began from a decomposed model or has
+        stacked experts, and for ranks below 1.
+
+    Notes
+    -----
+    Host memory of a rank: six row blocks in fp32 and the Krylov basis of K (`lowrank_dist.linalg.randomized_svd`); of
+    the output one matrix at a time. Every byte of the base is read once.
+    """
+    group, device = group or ShardGroup(), device or torch.device("cpu")
+    if rank < 1:
+        raise InputError(f"rank={rank} must be at least 1")
+    with group.shared_errors():
+        job = _Job(Path(checkpoint), rank, base, group, device, dtype)
+    leftovers: list[Leftover] = []
+
+    def fitted() -> Iterator[tuple[PlannedMatrix, dict[str, Tensor]]]:
+        for planned in job.plan.matrices:
+            factors, leftover = job.fit(planned)
+            leftovers.append(leftover)
+            yield planned, factors
+            advance(job.reader.info(planned.key).nbytes)
+
+    output = Path(output).absolute()
+    if group.rank == 0:
+        job.write(output, fitted(), leftovers)
+    else:
+        for _ in fitted():
+            pass
+    group.raise_together(None)
+    return Refit(path=output, rank=rank, leftovers=leftovers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Before(Method):
+    """The initialisation of an earlier run, of which only the manifest is known."""
+
+    zero: bool
+
+    @property
+    def starts_at_zero(self) -> bool:
+        return self.zero
+
+    def decompose(self, matrix: Matrix, residual: ResidualFormat) -> Decomposition:
+        raise NotImplementedError("what an earlier run did is not done again")
+
+
+class _Job:
+    """One checkpoint and the base that it is fitted to."""
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        rank: int,
+        base: Literal["original", "nf4"],
+        group: ShardGroup,
+        device: torch.device,
+        dtype: torch.dtype | None,
+    ) -> None:
+        self.checkpoint, self.rank, self.group, self.device, self.base = checkpoint, rank, group, device, base
+        self.manifest = read_manifest(checkpoint)
+        for key in ("residual", "pretrained_fingerprint", "source"):
+            if key not in self.manifest:
+                raise CheckpointError(f"{checkpoint}: its {MANIFEST} has no {key}; an older version wrote it")
+        if self.manifest["source"] != self.manifest["pretrained_fingerprint"]:
+            raise CheckpointError(
+                f"{checkpoint}: the run began from a decomposed model, whose residual the original weights do not "
+                "give; use convert without --base"
+            )
+        self.format = format_from_dict(self.manifest["residual"])
+        self.target = None
+        if base == "nf4":
+            self.target = self.format if isinstance(self.format, NF4) else NF4()
+        self.trained, self.config = open_adapter(checkpoint / ADAPTER_DIR)
+        self.factors = StoredFactors(checkpoint / ADAPTER_DIR)
+        self.restored = Restored(original=_Before(zero=self.manifest["starts_at_zero"]), checkpoint=checkpoint)
+        directory = resolve_checkpoint(self.manifest["base"])
+        self.reader = CheckpointReader(directory)
+        backbone = build_skeleton(directory)
+        self.config.init_lora_weights = True
+        inject_adapter(backbone, self.config)
+        self.plan = plan_walk(backbone, self.reader)
+        for planned in self.plan.matrices:
+            if planned.expert is not None or planned.wrapped:
+                raise ModelError(
+                    f"{planned.name}: stacked and single parameters cannot be refitted; use convert --rank"
+                )
+        if not self.manifest["starts_at_zero"]:
+            self.restored.check_factors(self.plan, torch.float32, {})
+        known = {name: whole_tensor(self.trained, name).dtype for name in self.trained}
+        self.dtype = dtype or next(iter(known.values()))
+
+    def fit(self, planned: PlannedMatrix) -> tuple[dict[str, Tensor], Leftover]:
+        """A' ``[K, in]`` and B' ``[out, K]``, replicated, on the CPU; and what is left over. Collective."""
+        matrix = self._matrix(planned)
+        restored = self.restored.decompose(matrix, self.format)
+        trained, rows = self.factors.read(matrix), matrix.partition.rows
+        with full_fp32():
+            wanted = restored.residual.decoded.addmm(trained.left, trained.right, alpha=matrix.scaling)
+            sits_on = matrix.block
+            if self.target is not None:
+                sits_on = self.target.encode(matrix.block, matrix.partition, self.group).decoded
+            wanted -= sits_on
+            exact = wanted.addmm(trained.left, trained.right, alpha=-matrix.scaling)
+            if not self.restored.starts_at_zero:
+                exact.addmm_(restored.factors.left, restored.factors.right, alpha=matrix.scaling)
+            squares = [squared_norm(wanted), squared_norm(exact)]
+            del exact
+            k = min(self.rank, rows, planned.columns)
+            svd = randomized_svd(
+                wanted,
+                k,
+                rows=rows,
+                group=self.group,
+                seed=seed_from_name(planned.key, 1),
+                tolerance=TOLERANCE,
+            )
+            root = svd.s.sqrt()
+            left, right = (svd.u * root).to(self.dtype).float(), (root[:, None] * svd.vh).to(self.dtype).float()
+            squares.append(squared_norm(wanted.addmm_(left, right, alpha=-1)))
+        norm, before, after = self.group.sum(torch.stack(squares)).sqrt().tolist()
+        whole = whole_left(left, matrix.partition, self.group)
+        a, b = (whole.mT, right.mT) if planned.input_first else (right, whole)
+        padded_a, padded_b = a.new_zeros(self.rank, a.shape[1]), b.new_zeros(b.shape[0], self.rank)
+        padded_a[:k], padded_b[:, :k] = a, b
+        factors = {"lora_A": padded_a.to(self.dtype).cpu(), "lora_B": padded_b.to(self.dtype).cpu()}
+        return factors, Leftover(name=planned.name, norm=norm, before=before, after=after)
+
+    def _matrix(self, planned: PlannedMatrix) -> Matrix:
+        partition = row_partition(planned, self.format, self.group.size)
+        with self.group.shared_errors():
+            start, stop = partition.bounds(self.group.rank)
+            block = self.reader.rows(planned.key, start, stop).float()
+            check_finite(planned.key, block, start)
+        return Matrix(
+            name=planned.key,
+            block=block.to(self.device),
+            partition=partition,
+            group=self.group,
+            rank=planned.rank,
+            scaling=planned.scaling,
+            input_first=planned.input_first,
+            lookup=planned.lookup,
+            factor_dtype=torch.float32,
+            factor_names=planned.factor_names,
+        )
+
+    def write(
+        self, output: Path, fitted: Iterator[tuple[PlannedMatrix, dict[str, Tensor]]], leftovers: list[Leftover]
+    ) -> None:
+        """Write the adapter as its factors come; complete or absent. One rank only."""
+        tensors: dict[str, FileTensor] = {}
+        for planned in self.plan.matrices:
+            for factor, shape in factor_shapes(planned).items():
+                of_rank = (self.rank, shape[1]) if factor == "lora_A" else (shape[0], self.rank)
+                tensors[peft_name(planned.factor_names[factor])] = FileTensor(shape=of_rank, dtype=self.dtype)
+        others = {name: whole_tensor(self.trained, name) for name in self.trained if name not in tensors}
+        tensors |= {name: FileTensor(shape=tuple(t.shape), dtype=t.dtype) for name, t in others.items()}
+        with atomic_directory(output) as staging:
+            with closing(TensorFiles(staging, tensors, stem=Path(WEIGHTS).stem, max_bytes=sys.maxsize)) as files:
+                files.create()
+                for name, tensor in others.items():
+                    files.write(name, 0, tensor.flatten())
+                for planned, factors in fitted:
+                    for factor, tensor in factors.items():
+                        files.write(peft_name(planned.factor_names[factor]), 0, tensor.flatten())
+            config = changed_config(
+                self.config, r=self.rank, lora_alpha=self.rank, use_rslora=False, rank_pattern={}, alpha_pattern={}
+            )
+            config.save_pretrained(str(staging))
+            kept = ("lowrank_dist", "base", "method", "quantization", "step")
+            manifest = {key: self.manifest[key] for key in kept if key in self.manifest}
+            manifest |= {
+                "kind": "lora",
+                "adapter_is_for": "the base" if self.target is None else f"the base in {self.target}",
+                "rank": self.rank,
+                "leftovers": [vars(leftover) for leftover in leftovers],
+            }
+            write_json(staging / MANIFEST, manifest)
+
+
+def _ratio(pairs: list[tuple[float, float]]) -> float:
+    total = sum(norm**2 for _, norm in pairs)
+    return (sum(left**2 for left, _ in pairs) / total) ** 0.5 if total else 0.0

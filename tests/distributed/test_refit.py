@@ -1,0 +1,104 @@
+"""LoRAs fitted to a trained model, quantization included, on the base that will carry them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from helpers.models import save_checkpoint
+from helpers.ranks import run_ranks, run_ranks_catching
+from helpers.training import STEPS, CausalLM, loader, make_strategy, make_trainer, tokens
+from lowrank_dist import NF4, AdapterCheckpoint, LoftQ, PiSSA
+from lowrank_dist.refit import Refit, refit_checkpoint
+
+CASES: dict[str, dict[str, Any]] = {
+    "qpissa": {"init": PiSSA(quantization_iterations=3)},
+    "loftq, double": {"init": LoftQ(quantization_iterations=2), "quantization": NF4(double_quant=True)},
+    "dense": {"quantization": None},
+}
+
+
+class Seen(CausalLM):
+    def validation_step(self, batch: list[Tensor], _: int) -> None:
+        self.logits = self.model(input_ids=tokens()[0], use_cache=False).logits
+
+
+def train(pretrained: Path, output: Path, options: dict[str, Any]) -> Tensor:
+    callback = AdapterCheckpoint(dirpath=output, filename="{step}", every_n_train_steps=STEPS)
+    trainer = make_trainer(make_strategy(pretrained, **options), callbacks=[callback], enable_checkpointing=True)
+    module = Seen(pretrained)
+    trainer.fit(module, loader(trainer.global_rank, trainer.world_size), loader(0, 1, 1))
+    return module.logits
+
+
+@pytest.fixture(scope="module", params=CASES, ids=str)
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Tensor]:
+    """A base, a checkpoint of a run, and the trained model's logits."""
+    directory = tmp_path_factory.mktemp("refit")
+    base = save_checkpoint(directory / "base", "llama")
+    logits = run_ranks(2, train, base, directory / "out", CASES[request.param])[0]
+    return base, directory / "out" / f"step={STEPS}", logits
+
+
+def logits_of(base: Path, lora: Path, **options: Any) -> Tensor:
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **options)
+    with torch.no_grad():
+        return PeftModel.from_pretrained(model, lora).eval()(input_ids=tokens()[0]).logits
+
+
+def test_of_full_rank_the_base_becomes_the_trained_model(trained: tuple[Path, Path, Tensor], tmp_path: Path) -> None:
+    """136 is the longer side: every matrix is met; fp32 sums over the layers remain."""
+    base, checkpoint, logits = trained
+    done = refit_checkpoint(checkpoint, tmp_path / "original", rank=136, base="original")
+    assert done.after < 1e-5
+    torch.testing.assert_close(logits_of(base, done.path), logits, rtol=1e-4, atol=1e-4)
+
+
+def test_on_a_base_that_is_loaded_in_nf4(trained: tuple[Path, Path, Tensor], tmp_path: Path) -> None:
+    base, checkpoint, logits = trained
+    refit_checkpoint(checkpoint, tmp_path / "nf4", rank=136, base="nf4")
+    double = "double_quant=True" in (checkpoint / "lowrank_dist.json").read_text()
+    quantized = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=torch.float32,
+    )  # fmt: skip
+    found = logits_of(base, tmp_path / "nf4", quantization_config=quantized)
+    torch.testing.assert_close(found, logits, rtol=1e-4, atol=2e-4)
+
+
+def refit(checkpoint: Path, output: Path, rank: int) -> Refit:
+    return refit_checkpoint(checkpoint, output, rank=rank, base="original")
+
+
+def test_a_lower_rank_is_the_best_one(trained: tuple[Path, Path, Tensor], tmp_path: Path) -> None:
+    """Eckart-Young: what is left over is the tail of the singular values of the whole difference, to the tolerance of
+    the SVD; and it is less than what the exact conversion of rank 8 leaves."""
+    _, checkpoint, _ = trained
+    whole = load_file(refit_checkpoint(checkpoint, tmp_path / "w", rank=136, base="original").path / WEIGHTS)
+    done = run_ranks(2, refit, checkpoint, tmp_path / "8", 8)[0]
+    for leftover in done.leftovers:
+        a, b = (whole[f"base_model.model.{leftover.name}.lora_{part}.weight"].double() for part in "AB")
+        values = torch.linalg.svdvals(b @ a)
+        assert leftover.norm == pytest.approx(float(values.norm()), rel=1e-4)
+        assert leftover.after == pytest.approx(float(values[8:].norm()), rel=1e-2, abs=1e-5 * leftover.norm)
+        assert leftover.after <= leftover.before * (1 + 1e-3) + 1e-5 * leftover.norm
+    assert done.after <= done.before + 1e-5
+    one = refit(checkpoint, tmp_path / "one", 8)
+    assert one.after == pytest.approx(done.after, rel=1e-3, abs=1e-6)
+
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def test_refused(trained: tuple[Path, Path, Tensor], tmp_path: Path) -> None:
+    _, checkpoint, _ = trained
+    for _, error in run_ranks_catching(2, refit, checkpoint, tmp_path / "x", 0, timeout=60):
+        assert "rank=0 must be at least 1" in str(error)
+    assert not (tmp_path / "x").exists()
