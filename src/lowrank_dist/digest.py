@@ -30,9 +30,8 @@ from lowrank_dist.residual import Storage
 
 _WORD = 4  # bytes
 _BLOCK = 2048  # words
-# Bytes that are widened at a time: what a core's cache holds, or what keeps a device busy.
-_PIECE = {"cpu": 2**18}
-_LARGE_PIECE = 2**25
+# Bytes that are widened at a time: what the cache of a core holds, for every thread, or what keeps a device busy.
+_PIECE, _LARGE_PIECE = 2**18, 2**25
 
 
 def digest_sums(shards: Mapping[str, Tensor], storages: Mapping[str, Storage], rank: int) -> Tensor:
@@ -77,7 +76,8 @@ def _sums(name: str, data: Tensor, start: int) -> Tensor:
     device, width, stop = data.device, _BLOCK * _WORD, start + data.numel()
     first, last = start // width, -(-stop // width)  # blocks
     inner = torch.empty(last - first, dtype=torch.int64, device=device)
-    step = min(_PIECE.get(device.type, _LARGE_PIECE) // width, last - first)
+    step = _PIECE * torch.get_num_threads() if device.type == "cpu" else _LARGE_PIECE
+    step = min(step // width, last - first)
     piece = torch.zeros(step * width, dtype=torch.uint8, device=device)
     products = torch.empty(step, _BLOCK, dtype=torch.int64, device=device)
     for block in range(first, last, step):

@@ -221,6 +221,7 @@ class StoredFactors:
     def close(self) -> None:
         """Close the file."""
         self._reader.close()
+        self._stacked = None
 
 
 def check_digests(found: Iterable[MatrixReport], stored: Mapping[str, MatrixReport]) -> None:

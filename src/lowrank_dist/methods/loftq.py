@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from lowrank_dist.errors import InputError
 from lowrank_dist.methods.base import Decomposition, Factors, Matrix, residual_block
 from lowrank_dist.methods.principal import AlternatingMethod, told
@@ -38,7 +40,8 @@ class LoftQ(AlternatingMethod):
     def decompose(self, matrix: Matrix, residual: ResidualFormat) -> Decomposition:
         encoded = residual.encode(matrix.block, matrix.partition, matrix.group)
         factors, first = self.principal_factors(matrix, matrix.block - encoded.decoded)
-        svd, encoded_from = first, Factors(left=factors.left * 0, right=factors.right * 0)
+        svd = first
+        encoded_from = Factors(left=torch.zeros_like(factors.left), right=torch.zeros_like(factors.right))
         for _ in range(self.quantization_iterations - 1):
             encoded_from = factors
             encoded = residual.encode(residual_block(matrix, factors), matrix.partition, matrix.group)
