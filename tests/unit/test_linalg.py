@@ -348,6 +348,19 @@ def test_a_product_is_subtracted_with_the_same_bits_however_rows_are_cut(
     assert bool(((whole - exact).abs() <= bound).all())
 
 
+@pytest.mark.parametrize(("rows", "columns", "rank"), [(700, 331, 3), (257, 17, 700), (1100, 900, 64)])
+def test_threads_do_not_change_what_is_left_after_subtracting(rows: int, columns: int, rank: int) -> None:
+    """MKL's own threads change the first with 16 of them, the second with 3; the third is large enough for ours."""
+    generator = torch.Generator().manual_seed(0)
+    block, left = (torch.randn(rows, k, generator=generator) for k in (columns, rank))
+    right, found = torch.randn(rank, columns, generator=generator), []
+    for count in (1, 2, 3, 16):
+        with threads(count):
+            found.append(minus_product(block, left, right, scaling=0.3, rows=rows, start=0))
+            assert torch.get_num_threads() == count
+    assert all(torch.equal(other, found[0]) for other in found)
+
+
 def test_nothing_subtracted_is_the_matrix_itself() -> None:
     """Also its negative zeros, which ``W - 0`` would lose."""
     block = torch.tensor([[-0.0, 1.0], [0.0, -2.0]])

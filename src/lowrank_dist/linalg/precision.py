@@ -6,6 +6,7 @@ Without widened copies of whole matrices.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
@@ -13,9 +14,11 @@ from torch import Tensor
 
 # Elements that are widened to fp64 at a time.
 _PIECE = 2**18
-# Rows of a matrix that are multiplied at a time where bits must not depend on the sharding. 256 of them take 1 to 16 %
-# longer than all at once (2048^2, r = 64 to 4096^2, r = 128, one thread); 64 of them twice as much more.
+# Rows of a matrix that are multiplied at a time where bits must not depend on the sharding. On one thread 256 of them
+# take 6 % (4096^2, r = 128) to 15 % (2048^2, r = 64) longer than all at once, 64 of them 10 to 30 %.
 _ROWS = 256
+# flop of a product from which on it is worth starting threads, about a millisecond's.
+_WORTH_THREADS = 10**8
 
 
 @contextmanager
@@ -38,12 +41,24 @@ def squared_norm(tensor: Tensor) -> Tensor:
     return total
 
 
+@contextmanager
+def single_threads() -> Iterator[int]:
+    """Products on the CPU take one thread each inside; how many threads the process has, to run that many at a time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield before
+    finally:
+        torch.set_num_threads(before)
+
+
 def minus_product(block: Tensor, left: Tensor, right: Tensor, *, scaling: float, rows: int, start: int) -> Tensor:
     """``W - scaling * left @ right`` in true fp32, the same bits however the rows of W are cut over ranks.
 
     A BLAS rounds a product according to its shape: one row alone, or the last rows of a block, come out otherwise than
     within a larger one. Rows are therefore multiplied 256 at a time, at places fixed in the whole matrix: all products
-    have one shape, with zeros where rows are another rank's.
+    have one shape, with zeros where rows are another rank's. On the CPU each takes one thread, and several run at a
+    time: a BLAS that shares a product among threads rounds according to their number too.
 
     Parameters
     ----------
@@ -68,16 +83,20 @@ def minus_product(block: Tensor, left: Tensor, right: Tensor, *, scaling: float,
 
     Notes
     -----
-    The bits are those of one BLAS on one kind of device. Memory: the result and two slabs of ``256 x n``.
+    The bits are those of one BLAS on one kind of device. Memory: the result, and two slabs of ``256 x n`` for every
+    thread.
     """
     if not bool(right.any()):
         return block.clone()
     out, stop, height = torch.empty_like(block), start + block.shape[0], min(_ROWS, rows)
     # Fresh and contiguous operands: some BLAS choose their kernels by strides and alignment too.
     scaled = torch.mul(right, -scaling, out=right.new_empty(right.shape))
-    slab, product = left.new_empty(height, left.shape[1]), block.new_empty(height, block.shape[1])
-    with full_fp32():
-        for first in range(start // height * height, stop, height):
+
+    slabs = range(start // height * height, stop, height)
+
+    def subtract(some: range) -> None:
+        slab, product = left.new_empty(height, left.shape[1]), block.new_empty(height, block.shape[1])
+        for first in some:
             low, high = max(first, start), min(first + height, stop)
             here, there = slice(low - start, high - start), slice(low - first, high - first)
             if high - low < height:
@@ -85,4 +104,13 @@ def minus_product(block: Tensor, left: Tensor, right: Tensor, *, scaling: float,
             slab[there] = left[here]
             torch.mm(slab, scaled, out=product)
             torch.add(block[here], product[there], out=out[here])
+
+    with full_fp32(), single_threads() as threads:
+        shared = block.device.type == "cpu" and 2 * block.numel() * right.shape[0] > _WORTH_THREADS
+        workers = min(threads, len(slabs)) if shared else 1
+        if workers < 2:
+            subtract(slabs)
+        else:
+            with ThreadPoolExecutor(workers) as pool:
+                list(pool.map(subtract, [slabs[worker::workers] for worker in range(workers)]))
     return out
