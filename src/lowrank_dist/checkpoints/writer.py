@@ -247,7 +247,7 @@ class CheckpointWriter:
         """
         if states not in self._laid_out:
             self._laid_out[states] = {
-                part: {name: FileTensor(shape=tuple(t.shape), dtype=t.dtype) for name, t in tensors.items()}
+                part: {name: FileTensor(shape=tuple(t.shape), dtype=t.dtype) for name, t in sorted(tensors.items())}
                 for part, tensors in self._meta_parts(states).items()
             }
         return self._laid_out[states]
