@@ -282,7 +282,7 @@ class CheckpointWriter:
 
     def _begin(self, staging: Path, files: Mapping[str, TensorFiles]) -> None:
         empty(staging)
-        check_free(staging.parent, sum(part.nbytes for part in files.values()))
+        check_free(staging, sum(part.nbytes for part in files.values()))
         for part in files.values():
             part.directory.mkdir(exist_ok=True)
             part.create()
