@@ -151,10 +151,11 @@ def _adapter_checkpoint(directory: Path, found: Description) -> None:
         if files:
             facts["bytes"][part] = sum(path.stat().st_size for path in files)
     facts["training can resume"] = "optimizer" in facts["bytes"]
-    found.problems += [f"{name} is missing" for name in manifest.get("files", {}) if not (directory / name).is_file()]
+    lacking = [f"{name} is missing" for name in manifest.get("files", {}) if not (directory / name).is_file()]
     for part in [LORA_DIR] + ([] if manifest.get("starts_at_zero") else [INITIAL_DIR]):
-        lacking = [file for file in (CONFIG, WEIGHTS) if not (directory / part / file).is_file()]
-        found.problems += [f"{part}/{file} is missing" for file in lacking]
+        absent = [file for file in (CONFIG, WEIGHTS) if not (directory / part / file).is_file()]
+        lacking += [f"{part}/{file} is missing" for file in absent]
+    found.problems += dict.fromkeys(lacking)
 
 
 def _decomposed(directory: Path, found: Description) -> None:

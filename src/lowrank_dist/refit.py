@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -35,6 +35,7 @@ from lowrank_dist.adapter_files import (
 from lowrank_dist.checkpoint_io import CheckpointError, CheckpointReader, resolve_checkpoint, write_json
 from lowrank_dist.checkpoint_keys import peft_name
 from lowrank_dist.comm import ShardGroup
+from lowrank_dist.decompose import source_fingerprint
 from lowrank_dist.directories import atomic_directory
 from lowrank_dist.errors import InputError
 from lowrank_dist.linalg import full_fp32, randomized_svd, seed_from_name, squared_norm
@@ -44,7 +45,7 @@ from lowrank_dist.redistribute import whole_left
 from lowrank_dist.residual import FileTensor, ResidualFormat
 from lowrank_dist.restored import Restored, StoredFactors
 from lowrank_dist.skeleton import ModelError, PlannedMatrix, build_skeleton, inject_adapter, plan_walk
-from lowrank_dist.tensor_files import TensorFiles
+from lowrank_dist.tensor_files import DTYPES, TensorFiles
 from lowrank_dist.walk import check_finite, factor_shapes, row_partition
 
 TOLERANCE = 1e-4  # of the SVD; what is left over is reported anyway
@@ -145,22 +146,26 @@ def refit_checkpoint(
         raise InputError(f"rank={rank} must be at least 1")
     with group.shared_errors():
         job = _Job(Path(checkpoint), rank, base, group, device, dtype)
+    job.check_base()
+    output = Path(output).absolute()
     leftovers: list[Leftover] = []
-
-    def fitted() -> Iterator[tuple[PlannedMatrix, dict[str, Tensor]]]:
+    with ExitStack() as stack:
+        with group.shared_errors():
+            if group.rank == 0:
+                staging = stack.enter_context(atomic_directory(output))
+                files = stack.enter_context(closing(job.files(staging)))
         for planned in job.plan.matrices:
             factors, leftover = job.fit(planned)
             leftovers.append(leftover)
-            yield planned, factors
+            with group.shared_errors():
+                if group.rank == 0:
+                    for factor, tensor in factors.items():
+                        files.write(peft_name(planned.factor_names[factor]), 0, tensor.flatten())
             advance(job.reader.info(planned.key).nbytes)
-
-    output = Path(output).absolute()
-    if group.rank == 0:
-        job.write(output, fitted(), leftovers)
-    else:
-        for _ in fitted():
-            pass
-    group.raise_together(None)
+        with group.shared_errors():
+            if group.rank == 0:
+                job.finish(staging, leftovers)
+            stack.pop_all().close()
     return Refit(path=output, rank=rank, leftovers=leftovers)
 
 
@@ -220,8 +225,8 @@ class _Job:
                 )
         if not self.manifest["starts_at_zero"]:
             self.restored.check_factors(self.plan, torch.float32, {})
-        known = {name: whole_tensor(self.trained, name).dtype for name in self.trained}
-        self.dtype = dtype or next(iter(known.values()))
+        first = peft_name(next(iter(self.plan.matrices[0].factor_names.values())))
+        self.dtype = dtype or DTYPES[self.trained.info(first).dtype]
 
     def fit(self, planned: PlannedMatrix) -> tuple[dict[str, Tensor], Leftover]:
         """A' ``[K, in]`` and B' ``[out, K]``, replicated, on the CPU; and what is left over. Collective."""
@@ -278,10 +283,16 @@ class _Job:
             factor_names=planned.factor_names,
         )
 
-    def write(
-        self, output: Path, fitted: Iterator[tuple[PlannedMatrix, dict[str, Tensor]]], leftovers: list[Leftover]
-    ) -> None:
-        """Write the adapter as its factors come; complete or absent. One rank only."""
+    def check_base(self) -> None:
+        """Raise CheckpointError, on every rank, where the base is not what the run began from. Collective."""
+        if source_fingerprint(self.reader, self.group) != self.manifest["pretrained_fingerprint"]:
+            raise CheckpointError(
+                f"{self.reader.directory}: the weights have changed since {self.checkpoint} was written; fit with "
+                "those of the run"
+            )
+
+    def files(self, staging: Path) -> TensorFiles:
+        """The file of the adapter, what is not fitted (`modules_to_save`) in it already. One rank only."""
         tensors: dict[str, FileTensor] = {}
         for planned in self.plan.matrices:
             for factor, shape in factor_shapes(planned).items():
@@ -289,27 +300,27 @@ class _Job:
                 tensors[peft_name(planned.factor_names[factor])] = FileTensor(shape=of_rank, dtype=self.dtype)
         others = {name: whole_tensor(self.trained, name) for name in self.trained if name not in tensors}
         tensors |= {name: FileTensor(shape=tuple(t.shape), dtype=t.dtype) for name, t in others.items()}
-        with atomic_directory(output) as staging:
-            with closing(TensorFiles(staging, tensors, stem=Path(WEIGHTS).stem, max_bytes=sys.maxsize)) as files:
-                files.create()
-                for name, tensor in others.items():
-                    files.write(name, 0, tensor.flatten())
-                for planned, factors in fitted:
-                    for factor, tensor in factors.items():
-                        files.write(peft_name(planned.factor_names[factor]), 0, tensor.flatten())
-            config = changed_config(
-                self.config, r=self.rank, lora_alpha=self.rank, use_rslora=False, rank_pattern={}, alpha_pattern={}
-            )
-            config.save_pretrained(str(staging))
-            kept = ("lowrank_dist", "base", "method", "quantization", "step")
-            manifest = {key: self.manifest[key] for key in kept if key in self.manifest}
-            manifest |= {
-                "kind": "lora",
-                "adapter_is_for": "the base" if self.target is None else f"the base in {self.target}",
-                "rank": self.rank,
-                "leftovers": [vars(leftover) for leftover in leftovers],
-            }
-            write_json(staging / MANIFEST, manifest)
+        files = TensorFiles(staging, tensors, stem=Path(WEIGHTS).stem, max_bytes=sys.maxsize)
+        files.create()
+        for name, tensor in others.items():
+            files.write(name, 0, tensor.flatten())
+        return files
+
+    def finish(self, staging: Path, leftovers: list[Leftover]) -> None:
+        """Configuration and manifest. One rank only."""
+        config = changed_config(
+            self.config, r=self.rank, lora_alpha=self.rank, use_rslora=False, rank_pattern={}, alpha_pattern={}
+        )
+        config.save_pretrained(str(staging))
+        kept = ("lowrank_dist", "base", "method", "quantization", "step")
+        manifest = {key: self.manifest[key] for key in kept if key in self.manifest}
+        manifest |= {
+            "kind": "lora",
+            "adapter_is_for": "the base" if self.target is None else f"the base in {self.target}",
+            "rank": self.rank,
+            "leftovers": [vars(leftover) for leftover in leftovers],
+        }
+        write_json(staging / MANIFEST, manifest)
 
 
 def _ratio(pairs: list[tuple[float, float]]) -> float:

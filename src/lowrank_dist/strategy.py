@@ -280,6 +280,7 @@ class PiSSAStrategy(CheckpointedStrategy):
         group = partitioner.group
 
         with group.shared_errors():
+            earlier = None if self._resumed is None else earlier_run(self._resumed)
             if self.local_rank == 0:  # of a hub id, one rank of each host fetches what is missing
                 resolve_checkpoint(self.pretrained, revision=self.revision)
         with group.shared_errors():
@@ -301,7 +302,7 @@ class PiSSAStrategy(CheckpointedStrategy):
                     ranks_per_matrix=self.ranks_per_matrix, ranks_per_node=max(1, group.size // self.num_nodes)
                 ),
                 announce=rank_zero_info,
-                resume=None if self._resumed is None else earlier_run(self._resumed),
+                resume=earlier,
             )
             tied = untie_embeddings(backbone) if self.untie_embeddings else {}
             inject_adapter(backbone, source.adapter)
@@ -310,14 +311,16 @@ class PiSSAStrategy(CheckpointedStrategy):
             quantization = None if source.residual.exact else str(source.residual)
             if self._resumed is not None:
                 check_settings(self._resumed, method=source.method, quantization=quantization)
-        pretrained_fingerprint = source_fingerprint(source.reader, group)
+        pretrained, pretrained_fingerprint = source, source_fingerprint(source.reader, group)
         if self._resumed is not None:
             check_source(self._resumed, pretrained_fingerprint)
 
         with progress_bar(source.reader.nbytes, show=self.show_progress and group.rank == 0) as bar:
             if isinstance(source, PretrainedModel):
                 source = source.through_cache(plan, group, factor_dtype, device=partitioner.device, advance=bar.update)
-            fingerprint = source_fingerprint(source.reader, group)
+            fingerprint = pretrained_fingerprint
+            if source is not pretrained:
+                fingerprint = source_fingerprint(source.reader, group)
             bar.reset(source.reader.nbytes)
             options: dict[str, Any] = {
                 "residual": source.residual,
@@ -335,8 +338,8 @@ class PiSSAStrategy(CheckpointedStrategy):
                 result = materialize(backbone, plan, source.reader, partitioner, matrices, **options)
         source.close()
         self._backbone, self.init_report = backbone, result.report
-        if self._resumed is not None:
-            check_digests(result.report.matrices, earlier_run(self._resumed).reports)
+        if earlier is not None:
+            check_digests(result.report.matrices, earlier.reports)
         facts = {
             "pretrained": self.pretrained,
             "pretrained_fingerprint": pretrained_fingerprint,

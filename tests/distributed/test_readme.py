@@ -61,13 +61,15 @@ def test_the_example_trains_and_writes_a_lora(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-4000:]
     (checkpoint,) = (tmp_path / "adapters").iterdir()
     assert checkpoint.name == "step=2"
-    assert {path.name for path in checkpoint.iterdir()} >= {
+    assert {path.name for path in checkpoint.iterdir()} == {
         "adapter",
+        "adapter_encoded",
         "adapter_init",
         "lora",
         "lowrank_dist.json",
         "optimizer.safetensors",
         "state.json",
+        "state.safetensors",
     }
 
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")

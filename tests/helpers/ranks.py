@@ -31,10 +31,12 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
         With the traceback of the first rank that failed; the others are ended.
     """
     outcomes = run_ranks_catching(world_size, function, *args, timeout=timeout)
-    for rank, (result, error) in enumerate(outcomes):
-        if error is not None and "RemoteError" not in error.splitlines()[-1]:
-            raise RankFailedError(f"rank {rank} of {world_size}:\n{error}")
-        del result
+    errors = {rank: error for rank, (_, error) in enumerate(outcomes) if error is not None}
+    if errors:
+        # those that only heard of another's error come last
+        first = min(errors, key=lambda rank: ("RemoteError" in errors[rank].splitlines()[-1], rank))
+        others = "".join(f"\nrank {rank}: {error.splitlines()[-1]}" for rank, error in errors.items() if rank != first)
+        raise RankFailedError(f"rank {first} of {world_size}:\n{errors[first]}{others}")
     return [result for result, _ in outcomes]
 
 
@@ -93,6 +95,9 @@ def _rank_main(queue: Any, rank: int, world_size: int, port: int, function: Any,
         MASTER_PORT=str(port),
         TORCHELASTIC_RUN_ID="test",
         OMP_NUM_THREADS="1",
+        # Creating a gloo group does not wait for the others to have connected: a rank whose function communicates
+        # nothing would be gone before they did.
+        TORCH_DIST_INIT_BARRIER="1",
     )
     import torch
     import torch.distributed as dist

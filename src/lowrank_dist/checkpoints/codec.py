@@ -136,7 +136,6 @@ _ENCODERS: list[tuple[Any, str, Callable[[Any], Any]]] = [
     (PurePath, "$path", str),
     (timedelta, "$seconds", lambda t: t.total_seconds()),
     (Namespace, "$namespace", vars),
-    (bool, "$plain", bool),
     (int, "$plain", int),  # enumerations of integers and the like
     (float, "$plain", float),
     (str, "$plain", str),

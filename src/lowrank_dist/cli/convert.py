@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 import torch
 
-from lowrank_dist.cli.ranks import launch, launched, shard_group
 from lowrank_dist.convert import SERVED_RANKS, Conversion, convert_checkpoint
 from lowrank_dist.errors import InputError
-from lowrank_dist.refit import refit_checkpoint
 from lowrank_dist.truncate import EnergyKept
-from lowrank_dist.walk import progress_bar
 
 
 def run(options: argparse.Namespace) -> int:
@@ -31,10 +27,17 @@ def run(options: argparse.Namespace) -> int:
 
 def _refit(options: argparse.Namespace, dtype: torch.dtype | None) -> int:
     """Run ``lowrank-dist convert --base``."""
+    # what an exact or truncated conversion has no need of
+    from lowrank_dist.cli.ranks import launch, launched, shard_group
+    from lowrank_dist.refit import refit_checkpoint
+    from lowrank_dist.walk import progress_bar
+
     if options.rank is None:
         raise InputError("--base fits a LoRA of a rank of your choice: give --rank")
     if options.devices > 1 and not launched():
-        return launch(sys.argv[1:], options.devices)
+        argv = ["convert", options.checkpoint, "--output", options.output, "--rank", str(options.rank)]
+        argv += ["--base", options.base, *(["--dtype", options.dtype] if options.dtype else [])]
+        return launch(argv, options.devices)
     with shard_group("auto") as (group, device):
         with progress_bar(0, show=group.rank == 0, doing="Fitting") as bar:
             done = refit_checkpoint(
