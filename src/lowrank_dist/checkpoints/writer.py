@@ -1,8 +1,8 @@
 """Writes checkpoints: every tensor by its owner, all owners at once into the same files, complete or absent.
 
-A save has two parts. `CheckpointWriter.snapshot` runs between two steps: shards travel to their owners, who copy them
-to the host; it costs one all-to-all per 16 MiB of a rank's shards. `CheckpointWriter.write` converts, hashes, writes
-and flushes what was copied; it may run in another thread, over a process group of its own, while training goes on.
+A save has two parts. `CheckpointWriter.snapshot` runs between two steps: every rank copies its own shards to the host.
+`CheckpointWriter.write` sends the copies to their owners, one all-to-all per 16 MiB of a rank's shards, converts,
+hashes, writes and flushes them; it may run in another thread, over a process group of its own, while training goes on.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import copy
 import json
 import shutil
 import sys
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -49,14 +50,13 @@ from lowrank_dist.zero3_optimizer import MASTER, ShardedOptimizer
 
 @dataclass(kw_only=True)
 class Snapshot:
-    """What one rank writes of one checkpoint; nothing of it changes as training goes on.
+    """What one rank holds of one checkpoint; nothing of it changes as training goes on.
 
     Attributes
     ----------
-    values
-        Trained parameters that this rank owns, whole, by name; CPU, in the dtype of the parameter.
-    moments
-        Likewise, by ``<parameter>.<state>``: optimizer state in fp32, and fp32 copies of parameters of another dtype.
+    shards
+        This rank's flat shards, padding included, on the CPU, in the same order on every rank: name of the trained
+        parameter, name of the optimizer's state (``MASTER``: its fp32 copy of the parameter; "": the parameter), shard.
     states
         Names of the optimizer state that every trained parameter has.
     state
@@ -65,8 +65,7 @@ class Snapshot:
         For the manifest: step, epoch, ...
     """
 
-    values: dict[str, Tensor] = field(default_factory=dict)
-    moments: dict[str, Tensor] = field(default_factory=dict)
+    shards: deque[tuple[str, str, Tensor]]
     states: list[str] = field(default_factory=list)
     state: tuple[Any, dict[str, Tensor]] | None = None
     facts: dict[str, Any] = field(default_factory=dict)
@@ -155,33 +154,23 @@ class CheckpointWriter:
         state: tuple[Any, dict[str, Tensor]] | None = None,
         facts: Mapping[str, Any] | None = None,
     ) -> Snapshot:
-        """Copy what a checkpoint needs to the host of its owner. Collective: one all-to-all per 16 MiB of shards.
+        """Copy this rank's shards of what a checkpoint needs to the host. Communicates nothing.
 
-        Host memory of a rank: its part of the adapters and, with an optimizer, of masters and moments.
+        Host memory of a rank: its shards of the adapters or, with an optimizer, of their fp32 copies and moments.
         """
-        taken = Snapshot(state=state, facts=dict(facts or {}))
-        for key, whole in gather_to_owners(self._shards(optimizer, taken), self._owner_of, self._group):
-            name, _, kind = key.rpartition("\n")
-            tensor = whole.view(self._shapes[name])
-            if kind in ("", MASTER):
-                taken.values[name] = tensor.to(self._dtypes[name])
-            if kind and not (kind == MASTER and self._dtypes[name] == torch.float32):
-                taken.moments[f"{name}.{kind}"] = tensor
-        return taken
+        shards = deque((name, kind, _copied(shard)) for name, kind, shard in self._shards(optimizer))
+        first = shards[0][0]
+        states = [kind for name, kind, _ in shards if name == first and kind not in ("", MASTER)]
+        return Snapshot(shards=shards, states=states, state=state, facts=dict(facts or {}))
 
-    def _owner_of(self, key: str) -> int:
-        return self._owner[key.partition("\n")[0]]
-
-    def _shards(self, optimizer: ShardedOptimizer | None, taken: Snapshot) -> Iterator[tuple[str, Tensor, int]]:
+    def _shards(self, optimizer: ShardedOptimizer | None) -> Iterator[tuple[str, str, Tensor]]:
         if optimizer is None:
             for name, parameter in self.trained.items():
-                yield f"{name}\n", local_shard(parameter), self._shapes[name].numel()
+                yield name, "", local_shard(parameter)
             return
         for parameter, shards in optimizer.shards():
-            name = self._names[id(parameter)]
-            taken.states = [state for state in shards if state != MASTER]
             for kind, shard in shards.items():
-                yield f"{name}\n{kind}", shard, self._shapes[name].numel()
+                yield self._names[id(parameter)], kind, shard
 
     # -- writing ------------------------------------------------------------------------------------------------
 
@@ -191,7 +180,7 @@ class CheckpointWriter:
         Parameters
         ----------
         taken
-            From `snapshot`; its tensors are let go of as they are written.
+            From `snapshot`; its shards are let go of as they are sent.
         directory
             On a file system that all ranks see.
         group
@@ -214,8 +203,9 @@ class CheckpointWriter:
                         stack.enter_context(exclusive(staging))
                         locked = True
                         self._begin(staging, files)
+                owned = self._owned(taken, group)
                 with group.shared_errors():
-                    hashes = self._tensors(taken, files)
+                    hashes = self._tensors(*owned, files)
                     for part in files.values():
                         part.flush()
                 everyone = group.gather_objects(hashes)
@@ -227,6 +217,28 @@ class CheckpointWriter:
                 if locked:  # else it is another run's
                     shutil.rmtree(staging, ignore_errors=True)
                 raise
+
+    def _owned(self, taken: Snapshot, group: ShardGroup) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Whole tensors that this rank owns. Collective.
+
+        Parameters come by name, in their dtype; optimizer states, and fp32 copies of parameters of another dtype, by
+        ``<parameter>.<state>``.
+        """
+
+        def shards() -> Iterator[tuple[str, Tensor, int]]:
+            while taken.shards:
+                name, kind, shard = taken.shards.popleft()
+                yield f"{name}\n{kind}", shard, self._shapes[name].numel()
+
+        values, moments = {}, {}
+        for key, whole in gather_to_owners(shards(), lambda key: self._owner[key.partition("\n")[0]], group):
+            name, _, kind = key.rpartition("\n")
+            tensor = whole.view(self._shapes[name])
+            if kind in ("", MASTER):
+                values[name] = tensor.to(self._dtypes[name])
+            if kind and not (kind == MASTER and self._dtypes[name] == torch.float32):
+                moments[f"{name}.{kind}"] = tensor
+        return values, moments
 
     def _files(self, taken: Snapshot, staging: Path) -> dict[str, TensorFiles]:
         """All files of tensors that several ranks write, laid out alike on every rank."""
@@ -287,8 +299,10 @@ class CheckpointWriter:
             part.directory.mkdir(exist_ok=True)
             part.create()
 
-    def _tensors(self, taken: Snapshot, files: Mapping[str, TensorFiles]) -> dict[str, dict[str, str]]:
-        """Write what this rank owns, layer by layer; the hashes by part and name."""
+    def _tensors(
+        self, values: dict[str, Tensor], moments: dict[str, Tensor], files: Mapping[str, TensorFiles]
+    ) -> dict[str, dict[str, str]]:
+        """Write what this rank owns, layer by layer, letting go of it; the hashes by part and name."""
         hashes: dict[str, dict[str, str]] = {part: {} for part in files}
 
         def write(part: str, name: str, tensor: Tensor) -> None:
@@ -297,23 +311,23 @@ class CheckpointWriter:
             files[part].write(name, 0, tensor.flatten())
 
         layers: dict[str, list[str]] = {}
-        for name in [*taken.values, *(n for n in self._initial if n in self._frozen)]:
+        for name in [*values, *(n for n in self._initial if n in self._frozen)]:
             layers.setdefault(_unit(name), []).append(name)
         for names in layers.values():
-            values = {name: taken.values.pop(name) if name in taken.values else self._initial[name] for name in names}
+            layer = {name: values.pop(name) if name in values else self._initial[name] for name in names}
             own = {name: self._initial[name] for name in names if name in self._initial}
             encoded = {name: self._encoded[name] for name in names if name in self._encoded}
-            for part, tensors in self._parts(values, own, encoded).items():
+            for part, tensors in self._parts(layer, own, encoded).items():
                 for name, tensor in tensors.items():
                     write(part, name, tensor)
             if OPTIMIZER in files:
                 for name in names:
                     if name.endswith(CORE):
-                        write(OPTIMIZER, name, values[name])
-        for name in list(taken.moments):
+                        write(OPTIMIZER, name, layer[name])
+        for name in list(moments):
+            moment = moments.pop(name)
             if OPTIMIZER in files:
-                write(OPTIMIZER, name, taken.moments[name])
-            del taken.moments[name]
+                write(OPTIMIZER, name, moment)
         return hashes
 
     def _finish(self, taken: Snapshot, staging: Path, everyone: list[dict[str, dict[str, str]]]) -> None:
@@ -342,6 +356,11 @@ class CheckpointWriter:
 
     def _lora_config(self) -> LoraConfig:
         return self._config if self._starts_at_zero else lora_config(self._config)
+
+
+def _copied(shard: Tensor) -> Tensor:
+    """On the CPU, in memory of its own."""
+    return shard.detach().to("cpu", copy=True)
 
 
 def _unit(name: str) -> str:
