@@ -1,12 +1,13 @@
 """Whole tensors on one rank each: how shards that all ranks hold are brought together for writing.
 
 Every tensor has an owner; the ranks own about equally many bytes. Shards travel to the owners in all-to-alls of bounded
-size: a rank sends each of its shards once, and no rank ever holds more than its part of the whole.
+size: a rank sends each of its shards once, and receives only what it owns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,14 +31,34 @@ def assign_owners(sizes: Mapping[str, int], world_size: int) -> dict[str, int]:
     return owners
 
 
-def gather_to_owners(
+@dataclass(frozen=True, kw_only=True)
+class Parcel:
+    """A rank's shards of some tensors, copied, end to end in the order of the ranks that own the tensors.
+
+    Attributes
+    ----------
+    packed
+        Bytes; CPU, or the device of the group that is to carry them.
+    lengths
+        Of what goes to each rank, bytes.
+    owned
+        Name, dtype, elements of the whole and bytes of a shard: of the tensors that this rank owns.
+    """
+
+    packed: Tensor
+    lengths: list[int]
+    owned: list[tuple[str, torch.dtype, int, int]]
+
+
+def pack_for_owners(
     shards: Iterable[tuple[str, Tensor, int]],
     owner: Callable[[str], int],
     group: ShardGroup,
     *,
+    device: torch.device,
     batch_bytes: int = BATCH_BYTES,
-) -> Iterator[tuple[str, Tensor]]:
-    """Whole flat tensors on their owners. Collective: all ranks iterate to the end, over the same names.
+) -> Iterator[Parcel]:
+    """Copies of shards, ready to be sent. Communicates nothing.
 
     Parameters
     ----------
@@ -47,8 +68,27 @@ def gather_to_owners(
         Gives the rank that wants a tensor, by name.
     group
         The ranks that hold the shards.
+    device
+        Where the copies are kept.
     batch_bytes
-        A rank sends so many bytes at a time (a single larger shard alone): one all-to-all each.
+        Of a parcel (a single larger shard alone).
+    """
+    batch: list[tuple[str, Tensor, int]] = []
+    size = 0
+    for name, shard, numel in shards:
+        if batch and size + shard.nbytes > batch_bytes:
+            yield _parcel(batch, owner, group, device)
+            batch, size = [], 0
+        batch.append((name, shard.detach(), numel))
+        size += shard.nbytes
+    if batch:
+        yield _parcel(batch, owner, group, device)
+
+
+def deliver(parcels: Iterable[Parcel], group: ShardGroup) -> Iterator[tuple[str, Tensor]]:
+    """Whole flat tensors on their owners. Collective: all ranks iterate to the end, over parcels of the same tensors.
+
+    One all-to-all per parcel, which is then let go of.
 
     Yields
     ------
@@ -57,37 +97,36 @@ def gather_to_owners(
     whole
         Flat, on the CPU, a copy.
     """
-    batch: list[tuple[str, Tensor, int]] = []
-    size = 0
-    for name, shard, numel in shards:
-        nbytes = shard.numel() * shard.element_size()
-        if batch and size + nbytes > batch_bytes:
-            yield from _exchange(batch, owner, group)
-            batch, size = [], 0
-        batch.append((name, shard, numel))
-        size += nbytes
-    if batch:
-        yield from _exchange(batch, owner, group)
+    for parcel in parcels:
+        received = group.exchange_packed(
+            parcel.packed, parcel.lengths, [sum(nbytes for *_, nbytes in parcel.owned)] * group.size
+        )
+        owned, start = parcel.owned, 0
+        del parcel
+        for name, dtype, numel, nbytes in owned:
+            whole = torch.empty(group.size, nbytes, dtype=torch.uint8)
+            for row, part in zip(whole, received, strict=True):
+                row.copy_(part[start : start + nbytes])
+            yield name, whole.view(-1).view(dtype)[:numel]
+            start += nbytes
 
 
-def _exchange(
-    batch: list[tuple[str, Tensor, int]], owner: Callable[[str], int], group: ShardGroup
+def gather_to_owners(
+    shards: Iterable[tuple[str, Tensor, int]], owner: Callable[[str], int], group: ShardGroup
 ) -> Iterator[tuple[str, Tensor]]:
-    outgoing: list[list[Tensor]] = [[] for _ in range(group.size)]
-    mine = []
-    for name, shard, numel in batch:
-        data = shard.detach().to(group.device).contiguous().view(torch.uint8)
-        outgoing[owner(name)].append(data)
+    """`pack_for_owners` and `deliver`, one parcel at a time. Collective."""
+    return deliver(pack_for_owners(shards, owner, group, device=group.device), group)
+
+
+def _parcel(
+    batch: list[tuple[str, Tensor, int]], owner: Callable[[str], int], group: ShardGroup, device: torch.device
+) -> Parcel:
+    packed = torch.empty(sum(shard.nbytes for _, shard, _ in batch), dtype=torch.uint8, device=device)
+    lengths, owned, start = [0] * group.size, [], 0
+    for name, shard, numel in sorted(batch, key=lambda entry: owner(entry[0])):  # stable
+        packed[start : start + shard.nbytes].copy_(shard.contiguous().view(torch.uint8))
+        start += shard.nbytes
+        lengths[owner(name)] += shard.nbytes
         if owner(name) == group.rank:
-            mine.append((name, shard.dtype, numel, data.numel()))
-    packed = torch.cat([part for parts in outgoing for part in parts])
-    sizes = [sum(part.numel() for part in parts) for parts in outgoing]
-    received = group.exchange_packed(packed, sizes, [sum(nbytes for *_, nbytes in mine)] * group.size)
-    del packed
-    start = 0
-    for name, dtype, numel, nbytes in mine:
-        whole = torch.empty(group.size, nbytes, dtype=torch.uint8)
-        for row, part in zip(whole, received, strict=True):
-            row.copy_(part[start : start + nbytes])
-        yield name, whole.view(-1).view(dtype)[:numel]
-        start += nbytes
+            owned.append((name, shard.dtype, numel, shard.nbytes))
+    return Parcel(packed=packed, lengths=lengths, owned=owned)

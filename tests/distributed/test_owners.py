@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from helpers.ranks import run_ranks
 from lowrank_dist.comm import ShardGroup
-from lowrank_dist.owners import assign_owners, gather_to_owners
+from lowrank_dist.owners import assign_owners, deliver, pack_for_owners
 from lowrank_dist.partition import FlatPartition
 
 DTYPES = [torch.float32, torch.bfloat16, torch.uint8, torch.float64]
@@ -36,7 +36,11 @@ def gather(batch_bytes: int) -> dict[str, torch.Tensor]:
         mine = whole[slice(*flat.bounds(group.rank))]
         shard[: len(mine)] = mine
         shards.append((str(index), shard, whole.numel()))
-    return dict(gather_to_owners(shards, lambda name: int(name) % group.size, group, batch_bytes=batch_bytes))
+    owner = lambda name: int(name) % group.size  # noqa: E731
+    parcels = list(pack_for_owners(shards, owner, group, device=group.device, batch_bytes=batch_bytes))
+    for _, shard, _ in shards:
+        shard.zero_()  # parcels are copies
+    return dict(deliver(parcels, group))
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

@@ -11,9 +11,9 @@ import copy
 import json
 import shutil
 import sys
-from collections import deque
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from lowrank_dist.comm import ShardGroup
 from lowrank_dist.directories import check_free, empty, exclusive, flush_directory, put_in_place, staging_of
 from lowrank_dist.exact_lora import CORE, fold_cores, lora_config, to_lora
 from lowrank_dist.materialize import Materialized
-from lowrank_dist.owners import assign_owners, gather_to_owners
+from lowrank_dist.owners import Parcel, assign_owners, deliver, gather_to_owners, pack_for_owners
 from lowrank_dist.residual import FileTensor
 from lowrank_dist.tensor_files import TensorFiles
 from lowrank_dist.zero3 import local_shard, whole_shape
@@ -54,9 +54,8 @@ class Snapshot:
 
     Attributes
     ----------
-    shards
-        This rank's flat shards, padding included, on the CPU, in the same order on every rank: name of the trained
-        parameter, name of the optimizer's state (``MASTER``: its fp32 copy of the parameter; "": the parameter), shard.
+    parcels
+        Copies of this rank's shards, on the CPU: of every trained parameter, or of all its states in the optimizer.
     states
         Names of the optimizer state that every trained parameter has.
     state
@@ -65,7 +64,7 @@ class Snapshot:
         For the manifest: step, epoch, ...
     """
 
-    shards: deque[tuple[str, str, Tensor]]
+    parcels: deque[Parcel]
     states: list[str] = field(default_factory=list)
     state: tuple[Any, dict[str, Tensor]] | None = None
     facts: dict[str, Any] = field(default_factory=dict)
@@ -120,6 +119,7 @@ class CheckpointWriter:
             units[_unit(name)] = units.get(_unit(name), 0) + shape.numel()
         owners = assign_owners(units, group.size)
         self._owner = {name: owners[_unit(name)] for name in self._shapes}
+        self._trained_of = Counter(map(_unit, self.trained))  # how many tensors of a layer are trained
         self._initial = self._to_owners(materialized.initial)
         self._encoded = self._to_owners(materialized.encoded_from)
         self._laid_out: dict[tuple[str, ...] | None, dict[str, dict[str, FileTensor]]] = {}
@@ -158,10 +158,19 @@ class CheckpointWriter:
 
         Host memory of a rank: its shards of the adapters or, with an optimizer, of their fp32 copies and moments.
         """
-        shards = deque((name, kind, _copied(shard)) for name, kind, shard in self._shards(optimizer))
-        first = shards[0][0]
-        states = [kind for name, kind, _ in shards if name == first and kind not in ("", MASTER)]
-        return Snapshot(shards=shards, states=states, state=state, facts=dict(facts or {}))
+        kinds: dict[str, None] = {}
+
+        def named() -> Iterator[tuple[str, Tensor, int]]:
+            for name, kind, shard in self._shards(optimizer):
+                kinds[kind] = None
+                yield _key(name, kind), shard, self._shapes[name].numel()
+
+        parcels = deque(pack_for_owners(named(), self._owner_of, self._group, device=torch.device("cpu")))
+        states = [kind for kind in kinds if kind not in ("", MASTER)]
+        return Snapshot(parcels=parcels, states=states, state=state, facts=dict(facts or {}))
+
+    def _owner_of(self, key: str) -> int:
+        return self._owner[_name_and_kind(key)[0]]
 
     def _shards(self, optimizer: ShardedOptimizer | None) -> Iterator[tuple[str, str, Tensor]]:
         if optimizer is None:
@@ -180,7 +189,7 @@ class CheckpointWriter:
         Parameters
         ----------
         taken
-            From `snapshot`; its shards are let go of as they are sent.
+            From `snapshot`; its parcels are let go of as they are sent.
         directory
             On a file system that all ranks see.
         group
@@ -203,9 +212,8 @@ class CheckpointWriter:
                         stack.enter_context(exclusive(staging))
                         locked = True
                         self._begin(staging, files)
-                owned = self._owned(taken, group)
                 with group.shared_errors():
-                    hashes = self._tensors(*owned, files)
+                    hashes = self._tensors(taken, files, group)
                     for part in files.values():
                         part.flush()
                 everyone = group.gather_objects(hashes)
@@ -217,28 +225,6 @@ class CheckpointWriter:
                 if locked:  # else it is another run's
                     shutil.rmtree(staging, ignore_errors=True)
                 raise
-
-    def _owned(self, taken: Snapshot, group: ShardGroup) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Whole tensors that this rank owns. Collective.
-
-        Parameters come by name, in their dtype; optimizer states, and fp32 copies of parameters of another dtype, by
-        ``<parameter>.<state>``.
-        """
-
-        def shards() -> Iterator[tuple[str, Tensor, int]]:
-            while taken.shards:
-                name, kind, shard = taken.shards.popleft()
-                yield f"{name}\n{kind}", shard, self._shapes[name].numel()
-
-        values, moments = {}, {}
-        for key, whole in gather_to_owners(shards(), lambda key: self._owner[key.partition("\n")[0]], group):
-            name, _, kind = key.rpartition("\n")
-            tensor = whole.view(self._shapes[name])
-            if kind in ("", MASTER):
-                values[name] = tensor.to(self._dtypes[name])
-            if kind and not (kind == MASTER and self._dtypes[name] == torch.float32):
-                moments[f"{name}.{kind}"] = tensor
-        return values, moments
 
     def _files(self, taken: Snapshot, staging: Path) -> dict[str, TensorFiles]:
         """All files of tensors that several ranks write, laid out alike on every rank."""
@@ -300,35 +286,43 @@ class CheckpointWriter:
             part.create()
 
     def _tensors(
-        self, values: dict[str, Tensor], moments: dict[str, Tensor], files: Mapping[str, TensorFiles]
+        self, taken: Snapshot, files: Mapping[str, TensorFiles], group: ShardGroup
     ) -> dict[str, dict[str, str]]:
-        """Write what this rank owns, layer by layer, letting go of it; the hashes by part and name."""
+        """Write what this rank owns as it arrives; the hashes by part and name. Collective, also where it raises."""
         hashes: dict[str, dict[str, str]] = {part: {} for part in files}
 
         def write(part: str, name: str, tensor: Tensor) -> None:
-            tensor = tensor.contiguous()
-            hashes[part][name] = tensor_digest(tensor)
-            files[part].write(name, 0, tensor.flatten())
+            if part in files:
+                tensor = tensor.contiguous()
+                hashes[part][name] = tensor_digest(tensor)
+                files[part].write(name, 0, tensor.flatten())
 
-        layers: dict[str, list[str]] = {}
-        for name in [*values, *(n for n in self._initial if n in self._frozen)]:
-            layers.setdefault(_unit(name), []).append(name)
-        for names in layers.values():
-            layer = {name: values.pop(name) if name in values else self._initial[name] for name in names}
-            own = {name: self._initial[name] for name in names if name in self._initial}
-            encoded = {name: self._encoded[name] for name in names if name in self._encoded}
-            for part, tensors in self._parts(layer, own, encoded).items():
-                for name, tensor in tensors.items():
-                    write(part, name, tensor)
-            if OPTIMIZER in files:
-                for name in names:
-                    if name.endswith(CORE):
-                        write(OPTIMIZER, name, layer[name])
-        for name in list(moments):
-            moment = moments.pop(name)
-            if OPTIMIZER in files:
-                write(OPTIMIZER, name, moment)
+        values: dict[str, dict[str, Tensor]] = {}
+        with _to_the_end(deliver(_consumed(taken.parcels), group)) as arriving:
+            for key, whole in arriving:
+                name, kind = _name_and_kind(key)
+                tensor = whole.view(self._shapes[name])
+                if kind and not (kind == MASTER and self._dtypes[name] == torch.float32):
+                    write(OPTIMIZER, f"{name}.{kind}", tensor)
+                if kind in ("", MASTER):
+                    layer = values.setdefault(_unit(name), {})
+                    layer[name] = tensor.to(self._dtypes[name])
+                    if len(layer) == self._trained_of[_unit(name)]:
+                        self._layer(values.pop(_unit(name)), write)
         return hashes
+
+    def _layer(self, values: dict[str, Tensor], write: Callable[[str, str, Tensor], None]) -> None:
+        """Write the trained values of one layer, all of them, and what is made of them."""
+        unit = _unit(next(iter(values)))
+        values |= {name: self._initial[name] for name in self._frozen if _unit(name) == unit}
+        own = {name: self._initial[name] for name in values if name in self._initial}
+        encoded = {name: self._encoded[name] for name in values if name in self._encoded}
+        for part, tensors in self._parts(values, own, encoded).items():
+            for name, tensor in tensors.items():
+                write(part, name, tensor)
+        for name in values:
+            if name.endswith(CORE):
+                write(OPTIMIZER, name, values[name])
 
     def _finish(self, taken: Snapshot, staging: Path, everyone: list[dict[str, dict[str, str]]]) -> None:
         """What one rank writes for all: configurations, training state, the manifest last."""
@@ -358,9 +352,29 @@ class CheckpointWriter:
         return self._config if self._starts_at_zero else lora_config(self._config)
 
 
-def _copied(shard: Tensor) -> Tensor:
-    """On the CPU, in memory of its own."""
-    return shard.detach().to("cpu", copy=True)
+def _consumed(parcels: deque[Parcel]) -> Iterator[Parcel]:
+    while parcels:
+        yield parcels.popleft()
+
+
+@contextmanager
+def _to_the_end(arriving: Iterator[Any]) -> Iterator[Iterator[Any]]:
+    """Whatever the body raises, its collectives run to their end first: the other ranks are in them."""
+    try:
+        yield arriving
+    except BaseException:
+        for _ in arriving:
+            pass
+        raise
+
+
+def _key(name: str, kind: str) -> str:
+    return f"{name}\n{kind}"
+
+
+def _name_and_kind(key: str) -> tuple[str, str]:
+    name, _, kind = key.rpartition("\n")
+    return name, kind
 
 
 def _unit(name: str) -> str:
