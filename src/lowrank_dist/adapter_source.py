@@ -56,20 +56,28 @@ class AdapterSource:
             part.close()
 
 
-def find_adapter(directory: Path) -> AdapterSource:
+def find_adapter(directory: Path, *, for_residual: bool = False) -> AdapterSource:
     """The adapter of a checkpoint, or of a directory that PEFT or `convert_checkpoint` wrote; headers are read only.
+
+    Parameters
+    ----------
+    directory
+        Where it is.
+    for_residual
+        Whether a directory that PEFT wrote is for the residual of a decomposed model, instead of for the original.
 
     Raises
     ------
     CheckpointError
-        Where there is none, or it is damaged, or for a residual.
+        Where there is none, or it is damaged, or for another kind of base.
     """
     manifest: dict[str, Any] = read_manifest(directory) if (directory / MANIFEST).is_file() else {}
     if manifest and (directory / ADAPTER_DIR).is_dir():
         trained, initial = directory / ADAPTER_DIR, None if manifest["starts_at_zero"] else directory / INITIAL_DIR
     elif (directory / CONFIG).is_file():
         trained, initial = directory, None
-        _refuse_parts(directory.absolute())
+        if not for_residual:
+            _refuse_parts(directory.absolute())
     else:
         raise CheckpointError(
             f"{directory}: holds neither {ADAPTER_DIR}/ and {MANIFEST} nor {CONFIG}; pass a directory that "

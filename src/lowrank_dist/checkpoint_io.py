@@ -291,10 +291,21 @@ def read_ahead(read: Callable[[_Request], _Block], requests: Iterable[_Request],
                 future.cancel()
 
 
-def resolve_checkpoint(pretrained: str | os.PathLike[str], *, revision: str | None = None) -> Path:
+def resolve_checkpoint(
+    pretrained: str | os.PathLike[str], *, revision: str | None = None, option: str = "pretrained"
+) -> Path:
     """Local directory of a checkpoint: `pretrained` itself, or the hub's cache after fetching what is missing.
 
     On several ranks of a host call it on one rank first: the others then find the cache complete.
+
+    Parameters
+    ----------
+    pretrained
+        A directory or a hub id.
+    revision
+        Of a hub id.
+    option
+        What the user calls it, for messages.
 
     Raises
     ------
@@ -306,7 +317,7 @@ def resolve_checkpoint(pretrained: str | os.PathLike[str], *, revision: str | No
         return path
     looks_local = path.is_absolute() or str(pretrained).startswith((".", "~")) or str(pretrained).count("/") > 1
     if looks_local:
-        raise CheckpointError(f"pretrained={str(pretrained)!r}: no such directory")
+        raise CheckpointError(f"{option}={str(pretrained)!r}: no such directory")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -314,7 +325,7 @@ def resolve_checkpoint(pretrained: str | os.PathLike[str], *, revision: str | No
         return Path(snapshot_download(str(pretrained), revision=revision, allow_patterns=_FETCHED))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
-            f"pretrained={str(pretrained)!r}: neither a directory nor a model the hub or its cache could give "
+            f"{option}={str(pretrained)!r}: neither a directory nor a model the hub or its cache could give "
             f"({type(error).__name__}: {error}); pass a local directory, or fetch it first with `hf download`"
         ) from error
 

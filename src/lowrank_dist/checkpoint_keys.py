@@ -31,10 +31,14 @@ def plain_name(name: str) -> str:
     return name
 
 
+#: PEFT puts it before every name in an adapter file.
+PEFT_PREFIX = "base_model.model."
+
+
 def peft_name(name: str) -> str:
     """PEFT's name, in an adapter file, of the backbone's parameter `name`."""
     name = name.replace(f".modules_to_save.{ADAPTER}", "").replace(f".{ADAPTER}.", ".")
-    return "base_model.model." + name.removesuffix(f".{ADAPTER}")
+    return PEFT_PREFIX + name.removesuffix(f".{ADAPTER}")
 
 
 class CheckpointKeys:

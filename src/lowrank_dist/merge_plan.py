@@ -18,9 +18,10 @@ import transformers
 from peft import LoraConfig
 from transformers import PretrainedConfig, PreTrainedModel
 
+from lowrank_dist.adapter_match import match_adapter
 from lowrank_dist.adapter_source import AdapterSource
 from lowrank_dist.checkpoint_io import CheckpointReader
-from lowrank_dist.checkpoint_keys import CheckpointKeys, peft_name
+from lowrank_dist.checkpoint_keys import PEFT_PREFIX, CheckpointKeys, peft_name
 from lowrank_dist.residual import FileTensor
 from lowrank_dist.skeleton import (
     ModelError,
@@ -35,7 +36,6 @@ from lowrank_dist.skeleton import (
 )
 from lowrank_dist.tensor_files import stored_dtype
 
-_PEFT = "base_model.model."
 # PEFT's task types, to the part of a name in transformers: the head is one that bases of another task lack
 _HEADS = {
     "SEQ_CLS": "SEQUENCE_CLASSIFICATION",
@@ -199,7 +199,7 @@ def _untie_if_changed(backbone: PreTrainedModel, adapter: AdapterSource) -> dict
     for name, parameter in backbone.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     tied = {name.rpartition(".")[0] for same in names.values() if len(same) > 1 for name in same}
-    changed = {plain_name(key.removeprefix(_PEFT)) for key in adapter.trained}
+    changed = {plain_name(key.removeprefix(PEFT_PREFIX)) for key in adapter.trained}
     # of ...lm_head.lora_A.weight the part before the factor, of ...lm_head.weight the part before the leaf
     changed = {name.partition(".lora_")[0] if ".lora_" in name else name.rpartition(".")[0] for name in changed}
     return untie_embeddings(backbone) if tied & changed else {}
@@ -228,7 +228,7 @@ class _Planner:
 
     def changes(self, plan: Plan) -> None:
         """Everything that differs from the base."""
-        saved_along = self._match(plan)
+        saved_along = match_adapter(self.adapter, self.backbone, plan, self.reader.directory)
         main_dtype = next((self._dtype(planned.key) for planned in plan.matrices), torch.float32)
         for planned in plan.matrices:
             name = f"{plain_name(planned.layer)}.{planned.parameter}"
@@ -261,42 +261,6 @@ class _Planner:
                 self.tensors.append(
                     MergedTensor(source=self.reader, key=name, target=target, dtype=self.files[name].dtype)
                 )
-
-    def _match(self, plan: Plan) -> dict[str, str]:
-        """Check that the adapter holds what the model has a place for, and nothing else.
-
-        Returns
-        -------
-        dict
-            Tensors of the adapter that stand for whole weights which are not under ``modules_to_save`` (PEFT saves
-            embeddings along), by the name of the parameter.
-        """
-        shapes = {
-            name: tuple(parameter.shape) for name, parameter in self.backbone.named_parameters(remove_duplicate=False)
-        }
-        factors = {peft_name(name): shapes[name] for planned in plan.matrices for name in planned.factor_names.values()}
-        whole = {peft_name(t.names[0]): shapes[t.names[0]] for t in plan.parameters if t.trainable}
-        weights = {plain_name(name): shape for name, shape in shapes.items() if ".lora_" not in name}
-        problems, saved_along = [], {}
-        for part, expected in zip(self.adapter.parts, (factors | whole, factors), strict=False):
-            for key in part:
-                shape, name = part.info(key).shape, plain_name(key.removeprefix(_PEFT))
-                wanted = expected.get(key, weights.get(name) if part is self.adapter.trained else None)
-                if wanted is None:
-                    problems.append(f"{key} {list(shape)} has no place in the model")
-                elif shape != wanted:
-                    problems.append(f"{key} has shape {list(shape)}, the model wants {list(wanted)}")
-                elif key not in expected:
-                    saved_along[name] = key
-            missing = [key for key in expected if key not in part]
-            problems += [f"{key} {list(expected[key])} is missing in {part.directory}" for key in missing]
-        if problems:
-            more = f"\n  ... and {len(problems) - 5} more" if len(problems) > 5 else ""
-            raise ModelError(
-                f"{self.adapter.directory} does not fit {type(self.backbone).__name__} of {self.reader.directory}; "
-                "pass the model that it was trained from:\n  " + "\n  ".join(problems[:5]) + more
-            )
-        return saved_along
 
     def _change(
         self,

@@ -30,7 +30,7 @@ from lowrank_dist.checkpoints.writer import CheckpointWriter
 from lowrank_dist.decompose import source_fingerprint
 from lowrank_dist.decomposed import DecomposedModel
 from lowrank_dist.materialize import Materialized, materialize
-from lowrank_dist.methods import Method
+from lowrank_dist.methods import LoRA, Method
 from lowrank_dist.nf4 import NF4, format_as_dict
 from lowrank_dist.planner import Sharding
 from lowrank_dist.pretrained import PretrainedModel, open_source
@@ -46,6 +46,7 @@ from lowrank_dist.skeleton import (
     plan_walk,
     untie_embeddings,
 )
+from lowrank_dist.starting_adapter import StartingAdapter
 from lowrank_dist.walk import progress_bar
 from lowrank_dist.zero3 import (
     Partitioner,
@@ -77,7 +78,9 @@ class PiSSAStrategy(CheckpointedStrategy):
         ``lowrank-dist decompose``, or one that the authors of PiSSA publish): then nothing is decomposed, and the
         three options below are what it says where they are left out.
     adapter
-        PEFT's LoRA configuration (r, lora_alpha, target_modules, rank_pattern, use_rslora, ...).
+        PEFT's LoRA configuration (r, lora_alpha, target_modules, rank_pattern, use_rslora, ...). Or an adapter to go on
+        from, a directory or a hub id: a LoRA for `pretrained`, which PEFT wrote or a checkpoint was converted to; of a
+        decomposed model, an adapter that was trained on its residual.
     init
         How adapters and residual are made from the weights: ``PiSSA(...)``, ``LoRA()``, ``LoftQ(...)``, ...
     quantization
@@ -132,7 +135,7 @@ class PiSSAStrategy(CheckpointedStrategy):
     def __init__(
         self,
         pretrained: str | os.PathLike[str],
-        adapter: LoraConfig | None = None,
+        adapter: LoraConfig | str | os.PathLike[str] | None = None,
         init: Method | None = None,
         quantization: NF4 | None = None,
         *,
@@ -155,8 +158,11 @@ class PiSSAStrategy(CheckpointedStrategy):
                     f"PiSSAStrategy: unknown option {option}={deepspeed_options[option]!r}; beside its own it takes "
                     f"those of DeepSpeedStrategy except stage: {', '.join(sorted(set(known) - {'self', 'stage'}))}"
                 )
-        if adapter is not None and not isinstance(adapter, LoraConfig):
-            raise ValueError(f"PiSSAStrategy: adapter must be a peft.LoraConfig, not {type(adapter).__name__}")
+        if adapter is not None and not isinstance(adapter, LoraConfig | str | os.PathLike):
+            raise ValueError(
+                "PiSSAStrategy: adapter must be a peft.LoraConfig, or the directory or hub id of an adapter, not "
+                f"{type(adapter).__name__}"
+            )
         if live_layers < 0:
             raise ValueError(f"PiSSAStrategy: live_layers={live_layers} must not be negative")
         super().__init__(**deepspeed_options)
@@ -282,7 +288,7 @@ class PiSSAStrategy(CheckpointedStrategy):
         with group.shared_errors():
             earlier = None if self._resumed is None else earlier_run(self._resumed)
             if self.local_rank == 0:  # of a hub id, one rank of each host fetches what is missing
-                resolve_checkpoint(self.pretrained, revision=self.revision)
+                self._directories()
         with group.shared_errors():
             _, backbone = find_backbone(module)
             if self.gradient_checkpointing and not backbone.supports_gradient_checkpointing:
@@ -290,11 +296,17 @@ class PiSSAStrategy(CheckpointedStrategy):
                     f"{type(backbone).__name__} does not support gradient checkpointing; pass "
                     "gradient_checkpointing=False"
                 )
+            directory, adapter_directory = self._directories()
+            start, adapter, init = None, self.adapter, self.init
+            if adapter_directory is not None:
+                decomposed = DecomposedModel.is_at(directory)
+                start = self._starting_adapter(adapter_directory, decomposed=decomposed)
+                adapter, init = start.config, None if decomposed else LoRA()
             source = open_source(
                 self.pretrained,
-                resolve_checkpoint(self.pretrained, revision=self.revision),
-                adapter=self.adapter,
-                init=self.init,
+                directory,
+                adapter=adapter,
+                init=init,
                 quantization=self.quantization,
                 compute_dtype=compute_dtype,
                 cache=self.init_cache,
@@ -306,11 +318,13 @@ class PiSSAStrategy(CheckpointedStrategy):
             )
             tied = untie_embeddings(backbone) if self.untie_embeddings else {}
             inject_adapter(backbone, source.adapter)
-            plan = plan_walk(backbone, source.reader, tied)
+            plan = plan_walk(backbone, source.reader, tied, limit_rank=start is None)
             source.check(plan)
             quantization = None if source.residual.exact else str(source.residual)
             if self._resumed is not None:
                 check_settings(self._resumed, method=source.method, quantization=quantization)
+        if start is not None:
+            start.check(backbone, plan, source.reader, group)
         pretrained, pretrained_fingerprint = source, source_fingerprint(source.reader, group)
         if self._resumed is not None:
             check_source(self._resumed, pretrained_fingerprint)
@@ -337,12 +351,17 @@ class PiSSAStrategy(CheckpointedStrategy):
                 matrices = source.matrices(plan, group, factor_dtype, device=partitioner.device, advance=bar.update)
                 result = materialize(backbone, plan, source.reader, partitioner, matrices, **options)
         source.close()
+        if start is not None:
+            if self._resumed is None:
+                start.load(backbone, group, result.initial)
+            start.close()
         self._backbone, self.init_report = backbone, result.report
         if earlier is not None:
             check_digests(result.report.matrices, earlier.reports)
         facts = {
             "pretrained": self.pretrained,
             "pretrained_fingerprint": pretrained_fingerprint,
+            "started_from": None if start is None else str(self.adapter),
             "source": fingerprint,
             "method": source.method,
             "quantization": quantization,
@@ -374,6 +393,21 @@ class PiSSAStrategy(CheckpointedStrategy):
             f"{report.bytes_read / 2**20:.0f} MiB read by {group.size} ranks "
             f"({report.bytes_read / report.checkpoint_bytes:.2f} x the checkpoint)"
         )
+
+    def _directories(self) -> tuple[Path, Path | None]:
+        """Of the pretrained model, and of the adapter to go on from where it is to be one; fetched if need be."""
+        pretrained = resolve_checkpoint(self.pretrained, revision=self.revision)
+        if self.adapter is None or isinstance(self.adapter, LoraConfig):
+            return pretrained, None
+        return pretrained, resolve_checkpoint(self.adapter, option="adapter")
+
+    def _starting_adapter(self, directory: Path, *, decomposed: bool) -> StartingAdapter:
+        if self.init is not None and (decomposed or not isinstance(self.init, LoRA)):
+            raise ModelError(
+                f"init={self.init} makes an adapter of the weights, and adapter={str(self.adapter)!r} is one already; "
+                "leave init out, or pass a LoraConfig"
+            )
+        return StartingAdapter(directory, for_residual=decomposed)
 
     def _materialize_calibrated(
         self,
