@@ -22,9 +22,9 @@ from lowrank_dist.checkpoint_keys import peft_name
 from lowrank_dist.comm import ShardGroup
 from lowrank_dist.methods import Method
 from lowrank_dist.nf4 import NF4, QUANT_STATE, read_quant_state
-from lowrank_dist.partition import FlatPartition
+from lowrank_dist.partition import FlatPartition, RowPartition
 from lowrank_dist.report import MatrixReport
-from lowrank_dist.residual import ResidualFormat
+from lowrank_dist.residual import Encoded, ResidualFormat
 from lowrank_dist.skeleton import ModelError, Plan, PlannedMatrix
 from lowrank_dist.walk import DecomposedMatrix, check_finite, factor_shapes, row_partition
 
@@ -201,22 +201,13 @@ class DecomposedModel:
                 name=planned.name, rows=planned.rows, columns=planned.columns, rank=planned.rank
             )
 
-            def read_file(suffix: str, start: int, stop: int | None) -> Tensor:
-                name = planned.key + suffix
-                if stop is None:
-                    stop = torch.Size(self.reader.stored(name).shape).numel()
-                values = self.reader.flat(name, start, stop)
-                if values.is_floating_point():
-                    check_finite(name, values, start)
-                return values
-
             factors = {}
             for factor, shape in factor_shapes(planned).items():
                 key = factor_keys(planned)[factor]
                 bounds = FlatPartition(numel=shape[0] * shape[1], world_size=group.size).bounds(group.rank)
                 factors[factor] = self._initial.flat(key, *bounds).to(device, factor_dtype)
                 check_finite(key, factors[factor], bounds[0])
-            shards = residual.from_files(read_file, partition, group.rank)
+            shards = self._shards(planned, partition, group.rank)
             return DecomposedMatrix(
                 planned=planned,
                 partition=partition,
@@ -231,6 +222,36 @@ class DecomposedModel:
                 matrix = next(matrices)
             yield matrix
             advance(self.reader.stored(planned.key).nbytes)
+
+    def residual_of(self, planned: PlannedMatrix, partition: RowPartition, group: ShardGroup) -> Encoded:
+        """The residual of one matrix as this rank holds it, and what its rows stand for. Collective.
+
+        One all-gather of each storage: for a moment every rank holds the stored residual of the matrix whole.
+
+        Raises
+        ------
+        CheckpointError
+            On every rank, if any rank cannot read or finds a NaN or infinity.
+        """
+        with group.shared_errors():
+            shards = self._shards(planned, partition, group.rank)
+        whole = {name: group.gather_equal(shard) for name, shard in shards.items()}
+        own = torch.arange(*partition.bounds(group.rank))
+        return Encoded(shards=shards, decoded=self.residual.decode_rows(whole, partition, own, torch.float32))
+
+    def _shards(self, planned: PlannedMatrix, partition: RowPartition, rank: int) -> dict[str, Tensor]:
+        """This rank's shards of one residual, by storage name."""
+
+        def read_file(suffix: str, start: int, stop: int | None) -> Tensor:
+            name = planned.key + suffix
+            if stop is None:
+                stop = torch.Size(self.reader.stored(name).shape).numel()
+            values = self.reader.flat(name, start, stop)
+            if values.is_floating_point():
+                check_finite(name, values, start)
+            return values
+
+        return self.residual.from_files(read_file, partition, rank)
 
     def close(self) -> None:
         """Close the files."""

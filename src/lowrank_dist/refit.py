@@ -7,7 +7,8 @@ taken (Eckart-Young)::
 
     D = M - base,   base = W, or Q(W) as bitsandbytes quantizes it on loading;   s' B' A' = SVD_K(D).
 
-The residual is formed again from W and the checkpoint's factors, bit for bit (`lowrank_dist.restored`).
+The residual is formed again from W and the checkpoint's factors, bit for bit (`lowrank_dist.restored`), or read from
+the decomposed model that the run began from; either way it must have the digest that the checkpoint knows.
 """
 
 from __future__ import annotations
@@ -35,14 +36,16 @@ from lowrank_dist.adapter_files import (
 from lowrank_dist.checkpoint_io import CheckpointError, CheckpointReader, resolve_checkpoint, write_json
 from lowrank_dist.checkpoint_keys import peft_name
 from lowrank_dist.comm import ShardGroup
-from lowrank_dist.decompose import source_fingerprint
+from lowrank_dist.decomposed import DecomposedModel
+from lowrank_dist.digest import digest_sums, digests
 from lowrank_dist.directories import atomic_directory
 from lowrank_dist.errors import InputError
 from lowrank_dist.linalg import full_fp32, randomized_svd, seed_from_name, squared_norm
-from lowrank_dist.methods import Decomposition, Matrix, Method
+from lowrank_dist.methods import Decomposition, Factors, Matrix, Method
 from lowrank_dist.nf4 import NF4, format_from_dict
 from lowrank_dist.redistribute import whole_left
-from lowrank_dist.residual import FileTensor, ResidualFormat
+from lowrank_dist.report import MatrixReport
+from lowrank_dist.residual import Encoded, FileTensor, ResidualFormat
 from lowrank_dist.restored import Restored, StoredFactors
 from lowrank_dist.skeleton import ModelError, PlannedMatrix, build_skeleton, inject_adapter, plan_walk
 from lowrank_dist.tensor_files import DTYPES, TensorFiles
@@ -133,20 +136,19 @@ def refit_checkpoint(
     Raises
     ------
     CheckpointError, ModelError, InputError
-        On every rank: where the base is not the one of the run, where the run began from a decomposed model or has
-        stacked experts, and for ranks below 1.
+        On every rank: where the residual of the run cannot be had again (the base has changed, or the factors were
+        fitted to a residual that only an ``init_cache`` holds), for stacked experts, and for ranks below 1.
 
     Notes
     -----
     Host memory of a rank: six row blocks in fp32 and the Krylov basis of K (`lowrank_dist.linalg.randomized_svd`); of
-    the output one matrix at a time. Every byte of the base is read once.
+    the output one matrix at a time; of a decomposed model one stored residual. Every byte of the base is read once.
     """
     group, device = group or ShardGroup(), device or torch.device("cpu")
     if rank < 1:
         raise InputError(f"rank={rank} must be at least 1")
     with group.shared_errors():
         job = _Job(Path(checkpoint), rank, base, group, device, dtype)
-    job.check_base()
     output = Path(output).absolute()
     leftovers: list[Leftover] = []
     with ExitStack() as stack:
@@ -197,14 +199,10 @@ class _Job:
     ) -> None:
         self.checkpoint, self.rank, self.group, self.device, self.base = checkpoint, rank, group, device, base
         self.manifest = read_manifest(checkpoint)
-        for key in ("residual", "pretrained_fingerprint", "source"):
+        for key in ("residual", "pretrained", "matrices"):
             if key not in self.manifest:
                 raise CheckpointError(f"{checkpoint}: its {MANIFEST} has no {key}; an older version wrote it")
-        if self.manifest["source"] != self.manifest["pretrained_fingerprint"]:
-            raise CheckpointError(
-                f"{checkpoint}: the run began from a decomposed model, whose residual the original weights do not "
-                "give; use convert without --base"
-            )
+        self.reports = {entry["name"]: MatrixReport.from_dict(entry) for entry in self.manifest["matrices"]}
         self.format = format_from_dict(self.manifest["residual"])
         self.target = None
         if base == "nf4":
@@ -217,31 +215,35 @@ class _Job:
         backbone = build_skeleton(directory)
         self.config.init_lora_weights = True
         inject_adapter(backbone, self.config)
-        self.plan = plan_walk(backbone, self.reader)
+        self.plan = plan_walk(backbone, self.reader, limit_rank=False)
         for planned in self.plan.matrices:
             if planned.expert is not None or planned.wrapped:
                 raise ModelError(
                     f"{planned.name}: stacked and single parameters cannot be refitted; use convert --rank"
                 )
-        if not self.manifest["starts_at_zero"]:
-            self.restored.check_factors(self.plan, torch.float32, {})
+        decomposed = Path(self.manifest["pretrained"])
+        self.decomposed = None
+        if decomposed.is_dir() and DecomposedModel.is_at(decomposed):
+            self.decomposed = DecomposedModel(decomposed, self.format)
+        elif not self.manifest["starts_at_zero"]:
+            self.restored.check_factors(self.plan, torch.float32, self.reports)
         first = peft_name(next(iter(self.plan.matrices[0].factor_names.values())))
         self.dtype = dtype or DTYPES[self.trained.info(first).dtype]
 
     def fit(self, planned: PlannedMatrix) -> tuple[dict[str, Tensor], Leftover]:
         """A' ``[K, in]`` and B' ``[out, K]``, replicated, on the CPU; and what is left over. Collective."""
         matrix = self._matrix(planned)
-        restored = self.restored.decompose(matrix, self.format)
+        residual, initial = self._residual(planned, matrix)
         trained, rows = self.factors.read(matrix), matrix.partition.rows
         with full_fp32():
-            wanted = restored.residual.decoded.addmm(trained.left, trained.right, alpha=matrix.scaling)
+            wanted = residual.decoded.addmm(trained.left, trained.right, alpha=matrix.scaling)
             sits_on = matrix.block
             if self.target is not None:
                 sits_on = self.target.encode(matrix.block, matrix.partition, self.group).decoded
             wanted -= sits_on
             exact = wanted.addmm(trained.left, trained.right, alpha=-matrix.scaling)
-            if not self.restored.starts_at_zero:
-                exact.addmm_(restored.factors.left, restored.factors.right, alpha=matrix.scaling)
+            if initial is not None:
+                exact.addmm_(initial.left, initial.right, alpha=matrix.scaling)
             squares = [squared_norm(wanted), squared_norm(exact)]
             del exact
             k = min(self.rank, rows, planned.columns)
@@ -264,6 +266,30 @@ class _Job:
         factors = {"lora_A": padded_a.to(self.dtype).cpu(), "lora_B": padded_b.to(self.dtype).cpu()}
         return factors, Leftover(name=planned.name, norm=norm, before=before, after=after)
 
+    def _residual(self, planned: PlannedMatrix, matrix: Matrix) -> tuple[Encoded, Factors | None]:
+        """The residual that was trained on, and A0 and B0 unless their product is zero. Collective.
+
+        Raises
+        ------
+        CheckpointError
+            On every rank, where it is another than the checkpoint's.
+        """
+        if self.decomposed is None:
+            found = self.restored.decompose(matrix, self.format)
+            residual, initial = found.residual, found.factors
+        else:
+            residual = self.decomposed.residual_of(planned, matrix.partition, self.group)
+            initial = self.restored.initial.read(matrix)
+        sums = digest_sums(residual.shards, self.format.storages(matrix.partition), self.group.rank)
+        (digest,) = digests([sums.to(self.group.device)], self.group)
+        if self.reports[planned.name].digest not in (None, digest):
+            raise CheckpointError(
+                f"{planned.name}: the residual that {self.checkpoint} was trained with cannot be formed again from "
+                f"{self.reader.directory if self.decomposed is None else self.decomposed.directory}: the weights have "
+                "changed since, or this machine rounds otherwise; use the weights of the run, or convert without --base"
+            )
+        return residual, None if self.manifest["starts_at_zero"] else initial
+
     def _matrix(self, planned: PlannedMatrix) -> Matrix:
         partition = row_partition(planned, self.format, self.group.size)
         with self.group.shared_errors():
@@ -282,14 +308,6 @@ class _Job:
             factor_dtype=torch.float32,
             factor_names=planned.factor_names,
         )
-
-    def check_base(self) -> None:
-        """Raise CheckpointError, on every rank, where the base is not what the run began from. Collective."""
-        if source_fingerprint(self.reader, self.group) != self.manifest["pretrained_fingerprint"]:
-            raise CheckpointError(
-                f"{self.reader.directory}: the weights have changed since {self.checkpoint} was written; fit with "
-                "those of the run"
-            )
 
     def files(self, staging: Path) -> TensorFiles:
         """The file of the adapter, what is not fitted (`modules_to_save`) in it already. One rank only."""

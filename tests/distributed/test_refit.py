@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -95,6 +95,48 @@ def test_a_lower_rank_is_the_best_one(trained: tuple[Path, Path, Tensor], tmp_pa
 
 
 WEIGHTS = "adapter_model.safetensors"
+
+
+def decompose_and_train(base: Path, output: Path, kind: str) -> Tensor:
+    """QPiSSA, T = 3, double quantization; from a decomposed model on disk or through a cache of them."""
+    options = {**CASES["qpissa"], "quantization": NF4(double_quant=True), "init_cache": output / "cache"}
+    if kind == "cache":
+        return train(base, output, {**options, "init": PiSSA()})
+    logits = train(base, output / "first", options)
+    (decomposed,) = (output / "cache").iterdir()
+    return (
+        train(decomposed, output, {"adapter": None, "init": None, "quantization": None}) if kind == "model" else logits
+    )
+
+
+@pytest.mark.parametrize("kind", ["model", "cache"])
+def test_a_run_from_a_decomposed_model(tmp_path: Path, kind: str) -> None:
+    """Its residual is read where it is, or formed again from the base where that gives the same."""
+    base = save_checkpoint(tmp_path / "base", "llama")
+    logits = run_ranks(2, decompose_and_train, base, tmp_path / "out", kind)[0]
+    checkpoint = tmp_path / "out" / f"step={STEPS}"
+    done = run_ranks(2, refit, checkpoint, tmp_path / "lora", 136)[0]
+    assert done.after < 1e-5
+    torch.testing.assert_close(logits_of(base, done.path), logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_base_that_has_changed(tmp_path: Path) -> None:
+    base = save_checkpoint(tmp_path / "base", "llama")
+    run_ranks(2, train, base, tmp_path / "out", {})
+    first = next(iter(sorted(base.glob("*.safetensors"))))
+    tensors = load_file(first)
+    tensors[next(name for name in tensors if "proj" in name)][0, 0] += 1
+    save_file(tensors, first, metadata={"format": "pt"})
+    for _, error in run_ranks_catching(2, refit, tmp_path / "out" / f"step={STEPS}", tmp_path / "x", 8, timeout=60):
+        assert "the weights have changed" in str(error)
+    assert not (tmp_path / "x").exists()
+
+
+def test_factors_that_were_fitted_to_what_only_a_cache_holds(tmp_path: Path) -> None:
+    base = save_checkpoint(tmp_path / "base", "llama")
+    run_ranks(2, decompose_and_train, base, tmp_path / "out", "fitted")
+    for _, error in run_ranks_catching(2, refit, tmp_path / "out" / "first" / f"step={STEPS}", tmp_path / "x", 8):
+        assert "were fitted to its residual" in str(error)
 
 
 def test_refused(trained: tuple[Path, Path, Tensor], tmp_path: Path) -> None:
