@@ -55,3 +55,30 @@ def test_offloading_changes_no_loss(llama: Path, offload: dict[str, bool]) -> No
     plain, _, _ = fit(llama, "gpu", "32-true")
     offloaded, _, _ = fit(llama, "gpu", "32-true", **offload)
     assert offloaded == pytest.approx(plain, rel=1e-4)
+
+
+CUT = 5
+
+
+def run_part(pretrained: Path, output: Path, accelerator: str, steps: int, resume: bool) -> list[float]:
+    """Losses up to `steps`, from the start or from what an earlier part left, which is left for the next."""
+    module = training.ByStep(pretrained)
+    strategy = training.make_strategy(pretrained, init_cache=output / "cache")
+    trainer = training.make_trainer(strategy, accelerator=accelerator, steps=steps)
+    trainer.fit(module, training.loader(0, 1), ckpt_path=output / "cut" if resume else None)
+    if not resume:
+        trainer.save_checkpoint(output / "cut")
+    return module.losses
+
+
+def moved(pretrained: Path, output: Path, first: str, then: str) -> list[float]:
+    """Losses of a run that begins on one accelerator and ends on another."""
+    before = run_ranks(1, run_part, pretrained, output, first, CUT, False)[0]
+    return before + run_ranks(1, run_part, pretrained, output, then, training.STEPS, True)[0]
+
+
+@pytest.mark.parametrize(("first", "then"), [("gpu", "cpu"), ("cpu", "gpu")])
+def test_a_run_moves_between_devices(llama: Path, tmp_path: Path, first: str, then: str) -> None:
+    """With `init_cache` the residual is the first run's, whatever the second device would round to."""
+    undisturbed = run_ranks(1, run_part, llama, tmp_path / "whole", "cpu", training.STEPS, False)[0]
+    assert moved(llama, tmp_path, first, then) == pytest.approx(undisturbed, rel=1e-3)
