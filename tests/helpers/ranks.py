@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -102,6 +103,7 @@ def _rank_main(queue: Any, rank: int, world_size: int, port: int, function: Any,
     import torch
     import torch.distributed as dist
 
+    gc.freeze()  # what the server has imported: DeepSpeed collects garbage, and would copy every page of it
     torch.set_num_threads(1)
     try:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
