@@ -40,6 +40,7 @@ from lowrank_dist.decomposed import DecomposedModel
 from lowrank_dist.digest import digest_sums, digests
 from lowrank_dist.directories import atomic_directory
 from lowrank_dist.errors import InputError
+from lowrank_dist.experts import put_factor
 from lowrank_dist.linalg import full_fp32, randomized_svd, seed_from_name, squared_norm
 from lowrank_dist.methods import Decomposition, Factors, Matrix, Method
 from lowrank_dist.nf4 import NF4, format_from_dict
@@ -47,7 +48,7 @@ from lowrank_dist.redistribute import whole_left
 from lowrank_dist.report import MatrixReport
 from lowrank_dist.residual import Encoded, FileTensor, ResidualFormat
 from lowrank_dist.restored import Restored, StoredFactors
-from lowrank_dist.skeleton import ModelError, PlannedMatrix, build_skeleton, inject_adapter, plan_walk
+from lowrank_dist.skeleton import PlannedMatrix, build_skeleton, inject_adapter, plan_walk
 from lowrank_dist.tensor_files import DTYPES, TensorFiles
 from lowrank_dist.walk import check_finite, factor_shapes, row_partition
 
@@ -135,14 +136,15 @@ def refit_checkpoint(
 
     Raises
     ------
-    CheckpointError, ModelError, InputError
+    CheckpointError, InputError
         On every rank: where the residual of the run cannot be had again (the base has changed, or the factors were
-        fitted to a residual that only an ``init_cache`` holds), for stacked experts, and for ranks below 1.
+        fitted to a residual that only an ``init_cache`` holds), and for ranks below 1.
 
     Notes
     -----
     Host memory of a rank: six row blocks in fp32 and the Krylov basis of K (`lowrank_dist.linalg.randomized_svd`); of
-    the output one matrix at a time; of a decomposed model one stored residual. Every byte of the base is read once.
+    the output one matrix at a time, and B of all experts that share one; of a decomposed model one stored residual.
+    Every byte of the base is read once.
     """
     group, device = group or ShardGroup(), device or torch.device("cpu")
     if rank < 1:
@@ -161,8 +163,7 @@ def refit_checkpoint(
             leftovers.append(leftover)
             with group.shared_errors():
                 if group.rank == 0:
-                    for factor, tensor in factors.items():
-                        files.write(peft_name(planned.factor_names[factor]), 0, tensor.flatten())
+                    job.write(files, planned, factors)
             advance(job.reader.info(planned.key).nbytes)
         with group.shared_errors():
             if group.rank == 0:
@@ -216,11 +217,6 @@ class _Job:
         self.config.init_lora_weights = True
         inject_adapter(backbone, self.config)
         self.plan = plan_walk(backbone, self.reader, limit_rank=False)
-        for planned in self.plan.matrices:
-            if planned.expert is not None or planned.wrapped:
-                raise ModelError(
-                    f"{planned.name}: stacked and single parameters cannot be refitted; use convert --rank"
-                )
         decomposed = Path(self.manifest["pretrained"])
         self.decomposed = None
         if decomposed.is_dir() and DecomposedModel.is_at(decomposed):
@@ -307,6 +303,7 @@ class _Job:
             lookup=planned.lookup,
             factor_dtype=torch.float32,
             factor_names=planned.factor_names,
+            expert=(planned.expert or 0, planned.experts),
         )
 
     def files(self, staging: Path) -> TensorFiles:
@@ -314,7 +311,8 @@ class _Job:
         tensors: dict[str, FileTensor] = {}
         for planned in self.plan.matrices:
             for factor, shape in factor_shapes(planned).items():
-                of_rank = (self.rank, shape[1]) if factor == "lora_A" else (shape[0], self.rank)
+                width = self.rank * planned.experts
+                of_rank = (width, shape[1]) if factor == "lora_A" else (shape[0], width)
                 tensors[peft_name(planned.factor_names[factor])] = FileTensor(shape=of_rank, dtype=self.dtype)
         others = {name: whole_tensor(self.trained, name) for name in self.trained if name not in tensors}
         tensors |= {name: FileTensor(shape=tuple(t.shape), dtype=t.dtype) for name, t in others.items()}
@@ -323,6 +321,20 @@ class _Job:
         for name, tensor in others.items():
             files.write(name, 0, tensor.flatten())
         return files
+
+    def write(self, files: TensorFiles, planned: PlannedMatrix, factors: dict[str, Tensor]) -> None:
+        """Put the factors of one matrix into the file; those of stacked experts once all are there. One rank only."""
+        expert, experts = planned.expert or 0, planned.experts
+        names = {factor: peft_name(name) for factor, name in planned.factor_names.items()}
+        a, b = factors["lora_A"].flatten(), factors["lora_B"].flatten()
+        files.write(names["lora_A"], expert * a.numel(), a)
+        if experts > 1:
+            if expert == 0:
+                self._stack = b.new_empty(experts * b.numel())
+            put_factor(self._stack, 0, b, expert, experts, interleaved=True)
+            b = self._stack
+        if expert == experts - 1:
+            files.write(names["lora_B"], 0, b)
 
     def finish(self, staging: Path, leftovers: list[Leftover]) -> None:
         """Configuration and manifest. One rank only."""
