@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +49,7 @@ from lowrank_dist.residual import Encoded, FileTensor, ResidualFormat
 from lowrank_dist.restored import Restored, StoredFactors
 from lowrank_dist.skeleton import PlannedMatrix, build_skeleton, inject_adapter, plan_walk
 from lowrank_dist.tensor_files import DTYPES, TensorFiles
-from lowrank_dist.walk import check_finite, factor_shapes, row_partition
+from lowrank_dist.walk import check_finite, factor_shapes, progress_bar, row_partition
 
 TOLERANCE = 1e-4  # of the SVD; what is left over is reported anyway
 
@@ -105,7 +104,7 @@ def refit_checkpoint(
     group: ShardGroup | None = None,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
-    advance: Callable[[int], object] = lambda _: None,
+    show_progress: bool = False,
 ) -> Refit:
     """Write the LoRA of rank K that brings `base` nearest to the trained model. Collective over `group`.
 
@@ -126,8 +125,8 @@ def refit_checkpoint(
         Where matrices are decomposed.
     dtype
         Of the written factors. Default: that of the checkpoint's.
-    advance
-        Called with the bytes of every matrix that is done.
+    show_progress
+        Show a progress bar, in bytes of the base.
 
     Returns
     -------
@@ -158,13 +157,15 @@ def refit_checkpoint(
             if group.rank == 0:
                 staging = stack.enter_context(atomic_directory(output))
                 files = stack.enter_context(closing(job.files(staging)))
+        total = sum(job.reader.info(planned.key).nbytes for planned in job.plan.matrices)
+        bar = stack.enter_context(progress_bar(total, show=show_progress and group.rank == 0, doing="Fitting"))
         for planned in job.plan.matrices:
             factors, leftover = job.fit(planned)
             leftovers.append(leftover)
             with group.shared_errors():
                 if group.rank == 0:
                     job.write(files, planned, factors)
-            advance(job.reader.info(planned.key).nbytes)
+            bar.update(job.reader.info(planned.key).nbytes)
         with group.shared_errors():
             if group.rank == 0:
                 job.finish(staging, leftovers)

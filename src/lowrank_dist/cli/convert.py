@@ -30,7 +30,6 @@ def _refit(options: argparse.Namespace, dtype: torch.dtype | None) -> int:
     # what an exact or truncated conversion has no need of
     from lowrank_dist.cli.ranks import launch, launched, shard_group
     from lowrank_dist.refit import refit_checkpoint
-    from lowrank_dist.walk import progress_bar
 
     if options.rank is None:
         raise InputError("--base fits a LoRA of a rank of your choice: give --rank")
@@ -39,17 +38,16 @@ def _refit(options: argparse.Namespace, dtype: torch.dtype | None) -> int:
         argv += ["--base", options.base, *(["--dtype", options.dtype] if options.dtype else [])]
         return launch(argv, options.devices)
     with shard_group("auto") as (group, device):
-        with progress_bar(0, show=group.rank == 0, doing="Fitting") as bar:
-            done = refit_checkpoint(
-                options.checkpoint,
-                options.output,
-                rank=options.rank,
-                base=options.base,
-                group=group,
-                device=device,
-                dtype=dtype,
-                advance=bar.update,
-            )
+        done = refit_checkpoint(
+            options.checkpoint,
+            options.output,
+            rank=options.rank,
+            base=options.base,
+            group=group,
+            device=device,
+            dtype=dtype,
+            show_progress=True,
+        )
         if group.rank == 0:
             print(done.path)
             print(
