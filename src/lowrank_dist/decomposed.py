@@ -223,8 +223,10 @@ class DecomposedModel:
             yield matrix
             advance(self.reader.stored(planned.key).nbytes)
 
-    def residual_of(self, planned: PlannedMatrix, partition: RowPartition, group: ShardGroup) -> Encoded:
-        """The residual of one matrix as this rank holds it, and what its rows stand for. Collective.
+    def residual_of(
+        self, planned: PlannedMatrix, partition: RowPartition, group: ShardGroup, device: torch.device
+    ) -> Encoded:
+        """The residual of one matrix as this rank holds it on `device`, and what its rows stand for. Collective.
 
         One all-gather of each storage: for a moment every rank holds the stored residual of the matrix whole.
 
@@ -234,9 +236,9 @@ class DecomposedModel:
             On every rank, if any rank cannot read or finds a NaN or infinity.
         """
         with group.shared_errors():
-            shards = self._shards(planned, partition, group.rank)
+            shards = {n: shard.to(device) for n, shard in self._shards(planned, partition, group.rank).items()}
         whole = {name: group.gather_equal(shard) for name, shard in shards.items()}
-        own = torch.arange(*partition.bounds(group.rank))
+        own = torch.arange(*partition.bounds(group.rank), device=device)
         return Encoded(shards=shards, decoded=self.residual.decode_rows(whole, partition, own, torch.float32))
 
     def _shards(self, planned: PlannedMatrix, partition: RowPartition, rank: int) -> dict[str, Tensor]:

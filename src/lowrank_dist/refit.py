@@ -275,7 +275,7 @@ class _Job:
             found = self.restored.decompose(matrix, self.format)
             residual, initial = found.residual, found.factors
         else:
-            residual = self.decomposed.residual_of(planned, matrix.partition, self.group)
+            residual = self.decomposed.residual_of(planned, matrix.partition, self.group, self.device)
             initial = self.restored.initial.read(matrix)
         sums = digest_sums(residual.shards, self.format.storages(matrix.partition), self.group.rank)
         (digest,) = digests([sums.to(self.group.device)], self.group)
