@@ -9,8 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def dry_run(script: str, output: Path) -> str:
-    command = [sys.executable, f"benchmarks/{script}", "--tiny", "--output", str(output)]
+def dry_run(*program: str, output: Path) -> str:
+    command = [sys.executable, *program, "--tiny", "--output", str(output)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     report = output.read_text()
@@ -19,7 +19,7 @@ def dry_run(script: str, output: Path) -> str:
 
 
 def test_every_table_at_tiny_scale(tmp_path: Path) -> None:
-    report = dry_run("bench_init.py", tmp_path / "init.md")
+    report = dry_run("benchmarks/bench_init.py", output=tmp_path / "init.md")
     for table in ("peft", "svd", "layers", "limit", "reduction", "projection"):
         assert f"(`{table}`)\n\n" in report
     for row in (
@@ -34,7 +34,7 @@ def test_every_table_at_tiny_scale(tmp_path: Path) -> None:
 
 def test_checkpoints_at_tiny_scale(tmp_path: Path) -> None:
     """Of the figures, those that are no times: what can be resumed elsewhere, and what holds pickles."""
-    report = dry_run("bench_checkpoint.py", tmp_path / "checkpoint.md")
+    report = dry_run("benchmarks/bench_checkpoint.py", output=tmp_path / "checkpoint.md")
     for title in ("Saving", "Steps beside a save", "Starting"):
         assert f"## {title}\n\n" in report
     rows = {cells[1].strip(): cells[2:] for line in report.splitlines() if len(cells := line.split("|")) > 3}
@@ -47,3 +47,12 @@ def test_checkpoints_at_tiny_scale(tmp_path: Path) -> None:
         assert [cell.strip() for cell in rows[label][-3:-1]] == [resumes, pickles]
     assert {"fresh", "resumed", "nothing is written"} <= set(rows)
     assert "as many ranks: DeepSpeed loaded it" in report
+
+
+def test_those_of_an_accelerator_on_the_cpu(tmp_path: Path) -> None:
+    """fp32: every way of computing the layer is right to rounding, gradients included."""
+    report = dry_run("-m", "benchmarks.gpu", "--all", "--device", "cpu", output=tmp_path / "gpu.md")
+    rows = [line.split("|") for line in report.splitlines() if line.startswith("| tiny up_proj")]
+    assert len(rows) == 5
+    errors = [cell.strip() for row in rows for cell in row[-3:-1]]
+    assert all(float(error) < 1e-6 for error in errors if error != "-")

@@ -1,0 +1,51 @@
+"""Runs the tables that need an accelerator and writes them as Markdown, with versions and commit.
+
+python -m benchmarks.gpu --all                      # benchmarks/results/gpu.md
+python -m benchmarks.gpu --all --device cpu --tiny  # a dry run
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from benchmarks.gpu.layers import layers_table, scale
+from reporting import ROOT, header, write_report
+
+PACKAGES = ("torch", "triton", "bitsandbytes", "peft", "transformers")
+TABLES = ("layers",)
+
+
+def main() -> None:
+    options = _options()
+    device = torch.device(options.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    notes = ["a dry run on a layer of a few rows: its figures mean nothing"] if options.tiny else []
+    parts = [header("On an accelerator: measured", "gpu", PACKAGES, machine, notes)]
+    if options.all or "layers" in options.table:
+        parts.append(layers_table(scale(tiny=options.tiny), device, dtype))
+    write_report(options.output, parts)
+    print("\n\n".join(parts))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--all", action="store_true", help="every table")
+    parser.add_argument("--table", choices=TABLES, action="append", default=[], help="only this one; may be repeated")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--tiny", action="store_true", help="dry run on a layer of a few rows")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.md")
+    options = parser.parse_args()
+    if not options.all and not options.table:
+        parser.error("give --all or --table")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA device is visible; --device cpu --tiny is a dry run")
+    return options
+
+
+if __name__ == "__main__":
+    main()
