@@ -28,13 +28,14 @@ DOES_NOT_FIT = 3  # exit status
 
 def run(argv: Sequence[str]) -> int:
     """Run ``lowrank-dist plan``; `argv` without the command's name. Returns the exit status."""
-    options, of_fit = _parser().parse_known_args(list(argv))
+    options, of_fit = parser().parse_known_args(list(argv))
     found = planned_run(options, of_fit)
     print(json.dumps(found.as_dict(), indent=2) if options.json else as_table(found))
     return DOES_NOT_FIT if found.fits is False else 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Of ``lowrank-dist plan``; what it does not know are arguments of ``fit``."""
     parser = argparse.ArgumentParser(
         prog="lowrank-dist plan",
         description="Say what a run takes per GPU, on the network and on disk, and whether it fits, from its "
@@ -98,12 +99,12 @@ def _job(settings: Any, strategy: Any) -> Job:
     trainer, data, precision = settings.trainer, settings.data, str(settings.trainer.precision)
     if precision not in PRECISIONS:
         raise InputError(f"plan: precision={precision!r} is not supported; use one of {', '.join(PRECISIONS)}")
-    if not isinstance(trainer.devices, int) or trainer.devices < 1:
+    if not str(trainer.devices).isdecimal():  # a list, "auto", -1
         raise InputError(f"plan: trainer.devices={trainer.devices!r} is no number; pass --gpus-per-node")
     compute_dtype, factor_dtype = PRECISIONS[precision]
     options: dict[str, Any] = {
         "nodes": trainer.num_nodes,
-        "gpus_per_node": trainer.devices,
+        "gpus_per_node": int(trainer.devices),
         "batch_size": data.batch_size,
         "length": data.max_length,
         "accumulate": trainer.accumulate_grad_batches,

@@ -57,7 +57,10 @@ def _verdict(found: Forecast) -> Iterator[str]:
     yield f"It {relation}: {size(peak)} of {size(found.limit)}"
     if not found.fits:
         if not found.remedies:
-            yield "  no single setting would make it fit: combine NF4, checkpointing, small batches, more nodes"
+            several = (
+                "train adapters" if found.job.init is None else "combine NF4, checkpointing, small batches, more nodes"
+            )
+            yield f"  no single setting would make it fit: {several}"
         for remedy in found.remedies:
             yield f"  would fit with {remedy}"
 

@@ -36,7 +36,7 @@ def parse_fit(argv: Sequence[str]) -> Any:
 
 def instantiated(settings: Any, part: str) -> Any:
     """The object that `part` (``model``, ``data``) of `parse_fit` stands for; for ``trainer``, its options."""
-    fit = fit_parser()._subcommands_action.choices["fit"]
+    fit: Any = fit_parser()._subcommands_action.choices["fit"]  # type: ignore[union-attr]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`loftq_config` specified but will be ignored")
         return getattr(fit, "instantiate", fit.instantiate_classes)(settings)[part]

@@ -20,10 +20,11 @@ def checkpoint_bytes(shapes: Shapes, job: Job) -> int:
     """Bytes of the tensor files of one checkpoint; configurations and manifest (kilobytes per matrix) come on top.
 
     At most: QPiSSA with several rounds writes the factors that the residual was encoded from only where a matrix ended
-    on a decomposition, which all but few do. Without adapters: the parameters as ``save_weights_only`` leaves them.
+    on a decomposition, which all but few do. Without adapters: Lightning's, with fp32 copies and moments.
     """
     if job.init is None:
-        return sum(math.prod(_shape(shapes, p.name)) * p.dtype.itemsize for p in parameters(shapes, job))
+        every = [(math.prod(_shape(shapes, p.name)), p.dtype.itemsize) for p in parameters(shapes, job)]
+        return sum(numel * (itemsize + (12 if job.stage else 8)) for numel, itemsize in every)
     files = _contents(shapes, job).files(_MOMENTS)
     return sum(part.nbytes for part in tensor_files(files, Path()).values())
 
@@ -31,15 +32,16 @@ def checkpoint_bytes(shapes: Shapes, job: Job) -> int:
 def _contents(shapes: Shapes, job: Job) -> Contents:
     assert job.init is not None
     experts: dict[str, int] = {}
-    factors, cores = [], []
+    factors: list[str] = []
+    cores: dict[str, tuple[int, ...]] = {}
     for planned in shapes.plan.matrices:
         if planned.expert in (None, 0):  # experts share their factors
             factors += planned.factor_names.values()
             if planned.experts > 1:
                 experts |= dict.fromkeys(map(peft_name, planned.factor_names.values()), planned.experts)
             if job.init.core is not None:
-                cores.append((core_name(planned), (planned.rank, planned.rank)))
-    all_shapes = {name: tuple(_shape(shapes, name)) for name in factors} | dict(cores)
+                cores[core_name(planned)] = (planned.rank, planned.rank)
+    all_shapes = {name: tuple(_shape(shapes, name)) for name in factors} | cores
     frozen = set() if job.init.core is None else set(factors)
     trained = [name for name in all_shapes if name not in frozen]
     for tensor in shapes.plan.parameters:

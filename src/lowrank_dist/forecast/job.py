@@ -78,7 +78,7 @@ class Shapes:
 
     @classmethod
     def of(cls, source: Path, adapter: LoraConfig | None, *, init: Method | None = None, untie: bool = False) -> Shapes:
-        """Shapes of a checkpoint directory, or of a directory that holds no more than a ``config.json``.
+        """Shapes of a checkpoint directory, of one without weights, or of the file of a model's configuration.
 
         Parameters
         ----------
@@ -99,7 +99,7 @@ class Shapes:
         try:
             reader = CheckpointReader(source)
         except CheckpointError:
-            if any(source.glob("*.safetensors*")):
+            if any(source.glob("*.safetensors")):
                 raise
             reader = ShapeReader(backbone)
         nbytes = reader.nbytes
