@@ -128,7 +128,7 @@ def _job(settings: Any, strategy: Any) -> Job:
             "gradient_checkpointing": strategy.gradient_checkpointing,
             "live_layers": strategy.live_layers,
             "fp32_norms": strategy.fp32_norms,
-            "shard_within": getattr(strategy, "shard_within", "world"),
+            "shard_within": strategy.shard_within,
         }
     elif options.get("stage") and compute_dtype == torch.bfloat16:
         options["factor_dtype"] = torch.bfloat16  # DeepSpeed's engine casts the model
