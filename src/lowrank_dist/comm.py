@@ -50,7 +50,7 @@ class ShardGroup:
         if self._group is not None:
             return self._group
         if self._distributed:
-            return dist.distributed_c10d._get_default_group()
+            return dist.group.WORLD  # type: ignore[return-value]
         made: dist.ProcessGroup = dist.new_group([dist.get_rank()], use_local_synchronization=True)
         return made
 

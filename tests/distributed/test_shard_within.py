@@ -63,10 +63,9 @@ def crossing(step: list[tuple[str, tuple[int, ...], int]], each: int) -> dict[st
 
 CASES = {
     "qpissa, two ranks a node": (4, LINEARS, {"init": PiSSA(quantization_iterations=2)}),
-    "double quantization, one rank a node": (2, LINEARS, {"init": PiSSA(), "quantization": NF4(double_quant=True)}),
     "dense, one rank a node": (2, LINEARS, {"init": PiSSA(), "quantization": None}),
     "frozen factors, one rank a node": (2, LINEARS, {"init": LoRAXS()}),
-    "from a cache, one rank a node": (2, LINEARS, {"init": PiSSA(quantization_iterations=2)}),
+    "from a cache, one rank a node": (2, LINEARS, {"init": PiSSA(), "quantization": NF4(double_quant=True)}),
     "experts, two ranks a node": (4, EXPERTS, {"init": LoRA(), "gradient_checkpointing": True}),
 }
 

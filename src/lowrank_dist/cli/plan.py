@@ -18,7 +18,7 @@ from lowrank_dist.cli.plan_table import as_table
 from lowrank_dist.cli.settings import instantiated, parse_fit
 from lowrank_dist.decomposed import DecomposedModel
 from lowrank_dist.errors import InputError
-from lowrank_dist.forecast import Forecast, Job, Shapes, forecast
+from lowrank_dist.forecast import Cluster, Forecast, Job, Shapes, forecast
 from lowrank_dist.methods import PiSSA
 from lowrank_dist.residual import Dense
 from lowrank_dist.strategy import PRECISIONS, PiSSAStrategy
@@ -58,6 +58,21 @@ def parser() -> argparse.ArgumentParser:
         metavar="GB",
         help="of it for CUDA, NCCL and fragmentation (default: %(default)g)",
     )
+    assumed = Cluster()
+    parser.add_argument(
+        "--tflops",
+        type=float,
+        default=assumed.flops / 1e12,
+        help="bf16 Tflop/s that one GPU reaches in training (assumed: %(default)g)",
+    )
+    for where, rate in zip(("within", "between"), assumed.bandwidth, strict=True):
+        parser.add_argument(
+            f"--bandwidth-{where}",
+            type=float,
+            default=rate / 1e9,
+            metavar="GB/S",
+            help=f"of a large all-reduce {where} nodes, bytes of the tensor over time (assumed: %(default)g)",
+        )
     parser.add_argument(
         "--model-config", help="config.json of the model, or its directory (default: that of `pretrained`, see below)"
     )
@@ -92,7 +107,10 @@ def planned_run(options: argparse.Namespace, of_fit: Sequence[str]) -> Forecast:
     else:
         shapes = Shapes.of(_source(settings.model.pretrained, None, options.model_config, beside), None)
     limit = round((options.gpu_memory - options.reserve) * 1e9) if job.on_gpu else None
-    return forecast(shapes, job, limit=limit)
+    cluster = Cluster(
+        flops=options.tflops * 1e12, bandwidth=(options.bandwidth_within * 1e9, options.bandwidth_between * 1e9)
+    )
+    return forecast(shapes, job, limit=limit, cluster=cluster)
 
 
 def _job(settings: Any, strategy: Any) -> Job:

@@ -9,7 +9,7 @@ from typing import Any
 from lowrank_dist.forecast.activations import Activations, measure_activations
 from lowrank_dist.forecast.checkpoint import checkpoint_bytes
 from lowrank_dist.forecast.cluster import Cluster
-from lowrank_dist.forecast.job import Job, Shapes
+from lowrank_dist.forecast.job import Job, Shapes, parameters
 from lowrank_dist.forecast.memory import Memory, memory
 from lowrank_dist.forecast.startup import Seconds, predict
 from lowrank_dist.forecast.traffic import Traffic, traffic
@@ -195,7 +195,7 @@ def _initialisation(shapes: Shapes, job: Job, cluster: Cluster) -> Seconds | Non
     """Seconds of the walk, without a calibration pass where the method wants one."""
     if job.init is None or job.residual is None or not job.on_gpu:
         return None
-    return predict(
+    seconds = predict(
         shapes.plan.matrices,
         job.init,
         job.residual,
@@ -204,13 +204,19 @@ def _initialisation(shapes: Shapes, job: Job, cluster: Cluster) -> Seconds | Non
         sharding=Sharding(ranks_per_node=job.gpus_per_node),
         read=cluster.read_rate(job.ranks),
     )
+    if job.shard_ranks < job.ranks:  # every node receives all residuals
+        received = sum(p.shard_bytes for p in parameters(shapes, job) if p.kind in ("codes", "maxima", "dense"))
+        seconds.communicate += received / cluster.bandwidth[1]
+    return seconds
 
 
 def _step_time(shapes: Shapes, job: Job, cluster: Cluster) -> StepTime:
     """Two flops per weight and token in every pass; frozen weights have no gradients to compute."""
     passes = 2 + job.gradient_checkpointing  # forward, recomputation, and backward through the inputs
-    frozen = sum(m.rows * m.columns for m in shapes.plan.matrices)
-    adapters = sum(m.rank * (m.rows + m.columns) for m in shapes.plan.matrices)
+    active = getattr(shapes.backbone.config.get_text_config(), "num_experts_per_tok", None) or 1
+    used = {m.name: min(1.0, active / m.experts) for m in shapes.plan.matrices}  # the share of tokens that it sees
+    frozen = sum(used[m.name] * m.rows * m.columns for m in shapes.plan.matrices)
+    adapters = sum(used[m.name] * m.rank * (m.rows + m.columns) for m in shapes.plan.matrices)
     others, trained = 0, 0
     embedding = shapes.backbone.get_input_embeddings().weight
     for tensor in shapes.plan.parameters:
@@ -221,7 +227,7 @@ def _step_time(shapes: Shapes, job: Job, cluster: Cluster) -> StepTime:
     flops = 2 * job.tokens * (passes * (frozen + adapters + others) + adapters + trained)
     seconds = flops / cluster.flops
     if isinstance(job.residual, NF4):
-        moved = frozen * (job.compute_dtype.itemsize + 0.5)
+        moved = sum(m.rows * m.columns for m in shapes.plan.matrices) * (job.compute_dtype.itemsize + 0.5)
         seconds += passes * moved / cluster.memory_rate
     # an all-reduce of so many bytes is a reduce-scatter and a gather of them: each takes half of its time
     communicate = sum(c.nbytes / (2 * cluster.bandwidth[c.crosses]) for c in traffic(shapes, job).collectives)
