@@ -178,7 +178,7 @@ def measure_saved(pretrained: Path) -> int:
 def test_activations_are_what_autograd_saves(untied: Path) -> None:
     """5 %: masks, and small tensors that kernels save for themselves."""
     shapes = Shapes.of(untied, adapter(CASES["qpissa"]))
-    said = measure_activations(shapes.backbone, batch_size=GLOBAL_BATCH // 2, length=LENGTH, dtype=torch.float32)
+    said = measure_activations(shapes.backbone, length=LENGTH, dtype=torch.float32).times(GLOBAL_BATCH // 2)
     assert said.measured
     for saved in run_ranks(2, measure_saved, untied):
         assert sum(said.layers) + said.outside == pytest.approx(saved, rel=0.05)

@@ -104,22 +104,31 @@ def test_table_and_json_say_the_same(capsys: pytest.CaptureFixture[str]) -> None
     assert f"{found['memory']['peak'] / 1e9:.2f} GB of 74.00 GB" in table
 
 
-def test_nodes_and_gpus_can_be_given() -> None:
-    found = plan(*EIGHT, "--nodes=2", "--gpus-per-node=4", "--data.batch_size=2")
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A plan for a tiny model."""
+    directory = save_checkpoint(tmp_path_factory.mktemp("tiny"), "llama")
+    return [*EIGHT, f"--model-config={directory}", "--trainer.strategy.init_args.adapter.init_args.r=4", "--reserve=0"]
+
+
+def test_nodes_and_gpus_can_be_given(tiny: list[str]) -> None:
+    found = plan(*tiny, "--nodes=2", "--gpus-per-node=4", "--data.batch_size=2")
     assert (found.job.nodes, found.job.gpus_per_node, found.job.batch_size) == (2, 4, 2)
     assert found.traffic.into_node > 0
-    assert plan(*EIGHT).traffic.into_node == 0
+    assert plan(*tiny).traffic.into_node == 0
 
 
-def test_what_is_advised_fits(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [*EIGHT, "--data.batch_size=32", "--trainer.accumulate_grad_batches=1", "--gpu-memory=40"]
+def test_what_is_advised_fits(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Of batches of 32, where half of it would fit."""
+    whole, half = (plan(*tiny, f"--data.batch_size={size}").memory.peak for size in (32, 16))
+    arguments = [*tiny, "--data.batch_size=32", f"--gpu-memory={(whole + half) / 2e9}"]
     assert main(["plan", *arguments, "--json"]) == DOES_NOT_FIT
     found = json.loads(capsys.readouterr().out)
     advice = [remedy for remedy in found["remedies"] if remedy.startswith("data.batch_size")]
-    assert advice
     changes = re.fullmatch(r"data.batch_size: (\d+) with trainer.accumulate_grad_batches: (\d+)", advice[0])
     assert changes is not None
     size, accumulate = changes.groups()
+    assert int(size) == 16
     other = plan(*arguments, f"--data.batch_size={size}", f"--trainer.accumulate_grad_batches={accumulate}")
     assert other.fits
     assert other.job.global_batch == found["global_batch"]

@@ -25,7 +25,7 @@ _BYTES_PER_UNIT = 34
 
 @dataclass(frozen=True, kw_only=True)
 class Activations:
-    """Bytes of one batch that are kept until the backward.
+    """Bytes that are kept until the backward.
 
     Attributes
     ----------
@@ -47,23 +47,32 @@ class Activations:
     logits: int
     measured: bool
 
+    def times(self, batch_size: int) -> Activations:
+        """Those of a batch of so many: everything grows with it."""
+        return Activations(
+            inputs=batch_size * self.inputs,
+            layers=tuple(batch_size * nbytes for nbytes in self.layers),
+            outside=batch_size * self.outside,
+            logits=batch_size * self.logits,
+            measured=self.measured,
+        )
 
-def measure_activations(backbone: PreTrainedModel, *, batch_size: int, length: int, dtype: torch.dtype) -> Activations:
-    """Activations of a batch of `batch_size` sequences of `length` tokens, computed in `dtype`.
+
+def measure_activations(backbone: PreTrainedModel, *, length: int, dtype: torch.dtype) -> Activations:
+    """Activations of one sequence of `length` tokens, computed in `dtype`.
 
     Parameters
     ----------
     backbone
         Causal language model on the meta device, adapters injected or everything trainable. It is not changed.
     """
-    text = backbone.config.get_text_config()
-    tokens, layers = batch_size * length, repeated_layers(backbone)
-    inputs = len(layers) * tokens * text.hidden_size * dtype.itemsize
+    text, layers = backbone.config.get_text_config(), repeated_layers(backbone)
+    inputs = len(layers) * length * text.hidden_size * dtype.itemsize
     # bf16: 2 logits, 4 copy, 4 log-probabilities, 4 + 2 gradients; fp32 logits are their own copy
     per_logit = 12 if dtype == torch.float32 else 8 + 4 + 2 * dtype.itemsize
-    logits = tokens * text.vocab_size * per_logit
+    logits = length * text.vocab_size * per_logit
     try:
-        inside, outside = _Saved(backbone, dtype).of(batch_size, length)
+        inside, outside = _Saved(backbone, dtype).of(length)
         return Activations(inputs=inputs, layers=inside, outside=outside, logits=logits, measured=True)
     except (
         RuntimeError,
@@ -71,7 +80,7 @@ def measure_activations(backbone: PreTrainedModel, *, batch_size: int, length: i
         TypeError,
         ValueError,
     ):  # a forward that asks for values, or other inputs
-        estimate = _BYTES_PER_UNIT * tokens * text.hidden_size * dtype.itemsize // 2
+        estimate = _BYTES_PER_UNIT * length * text.hidden_size * dtype.itemsize // 2
         return Activations(inputs=inputs, layers=(estimate,) * len(layers), outside=0, logits=logits, measured=False)
 
 
@@ -94,13 +103,13 @@ class _Saved:
         self.kept: dict[int, Tensor] = {}
         self.bytes: dict[int | None, int] = {}
 
-    def of(self, batch_size: int, length: int) -> tuple[tuple[int, ...], int]:
+    def of(self, length: int) -> tuple[tuple[int, ...], int]:
         for index, layer in enumerate(self.layers):
             layer.register_forward_pre_hook(self._enter(index))
             layer.register_forward_hook(self._leave)
         self.kept = {parameter.untyped_storage()._cdata: parameter for parameter in self.model.parameters()}
-        ids = torch.zeros(batch_size, length, dtype=torch.long, device="meta")
-        mask = torch.ones(batch_size, 1, length, length, dtype=torch.bool, device="meta")  # made: none is looked into
+        ids = torch.zeros(1, length, dtype=torch.long, device="meta")
+        mask = torch.ones(1, 1, length, length, dtype=torch.bool, device="meta")  # made: none is looked into
         with torch.autograd.graph.saved_tensors_hooks(self._count, lambda tensor: tensor), _FusedAttention():
             self.model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False)
         return tuple(self.bytes.get(index, 0) for index in range(len(self.layers))), self.bytes.get(None, 0)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from lowrank_dist.forecast.activations import Activations, measure_activations
+from lowrank_dist.forecast.activations import measure_activations
 from lowrank_dist.forecast.checkpoint import checkpoint_bytes
 from lowrank_dist.forecast.cluster import Cluster
 from lowrank_dist.forecast.job import Job, Shapes, parameters
@@ -126,16 +126,20 @@ def forecast(shapes: Shapes, job: Job, *, limit: int | None = None, cluster: Clu
         Assumed rates, for seconds.
     """
     cluster = replace(cluster or Cluster(), node=job.gpus_per_node)
-    known: dict[int, Activations] = {}
-    needs = _memory(shapes, job, known)
+    activations = measure_activations(shapes.backbone, length=job.length, dtype=job.compute_dtype)
+
+    def needed(job: Job) -> Memory:
+        return memory(shapes, job, activations.times(job.batch_size))
+
+    needs = needed(job)
     remedies: tuple[str, ...] = ()
     if limit is not None and needs.peak > limit:
-        remedies = tuple(text for text, other in _alternatives(job) if _memory(shapes, other, known).peak <= limit)
+        remedies = tuple(text for text, other in _alternatives(job) if needed(other).peak <= limit)
     return Forecast(
         job=job,
         memory=needs,
         traffic=traffic(shapes, job),
-        activations_measured=known[job.batch_size].measured,
+        activations_measured=activations.measured,
         initialisation=_initialisation(shapes, job, cluster),
         step=_step_time(shapes, job, cluster) if job.on_gpu else None,
         disk_reads=_disk_reads(shapes, job),
@@ -143,13 +147,6 @@ def forecast(shapes: Shapes, job: Job, *, limit: int | None = None, cluster: Clu
         limit=limit,
         remedies=remedies,
     )
-
-
-def _memory(shapes: Shapes, job: Job, known: dict[int, Activations]) -> Memory:
-    size = job.batch_size
-    if size not in known:
-        known[size] = measure_activations(shapes.backbone, batch_size=size, length=job.length, dtype=job.compute_dtype)
-    return memory(shapes, job, known[size])
 
 
 def _alternatives(job: Job) -> Iterator[tuple[str, Job]]:
