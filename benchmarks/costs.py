@@ -1,20 +1,7 @@
-"""A cost model of the walk: what reading, products, small problems, collectives, quantization and writing take.
-
-A batch of the schedule takes as long as its slowest matrix. For a matrix over s ranks::
-
-    products     Method.work: sharded / s and replicated flops at the GEMM rate
-    small        10 D^3 flops of every D x D eigenvalue problem, at the LAPACK rate of one rank
-    communicate  collectives x latency + bytes / bandwidth over s ranks
-    encode       elements / s for every pass that quantizes and measures
-
-The next block is read meanwhile; writing comes after: in memory = max(read, the rest), on disk = that + write.
-"""
+"""What a rank does while all of them work, measured: the figures that the cost model of the walk is fed with."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -23,45 +10,12 @@ from walks import FP32
 
 from lowrank_dist.checkpoint_io import CheckpointReader
 from lowrank_dist.comm import ShardGroup
-from lowrank_dist.methods.base import Work
-from lowrank_dist.methods.principal import PrincipalMethod
+from lowrank_dist.forecast.startup import Host
 from lowrank_dist.nf4 import NF4
 from lowrank_dist.partition import RowPartition
-from lowrank_dist.planner import Machine, Sharding, candidates, measure, plan_schedule
+from lowrank_dist.planner import candidates, measure
 from lowrank_dist.residual import ResidualFormat
-from lowrank_dist.skeleton import PlannedMatrix
 from lowrank_dist.walk import check_finite
-
-OTHER_COLLECTIVES = 4  # of a matrix, outside of its decomposition: two checks for errors, norms, measures
-NF4_COLLECTIVES = 3  # of an encoding with double quantization
-
-
-@dataclass(frozen=True, kw_only=True)
-class Host:
-    """What one rank does while all of them work, and how they communicate; the slowest rank counts.
-
-    Attributes
-    ----------
-    machine
-        The planner's figures: products, latency and bandwidth of all-reduces.
-    gemm
-        flop/s of a large square fp32 product.
-    lapack
-        flop/s of a symmetric eigenvalue problem of 512 x 512, counted as 10 D^3.
-    raw_read
-        bytes/s of reading files, as many as are in the page cache.
-    read
-        bytes/s of rows of a checkpoint that become fp32 and are checked for NaN.
-    encode
-        elements/s of forming, encoding and measuring a residual, by format.
-    """
-
-    machine: Machine
-    gemm: float
-    lapack: float
-    raw_read: float
-    read: float
-    encode: Mapping[str, float]
 
 
 def measure_host(checkpoint: Path, side: int) -> Host:
@@ -118,86 +72,3 @@ def _encode(residual: ResidualFormat, side: int) -> float:
         torch.linalg.vector_norm(block - encoded.decoded, dtype=torch.float64)
 
     return block.numel() / fastest(encode)
-
-
-@dataclass(kw_only=True)
-class Seconds:
-    """Predicted seconds by kind of work."""
-
-    read: float = 0.0
-    products: float = 0.0
-    small: float = 0.0
-    communicate: float = 0.0
-    encode: float = 0.0
-    write: float = 0.0
-
-    @property
-    def in_memory(self) -> float:
-        return max(self.read, self.products + self.small + self.communicate + self.encode)
-
-    def __add__(self, other: Seconds) -> Seconds:
-        return Seconds(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
-
-
-def predict(
-    matrices: Sequence[PlannedMatrix],
-    method: PrincipalMethod,
-    residual: ResidualFormat,
-    host: Host,
-    ranks: int,
-    *,
-    sharding: Sharding | None = None,
-    read: float,
-    write: float = math.inf,
-) -> Seconds:
-    """Seconds of a walk over bf16 `matrices`; `read` and `write` are the bytes/s of all ranks together."""
-    group = ShardGroup.single()
-    group.size = ranks  # only its size is asked for: the machine is given
-    schedule = plan_schedule(matrices, method, residual, group, sharding=sharding, machine=host.machine)
-    elements = sum(m.rows * m.columns for m in matrices)
-    stored = elements * (residual_bytes(residual)) + sum(2 * m.rank * (m.rows + m.columns) for m in matrices)
-    total = Seconds(read=2 * elements / read, write=stored / write)
-    for batch in schedule.batches:
-        costs = [_matrix_seconds(m, method, residual, host, batch.group_size) for m in batch.matrices]
-        total += max(costs, key=lambda cost: cost.in_memory)
-    return total
-
-
-def residual_bytes(residual: ResidualFormat) -> float:
-    """Bytes of an element on disk."""
-    return 4.127 / 8 if isinstance(residual, NF4) else 2
-
-
-def _matrix_seconds(
-    matrix: PlannedMatrix, method: PrincipalMethod, residual: ResidualFormat, host: Host, ranks: int
-) -> Seconds:
-    work = method.work(matrix.rows, matrix.columns, matrix.rank)
-    elements, small = matrix.rows * matrix.columns, sum(10.0 * d**3 for d in dimensions(matrix, method))
-    decompositions = 1 + _refinements(method)
-    sharded = work.sharded_flops + 2.0 * elements * matrix.rank * (decompositions + 1)  # residuals, and the measures
-    replicated = max(0.0, work.replicated_flops - small)
-    encodings = 1 if residual.exact else _rounds(method) + 1  # that of W itself is measured too
-    others = OTHER_COLLECTIVES + (0 if residual.exact else NF4_COLLECTIVES * encodings)
-    messages = Work(collectives=work.collectives + others, reduced_bytes=work.reduced_bytes)
-    return Seconds(
-        products=(sharded / ranks + replicated) / host.machine.flops,
-        small=small / host.lapack,
-        communicate=host.machine.seconds(messages, ranks),
-        encode=encodings * elements / ranks / host.encode[str(residual)],
-    )
-
-
-def dimensions(matrix: PlannedMatrix, method: PrincipalMethod) -> list[int]:
-    """Sizes of the eigenvalue problems of a matrix, one per decomposition."""
-    short, tall = min(matrix.rows, matrix.columns), matrix.rows >= matrix.columns
-    first = matrix.rank + (3 * matrix.rank if method.oversampling is None else method.oversampling)
-    share = 2 / 3 if tall else 1
-    return [short if d >= share * short else d for d in (first, *[2 * matrix.rank] * _refinements(method))]
-
-
-def _rounds(method: PrincipalMethod) -> int:
-    return getattr(method, "quantization_iterations", 1)
-
-
-def _refinements(method: PrincipalMethod) -> int:
-    return getattr(method, "refinements", 0)

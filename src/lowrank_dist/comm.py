@@ -44,6 +44,16 @@ class ShardGroup:
         group.device, group._parts = torch.device("cpu"), {}
         return group
 
+    @property
+    def process_group(self) -> dist.ProcessGroup:
+        """As ``torch.distributed`` and DeepSpeed know it; of a `single` group, one made for it."""
+        if self._group is not None:
+            return self._group
+        if self._distributed:
+            return dist.group.WORLD  # type: ignore[return-value]
+        made: dist.ProcessGroup = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+        return made
+
     def split(self, size: int) -> ShardGroup:
         """The group of `size` consecutive ranks that this rank belongs to; they call it together.
 

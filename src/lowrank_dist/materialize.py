@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,10 +23,11 @@ from lowrank_dist.experts import AdaptedParameter, put_factor
 from lowrank_dist.layers import CoredLinear, FrozenEmbedding, FrozenLinear, FrozenWeight
 from lowrank_dist.linalg import seed_from_name
 from lowrank_dist.partition import FlatPartition
+from lowrank_dist.redistribute import redistribute
 from lowrank_dist.report import InitReport
 from lowrank_dist.residual import ResidualFormat
 from lowrank_dist.skeleton import ADAPTER, Plan, PlannedMatrix, PlannedTensor, plain_name
-from lowrank_dist.walk import DecomposedMatrix, check_finite, factor_shapes
+from lowrank_dist.walk import DecomposedMatrix, check_finite, factor_shapes, row_partition
 from lowrank_dist.zero3 import Partitioner, local_shard, register_used_parameters, stored_bytes, whole_shape
 
 
@@ -83,7 +84,7 @@ def materialize(
     reader
         The checkpoint; of it the parameters are read that are not adapted.
     partitioner
-        Makes the ZeRO-3 parameters; its group shares every tensor.
+        Makes the ZeRO-3 parameters; its `group` shares trained tensors and the factors, its `frozen` group all others.
     decomposed
         Every matrix of the plan, decomposed.
     residual
@@ -155,6 +156,7 @@ class _Filling:
     ) -> None:
         self.backbone, self.reader, self.partitioner = backbone, reader, partitioner
         self.group: ShardGroup = partitioner.group
+        self.shared: ShardGroup = partitioner.frozen
         self.residual, self.compute_dtype, self.factor_dtype = residual, compute_dtype, factor_dtype
         self.core, self.advance = core, advance
         self.report = InitReport()
@@ -171,6 +173,7 @@ class _Filling:
 
         Experts of one parameter are collected until all are there; each costs one all-gather per factor.
         """
+        matrix = self.within_nodes(matrix)
         planned, residual = matrix.planned, matrix.residual
         factors, encoded_from = matrix.factors, matrix.encoded_from
         self.report.matrices.append(matrix.report)
@@ -184,8 +187,9 @@ class _Filling:
         layer: Any = self.backbone.get_submodule(planned.layer)
         frozen = self.frozen(layer, matrix)
         for name, storage in self.residual.storages(matrix.partition).items():
-            shape = (storage.shard_numel * self.group.size * planned.experts,)
-            setattr(frozen, name, self.partitioner.parameter(shape, storage.dtype, residual[name]))
+            shape = (storage.shard_numel * self.shared.size * planned.experts,)
+            parameter = self.partitioner.parameter(shape, storage.dtype, residual[name], group=self.shared)
+            setattr(frozen, name, parameter)
         if planned.wrapped:
             weight = f"{plain_name(planned.layer)}.{planned.parameter}"
             self.parameter_names |= dict.fromkeys(planned.factor_names.values(), weight)
@@ -206,6 +210,19 @@ class _Filling:
             register_used_parameters(
                 layer, [self.backbone.get_parameter(name) for name in planned.factor_names.values()]
             )
+
+    def within_nodes(self, matrix: DecomposedMatrix) -> DecomposedMatrix:
+        """The residual cut for the ranks that share it, where these are not all. One all-to-all of its bytes.
+
+        The walk is one over all ranks all the same: the bits do not depend on the sharding.
+        """
+        if self.shared.size == self.group.size:
+            return matrix
+        partition = row_partition(matrix.planned, self.residual, self.shared.size)
+        held, wanted = self.residual.storages(matrix.partition), self.residual.storages(partition)
+        layout = {name: (held[name], wanted[name]) for name in held}
+        (shards,) = redistribute(matrix.residual, [layout], self.group.size, self.group, kept_by=self.shared.size)
+        return replace(matrix, partition=partition, residual=shards)
 
     def frozen(self, layer: Any, matrix: DecomposedMatrix) -> FrozenWeight:
         """The module that holds the encoded residual."""
@@ -265,7 +282,11 @@ class _Filling:
                 if tensor.trainable:
                     dtype = self.factor_dtype
                 partitioned = self.partitioner.parameter(
-                    parameter.shape, dtype, self.flat_shard(tensor, parameter, dtype), requires_grad=tensor.trainable
+                    parameter.shape,
+                    dtype,
+                    self.flat_shard(tensor, parameter, dtype),
+                    requires_grad=tensor.trainable,
+                    group=self.group if tensor.trainable else self.shared,
                 )
                 for name in tensor.names:
                     owner, _, leaf = name.rpartition(".")
@@ -274,8 +295,8 @@ class _Filling:
             compute_in_fp32(module, self.compute_dtype)
 
     def flat_shard(self, tensor: PlannedTensor, parameter: Tensor, dtype: torch.dtype) -> Tensor:
-        partition = FlatPartition(numel=parameter.numel(), world_size=self.group.size)
-        start, stop = partition.bounds(self.group.rank)
+        group = self.group if tensor.trainable else self.shared
+        start, stop = FlatPartition(numel=parameter.numel(), world_size=group.size).bounds(group.rank)
         if tensor.key is None:
             return self.fresh(tensor.names[0], parameter).flatten()[start:stop].to(self.partitioner.device, dtype)
         shard = self.reader.flat(tensor.key, start, stop)

@@ -24,31 +24,36 @@ def redistribute(
     layouts: list[dict[str, tuple[Storage, Storage]]],
     group_size: int,
     group: ShardGroup,
+    *,
+    kept_by: int | None = None,
 ) -> list[dict[str, Tensor]]:
-    """Cut tensors that parts of the ranks hold anew for all ranks. One all-to-all.
+    """Cut tensors that parts of the ranks hold anew for all ranks, or for every part of other parts. One all-to-all.
 
     Parameters
     ----------
     shards
         This rank's flat shards of the tensors of item ``rank // group_size``; empty where there is no such item.
     layouts
-        For every item and name: the storage over its `group_size` ranks and the one over all ranks.
+        For every item and name: the storage over its `group_size` ranks and the one over `kept_by` ranks.
     group_size
         Consecutive ranks that share an item.
     group
         All ranks.
+    kept_by
+        So many consecutive ranks each hold all tensors together afterwards; None: all ranks.
 
     Returns
     -------
     list of dict
-        For every item this rank's flat shards over all ranks, padding included.
+        For every item this rank's flat shards over `kept_by` ranks, padding included.
     """
+    kept = group.size if kept_by is None else kept_by
 
     def overlap(source: int, target: int, storages: tuple[Storage, Storage]) -> tuple[int, int]:
         held, wanted = storages
-        position = source % group_size
-        start = max(position * held.shard_numel, target * wanted.shard_numel)
-        return start, min((position + 1) * held.shard_numel, (target + 1) * wanted.shard_numel, held.numel)
+        position, place = source % group_size, target % kept
+        start = max(position * held.shard_numel, place * wanted.shard_numel)
+        return start, min((position + 1) * held.shard_numel, (place + 1) * wanted.shard_numel, held.numel)
 
     me = group.rank
     device = next((shard.device for shard in shards.values()), group.device)
@@ -72,7 +77,7 @@ def redistribute(
         index = source // group_size
         for name, storages in layouts[index].items() if index < len(layouts) else ():
             start, stop = overlap(source, me, storages)
-            first = me * storages[1].shard_numel
+            first = me % kept * storages[1].shard_numel
             if start < stop:
                 incoming[-1].append(items[index][name][start - first : stop - first].view(torch.uint8))
     received = group.exchange(outgoing, [sum(view.numel() for view in views) for views in incoming])

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.seed import reset_seed
@@ -27,8 +27,10 @@ from lowrank_dist.checkpoint_io import resolve_checkpoint
 from lowrank_dist.checkpointed import CheckpointedStrategy
 from lowrank_dist.checkpoints.resuming import check_settings, check_source, earlier_run
 from lowrank_dist.checkpoints.writer import CheckpointWriter
+from lowrank_dist.comm import ShardGroup
 from lowrank_dist.decompose import source_fingerprint
 from lowrank_dist.decomposed import DecomposedModel
+from lowrank_dist.errors import InputError
 from lowrank_dist.materialize import Materialized, materialize
 from lowrank_dist.methods import LoRA, Method
 from lowrank_dist.nf4 import NF4, format_as_dict
@@ -111,6 +113,10 @@ class PiSSAStrategy(CheckpointedStrategy):
         ``stage3_prefetch_bucket_size``, which count bytes of packed weights as elements.
     show_progress
         Show a progress bar while the weights are decomposed.
+    shard_within
+        Which ranks share the frozen parameters: all (``"world"``), or those of every node (``"node"``): each node then
+        holds them once, takes so much more memory, and gathers them without a byte between nodes. Adapters, their
+        gradients and optimizer state are shared by all ranks either way.
     **deepspeed_options
         Anything `lightning.pytorch.strategies.DeepSpeedStrategy` takes (``offload_optimizer``, ``reduce_bucket_size``,
         ``timeout``, ``config``, ...), except ``stage``, which is 3.
@@ -135,7 +141,7 @@ class PiSSAStrategy(CheckpointedStrategy):
     def __init__(
         self,
         pretrained: str | os.PathLike[str],
-        adapter: LoraConfig | str | os.PathLike[str] | None = None,
+        adapter: LoraConfig | str | Path | None = None,  # not os.PathLike, which jsonargparse makes of any dictionary
         init: Method | None = None,
         quantization: NF4 | None = None,
         *,
@@ -149,6 +155,7 @@ class PiSSAStrategy(CheckpointedStrategy):
         fp32_norms: bool = False,
         live_layers: int = 2,
         show_progress: bool = True,
+        shard_within: Literal["world", "node"] = "world",
         **deepspeed_options: Any,
     ) -> None:
         known = inspect.signature(DeepSpeedStrategy.__init__).parameters
@@ -165,6 +172,13 @@ class PiSSAStrategy(CheckpointedStrategy):
             )
         if live_layers < 0:
             raise ValueError(f"PiSSAStrategy: live_layers={live_layers} must not be negative")
+        if shard_within not in ("world", "node"):
+            raise ValueError(f"PiSSAStrategy: shard_within={shard_within!r} is neither 'world' nor 'node'")
+        if shard_within == "node" and init is not None and init.statistic is not None:
+            raise ValueError(
+                f"PiSSAStrategy: shard_within='node' does not go with init={init}, whose calibration pass takes "
+                "weights from the shards of all ranks; use shard_within='world'"
+            )
         super().__init__(**deepspeed_options)
         self.pretrained = os.fspath(pretrained)
         self.adapter = adapter
@@ -176,6 +190,7 @@ class PiSSAStrategy(CheckpointedStrategy):
         self.fp32_norms = fp32_norms
         self.live_layers = live_layers
         self.show_progress = show_progress
+        self.shard_within = shard_within
         self.init_report: InitReport | None = None
         self._backbone: PreTrainedModel | None = None
         # ZeRO settings that the user has chosen are left alone; the command line passes all, mostly at their defaults.
@@ -282,7 +297,7 @@ class PiSSAStrategy(CheckpointedStrategy):
             self._load_parameters()  # of a checkpoint that the Trainer was given
             return  # validate or test after something else
         compute_dtype, factor_dtype = PRECISIONS[self.precision_plugin.precision]
-        partitioner = Partitioner(self._deepspeed_config)
+        partitioner = Partitioner(self._deepspeed_config, replicas=self._replicas())
         group = partitioner.group
 
         with group.shared_errors():
@@ -435,6 +450,21 @@ class PiSSAStrategy(CheckpointedStrategy):
                 step=calibration_step(module, calibration, autocast),
                 **options,
             )
+
+    def _replicas(self) -> int:
+        """How many times the frozen parameters are held. Collective where more than once."""
+        if self.shard_within == "world" or self.num_nodes == 1:
+            return 1
+        everyone = ShardGroup(device=self.root_device)
+        with everyone.shared_errors():
+            ranks_per_node = everyone.size // self.num_nodes
+            if self.global_rank % ranks_per_node != self.local_rank:
+                raise InputError(
+                    f"shard_within='node': rank {self.global_rank} is number {self.local_rank} of its node, but with "
+                    f"{ranks_per_node} consecutive ranks a node it would be {self.global_rank % ranks_per_node}; start "
+                    "ranks node by node (srun --distribution=block)"
+                )
+        return self.num_nodes
 
     def _enable_checkpointing(self, backbone: PreTrainedModel) -> None:
         if self.gradient_checkpointing:

@@ -32,16 +32,20 @@ class Partitioner:
     config
         DeepSpeed configuration; its ``zero_optimization`` section decides where partitions live
         (``offload_param``).
+    replicas
+        So many groups of consecutive ranks hold all frozen parameters each: the nodes, or 1.
 
     Attributes
     ----------
     group : ShardGroup
-        The ranks over which parameters are partitioned.
+        All ranks: trained parameters are partitioned over them.
+    frozen : ShardGroup
+        The ranks over which frozen parameters are partitioned.
     device : torch.device
         Where shards are computed.
     """
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], *, replicas: int = 1) -> None:
         self._init = deepspeed.zero.Init(config_dict_or_path=config)
         # The plain F.linear keeps a view of every gathered frozen weight until its backward. DeepSpeed's own
         # (memory_efficient_linear, on by default) does not; it stays patched for the process, as with zero.Init.
@@ -49,9 +53,17 @@ class Partitioner:
             self._init._enable_mem_efficient_linear()
         self.device = torch.device(self._init.local_device)
         self.group = ShardGroup(self._init.get_dp_process_group(), device=self.device)
+        self.frozen = self.group.split(self.group.size // replicas)
+        self._process_group = None if replicas == 1 else self.frozen.process_group
 
     def parameter(
-        self, shape: Sequence[int], dtype: torch.dtype, shard: Tensor, *, requires_grad: bool = False
+        self,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        shard: Tensor,
+        *,
+        requires_grad: bool = False,
+        group: ShardGroup | None = None,
     ) -> nn.Parameter:
         """A partitioned parameter of `shape` whose local shard is `shard`.
 
@@ -65,8 +77,11 @@ class Partitioner:
             Flat: this rank's ``ceil(numel / P)`` elements, or fewer where the rest is padding.
         requires_grad
             Whether it is trained.
+        group
+            The ranks that share it, P of them: `group` (by default) or `frozen` of this partitioner.
         """
-        partition = FlatPartition(numel=torch.Size(shape).numel(), world_size=self.group.size)
+        group = group or self.group
+        partition = FlatPartition(numel=torch.Size(shape).numel(), world_size=group.size)
         if shard.dtype != dtype or shard.numel() > partition.shard_numel:
             raise ValueError(
                 f"shard of {shard.numel()} {shard.dtype} elements does not fit a partition of "
@@ -80,8 +95,10 @@ class Partitioner:
         stored[: shard.numel()] = shard
 
         parameter = nn.Parameter(torch.empty(0, dtype=dtype, device=self.device), requires_grad=requires_grad)
-        self._init._convert_to_deepspeed_param(parameter)
         ds: Any = parameter
+        if group is not self.group:
+            ds.ds_zero_partition_process_group = self._process_group
+        self._init._convert_to_deepspeed_param(parameter)
         ds.ds_shape = torch.Size(shape)
         ds.ds_numel = partition.numel
         ds.ds_numel_aligned = partition.shard_numel * partition.world_size

@@ -106,7 +106,7 @@ def make_trainer(
     return L.Trainer(
         strategy=strategy,
         accelerator=accelerator,
-        devices=torch.distributed.get_world_size(),
+        devices=options.pop("devices", None) or torch.distributed.get_world_size(),
         precision=precision,
         max_steps=steps,
         logger=False,

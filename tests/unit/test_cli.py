@@ -16,10 +16,10 @@ from peft import LoraConfig
 import lowrank_dist
 from helpers.checkpoints import make_checkpoint
 from lowrank_dist import cli
-from lowrank_dist.cli import decompose
+from lowrank_dist.cli import decompose, plan
 from lowrank_dist.methods import METHODS
 
-COMMANDS = {"fit", "validate", "test", "decompose", "convert", "merge", "inspect", "report", "demo"}
+COMMANDS = {"fit", "validate", "test", "plan", "decompose", "convert", "merge", "inspect", "report", "demo"}
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -37,8 +37,9 @@ def own_parsers() -> dict[str, argparse.ArgumentParser]:
     (commands,) = (a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction))
     assert set(commands.choices) == COMMANDS
     assert {choice.dest for choice in commands._choices_actions if choice.help} == COMMANDS
-    elsewhere = {*cli.TRAINER_COMMANDS, "decompose"}
+    elsewhere = {*cli.TRAINER_COMMANDS, "decompose", "plan"}
     own = {name: parser for name, parser in commands.choices.items() if name not in elsewhere}
+    own["plan"] = plan.parser()
     return own | {f"decompose --method {method}": decompose._parser(method) for method in METHODS}
 
 

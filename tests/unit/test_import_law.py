@@ -17,7 +17,7 @@ LAYERS = [
     ["demo"],
     ["callbacks"],
     ["strategy"],
-    ["calibration_data", "checkpointed"],
+    ["calibration_data", "checkpointed", "forecast"],
     ["calibrated_walk", "checkpoints"],
     ["calibration"],
     ["statistics"],

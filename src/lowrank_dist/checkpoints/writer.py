@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -25,13 +24,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowrank_dist import __version__
-from lowrank_dist.adapter_files import ADAPTER_DIR, ENCODED_DIR, INITIAL_DIR, LORA_DIR, MANIFEST
+from lowrank_dist.adapter_files import ADAPTER_DIR, INITIAL_DIR, LORA_DIR, MANIFEST
 from lowrank_dist.checkpoint_io import write_json
 from lowrank_dist.checkpoint_keys import peft_name
+from lowrank_dist.checkpoints.contents import Contents, tensor_files
 from lowrank_dist.checkpoints.layout import (
     FORMAT,
     OPTIMIZER,
-    PARTS,
     STATE,
     file_digest,
     sealed,
@@ -39,7 +38,7 @@ from lowrank_dist.checkpoints.layout import (
 )
 from lowrank_dist.comm import ShardGroup
 from lowrank_dist.directories import check_free, empty, exclusive, flush_directory, put_in_place, staging_of
-from lowrank_dist.exact_lora import CORE, fold_cores, lora_config, to_lora
+from lowrank_dist.exact_lora import CORE, lora_config
 from lowrank_dist.materialize import Materialized
 from lowrank_dist.owners import Parcel, assign_owners, deliver, gather_to_owners, pack_for_owners
 from lowrank_dist.residual import FileTensor
@@ -111,7 +110,7 @@ class CheckpointWriter:
         self._config = copy.deepcopy(config)
         self._config.base_model_name_or_path, self._config.inference_mode = base, True
         self._group, self._starts_at_zero = group, starts_at_zero
-        self._experts = {peft_name(name): count for name, count in materialized.experts.items()}
+        experts = {peft_name(name): count for name, count in materialized.experts.items()}
         self._shapes = {name: whole_shape(p) for name, p in (self.trained | self._frozen).items()}
         self._dtypes = {name: p.dtype for name, p in (self.trained | self._frozen).items()}
         units: dict[str, int] = {}
@@ -123,7 +122,15 @@ class CheckpointWriter:
         self._initial = self._to_owners(materialized.initial)
         self._encoded = self._to_owners(materialized.encoded_from)
         self._laid_out: dict[tuple[str, ...] | None, dict[str, dict[str, FileTensor]]] = {}
-        self._initial_names, self._encoded_names = list(materialized.initial), list(materialized.encoded_from)
+        self._contents = Contents(
+            shapes=self._shapes,
+            dtypes=self._dtypes,
+            trained=list(self.trained),
+            initial=list(materialized.initial),
+            encoded=list(materialized.encoded_from),
+            experts=experts,
+            starts_at_zero=starts_at_zero,
+        )
         materialized.initial.clear()
         materialized.encoded_from.clear()
         self._facts: dict[str, Any] = {
@@ -133,7 +140,7 @@ class CheckpointWriter:
             "base": base,
             "starts_at_zero": starts_at_zero,
             "adapter_is_for": "the base" if starts_at_zero else "the residual",
-            "experts": self._experts,
+            "experts": experts,
             # under target_parameters PEFT nests layers, whose names in the file do not say what they adapt
             "parameters": {peft_name(name): weight for name, weight in materialized.parameters.items()},
             "world_size": group.size,
@@ -227,56 +234,15 @@ class CheckpointWriter:
                 raise
 
     def _files(self, taken: Snapshot, staging: Path) -> dict[str, TensorFiles]:
-        """All files of tensors that several ranks write, laid out alike on every rank."""
-        return {
-            part: TensorFiles(
-                staging / PARTS[part][0],
-                tensors,
-                stem=PARTS[part][1],
-                **({} if part == OPTIMIZER else {"max_bytes": sys.maxsize}),
-            )
-            for part, tensors in self._contents(None if taken.state is None else tuple(taken.states)).items()
-        }
+        """All files of tensors that several ranks write, laid out alike on every rank.
 
-    def _contents(self, states: tuple[str, ...] | None) -> dict[str, dict[str, FileTensor]]:
-        """Names, shapes and dtypes by part; `states` are those of the optimizer, None: without it.
-
-        Worked out once: operations on meta tensors are Python, which a training thread would have to wait for.
+        Their contents are worked out once: operations on meta tensors are Python, which a training thread would have to
+        wait for.
         """
+        states = None if taken.state is None else tuple(taken.states)
         if states not in self._laid_out:
-            self._laid_out[states] = {
-                part: {name: FileTensor(shape=tuple(t.shape), dtype=t.dtype) for name, t in sorted(tensors.items())}
-                for part, tensors in self._meta_parts(states).items()
-            }
-        return self._laid_out[states]
-
-    def _meta_parts(self, states: tuple[str, ...] | None) -> dict[str, dict[str, Tensor]]:
-        meta = {
-            name: torch.empty(shape, dtype=self._dtypes[name], device="meta") for name, shape in self._shapes.items()
-        }
-        encoded = {name: meta[name] for name in self._encoded_names}
-        parts = self._parts(meta, {name: meta[name] for name in self._initial_names}, encoded)
-        if states is None:
-            return parts
-        moments: dict[str, Tensor] = {}
-        for name in self.trained:
-            kinds = [*states, *([] if self._dtypes[name] == torch.float32 else [MASTER])]
-            moments |= {f"{name}.{kind}": meta[name].float() for kind in kinds}
-            if name.endswith(CORE):  # folded into B in the adapter
-                moments[name] = meta[name]
-        return parts | {OPTIMIZER: moments}
-
-    def _parts(
-        self, values: Mapping[str, Tensor], initial: Mapping[str, Tensor], encoded: Mapping[str, Tensor]
-    ) -> dict[str, dict[str, Tensor]]:
-        """Tensors of every adapter file under PEFT's names, from those of whole layers; on meta too."""
-        adapter = fold_cores({peft_name(name): tensor for name, tensor in values.items()})
-        start = {peft_name(name): tensor for name, tensor in initial.items()}
-        parts = {ADAPTER_DIR: adapter, INITIAL_DIR: start}
-        parts[LORA_DIR] = adapter if self._starts_at_zero else to_lora(adapter, start, self._experts)
-        if self._encoded_names:
-            parts[ENCODED_DIR] = {peft_name(name): tensor for name, tensor in encoded.items()}
-        return parts
+            self._laid_out[states] = self._contents.files(states)
+        return tensor_files(self._laid_out[states], staging)
 
     def _begin(self, staging: Path, files: Mapping[str, TensorFiles]) -> None:
         empty(staging)
@@ -317,7 +283,7 @@ class CheckpointWriter:
         values |= {name: self._initial[name] for name in self._frozen if _unit(name) == unit}
         own = {name: self._initial[name] for name in values if name in self._initial}
         encoded = {name: self._encoded[name] for name in values if name in self._encoded}
-        for part, tensors in self._parts(values, own, encoded).items():
+        for part, tensors in self._contents.parts(values, own, encoded).items():
             for name, tensor in tensors.items():
                 write(part, name, tensor)
         for name in values:

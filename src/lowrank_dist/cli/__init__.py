@@ -1,4 +1,4 @@
-"""The command line: ``lowrank-dist fit | validate | test | decompose | convert | merge | inspect | report | demo``."""
+"""The command line of ``lowrank-dist``: fit, validate, test, plan, decompose, convert, merge, inspect, report, demo."""
 
 from __future__ import annotations
 
@@ -26,6 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from lowrank_dist.cli.decompose import run
 
             return run(argv[1:])
+        if argv and argv[0] == "plan":
+            from lowrank_dist.cli.plan import run as run_plan
+
+            return run_plan(argv[1:])
         options = _parser().parse_args(argv)
         return int(options.run(options))
     except InputError as error:
@@ -65,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in TRAINER_COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)
+    commands.add_parser("plan", help="say what a run takes, and whether it fits, before anything runs", add_help=False)
     commands.add_parser("decompose", help="write residual and initial adapter as a model of their own", add_help=False)
 
     convert = commands.add_parser(

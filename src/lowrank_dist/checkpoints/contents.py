@@ -1,0 +1,92 @@
+"""Which tensors the parts of a checkpoint hold: their names, shapes and dtypes, before there are any values."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lowrank_dist.adapter_files import ADAPTER_DIR, ENCODED_DIR, INITIAL_DIR, LORA_DIR
+from lowrank_dist.checkpoint_keys import peft_name
+from lowrank_dist.checkpoints.layout import OPTIMIZER, PARTS
+from lowrank_dist.exact_lora import CORE, fold_cores, to_lora
+from lowrank_dist.residual import FileTensor
+from lowrank_dist.tensor_files import TensorFiles
+from lowrank_dist.zero3_optimizer import MASTER
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """The adapter of a model, as far as checkpoints are concerned.
+
+    Attributes
+    ----------
+    shapes, dtypes
+        Of the trained parameters, and of frozen factors around a trained core, by name in the backbone.
+    trained
+        Names of the trained ones.
+    initial, encoded
+        Names of the factors whose initial values, and whose values that the residual was encoded from, are written.
+    experts
+        How many experts share a factor, by PEFT's name, where it is more than one.
+    starts_at_zero
+        The adapter is a LoRA for the base as it is.
+    """
+
+    shapes: Mapping[str, Sequence[int]]
+    dtypes: Mapping[str, torch.dtype]
+    trained: Sequence[str]
+    initial: Sequence[str]
+    encoded: Sequence[str] = ()
+    experts: Mapping[str, int] = field(default_factory=dict)
+    starts_at_zero: bool = False
+
+    def parts(
+        self, values: Mapping[str, Tensor], initial: Mapping[str, Tensor], encoded: Mapping[str, Tensor]
+    ) -> dict[str, dict[str, Tensor]]:
+        """Tensors of every adapter file under PEFT's names, from those of whole layers; on meta too."""
+        adapter = fold_cores({peft_name(name): tensor for name, tensor in values.items()})
+        start = {peft_name(name): tensor for name, tensor in initial.items()}
+        parts = {ADAPTER_DIR: adapter, INITIAL_DIR: start}
+        parts[LORA_DIR] = adapter if self.starts_at_zero else to_lora(adapter, start, self.experts)
+        if self.encoded:
+            parts[ENCODED_DIR] = {peft_name(name): tensor for name, tensor in encoded.items()}
+        return parts
+
+    def files(self, states: Sequence[str] | None) -> dict[str, dict[str, FileTensor]]:
+        """Names, shapes and dtypes by part; `states` are those of the optimizer, None: without it."""
+        meta = {
+            name: torch.empty(tuple(shape), dtype=self.dtypes[name], device="meta")
+            for name, shape in self.shapes.items()
+        }
+        tensors = self.parts(
+            meta, {name: meta[name] for name in self.initial}, {name: meta[name] for name in self.encoded}
+        )
+        if states is not None:
+            tensors[OPTIMIZER] = {}
+            for name in self.trained:
+                kinds = [*states, *([] if self.dtypes[name] == torch.float32 else [MASTER])]
+                tensors[OPTIMIZER] |= {f"{name}.{kind}": meta[name].float() for kind in kinds}
+                if name.endswith(CORE):  # folded into B in the adapter
+                    tensors[OPTIMIZER][name] = meta[name]
+        return {
+            part: {name: FileTensor(shape=tuple(t.shape), dtype=t.dtype) for name, t in sorted(of_part.items())}
+            for part, of_part in tensors.items()
+        }
+
+
+def tensor_files(files: Mapping[str, Mapping[str, FileTensor]], directory: Path) -> dict[str, TensorFiles]:
+    """The safetensors files of every part of `Contents.files`, in a checkpoint at `directory`."""
+    return {
+        part: TensorFiles(
+            directory / PARTS[part][0],
+            tensors,
+            stem=PARTS[part][1],
+            **({} if part == OPTIMIZER else {"max_bytes": sys.maxsize}),
+        )
+        for part, tensors in files.items()
+    }

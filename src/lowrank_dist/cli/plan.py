@@ -1,0 +1,203 @@
+"""``lowrank-dist plan``: what a run takes, before anything runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+
+import lowrank_dist
+from lowrank_dist.checkpoint_io import resolve_checkpoint
+from lowrank_dist.cli.plan_table import as_table
+from lowrank_dist.cli.settings import instantiated, parse_fit
+from lowrank_dist.decomposed import DecomposedModel
+from lowrank_dist.errors import InputError
+from lowrank_dist.forecast import Cluster, Forecast, Job, Shapes, forecast
+from lowrank_dist.methods import PiSSA
+from lowrank_dist.residual import Dense
+from lowrank_dist.strategy import PRECISIONS, PiSSAStrategy
+
+DOES_NOT_FIT = 3  # exit status
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run ``lowrank-dist plan``; `argv` without the command's name. Returns the exit status."""
+    options, of_fit = parser().parse_known_args(list(argv))
+    found = planned_run(options, of_fit)
+    print(json.dumps(found.as_dict(), indent=2) if options.json else as_table(found))
+    return DOES_NOT_FIT if found.fits is False else 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of ``lowrank-dist plan``; what it does not know are arguments of ``fit``."""
+    parser = argparse.ArgumentParser(
+        prog="lowrank-dist plan",
+        description="Say what a run takes per GPU, on the network and on disk, and whether it fits, from its "
+        "configuration and the shapes of the model. Nothing is downloaded and no weight is read. Every key of "
+        f"`lowrank-dist fit` can be given too. Exit status {DOES_NOT_FIT}: it does not fit.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", action="append", required=True, help="configuration of fit; several: later ones over earlier ones"
+    )
+    parser.add_argument("--nodes", type=int, help="nodes (default: trainer.num_nodes)")
+    parser.add_argument("--gpus-per-node", type=int, help="GPUs, or CPU ranks, of a node (default: trainer.devices)")
+    parser.add_argument(
+        "--gpu-memory", type=float, default=80.0, metavar="GB", help="of one GPU, 1e9 bytes (default: %(default)g)"
+    )
+    parser.add_argument(
+        "--reserve",
+        type=float,
+        default=6.0,
+        metavar="GB",
+        help="of it for CUDA, NCCL and fragmentation (default: %(default)g)",
+    )
+    assumed = Cluster()
+    parser.add_argument(
+        "--tflops",
+        type=float,
+        default=assumed.flops / 1e12,
+        help="bf16 Tflop/s that one GPU reaches in training (assumed: %(default)g)",
+    )
+    for where, rate in zip(("within", "between"), assumed.bandwidth, strict=True):
+        parser.add_argument(
+            f"--bandwidth-{where}",
+            type=float,
+            default=rate / 1e9,
+            metavar="GB/S",
+            help=f"of a large all-reduce {where} nodes, bytes of the tensor over time (assumed: %(default)g)",
+        )
+    parser.add_argument(
+        "--model-config", help="config.json of the model, or its directory (default: that of `pretrained`, see below)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON: bytes and seconds")
+    parser.epilog = (
+        "The model's dimensions come from the directory `pretrained`, else from the hub's local cache, else from "
+        "models/<last part of its name>.json beside the configuration or among the package's."
+    )
+    return parser
+
+
+def planned_run(options: argparse.Namespace, of_fit: Sequence[str]) -> Forecast:
+    """The forecast for parsed `options`, with further arguments of fit."""
+    overrides = []
+    if options.nodes is not None:
+        overrides.append(f"--trainer.num_nodes={options.nodes}")
+    if options.gpus_per_node is not None:
+        overrides.append(f"--trainer.devices={options.gpus_per_node}")
+    settings = parse_fit([*(f"--config={path}" for path in options.config), *overrides, *of_fit])
+    strategy = instantiated(settings, "trainer").strategy
+    job = _job(settings, strategy)
+    beside = [Path(path).parent for path in options.config]
+    if isinstance(strategy, PiSSAStrategy):
+        source = _source(strategy.pretrained, strategy.revision, options.model_config, beside)
+        if source.is_dir() and DecomposedModel.is_at(source):
+            raise InputError(
+                f"plan: {strategy.pretrained} is a decomposed model; plan with the model that it was made from"
+            )
+        if strategy.adapter is None:
+            raise InputError("plan: the strategy has no adapter: adapter=LoraConfig(...) must say what to decompose")
+        shapes = Shapes.of(source, strategy.adapter, init=job.init, untie=strategy.untie_embeddings)
+    else:
+        shapes = Shapes.of(_source(settings.model.pretrained, None, options.model_config, beside), None)
+    limit = round((options.gpu_memory - options.reserve) * 1e9) if job.on_gpu else None
+    cluster = Cluster(
+        flops=options.tflops * 1e12, bandwidth=(options.bandwidth_within * 1e9, options.bandwidth_between * 1e9)
+    )
+    return forecast(shapes, job, limit=limit, cluster=cluster)
+
+
+def _job(settings: Any, strategy: Any) -> Job:
+    trainer, data, precision = settings.trainer, settings.data, str(settings.trainer.precision)
+    if precision not in PRECISIONS:
+        raise InputError(f"plan: precision={precision!r} is not supported; use one of {', '.join(PRECISIONS)}")
+    if not str(trainer.devices).isdecimal():  # a list, "auto", -1
+        raise InputError(f"plan: trainer.devices={trainer.devices!r} is no number; pass --gpus-per-node")
+    compute_dtype, factor_dtype = PRECISIONS[precision]
+    options: dict[str, Any] = {
+        "nodes": trainer.num_nodes,
+        "gpus_per_node": int(trainer.devices),
+        "batch_size": data.batch_size,
+        "length": data.max_length,
+        "accumulate": trainer.accumulate_grad_batches,
+        "compute_dtype": compute_dtype,
+        "factor_dtype": factor_dtype,
+        "optimizer": settings.model.optimizer,
+        "gradient_checkpointing": settings.model.gradient_checkpointing,
+        "on_gpu": trainer.accelerator != "cpu",
+    }
+    if isinstance(strategy, DeepSpeedStrategy):
+        options |= _deepspeed_options(strategy)
+    elif isinstance(strategy, DDPStrategy) or strategy in ("ddp", "auto"):
+        options["stage"] = 0
+    else:
+        name = strategy if isinstance(strategy, str) else type(strategy).__name__
+        raise InputError(f"plan: strategy {name} is not known; PiSSAStrategy, DeepSpeedStrategy and DDPStrategy are")
+    if isinstance(strategy, PiSSAStrategy):
+        options |= {
+            "init": strategy.init or PiSSA(),
+            "residual": strategy.quantization or Dense(dtype=compute_dtype),
+            "gradient_checkpointing": strategy.gradient_checkpointing,
+            "live_layers": strategy.live_layers,
+            "fp32_norms": strategy.fp32_norms,
+            "shard_within": strategy.shard_within,
+        }
+    elif options.get("stage") and compute_dtype == torch.bfloat16:
+        options["factor_dtype"] = torch.bfloat16  # DeepSpeed's engine casts the model
+    job = Job(**options)
+    return Job(**options, steps=_steps(trainer, data.limit, job.global_batch))
+
+
+def _deepspeed_options(strategy: DeepSpeedStrategy) -> dict[str, Any]:
+    assert isinstance(strategy.config, dict)
+    zero = strategy.config.get("zero_optimization", {})
+    bucket = zero.get("reduce_bucket_size")
+    chosen = not isinstance(strategy, PiSSAStrategy) or "reduce_bucket_size" in strategy._chosen
+    return {
+        "stage": zero.get("stage", 0),
+        "offload_optimizer": "offload_optimizer" in zero,
+        "offload_parameters": "offload_param" in zero,
+        "bucket": int(bucket) if bucket and chosen else None,
+    }
+
+
+def _steps(trainer: Any, limit: int | None, global_batch: int) -> int | None:
+    if (trainer.max_steps or -1) > 0:
+        return int(trainer.max_steps)
+    if limit is None or (trainer.max_epochs or -1) < 0:
+        return None
+    return math.ceil(limit / global_batch) * int(trainer.max_epochs)
+
+
+def _source(pretrained: str, revision: str | None, given: str | None, beside: Sequence[Path]) -> Path:
+    """Where the model's dimensions are; nothing is fetched."""
+    if given is not None:
+        if not Path(given).exists():
+            raise InputError(f"--model-config {given}: no such file or directory")
+        return Path(given)
+    if Path(pretrained).is_dir():
+        return resolve_checkpoint(pretrained)
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        cached = try_to_load_from_cache(pretrained, "config.json", revision=revision)
+    except ValueError:  # a path
+        cached = None
+    if isinstance(cached, str):
+        return Path(cached).parent
+    package = Path(lowrank_dist.__file__).parent
+    places = [*beside, *(path.parent for path in beside), package.parents[1] / "configs", package / "configs"]
+    name = f"models/{Path(pretrained).name}.json"
+    found = next((place / name for place in places if (place / name).is_file()), None)
+    if found is None:
+        raise InputError(
+            f"plan: the dimensions of {pretrained!r} are not known: it is no directory, the hub's cache does not have "
+            f"it, and {name} is neither beside the configuration nor among the package's; pass --model-config"
+        )
+    return found

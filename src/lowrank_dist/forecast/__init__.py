@@ -1,0 +1,11 @@
+"""What a run takes before it starts: memory, communication, time, disk; from shapes and settings alone.
+
+Bytes of parameters, gradients and optimizer state are exact. Transient memory is an upper bound, seconds rest on the
+assumed rates of `Cluster`.
+"""
+
+from lowrank_dist.forecast.cluster import Cluster
+from lowrank_dist.forecast.forecast import Forecast, forecast
+from lowrank_dist.forecast.job import Job, Shapes
+
+__all__ = ["Cluster", "Forecast", "Job", "Shapes", "forecast"]

@@ -1,0 +1,157 @@
+"""What autograd keeps between forward and backward, found by a forward pass on the meta device.
+
+Shapes are those of the real model, nothing is computed. Only tensors that are no parameters count, each storage once.
+The frozen layers of the real model save nothing but parameters, as a plain linear layer with a frozen weight does.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+from lowrank_dist.zero3 import repeated_layers
+
+#: Bytes that a decoder layer saves per token and hidden unit, in 16 bits, without the attention matrix: V. Korthikanti
+#: et al., "Reducing Activation Recomputation in Large Transformer Models", 2022, equation 1; arXiv:2205.05198.
+_BYTES_PER_UNIT = 34
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activations:
+    """Bytes that are kept until the backward.
+
+    Attributes
+    ----------
+    inputs
+        Of the repeated layers: what gradient checkpointing keeps.
+    layers
+        Everything that each repeated layer saves, in their order.
+    outside
+        What is saved outside of them, but for logits and loss.
+    logits
+        Logits, their fp32 copy, the log-probabilities and the gradients of both, at the peak of the loss.
+    measured
+        False where the architecture does not run on the meta device and `layers` is an estimate.
+    """
+
+    inputs: int
+    layers: tuple[int, ...]
+    outside: int
+    logits: int
+    measured: bool
+
+    def times(self, batch_size: int) -> Activations:
+        """Those of a batch of so many: everything grows with it."""
+        return Activations(
+            inputs=batch_size * self.inputs,
+            layers=tuple(batch_size * nbytes for nbytes in self.layers),
+            outside=batch_size * self.outside,
+            logits=batch_size * self.logits,
+            measured=self.measured,
+        )
+
+
+def measure_activations(backbone: PreTrainedModel, *, length: int, dtype: torch.dtype) -> Activations:
+    """Activations of one sequence of `length` tokens, computed in `dtype`.
+
+    Parameters
+    ----------
+    backbone
+        Causal language model on the meta device, adapters injected or everything trainable. It is not changed.
+    """
+    text, layers = backbone.config.get_text_config(), repeated_layers(backbone)
+    inputs = len(layers) * length * text.hidden_size * dtype.itemsize
+    # bf16: 2 logits, 4 copy, 4 log-probabilities, 4 + 2 gradients; fp32 logits are their own copy
+    per_logit = 12 if dtype == torch.float32 else 8 + 4 + 2 * dtype.itemsize
+    logits = length * text.vocab_size * per_logit
+    try:
+        inside, outside = _Saved(backbone, dtype).of(length)
+        return Activations(inputs=inputs, layers=inside, outside=outside, logits=logits, measured=True)
+    except (
+        RuntimeError,
+        NotImplementedError,
+        TypeError,
+        ValueError,
+    ):  # a forward that asks for values, or other inputs
+        estimate = _BYTES_PER_UNIT * length * text.hidden_size * dtype.itemsize // 2
+        return Activations(inputs=inputs, layers=(estimate,) * len(layers), outside=0, logits=logits, measured=False)
+
+
+class _Saved:
+    """Runs a copy of a model on meta and sorts what is saved by the layer that saves it."""
+
+    def __init__(self, backbone: PreTrainedModel, dtype: torch.dtype) -> None:
+        self.model: Any = copy.deepcopy(backbone)
+        for parameter in self.model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+        for module in self.model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to("meta"))
+        self.model.train()
+        self.model.enable_input_require_grads()
+        self.layers: list[nn.Module] = repeated_layers(self.model)
+        self.vocabulary: int = self.model.config.get_text_config().vocab_size
+        self.current: int | None = None
+        self.kept: dict[int, Tensor] = {}
+        self.bytes: dict[int | None, int] = {}
+
+    def of(self, length: int) -> tuple[tuple[int, ...], int]:
+        for index, layer in enumerate(self.layers):
+            layer.register_forward_pre_hook(self._enter(index))
+            layer.register_forward_hook(self._leave)
+        self.kept = {parameter.untyped_storage()._cdata: parameter for parameter in self.model.parameters()}
+        ids = torch.zeros(1, length, dtype=torch.long, device="meta")
+        mask = torch.ones(1, 1, length, length, dtype=torch.bool, device="meta")  # made: none is looked into
+        with torch.autograd.graph.saved_tensors_hooks(self._count, lambda tensor: tensor), _FusedAttention():
+            self.model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False)
+        return tuple(self.bytes.get(index, 0) for index in range(len(self.layers))), self.bytes.get(None, 0)
+
+    def _enter(self, index: int) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            self.current = index
+
+        return hook
+
+    def _leave(self, *_: Any) -> None:
+        self.current = None
+
+    def _count(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        of_loss = self.current is None and tensor.ndim and tensor.shape[-1] == self.vocabulary
+        if storage._cdata not in self.kept and not of_loss:
+            self.kept[storage._cdata] = tensor  # alive, so that its storage's address is not given away again
+            self.bytes[self.current] = self.bytes.get(self.current, 0) + storage.nbytes()
+        return tensor
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Inside, scaled dot-product attention saves what its fused kernels save, not the attention matrix."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is nn.functional.scaled_dot_product_attention:
+            return _Attention.apply(*args[:3])
+        return func(*args, **(kwargs or {}))
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        batch, heads, length, _ = query.shape
+        # tokens before heads, as the kernels lay it out: the projection that follows needs no copy
+        out = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
+        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        raise RuntimeError("shapes only")

@@ -1,0 +1,65 @@
+"""Size of a checkpoint."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+
+from lowrank_dist.checkpoint_keys import peft_name
+from lowrank_dist.checkpoints.contents import Contents, tensor_files
+from lowrank_dist.forecast.job import Job, Shapes, core_name, parameters
+from lowrank_dist.methods import LoftQ
+from lowrank_dist.methods.principal import AlternatingMethod
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def checkpoint_bytes(shapes: Shapes, job: Job) -> int:
+    """Bytes of the tensor files of one checkpoint; configurations and manifest (kilobytes per matrix) come on top.
+
+    At most: QPiSSA with several rounds writes the factors that the residual was encoded from only where a matrix ended
+    on a decomposition, which all but few do. Without adapters: Lightning's, with fp32 copies and moments.
+    """
+    if job.init is None:
+        every = [(math.prod(_shape(shapes, p.name)), p.dtype.itemsize) for p in parameters(shapes, job)]
+        return sum(numel * (itemsize + (12 if job.stage else 8)) for numel, itemsize in every)
+    files = _contents(shapes, job).files(_MOMENTS)
+    return sum(part.nbytes for part in tensor_files(files, Path()).values())
+
+
+def _contents(shapes: Shapes, job: Job) -> Contents:
+    assert job.init is not None
+    experts: dict[str, int] = {}
+    factors: list[str] = []
+    cores: dict[str, tuple[int, ...]] = {}
+    for planned in shapes.plan.matrices:
+        if planned.expert in (None, 0):  # experts share their factors
+            factors += planned.factor_names.values()
+            if planned.experts > 1:
+                experts |= dict.fromkeys(map(peft_name, planned.factor_names.values()), planned.experts)
+            if job.init.core is not None:
+                cores[core_name(planned)] = (planned.rank, planned.rank)
+    all_shapes = {name: tuple(_shape(shapes, name)) for name in factors} | cores
+    frozen = set() if job.init.core is None else set(factors)
+    trained = [name for name in all_shapes if name not in frozen]
+    for tensor in shapes.plan.parameters:
+        if tensor.trainable:
+            all_shapes[tensor.names[0]] = tuple(_shape(shapes, tensor.names[0]))
+            trained.append(tensor.names[0])
+    rounds = job.init.quantization_iterations if isinstance(job.init, AlternatingMethod) else 1
+    encoded = isinstance(job.init, LoftQ) or (rounds > 1 and job.residual is not None and not job.residual.exact)
+    return Contents(
+        shapes=all_shapes,
+        dtypes=dict.fromkeys(all_shapes, job.factor_dtype),
+        trained=trained,
+        initial=factors,
+        encoded=factors if encoded else (),
+        experts=experts,
+        starts_at_zero=job.init.starts_at_zero,
+    )
+
+
+def _shape(shapes: Shapes, name: str) -> torch.Size:
+    return shapes.backbone.get_parameter(name).shape

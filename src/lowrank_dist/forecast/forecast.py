@@ -1,0 +1,231 @@
+"""Everything that is known of a run before it starts, and which settings would make it fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from lowrank_dist.forecast.activations import measure_activations
+from lowrank_dist.forecast.checkpoint import checkpoint_bytes
+from lowrank_dist.forecast.cluster import Cluster
+from lowrank_dist.forecast.job import Job, Shapes, parameters
+from lowrank_dist.forecast.memory import Memory, memory
+from lowrank_dist.forecast.startup import Seconds, predict
+from lowrank_dist.forecast.traffic import Traffic, traffic
+from lowrank_dist.nf4 import NF4
+from lowrank_dist.planner import Sharding
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """Seconds of one optimizer step at assumed rates.
+
+    Attributes
+    ----------
+    compute
+        Products, and dequantization of the frozen matrices.
+    communicate
+        Collectives.
+    """
+
+    compute: float
+    communicate: float
+
+    @property
+    def least(self) -> float:
+        """Where communication is hidden as far as it can be."""
+        return max(self.compute, self.communicate)
+
+    @property
+    def most(self) -> float:
+        """Where none of it is."""
+        return self.compute + self.communicate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What a run takes.
+
+    Attributes
+    ----------
+    job
+        The run.
+    memory, traffic
+        Of one rank; of one step.
+    activations_measured
+        Whether `Memory.recomputed` (`kept`, without gradient checkpointing) comes from the architecture itself.
+    initialisation
+        Seconds of the walk, on a GPU cluster; None where there is none, or no GPU.
+    step
+        Seconds of a step, likewise.
+    disk_reads
+        Bytes of the checkpoint that all ranks together read at the start.
+    checkpoint
+        Bytes of every checkpoint that is written.
+    limit
+        Bytes that a rank's device has for the run; None: not known.
+    remedies
+        Settings that would each make it fit, where it does not.
+    """
+
+    job: Job
+    memory: Memory
+    traffic: Traffic
+    activations_measured: bool
+    initialisation: Seconds | None
+    step: StepTime | None
+    disk_reads: int
+    checkpoint: int
+    limit: int | None
+    remedies: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the peak is below the limit; None where there is no limit."""
+        return None if self.limit is None else self.memory.peak <= self.limit
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; bytes and seconds."""
+        job = self.job
+        start, step = self.initialisation, self.step
+        return {
+            "ranks": job.ranks,
+            "nodes": job.nodes,
+            "gpus_per_node": job.gpus_per_node,
+            "global_batch": job.global_batch,
+            "steps": job.steps,
+            "memory": asdict(self.memory)
+            | {"stays": self.memory.stays, "phases": self.memory.phases, "peak": self.memory.peak},
+            "limit": self.limit,
+            "fits": self.fits,
+            "remedies": list(self.remedies),
+            "activations_measured": self.activations_measured,
+            "initialisation_seconds": None if start is None else asdict(start) | {"in_memory": start.in_memory},
+            "step_seconds": None if step is None else asdict(step) | {"least": step.least, "most": step.most},
+            "traffic": {
+                "per_rank": self.traffic.per_rank,
+                "into_node": self.traffic.into_node,
+                "collectives": [asdict(c) | {"over_a_link": c.over_a_link} for c in self.traffic.collectives],
+            },
+            "disk_reads": self.disk_reads,
+            "checkpoint": self.checkpoint,
+        }
+
+
+def forecast(shapes: Shapes, job: Job, *, limit: int | None = None, cluster: Cluster | None = None) -> Forecast:
+    """What `job` takes. Nothing is read, sent or allocated.
+
+    Parameters
+    ----------
+    shapes
+        Of the model.
+    limit
+        Bytes that a device has for the run.
+    cluster
+        Assumed rates, for seconds.
+    """
+    cluster = replace(cluster or Cluster(), node=job.gpus_per_node)
+    activations = measure_activations(shapes.backbone, length=job.length, dtype=job.compute_dtype)
+
+    def needed(job: Job) -> Memory:
+        return memory(shapes, job, activations.times(job.batch_size))
+
+    needs = needed(job)
+    remedies: tuple[str, ...] = ()
+    if limit is not None and needs.peak > limit:
+        remedies = tuple(text for text, other in _alternatives(job) if needed(other).peak <= limit)
+    return Forecast(
+        job=job,
+        memory=needs,
+        traffic=traffic(shapes, job),
+        activations_measured=activations.measured,
+        initialisation=_initialisation(shapes, job, cluster),
+        step=_step_time(shapes, job, cluster) if job.on_gpu else None,
+        disk_reads=_disk_reads(shapes, job),
+        checkpoint=checkpoint_bytes(shapes, job),
+        limit=limit,
+        remedies=remedies,
+    )
+
+
+def _alternatives(job: Job) -> Iterator[tuple[str, Job]]:
+    """One setting changed, the mildest first; the global batch stays."""
+    if not job.gradient_checkpointing:
+        yield "gradient_checkpointing: true", replace(job, gradient_checkpointing=True)
+    size = job.batch_size
+    while size % 2 == 0:
+        size //= 2
+        accumulate = job.accumulate * job.batch_size // size
+        text = f"data.batch_size: {size} with trainer.accumulate_grad_batches: {accumulate}"
+        yield text, replace(job, batch_size=size, accumulate=accumulate)
+    if job.optimizer != "paged_adamw_8bit":
+        yield "model.optimizer: paged_adamw_8bit", replace(job, optimizer="paged_adamw_8bit")
+    if job.init is not None:
+        if job.shard_within == "node" and job.nodes > 1:
+            yield "shard_within: world", replace(job, shard_within="world")
+        for layers in range(job.live_layers - 1, -1, -1):
+            yield f"live_layers: {layers}", replace(job, live_layers=layers)
+        if isinstance(job.residual, NF4) and not job.residual.double_quant:
+            yield "quantization: NF4 with double_quant", replace(job, residual=replace(job.residual, double_quant=True))
+        elif not isinstance(job.residual, NF4):
+            yield "quantization: NF4", replace(job, residual=NF4())
+    if job.stage and not job.offload_optimizer:
+        yield "offload_optimizer: true", replace(job, offload_optimizer=True)
+    if job.stage == 3 and not job.offload_parameters:
+        yield "offload_parameters: true", replace(job, offload_parameters=True)
+    for nodes in (2 * job.nodes, 4 * job.nodes, 8 * job.nodes):
+        yield f"{nodes} nodes (the global batch grows with them)", replace(job, nodes=nodes)
+
+
+def _disk_reads(shapes: Shapes, job: Job) -> int:
+    """Every byte once; what is neither decomposed nor trained once by every group that shares it."""
+    if job.init is None:
+        return shapes.checkpoint_bytes * job.ranks  # transformers loads all of it in every rank
+    adapted = sum(m.rows * m.columns for m in shapes.plan.matrices)
+    others = sum(shapes.backbone.get_parameter(t.names[0]).numel() for t in shapes.plan.parameters if not t.trainable)
+    share = others / (adapted + others)
+    return round(shapes.checkpoint_bytes * (1 - share + share * (job.ranks // job.shard_ranks)))
+
+
+def _initialisation(shapes: Shapes, job: Job, cluster: Cluster) -> Seconds | None:
+    """Seconds of the walk, without a calibration pass where the method wants one."""
+    if job.init is None or job.residual is None or not job.on_gpu:
+        return None
+    seconds = predict(
+        shapes.plan.matrices,
+        job.init,
+        job.residual,
+        cluster.host(job.ranks, job.residual),
+        job.ranks,
+        sharding=Sharding(ranks_per_node=job.gpus_per_node),
+        read=cluster.read_rate(job.ranks),
+    )
+    if job.shard_ranks < job.ranks:  # every node receives all residuals
+        received = sum(p.shard_bytes for p in parameters(shapes, job) if p.kind in ("codes", "maxima", "dense"))
+        seconds.communicate += received / cluster.bandwidth[1]
+    return seconds
+
+
+def _step_time(shapes: Shapes, job: Job, cluster: Cluster) -> StepTime:
+    """Two flops per weight and token in every pass; frozen weights have no gradients to compute."""
+    passes = 2 + job.gradient_checkpointing  # forward, recomputation, and backward through the inputs
+    active = getattr(shapes.backbone.config.get_text_config(), "num_experts_per_tok", None) or 1
+    used = {m.name: min(1.0, active / m.experts) for m in shapes.plan.matrices}  # the share of tokens that it sees
+    frozen = sum(used[m.name] * m.rows * m.columns for m in shapes.plan.matrices)
+    adapters = sum(used[m.name] * m.rank * (m.rows + m.columns) for m in shapes.plan.matrices)
+    others, trained = 0, 0
+    embedding = shapes.backbone.get_input_embeddings().weight
+    for tensor in shapes.plan.parameters:
+        parameter = shapes.backbone.get_parameter(tensor.names[0])
+        if parameter.ndim > 1 and (parameter is not embedding or len(tensor.names) > 1):  # looked up, not multiplied
+            others += parameter.numel()
+            trained += parameter.numel() * tensor.trainable
+    flops = 2 * job.tokens * (passes * (frozen + adapters + others) + adapters + trained)
+    seconds = flops / cluster.flops
+    if isinstance(job.residual, NF4):
+        moved = sum(m.rows * m.columns for m in shapes.plan.matrices) * (job.compute_dtype.itemsize + 0.5)
+        seconds += passes * moved / cluster.memory_rate
+    # an all-reduce of so many bytes is a reduce-scatter and a gather of them: each takes half of its time
+    communicate = sum(c.nbytes / (2 * cluster.bandwidth[c.crosses]) for c in traffic(shapes, job).collectives)
+    return StepTime(compute=job.accumulate * seconds, communicate=communicate)

@@ -1,0 +1,279 @@
+"""A training job as far as its cost is concerned: a model of which only shapes are known, and the settings of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from peft import LoraConfig
+from transformers import PretrainedConfig, PreTrainedModel
+
+from lowrank_dist.checkpoint_io import FLOAT_DTYPES, CheckpointError, CheckpointReader, TensorInfo
+from lowrank_dist.errors import InputError
+from lowrank_dist.methods.base import Method
+from lowrank_dist.partition import FlatPartition
+from lowrank_dist.residual import ResidualFormat, Storage
+from lowrank_dist.skeleton import (
+    ADAPTER,
+    Plan,
+    PlannedMatrix,
+    PlannedTensor,
+    build_skeleton,
+    inject_adapter,
+    plan_walk,
+    read_config,
+    untie_embeddings,
+)
+from lowrank_dist.walk import check_matrices, row_partition
+
+ShardWithin = Literal["world", "node"]
+
+
+class ShapeReader(CheckpointReader):
+    """Stands for the checkpoint of a model of which only the configuration is there: shapes, no values.
+
+    Parameters
+    ----------
+    backbone
+        The model on the meta device, without adapters.
+    """
+
+    def __init__(self, backbone: PreTrainedModel) -> None:
+        self.directory = Path(backbone.config._name_or_path or type(backbone).__name__)
+        codes = {dtype: code for code, dtype in FLOAT_DTYPES.items()}
+        dtype = getattr(backbone.config, "dtype", None) or torch.bfloat16
+        self.bytes_read = 0
+        self._info = {
+            name: TensorInfo(
+                shape=tuple(parameter.shape),
+                dtype=codes.get(dtype, "BF16"),
+                nbytes=parameter.numel() * dtype.itemsize,
+            )
+            for name, parameter in backbone.named_parameters()
+        }
+        self._file_of = dict.fromkeys(self._info, "")
+        self._files, self._joined = {}, {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """A model and what its adapter makes of it; nothing of it has memory.
+
+    Attributes
+    ----------
+    backbone
+        On the meta device, adapters injected.
+    plan
+        Adapted matrices and other parameters.
+    checkpoint_bytes
+        Of the checkpoint that it starts from.
+    """
+
+    backbone: PreTrainedModel
+    plan: Plan
+    checkpoint_bytes: int
+
+    @classmethod
+    def of(cls, source: Path, adapter: LoraConfig | None, *, init: Method | None = None, untie: bool = False) -> Shapes:
+        """Shapes of a checkpoint directory, of one without weights, or of the file of a model's configuration.
+
+        Parameters
+        ----------
+        adapter
+            PEFT's configuration; None: every parameter is trained.
+        init
+            Its objections to matrices are raised.
+        untie
+            Give a tied head a weight of its own.
+
+        Raises
+        ------
+        ModelError
+            As the set-up of a run would.
+        """
+        config: PretrainedConfig = read_config(source)
+        backbone = build_skeleton(source, config)
+        try:
+            reader = CheckpointReader(source)
+        except CheckpointError:
+            if any(source.glob("*.safetensors")):
+                raise
+            reader = ShapeReader(backbone)
+        nbytes = reader.nbytes
+        tied = untie_embeddings(backbone) if untie else {}
+        if adapter is not None:
+            inject_adapter(backbone, adapter)
+        plan = plan_walk(backbone, reader, tied)
+        reader.close()
+        if init is not None:
+            check_matrices(plan, init)
+        return cls(backbone=backbone, plan=plan, checkpoint_bytes=nbytes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a run is, beside its shapes.
+
+    Attributes
+    ----------
+    nodes, gpus_per_node
+        Ranks are their product.
+    batch_size, length, accumulate
+        Sequences of a rank's batch, their longest length, batches of a step.
+    compute_dtype, factor_dtype
+        Of frozen parameters and arithmetic; of trained parameters.
+    init, residual
+        How matrices are decomposed, and how the frozen part is stored; both None where every parameter is trained.
+    stage
+        Of ZeRO; 0: replicas (DDP).
+    gradient_checkpointing, live_layers, fp32_norms, shard_within
+        As `PiSSAStrategy` has them.
+    optimizer
+        As `CausalLMModule` has it.
+    offload_optimizer, offload_parameters
+        Whether optimizer state and partitions are in host memory.
+    bucket
+        Elements of gradients that are reduced at a time; None: as the strategy chooses.
+    steps
+        Optimizer steps of the run, where that is known.
+    on_gpu
+        Whether it is to run on GPUs, to which the assumed rates apply.
+    """
+
+    nodes: int
+    gpus_per_node: int
+    batch_size: int = 1
+    length: int = 512
+    accumulate: int = 1
+    compute_dtype: torch.dtype = torch.bfloat16
+    factor_dtype: torch.dtype = torch.bfloat16
+    init: Method | None = None
+    residual: ResidualFormat | None = None
+    stage: int = 3
+    gradient_checkpointing: bool = True
+    live_layers: int = 2
+    fp32_norms: bool = False
+    shard_within: ShardWithin = "world"
+    optimizer: str = "adamw"
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    bucket: int | None = None
+    steps: int | None = None
+    on_gpu: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("nodes", "gpus_per_node", "batch_size", "length", "accumulate"):
+            if getattr(self, name) < 1:
+                raise InputError(f"plan: {name}={getattr(self, name)} must be at least 1")
+
+    @property
+    def ranks(self) -> int:
+        """All of them."""
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def shard_ranks(self) -> int:
+        """Ranks that together hold the frozen parameters once."""
+        return self.gpus_per_node if self.shard_within == "node" else self.ranks
+
+    @property
+    def tokens(self) -> int:
+        """Of a rank's batch, at most."""
+        return self.batch_size * self.length
+
+    @property
+    def global_batch(self) -> int:
+        """Sequences of a step."""
+        return self.batch_size * self.ranks * self.accumulate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """One parameter of the sharded model.
+
+    Attributes
+    ----------
+    kind
+        ``codes``, ``maxima``, ``dense``, ``other``, ``trained``.
+    name
+        In the backbone; the layer, for storages of a residual.
+    shard_numel, ranks
+        Elements of a rank, padding included, and the ranks that share it.
+    dtype
+        Of an element.
+    """
+
+    kind: str
+    name: str
+    shard_numel: int
+    ranks: int
+    dtype: torch.dtype
+
+    @property
+    def shard_bytes(self) -> int:
+        """On one rank."""
+        return self.shard_numel * self.dtype.itemsize
+
+    @property
+    def gathered_bytes(self) -> int:
+        """Whole, with padding."""
+        return self.shard_bytes * self.ranks
+
+
+def parameters(shapes: Shapes, job: Job) -> Iterator[Parameter]:
+    """Every parameter of the model as `lowrank_dist.materialize` makes it, with padding."""
+    frozen_ranks = job.shard_ranks if job.stage == 3 else 1
+    trained_ranks = job.ranks if job.stage == 3 else 1
+    core = None if job.init is None else job.init.core
+    for planned in shapes.plan.matrices:
+        if planned.expert not in (None, 0):  # experts share their parameters
+            continue
+        yield from _of_residual(planned, job, frozen_ranks)
+        factors = {name: shapes.backbone.get_parameter(name).numel() for name in planned.factor_names.values()}
+        kinds = dict.fromkeys(factors, "trained" if core is None else "other")
+        if core is not None:
+            factors[core_name(planned)], kinds[core_name(planned)] = planned.rank**2, "trained"
+        for name, numel in factors.items():
+            shard = FlatPartition(numel=numel, world_size=trained_ranks).shard_numel
+            yield Parameter(kind=kinds[name], name=name, shard_numel=shard, ranks=trained_ranks, dtype=job.factor_dtype)
+    for tensor in shapes.plan.parameters:
+        yield _other(shapes, tensor, job, trained_ranks if tensor.trainable else frozen_ranks)
+
+
+def core_name(planned: PlannedMatrix) -> str:
+    """Name of the trained matrix between frozen factors."""
+    return f"{planned.layer}.lora_B.{ADAPTER}.core"
+
+
+def _of_residual(planned: PlannedMatrix, job: Job, ranks: int) -> Iterator[Parameter]:
+    assert job.residual is not None
+    kinds = {"weight_packed": "codes", "weight_absmax": "maxima", "weight_nested": "maxima"}
+    storages: dict[str, Storage] = dict(job.residual.storages(row_partition(planned, job.residual, ranks)))
+    for name, storage in storages.items():
+        yield Parameter(
+            kind=kinds.get(name, "dense"),
+            name=planned.layer,
+            shard_numel=storage.shard_numel * planned.experts,
+            ranks=ranks,
+            dtype=storage.dtype,
+        )
+
+
+def _other(shapes: Shapes, tensor: PlannedTensor, job: Job, ranks: int) -> Parameter:
+    owner, _, leaf = tensor.names[0].rpartition(".")
+    module = shapes.backbone.get_submodule(owner)
+    dtype = job.compute_dtype
+    if tensor.trainable:
+        dtype = job.factor_dtype
+    elif job.fp32_norms and "Norm" in type(module).__name__:
+        dtype = torch.float32
+    return Parameter(
+        kind="trained" if tensor.trainable else "other",
+        name=tensor.names[0],
+        shard_numel=FlatPartition(numel=getattr(module, leaf).numel(), world_size=ranks).shard_numel,
+        ranks=ranks,
+        dtype=dtype,
+    )

@@ -1,0 +1,175 @@
+"""Bytes of one rank: what stays (exact, padding included) and what comes and goes within a step (at most)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lowrank_dist.forecast.activations import Activations
+from lowrank_dist.forecast.job import Job, Parameter, Shapes, parameters
+from lowrank_dist.nf4 import NF4
+from lowrank_dist.zero3 import repeated_layers
+
+#: Parts of `Memory.resident`, in the order of the table.
+RESIDENT = {
+    "codes": "NF4 codes",
+    "maxima": "their block maxima",
+    "dense": "dense residual",
+    "other": "other frozen parameters",
+    "trained": "trained parameters",
+    "gradients": "their gradients",
+    "masters": "optimizer's fp32 copy",
+    "moments": "optimizer's moments",
+}
+_OPTIMIZER = ("masters", "moments", "gradients")
+_MOMENT_BYTES = {"adamw": 8.0, "paged_adamw_32bit": 8.0, "paged_adamw_8bit": 2 + 2 * 4 / 256}  # of two
+_DS_BUCKET = 200_000_000  # Lightning's default, elements
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of one rank.
+
+    Attributes
+    ----------
+    resident
+        By kind (`RESIDENT`); on the device unless it is offloaded.
+    offloaded
+        Kinds of `resident` that are in host memory.
+    bucket
+        Gradients on their way to their owners.
+    layers
+        Gathered decoder layers, at most: the one in use and those ahead.
+    head
+        The largest other parameter, gathered (the head, the embedding).
+    decoded
+        The largest dequantized matrix; for adapted experts all of a layer and their gradients.
+    kept, recomputed, logits
+        Activations: what is kept until the backward, what one layer's backward makes again, logits and loss.
+    step
+        What the optimizer's step needs beside its state.
+    host
+        In host memory: initial factors, the copy that a checkpoint is written from, and what is offloaded.
+    """
+
+    resident: Mapping[str, int]
+    offloaded: tuple[str, ...]
+    bucket: int
+    layers: int
+    head: int
+    decoded: int
+    kept: int
+    recomputed: int
+    logits: int
+    step: int
+    host: int
+
+    @property
+    def stays(self) -> int:
+        """On the device, all the time."""
+        return sum(nbytes for kind, nbytes in self.resident.items() if kind not in self.offloaded)
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """On the device at most, by what happens."""
+        base = self.stays + self.bucket
+        return {
+            "logits and loss": base + self.head + self.layers + self.kept + self.logits,
+            "backward of a layer": base + self.head + self.layers + self.decoded + self.kept + self.recomputed,
+            "optimizer step": base + self.step,
+        }
+
+    @property
+    def peak(self) -> int:
+        """On the device, at most."""
+        return max(self.phases.values())
+
+
+def memory(shapes: Shapes, job: Job, activations: Activations) -> Memory:
+    """Bytes of one rank of `job`. All ranks hold as much: shards are padded to the same length."""
+    every = list(parameters(shapes, job))
+    trained = [p for p in every if p.kind == "trained"]
+    count = sum(p.shard_numel for p in trained)
+    owned = count if job.stage in (0, 3) else -(-count // job.ranks)  # elements that this rank steps
+    reduced = owned if job.stage >= 2 else count
+    resident = dict.fromkeys(RESIDENT, 0)
+    for p in every:
+        resident[p.kind] += p.shard_bytes
+    resident["gradients"] = reduced * job.factor_dtype.itemsize
+    resident["masters"] = 4 * owned if job.stage else 0
+    resident["moments"] = int(owned * _MOMENT_BYTES[job.optimizer if job.on_gpu else "adamw"])
+    offloaded = (_OPTIMIZER if job.offload_optimizer else ()) + (
+        tuple(kind for kind in RESIDENT if kind not in _OPTIMIZER) if job.offload_parameters else ()
+    )
+    kept = activations.inputs if job.gradient_checkpointing else sum(activations.layers)
+    copied = 0
+    if job.init is not None:  # initial factors, and the state that a checkpoint is written from
+        copied = resident["trained"] + sum(resident[kind] for kind in ("trained", "masters", "moments"))
+    return Memory(
+        resident=resident,
+        offloaded=offloaded,
+        bucket=_bucket(job, sum(p.gathered_bytes for p in trained)),
+        layers=_gathered_layers(shapes, job, every),
+        head=_largest_other(shapes, job, every),
+        decoded=_decoded(shapes, job),
+        kept=kept + activations.outside,
+        recomputed=max(activations.layers, default=0) if job.gradient_checkpointing else 0,
+        logits=activations.logits,
+        step=4 * owned if job.stage and job.factor_dtype.itemsize != 4 else 0,
+        host=copied + sum(resident[kind] for kind in offloaded),
+    )
+
+
+def _bucket(job: Job, trained: int) -> int:
+    """DDP has a second copy of all gradients; DeepSpeed's buffer takes no more than there are."""
+    if job.stage == 0:
+        return trained
+    default = 50_000_000 if job.init is not None else _DS_BUCKET
+    return min(trained, (job.bucket or default) * job.factor_dtype.itemsize)
+
+
+def _gathered_layers(shapes: Shapes, job: Job, every: list[Parameter]) -> int:
+    """`live_layers` counts elements of packed bytes and of factors alike, as DeepSpeed does."""
+    if job.stage < 3:
+        return 0
+    prefixes = layer_prefixes(shapes)
+    sizes = [0] * len(prefixes)
+    index = {prefix: i for i, prefix in enumerate(prefixes)}
+    for p in every:
+        layer = next((prefix for prefix in _prefixes(p.name) if prefix in index), None)
+        if layer is not None and p.ranks > 1:  # else they are their own shards
+            sizes[index[layer]] += p.gathered_bytes
+    return (job.live_layers + 1) * max(sizes, default=0)
+
+
+def _largest_other(shapes: Shapes, job: Job, every: list[Parameter]) -> int:
+    if job.stage < 3:
+        return 0
+    inside = set(layer_prefixes(shapes))
+    outside = (p for p in every if p.ranks > 1 and not inside.intersection(_prefixes(p.name)))
+    return max((p.gathered_bytes for p in outside), default=0)
+
+
+def layer_prefixes(shapes: Shapes) -> list[str]:
+    """Names of the repeated layers."""
+    names = {id(module): name for name, module in shapes.backbone.named_modules()}
+    return [names[id(layer)] for layer in repeated_layers(shapes.backbone)]
+
+
+def _prefixes(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
+
+
+def _decoded(shapes: Shapes, job: Job) -> int:
+    if job.residual is None:
+        return 0
+    itemsize, largest = job.compute_dtype.itemsize, 0
+    for planned in shapes.plan.matrices:
+        elements = planned.rows * planned.columns * planned.experts
+        if planned.wrapped:  # the parameter itself, and its gradient, are dense while the layer computes
+            largest = max(largest, 2 * elements * itemsize)
+        elif isinstance(job.residual, NF4) and not planned.lookup:
+            maxima = 4 * elements // job.residual.block_size if job.residual.double_quant else 0
+            largest = max(largest, elements * itemsize + maxima)
+    return largest

@@ -1,0 +1,184 @@
+"""What `lowrank_dist.forecast` says, against what runs on 1 to 4 ranks really hold, send and write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from peft import LoraConfig
+from torch import Tensor
+
+from helpers.models import save_checkpoint
+from helpers.ranks import run_ranks
+from helpers.traffic import Traffic
+from helpers.training import GLOBAL_BATCH, CausalLM, loader, make_strategy, make_trainer
+from lowrank_dist import NF4, LoftQ, LoRA, LoRAXS, PiSSA
+from lowrank_dist.forecast import Forecast, Job, Shapes, forecast
+from lowrank_dist.forecast.activations import measure_activations
+from lowrank_dist.residual import Dense
+from lowrank_dist.strategy import PRECISIONS
+from lowrank_dist.zero3 import LiveMemory, local_shard
+
+LENGTH = 16  # of the sequences of helpers.training
+
+CASES: dict[str, dict[str, Any]] = {
+    "qpissa": {"init": PiSSA(quantization_iterations=2), "quantization": NF4()},
+    "double": {"init": LoftQ(), "quantization": NF4(double_quant=True)},
+    "dense": {"init": PiSSA(), "quantization": None, "fp32_norms": True},
+    "core": {"init": LoRAXS(), "quantization": NF4()},
+    "head": {"init": LoRA(), "quantization": NF4(), "modules_to_save": ["lm_head"]},
+}
+# case, precision, ranks, live_layers
+RUNS = [
+    ("qpissa", "32-true", 1, 2),
+    ("double", "bf16-true", 2, 0),
+    ("dense", "bf16-mixed", 3, 0),
+    ("qpissa", "bf16-true", 4, 2),
+    ("core", "bf16-true", 2, 0),
+    ("head", "bf16-mixed", 2, 1),
+]
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("llama"), "llama", tie_word_embeddings=False, num_hidden_layers=3)
+
+
+def adapter(case: dict[str, Any]) -> LoraConfig:
+    return LoraConfig(r=4, lora_alpha=4, target_modules="all-linear", modules_to_save=case.get("modules_to_save"))
+
+
+def nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def resident(backbone: Any, zero: Any) -> dict[str, int]:
+    """Bytes that a rank holds after a step, tensor by tensor, by the names of the forecast."""
+    kinds = {"weight_packed": "codes", "weight_absmax": "maxima", "weight_nested": "maxima", "weight_rows": "dense"}
+    found = dict.fromkeys(("codes", "maxima", "dense", "other", "trained"), 0)
+    for name, parameter in backbone.named_parameters():
+        kind = "trained" if parameter.requires_grad else kinds.get(name.rpartition(".")[2], "other")
+        found[kind] += nbytes(local_shard(parameter))
+    state = [v for of_group in zero.optimizer.state.values() for v in of_group.values() if isinstance(v, Tensor)]
+    return found | {
+        "gradients": nbytes(zero.grad_partitions_flat_buffer),
+        "masters": sum(map(nbytes, zero.fp32_partitioned_groups_flat)),
+        "moments": sum(nbytes(value) for value in state if value.ndim),
+    }
+
+
+class Steps(Callback):
+    """Where every step began among the collectives, and the gathered bytes that were alive in steps after the first."""
+
+    def __init__(self, traffic: Traffic) -> None:
+        self.traffic, self.begun, self.memory = traffic, [], None
+
+    def on_train_batch_start(self, trainer: Any, module: Any, *_: Any) -> None:
+        self.begun.append(len(self.traffic.calls))
+        if self.memory is None:
+            self.memory = LiveMemory(module).__enter__()
+
+    def a_step(self, name: str) -> dict[int, int]:
+        """Bytes of a collective by the size of the group, in the third step: from then on all are alike."""
+        return self.traffic.nbytes(name, calls=slice(self.begun[2], self.begun[3]))
+
+
+def measure(
+    pretrained: Path, case: dict[str, Any], precision: str, live_layers: int, directory: Path
+) -> tuple[dict[str, int], dict[int, int], dict[int, int], int]:
+    options = {name: case[name] for name in ("init", "quantization", "fp32_norms") if name in case}
+    strategy = make_strategy(pretrained, adapter=adapter(case), live_layers=live_layers, **options)
+    steps, module = Steps(Traffic()), CausalLM(pretrained)
+    trainer = make_trainer(strategy, precision=precision, steps=4, callbacks=[steps])
+    trainer.fit(module, loader(trainer.global_rank, trainer.world_size, 4))
+    trainer.save_checkpoint(directory)
+    gathered, reduced = steps.a_step("all_gather_into_tensor"), steps.a_step("reduce_scatter_tensor")
+    return resident(module.model, strategy.deepspeed_engine.optimizer), gathered, reduced, steps.memory.peak_bytes
+
+
+def expected(pretrained: Path, case: dict[str, Any], precision: str, live_layers: int, ranks: int) -> Forecast:
+    compute_dtype, factor_dtype = PRECISIONS[precision]
+    job = Job(
+        nodes=1,
+        gpus_per_node=ranks,
+        batch_size=GLOBAL_BATCH // ranks,
+        length=LENGTH,
+        compute_dtype=compute_dtype,
+        factor_dtype=factor_dtype,
+        init=case["init"],
+        residual=case["quantization"] or Dense(dtype=compute_dtype),
+        fp32_norms=case.get("fp32_norms", False),
+        live_layers=live_layers,
+        on_gpu=False,
+    )
+    return forecast(Shapes.of(pretrained, adapter(case), init=case["init"]), job)
+
+
+@pytest.mark.parametrize(("name", "precision", "ranks", "live_layers"), RUNS)
+def test_bytes_are_those_of_the_run(
+    untied: Path, name: str, precision: str, ranks: int, live_layers: int, tmp_path: Path
+) -> None:
+    """Exact, but for gathered layers, which are bounded, and gathers that live_layers spares."""
+    case = CASES[name]
+    said = expected(untied, case, precision, live_layers, ranks)
+    for held, gathered, reduced, peak in run_ranks(
+        ranks, measure, untied, case, precision, live_layers, tmp_path / "checkpoint"
+    ):
+        assert held == said.memory.resident
+        if ranks == 1:
+            assert said.traffic.collectives == ()
+            assert said.memory.layers == said.memory.head == 0
+            continue
+        gather, reduce = said.traffic.collectives
+        assert reduced == {ranks: reduce.nbytes}
+        assert peak <= said.memory.layers + said.memory.head
+        if live_layers:
+            assert gather.nbytes / 2 < gathered[ranks] <= gather.nbytes
+        else:
+            assert gathered == {ranks: gather.nbytes}
+            assert peak >= 0.98 * max(said.memory.layers, said.memory.head)
+    # Lightning's state, which is small, is not counted
+    files = (path for path in (tmp_path / "checkpoint").rglob("*.safetensors") if path.name != "state.safetensors")
+    assert sum(path.stat().st_size for path in files) == said.checkpoint
+
+
+class Saving(CausalLM):
+    """Adds up what autograd saves in the third step, but for parameters and logits; each storage once."""
+
+    saved = 0
+
+    def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+        kept: dict[int, Tensor] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            of_parameters = {p.untyped_storage().data_ptr() for p in self.parameters()}
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in {*kept, *of_parameters} and tensor.shape[-1:] != (256,):
+                kept[storage.data_ptr()] = tensor
+                self.saved += storage.nbytes() if index == 2 else 0
+            return tensor
+
+        (ids,) = batch
+        mask = torch.ones_like(ids)
+        mask[0, -1] = 0  # a padded batch: attention gets a mask
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            return self.model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss
+
+
+def measure_saved(pretrained: Path) -> int:
+    module = Saving(pretrained)
+    trainer = make_trainer(make_strategy(pretrained, gradient_checkpointing=False), steps=3)
+    trainer.fit(module, loader(trainer.global_rank, trainer.world_size, 3))
+    return module.saved
+
+
+def test_activations_are_what_autograd_saves(untied: Path) -> None:
+    """5 %: masks, and small tensors that kernels save for themselves."""
+    shapes = Shapes.of(untied, adapter(CASES["qpissa"]))
+    said = measure_activations(shapes.backbone, length=LENGTH, dtype=torch.float32).times(GLOBAL_BATCH // 2)
+    assert said.measured
+    for saved in run_ranks(2, measure_saved, untied):
+        assert sum(said.layers) + said.outside == pytest.approx(saved, rel=0.05)
