@@ -182,10 +182,12 @@ def _disk_reads(shapes: Shapes, job: Job) -> int:
     """Every byte once; what is neither decomposed nor trained once by every group that shares it."""
     if job.init is None:
         return shapes.checkpoint_bytes * job.ranks  # transformers loads all of it in every rank
-    adapted = sum(m.rows * m.columns for m in shapes.plan.matrices)
-    others = sum(shapes.backbone.get_parameter(t.names[0]).numel() for t in shapes.plan.parameters if not t.trainable)
-    share = others / (adapted + others)
-    return round(shapes.checkpoint_bytes * (1 - share + share * (job.ranks // job.shard_ranks)))
+    numel: dict[str, int] = {
+        t.names[0]: shapes.backbone.get_parameter(t.names[0]).numel() for t in shapes.plan.parameters
+    }
+    frozen = sum(numel[t.names[0]] for t in shapes.plan.parameters if not t.trainable)
+    share = frozen / (sum(m.rows * m.columns for m in shapes.plan.matrices) + sum(numel.values()))
+    return round(shapes.checkpoint_bytes * (1 + share * (job.ranks // job.shard_ranks - 1)))
 
 
 def _initialisation(shapes: Shapes, job: Job, cluster: Cluster) -> Seconds | None:
