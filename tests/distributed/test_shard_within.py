@@ -15,7 +15,7 @@ from helpers.ranks import run_ranks, run_ranks_catching
 from helpers.traffic import Traffic
 from helpers.training import STEPS, CausalLM, loader, make_strategy, make_trainer
 from lowrank_dist import NF4, AdapterCheckpoint, CorDA, LoRA, LoRAXS, PiSSA, PiSSAStrategy
-from lowrank_dist.forecast import Job, Shapes
+from lowrank_dist.forecast import Job, Shapes, forecast
 from lowrank_dist.forecast.job import parameters
 from lowrank_dist.forecast.traffic import traffic
 from lowrank_dist.residual import Dense
@@ -37,19 +37,16 @@ def on_nodes(mixed: bool = False) -> dict[str, Any]:
     return {"num_nodes": NODES, "devices": each}
 
 
-def strategy_of(pretrained: Path, within: Any, adapter: dict[str, Any], options: dict[str, Any]) -> PiSSAStrategy:
-    return make_strategy(pretrained, adapter=LoraConfig(**adapter), shard_within=within, live_layers=0, **options)
-
-
 def train(pretrained: Path, within: str, adapter: dict[str, Any], options: dict[str, Any]) -> Any:
-    """Losses, bytes of frozen parameters held, collectives of the third step."""
+    """Losses, bytes of frozen parameters held, bytes that all ranks read, collectives of the third step."""
     calls, module, begun = Traffic(), CausalLM(pretrained), []
-    trainer = make_trainer(strategy_of(pretrained, within, adapter, options), **on_nodes())
+    strategy = make_strategy(pretrained, adapter=LoraConfig(**adapter), shard_within=within, live_layers=0, **options)
+    trainer = make_trainer(strategy, **on_nodes())
     module.on_train_batch_start = lambda *_: begun.append(len(calls.calls))
     trainer.fit(module, loader(trainer.global_rank, trainer.world_size))
     frozen = [local_shard(p) for p in module.model.parameters() if not p.requires_grad]
     held = sum(shard.numel() * shard.element_size() for shard in frozen)
-    return module.losses, held, calls.calls[begun[2] : begun[3]]
+    return module.losses, held, strategy.init_report.bytes_read, calls.calls[begun[2] : begun[3]]
 
 
 def crossing(step: list[tuple[str, tuple[int, ...], int]], each: int) -> dict[str, int]:
@@ -89,14 +86,16 @@ def test_the_same_losses_and_adapters_alone_between_nodes(
         init=options["init"],
         residual=options.get("quantization", NF4()) or Dense(dtype=torch.float32),
         shard_within="node",
+        on_gpu=False,
     )
     shapes = Shapes.of(pretrained, LoraConfig(**adapter), init=options["init"])
     said = {c.what: c.nbytes for c in traffic(shapes, job).collectives if c.crosses}
     frozen = sum(p.shard_bytes for p in parameters(shapes, job) if p.kind != "trained")
-    for (losses, held, step), (others, held_by_world, step_of_world) in zip(node, world, strict=True):
+    for (losses, held, read, step), (others, held_by_world, _, step_of_world) in zip(node, world, strict=True):
         assert losses == others
         assert len(losses) == STEPS
         assert held == frozen > held_by_world
+        assert read == forecast(shapes, job).disk_reads or "cache" in name  # which is another checkpoint
         crosses, before = crossing(step, ranks // NODES), crossing(step_of_world, ranks // NODES)
         assert crosses["all_gather_into_tensor"] == said["gather"] < before["all_gather_into_tensor"]
         assert crosses["reduce_scatter_tensor"] == said["reduce"] == before["reduce_scatter_tensor"]

@@ -62,4 +62,5 @@ def _contents(shapes: Shapes, job: Job) -> Contents:
 
 
 def _shape(shapes: Shapes, name: str) -> torch.Size:
-    return shapes.backbone.get_parameter(name).shape
+    parameter: torch.Tensor = shapes.backbone.get_parameter(name)
+    return parameter.shape

@@ -66,7 +66,7 @@ class Forecast:
     limit
         Bytes that a rank's device has for the run; None: not known.
     remedies
-        Settings that would each make it fit, where it does not.
+        Settings that would each make it fit, where it does not; of every one the mildest value.
     """
 
     job: Job
@@ -132,9 +132,10 @@ def forecast(shapes: Shapes, job: Job, *, limit: int | None = None, cluster: Clu
         return memory(shapes, job, activations.times(job.batch_size))
 
     needs = needed(job)
-    remedies: tuple[str, ...] = ()
+    remedies = []
     if limit is not None and needs.peak > limit:
-        remedies = tuple(text for text, other in _alternatives(job) if needed(other).peak <= limit)
+        for setting in _alternatives(job):
+            remedies += [text for text, other in setting if needed(other).peak <= limit][:1]
     return Forecast(
         job=job,
         memory=needs,
@@ -145,47 +146,55 @@ def forecast(shapes: Shapes, job: Job, *, limit: int | None = None, cluster: Clu
         disk_reads=_disk_reads(shapes, job),
         checkpoint=checkpoint_bytes(shapes, job),
         limit=limit,
-        remedies=remedies,
+        remedies=tuple(remedies),
     )
 
 
-def _alternatives(job: Job) -> Iterator[tuple[str, Job]]:
-    """One setting changed, the mildest first; the global batch stays."""
+def _alternatives(job: Job) -> Iterator[list[tuple[str, Job]]]:
+    """One setting changed, to every value that it can have, the mildest first; only nodes change the global batch."""
     if not job.gradient_checkpointing:
-        yield "gradient_checkpointing: true", replace(job, gradient_checkpointing=True)
-    size = job.batch_size
-    while size % 2 == 0:
-        size //= 2
-        accumulate = job.accumulate * job.batch_size // size
-        text = f"data.batch_size: {size} with trainer.accumulate_grad_batches: {accumulate}"
-        yield text, replace(job, batch_size=size, accumulate=accumulate)
+        yield [("gradient_checkpointing: true", replace(job, gradient_checkpointing=True))]
+    halved = [job.batch_size >> halvings for halvings in range(1, 64) if not job.batch_size % 2**halvings]
+    yield [
+        (
+            f"data.batch_size: {size} and trainer.accumulate_grad_batches: {job.accumulate * job.batch_size // size}",
+            replace(job, batch_size=size, accumulate=job.accumulate * job.batch_size // size),
+        )
+        for size in halved
+    ]
     if job.optimizer != "paged_adamw_8bit":
-        yield "model.optimizer: paged_adamw_8bit", replace(job, optimizer="paged_adamw_8bit")
+        yield [("model.optimizer: paged_adamw_8bit", replace(job, optimizer="paged_adamw_8bit"))]
     if job.init is not None:
         if job.shard_within == "node" and job.nodes > 1:
-            yield "shard_within: world", replace(job, shard_within="world")
-        for layers in range(job.live_layers - 1, -1, -1):
-            yield f"live_layers: {layers}", replace(job, live_layers=layers)
+            yield [("shard_within: world", replace(job, shard_within="world"))]
+        yield [
+            (f"live_layers: {layers}", replace(job, live_layers=layers)) for layers in reversed(range(job.live_layers))
+        ]
         if isinstance(job.residual, NF4) and not job.residual.double_quant:
-            yield "quantization: NF4 with double_quant", replace(job, residual=replace(job.residual, double_quant=True))
+            smaller = replace(job, residual=replace(job.residual, double_quant=True))
+            yield [("quantization: NF4 with double_quant: true", smaller)]
         elif not isinstance(job.residual, NF4):
-            yield "quantization: NF4", replace(job, residual=NF4())
+            yield [("quantization: NF4", replace(job, residual=NF4()))]
     if job.stage and not job.offload_optimizer:
-        yield "offload_optimizer: true", replace(job, offload_optimizer=True)
+        yield [("offload_optimizer: true", replace(job, offload_optimizer=True))]
     if job.stage == 3 and not job.offload_parameters:
-        yield "offload_parameters: true", replace(job, offload_parameters=True)
-    for nodes in (2 * job.nodes, 4 * job.nodes, 8 * job.nodes):
-        yield f"{nodes} nodes (the global batch grows with them)", replace(job, nodes=nodes)
+        yield [("offload_parameters: true", replace(job, offload_parameters=True))]
+    yield [
+        (f"trainer.num_nodes: {nodes} (the global batch grows with them)", replace(job, nodes=nodes))
+        for nodes in (2 * job.nodes, 4 * job.nodes, 8 * job.nodes)
+    ]
 
 
 def _disk_reads(shapes: Shapes, job: Job) -> int:
     """Every byte once; what is neither decomposed nor trained once by every group that shares it."""
     if job.init is None:
         return shapes.checkpoint_bytes * job.ranks  # transformers loads all of it in every rank
-    adapted = sum(m.rows * m.columns for m in shapes.plan.matrices)
-    others = sum(shapes.backbone.get_parameter(t.names[0]).numel() for t in shapes.plan.parameters if not t.trainable)
-    share = others / (adapted + others)
-    return round(shapes.checkpoint_bytes * (1 - share + share * (job.ranks // job.shard_ranks)))
+    numel: dict[str, int] = {
+        t.names[0]: shapes.backbone.get_parameter(t.names[0]).numel() for t in shapes.plan.parameters
+    }
+    frozen = sum(numel[t.names[0]] for t in shapes.plan.parameters if not t.trainable)
+    share = frozen / (sum(m.rows * m.columns for m in shapes.plan.matrices) + sum(numel.values()))
+    return round(shapes.checkpoint_bytes * (1 + share * (job.ranks // job.shard_ranks - 1)))
 
 
 def _initialisation(shapes: Shapes, job: Job, cluster: Cluster) -> Seconds | None:
