@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from lowrank_dist.adapter_source import AdapterSource
 from lowrank_dist.checkpoint_keys import PEFT_PREFIX, peft_name
-from lowrank_dist.skeleton import ModelError, Plan, plain_name
+from lowrank_dist.skeleton import ModelError, Plan, plain_name, untie_embeddings
+
+# PEFT 0.21 writes a head under modules_to_save, with save_embedding_layers, under these names too
+_DOUBLES = (".modules_to_save.", ".original_module.")
+
+
+def untie_if_changed(backbone: PreTrainedModel, tensors: Iterable[str]) -> dict[str, str]:
+    """`untie_embeddings` where an adapter with these tensors changes a tied embedding: PEFT changes one of the two."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in backbone.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    tied = {name.rpartition(".")[0] for same in names.values() if len(same) > 1 for name in same}
+    changed = {plain_name(key.removeprefix(PEFT_PREFIX)) for key in tensors}
+    # of ...lm_head.lora_A.weight the part before the factor, of ...lm_head.weight the part before the leaf
+    changed = {name.partition(".lora_")[0] if ".lora_" in name else name.rpartition(".")[0] for name in changed}
+    return untie_embeddings(backbone) if tied & changed else {}
 
 
 def match_adapter(adapter: AdapterSource, backbone: PreTrainedModel, plan: Plan, base: Path) -> dict[str, str]:
@@ -43,6 +59,8 @@ def match_adapter(adapter: AdapterSource, backbone: PreTrainedModel, plan: Plan,
     problems, saved_along = [], {}
     for part, expected in zip(adapter.parts, (factors | whole, factors), strict=False):
         for key in part:
+            if any(double in key and key.replace(double, ".") in part for double in _DOUBLES):
+                continue
             shape, name = part.info(key).shape, plain_name(key.removeprefix(PEFT_PREFIX))
             wanted = expected.get(key, weights.get(name) if part is adapter.trained else None)
             if wanted is None:

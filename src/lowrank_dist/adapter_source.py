@@ -8,7 +8,15 @@ from typing import Any
 
 from peft import LoraConfig
 
-from lowrank_dist.adapter_files import ADAPTER_DIR, CONFIG, INITIAL_DIR, MANIFEST, open_adapter, read_manifest
+from lowrank_dist.adapter_files import (
+    ADAPTER_DIR,
+    CONFIG,
+    INITIAL_DIR,
+    LORA_DIR,
+    MANIFEST,
+    open_adapter,
+    read_manifest,
+)
 from lowrank_dist.checkpoint_io import FLOAT_DTYPES, CheckpointError, CheckpointReader
 
 # initialisations of PEFT that leave the base as it is: the adapter is for the base
@@ -72,6 +80,8 @@ def find_adapter(directory: Path, *, for_residual: bool = False) -> AdapterSourc
         Where there is none, or it is damaged, or for another kind of base.
     """
     manifest: dict[str, Any] = read_manifest(directory) if (directory / MANIFEST).is_file() else {}
+    if for_residual:
+        _refuse_those_for_the_base(directory.absolute())
     if manifest and (directory / ADAPTER_DIR).is_dir():
         trained, initial = directory / ADAPTER_DIR, None if manifest["starts_at_zero"] else directory / INITIAL_DIR
     elif (directory / CONFIG).is_file():
@@ -109,6 +119,20 @@ def _refuse_parts(directory: Path) -> None:
     if (trained and not read_manifest(parent)["starts_at_zero"]) or directory.name.endswith("_init"):
         remedy = f"pass {parent}" if trained else "pass the checkpoint with what was trained from it"
         raise CheckpointError(f"{directory}: for a residual, not for the original model; {remedy}")
+
+
+def _refuse_those_for_the_base(directory: Path) -> None:
+    """Refuse what a manifest, its own or that of the checkpoint around it, says is for the original model."""
+    parent, for_the_base = directory.parent, False
+    if (directory / MANIFEST).is_file():
+        for_the_base = read_manifest(directory).get("adapter_is_for", "").startswith("the base")
+    elif directory.name in (ADAPTER_DIR, LORA_DIR) and (parent / MANIFEST).is_file():
+        for_the_base = directory.name == LORA_DIR or read_manifest(parent)["starts_at_zero"]
+    if for_the_base:
+        raise CheckpointError(
+            f"{directory}: for the original model, not for the residual of a decomposed one; pass the original as "
+            "`pretrained`"
+        )
 
 
 def _open(directory: Path) -> tuple[CheckpointReader, LoraConfig]:

@@ -39,6 +39,17 @@ def initial_directory(directory: Path) -> Path | None:
     return found[0] if found else None
 
 
+def starts_at_zero(directory: Path) -> bool:
+    """Whether the residual of a decomposed model is the original itself, maybe quantized."""
+    return bool(_manifest(directory).get("starts_at_zero", False))
+
+
+def _manifest(directory: Path) -> dict[str, Any]:
+    """What this package wrote beside a decomposed model; empty for models of other origin."""
+    path = directory / MANIFEST
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
 def factor_keys(planned: PlannedMatrix) -> dict[str, str]:
     """Names of A (``lora_A``) and B (``lora_B``) in the file of the initial adapter."""
     return {factor: peft_name(name) for factor, name in planned.factor_names.items()}
@@ -104,8 +115,7 @@ class DecomposedModel:
         self._initial = CheckpointReader(initial, stem=Path(WEIGHTS).stem)
         try:
             config = LoraConfig.from_peft_type(**json.loads((initial / CONFIG).read_text()))
-            manifest = self.directory / MANIFEST
-            self.manifest: dict[str, Any] = json.loads(manifest.read_text()) if manifest.is_file() else {}
+            self.manifest = _manifest(self.directory)
         except ValueError as error:
             raise CheckpointError(f"{directory}: damaged JSON: {error}; fetch or decompose it again") from error
         if not isinstance(config, LoraConfig):
@@ -115,7 +125,7 @@ class DecomposedModel:
         self.residual = self._stored_format() or dense
         self.base: str = self.manifest.get("base") or config.base_model_name_or_path or str(directory)
         self.method: str = self.manifest.get("method") or initial.name.removesuffix("_init")
-        self.starts_at_zero: bool = self.manifest.get("starts_at_zero", False)
+        self.starts_at_zero: bool = starts_at_zero(self.directory)
 
     @staticmethod
     def is_at(directory: Path) -> bool:

@@ -18,10 +18,10 @@ import transformers
 from peft import LoraConfig
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lowrank_dist.adapter_match import match_adapter
+from lowrank_dist.adapter_match import match_adapter, untie_if_changed
 from lowrank_dist.adapter_source import AdapterSource
 from lowrank_dist.checkpoint_io import CheckpointReader
-from lowrank_dist.checkpoint_keys import PEFT_PREFIX, CheckpointKeys, peft_name
+from lowrank_dist.checkpoint_keys import CheckpointKeys, peft_name
 from lowrank_dist.residual import FileTensor
 from lowrank_dist.skeleton import (
     ModelError,
@@ -32,7 +32,6 @@ from lowrank_dist.skeleton import (
     plain_name,
     plan_walk,
     read_config,
-    untie_embeddings,
 )
 from lowrank_dist.tensor_files import stored_dtype
 
@@ -131,7 +130,7 @@ def plan_merge(adapter: AdapterSource, directory: Path, dtype: torch.dtype | Non
     if dtype is not None:
         config_changes["dtype"] = str(dtype).removeprefix("torch.")
     try:
-        tied = _untie_if_changed(backbone, adapter)
+        tied = untie_if_changed(backbone, adapter.trained)
         with warnings.catch_warnings():
             # PEFT 0.21 says so of patterns that match parameters, and applies them
             warnings.filterwarnings("ignore", message="The following .*_pattern keys did not match any targeted module")
@@ -191,18 +190,6 @@ def _class_name(adapter: LoraConfig, config: PretrainedConfig) -> str | None:
         return None
     mapping = getattr(transformers, f"MODEL_FOR_{_HEADS[adapter.task_type]}_MAPPING")
     return str(mapping[type(config)].__name__) if type(config) in mapping else None
-
-
-def _untie_if_changed(backbone: PreTrainedModel, adapter: AdapterSource) -> dict[str, str]:
-    """`untie_embeddings` where the adapter changes a tied embedding: PEFT changes one of the two layers alone."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in backbone.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    tied = {name.rpartition(".")[0] for same in names.values() if len(same) > 1 for name in same}
-    changed = {plain_name(key.removeprefix(PEFT_PREFIX)) for key in adapter.trained}
-    # of ...lm_head.lora_A.weight the part before the factor, of ...lm_head.weight the part before the leaf
-    changed = {name.partition(".lora_")[0] if ".lora_" in name else name.rpartition(".")[0] for name in changed}
-    return untie_embeddings(backbone) if tied & changed else {}
 
 
 class _Planner:

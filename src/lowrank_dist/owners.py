@@ -1,7 +1,7 @@
 """Whole tensors on one rank each: how shards that all ranks hold are brought together for writing.
 
-Every tensor has an owner; the ranks own about equally many bytes. Shards travel to the owners in all-to-alls of bounded
-size: a rank sends each of its shards once, and receives only what it owns.
+Every tensor has an owner; the ranks own about equally many bytes. Shards travel to the owners in all-to-alls: a rank
+sends each of its shards once, 16 MiB at a time, and receives only what it owns (P times as much where it owns all).
 """
 
 from __future__ import annotations
@@ -109,6 +109,7 @@ def deliver(parcels: Iterable[Parcel], group: ShardGroup) -> Iterator[tuple[str,
                 row.copy_(part[start : start + nbytes])
             yield name, whole.view(-1).view(dtype)[:numel]
             start += nbytes
+        received = []  # before the next of its size
 
 
 def gather_to_owners(

@@ -13,6 +13,7 @@ the decomposed model that the run began from; either way it must have the digest
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from contextlib import ExitStack, closing
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowrank_dist.adapter_files import (
     ADAPTER_DIR,
@@ -32,6 +33,7 @@ from lowrank_dist.adapter_files import (
     read_manifest,
     whole_tensor,
 )
+from lowrank_dist.adapter_match import untie_if_changed
 from lowrank_dist.checkpoint_io import CheckpointError, CheckpointReader, resolve_checkpoint, write_json
 from lowrank_dist.checkpoint_keys import peft_name
 from lowrank_dist.comm import ShardGroup
@@ -47,9 +49,11 @@ from lowrank_dist.redistribute import whole_left
 from lowrank_dist.report import MatrixReport
 from lowrank_dist.residual import Encoded, FileTensor, ResidualFormat
 from lowrank_dist.restored import Restored, StoredFactors
-from lowrank_dist.skeleton import PlannedMatrix, build_skeleton, inject_adapter, plan_walk
+from lowrank_dist.skeleton import ModelError, PlannedMatrix, build_skeleton, inject_adapter, plan_walk
 from lowrank_dist.tensor_files import DTYPES, TensorFiles
 from lowrank_dist.walk import check_finite, factor_shapes, progress_bar, row_partition
+
+log = logging.getLogger(__name__)
 
 TOLERANCE = 1e-4  # of the SVD; what is left over is reported anyway
 
@@ -78,11 +82,23 @@ class Leftover:
 
 @dataclass(frozen=True, kw_only=True)
 class Refit:
-    """What `refit_checkpoint` wrote: the directory, the rank, and what is left over of every matrix."""
+    """What `refit_checkpoint` wrote.
+
+    Attributes
+    ----------
+    path, rank
+        The directory, K.
+    leftovers
+        What is left over of every matrix.
+    not_quantized
+        For a base in NF4: linear layers that were dense in training, to be named in ``llm_int8_skip_modules`` of the
+        `BitsAndBytesConfig` that it is loaded with.
+    """
 
     path: Path
     rank: int
     leftovers: list[Leftover]
+    not_quantized: list[str]
 
     @property
     def before(self) -> float:
@@ -118,7 +134,8 @@ def refit_checkpoint(
         K. A matrix whose short side is smaller gets zeros beyond it.
     base
         What the LoRA will sit on: the ``"original"`` model, or the original as transformers loads it in NF4 with
-        bitsandbytes (``"nf4"``; blocks and double quantization as in training, else 64 and none).
+        bitsandbytes (``"nf4"``; blocks and double quantization as in training, else 64 and none). Embeddings, the
+        head and stacked or single parameters are dense there too.
     group
         The ranks that share every matrix by rows. Default: this process alone.
     device
@@ -135,9 +152,10 @@ def refit_checkpoint(
 
     Raises
     ------
-    CheckpointError, InputError
+    CheckpointError, ModelError, InputError
         On every rank: where the residual of the run cannot be had again (the base has changed, or the factors were
-        fitted to a residual that only an ``init_cache`` holds), and for ranks below 1.
+        fitted to a residual that only an ``init_cache`` holds), for ranks below 1, and for Conv1D layers on a base in
+        NF4.
 
     Notes
     -----
@@ -148,6 +166,8 @@ def refit_checkpoint(
     group, device = group or ShardGroup(), device or torch.device("cpu")
     if rank < 1:
         raise InputError(f"rank={rank} must be at least 1")
+    if base not in ("original", "nf4"):
+        raise InputError(f"base={base!r} is neither 'original' nor 'nf4'")
     with group.shared_errors():
         job = _Job(Path(checkpoint), rank, base, group, device, dtype)
     output = Path(output).absolute()
@@ -170,7 +190,7 @@ def refit_checkpoint(
             if group.rank == 0:
                 job.finish(staging, leftovers)
             stack.pop_all().close()
-    return Refit(path=output, rank=rank, leftovers=leftovers)
+    return Refit(path=output, rank=rank, leftovers=leftovers, not_quantized=job.not_quantized)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +219,7 @@ class _Job:
         device: torch.device,
         dtype: torch.dtype | None,
     ) -> None:
-        self.checkpoint, self.rank, self.group, self.device, self.base = checkpoint, rank, group, device, base
+        self.checkpoint, self.rank, self.group, self.device = checkpoint, rank, group, device
         self.manifest = read_manifest(checkpoint)
         for key in ("residual", "pretrained", "matrices"):
             if key not in self.manifest:
@@ -216,16 +236,41 @@ class _Job:
         self.reader = CheckpointReader(directory)
         backbone = build_skeleton(directory)
         self.config.init_lora_weights = True
+        head = [name for name, module in backbone.named_modules() if module is backbone.get_output_embeddings()]
+        linears = {name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)}
+        tied = untie_if_changed(backbone, self.trained)
         inject_adapter(backbone, self.config)
-        self.plan = plan_walk(backbone, self.reader, limit_rank=False)
-        decomposed = Path(self.manifest["pretrained"])
-        self.decomposed = None
-        if decomposed.is_dir() and DecomposedModel.is_at(decomposed):
-            self.decomposed = DecomposedModel(decomposed, self.format)
-        elif not self.manifest["starts_at_zero"]:
+        self.plan = plan_walk(backbone, self.reader, tied, limit_rank=False)
+        self.dense = {planned.layer for planned in self.plan.matrices if planned.lookup or planned.wrapped} | {*head}
+        fitted = {planned.layer for planned in self.plan.matrices} - self.dense
+        self.not_quantized = sorted(linears - fitted) if base == "nf4" else []
+        self._check_quantizable()
+        self.decomposed = self._decomposed()
+        if self.decomposed is None and not self.manifest["starts_at_zero"]:
             self.restored.check_factors(self.plan, torch.float32, self.reports)
         first = peft_name(next(iter(self.plan.matrices[0].factor_names.values())))
         self.dtype = dtype or DTYPES[self.trained.info(first).dtype]
+
+    def _check_quantizable(self) -> None:
+        """Raise ModelError for layers that transformers quantizes in another orientation than they are stored in."""
+        for planned in self.plan.matrices if self.target is not None else ():
+            if planned.input_first and planned.layer not in self.dense:
+                raise ModelError(
+                    f"{planned.name}: transformers quantizes the transpose of a Conv1D, which rows of ranks do not "
+                    "give; use base='original'"
+                )
+
+    def _decomposed(self) -> DecomposedModel | None:
+        """The decomposed model that the run began from, if it did and it can be had."""
+        pretrained = self.manifest["pretrained"]
+        try:
+            directory = resolve_checkpoint(pretrained)
+        except CheckpointError as error:
+            if pretrained == self.manifest["base"]:
+                raise
+            log.warning("What the run began from is not there, its residual is formed of the original: %s", error)
+            return None
+        return DecomposedModel(directory, self.format) if DecomposedModel.is_at(directory) else None
 
     def fit(self, planned: PlannedMatrix) -> tuple[dict[str, Tensor], Leftover]:
         """A' ``[K, in]`` and B' ``[out, K]``, replicated, on the CPU; and what is left over. Collective."""
@@ -235,7 +280,7 @@ class _Job:
         with full_fp32():
             wanted = residual.decoded.addmm(trained.left, trained.right, alpha=matrix.scaling)
             sits_on = matrix.block
-            if self.target is not None:
+            if self.target is not None and planned.layer not in self.dense:
                 sits_on = self.target.encode(matrix.block, matrix.partition, self.group).decoded
             wanted -= sits_on
             exact = wanted.addmm(trained.left, trained.right, alpha=-matrix.scaling)
@@ -315,12 +360,14 @@ class _Job:
                 width = self.rank * planned.experts
                 of_rank = (width, shape[1]) if factor == "lora_A" else (shape[0], width)
                 tensors[peft_name(planned.factor_names[factor])] = FileTensor(shape=of_rank, dtype=self.dtype)
-        others = {name: whole_tensor(self.trained, name) for name in self.trained if name not in tensors}
-        tensors |= {name: FileTensor(shape=tuple(t.shape), dtype=t.dtype) for name, t in others.items()}
+        others = [name for name in self.trained if name not in tensors]
+        for name in others:
+            info = self.trained.info(name)
+            tensors[name] = FileTensor(shape=info.shape, dtype=DTYPES[info.dtype])
         files = TensorFiles(staging, tensors, stem=Path(WEIGHTS).stem, max_bytes=sys.maxsize)
         files.create()
-        for name, tensor in others.items():
-            files.write(name, 0, tensor.flatten())
+        for name in others:
+            files.write(name, 0, whole_tensor(self.trained, name).flatten())
         return files
 
     def write(self, files: TensorFiles, planned: PlannedMatrix, factors: dict[str, Tensor]) -> None:
@@ -349,6 +396,7 @@ class _Job:
             "kind": "lora",
             "adapter_is_for": "the base" if self.target is None else f"the base in {self.target}",
             "rank": self.rank,
+            "not_quantized": self.not_quantized,
             "leftovers": [vars(leftover) for leftover in leftovers],
         }
         write_json(staging / MANIFEST, manifest)

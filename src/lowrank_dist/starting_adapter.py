@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lowrank_dist.adapter_files import ADAPTER_DIR, LORA_DIR
 from lowrank_dist.adapter_match import match_adapter
 from lowrank_dist.adapter_source import find_adapter
 from lowrank_dist.checkpoint_io import CheckpointError, CheckpointReader
@@ -46,8 +47,9 @@ class StartingAdapter:
         if self._source.initial is not None:
             self._source.close()
             raise CheckpointError(
-                f"adapter={str(directory)!r}: its {self._source.trained.directory.name}/ is for a residual; pass its "
-                "lora/ to go on from there with the original model, or resume with ckpt_path"
+                f"adapter={str(directory)!r}: a checkpoint of two adapters; pass its {LORA_DIR}/ to go on from there "
+                f"with the original model, its {ADAPTER_DIR}/ with the decomposed model that it began from, or resume "
+                "with ckpt_path"
             )
         self.config = self._source.config
 
@@ -112,9 +114,9 @@ class StartingAdapter:
 
 
 def _equal(base: CheckpointReader, key: str, adapter: CheckpointReader, along: str, group: ShardGroup) -> bool:
-    """Whether this rank's part of two tensors is equal, in the dtype of the lesser precision."""
+    """Whether this rank's part of two tensors is equal, up to the rounding to the dtype of the adapter."""
     numel = torch.Size(adapter.info(along).shape).numel()
     start, stop = FlatPartition(numel=numel, world_size=group.size).bounds(group.rank)
     one, other = base.flat(key, start, stop), adapter.flat(along, start, stop)
-    dtype = min(one.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
+    dtype = min(other.dtype, one.dtype, key=lambda dtype: dtype.itemsize)  # of equally long ones the adapter's
     return torch.equal(one.to(dtype), other.to(dtype))

@@ -29,7 +29,7 @@ from lowrank_dist.checkpoints.resuming import check_settings, check_source, earl
 from lowrank_dist.checkpoints.writer import CheckpointWriter
 from lowrank_dist.comm import ShardGroup
 from lowrank_dist.decompose import source_fingerprint
-from lowrank_dist.decomposed import DecomposedModel
+from lowrank_dist.decomposed import DecomposedModel, starts_at_zero
 from lowrank_dist.errors import InputError
 from lowrank_dist.materialize import Materialized, materialize
 from lowrank_dist.methods import LoRA, Method
@@ -314,9 +314,8 @@ class PiSSAStrategy(CheckpointedStrategy):
             directory, adapter_directory = self._directories()
             start, adapter, init = None, self.adapter, self.init
             if adapter_directory is not None:
-                decomposed = DecomposedModel.is_at(directory)
-                start = self._starting_adapter(adapter_directory, decomposed=decomposed)
-                adapter, init = start.config, None if decomposed else LoRA()
+                start = self._starting_adapter(adapter_directory, directory)
+                adapter, init = start.config, None if DecomposedModel.is_at(directory) else LoRA()
             source = open_source(
                 self.pretrained,
                 directory,
@@ -374,7 +373,7 @@ class PiSSAStrategy(CheckpointedStrategy):
         if earlier is not None:
             check_digests(result.report.matrices, earlier.reports)
         facts = {
-            "pretrained": self.pretrained,
+            "pretrained": str(directory.absolute()) if Path(self.pretrained).is_dir() else self.pretrained,
             "pretrained_fingerprint": pretrained_fingerprint,
             "started_from": None if start is None else str(self.adapter),
             "source": fingerprint,
@@ -416,13 +415,16 @@ class PiSSAStrategy(CheckpointedStrategy):
             return pretrained, None
         return pretrained, resolve_checkpoint(self.adapter, option="adapter")
 
-    def _starting_adapter(self, directory: Path, *, decomposed: bool) -> StartingAdapter:
+    def _starting_adapter(self, directory: Path, pretrained: Path) -> StartingAdapter:
+        decomposed = DecomposedModel.is_at(pretrained)
+        # that of QLoRA is the quantized original, and adapters for it are ordinary LoRAs
+        for_residual = decomposed and not starts_at_zero(pretrained)
         if self.init is not None and (decomposed or not isinstance(self.init, LoRA)):
             raise ModelError(
                 f"init={self.init} makes an adapter of the weights, and adapter={str(self.adapter)!r} is one already; "
                 "leave init out, or pass a LoraConfig"
             )
-        return StartingAdapter(directory, for_residual=decomposed)
+        return StartingAdapter(directory, for_residual=for_residual)
 
     def _materialize_calibrated(
         self,

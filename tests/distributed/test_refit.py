@@ -16,7 +16,9 @@ from helpers.models import save_checkpoint
 from helpers.ranks import run_ranks, run_ranks_catching
 from helpers.training import STEPS, CausalLM, loader, make_strategy, make_trainer, tokens
 from lowrank_dist import NF4, AdapterCheckpoint, LoftQ, PiSSA
+from lowrank_dist.errors import InputError
 from lowrank_dist.refit import Refit, refit_checkpoint
+from lowrank_dist.skeleton import ModelError
 
 CASES: dict[str, dict[str, Any]] = {
     "qpissa": {"init": PiSSA(quantization_iterations=3)},
@@ -71,6 +73,50 @@ def test_on_a_base_that_is_loaded_in_nf4(trained: tuple[Path, Path, Tensor], tmp
     )  # fmt: skip
     found = logits_of(base, tmp_path / "nf4", quantization_config=quantized)
     torch.testing.assert_close(found, logits, rtol=1e-4, atol=2e-4)
+
+
+ADAPTED: dict[str, tuple[str, dict[str, Any]]] = {
+    "some": ("llama", {"target_modules": ["q_proj", "down_proj"]}),
+    "head and embedding": ("llama", {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
+    "experts": ("mixtral", {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]}),
+}
+
+
+@pytest.mark.parametrize("adapted", ADAPTED)
+def test_what_transformers_does_not_quantize(adapted: str, tmp_path: Path) -> None:
+    """Nor does the base that is fitted to; what was dense in training is named."""
+    architecture, targets = ADAPTED[adapted]
+    base = save_checkpoint(tmp_path / "base", architecture)
+    logits = run_ranks(2, train, base, tmp_path / "out", {"adapter": LoraConfig(r=4, lora_alpha=4, **targets)})[0]
+    checkpoint = tmp_path / "out" / f"step={STEPS}"
+    done = refit_checkpoint(checkpoint, tmp_path / "nf4", rank=256, base="nf4")
+    assert {name.rpartition(".")[2] for name in done.not_quantized} >= {"k_proj", "v_proj", "o_proj", "lm_head"}
+    quantized = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32,
+        llm_int8_skip_modules=done.not_quantized,
+    )  # fmt: skip
+    found = logits_of(base, done.path, quantization_config=quantized)
+    torch.testing.assert_close(found, logits, rtol=1e-4, atol=2e-4)
+
+
+def test_a_conv1d_in_nf4_and_other_bases_are_refused(tmp_path: Path) -> None:
+    base = save_checkpoint(tmp_path / "base", "gpt2")
+    run_ranks(1, train, base, tmp_path / "out", {})
+    checkpoint = tmp_path / "out" / f"step={STEPS}"
+    with pytest.raises(ModelError, match="transpose of a Conv1D"):
+        refit_checkpoint(checkpoint, tmp_path / "x", rank=8, base="nf4")
+    with pytest.raises(InputError, match="neither 'original' nor 'nf4'"):
+        refit_checkpoint(checkpoint, tmp_path / "x", rank=8, base="NF4")
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_a_tied_base(tmp_path: Path) -> None:
+    base = save_checkpoint(tmp_path / "base", "llama", tie_word_embeddings=True)
+    adapter = LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "lm_head"])
+    options = {"adapter": adapter, "untie_embeddings": True}
+    logits = run_ranks(2, train, base, tmp_path / "out", options)[0]
+    done = refit(tmp_path / "out" / f"step={STEPS}", tmp_path / "lora", 256)
+    torch.testing.assert_close(logits_of(base, done.path), logits, rtol=1e-4, atol=1e-4)
 
 
 def refit(checkpoint: Path, output: Path, rank: int) -> Refit:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file
 
 from helpers.models import save_checkpoint
 from helpers.ranks import run_ranks, run_ranks_catching
@@ -38,6 +39,13 @@ class Paged(Scheduled):
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(parameters, lr=2e-3)
+
+
+class OnlyB(Scheduled):
+    """Trains half of what requires gradients, as LoRA-FA does."""
+
+    def make_optimizer(self, parameters: list[Any]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([p for name, p in self.named_parameters() if "lora_B" in name], lr=2e-3)
 
 
 def begin(pretrained: Path, output: Path, options: dict[str, Any], module: type[CausalLM] = Scheduled) -> list[float]:
@@ -292,3 +300,18 @@ def save_a_function(pretrained: Path, output: Path) -> None:
 def test_state_that_needs_pickle_is_named(saved: tuple[Path, Path], tmp_path: Path) -> None:
     for _, error in run_ranks_catching(2, save_a_function, saved[0], tmp_path, timeout=90):
         assert "['function']: a builtins.function cannot be stored without pickle" in str(error)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_an_optimizer_of_some_parameters(llama: Path, tmp_path: Path, precision: str) -> None:
+    """What it does not have is saved and resumed as it is."""
+    whole = run_ranks(2, begin, llama, tmp_path, {"precision": precision}, OnlyB)[0]
+    checkpoint = tmp_path / f"step={CUT}"
+    trained, initial = (
+        load_file(checkpoint / part / "adapter_model.safetensors") for part in ("adapter", "adapter_init")
+    )
+    for name, tensor in trained.items():
+        assert tensor.any()
+        assert torch.equal(tensor, initial[name]) == ("lora_A" in name)
+    rest = run_ranks(3, go_on, llama, checkpoint, {"precision": precision}, OnlyB)[0]
+    assert rest == pytest.approx(whole[CUT:], rel=1e-5 if precision == "32-true" else 1e-2)

@@ -57,8 +57,18 @@ class Contents:
             parts[ENCODED_DIR] = {peft_name(name): tensor for name, tensor in encoded.items()}
         return parts
 
-    def files(self, states: Sequence[str] | None) -> dict[str, dict[str, FileTensor]]:
-        """Names, shapes and dtypes by part; `states` are those of the optimizer, None: without it."""
+    def files(
+        self, states: Sequence[str] | None = None, optimized: Sequence[str] | None = None
+    ) -> dict[str, dict[str, FileTensor]]:
+        """Names, shapes and dtypes by part.
+
+        Parameters
+        ----------
+        states
+            That the optimizer has of a parameter; None: nothing of it is written.
+        optimized
+            Names of the parameters that it has; None: all that are trained.
+        """
         meta = {
             name: torch.empty(tuple(shape), dtype=self.dtypes[name], device="meta")
             for name, shape in self.shapes.items()
@@ -68,9 +78,10 @@ class Contents:
         )
         if states is not None:
             tensors[OPTIMIZER] = {}
-            for name in self.trained:
+            for name in self.trained if optimized is None else optimized:
                 kinds = [*states, *([] if self.dtypes[name] == torch.float32 else [MASTER])]
                 tensors[OPTIMIZER] |= {f"{name}.{kind}": meta[name].float() for kind in kinds}
+            for name in self.trained:
                 if name.endswith(CORE):  # folded into B in the adapter
                     tensors[OPTIMIZER][name] = meta[name]
         return {

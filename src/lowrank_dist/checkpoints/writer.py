@@ -54,9 +54,12 @@ class Snapshot:
     Attributes
     ----------
     parcels
-        Copies of this rank's shards, on the CPU: of every trained parameter, or of all its states in the optimizer.
+        Copies of this rank's shards, on the CPU: of all states that the optimizer has, and of the trained parameters
+        that it has not.
     states
-        Names of the optimizer state that every trained parameter has.
+        Names of the state that the optimizer has of a parameter, beside its fp32 copy.
+    optimized
+        Names of the parameters that it has.
     state
         Lightning's checkpoint without weights, encoded (`lowrank_dist.checkpoints.codec`). None: weights only.
     facts
@@ -64,7 +67,8 @@ class Snapshot:
     """
 
     parcels: deque[Parcel]
-    states: list[str] = field(default_factory=list)
+    states: tuple[str, ...] = ()
+    optimized: tuple[str, ...] = ()
     state: tuple[Any, dict[str, Tensor]] | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -121,7 +125,7 @@ class CheckpointWriter:
         self._trained_of = Counter(map(_unit, self.trained))  # how many tensors of a layer are trained
         self._initial = self._to_owners(materialized.initial)
         self._encoded = self._to_owners(materialized.encoded_from)
-        self._laid_out: dict[tuple[str, ...] | None, dict[str, dict[str, FileTensor]]] = {}
+        self._laid_out: dict[tuple[tuple[str, ...], ...] | None, dict[str, dict[str, FileTensor]]] = {}
         self._contents = Contents(
             shapes=self._shapes,
             dtypes=self._dtypes,
@@ -166,27 +170,32 @@ class CheckpointWriter:
         Host memory of a rank: its shards of the adapters or, with an optimizer, of their fp32 copies and moments.
         """
         kinds: dict[str, None] = {}
+        optimized: dict[str, None] = {}
 
         def named() -> Iterator[tuple[str, Tensor, int]]:
             for name, kind, shard in self._shards(optimizer):
-                kinds[kind] = None
+                if kind:
+                    kinds[kind] = optimized[name] = None
                 yield _key(name, kind), shard, self._shapes[name].numel()
 
         parcels = deque(pack_for_owners(named(), self._owner_of, self._group, device=torch.device("cpu")))
-        states = [kind for kind in kinds if kind not in ("", MASTER)]
-        return Snapshot(parcels=parcels, states=states, state=state, facts=dict(facts or {}))
+        states = tuple(kind for kind in kinds if kind != MASTER)
+        return Snapshot(
+            parcels=parcels, states=states, optimized=tuple(optimized), state=state, facts=dict(facts or {})
+        )
 
     def _owner_of(self, key: str) -> int:
         return self._owner[_name_and_kind(key)[0]]
 
     def _shards(self, optimizer: ShardedOptimizer | None) -> Iterator[tuple[str, str, Tensor]]:
-        if optimizer is None:
-            for name, parameter in self.trained.items():
-                yield name, "", local_shard(parameter)
-            return
-        for parameter, shards in optimizer.shards():
+        left = dict(self.trained)
+        for parameter, shards in () if optimizer is None else optimizer.shards():
+            name = self._names[id(parameter)]
+            del left[name]
             for kind, shard in shards.items():
-                yield self._names[id(parameter)], kind, shard
+                yield name, kind, shard
+        for name, parameter in left.items():
+            yield name, "", local_shard(parameter)
 
     # -- writing ------------------------------------------------------------------------------------------------
 
@@ -209,7 +218,8 @@ class CheckpointWriter:
         """
         staging, locked = staging_of(directory), False
         with ExitStack() as stack:
-            files = self._files(taken, staging)
+            contents = self._laid_out_for(taken)
+            files = tensor_files(contents, staging)
             for part in files.values():
                 stack.callback(part.close)
             try:
@@ -219,30 +229,29 @@ class CheckpointWriter:
                         stack.enter_context(exclusive(staging))
                         locked = True
                         self._begin(staging, files)
-                with group.shared_errors():
+                with group.shared_errors():  # `_tensors` ends its collectives before it raises
                     hashes = self._tensors(taken, files, group)
                     for part in files.values():
                         part.flush()
                 everyone = group.gather_objects(hashes)
                 with group.shared_errors():
                     if group.rank == 0:
-                        self._finish(taken, staging, everyone)
+                        self._finish(taken, staging, contents, everyone)
                         put_in_place(staging, directory)
             except BaseException:
                 if locked:  # else it is another run's
                     shutil.rmtree(staging, ignore_errors=True)
                 raise
 
-    def _files(self, taken: Snapshot, staging: Path) -> dict[str, TensorFiles]:
-        """All files of tensors that several ranks write, laid out alike on every rank.
+    def _laid_out_for(self, taken: Snapshot) -> dict[str, dict[str, FileTensor]]:
+        """What the files of tensors hold, by part; the same on every rank.
 
-        Their contents are worked out once: operations on meta tensors are Python, which a training thread would have to
-        wait for.
+        Worked out once: operations on meta tensors are Python, which a training thread would have to wait for.
         """
-        states = None if taken.state is None else tuple(taken.states)
-        if states not in self._laid_out:
-            self._laid_out[states] = self._contents.files(states)
-        return tensor_files(self._laid_out[states], staging)
+        key = None if taken.state is None else (taken.states, taken.optimized)
+        if key not in self._laid_out:
+            self._laid_out[key] = self._contents.files() if key is None else self._contents.files(*key)
+        return self._laid_out[key]
 
     def _begin(self, staging: Path, files: Mapping[str, TensorFiles]) -> None:
         empty(staging)
@@ -290,7 +299,13 @@ class CheckpointWriter:
             if name.endswith(CORE):
                 write(OPTIMIZER, name, values[name])
 
-    def _finish(self, taken: Snapshot, staging: Path, everyone: list[dict[str, dict[str, str]]]) -> None:
+    def _finish(
+        self,
+        taken: Snapshot,
+        staging: Path,
+        contents: Mapping[str, Mapping[str, FileTensor]],
+        everyone: list[dict[str, dict[str, str]]],
+    ) -> None:
         """What one rank writes for all: configurations, training state, the manifest last."""
         for part, config in ((ADAPTER_DIR, self._config), (INITIAL_DIR, self._config), (LORA_DIR, self._lora_config())):
             config.save_pretrained(str(staging / part))
@@ -298,6 +313,9 @@ class CheckpointWriter:
         for one in everyone:
             for part, found in one.items():
                 hashes.setdefault(part, {}).update(found)
+        lacking = [name for part, tensors in contents.items() for name in tensors if name not in hashes[part]]
+        if lacking:  # never; but it would be zeros that nothing else notices
+            raise RuntimeError(f"{lacking[0]} and {len(lacking) - 1} more tensors were laid out and not written")
         if taken.state is not None:
             value, tensors = taken.state
             (staging / f"{STATE}.json").write_text(json.dumps(value, allow_nan=False))
@@ -325,7 +343,10 @@ def _consumed(parcels: deque[Parcel]) -> Iterator[Parcel]:
 
 @contextmanager
 def _to_the_end(arriving: Iterator[Any]) -> Iterator[Iterator[Any]]:
-    """Whatever the body raises, its collectives run to their end first: the other ranks are in them."""
+    """Whatever the body raises, its collectives run to their end first: the other ranks are in them.
+
+    Not where a collective itself has failed: the group is then of no use to any rank.
+    """
     try:
         yield arriving
     except BaseException:

@@ -6,6 +6,7 @@ import argparse
 
 import torch
 
+from lowrank_dist.adapter_files import MANIFEST
 from lowrank_dist.convert import SERVED_RANKS, Conversion, convert_checkpoint
 from lowrank_dist.errors import InputError
 from lowrank_dist.truncate import EnergyKept
@@ -54,6 +55,13 @@ def _refit(options: argparse.Namespace, dtype: torch.dtype | None) -> int:
                 f"Of what the trained model adds to the {options.base} base, the exact LoRA leaves {done.before:.4%} "
                 f"out (Frobenius), this one of rank {done.rank} {done.after:.4%}."
             )
+            if done.not_quantized:
+                names = ", ".join(f'"{name}"' for name in done.not_quantized[:3])
+                more = f" and {len(done.not_quantized) - 3} more: not_quantized in {MANIFEST}"
+                print(
+                    "Linear layers that were dense in training must be so there: BitsAndBytesConfig("
+                    f"llm_int8_skip_modules=[{names}]){more if len(done.not_quantized) > 3 else ''}"
+                )
     return 0
 
 
