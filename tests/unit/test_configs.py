@@ -16,7 +16,7 @@ from jsonargparse import ArgumentParser, capture_parser
 from lightning.pytorch.strategies import DDPStrategy
 
 from lowrank_dist import NF4, LoftQ, LoRA, PiSSA, PiSSAStrategy
-from lowrank_dist.cli import run_trainer
+from lowrank_dist.trainer_cli import run_trainer
 
 FILES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 NAME = re.compile(r"(?P<model>[a-z0-9.-]+)_(?P<method>[a-z]+)_(?P<count>\d+)(?P<kind>cpu|gpu)")
