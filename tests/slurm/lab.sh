@@ -93,8 +93,8 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-# cred_expire, by default 120 s, is also how long a requeued job waits before it starts again
-AuthInfo=socket=$RUN/munge.socket,cred_expire=3
+# cred_expire, by default (and where less than 5 is said) 120 s, is also how long a requeued job waits before it starts again
+AuthInfo=socket=$RUN/munge.socket,cred_expire=5
 # bind to what host names resolve to, 127.0.0.1: nothing listens on other interfaces
 CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
 StateSaveLocation=$LAB/state

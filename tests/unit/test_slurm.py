@@ -62,7 +62,7 @@ REFUSED = {
     "cluster": (["--cluster=pbs"], "--cluster pbs: unknown; choose one of slurm, local"),
     "sweep": (["--sweep=rank"], "--sweep rank: write KEY=VALUE,VALUE"),
     "accelerator": (["--trainer.accelerator=auto"], "this machine may not be what the nodes are"),
-    "unknown option": (["--partiton=x"], "--partiton=x"),
+    "unknown option": (["--partiton=x"], "--partiton is neither an option of submit"),
 }
 
 
@@ -72,7 +72,7 @@ def test_bad_options_are_refused_before_sbatch(case: str, tmp_path: Path, capsys
     options, message = REFUSED[case]
     assert main(["submit", f"--config={CONFIG}", *options]) == 1
     error = capsys.readouterr().err
-    assert message.split("=")[0] in error if case == "unknown option" else message in error
+    assert message in error
     assert not (tmp_path / "submitted").exists()
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``lowrank-dist fit | validate | test | decompose | convert | merge | inspect | report | demo``."""
+"""The command line: ``lowrank-dist COMMAND``, see ``--help``."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import struct
 import sys
 import tempfile
 import time
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
@@ -105,5 +106,7 @@ class PrefixedStream:
 
 def prefix_output(allocation: Allocation) -> None:
     """Let every line that Python writes from here on begin with node and rank."""
+    # DeepSpeed 0.19 calls torch.distributed by names that torch 2.13 renamed: a line of the log for every call
+    warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)
     prefix = f"[{allocation.host} {allocation.rank}] "
     sys.stdout, sys.stderr = PrefixedStream(sys.stdout, prefix), PrefixedStream(sys.stderr, prefix)
