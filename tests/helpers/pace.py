@@ -16,20 +16,23 @@ class Pace(Callback):
     Parameters
     ----------
     seconds
-        To sleep.
+        To sleep, as long as there is no `hurry`.
+    hurry
+        File that ends it.
     record
         File that rank 0 appends ``step`` lines to.
     """
 
-    def __init__(self, seconds: float, record: str) -> None:
+    def __init__(self, seconds: float, hurry: str, record: str) -> None:
         super().__init__()
-        self.seconds, self.record = seconds, record
+        self.seconds, self.hurry, self.record = seconds, Path(hurry), record
 
     def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
         if trainer.is_global_zero:
             with Path(self.record).open("a") as file:
                 file.write(f"{trainer.global_step}\n")
-        time.sleep(self.seconds)
+        if not self.hurry.exists():
+            time.sleep(self.seconds)
 
 
 class FailAt(Callback):

@@ -47,9 +47,10 @@ def undisturbed(lab: Lab, material: Path, tmp_path_factory: pytest.TempPathFacto
     return job
 
 
-def paced(material: Path, root: Path, *options: str) -> list[str]:
-    """Half a second to every step: time to disturb it."""
-    return [*arguments(material, root), added("Pace", seconds=0.5, record=str(root / "steps")), *options]
+def paced(material: Path, root: Path, *options: str, seconds: float = 1.0) -> list[str]:
+    """Time to disturb a step, until there is a file `hurry`."""
+    pace = added("Pace", seconds=seconds, hurry=str(root / "hurry"), record=str(root / "steps"))
+    return [*arguments(material, root), pace, *options]
 
 
 def assert_same_curve(root: Path, undisturbed: Job) -> None:
@@ -82,6 +83,7 @@ def test_preemption_by_a_higher_partition(
     job.wait_for_step(3)
     urgent = ["srun", "--partition=high", "--nodes=3", "--exclusive", "--time=1", "true"]
     subprocess.run(urgent, check=True, capture_output=True, timeout=120)
+    (tmp_path / "hurry").touch()
     assert job.wait() == "COMPLETED"
     assert job.outcomes == ["requeued", "finished"]
     resumed_at = job.attempts[1]["step"]
@@ -92,10 +94,11 @@ def test_preemption_by_a_higher_partition(
 
 
 def test_time_limit(lab: Lab, material: Path, undisturbed: Job, tmp_path: Path, capsys: CAPSYS) -> None:
-    job = lab.submit(capsys, tmp_path, paced(material, tmp_path))
+    job = lab.submit(capsys, tmp_path, paced(material, tmp_path, seconds=6))
     job.wait_for_step(3)
-    lab.update(f"JobId={job.id}", "TimeLimit=4")  # USR2 is due 5 minutes before: now
+    lab.update(f"JobId={job.id}", "TimeLimit=4")  # USR2 is due 5 minutes before: now. SLURM looks every 30 s
     wait_for(lambda: job.outcomes == ["requeued"])
+    (tmp_path / "hurry").touch()
     wait_for(lambda: job.state == "PENDING")
     lab.update(f"JobId={job.id}", "TimeLimit=20")
     assert job.wait() == "COMPLETED"
@@ -110,6 +113,7 @@ def test_scancel_saves_and_submitting_again_goes_on(
     job.wait_for_step(3)
     subprocess.run(["scancel", job.id], check=True, timeout=30)
     assert job.wait() == "CANCELLED"
+    (tmp_path / "hurry").touch()
     wait_for(lambda: job.outcomes == ["stopped"])
     step = saved_step(tmp_path)
     assert job.attempts[-1]["step"] == step
@@ -127,6 +131,7 @@ def test_a_node_dies_and_the_job_goes_on_with_fewer(
         job = lab.submit(capsys, tmp_path, paced(material, tmp_path, "--min-nodes=1"))
         job.wait_for_step(5)
         lab.script("kill-node", "node2")
+        (tmp_path / "hurry").touch()
         assert job.wait() == "COMPLETED"
     finally:
         lab.script("start-node", "node2")

@@ -22,9 +22,10 @@ def run(argv: Sequence[str]) -> int:
         name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()
     }
     for override in overrides:
-        if override.startswith("--") and "." not in override and not override.startswith("--seed_everything"):
+        key = override.split("=")[0]
+        if key.startswith("--") and "." not in key and key != "--seed_everything":
             raise InputError(
-                f"{override.split('=')[0]} is neither an option of submit (see --help) nor a key of the configuration "
+                f"{key} is neither an option of submit (see --help) nor a key of the configuration "
                 "(--trainer.*, --model.*, --data.*, --seed_everything)"
             )
     submission = prepare(SubmitOptions(**{**options, "overrides": tuple(overrides)}))

@@ -33,14 +33,15 @@ class Submission:
         What was asked for, and what the configuration says.
     folder
         Logs, pickles and records of the attempts: of this submission alone, so that nothing stale is read.
-    jobs
-        One, or those of a sweep.
+    jobs, roots
+        One, or those of a sweep; and the ``default_root_dir`` of each.
     """
 
     options: SubmitOptions
     shape: Shape
     folder: Path
     jobs: tuple[TrainingJob, ...]
+    roots: tuple[Path, ...]
 
     def script(self) -> str:
         """The text that sbatch is given."""
@@ -79,7 +80,8 @@ class Submission:
             **({"mem_gb": options.mem_gb} if options.mem_gb else {}),
         )
         if options.cluster == "local":
-            executor.update_parameters(local_setup=list(options.setup)) if options.setup else None
+            if options.setup:
+                executor.update_parameters(local_setup=list(options.setup))
             executor._executor.parameters["signal_delay_s"] = options.grace
             return executor
         named = {name: getattr(options, name) for name in ("partition", "account", "qos", "constraint", "exclude")}
@@ -122,11 +124,10 @@ def prepare(options: SubmitOptions) -> Submission:
     shape = check(options, settings)
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     folder = shape.root / "jobs" / name
-    jobs = []
+    jobs, roots = [], []
     for point in options.points:
         overrides = [*options.overrides, *point_overrides(point), *_own_directory(point, settings)]
-        if point:
-            check(options, fit_settings(config, overrides))
+        roots.append(check(options, fit_settings(config, overrides)).root if point else shape.root)
         jobs.append(
             TrainingJob(
                 config=config,
@@ -137,7 +138,7 @@ def prepare(options: SubmitOptions) -> Submission:
                 timeout=options.collective_timeout if shape.has_timeout else None,
             )
         )
-    return Submission(options=options, shape=shape, folder=folder, jobs=tuple(jobs))
+    return Submission(options=options, shape=shape, folder=folder, jobs=tuple(jobs), roots=tuple(roots))
 
 
 def _own_directory(point: dict[str, str], settings: Any) -> list[str]:
@@ -154,11 +155,11 @@ def _own_directory(point: dict[str, str], settings: Any) -> list[str]:
 
 def announce(submission: Submission, jobs: list[Any]) -> None:
     """Print what was submitted, where its logs are, and how to follow and cancel it."""
-    for job, training in zip(jobs, submission.jobs, strict=True):
-        root = next((o.split("=", 1)[1] for o in training.overrides if "default_root_dir" in o), submission.shape.root)
-        step = newest_step(Path(root))
+    name = submission.options.name or Path(submission.options.config).stem
+    for job, root in zip(jobs, submission.roots, strict=True):
+        step = newest_step(root)
         resumes = "" if step is None else f", goes on from the checkpoint of step {step}"
-        print(f"job {job.job_id}: {submission.options.name or Path(submission.options.config).stem}{resumes}")
+        print(f"job {job.job_id}: {name} in {root}{resumes}")
         print(f"  log     {job.paths.stdout}")
         print(f"  others  {job.paths.folder / (job.job_id + '_RANK_log.out')}")
     print(f"  follow  tail -F {jobs[0].paths.stdout}")
@@ -195,16 +196,20 @@ def _print_from(path: Path, position: int) -> int:
 def _state(submission: Submission, job: Any) -> str:
     """State of the job, in SLURM's words; without its accounting, which not all sites have."""
     if submission.options.cluster == "local":
-        if job.get_info()["jobState"] == "RUNNING":
-            return "RUNNING"
-        return (
-            "COMPLETED"
-            if all(job.task(rank).paths.result_pickle.exists() for rank in range(job.num_tasks))
-            and all(task.exception() is None for task in (job.task(rank) for rank in range(job.num_tasks)))
-            else "FAILED"
-        )
+        return _local_state(job)
     command = ["squeue", "--noheader", "--states=all", f"--jobs={job.job_id}", "--format=%T"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    states = done.stdout.split()
+    if done.stdout.split():
+        return done.stdout.split()[0]
+    if done.returncode and "Invalid job id" not in done.stderr:
+        return "UNKNOWN"  # slurmctld does not answer
     # SLURM forgets a job some minutes after its end
-    return states[0] if states else "COMPLETED" if job.paths.result_pickle.exists() else "FAILED"
+    return "COMPLETED" if job.paths.result_pickle.exists() else "FAILED"
+
+
+def _local_state(job: Any) -> str:
+    if job.get_info()["jobState"] == "RUNNING":
+        return "RUNNING"
+    tasks = [job.task(rank) for rank in range(job.num_tasks)]
+    well = all(task.paths.result_pickle.exists() and task.exception() is None for task in tasks)
+    return "COMPLETED" if well else "FAILED"
