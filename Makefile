@@ -1,9 +1,9 @@
-# make demo | test | lint | bench | clean; each fails when something in it fails.
+# make demo | test | test-slurm | lint | bench | clean; each fails when something in it fails.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test test-slurm lint bench clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -14,6 +14,7 @@ RUN := env PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 help:
 	@echo "make demo    train QPiSSA on a small model with 2 CPU ranks, convert, evaluate with stock PEFT (runs/demo)"
 	@echo "make test    set up and run the tests"
+	@echo "make test-slurm  install Debian's Slurm (as root) and pass tests/slurm on it, on loopback"
 	@echo "make lint    ruff check, ruff format --check, mypy"
 	@echo "make bench   run every benchmarks/bench_*.py"
 	@echo "make clean   remove the environment, caches and build output; runs/ stays"
@@ -29,9 +30,14 @@ demo: $(INSTALLED)
 	$(RUN) lowrank-dist demo --output runs/demo
 
 # one thread per rank: the distributed tests start several ranks on few cores
-test: export OMP_NUM_THREADS := 1
+test test-slurm: export OMP_NUM_THREADS := 1
 test: $(INSTALLED)
 	$(RUN) python -m pytest $(PYTEST_ARGS)
+
+# not root, or no Debian: the tests are skipped and say why
+test-slurm: $(INSTALLED)
+	if [[ $$(id -u) == 0 ]] && command -v apt-get >/dev/null; then tests/slurm/lab.sh install; fi
+	$(RUN) python -m pytest tests/slurm $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
 	$(RUN) ruff check .

@@ -9,8 +9,10 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "PiSSAStrategy": "lowrank_dist.strategy",
     "AdapterCheckpoint": "lowrank_dist.callbacks",
+    "HealthCheck": "lowrank_dist.callbacks",
     "InitReport": "lowrank_dist.callbacks",
     "LossHistory": "lowrank_dist.callbacks",
+    "Preemption": "lowrank_dist.callbacks",
     "NF4": "lowrank_dist.nf4",
     "Calibration": "lowrank_dist.calibration",
     "PiSSA": "lowrank_dist.methods",
@@ -34,8 +36,10 @@ __all__ = ["__version__", *_EXPORTS]
 if TYPE_CHECKING:
     from lowrank_dist.calibration import Calibration as Calibration
     from lowrank_dist.callbacks import AdapterCheckpoint as AdapterCheckpoint
+    from lowrank_dist.callbacks import HealthCheck as HealthCheck
     from lowrank_dist.callbacks import InitReport as InitReport
     from lowrank_dist.callbacks import LossHistory as LossHistory
+    from lowrank_dist.callbacks import Preemption as Preemption
     from lowrank_dist.convert import convert_checkpoint as convert_checkpoint
     from lowrank_dist.data import SFTDataModule as SFTDataModule
     from lowrank_dist.merge import merge_checkpoint as merge_checkpoint

@@ -16,10 +16,10 @@ from peft import LoraConfig
 import lowrank_dist
 from helpers.checkpoints import make_checkpoint
 from lowrank_dist import cli
-from lowrank_dist.cli import decompose, plan
+from lowrank_dist.cli import decompose, plan, submit
 from lowrank_dist.methods import METHODS
 
-COMMANDS = {"fit", "validate", "test", "plan", "decompose", "convert", "merge", "inspect", "report", "demo"}
+COMMANDS = {"fit", "validate", "test", "plan", "submit", "decompose", "convert", "merge", "inspect", "report", "demo"}
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -37,9 +37,9 @@ def own_parsers() -> dict[str, argparse.ArgumentParser]:
     (commands,) = (a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction))
     assert set(commands.choices) == COMMANDS
     assert {choice.dest for choice in commands._choices_actions if choice.help} == COMMANDS
-    elsewhere = {*cli.TRAINER_COMMANDS, "decompose", "plan"}
+    elsewhere = {*cli.TRAINER_COMMANDS, "decompose", "plan", "submit"}
     own = {name: parser for name, parser in commands.choices.items() if name not in elsewhere}
-    own["plan"] = plan.parser()
+    own |= {"plan": plan.parser(), "submit": submit._parser()}
     return own | {f"decompose --method {method}": decompose._parser(method) for method in METHODS}
 
 
@@ -86,7 +86,8 @@ UPSTREAM = {
 
 
 @pytest.mark.parametrize(
-    "name", ["PiSSAStrategy", "NF4", "PiSSA", "LoftQ", "LoRA", "AdapterCheckpoint", "InitReport", "LossHistory"]
+    "name",
+    ["PiSSAStrategy", "NF4", "PiSSA", "LoftQ", "LoRA", "AdapterCheckpoint", "InitReport", "LossHistory", "Preemption"],
 )
 def test_classes_named_in_configurations_are_documented(name: str) -> None:
     parser = ArgumentParser()

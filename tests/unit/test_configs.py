@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from lowrank_dist import NF4, LoftQ, LoRA, PiSSA, PiSSAStrategy
 from lowrank_dist.cli.plan import parser, planned_run
-from lowrank_dist.cli.settings import fit_parser, instantiated, parse_fit
+from lowrank_dist.trainer_cli import fit_parser, instantiated, parse_fit
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(CONFIGS.glob("*.yaml"))

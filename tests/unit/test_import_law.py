@@ -14,6 +14,8 @@ ROOT = Path(lowrank_dist.__file__).parent
 # from the top down; a module may import from lines below its own
 LAYERS = [
     ["cli"],
+    ["slurm"],
+    ["trainer_cli"],
     ["demo"],
     ["callbacks"],
     ["strategy"],
@@ -37,13 +39,15 @@ LAYERS = [
     ["adapter_files", "truncate"],
     ["residual", "exact"],
     ["owners"],
-    ["checkpoint_io", "comm", "directories", "partition"],
+    ["health"],
+    ["attempts", "checkpoint_io", "comm", "directories", "partition"],
+    ["allocation", "signals"],
     ["errors", "report"],
 ]
 HOMES = {
     "deepspeed": {"zero3", "strategy"},
     "bitsandbytes": {"nf4", "optim"},
-    "lightning": {"strategy", "checkpointed", "callbacks", "module", "data", "cli", "calibration_data"},
+    "lightning": {"strategy", "checkpointed", "callbacks", "module", "data", "cli", "trainer_cli", "calibration_data"},
     "submitit": {"slurm"},
 }
 

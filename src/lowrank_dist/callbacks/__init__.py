@@ -1,7 +1,9 @@
 """Lightning callbacks."""
 
 from lowrank_dist.callbacks.adapter_checkpoint import AdapterCheckpoint
+from lowrank_dist.callbacks.health_check import HealthCheck
 from lowrank_dist.callbacks.init_report import InitReport
 from lowrank_dist.callbacks.loss_history import LossHistory
+from lowrank_dist.callbacks.preemption import Preemption
 
-__all__ = ["AdapterCheckpoint", "InitReport", "LossHistory"]
+__all__ = ["AdapterCheckpoint", "HealthCheck", "InitReport", "LossHistory", "Preemption"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -81,6 +83,8 @@ class AdapterCheckpoint(ModelCheckpoint):
         if on_save_error not in ("stop", "continue"):
             raise MisconfigurationException(f"on_save_error={on_save_error!r} is none of 'stop', 'continue'")
         self.background, self.on_save_error = background, on_save_error
+        #: Seconds from the snapshot to the complete checkpoint, of the last save; None before.
+        self.save_seconds: float | None = None
         self._save: Future[None] | None = None
         self._untold = False
         self._before: dict[str, Any] = {}
@@ -121,6 +125,21 @@ class AdapterCheckpoint(ModelCheckpoint):
         except (OSError, InputError) as error:  # `exception` is what the user must see
             log.warning("No checkpoint was saved after the %s: %s", type(exception).__name__, error)
 
+    def save_now(self, trainer: Trainer) -> None:
+        """Save this step, whatever the interval, and wait until it is complete. At the end of a step; collective.
+
+        Where a ``monitor`` or ``save_top_k=0`` decides what is kept, it is written beside those, as ``preempted``.
+        """
+        if self._last_global_step_saved != trainer.global_step:
+            candidates = self._monitor_candidates(trainer)
+            if self.monitor is None and self.save_top_k != 0:
+                self._save_topk_checkpoint(trainer, candidates)
+            else:
+                with self._undone_if_failed(trainer):
+                    self._save_checkpoint(trainer, os.path.join(self.dirpath or "", "preempted"))
+            self._save_last_checkpoint(trainer, candidates)
+        self._settle(trainer)
+
     # -- how ----------------------------------------------------------------------------------------------------
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
@@ -151,9 +170,11 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         strategy: Any = trainer.strategy
+        began = time.monotonic()
         with strategy.background_saves() as saves:
             trainer.save_checkpoint(filepath, self.save_weights_only)
         (self._save,) = saves
+        self._save.add_done_callback(lambda _: setattr(self, "save_seconds", time.monotonic() - began))
         self._untold = True
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath

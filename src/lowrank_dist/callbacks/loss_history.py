@@ -40,6 +40,12 @@ class LossHistory(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._write(trainer)
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": {part: list(entries) for part, entries in self.history.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history = state_dict["history"]  # a resumed run goes on with the curve of the run before
+
     def _record(self, part: str, metric: str, trainer: Trainer) -> None:
         value = trainer.callback_metrics.get(metric)
         if value is None:

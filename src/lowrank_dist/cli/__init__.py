@@ -1,4 +1,4 @@
-"""The command line of ``lowrank-dist``: fit, validate, test, plan, decompose, convert, merge, inspect, report, demo."""
+"""The command line: ``lowrank-dist COMMAND``, see ``--help``."""
 
 from __future__ import annotations
 
@@ -8,12 +8,7 @@ from collections.abc import Sequence
 
 from lowrank_dist import __version__
 from lowrank_dist.errors import InputError
-
-TRAINER_COMMANDS = {
-    "fit": "train adapters as a YAML file says (LightningCLI)",
-    "validate": "evaluate on the validation data (LightningCLI)",
-    "test": "evaluate on the test data (LightningCLI)",
-}
+from lowrank_dist.trainer_cli import TRAINER_COMMANDS, run_trainer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,35 +25,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             from lowrank_dist.cli.plan import run as run_plan
 
             return run_plan(argv[1:])
+        if argv and argv[0] == "submit":
+            from lowrank_dist.cli.submit import run as run_submit
+
+            return run_submit(argv[1:])
         options = _parser().parse_args(argv)
         return int(options.run(options))
     except InputError as error:
         print(f"lowrank-dist {argv[0]}: {error}", file=sys.stderr)
         return 1
-
-
-def run_trainer(argv: Sequence[str]) -> int:
-    """Run a Trainer command of LightningCLI with `CausalLMModule` and `SFTDataModule`; returns 0."""
-    from lightning.pytorch.cli import LightningCLI
-
-    from lowrank_dist.data import SFTDataModule
-    from lowrank_dist.module import CausalLMModule
-
-    class Cli(LightningCLI):
-        @staticmethod
-        def subcommands() -> dict[str, set[str]]:
-            skipped = {"model", "dataloaders", "train_dataloaders", "val_dataloaders", "datamodule"}
-            return dict.fromkeys(TRAINER_COMMANDS, skipped)
-
-    Cli(
-        CausalLMModule,
-        SFTDataModule,
-        # LightningCLI warns of arguments given to it beside a command line, even of the same ones
-        args=None if list(argv) == sys.argv[1:] else list(argv),
-        save_config_kwargs={"overwrite": True},
-        parser_kwargs={"prog": "lowrank-dist"},
-    )
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in TRAINER_COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)
     commands.add_parser("plan", help="say what a run takes, and whether it fits, before anything runs", add_help=False)
+    commands.add_parser("submit", help="run fit as a job on a SLURM cluster", add_help=False)
     commands.add_parser("decompose", help="write residual and initial adapter as a model of their own", add_help=False)
 
     convert = commands.add_parser(

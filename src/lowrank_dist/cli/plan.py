@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 import lowrank_dist
 from lowrank_dist.checkpoint_io import resolve_checkpoint
 from lowrank_dist.cli.plan_table import as_table
-from lowrank_dist.cli.settings import instantiated, parse_fit
+from lowrank_dist.trainer_cli import instantiated, parse_fit
 from lowrank_dist.decomposed import DecomposedModel
 from lowrank_dist.errors import InputError
 from lowrank_dist.forecast import Cluster, Forecast, Job, Shapes, forecast

@@ -1,0 +1,101 @@
+"""The allocation that this process runs in, as the environment tells: SLURM's, or submitit's on one machine."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from dataclasses import dataclass
+from functools import cached_property
+
+#: With which a task asks submitit's controller on one machine to start the job again.
+LOCAL_REQUEUE_STATUS = 144
+
+_TIMEOUT = 60  # seconds, of a command of SLURM
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allocation:
+    """Nodes and tasks of a job, and this task's place among them.
+
+    Attributes
+    ----------
+    job_id
+        As commands of SLURM take it: ``A_T`` for task T of array A. (The raw number of one of an array's tasks is that
+        of the whole array.)
+    restarts
+        How often the job was requeued.
+    on_slurm
+        False for processes that submitit started on this machine.
+    """
+
+    job_id: str
+    rank: int
+    ranks: int
+    local_rank: int
+    node: int
+    nodes: int
+    restarts: int
+    on_slurm: bool
+
+    @classmethod
+    def current(cls) -> Allocation | None:
+        """That of this process; None where it is no task of a job."""
+        env = os.environ
+        if "SUBMITIT_LOCAL_JOB_ID" in env:
+            ranks = int(env["SUBMITIT_LOCAL_NTASKS"])
+            rank = int(env["SUBMITIT_LOCAL_GLOBALID"])
+            return cls(
+                job_id=env["SUBMITIT_LOCAL_JOB_ID"],
+                rank=rank,
+                ranks=ranks,
+                local_rank=rank,
+                node=0,
+                nodes=1,
+                restarts=0,
+                on_slurm=False,
+            )
+        if "SLURM_JOB_ID" not in env or "SLURM_PROCID" not in env:
+            return None
+        array = env.get("SLURM_ARRAY_JOB_ID")
+        return cls(
+            job_id=f"{array}_{env['SLURM_ARRAY_TASK_ID']}" if array else env["SLURM_JOB_ID"],
+            rank=int(env["SLURM_PROCID"]),
+            ranks=int(env["SLURM_NTASKS"]),
+            local_rank=int(env["SLURM_LOCALID"]),
+            node=int(env["SLURM_NODEID"]),
+            nodes=int(env["SLURM_NNODES"]),
+            restarts=int(env.get("SLURM_RESTART_COUNT") or 0),
+            on_slurm=True,
+        )
+
+    @cached_property
+    def hosts(self) -> list[str]:
+        """Names of the nodes, in order."""
+        if not self.on_slurm:
+            return [os.uname().nodename]
+        return _run("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
+
+    @property
+    def host(self) -> str:
+        """Name of this node."""
+        return self.hosts[self.node]
+
+    def requeue(self) -> int:
+        """Ask for the job to be started again; one task calls it. Returns the status that all are to exit with."""
+        if not self.on_slurm:
+            return LOCAL_REQUEUE_STATUS
+        _run("scontrol", "requeue", self.job_id)
+        return 0
+
+    def is_preempted(self) -> bool:
+        """Whether SLURM is about to preempt the job (sites that send SIGTERM for it, and no signal of its own)."""
+        if not self.on_slurm:
+            return False
+        shown = _run("scontrol", "show", "job", self.job_id)
+        state, preempted = re.search(r"JobState=(\S+)", shown), re.search(r"PreemptTime=(\S+)", shown)
+        return bool(state and state[1] == "RUNNING" and preempted and preempted[1] not in ("None", "Unknown"))
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=_TIMEOUT).stdout

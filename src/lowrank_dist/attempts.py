@@ -1,0 +1,116 @@
+"""The attempts of a job: how far each came and how it ended, so that one that fails the same way twice is stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from lowrank_dist.errors import InputError
+
+
+class RepeatedFailureError(InputError):
+    """Two attempts in a row failed at the same step."""
+
+
+class AttemptLog:
+    """JSON lines beside the logs of a job: ``begin``, ``error`` of any rank, ``end``.
+
+    Parameters
+    ----------
+    folder
+        Of the job's logs, seen by all nodes.
+    job_id
+        Of the job.
+
+    Notes
+    -----
+    An attempt without an ``end`` has failed, whatever killed it. Lines are appended in one write each.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], job_id: str) -> None:
+        self.path = Path(folder) / f"{job_id}_attempts.jsonl"
+        self._stopped = Path(folder) / f"{job_id}.stopped"
+        self._step = Path(folder) / f"{job_id}_step"
+        self._descriptor: int | None = None
+
+    def begin(self, **facts: Any) -> None:
+        """Record that an attempt begins. Rank 0.
+
+        Raises
+        ------
+        RepeatedFailureError
+            Where the last two failed at the same step; the job is then marked as stopped.
+        """
+        events = self.events()
+        unfinished = bool(events) and events[-1]["event"] != "end"
+        if unfinished:
+            events.append(self._append(event="end", outcome="failed", step=self._last_step()))
+        ends = [event for event in events if event["event"] == "end"][-2:]
+        if len(ends) == 2 and all(end["outcome"] == "failed" for end in ends) and ends[0]["step"] == ends[1]["step"]:
+            step = ends[1]["step"]
+            self.stop()
+            where = "before its first step" if step is None else f"after step {step}"
+            raise RepeatedFailureError(
+                f"the job failed twice in a row {where} and is not started again; {self._reasons(events)}; the whole "
+                f"of it: the logs in {self.path.parent}. Submit it again when the cause is gone: it goes on from the "
+                "newest checkpoint"
+            )
+        self._step.unlink(missing_ok=True)
+        self._append(event="begin", **facts)
+
+    def progress(self, step: int) -> None:
+        """Record that `step` steps are done. Rank 0, every step: some bytes, not flushed."""
+        if self._descriptor is None:
+            self._descriptor = os.open(self._step, os.O_WRONLY | os.O_CREAT, 0o600)
+        os.pwrite(self._descriptor, f"{step:12d}\n".encode(), 0)
+
+    def error(self, *, node: str, rank: int, error: BaseException) -> None:
+        """Record what a rank was ended by. Any rank."""
+        text = f"{type(error).__name__}: {error}"
+        self._append(event="error", node=node, rank=rank, error=text[:2000])
+
+    def end(self, outcome: str) -> None:
+        """Record that this attempt has ended in order: ``finished``, ``requeued``, ``stopped``. Rank 0."""
+        self._append(event="end", outcome=outcome, step=self._last_step())
+
+    def stop(self) -> None:
+        """Mark the job as not to be requeued. Any rank."""
+        self._stopped.touch(mode=0o600)
+
+    def events(self) -> list[dict[str, Any]]:
+        """All lines; one that a dying process has cut short is left out."""
+        events = []
+        for line in self.path.read_text().splitlines() if self.path.exists() else []:
+            try:
+                events.append(json.loads(line))
+            except ValueError:
+                continue
+        return events
+
+    def _last_step(self) -> int | None:
+        try:
+            return int(self._step.read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def _append(self, **event: Any) -> dict[str, Any]:
+        line = json.dumps({"time": round(time.time(), 1), **event})
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            os.write(descriptor, f"{line}\n".encode())
+        finally:
+            os.close(descriptor)
+        return event
+
+    @staticmethod
+    def _reasons(events: list[dict[str, Any]]) -> str:
+        """The errors of the last attempt, the first of them first."""
+        begun = max(i for i, event in enumerate(events) if event["event"] == "begin")
+        errors = [event for event in events[begun:] if event["event"] == "error"]
+        if not errors:
+            return "no rank could say why (killed, or its node lost)"
+        first = errors[0]
+        return f"the last time rank {first['rank']} on {first['node']} ended first: {first['error'].splitlines()[0]}"

@@ -1,0 +1,52 @@
+"""The nodes are checked before the model is set up."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lowrank_dist.allocation import Allocation
+from lowrank_dist.comm import ShardGroup
+from lowrank_dist.health import HealthError, HealthReport, check_health
+
+log = logging.getLogger(__name__)
+
+
+class HealthCheck(Callback):
+    """Check devices, memory, network, package versions and the shared file system, and name the node that is not fit.
+
+    Runs before the model is set up: seconds, before hours are spent. Prints a line for each node.
+
+    Attributes
+    ----------
+    report : HealthReport or None
+        What was found.
+
+    Raises
+    ------
+    HealthError
+        From `setup`, on every rank.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.report: HealthReport | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.report is not None:
+            return
+        device: Any = trainer.strategy.root_device
+        allocation = Allocation.current()
+        host = os.uname().nodename if allocation is None else allocation.host
+        self.report = check_health(ShardGroup(device=device), device, Path(trainer.default_root_dir), host=host)
+        rank_zero_info(self.report.as_table())
+        if self.report.problems:
+            raise HealthError("nodes that are not fit for the job: " + "; ".join(self.report.problems))
+        if trainer.is_global_zero:
+            for warning in self.report.warnings:
+                log.warning("A slow node: %s", warning)

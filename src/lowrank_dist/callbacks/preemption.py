@@ -1,0 +1,150 @@
+"""Preemption and time limits: save between two steps, requeue, leave."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lowrank_dist.allocation import Allocation
+from lowrank_dist.attempts import AttemptLog
+from lowrank_dist.callbacks.adapter_checkpoint import AdapterCheckpoint
+from lowrank_dist.comm import ShardGroup
+from lowrank_dist.signals import SIGNALS, Request
+
+log = logging.getLogger(__name__)
+
+
+class Preemption(Callback):
+    """Save and requeue the job when SLURM announces preemption or the end of its time.
+
+    SIGUSR2 (``#SBATCH --signal=USR2@SECONDS``) sets a flag on the ranks that get it. After every optimizer step all
+    ranks agree on it (one all-reduce of an integer over gloo); if it is up anywhere, they save through
+    `AdapterCheckpoint` together, rank 0 requeues the job, and all exit. SIGTERM saves too, and requeues only where
+    SLURM is preempting the job: after ``scancel`` it stays cancelled. ``ckpt_path="last"`` goes on from there.
+
+    Parameters
+    ----------
+    grace_seconds
+        Between the signal and the end (the ``SECONDS`` above, or the partition's ``GraceTime``). A warning says when a
+        step and a save, as measured, take longer. None: not checked.
+    attempts
+        Folder of the job's logs, for the record of its attempts; None: none is kept.
+
+    Raises
+    ------
+    MisconfigurationException
+        At set-up: where Lightning would requeue too (``SLURMEnvironment(auto_requeue=True)``, its default under SLURM),
+        or nothing is there that saves.
+
+    Notes
+    -----
+    Nothing is saved during validation or before the first step: the signal is acted upon at the next step, if that
+    comes in time.
+    """
+
+    def __init__(self, *, grace_seconds: float | None = None, attempts: str | None = None) -> None:
+        super().__init__()
+        self.grace_seconds = grace_seconds
+        self._folder = attempts
+        self._attempts: AttemptLog | None = None
+        self._group = ShardGroup.single()
+        self._step_began = 0.0
+        self._longest_step = 0.0
+        self._warned = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        environment: Any = trainer._accelerator_connector.cluster_environment
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+            raise MisconfigurationException(
+                "Preemption and Lightning's auto_requeue would both requeue the job, and Lightning saves inside its "
+                "signal handler; pass Trainer(plugins=SLURMEnvironment(auto_requeue=False)), or leave Preemption out"
+            )
+        if self._checkpoint(trainer).save_weights_only:
+            raise MisconfigurationException(
+                "Preemption: AdapterCheckpoint(save_weights_only=True) saves nothing to resume from; leave it out"
+            )
+        if dist.is_initialized():
+            self._group = ShardGroup(dist.new_group(backend="gloo"))
+        allocation = Allocation.current()
+        if self._folder is not None and allocation is not None and trainer.is_global_zero:
+            self._attempts = AttemptLog(self._folder, allocation.job_id)
+        SIGNALS.arm()
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        SIGNALS.arm()  # Lightning's handler of SIGTERM, set since, broadcasts
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        SIGNALS.arm()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._step_began = self._step_began or time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.fit_loop._should_accumulate():
+            return
+        self._longest_step = max(self._longest_step, time.monotonic() - self._step_began)
+        self._step_began = 0.0
+        if self._attempts is not None:
+            self._attempts.progress(trainer.global_step)
+        request = Request(int(self._group.max(torch.tensor([int(SIGNALS.request)]))))
+        if request is not Request.NONE:
+            self._leave(trainer, request)
+        self._check_grace(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if not isinstance(exception, SystemExit):
+            SIGNALS.disarm()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not trainer.interrupted:
+            SIGNALS.disarm()
+
+    def _leave(self, trainer: Trainer, request: Request) -> None:
+        """Save, requeue, exit: all ranks at the same step."""
+        self._checkpoint(trainer).save_now(trainer)
+        allocation, status = Allocation.current(), 0
+        with self._group.shared_errors():
+            if trainer.is_global_zero and allocation is not None:
+                requeues = request is Request.REQUEUE or allocation.is_preempted()
+                if self._attempts is not None:
+                    self._attempts.end("requeued" if requeues else "stopped")
+                if requeues:
+                    status = allocation.requeue()
+                log.warning(
+                    "Saved after step %d and %s.", trainer.global_step, "requeued" if requeues else "stopped by SIGTERM"
+                )
+        raise SystemExit(self._group.broadcast_object(status))
+
+    def _check_grace(self, trainer: Trainer) -> None:
+        saving = self._checkpoint(trainer).save_seconds
+        if self._warned or self.grace_seconds is None or saving is None or not trainer.is_global_zero:
+            return
+        needed = self._longest_step + saving
+        if needed > self.grace_seconds:
+            self._warned = True
+            log.warning(
+                "The grace period of %.0f s is too short: a step took %.1f s and a save %.1f s. What was trained since "
+                "the last checkpoint would be lost; ask for more, as `submit --grace %d` does.",
+                self.grace_seconds,
+                self._longest_step,
+                saving,
+                2 * round(needed + 0.5),
+            )
+
+    @staticmethod
+    def _checkpoint(trainer: Trainer) -> AdapterCheckpoint:
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, AdapterCheckpoint):
+                return callback
+        raise MisconfigurationException("Preemption saves through AdapterCheckpoint; add one to the callbacks")

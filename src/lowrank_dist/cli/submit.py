@@ -1,0 +1,99 @@
+"""``lowrank-dist submit``: a configuration to a job on the cluster."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from lowrank_dist.errors import InputError
+from lowrank_dist.slurm import SubmitOptions, prepare
+from lowrank_dist.slurm.submit import announce, follow
+
+_DEFAULTS = SubmitOptions.__dataclass_fields__
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run ``lowrank-dist submit``; `argv` without the command's name. Returns the exit status."""
+    given, overrides = _parser().parse_known_args(list(argv))
+    actions = {name: vars(given).pop(name) for name in ("dry_run", "follow")}
+    options: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()
+    }
+    for override in overrides:
+        key = override.split("=")[0]
+        if key.startswith("--") and "." not in key and key != "--seed_everything":
+            raise InputError(
+                f"{key} is neither an option of submit (see --help) nor a key of the configuration "
+                "(--trainer.*, --model.*, --data.*, --seed_everything)"
+            )
+    submission = prepare(SubmitOptions(**{**options, "overrides": tuple(overrides)}))
+    for warning in submission.shape.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if actions["dry_run"]:
+        print(submission.script(), end="")
+        return 0
+    jobs = submission.submit()
+    announce(submission, jobs)
+    # processes of this machine end with the one that started them
+    if actions["follow"] or submission.options.cluster == "local":
+        return max(follow(submission, job) for job in jobs)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lowrank-dist submit",
+        allow_abbrev=False,
+        description="Submit `lowrank-dist fit --config FILE` as a job that survives preemption, time limits and the "
+        "loss of nodes: it saves, is requeued and goes on from the newest complete checkpoint. Any other argument "
+        "overrides a key of the configuration (--model.lr 1e-4). Submitting again goes on where the last job ended.",
+    )
+    add = parser.add_argument
+    add("--config", required=True, help="configuration of `lowrank-dist fit`")
+    add("--cluster", default="slurm", help="slurm, or local: the same job as processes of this machine")
+    add("--nodes", type=int, help="must be the configuration's num_nodes (default: that)")
+    add("--min-nodes", type=int, help="start on fewer too, after a requeue; the global batch stays the same")
+    add("--gpus-per-node", type=int, help="must be the configuration's devices (default: that)")
+    add("--cpus-per-task", type=int, help="CPU cores of a rank")
+    add("--mem-gb", type=float, help="memory of a node")
+    add("--partition", help="of the cluster")
+    add("--account", help="to charge")
+    add("--qos", help="quality of service")
+    add("--constraint", help="features that nodes must have")
+    add("--exclude", help="nodes to avoid")
+    add("--name", help="of the job (default: that of the configuration)")
+    add("--time", default=_DEFAULTS["time"].default, help="limit, as in sbatch (default: %(default)s)")
+    add(
+        "--grace",
+        type=int,
+        default=_DEFAULTS["grace"].default,
+        help="seconds before the limit at which to save and requeue (default: %(default)s)",
+    )
+    add(
+        "--collective-timeout",
+        type=float,
+        default=_DEFAULTS["collective_timeout"].default,
+        metavar="MINUTES",
+        help="after which a hanging collective ends the job, which is then requeued (default: %(default)s)",
+    )
+    add("--seconds-per-step", type=float, help="if known, to compare the checkpoint interval with --time")
+    add(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="KEY=A,B,...",
+        help="a job array over all combinations; rank, lr, or any key; repeatable",
+    )
+    add(
+        "--array-parallelism",
+        type=int,
+        default=_DEFAULTS["array_parallelism"].default,
+        help="jobs of the array at a time (default: %(default)s)",
+    )
+    add("--sbatch", action="append", default=[], metavar="NAME=VALUE", help="any other option of sbatch; repeatable")
+    add("--setup", action="append", default=[], metavar="COMMAND", help="shell command before the job; repeatable")
+    add("--dry-run", action="store_true", help="print the sbatch file and submit nothing")
+    add("--follow", action="store_true", help="print the log of rank 0 until the job has ended")
+    return parser

@@ -1,0 +1,7 @@
+"""Jobs on a cluster: what is submitted, checked beforehand, and run by every task."""
+
+from lowrank_dist.slurm.job import TrainingJob
+from lowrank_dist.slurm.options import SubmitError, SubmitOptions
+from lowrank_dist.slurm.submit import Submission, prepare
+
+__all__ = ["Submission", "SubmitError", "SubmitOptions", "TrainingJob", "prepare"]

@@ -1,0 +1,215 @@
+"""A job's options against its configuration, before anything is submitted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from lowrank_dist.checkpoint_io import CheckpointError
+from lowrank_dist.checkpoints.layout import newest_checkpoint
+from lowrank_dist.slurm.options import SubmitError, SubmitOptions
+
+_CHECKPOINT = "lowrank_dist.AdapterCheckpoint"
+_NODE_LOCAL = ("/tmp", "/var/tmp", "/dev/shm", "/run")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What a configuration asks for.
+
+    Attributes
+    ----------
+    nodes, devices
+        Of the configuration: with `accumulate` they fix the global batch.
+    counts
+        Numbers of nodes that the job may get.
+    root
+        ``trainer.default_root_dir``.
+    warnings
+        What may be wrong, but need not be.
+    """
+
+    nodes: int
+    devices: int
+    accumulate: int
+    on_gpu: bool
+    counts: tuple[int, ...]
+    root: Path
+    has_timeout: bool
+    warnings: tuple[str, ...]
+
+    @property
+    def batches(self) -> int:
+        """Batches of a step, over all ranks."""
+        return self.nodes * self.devices * self.accumulate
+
+
+def accumulated(*, batches: int, nodes: int, devices: int) -> int:
+    """Batches that each of ``nodes * devices`` ranks accumulates so that a step has `batches` of them.
+
+    Raises
+    ------
+    SubmitError
+        Where they cannot be dealt out evenly.
+    """
+    if batches % (nodes * devices):
+        raise SubmitError(
+            f"a step of {batches} batches cannot be dealt out to {nodes} nodes of {devices} ranks; nodes x ranks must "
+            "divide it: change --min-nodes, or batch_size and accumulate_grad_batches"
+        )
+    return batches // (nodes * devices)
+
+
+def check(options: SubmitOptions, settings: Any) -> Shape:
+    """Compare options with the parsed settings of ``lowrank-dist fit``.
+
+    Raises
+    ------
+    SubmitError
+        At the first thing that would make the job fail or train something else.
+    """
+    trainer = settings.trainer
+    devices, nodes = _devices(trainer.devices), int(trainer.num_nodes)
+    for option, given, key, value in (
+        ("--nodes", options.nodes, "num_nodes", nodes),
+        ("--gpus-per-node", options.gpus_per_node, "devices", devices),
+    ):
+        if given is not None and given != value:
+            raise SubmitError(
+                f"{option} {given}, but trainer.{key} is {value} in {options.config}: the global batch would be "
+                f"another one; say --trainer.{key}={given} if it shall (and adapt trainer.accumulate_grad_batches or "
+                "data.batch_size)"
+            )
+    if options.cluster == "local" and nodes > 1:
+        raise SubmitError(
+            f"--cluster local is one machine, but trainer.num_nodes is {nodes}; say --trainer.num_nodes=1 "
+            f"--trainer.devices={nodes * devices}, or as many as there is room for"
+        )
+    accumulate = int(trainer.accumulate_grad_batches or 1)
+    least = options.min_nodes or nodes
+    if least > nodes:
+        raise SubmitError(f"--min-nodes {least} is more than trainer.num_nodes={nodes}")
+    counts = tuple(range(least, nodes + 1))
+    for count in counts:
+        accumulated(batches=nodes * devices * accumulate, nodes=count, devices=devices)
+    _check_checkpoints(options, trainer)
+    _check_requeue(trainer)
+    root = Path(trainer.default_root_dir or ".").absolute()
+    warnings = [*_check_paths(settings, options), *_check_root(root, options)]
+    return Shape(
+        nodes=nodes,
+        devices=devices,
+        accumulate=accumulate,
+        on_gpu=_on_gpu(trainer.accelerator),
+        counts=counts,
+        root=root,
+        has_timeout=_has_timeout(trainer.strategy),
+        warnings=tuple(warnings),
+    )
+
+
+def _devices(value: Any) -> int:
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        raise SubmitError(
+            f"trainer.devices is {value!r}: a job needs the number of ranks of a node; say --trainer.devices=8"
+        ) from None
+
+
+def _on_gpu(accelerator: Any) -> bool:
+    if accelerator in ("gpu", "cuda"):
+        return True
+    if accelerator == "cpu":
+        return False
+    raise SubmitError(
+        f"trainer.accelerator is {accelerator!r}: this machine may not be what the nodes are; say gpu or cpu"
+    )
+
+
+def _class_path(part: Any) -> str:
+    return str(getattr(part, "class_path", ""))
+
+
+def _check_checkpoints(options: SubmitOptions, trainer: Any) -> None:
+    saving = [part for part in trainer.callbacks or [] if _class_path(part).endswith(_CHECKPOINT.split(".")[-1])]
+    if not saving:
+        raise SubmitError(
+            f"{options.config} has no {_CHECKPOINT}: a preempted job would begin anew; add it to trainer.callbacks"
+        )
+    arguments, limit = saving[0].init_args, timedelta(minutes=options.minutes)
+    interval = arguments.get("train_time_interval")
+    steps = arguments.get("every_n_train_steps")
+    if interval is None and steps and options.seconds_per_step:
+        interval = timedelta(seconds=steps * options.seconds_per_step)
+    if interval is not None and interval >= limit:
+        raise SubmitError(
+            f"a checkpoint every {interval} and --time {options.time}: without a signal (a dead node) nothing would be "
+            "saved; shorten the interval, or give it more time"
+        )
+
+
+def _check_requeue(trainer: Any) -> None:
+    plugins = trainer.plugins if isinstance(trainer.plugins, list) else [trainer.plugins]
+    for plugin in plugins:
+        if _class_path(plugin).endswith("SLURMEnvironment") and plugin.init_args.get("auto_requeue", True):
+            raise SubmitError(
+                "trainer.plugins has a SLURMEnvironment with auto_requeue on: the job requeues itself; set "
+                "auto_requeue: false, or leave the plugin out"
+            )
+
+
+def _check_paths(settings: Any, options: SubmitOptions) -> list[str]:
+    """Everything that looks like a path must be there; hub ids cannot be looked at from here."""
+    strategy = getattr(settings.trainer.strategy, "init_args", {})
+    named = {
+        "trainer.strategy.pretrained": strategy.get("pretrained"),
+        "model.pretrained": settings.model.get("pretrained"),
+        "data.tokenizer": settings.data.get("tokenizer"),
+        "data.train": settings.data.get("train"),
+        "data.validation": settings.data.get("validation"),
+        "data.test": settings.data.get("test"),
+    }
+    warnings = []
+    for key, value in named.items():
+        if value is None:
+            continue
+        path = Path(str(value)).absolute()
+        text = str(value)
+        looks_local = text.startswith(("/", ".", "~")) or text.count("/") > 1 or text.endswith(".jsonl")
+        if looks_local and not path.exists():
+            raise SubmitError(f"{key}={value}: there is no {path}; give a path that every node sees, or a hub id")
+        if options.cluster == "slurm" and path.exists() and _node_local(path):
+            warnings.append(f"{key}={value} is on a file system that other nodes do not see, as it seems")
+    return sorted(set(warnings))
+
+
+def _check_root(root: Path, options: SubmitOptions) -> list[str]:
+    existing = next(path for path in (root, *root.parents) if path.exists())
+    if not existing.is_dir():
+        raise SubmitError(f"trainer.default_root_dir={root}: {existing} is no directory")
+    if options.cluster == "slurm" and _node_local(existing):
+        return [f"trainer.default_root_dir={root} is on a file system that other nodes do not see, as it seems"]
+    return []
+
+
+def _node_local(path: Path) -> bool:
+    return any(path.is_relative_to(prefix) for prefix in _NODE_LOCAL)
+
+
+def _has_timeout(strategy: Any) -> bool:
+    """Whether the strategy takes a timeout for collectives that the configuration leaves at its default."""
+    return "timeout" in getattr(strategy, "init_args", {}) and strategy.init_args.timeout == timedelta(minutes=30)
+
+
+def newest_step(root: Path) -> int | None:
+    """The step that a job in `root` would go on from, where it has checkpoints in the usual place."""
+    from lowrank_dist.checkpoints.layout import TrainingCheckpoint
+
+    newest = newest_checkpoint(root / "checkpoints")
+    try:
+        return None if newest is None else int(TrainingCheckpoint(newest).manifest["step"])
+    except CheckpointError:
+        return None

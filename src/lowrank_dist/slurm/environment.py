@@ -1,0 +1,112 @@
+"""The environment of a task: rendezvous, network interface, caches, and logs that say where a line is from."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import struct
+import sys
+import tempfile
+import time
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TextIO
+
+from lowrank_dist.allocation import Allocation
+
+_SIOCGIFADDR = 0x8915  # of linux/sockios.h: the address of an interface
+_STALE = 3600  # seconds after which a lock of a build is nobody's
+
+
+def set_up(allocation: Allocation) -> None:
+    """Set what torch, NCCL, gloo and DeepSpeed read, unless the user has; before any of them is imported."""
+    env = os.environ
+    if allocation.on_slurm:
+        env.setdefault("MASTER_ADDR", allocation.hosts[0])
+    else:  # as torchrun sets it
+        for name in [name for name in env if name.startswith("SLURM_")]:
+            del env[name]
+        rank, ranks = str(allocation.rank), str(allocation.ranks)
+        env.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, LOCAL_WORLD_SIZE=ranks, GROUP_RANK="0")
+        env["TORCHELASTIC_RUN_ID"] = allocation.job_id
+        env.setdefault("MASTER_ADDR", "127.0.0.1")
+        env.setdefault("MASTER_PORT", str(20000 + int(allocation.job_id) % 10000))
+    interface = interface_to(_peer(allocation))
+    if interface is not None:
+        env.setdefault("GLOO_SOCKET_IFNAME", interface)
+        env.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
+    # a collective that fails or times out ends the process instead of leaving it waiting
+    env.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
+    env.setdefault("TORCH_EXTENSIONS_DIR", str(extension_cache(owner=allocation.local_rank == 0)))
+
+
+def _peer(allocation: Allocation) -> str:
+    """A node that this one must reach."""
+    if allocation.nodes == 1:
+        return "127.0.0.1"
+    return allocation.hosts[0 if allocation.node else 1]
+
+
+def interface_to(host: str) -> str | None:
+    """Name of the interface that leads to `host`; None where it cannot be told."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, 9))  # sends nothing: the kernel chooses a route
+        except OSError:
+            return None
+        address = probe.getsockname()[0]
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode()[:15])
+            try:
+                answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)
+            except OSError:  # it has no IPv4 address
+                continue
+            if socket.inet_ntoa(answer[20:24]) == address:
+                return name
+    return None
+
+
+def extension_cache(*, owner: bool) -> Path:
+    """Directory of this node for operators that DeepSpeed compiles, once for all ranks and jobs of the user.
+
+    Parameters
+    ----------
+    owner
+        Remove locks that a killed build has left: later ones would wait for ever.
+    """
+    versions = f"torch{version('torch')}-deepspeed{version('deepspeed')}-py{sys.version_info[0]}.{sys.version_info[1]}"
+    cache = Path(tempfile.gettempdir(), f"lowrank_dist-{os.getuid()}", versions)
+    cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if cache.parent.stat().st_uid != os.getuid():
+        return Path(tempfile.mkdtemp(prefix="lowrank_dist-"))  # another's: nothing is compiled into it
+    if owner:
+        for lock in cache.glob("*/lock"):
+            if time.time() - lock.stat().st_mtime > _STALE:
+                lock.unlink(missing_ok=True)
+    return cache
+
+
+class PrefixedStream:
+    """A text stream whose lines begin with where they are from."""
+
+    def __init__(self, stream: TextIO, prefix: str) -> None:
+        self._stream, self._prefix, self._at_start = stream, prefix, True
+
+    def write(self, text: str) -> int:
+        for line in text.splitlines(keepends=True):
+            self._stream.write(f"{self._prefix}{line}" if self._at_start else line)
+            self._at_start = line.endswith(("\n", "\r"))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def prefix_output(allocation: Allocation) -> None:
+    """Let every line that Python writes from here on begin with node and rank."""
+    # DeepSpeed 0.19 calls torch.distributed by names that torch 2.13 renamed: a line of the log for every call
+    warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)
+    prefix = f"[{allocation.host} {allocation.rank}] "
+    sys.stdout, sys.stderr = PrefixedStream(sys.stdout, prefix), PrefixedStream(sys.stderr, prefix)

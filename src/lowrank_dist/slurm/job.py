@@ -1,0 +1,171 @@
+"""The job: what every task runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lowrank_dist.allocation import Allocation
+from lowrank_dist.attempts import AttemptLog
+from lowrank_dist.errors import InputError
+from lowrank_dist.signals import SIGNALS
+from lowrank_dist.slurm.environment import prefix_output, set_up
+
+#: Exit status of a job that is not to be requeued (EX_CONFIG of sysexits.h).
+STOPPED = 78
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingJob:
+    """``lowrank-dist fit`` as a task of a job: environment, callbacks, the record of attempts. Called by every task.
+
+    Attributes
+    ----------
+    config, overrides
+        Of ``lowrank-dist fit``.
+    folder
+        Of the job's logs and records, seen by all nodes.
+    batches
+        Of a step, over all ranks; as many are accumulated as that takes on the nodes that the job has got.
+    grace
+        Seconds between the signal and the end.
+    timeout
+        Minutes after which a collective is given up; None leaves the strategy's.
+    health_check
+        Check nodes and network before the model is set up.
+    """
+
+    config: str
+    overrides: tuple[str, ...]
+    folder: str
+    batches: int
+    grace: float
+    timeout: float | None
+    health_check: bool = True
+
+    def __call__(self) -> None:
+        """Run the task.
+
+        Raises
+        ------
+        SystemExit
+            With `STOPPED` where starting it again would not help; with 0 (on one machine `LOCAL_REQUEUE_STATUS`) where
+            the job is requeued.
+        """
+        SIGNALS.arm()  # in the place of submitit's handlers, which requeue without a checkpoint
+        allocation = Allocation.current()
+        if allocation is None:
+            raise InputError("this is no task of a job; submit it with `lowrank-dist submit`, or start it with srun")
+        set_up(allocation)
+        prefix_output(allocation)
+        attempts = AttemptLog(self.folder, allocation.job_id)
+        try:
+            if allocation.rank == 0:
+                attempts.begin(nodes=allocation.hosts, ranks=allocation.ranks, restarts=allocation.restarts)
+            self._train(allocation)
+        except InputError as error:
+            attempts.error(node=allocation.host, rank=allocation.rank, error=error)
+            self._stop(attempts, allocation, error)
+        except Exception as error:
+            attempts.error(node=allocation.host, rank=allocation.rank, error=error)
+            raise
+        if allocation.rank == 0:
+            attempts.end("finished")
+
+    def _train(self, allocation: Allocation) -> None:
+        from lowrank_dist.trainer_cli import command_line, run_trainer
+
+        argv = self.arguments(allocation)
+        with command_line(argv):
+            run_trainer(argv)
+
+    @staticmethod
+    def _stop(attempts: AttemptLog, allocation: Allocation, error: Exception) -> None:
+        attempts.stop()
+        if allocation.rank == 0:
+            attempts.end("stopped")
+        print(f"lowrank-dist: the job stops: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(STOPPED)
+
+    def arguments(self, allocation: Allocation) -> list[str]:
+        """Arguments of ``lowrank-dist``, for the nodes that the job has got."""
+        from lowrank_dist.slurm.checks import accumulated
+
+        devices = allocation.ranks // allocation.nodes
+        arguments = [
+            "fit",
+            f"--config={self.config}",
+            *self.overrides,
+            f"--trainer.num_nodes={allocation.nodes}",
+            f"--trainer.devices={devices}",
+            "--trainer.accumulate_grad_batches="
+            + str(accumulated(batches=self.batches, nodes=allocation.nodes, devices=devices)),
+            _added("callbacks", "lowrank_dist.Preemption", grace_seconds=self.grace, attempts=self.folder),
+            "--ckpt_path=last",
+        ]
+        if self.health_check:
+            arguments.append(_added("callbacks", "lowrank_dist.HealthCheck"))
+        if self.timeout is not None:
+            arguments.append(f"--trainer.strategy.init_args.timeout={_clock(self.timeout)}")
+        if allocation.on_slurm:
+            environment = "lightning.pytorch.plugins.environments.SLURMEnvironment"
+            arguments.append(_added("plugins", environment, auto_requeue=False))
+        return arguments
+
+    def checkpoint(self) -> Any:
+        """For submitit, whose handler may run before `__call__`: the job as it is."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+def _added(what: str, class_path: str, **init_args: object) -> str:
+    return f"--trainer.{what}+=" + json.dumps({"class_path": class_path, "init_args": init_args})
+
+
+def _clock(minutes: float) -> str:
+    seconds = round(60 * minutes)
+    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
+def requeue_script(folder: str) -> list[str]:
+    """Shell commands after ``srun``: a job that failed, and was neither cancelled nor stopped, starts again.
+
+    SLURM itself requeues after the loss of a node and after preemption, not after the loss of a process.
+    """
+    return [
+        "status=$?",
+        "job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}",
+        "job=${job:-$SLURM_JOB_ID}",
+        f'if [ $status -ne 0 ] && [ ! -e {_quoted(folder)}/"$job".stopped ] && '
+        '[ "$(squeue --noheader --jobs="$job" --format=%T)" = RUNNING ]; then',
+        '    echo "srun ended with status $status: requeueing job $job"',
+        '    scontrol requeue "$job" && sleep 60  # it ends here',
+        "fi",
+        "exit $status",
+    ]
+
+
+def _quoted(path: str) -> str:
+    import shlex
+
+    return shlex.quote(path)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """``srun python -m lowrank_dist.slurm --config FILE --folder DIR [overrides]``: the job without submitit."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="python -m lowrank_dist.slurm", allow_abbrev=False, description=main.__doc__)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--folder", required=True, help="for the record of attempts; seen by all nodes")
+    parser.add_argument("--batches", type=int, required=True, help="of a step, over all ranks")
+    parser.add_argument("--grace", type=float, default=300, help="seconds of #SBATCH --signal=USR2@SECONDS")
+    parser.add_argument("--timeout", type=float, default=15, help="minutes, of a collective")
+    options, overrides = parser.parse_known_args(argv)
+    os.makedirs(options.folder, mode=0o700, exist_ok=True)
+    TrainingJob(**vars(options), overrides=tuple(overrides))()

@@ -1,0 +1,215 @@
+"""From options to a submitted job, through submitit."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import submitit
+
+from lowrank_dist.slurm.checks import Shape, check, newest_step
+from lowrank_dist.slurm.job import TrainingJob, requeue_script
+from lowrank_dist.slurm.options import SubmitError, SubmitOptions, point_overrides
+from lowrank_dist.trainer_cli import parse_fit
+
+_ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
+_POLL = 1.0  # seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """A job, checked and ready to be submitted.
+
+    Attributes
+    ----------
+    options, shape
+        What was asked for, and what the configuration says.
+    folder
+        Logs, pickles and records of the attempts: of this submission alone, so that nothing stale is read.
+    jobs, roots
+        One, or those of a sweep; and the ``default_root_dir`` of each.
+    """
+
+    options: SubmitOptions
+    shape: Shape
+    folder: Path
+    jobs: tuple[TrainingJob, ...]
+    roots: tuple[Path, ...]
+
+    def script(self) -> str:
+        """The text that sbatch is given."""
+        executor = self._executor()
+        if self.options.cluster == "local":
+            raise SubmitError("--dry-run: --cluster local needs no sbatch file; leave one of them out")
+        slurm = executor._executor
+        if len(self.jobs) > 1:
+            slurm.parameters["map_count"] = len(self.jobs)
+        return str(slurm._make_submission_file_text(slurm._submitit_command_str, "dry-run"))
+
+    def submit(self) -> list[Any]:
+        """Submit; returns submitit's jobs. The folder can be read by its owner only."""
+        self.folder.mkdir(parents=True, mode=0o700)
+        os.chmod(self.folder, 0o700)
+        executor = self._executor()
+        with executor.batch():
+            return [executor.submit(job) for job in self.jobs]
+
+    def _executor(self) -> Any:
+        options, shape = self.options, self.shape
+        if options.cluster == "slurm" and shutil.which("sbatch") is None:
+            raise SubmitError(
+                "there is no sbatch on PATH: submit from a login node, or take --cluster local; launch/qpissa.sbatch "
+                "is a file for sites without submitit"
+            )
+        executor = submitit.AutoExecutor(folder=self.folder, cluster=options.cluster)
+        executor.update_parameters(
+            name=options.name or Path(options.config).stem,
+            timeout_min=options.minutes,
+            nodes=shape.nodes,
+            tasks_per_node=shape.devices,
+            stderr_to_stdout=True,
+            **({"gpus_per_node": shape.devices} if shape.on_gpu else {}),
+            **({"cpus_per_task": options.cpus_per_task} if options.cpus_per_task else {}),
+            **({"mem_gb": options.mem_gb} if options.mem_gb else {}),
+        )
+        if options.cluster == "local":
+            if options.setup:
+                executor.update_parameters(local_setup=list(options.setup))
+            executor._executor.parameters["signal_delay_s"] = options.grace
+            return executor
+        named = {name: getattr(options, name) for name in ("partition", "account", "qos", "constraint", "exclude")}
+        executor.update_parameters(
+            **{f"slurm_{name}": value for name, value in named.items() if value is not None},
+            slurm_signal_delay_s=options.grace,
+            slurm_setup=list(options.setup),
+            slurm_teardown=requeue_script(str(self.folder)),
+            # a task that ends badly ends the others; those of a job that ends well have a minute to follow
+            slurm_srun_args=["--kill-on-bad-exit=1", "--wait=60"],
+            slurm_array_parallelism=options.array_parallelism,
+            slurm_additional_parameters=self._additional(),
+        )
+        return executor
+
+    def _additional(self) -> dict[str, Any]:
+        additional: dict[str, Any] = {"requeue": True}
+        if len(self.shape.counts) > 1:
+            additional["nodes"] = f"{self.shape.counts[0]}-{self.shape.counts[-1]}"
+        for option in self.options.sbatch:
+            name, equals, value = option.partition("=")
+            additional[name] = value if equals else True
+        return additional
+
+
+def prepare(options: SubmitOptions) -> Submission:
+    """Check a job against its configuration, and every point of its sweep.
+
+    Raises
+    ------
+    SubmitError
+        At the first thing that is wrong.
+    SystemExit
+        With status 2, after a message of the parser of ``lowrank-dist fit``: an unknown key, a value of a wrong type.
+    """
+    if not Path(options.config).is_file():
+        raise SubmitError(f"--config {options.config}: no such file")
+    config = str(Path(options.config).absolute())
+    settings = parse_fit([f"--config={config}", *options.overrides])
+    shape = check(options, settings)
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    folder = shape.root / "jobs" / name
+    jobs, roots = [], []
+    for point in options.points:
+        overrides = [*options.overrides, *point_overrides(point), *_own_directory(point, settings)]
+        roots.append(check(options, parse_fit([f"--config={config}", *overrides])).root if point else shape.root)
+        jobs.append(
+            TrainingJob(
+                config=config,
+                overrides=tuple(overrides),
+                folder=str(folder),
+                batches=shape.batches,
+                grace=options.grace,
+                timeout=options.collective_timeout if shape.has_timeout else None,
+            )
+        )
+    return Submission(options=options, shape=shape, folder=folder, jobs=tuple(jobs), roots=tuple(roots))
+
+
+def _own_directory(point: dict[str, str], settings: Any) -> list[str]:
+    """Arguments that give a point of a sweep a directory of its own, below that of the configuration."""
+    if not point:
+        return []
+    root = str(settings.trainer.default_root_dir or ".")
+    own = str(Path(root, ",".join(f"{key.split('.')[-1]}={value}" for key, value in point.items())))
+    arguments = [f"--trainer.default_root_dir={own}"]
+    if getattr(getattr(settings.trainer.logger, "init_args", None), "save_dir", None) == root:
+        arguments.append(f"--trainer.logger.init_args.save_dir={own}")
+    return arguments
+
+
+def announce(submission: Submission, jobs: list[Any]) -> None:
+    """Print what was submitted, where its logs are, and how to follow and cancel it."""
+    name = submission.options.name or Path(submission.options.config).stem
+    for job, root in zip(jobs, submission.roots, strict=True):
+        step = newest_step(root)
+        resumes = "" if step is None else f", goes on from the checkpoint of step {step}"
+        print(f"job {job.job_id}: {name} in {root}{resumes}")
+        print(f"  log     {job.paths.stdout}")
+        print(f"  others  {job.paths.folder / (job.job_id + '_RANK_log.out')}")
+    print(f"  follow  tail -F {jobs[0].paths.stdout}")
+    cancel = f"scancel {jobs[0].job_id.split('_')[0]}" if submission.options.cluster == "slurm" else "Ctrl-C"
+    print(f"  cancel  {cancel}")
+
+
+def follow(submission: Submission, job: Any) -> int:
+    """Print the log of rank 0 as it grows until the job has ended; returns 0 where it ended well.
+
+    Ctrl-C ends the following; on SLURM the job runs on.
+    """
+    position = 0
+    while True:
+        state = _state(submission, job)
+        position = _print_from(job.paths.stdout, position)
+        if state in _ENDED:
+            print(f"job {job.job_id}: {state}")
+            return 0 if state == "COMPLETED" else 1
+        time.sleep(_POLL)
+
+
+def _print_from(path: Path, position: int) -> int:
+    if not path.exists():
+        return position
+    with open(path, "rb") as log:
+        log.seek(position)
+        text = log.read()
+    sys.stdout.write(text.decode(errors="replace"))
+    sys.stdout.flush()
+    return position + len(text)
+
+
+def _state(submission: Submission, job: Any) -> str:
+    """State of the job, in SLURM's words; without its accounting, which not all sites have."""
+    if submission.options.cluster == "local":
+        return _local_state(job)
+    command = ["squeue", "--noheader", "--states=all", f"--jobs={job.job_id}", "--format=%T"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    if done.stdout.split():
+        return done.stdout.split()[0]
+    if done.returncode and "Invalid job id" not in done.stderr:
+        return "UNKNOWN"  # slurmctld does not answer
+    # SLURM forgets a job some minutes after its end
+    return "COMPLETED" if job.paths.result_pickle.exists() else "FAILED"
+
+
+def _local_state(job: Any) -> str:
+    if job.get_info()["jobState"] == "RUNNING":
+        return "RUNNING"
+    tasks = [job.task(rank) for rank in range(job.num_tasks)]
+    well = all(task.paths.result_pickle.exists() and task.exception() is None for task in tasks)
+    return "COMPLETED" if well else "FAILED"

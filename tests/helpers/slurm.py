@@ -1,0 +1,136 @@
+"""A SLURM on loopback, and jobs of the tiny model on it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lowrank_dist.cli import main
+
+SCRIPT = Path(__file__).parents[1] / "slurm" / "lab.sh"
+CONFIG = Path(__file__).parents[2] / "configs" / "smollm2-135m_qpissa_2cpu.yaml"
+STEPS = 10
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
+
+
+def arguments(material: Path, root: Path, *, nodes: int = 2, devices: int = 1) -> list[str]:
+    """Of ``lowrank-dist submit``: QPiSSA of the tiny model, a checkpoint every second step."""
+    strategy = "--trainer.strategy.init_args"
+    options = {
+        "--config": CONFIG,
+        "--model.pretrained": material / "model",
+        "--model.lr": 1e-2,
+        f"{strategy}.pretrained": material / "model",
+        f"{strategy}.adapter.init_args.r": 4,
+        "--data.tokenizer": material / "model",
+        "--data.train": material / "data.jsonl",
+        "--data.validation": material / "data.jsonl",
+        "--trainer.default_root_dir": root,
+        "--trainer.logger": "false",
+        "--trainer.callbacks": json.dumps(
+            [
+                {
+                    "class_path": "lowrank_dist.AdapterCheckpoint",
+                    "init_args": {
+                        "dirpath": str(root / "checkpoints"),
+                        "filename": "{step}",
+                        "every_n_train_steps": 2,
+                        "save_top_k": -1,
+                    },
+                },
+                {"class_path": "lowrank_dist.LossHistory", "init_args": {"path": "history.json"}},
+            ]
+        ),
+        "--trainer.max_steps": STEPS,
+        "--trainer.val_check_interval": STEPS,
+        "--trainer.num_sanity_val_steps": 0,
+        "--trainer.precision": "32-true",
+        "--trainer.num_nodes": nodes,
+        "--trainer.devices": devices,
+        "--time": 20,
+        "--grace": 300,
+    }
+    return [f"{key}={value}" for key, value in options.items()]
+
+
+def added(name: str, **init_args: object) -> str:
+    """Another callback, of `helpers.pace`."""
+    return "--trainer.callbacks+=" + json.dumps({"class_path": f"helpers.pace.{name}", "init_args": init_args})
+
+
+def losses(root: Path) -> dict[int, float]:
+    """Training losses by step, over all attempts."""
+    return {entry["step"]: entry["loss"] for entry in json.loads((root / "history.json").read_text())["train"]}
+
+
+def wait_for(what: Callable[[], Any], timeout: float = 240) -> Any:
+    """Until `what` gives something true; returns it."""
+    deadline = time.monotonic() + timeout
+    while not (value := what()):
+        assert time.monotonic() < deadline, f"waited {timeout} s in vain"
+        time.sleep(0.2)
+    return value
+
+
+class Job:
+    """A submitted job."""
+
+    def __init__(self, job_id: str, root: Path) -> None:
+        self.id, self.root = job_id, root
+        (self.folder,) = (path.parent for path in root.glob(f"jobs/*/{job_id}_submitted.pkl"))
+
+    @property
+    def state(self) -> str:
+        command = ["squeue", "--noheader", "--states=all", f"--jobs={self.id}", "--format=%T"]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    @property
+    def log(self) -> str:
+        return "".join(path.read_text(errors="replace") for path in sorted(self.folder.glob(f"{self.id}_*_log.out")))
+
+    @property
+    def attempts(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / f"{self.id}_attempts.jsonl").read_text().splitlines()]
+
+    @property
+    def outcomes(self) -> list[str]:
+        return [event["outcome"] for event in self.attempts if event["event"] == "end"]
+
+    def wait_for_step(self, step: int) -> None:
+        """Until so many steps are done in the present attempt."""
+        path = self.folder / f"{self.id}_step"
+        wait_for(lambda: path.exists() and int(path.read_text() or 0) >= step)
+
+    def wait(self) -> str:
+        """Until it has ended; returns its state."""
+        return str(wait_for(lambda: self.state in ENDED and self.state))
+
+
+class Lab:
+    """The running SLURM."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def script(self, action: str, node: str) -> None:
+        subprocess.run([SCRIPT, action, self.directory, node], check=True, timeout=60)
+
+    def submit(self, capsys: Any, root: Path, argv: list[str]) -> Job:
+        """``lowrank-dist submit argv``."""
+        capsys.readouterr()
+        assert main(["submit", *argv]) == 0
+        job_id = capsys.readouterr().out.split(":")[0].removeprefix("job ")
+        return Job(job_id, root)
+
+    def update(self, *settings: str) -> None:
+        subprocess.run(["scontrol", "update", *settings], check=True, timeout=30)
+
+    def nodes_idle(self) -> bool:
+        shown = subprocess.run(
+            ["sinfo", "--noheader", "--Node", "--partition=high", "--format=%t"], capture_output=True
+        )
+        return shown.stdout.decode().split() == ["idle"] * 3

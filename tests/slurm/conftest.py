@@ -1,0 +1,63 @@
+"""The lab: a real SLURM of three nodes on loopback, for the session."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers.sft import byte_level_tokenizer, tiny_llama, write_jsonl
+from helpers.slurm import SCRIPT, Lab
+
+COMMANDS = ("slurmctld", "slurmd", "srun", "sbatch", "munged")
+
+
+def why_not() -> str | None:
+    """What keeps SLURM from running here; None where nothing does."""
+    missing = [command for command in COMMANDS if shutil.which(command) is None]
+    if missing:
+        return f"{', '.join(missing)} not installed: make test-slurm installs Debian's packages"
+    if os.getuid() != 0:
+        return "slurmctld and its nodes are started as root"
+    if subprocess.run(["unshare", "--uts", "--mount", "true"], capture_output=True).returncode:
+        return "no namespaces can be made here"
+    return None
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    reason = why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    directory = tmp_path_factory.mktemp("lab")
+    for parent in (directory, *directory.parents[:2]):
+        parent.chmod(0o755)  # munge wants the way to its socket open
+    subprocess.run([SCRIPT, "up", directory, "3"], check=True, timeout=120)
+    before = os.environ.get("SLURM_CONF")
+    os.environ["SLURM_CONF"] = str(directory / "etc" / "slurm.conf")
+    try:
+        yield Lab(directory)
+    finally:
+        subprocess.run([SCRIPT, "down", directory], check=True, timeout=120)
+        if before is None:
+            del os.environ["SLURM_CONF"]
+        else:
+            os.environ["SLURM_CONF"] = before
+
+
+@pytest.fixture(scope="session")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, its tokenizer and examples of equal length."""
+    directory = tmp_path_factory.mktemp("material")
+    tokenizer = byte_level_tokenizer()
+    torch.manual_seed(0)
+    tiny_llama(len(tokenizer)).save_pretrained(directory / "model")
+    tokenizer.save_pretrained(directory / "model")
+    records = [{"prompt": f"{i:03d} + {i:03d} = ", "completion": f"{2 * i:03d}"} for i in range(96)]
+    write_jsonl(directory / "data.jsonl", records)
+    return directory
