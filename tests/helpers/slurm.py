@@ -51,6 +51,7 @@ def arguments(material: Path, root: Path, *, nodes: int = 2, devices: int = 1) -
         "--trainer.precision": "32-true",
         "--trainer.num_nodes": nodes,
         "--trainer.devices": devices,
+        "--trainer.accumulate_grad_batches": 4 // (nodes * devices),  # always four batches of one example a step
         "--time": 20,
         "--grace": 300,
     }
