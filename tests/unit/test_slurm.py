@@ -110,6 +110,18 @@ def test_the_text_for_sbatch(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert not (tmp_path / "runs").exists()  # nothing is written either
 
 
+@pytest.mark.usefixtures("no_sbatch")
+def test_configurations_that_are_composed(capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(CONFIG).parent
+    files = [
+        f"--config={folder / part}" for part in ("base/llama3-70b_32gpu.yaml", "method/pissa.yaml", "rank/64.yaml")
+    ]
+    assert main(["submit", *files, "--partition=gpu", "--dry-run"]) == 0
+    script = capsys.readouterr().out
+    assert "#SBATCH --job-name=llama3-70b_32gpu-pissa-64\n" in script
+    assert "#SBATCH --nodes=4\n" in script
+
+
 @given(
     days=st.none() | st.integers(0, 9), hours=st.integers(0, 23), minutes=st.integers(0, 59), seconds=st.integers(0, 59)
 )
@@ -118,7 +130,7 @@ def test_times_are_slurms(days: int | None, hours: int, minutes: int, seconds: i
     expected = timedelta(days=days or 0, hours=hours, minutes=minutes, seconds=seconds).total_seconds() / 60
     if expected <= 1:
         return
-    options = SubmitOptions(config="x", time=text, grace=1)
+    options = SubmitOptions(config=("x",), time=text, grace=1)
     assert 0 <= options.minutes - expected < 1
 
 
@@ -131,7 +143,7 @@ def test_the_global_batch_stays_the_same(batches: int, nodes: int, devices: int)
 
 
 def test_a_sweep_is_a_grid_and_rank_keeps_its_scaling() -> None:
-    points = SubmitOptions(config="x", sweep=("rank=16,64", "model.warmup_ratio=0,0.1")).points
+    points = SubmitOptions(config=("x",), sweep=("rank=16,64", "model.warmup_ratio=0,0.1")).points
     assert len(points) == 4
     adapter = "--trainer.strategy.init_args.adapter.init_args"
     assert point_overrides(points[1]) == [f"{adapter}.r=16", f"{adapter}.lora_alpha=16", "--model.warmup_ratio=0.1"]
@@ -205,9 +217,10 @@ def test_slow_nodes_are_named_not_their_neighbours() -> None:
 
 
 def test_arguments_keep_the_step_on_fewer_nodes() -> None:
-    job = TrainingJob(config="c.yaml", overrides=(), folder="f", batches=32, grace=60, timeout=1.5)
+    job = TrainingJob(config=("c.yaml", "d.yaml"), overrides=(), folder="f", batches=32, grace=60, timeout=1.5)
     allocation: Any = SimpleNamespace(ranks=16, nodes=2, on_slurm=True)
     arguments = job.arguments(allocation)
     assert "--trainer.accumulate_grad_batches=2" in arguments
     assert "--trainer.strategy.init_args.timeout=0:01:30" in arguments
     assert "--ckpt_path=last" in arguments
+    assert arguments[:3] == ["fit", "--config=c.yaml", "--config=d.yaml"]

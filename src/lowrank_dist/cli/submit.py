@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         "overrides a key of the configuration (--model.lr 1e-4). Submitting again goes on where the last job ended.",
     )
     add = parser.add_argument
-    add("--config", required=True, help="configuration of `lowrank-dist fit`")
+    add("--config", required=True, action="append", help="configuration of `lowrank-dist fit`; repeatable")
     add("--cluster", default="slurm", help="slurm, or local: the same job as processes of this machine")
     add("--nodes", type=int, help="must be the configuration's num_nodes (default: that)")
     add("--min-nodes", type=int, help="start on fewer too, after a requeue; the global batch stays the same")

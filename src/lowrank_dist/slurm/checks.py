@@ -78,7 +78,7 @@ def check(options: SubmitOptions, settings: Any) -> Shape:
     ):
         if given is not None and given != value:
             raise SubmitError(
-                f"{option} {given}, but trainer.{key} is {value} in {options.config}: the global batch would be "
+                f"{option} {given}, but trainer.{key} is {value} in {options.job_name}: the global batch would be "
                 f"another one; say --trainer.{key}={given} if it shall (and adapt trainer.accumulate_grad_batches or "
                 "data.batch_size)"
             )
@@ -137,7 +137,7 @@ def _check_checkpoints(options: SubmitOptions, trainer: Any) -> None:
     saving = [part for part in trainer.callbacks or [] if _class_path(part).endswith(_CHECKPOINT.split(".")[-1])]
     if not saving:
         raise SubmitError(
-            f"{options.config} has no {_CHECKPOINT}: a preempted job would begin anew; add it to trainer.callbacks"
+            f"{options.job_name} has no {_CHECKPOINT}: a preempted job would begin anew; add it to trainer.callbacks"
         )
     arguments, limit = saving[0].init_args, timedelta(minutes=options.minutes)
     interval = arguments.get("train_time_interval")

@@ -39,7 +39,7 @@ class TrainingJob:
         Check nodes and network before the model is set up.
     """
 
-    config: str
+    config: tuple[str, ...]
     overrides: tuple[str, ...]
     folder: str
     batches: int
@@ -98,7 +98,7 @@ class TrainingJob:
         devices = allocation.ranks // allocation.nodes
         arguments = [
             "fit",
-            f"--config={self.config}",
+            *(f"--config={path}" for path in self.config),
             *self.overrides,
             f"--trainer.num_nodes={allocation.nodes}",
             f"--trainer.devices={devices}",
@@ -161,11 +161,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     import argparse
 
     parser = argparse.ArgumentParser(prog="python -m lowrank_dist.slurm", allow_abbrev=False, description=main.__doc__)
-    parser.add_argument("--config", required=True)
+    parser.add_argument("--config", required=True, action="append")
     parser.add_argument("--folder", required=True, help="for the record of attempts; seen by all nodes")
     parser.add_argument("--batches", type=int, required=True, help="of a step, over all ranks")
     parser.add_argument("--grace", type=float, default=300, help="seconds of #SBATCH --signal=USR2@SECONDS")
     parser.add_argument("--timeout", type=float, default=15, help="minutes, of a collective")
     options, overrides = parser.parse_known_args(argv)
     os.makedirs(options.folder, mode=0o700, exist_ok=True)
+    options.config = tuple(options.config)
     TrainingJob(**vars(options), overrides=tuple(overrides))()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from typing import Literal, get_args
 
 from lowrank_dist.errors import InputError
@@ -29,7 +30,7 @@ class SubmitOptions:
     Attributes
     ----------
     config
-        YAML file of ``lowrank-dist fit``.
+        YAML files of ``lowrank-dist fit``, later ones over earlier ones.
     overrides
         Arguments of ``lowrank-dist fit`` after it, such as ``--model.lr=1e-4``.
     cluster
@@ -57,7 +58,7 @@ class SubmitOptions:
         Shell commands before the job (``module load ...``).
     """
 
-    config: str
+    config: tuple[str, ...]
     overrides: tuple[str, ...] = ()
     cluster: Cluster = "slurm"
     nodes: int | None = None
@@ -98,6 +99,11 @@ class SubmitOptions:
             if not re.fullmatch(r"[a-z][a-z-]*(=.+)?", option):
                 raise SubmitError(f"--sbatch {option}: write NAME=VALUE, as in --sbatch reservation=my_reservation")
         _ = self.points
+
+    @property
+    def job_name(self) -> str:
+        """What the job is called."""
+        return self.name or "-".join(Path(path).stem for path in self.config)
 
     @property
     def minutes(self) -> int:

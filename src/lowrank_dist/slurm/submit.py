@@ -70,7 +70,7 @@ class Submission:
             )
         executor = submitit.AutoExecutor(folder=self.folder, cluster=options.cluster)
         executor.update_parameters(
-            name=options.name or Path(options.config).stem,
+            name=options.job_name,
             timeout_min=options.minutes,
             nodes=shape.nodes,
             tasks_per_node=shape.devices,
@@ -117,17 +117,19 @@ def prepare(options: SubmitOptions) -> Submission:
     SystemExit
         With status 2, after a message of the parser of ``lowrank-dist fit``: an unknown key, a value of a wrong type.
     """
-    if not Path(options.config).is_file():
-        raise SubmitError(f"--config {options.config}: no such file")
-    config = str(Path(options.config).absolute())
-    settings = parse_fit([f"--config={config}", *options.overrides])
+    for path in options.config:
+        if not Path(path).is_file():
+            raise SubmitError(f"--config {path}: no such file")
+    config = tuple(str(Path(path).absolute()) for path in options.config)
+    files = [f"--config={path}" for path in config]
+    settings = parse_fit([*files, *options.overrides])
     shape = check(options, settings)
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     folder = shape.root / "jobs" / name
     jobs, roots = [], []
     for point in options.points:
         overrides = [*options.overrides, *point_overrides(point), *_own_directory(point, settings)]
-        roots.append(check(options, parse_fit([f"--config={config}", *overrides])).root if point else shape.root)
+        roots.append(check(options, parse_fit([*files, *overrides])).root if point else shape.root)
         jobs.append(
             TrainingJob(
                 config=config,
@@ -155,7 +157,7 @@ def _own_directory(point: dict[str, str], settings: Any) -> list[str]:
 
 def announce(submission: Submission, jobs: list[Any]) -> None:
     """Print what was submitted, where its logs are, and how to follow and cancel it."""
-    name = submission.options.name or Path(submission.options.config).stem
+    name = submission.options.job_name
     for job, root in zip(jobs, submission.roots, strict=True):
         step = newest_step(root)
         resumes = "" if step is None else f", goes on from the checkpoint of step {step}"
