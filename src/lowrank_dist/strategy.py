@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +36,7 @@ from lowrank_dist.materialize import Materialized, materialize
 from lowrank_dist.methods import LoRA, Method
 from lowrank_dist.nf4 import NF4, format_as_dict
 from lowrank_dist.planner import Sharding
-from lowrank_dist.pretrained import PretrainedModel, open_source
+from lowrank_dist.pretrained import PretrainedModel, Resume, open_source
 from lowrank_dist.report import InitReport
 from lowrank_dist.residual import Dense
 from lowrank_dist.restored import check_digests
@@ -64,6 +65,34 @@ PRECISIONS = {
     "bf16-true": (torch.bfloat16, torch.bfloat16),
     "bf16-mixed": (torch.bfloat16, torch.float32),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Opened:
+    """A model before its weights are read: all of it has been checked, nothing of it has memory.
+
+    Attributes
+    ----------
+    backbone, plan
+        The skeleton with the adapter's layers in, and what fills it.
+    directory, source
+        What it is filled from.
+    start
+        The adapter to go on from, if there is one.
+    earlier
+        What the run that is resumed has left, if one is.
+    """
+
+    backbone: PreTrainedModel
+    plan: Plan
+    directory: Path
+    source: PretrainedModel | DecomposedModel
+    start: StartingAdapter | None
+    earlier: Resume | None
+
+    @property
+    def quantization(self) -> str | None:
+        return None if self.source.residual.exact else str(self.source.residual)
 
 
 class PiSSAStrategy(CheckpointedStrategy):
@@ -287,19 +316,74 @@ class PiSSAStrategy(CheckpointedStrategy):
     # -- the model ----------------------------------------------------------------------------------------------
 
     def _set_up_model(self, module: LightningModule) -> None:
-        if self._backbone is not None and any(child is self._backbone for child in module.modules()):
-            if module.trainer.state.fn == TrainerFn.FITTING:
-                # An engine of DeepSpeed leaves hooks in the module that break the backward of the next.
-                raise ModelError(
-                    "fit of a module that was fitted, validated or tested before: DeepSpeed cannot train it again; "
-                    "make a new module, strategy and Trainer (to validate first: num_sanity_val_steps=-1)"
-                )
-            self._load_parameters()  # of a checkpoint that the Trainer was given
-            return  # validate or test after something else
-        compute_dtype, factor_dtype = PRECISIONS[self.precision_plugin.precision]
+        if self._is_set_up(module):
+            return
         partitioner = Partitioner(self._deepspeed_config, replicas=self._replicas())
         group = partitioner.group
+        opened = self._open(module, group)
+        pretrained_fingerprint = source_fingerprint(opened.source.reader, group)
+        if self._resumed is not None:
+            check_source(self._resumed, pretrained_fingerprint)
 
+        with progress_bar(opened.source.reader.nbytes, show=self.show_progress and group.rank == 0) as bar:
+            source = opened.source
+            if isinstance(source, PretrainedModel):
+                source = source.through_cache(
+                    opened.plan, group, self._factor_dtype, device=partitioner.device, advance=bar.update
+                )
+            bar.reset(source.reader.nbytes)
+            result = self._fill(opened, source, partitioner, bar.update)
+        fingerprint = pretrained_fingerprint
+        if source is not opened.source:
+            fingerprint = source_fingerprint(source.reader, group)
+        source.close()
+        self._backbone, self.init_report = opened.backbone, result.report
+        if opened.earlier is not None:
+            check_digests(result.report.matrices, opened.earlier.reports)
+        facts = {
+            "pretrained": str(opened.directory.absolute()) if Path(self.pretrained).is_dir() else self.pretrained,
+            "pretrained_fingerprint": pretrained_fingerprint,
+            "started_from": None if opened.start is None else str(self.adapter),
+            "source": fingerprint,
+            "method": source.method,
+            "quantization": opened.quantization,
+            "residual": format_as_dict(source.residual),
+            "precision": self.precision_plugin.precision,
+        }
+        self._checkpoints_with(
+            CheckpointWriter(
+                opened.backbone,
+                source.adapter,
+                result,
+                group,
+                base=source.base,
+                starts_at_zero=source.starts_at_zero,
+                facts=facts,
+            )
+        )
+        module.strict_loading = False  # checkpoints hold the trained parameters only
+        self._make_trainable(opened.backbone)
+        report = result.report
+        rank_zero_info(
+            f"{source.method}: {len(report.matrices)} matrices in {report.seconds:.1f} s, "
+            f"{report.bytes_read / 2**20:.0f} MiB read by {group.size} ranks "
+            f"({report.bytes_read / report.checkpoint_bytes:.2f} x the checkpoint)"
+        )
+
+    def _is_set_up(self, module: LightningModule) -> bool:
+        if self._backbone is None or not any(child is self._backbone for child in module.modules()):
+            return False
+        if module.trainer.state.fn == TrainerFn.FITTING:
+            # An engine of DeepSpeed leaves hooks in the module that break the backward of the next.
+            raise ModelError(
+                "fit of a module that was fitted, validated or tested before: DeepSpeed cannot train it again; "
+                "make a new module, strategy and Trainer (to validate first: num_sanity_val_steps=-1)"
+            )
+        self._load_parameters()  # of a checkpoint that the Trainer was given
+        return True  # validate or test after something else
+
+    def _open(self, module: LightningModule, group: ShardGroup) -> _Opened:
+        """Everything that can be checked before weights are read, is. Collective."""
         with group.shared_errors():
             earlier = None if self._resumed is None else earlier_run(self._resumed)
             if self.local_rank == 0:  # of a hub id, one rank of each host fetches what is missing
@@ -316,17 +400,16 @@ class PiSSAStrategy(CheckpointedStrategy):
             if adapter_directory is not None:
                 start = self._starting_adapter(adapter_directory, directory)
                 adapter, init = start.config, None if DecomposedModel.is_at(directory) else LoRA()
+            ranks_per_node = max(1, group.size // self.num_nodes)
             source = open_source(
                 self.pretrained,
                 directory,
                 adapter=adapter,
                 init=init,
                 quantization=self.quantization,
-                compute_dtype=compute_dtype,
+                compute_dtype=self._compute_dtype,
                 cache=self.init_cache,
-                sharding=Sharding(
-                    ranks_per_matrix=self.ranks_per_matrix, ranks_per_node=max(1, group.size // self.num_nodes)
-                ),
+                sharding=Sharding(ranks_per_matrix=self.ranks_per_matrix, ranks_per_node=ranks_per_node),
                 announce=rank_zero_info,
                 resume=earlier,
             )
@@ -334,79 +417,60 @@ class PiSSAStrategy(CheckpointedStrategy):
             inject_adapter(backbone, source.adapter)
             plan = plan_walk(backbone, source.reader, tied, limit_rank=start is None)
             source.check(plan)
-            quantization = None if source.residual.exact else str(source.residual)
+            opened = _Opened(
+                backbone=backbone, plan=plan, directory=directory, source=source, start=start, earlier=earlier
+            )
             if self._resumed is not None:
-                check_settings(self._resumed, method=source.method, quantization=quantization)
+                check_settings(self._resumed, method=source.method, quantization=opened.quantization)
         if start is not None:
             start.check(backbone, plan, source.reader, group)
-        pretrained, pretrained_fingerprint = source, source_fingerprint(source.reader, group)
-        if self._resumed is not None:
-            check_source(self._resumed, pretrained_fingerprint)
+        return opened
 
-        with progress_bar(source.reader.nbytes, show=self.show_progress and group.rank == 0) as bar:
-            if isinstance(source, PretrainedModel):
-                source = source.through_cache(plan, group, factor_dtype, device=partitioner.device, advance=bar.update)
-            fingerprint = pretrained_fingerprint
-            if source is not pretrained:
-                fingerprint = source_fingerprint(source.reader, group)
-            bar.reset(source.reader.nbytes)
-            options: dict[str, Any] = {
-                "residual": source.residual,
-                "compute_dtype": compute_dtype,
-                "factor_dtype": factor_dtype,
-                "fp32_norms": self.fp32_norms,
-                "advance": bar.update,
-            }
-            if isinstance(source, PretrainedModel) and source.init.statistic is not None:
-                result = self._materialize_calibrated(backbone, plan, source, partitioner, options)
-            else:
-                if isinstance(source, PretrainedModel):
-                    options["core"] = source.init.core
-                matrices = source.matrices(plan, group, factor_dtype, device=partitioner.device, advance=bar.update)
-                result = materialize(backbone, plan, source.reader, partitioner, matrices, **options)
-        source.close()
-        if start is not None:
-            if self._resumed is None:
-                start.load(backbone, group, result.initial)
-            start.close()
-        self._backbone, self.init_report = backbone, result.report
-        if earlier is not None:
-            check_digests(result.report.matrices, earlier.reports)
-        facts = {
-            "pretrained": str(directory.absolute()) if Path(self.pretrained).is_dir() else self.pretrained,
-            "pretrained_fingerprint": pretrained_fingerprint,
-            "started_from": None if start is None else str(self.adapter),
-            "source": fingerprint,
-            "method": source.method,
-            "quantization": quantization,
-            "residual": format_as_dict(source.residual),
-            "precision": self.precision_plugin.precision,
+    def _fill(
+        self,
+        opened: _Opened,
+        source: PretrainedModel | DecomposedModel,
+        partitioner: Partitioner,
+        advance: Callable[[int], object],
+    ) -> Materialized:
+        """Make the parameters of the model, from `source` and the adapter to start from. Collective."""
+        backbone, plan, group = opened.backbone, opened.plan, partitioner.group
+        options: dict[str, Any] = {
+            "residual": source.residual,
+            "compute_dtype": self._compute_dtype,
+            "factor_dtype": self._factor_dtype,
+            "fp32_norms": self.fp32_norms,
+            "advance": advance,
         }
-        self._checkpoints_with(
-            CheckpointWriter(
-                backbone,
-                source.adapter,
-                result,
-                group,
-                base=source.base,
-                starts_at_zero=source.starts_at_zero,
-                facts=facts,
-            )
-        )
-        module.strict_loading = False  # checkpoints hold the trained parameters only
+        if isinstance(source, PretrainedModel) and source.init.statistic is not None:
+            result = self._materialize_calibrated(backbone, plan, source, partitioner, options)
+        else:
+            if isinstance(source, PretrainedModel):
+                options["core"] = source.init.core
+            matrices = source.matrices(plan, group, self._factor_dtype, device=partitioner.device, advance=advance)
+            result = materialize(backbone, plan, source.reader, partitioner, matrices, **options)
+        if opened.start is not None:
+            if self._resumed is None:
+                opened.start.load(backbone, group, result.initial)
+            opened.start.close()
+        return result
+
+    def _make_trainable(self, backbone: PreTrainedModel) -> None:
         self._enable_checkpointing(backbone)
         if self.precision_plugin.precision == "bf16-mixed":
-            autocast = torch.autocast(self.root_device.type, dtype=compute_dtype)
+            autocast = torch.autocast(self.root_device.type, dtype=self._compute_dtype)
             backbone.forward = autocast(backbone.forward)
         gather_by_layer(backbone)
         backbone.enable_input_require_grads()  # for gather_by_layer, and for reentrant checkpointing
         self._tune(backbone)
-        report = result.report
-        rank_zero_info(
-            f"{source.method}: {len(report.matrices)} matrices in {report.seconds:.1f} s, "
-            f"{report.bytes_read / 2**20:.0f} MiB read by {group.size} ranks "
-            f"({report.bytes_read / report.checkpoint_bytes:.2f} x the checkpoint)"
-        )
+
+    @property
+    def _compute_dtype(self) -> torch.dtype:
+        return PRECISIONS[self.precision_plugin.precision][0]
+
+    @property
+    def _factor_dtype(self) -> torch.dtype:
+        return PRECISIONS[self.precision_plugin.precision][1]
 
     def _directories(self) -> tuple[Path, Path | None]:
         """Of the pretrained model, and of the adapter to go on from where it is to be one; fetched if need be."""
