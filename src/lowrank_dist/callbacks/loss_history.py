@@ -31,7 +31,8 @@ class LossHistory(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._record("train", "train_loss", trainer)
+        if not trainer.fit_loop._should_accumulate():  # else it would be written under the step before
+            self._record("train", "train_loss", trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._record("validation", "val_loss", trainer)
@@ -52,7 +53,7 @@ class LossHistory(Callback):
             return
         entries = self.history[part]
         if entries and entries[-1]["step"] == trainer.global_step:
-            entries.pop()  # gradient accumulation: the last micro-batch of a step stands for it
+            entries.pop()
         entries.append({"step": trainer.global_step, "loss": float(value)})
 
     def _write(self, trainer: Trainer) -> None:
