@@ -99,6 +99,7 @@ class CausalLMModule(L.LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.model: nn.Module | None = None
         self._takes_position_ids = True
+        self._of_step: list[Tensor] = []  # losses of the batches of a step so far
         self._evaluated = torch.zeros(2)  # sum of token losses, number of tokens
 
     def configure_model(self) -> None:
@@ -151,10 +152,14 @@ class CausalLMModule(L.LightningModule):
 
     # ---- training
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Mean loss of this rank's batch: fp32 scalar."""
+        """Mean loss of this rank's batch: fp32 scalar. Logs the mean over ranks and accumulated batches."""
         loss: Tensor = self(**batch).loss
-        # the mean over ranks is what the averaged gradient descends
-        self.log("train_loss", loss.detach(), prog_bar=True, sync_dist=True, batch_size=len(batch["input_ids"]))
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self._of_step = []
+        self._of_step.append(loss.detach())
+        # what the averaged gradient descends
+        mean = torch.stack(self._of_step).mean()
+        self.log("train_loss", mean, prog_bar=True, sync_dist=True, batch_size=len(batch["input_ids"]))
         return loss
 
     def calibration_step(self, batch: dict[str, Tensor]) -> Tensor:

@@ -187,14 +187,15 @@ def test_two_ranks_share_the_data_and_agree_on_the_loss(pretrained, train):
 # --------------------------------------------------------------------------------------- the whole fit
 class Watch(L.Callback):
     def __init__(self):
-        self.rates, self.losses = [], []
+        self.rates, self.losses, self.parts = [], [], []
 
     def on_train_batch_start(self, trainer, module, *_):
         assert all(m.training for m in module.model.modules())
         self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
-    def on_train_batch_end(self, trainer, *_):
+    def on_train_batch_end(self, trainer, module, outputs, *_):
         self.losses.append(trainer.callback_metrics["train_loss"].item())
+        self.parts.append(outputs["loss"].item())  # divided by the batches of a step
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
@@ -220,6 +221,7 @@ def test_accumulation_counts_optimizer_steps(pretrained, train, scheduler, facto
     trainer = L.Trainer(**QUIET, max_steps=5, max_epochs=10, accumulate_grad_batches=2, callbacks=[watch])
     trainer.fit(module, SFTDataModule(pretrained, train, batch_size=3))
     assert watch.rates[::2] == pytest.approx([1e-3 * factor for factor in factors])
+    assert watch.losses[1::2] == pytest.approx([sum(pair) for pair in zip(watch.parts[::2], watch.parts[1::2])])
 
 
 def test_only_what_requires_grad_is_given_to_the_optimizer(pretrained):
