@@ -221,7 +221,9 @@ def test_accumulation_counts_optimizer_steps(pretrained, train, scheduler, facto
     trainer = L.Trainer(**QUIET, max_steps=5, max_epochs=10, accumulate_grad_batches=2, callbacks=[watch])
     trainer.fit(module, SFTDataModule(pretrained, train, batch_size=3))
     assert watch.rates[::2] == pytest.approx([1e-3 * factor for factor in factors])
-    assert watch.losses[1::2] == pytest.approx([sum(pair) for pair in zip(watch.parts[::2], watch.parts[1::2])])
+    assert watch.losses[1::2] == pytest.approx(
+        [sum(pair) for pair in zip(watch.parts[::2], watch.parts[1::2], strict=True)]
+    )
 
 
 def test_only_what_requires_grad_is_given_to_the_optimizer(pretrained):
