@@ -24,7 +24,8 @@ def why_not() -> str | None:
         return f"{', '.join(missing)} not installed: make test-slurm installs Debian's packages"
     if os.getuid() != 0:
         return "slurmctld and its nodes are started as root"
-    if subprocess.run(["unshare", "--uts", "--mount", "true"], capture_output=True).returncode:
+    inside = "hostname node1 && mount --bind /etc/hosts /etc/hosts"  # what a node does
+    if subprocess.run(["unshare", "--uts", "--mount", "sh", "-c", inside], capture_output=True).returncode:
         return "no namespaces can be made here"
     return None
 
