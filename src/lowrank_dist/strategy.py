@@ -6,7 +6,6 @@ import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,19 +23,19 @@ from transformers import PreTrainedModel
 from lowrank_dist.calibrated_walk import materialize_calibrated
 from lowrank_dist.calibration import Calibration, check_options
 from lowrank_dist.calibration_data import calibration_batches, calibration_step
-from lowrank_dist.checkpoint_io import resolve_checkpoint
 from lowrank_dist.checkpointed import CheckpointedStrategy
 from lowrank_dist.checkpoints.resuming import check_settings, check_source, earlier_run
 from lowrank_dist.checkpoints.writer import CheckpointWriter
 from lowrank_dist.comm import ShardGroup
 from lowrank_dist.decompose import source_fingerprint
-from lowrank_dist.decomposed import DecomposedModel, starts_at_zero
+from lowrank_dist.decomposed import DecomposedModel
 from lowrank_dist.errors import InputError
 from lowrank_dist.materialize import Materialized, materialize
-from lowrank_dist.methods import LoRA, Method
+from lowrank_dist.methods import Method
 from lowrank_dist.nf4 import NF4, format_as_dict
+from lowrank_dist.opening import ModelRecipe, OpenedModel
 from lowrank_dist.planner import Sharding
-from lowrank_dist.pretrained import PretrainedModel, Resume, open_source
+from lowrank_dist.pretrained import PretrainedModel
 from lowrank_dist.report import InitReport
 from lowrank_dist.residual import Dense
 from lowrank_dist.restored import check_digests
@@ -44,12 +43,8 @@ from lowrank_dist.skeleton import (
     ModelError,
     Plan,
     find_backbone,
-    inject_adapter,
     meta_parameters,
-    plan_walk,
-    untie_embeddings,
 )
-from lowrank_dist.starting_adapter import StartingAdapter
 from lowrank_dist.walk import progress_bar
 from lowrank_dist.zero3 import (
     Partitioner,
@@ -65,34 +60,6 @@ PRECISIONS = {
     "bf16-true": (torch.bfloat16, torch.bfloat16),
     "bf16-mixed": (torch.bfloat16, torch.float32),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Opened:
-    """A model before its weights are read: all of it has been checked, nothing of it has memory.
-
-    Attributes
-    ----------
-    backbone, plan
-        The skeleton with the adapter's layers in, and what fills it.
-    directory, source
-        What it is filled from.
-    start
-        The adapter to go on from, if there is one.
-    earlier
-        What the run that is resumed has left, if one is.
-    """
-
-    backbone: PreTrainedModel
-    plan: Plan
-    directory: Path
-    source: PretrainedModel | DecomposedModel
-    start: StartingAdapter | None
-    earlier: Resume | None
-
-    @property
-    def quantization(self) -> str | None:
-        return None if self.source.residual.exact else str(self.source.residual)
 
 
 class PiSSAStrategy(CheckpointedStrategy):
@@ -338,8 +305,8 @@ class PiSSAStrategy(CheckpointedStrategy):
             fingerprint = source_fingerprint(source.reader, group)
         source.close()
         self._backbone, self.init_report = opened.backbone, result.report
-        if opened.earlier is not None:
-            check_digests(result.report.matrices, opened.earlier.reports)
+        if opened.resume is not None:
+            check_digests(result.report.matrices, opened.resume.reports)
         facts = {
             "pretrained": str(opened.directory.absolute()) if Path(self.pretrained).is_dir() else self.pretrained,
             "pretrained_fingerprint": pretrained_fingerprint,
@@ -382,12 +349,22 @@ class PiSSAStrategy(CheckpointedStrategy):
         self._load_parameters()  # of a checkpoint that the Trainer was given
         return True  # validate or test after something else
 
-    def _open(self, module: LightningModule, group: ShardGroup) -> _Opened:
+    def _open(self, module: LightningModule, group: ShardGroup) -> OpenedModel:
         """Everything that can be checked before weights are read, is. Collective."""
+        recipe = ModelRecipe(
+            pretrained=self.pretrained,
+            adapter=self.adapter,
+            init=self.init,
+            quantization=self.quantization,
+            cache=self.init_cache,
+            revision=self.revision,
+            untie_embeddings=self.untie_embeddings,
+        )
+        ranks_per_node = max(1, group.size // self.num_nodes)
         with group.shared_errors():
             earlier = None if self._resumed is None else earlier_run(self._resumed)
             if self.local_rank == 0:  # of a hub id, one rank of each host fetches what is missing
-                self._directories()
+                recipe.directories()
         with group.shared_errors():
             _, backbone = find_backbone(module)
             if self.gradient_checkpointing and not backbone.supports_gradient_checkpointing:
@@ -395,40 +372,21 @@ class PiSSAStrategy(CheckpointedStrategy):
                     f"{type(backbone).__name__} does not support gradient checkpointing; pass "
                     "gradient_checkpointing=False"
                 )
-            directory, adapter_directory = self._directories()
-            start, adapter, init = None, self.adapter, self.init
-            if adapter_directory is not None:
-                start = self._starting_adapter(adapter_directory, directory)
-                adapter, init = start.config, None if DecomposedModel.is_at(directory) else LoRA()
-            ranks_per_node = max(1, group.size // self.num_nodes)
-            source = open_source(
-                self.pretrained,
-                directory,
-                adapter=adapter,
-                init=init,
-                quantization=self.quantization,
+            opened = recipe.open(
+                backbone,
                 compute_dtype=self._compute_dtype,
-                cache=self.init_cache,
                 sharding=Sharding(ranks_per_matrix=self.ranks_per_matrix, ranks_per_node=ranks_per_node),
                 announce=rank_zero_info,
                 resume=earlier,
             )
-            tied = untie_embeddings(backbone) if self.untie_embeddings else {}
-            inject_adapter(backbone, source.adapter)
-            plan = plan_walk(backbone, source.reader, tied, limit_rank=start is None)
-            source.check(plan)
-            opened = _Opened(
-                backbone=backbone, plan=plan, directory=directory, source=source, start=start, earlier=earlier
-            )
             if self._resumed is not None:
-                check_settings(self._resumed, method=source.method, quantization=opened.quantization)
-        if start is not None:
-            start.check(backbone, plan, source.reader, group)
+                check_settings(self._resumed, method=opened.source.method, quantization=opened.quantization)
+        opened.check_start(group)
         return opened
 
     def _fill(
         self,
-        opened: _Opened,
+        opened: OpenedModel,
         source: PretrainedModel | DecomposedModel,
         partitioner: Partitioner,
         advance: Callable[[int], object],
@@ -471,24 +429,6 @@ class PiSSAStrategy(CheckpointedStrategy):
     @property
     def _factor_dtype(self) -> torch.dtype:
         return PRECISIONS[self.precision_plugin.precision][1]
-
-    def _directories(self) -> tuple[Path, Path | None]:
-        """Of the pretrained model, and of the adapter to go on from where it is to be one; fetched if need be."""
-        pretrained = resolve_checkpoint(self.pretrained, revision=self.revision)
-        if self.adapter is None or isinstance(self.adapter, LoraConfig):
-            return pretrained, None
-        return pretrained, resolve_checkpoint(self.adapter, option="adapter")
-
-    def _starting_adapter(self, directory: Path, pretrained: Path) -> StartingAdapter:
-        decomposed = DecomposedModel.is_at(pretrained)
-        # that of QLoRA is the quantized original, and adapters for it are ordinary LoRAs
-        for_residual = decomposed and not starts_at_zero(pretrained)
-        if self.init is not None and (decomposed or not isinstance(self.init, LoRA)):
-            raise ModelError(
-                f"init={self.init} makes an adapter of the weights, and adapter={str(self.adapter)!r} is one already; "
-                "leave init out, or pass a LoraConfig"
-            )
-        return StartingAdapter(directory, for_residual=for_residual)
 
     def _materialize_calibrated(
         self,

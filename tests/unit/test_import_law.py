@@ -23,6 +23,7 @@ LAYERS = [
     ["calibrated_walk", "checkpoints"],
     ["calibration"],
     ["statistics"],
+    ["opening"],
     ["pretrained"],
     ["decompose", "materialize", "merge", "inspection", "refit", "starting_adapter"],
     ["decomposed", "planner", "merge_plan", "restored"],
