@@ -27,7 +27,9 @@ class Pace(Callback):
         super().__init__()
         self.seconds, self.hurry, self.record = seconds, Path(hurry), record
 
-    def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx % trainer.accumulate_grad_batches:
+            return  # in the middle of a step
         if trainer.is_global_zero:
             with Path(self.record).open("a") as file:
                 file.write(f"{trainer.global_step}\n")

@@ -94,7 +94,7 @@ def test_preemption_by_a_higher_partition(
 
 
 def test_time_limit(lab: Lab, material: Path, undisturbed: Job, tmp_path: Path, capsys: CAPSYS) -> None:
-    job = lab.submit(capsys, tmp_path, paced(material, tmp_path, seconds=6))
+    job = lab.submit(capsys, tmp_path, paced(material, tmp_path, seconds=8))
     job.wait_for_step(3)
     lab.update(f"JobId={job.id}", "TimeLimit=4")  # USR2 is due 5 minutes before: now. SLURM looks every 30 s
     wait_for(lambda: job.outcomes == ["requeued"])
