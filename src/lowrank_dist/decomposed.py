@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from lowrank_dist.adapter_files import CONFIG, MANIFEST, WEIGHTS
+from lowrank_dist.adapter_files import CONFIG, MANIFEST, WEIGHTS, read_manifest
 from lowrank_dist.checkpoint_io import PACKED_DTYPE, CheckpointError, CheckpointReader, TensorInfo, read_ahead
 from lowrank_dist.checkpoint_keys import peft_name
 from lowrank_dist.comm import ShardGroup
@@ -46,8 +46,7 @@ def starts_at_zero(directory: Path) -> bool:
 
 def _manifest(directory: Path) -> dict[str, Any]:
     """What this package wrote beside a decomposed model; empty for models of other origin."""
-    path = directory / MANIFEST
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return read_manifest(directory) if (directory / MANIFEST).is_file() else {}
 
 
 def factor_keys(planned: PlannedMatrix) -> dict[str, str]:
@@ -125,7 +124,7 @@ class DecomposedModel:
         self.residual = self._stored_format() or dense
         self.base: str = self.manifest.get("base") or config.base_model_name_or_path or str(directory)
         self.method: str = self.manifest.get("method") or initial.name.removesuffix("_init")
-        self.starts_at_zero: bool = starts_at_zero(self.directory)
+        self.starts_at_zero: bool = self.manifest.get("starts_at_zero", False)
 
     @staticmethod
     def is_at(directory: Path) -> bool:

@@ -170,6 +170,11 @@ def refit_checkpoint(
         raise InputError(f"base={base!r} is neither 'original' nor 'nf4'")
     with group.shared_errors():
         job = _Job(Path(checkpoint), rank, base, group, device, dtype)
+    if len(set(group.gather_objects(job.decomposed is None))) > 1:
+        raise CheckpointError(
+            f"{job.manifest['pretrained']}: only some ranks see the decomposed model that the run began from; put it "
+            "where all do"
+        )
     output = Path(output).absolute()
     leftovers: list[Leftover] = []
     with ExitStack() as stack:
