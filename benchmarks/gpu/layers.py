@@ -74,11 +74,11 @@ def layers_table(of: Scale, device: torch.device, dtype: torch.dtype) -> str:
                     ]
                 )
     text = (
-        f"Forward and backward to x, A and B; r = {of.rank}, arithmetic in {str(dtype).removeprefix('torch.')}; median "
-        f"of {of.repeats} runs after a warm-up, the variants by turns. Over dense: by the time of the dense layer "
-        "without an adapter. Peak: allocated above what the layer and x hold. Errors: relative Frobenius, of y and of "
-        f"A's gradient, against fp64 on {ERROR_TOKENS} tokens and the same decoded weight (dense ones: the dense "
-        "weight)."
+        f"Forward and backward to x, A and B; r = {of.rank}, arithmetic in {str(dtype).removeprefix('torch.')}, NF4 "
+        f"double-quantized; median of {of.repeats} runs after a warm-up, the variants by turns. Over dense: by the "
+        "time of the dense layer without an adapter. Peak: allocated above what the layer and x hold. Errors: relative "
+        f"Frobenius, of y and of A's gradient, against fp64 on {ERROR_TOKENS} tokens and the same decoded weight "
+        "(dense ones: the dense weight)."
     )
     columns = ["layer", "out x in", "tokens", "", "ms", "over dense", "peak MB", "error of y", "of dA"]
     return "\n\n".join(["## One layer (`layers`)", text, table(columns, rows)])

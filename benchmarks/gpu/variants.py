@@ -16,6 +16,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from lowrank_dist.comm import ShardGroup
+from lowrank_dist.folded import FoldAdapters, fold_adapters
 from lowrank_dist.layers import FrozenLinear
 from lowrank_dist.nf4 import NF4
 from lowrank_dist.partition import RowPartition
@@ -41,46 +42,28 @@ class Problem:
     dtype: torch.dtype
 
 
-class Folded(nn.Module):
-    """The adapter added to the decoded weight, so that one product does both; decoded and added again in backward.
+class _WithKernel(NF4):
+    """Triton decodes, where it can run."""
 
-    ``2 r out in`` flops for each of the two additions instead of ``2 r (out + in) tokens`` for the adapter's own way
-    through forward and backward to x; and y is written once.
-    """
-
-    def __init__(self, frozen: FrozenLinear, a: Tensor, b: Tensor) -> None:
-        super().__init__()
-        self.frozen, self.a, self.b = frozen, nn.Parameter(a), nn.Parameter(b)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _Folded.apply(x, self.a, self.b, self.frozen, *self.frozen.stored())
+    def decode(self, stored: Any, partition: RowPartition, dtype: torch.dtype, product: Any = None) -> Tensor:
+        if not self.has_kernel(partition, stored["weight_packed"].device):
+            return super().decode(stored, partition, dtype, product)
+        return self.decode_with_kernel(stored, partition, dtype, product)
 
 
-class _Folded(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, frozen: FrozenLinear, *stored: Tensor) -> Tensor:
-        ctx.save_for_backward(x, a, b, *stored)
-        ctx.frozen = frozen
-        return x @ _sum(frozen, stored, a, b, x.dtype).mT
+class _WithoutKernel(NF4):
+    """bitsandbytes decodes, a product is added to what it wrote."""
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, a, b, *stored = ctx.saved_tensors
-        to_x = grad @ _sum(ctx.frozen, tuple(stored), a, b, grad.dtype)
-        to_a = ((grad @ b.to(grad.dtype)).mT @ x).to(a.dtype)
-        to_b = (grad.mT @ (x @ a.to(x.dtype).mT)).to(b.dtype)
-        return to_x, to_a, to_b, None, *(None for _ in stored)
+    def decode(self, stored: Any, partition: RowPartition, dtype: torch.dtype, product: Any = None) -> Tensor:
+        weight = super().decode(stored, partition, dtype)
+        return weight if product is None else weight.addmm_(*product)
 
 
-def _sum(frozen: FrozenLinear, stored: tuple[Tensor, ...], a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    return frozen.decode(stored, dtype).addmm_(b.to(dtype), a.to(dtype))
-
-
-def _frozen(problem: Problem) -> FrozenLinear:
+def _frozen(problem: Problem, residual: NF4) -> FrozenLinear:
     rows, columns = problem.weight.shape
     partition, group = RowPartition(rows=rows, columns=columns, world_size=1, block=64), ShardGroup.single()
-    frozen = FrozenLinear(partition, NF4(), compute_dtype=problem.dtype)
-    for name, shard in NF4().encode(problem.weight.float(), partition, group).shards.items():
+    frozen = FrozenLinear(partition, residual, compute_dtype=problem.dtype)
+    for name, shard in residual.encode(problem.weight.float(), partition, group).shards.items():
         setattr(frozen, name, nn.Parameter(shard, requires_grad=False))
     return frozen
 
@@ -106,7 +89,7 @@ def _linear4bit(problem: Problem) -> nn.Module:
     rows, columns = problem.weight.shape
     linear = bnb.nn.Linear4bit(columns, rows, bias=False, compute_dtype=problem.dtype, quant_type="nf4")
     weight = problem.weight.to("cpu", problem.dtype)
-    linear.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=False)
+    linear.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True)
     return linear.to(problem.weight.device)
 
 
@@ -117,9 +100,21 @@ def _dense(problem: Problem) -> nn.Module:
     return linear
 
 
+def _ours(residual: NF4, fold: FoldAdapters) -> Callable[[Problem], nn.Module]:
+    def build(problem: Problem) -> nn.Module:
+        owner = nn.Module()
+        owner.linear = _adapted(problem, _frozen(problem, residual))
+        fold_adapters(owner, fold)
+        return owner.linear  # type: ignore[no-any-return]
+
+    return build
+
+
 VARIANTS: dict[str, Callable[[Problem], nn.Module]] = {
-    "ours: NF4, PEFT's adapter": lambda problem: _adapted(problem, _frozen(problem)),
-    "NF4, adapter folded in": lambda problem: Folded(_frozen(problem), problem.a, problem.b),
+    "ours: bitsandbytes decodes, PEFT's adapter": _ours(_WithoutKernel(double_quant=True), "never"),
+    "ours: Triton decodes, PEFT's adapter": _ours(_WithKernel(double_quant=True), "never"),
+    "ours: bitsandbytes decodes, adapter folded in": _ours(_WithoutKernel(double_quant=True), "always"),
+    "ours: Triton decodes and folds": _ours(_WithKernel(double_quant=True), "always"),
     "bitsandbytes `Linear4bit`, PEFT's adapter": lambda problem: _adapted(problem, _linear4bit(problem)),
     "dense, PEFT's adapter": lambda problem: _adapted(problem, _dense(problem)),
     "dense, no adapter": _dense,
@@ -128,5 +123,5 @@ VARIANTS: dict[str, Callable[[Problem], nn.Module]] = {
 
 def decoded(problem: Problem) -> Tensor:
     """The weight that the NF4 variants stand for, ``[out, in]`` fp32."""
-    frozen = _frozen(problem)
+    frozen = _frozen(problem, NF4(double_quant=True))
     return frozen.decode(tuple(frozen.stored()), torch.float32)

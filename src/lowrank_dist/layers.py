@@ -8,7 +8,7 @@ saving a view or a decoded copy instead would keep every layer gathered until it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -90,6 +90,8 @@ class FrozenLinear(FrozenWeight):
         The stored matrix is ``[in, out]`` (GPT-2's Conv1D).
     """
 
+    bias: Tensor | None
+
     def __init__(
         self,
         partition: RowPartition,
@@ -107,11 +109,15 @@ class FrozenLinear(FrozenWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in]`` of any floating type to ``[..., out]`` in the compute dtype."""
+        return self.multiplied(x, lambda x: _FrozenLinearFunction.apply(x, self, *self.stored()))
+
+    def multiplied(self, x: Tensor, multiply: Callable[[Tensor], Tensor]) -> Tensor:
+        """``multiply(x)`` in the dtype of the arithmetic, and the bias."""
         device = x.device.type
         autocast = torch.is_autocast_enabled(device)
         x = x.to(torch.get_autocast_dtype(device) if autocast else self.compute_dtype)
         with torch.autocast(device, enabled=False):
-            y = _FrozenLinearFunction.apply(x, self, *self.stored())
+            y = multiply(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:

@@ -13,8 +13,10 @@ section 3; arXiv:2305.14314.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -28,7 +30,7 @@ from lowrank_dist.comm import ShardGroup
 from lowrank_dist.errors import InputError
 from lowrank_dist.exact import exact_sum
 from lowrank_dist.partition import FlatPartition, RowPartition
-from lowrank_dist.residual import Dense, Encoded, FileTensor, ReadFile, ResidualFormat, Storage, pad_rows
+from lowrank_dist.residual import Dense, Encoded, FileTensor, Product, ReadFile, ResidualFormat, Storage, pad_rows
 
 NESTED_BLOCK = 256  # absolute maxima per second-level block, as in bitsandbytes' compress_statistics
 QUANT_STATE = ".quant_state.bitsandbytes__nf4"
@@ -124,7 +126,14 @@ class NF4:
         decoded = _dequantize(shards["weight_packed"], absmax, self.block_size, rows.shape, torch.float32)
         return Encoded(shards=shards, decoded=decoded[: block.shape[0]])
 
-    def decode(self, stored: Mapping[str, Tensor], partition: RowPartition, dtype: torch.dtype) -> Tensor:
+    def decode(
+        self, stored: Mapping[str, Tensor], partition: RowPartition, dtype: torch.dtype, product: Product | None = None
+    ) -> Tensor:
+        """See `ResidualFormat.decode`. A product is added by the Triton kernel where it can be (`has_kernel`)."""
+        if product is not None:
+            if self.has_kernel(partition, stored["weight_packed"].device):
+                return self.decode_with_kernel(stored, partition, dtype, product)
+            return self.decode(stored, partition, dtype).addmm_(*product)
         _bitsandbytes()
         if self.double_quant:
             codes, nested = stored["weight_absmax"], stored["weight_nested"].view(torch.float32)
@@ -133,6 +142,33 @@ class NF4:
             absmax = stored["weight_absmax"].view(torch.float32)
         shape = (partition.padded_rows, partition.columns)
         return _dequantize(stored["weight_packed"], absmax, self.block_size, shape, dtype)[: partition.rows]
+
+    def has_kernel(self, partition: RowPartition, device: torch.device) -> bool:
+        """Whether Triton can decode the matrix: rows of whole blocks, on CUDA or in Triton's interpreter."""
+        runs = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+        return runs and partition.columns % self.block_size == 0 and _has_triton()
+
+    def decode_with_kernel(
+        self, stored: Mapping[str, Tensor], partition: RowPartition, dtype: torch.dtype, product: Product | None = None
+    ) -> Tensor:
+        """`decode` by the Triton kernel, where `has_kernel`."""
+        from lowrank_dist.nf4_kernel import decode
+
+        absmax, nested, device = stored["weight_absmax"], None, stored["weight_packed"].device
+        if self.double_quant:
+            nested = stored["weight_nested"].view(torch.float32)
+        else:
+            absmax = absmax.view(torch.float32)
+        return decode(
+            stored["weight_packed"],
+            absmax,
+            nested,
+            (_nf4_map(device), _dynamic_map(device)),
+            shape=(partition.rows, partition.columns),
+            block_size=self.block_size,
+            dtype=dtype,
+            product=product,
+        )
 
     def decode_rows(
         self, stored: Mapping[str, Tensor], partition: RowPartition, rows: Tensor, dtype: torch.dtype
@@ -198,7 +234,7 @@ class NF4:
                 }
                 yield ".nested_quant_map", 0, _dynamic_map(torch.device("cpu"))
         if rank == 0:
-            yield ".quant_map", 0, _nf4_map()
+            yield ".quant_map", 0, _nf4_map(torch.device("cpu"))
             text = json.dumps(state).encode().ljust(_STATE_BYTES)  # JSON may end in spaces
             yield QUANT_STATE, 0, torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
@@ -295,8 +331,13 @@ def _dequantize_absmax(codes: Tensor, nested: Tensor, blocks: Tensor) -> Tensor:
 
 
 @cache
-def _nf4_map() -> Tensor:
-    return _bitsandbytes().get_4bit_type("nf4", device="cpu")  # type: ignore[no-any-return]
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def _nf4_map(device: torch.device) -> Tensor:
+    return _bitsandbytes().get_4bit_type("nf4", device=device)  # type: ignore[no-any-return]
 
 
 @cache

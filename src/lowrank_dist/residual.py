@@ -59,6 +59,9 @@ class FileTensor:
         return math.prod(self.shape)
 
 
+#: ``[m, r]`` and ``[r, n]``.
+Product = tuple[Tensor, Tensor]
+
 #: ``read(suffix, start, stop)``: elements ``start:stop`` of the flattened file tensor ``<weight's name><suffix>``;
 #: None: to its end.
 ReadFile = Callable[[str, int, int | None], Tensor]
@@ -81,8 +84,13 @@ class ResidualFormat(Protocol):
     def encode(self, block: Tensor, partition: RowPartition, group: ShardGroup) -> Encoded:
         """Encode this rank's real rows, ``[m_p, n]`` fp32."""
 
-    def decode(self, stored: Mapping[str, Tensor], partition: RowPartition, dtype: torch.dtype) -> Tensor:
-        """Decode the gathered storages of all ranks to the ``[m, n]`` matrix in `dtype`; nothing is communicated."""
+    def decode(
+        self, stored: Mapping[str, Tensor], partition: RowPartition, dtype: torch.dtype, product: Product | None = None
+    ) -> Tensor:
+        """Decode the gathered storages of all ranks to the ``[m, n]`` matrix in `dtype`; nothing is communicated.
+
+        With `product`, two factors of that dtype, ``left @ right`` is added.
+        """
 
     def decode_rows(
         self, stored: Mapping[str, Tensor], partition: RowPartition, rows: Tensor, dtype: torch.dtype
@@ -129,8 +137,11 @@ class Dense:
         values = block.to(self.dtype)
         return Encoded(shards={"weight_rows": pad_rows(values, partition).flatten()}, decoded=values.float())
 
-    def decode(self, stored: Mapping[str, Tensor], partition: RowPartition, dtype: torch.dtype) -> Tensor:
-        return stored["weight_rows"].view(-1, partition.columns)[: partition.rows].to(dtype)
+    def decode(
+        self, stored: Mapping[str, Tensor], partition: RowPartition, dtype: torch.dtype, product: Product | None = None
+    ) -> Tensor:
+        weight = stored["weight_rows"].view(-1, partition.columns)[: partition.rows].to(dtype)
+        return weight if product is None else torch.addmm(weight, *product)
 
     def decode_rows(
         self, stored: Mapping[str, Tensor], partition: RowPartition, rows: Tensor, dtype: torch.dtype

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.fabric.utilities.seed import reset_seed
@@ -30,6 +30,7 @@ from lowrank_dist.comm import ShardGroup
 from lowrank_dist.decompose import source_fingerprint
 from lowrank_dist.decomposed import DecomposedModel
 from lowrank_dist.errors import InputError
+from lowrank_dist.folded import FoldAdapters, fold_adapters
 from lowrank_dist.materialize import Materialized, materialize
 from lowrank_dist.methods import Method
 from lowrank_dist.nf4 import NF4, format_as_dict
@@ -50,6 +51,7 @@ from lowrank_dist.zero3 import (
     Partitioner,
     gather_by_layer,
     live_budget,
+    register_used_parameters,
     to_device,
     use_cpu_accelerator,
 )
@@ -113,6 +115,10 @@ class PiSSAStrategy(CheckpointedStrategy):
         Which ranks share the frozen parameters: all (``"world"``), or those of every node (``"node"``): each node then
         holds them once, takes so much more memory, and gathers them without a byte between nodes. Adapters, their
         gradients and optimizer state are shared by all ranks either way.
+    fold_adapters
+        Compute residual and adapter of a linear layer as one product, ``x (W + s B A)^T``: ``"always"``, ``"never"``
+        or, where it was the faster when both were timed, ``"measured"`` (`lowrank_dist.folded`). On CUDA a Triton
+        kernel decodes and adds in one pass. The same to rounding; layers with dropout are left to PEFT.
     **deepspeed_options
         Anything `lightning.pytorch.strategies.DeepSpeedStrategy` takes (``offload_optimizer``, ``reduce_bucket_size``,
         ``timeout``, ``config``, ...), except ``stage``, which is 3.
@@ -152,6 +158,7 @@ class PiSSAStrategy(CheckpointedStrategy):
         live_layers: int = 2,
         show_progress: bool = True,
         shard_within: Literal["world", "node"] = "world",
+        fold_adapters: FoldAdapters = "never",
         **deepspeed_options: Any,
     ) -> None:
         known = inspect.signature(DeepSpeedStrategy.__init__).parameters
@@ -168,6 +175,10 @@ class PiSSAStrategy(CheckpointedStrategy):
             )
         if live_layers < 0:
             raise ValueError(f"PiSSAStrategy: live_layers={live_layers} must not be negative")
+        if fold_adapters not in get_args(FoldAdapters):
+            raise ValueError(
+                f"PiSSAStrategy: fold_adapters={fold_adapters!r} is none of {', '.join(get_args(FoldAdapters))}"
+            )
         if shard_within not in ("world", "node"):
             raise ValueError(f"PiSSAStrategy: shard_within={shard_within!r} is neither 'world' nor 'node'")
         if shard_within == "node" and init is not None and init.statistic is not None:
@@ -187,6 +198,7 @@ class PiSSAStrategy(CheckpointedStrategy):
         self.live_layers = live_layers
         self.show_progress = show_progress
         self.shard_within = shard_within
+        self.fold_adapters = fold_adapters
         self.init_report: InitReport | None = None
         self._backbone: PreTrainedModel | None = None
         # ZeRO settings that the user has chosen are left alone; the command line passes all, mostly at their defaults.
@@ -415,6 +427,8 @@ class PiSSAStrategy(CheckpointedStrategy):
 
     def _make_trainable(self, backbone: PreTrainedModel) -> None:
         self._enable_checkpointing(backbone)
+        for layer in fold_adapters(backbone, self.fold_adapters):
+            register_used_parameters(layer, layer.parameters())
         if self.precision_plugin.precision == "bf16-mixed":
             autocast = torch.autocast(self.root_device.type, dtype=self._compute_dtype)
             backbone.forward = autocast(backbone.forward)

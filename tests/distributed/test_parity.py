@@ -48,6 +48,26 @@ def test_accumulation_and_clipping_are_lightnings_own(llama: Path) -> None:
     assert means == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("when", ["always", "measured"])
+def test_adapters_added_to_the_weight_change_no_loss(llama: Path, world_size: int, when: str) -> None:
+    """fp32, 1e-5 relative, as without it; the head, which is not in a layer that is gathered whole, is a target too."""
+    head = {"untie_embeddings": True, "adapter": LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "lm_head"])}
+    separate, _ = run_ranks(world_size, train_sharded, llama, "32-true", head)[0]
+    for checkpointing in CHECKPOINTING.values():
+        options = {**head, **checkpointing, "fold_adapters": when}
+        folded, _ = run_ranks(world_size, train_sharded, llama, "32-true", options)[0]
+        assert folded == pytest.approx(separate, rel=1e-5)
+        assert when == "measured" or folded != separate  # other roundings: it was another computation
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_adapters_added_to_the_weight_in_bf16(llama: Path, precision: str) -> None:
+    """As `test_bf16_follows_fp32`, whose bound holds."""
+    losses, state = run_ranks(2, train_sharded, llama, precision, {"fold_adapters": "always"})[0]
+    assert losses == pytest.approx(train_plainly(llama, {name: t.float() for name, t in state.items()}), rel=1e-3)
+
+
 class Descent(CausalLM):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=1.0)

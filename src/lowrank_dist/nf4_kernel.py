@@ -1,0 +1,139 @@
+"""NF4 decoded in one pass over memory, in Triton, with the adapter's product added on the way.
+
+bitsandbytes reads the codes and writes the weight; double-quantized maxima take four passes over them before that, and
+``W + s B A`` two more over the weight. Here a program decodes a tile, its maxima with it, adds its part of the product,
+accumulated in fp32, and writes the tile once: with 4.5 bits read and 16 written per weight, the write is what it
+costs.
+
+Imported on use only: Triton comes with CUDA builds of torch. ``TRITON_INTERPRET=1`` in the environment, before the
+first import of Triton, runs it on the CPU, slowly.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def decode(
+    packed: Tensor,
+    absmax: Tensor,
+    nested: Tensor | None,
+    maps: tuple[Tensor, Tensor],
+    *,
+    shape: tuple[int, int],
+    block_size: int,
+    dtype: torch.dtype,
+    product: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Decode an NF4 matrix, and add a product of two thin ones to it.
+
+    Parameters
+    ----------
+    packed
+        Flat uint8, two codes to a byte, the first in the upper half.
+    absmax
+        ``[blocks]`` fp32; or uint8 codes, with `nested`.
+    nested
+        fp32: the offset of the double-quantized maxima, then the maximum of every 256 of them.
+    maps
+        Values of the 16 codes and of the 256 codes of maxima, fp32.
+    shape
+        ``m, n``; n must be a multiple of `block_size`.
+    block_size
+        Elements that share a maximum.
+    dtype
+        Of the result: fp32, bf16 or fp16. Sums are in fp32 and rounded once.
+    product
+        Left ``[m, r]`` and right ``[r, n]`` factor, both of one dtype, any strides. Multiplied in that dtype (fp32
+        without tf32), accumulated in fp32.
+
+    Returns
+    -------
+    Tensor
+        ``[m, n]``.
+    """
+    rows, columns = shape
+    assert columns % block_size == 0, f"{columns} columns are not whole blocks of {block_size}"
+    out = torch.empty(shape, dtype=dtype, device=packed.device)
+    left, right = (packed, packed) if product is None else product
+    tile = {"BM": 16, "BN": 512, "num_warps": 4} if product is None else {"BM": 128, "BN": 128, "num_warps": 8}
+    grid = (triton.cdiv(rows, tile["BM"]), triton.cdiv(columns, tile["BN"]))
+    _decode_kernel[grid](
+        packed,
+        absmax,
+        absmax if nested is None else nested,
+        *maps,
+        left,
+        right,
+        out,
+        rows,
+        columns,
+        0 if product is None else left.shape[1],
+        *(0, 0, 0, 0) if product is None else (*left.stride(), *right.stride()),
+        BLOCK=block_size,
+        NESTED=nested is not None,
+        PRODUCT=product is not None,
+        BK=32,
+        **tile,
+    )
+    return out
+
+
+@triton.jit
+def _decode_kernel(
+    packed,
+    absmax,
+    nested,
+    code_map,
+    absmax_map,
+    left,
+    right,
+    out,
+    rows,
+    columns,
+    rank,
+    left_row,
+    left_column,
+    right_row,
+    right_column,
+    BLOCK: tl.constexpr,
+    NESTED: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """One ``BM x BN`` tile. Two neighbours of a row are a byte and share a maximum."""
+    row = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
+    pair = tl.program_id(1) * (BN // 2) + tl.arange(0, BN // 2)
+    inside = (row < rows)[:, None] & (pair < columns // 2)[None, :]
+    codes = tl.load(packed + row[:, None] * (columns // 2) + pair[None, :], mask=inside, other=0).to(tl.int32)
+    block = row[:, None] * (columns // BLOCK) + (pair * 2 // BLOCK)[None, :]
+    if NESTED:
+        code = tl.load(absmax + block, mask=inside, other=0).to(tl.int32)
+        scale = tl.load(absmax_map + code) * tl.load(nested + 1 + block // 256, mask=inside, other=0.0)
+        scale += tl.load(nested)
+    else:
+        scale = tl.load(absmax + block, mask=inside, other=0.0)
+    first, second = tl.load(code_map + (codes >> 4)) * scale, tl.load(code_map + (codes & 15)) * scale
+    weight = tl.interleave(first, second)
+
+    column = tl.program_id(1) * BN + tl.arange(0, BN)
+    if PRODUCT:
+        total = tl.zeros((BM, BN), dtype=tl.float32)
+        for start in range(0, rank, BK):
+            k = start + tl.arange(0, BK)
+            of_left = left + row[:, None] * left_row + k[None, :] * left_column
+            of_right = right + k[:, None] * right_row + column[None, :].to(tl.int64) * right_column
+            total = tl.dot(
+                tl.load(of_left, mask=(row < rows)[:, None] & (k < rank)[None, :], other=0.0),
+                tl.load(of_right, mask=(k < rank)[:, None] & (column < columns)[None, :], other=0.0),
+                total,
+                input_precision="ieee",
+            )
+        weight += total
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    tl.store(out + row[:, None] * columns + column[None, :], weight.to(out.dtype.element_ty), mask=inside)
