@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from lowrank_dist.fused_loss import FusedLoss
 from lowrank_dist.optim import OPTIMIZERS, OptimizerName, build_optimizer
 from lowrank_dist.sft import IGNORE_INDEX
 
@@ -52,6 +53,9 @@ class CausalLMModule(L.LightningModule):
     gradient_checkpointing
         Recompute activations in the backward pass, under Lightning's own strategies. `PiSSAStrategy` has its own
         setting.
+    fused_cross_entropy
+        Take the loss from the hidden states, in chunks of tokens, so that there never are logits of all tokens: for
+        large vocabularies. On CUDA, with liger-kernel (the `gpu` extra); the head must have no adapter.
 
     Raises
     ------
@@ -61,8 +65,8 @@ class CausalLMModule(L.LightningModule):
     Notes
     -----
     The loss is taken in fp32 whatever the precision: the causal loss of transformers (`ForCausalLMLoss`) casts logits
-    to float32 before the cross-entropy. The key-value cache is off in every forward pass: it is of no use without
-    generation, and transformers does not keep packed examples apart when there is one.
+    to float32 before the cross-entropy, and liger-kernel does so inside it. The key-value cache is off in every forward
+    pass: it is of no use without generation, and transformers does not keep packed examples apart when there is one.
     """
 
     def __init__(
@@ -77,6 +81,7 @@ class CausalLMModule(L.LightningModule):
         optimizer: OptimizerName = "adamw",
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
+        fused_cross_entropy: bool = False,
     ) -> None:
         super().__init__()
         if scheduler not in SCHEDULERS:
@@ -97,6 +102,8 @@ class CausalLMModule(L.LightningModule):
         self.optimizer = optimizer
         self.attn_implementation = attn_implementation
         self.gradient_checkpointing = gradient_checkpointing
+        self.fused_cross_entropy = fused_cross_entropy
+        self._fused_loss: FusedLoss | None = None
         self.model: nn.Module | None = None
         self._takes_position_ids = True
         self._of_step: list[Tensor] = []  # losses of the batches of a step so far
@@ -150,10 +157,19 @@ class CausalLMModule(L.LightningModule):
                 batch = {name: values.reshape(1, -1) for name, values in batch.items()}
         return self.model(**batch, use_cache=False)
 
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Mean loss of a batch over the tokens whose label, moved by one, is not -100: fp32 scalar."""
+        if not self.fused_cross_entropy:
+            return self(**batch).loss
+        if self._fused_loss is None:
+            self._fused_loss = FusedLoss(self.model)
+        with self._fused_loss.of(batch["labels"]):
+            return self(**batch).loss
+
     # ---- training
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Mean loss of this rank's batch: fp32 scalar. Logs the mean over ranks and accumulated batches."""
-        loss: Tensor = self(**batch).loss
+        loss = self.loss(batch)
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self._of_step = []
         self._of_step.append(loss.detach())
@@ -164,8 +180,7 @@ class CausalLMModule(L.LightningModule):
 
     def calibration_step(self, batch: dict[str, Tensor]) -> Tensor:
         """Loss of a batch of a calibration pass (`lowrank_dist.Calibration`)."""
-        loss: Tensor = self(**batch).loss
-        return loss
+        return self.loss(batch)
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer of the parameters that require grad, and a schedule that moves at every optimizer step.
@@ -231,10 +246,9 @@ class CausalLMModule(L.LightningModule):
     def _evaluate(self, batch: dict[str, Tensor]) -> None:
         """Add the sum of this batch's token losses, and their number.
 
-        The model's loss is the mean over the tokens whose label, moved by one, is not -100. A batch without any is
-        nothing but fillers: it takes part in the step, and its mean (0 / 0) is not counted.
+        A batch without any is nothing but fillers: it takes part in the step, and its mean (0 / 0) is not counted.
         """
-        loss: Tensor = self(**batch).loss
+        loss = self.loss(batch)
         count = (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
         self._evaluated += torch.stack([torch.where(count > 0, loss.to(self._evaluated) * count, 0.0), count])
 

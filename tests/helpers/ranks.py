@@ -23,15 +23,20 @@ class RankFailedError(AssertionError):
     """A rank raised, died or hung; the text holds its traceback."""
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 240) -> list[Any]:
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 240, fresh: bool = False
+) -> list[Any]:
     """``function(*args)`` on `world_size` ranks of a gloo group; their results by rank (picklable).
+
+    Ranks have the environment of the first call, in which everything was imported; `fresh` ones that of this call, and
+    take seconds to import it.
 
     Raises
     ------
     RankFailedError
         With the traceback of the first rank that failed; the others are ended.
     """
-    outcomes = run_ranks_catching(world_size, function, *args, timeout=timeout)
+    outcomes = run_ranks_catching(world_size, function, *args, timeout=timeout, fresh=fresh)
     errors = {rank: error for rank, (_, error) in enumerate(outcomes) if error is not None}
     if errors:
         # those that only heard of another's error come last
@@ -42,13 +47,14 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
 
 
 def run_ranks_catching(
-    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 240
+    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 240, fresh: bool = False
 ) -> list[tuple[Any, str | None]]:
     """Like `run_ranks`, with ``(result, traceback or None)`` for every rank; only a hang raises."""
-    queue = _CONTEXT.Queue()
+    context: Any = multiprocessing.get_context("spawn") if fresh else _CONTEXT
+    queue = context.Queue()
     port = _free_port()
     ranks = [
-        _CONTEXT.Process(target=_rank_main, args=(queue, rank, world_size, port, function, args), daemon=False)
+        context.Process(target=_rank_main, args=(queue, rank, world_size, port, function, args), daemon=False)
         for rank in range(world_size)
     ]
     for process in ranks:

@@ -28,6 +28,7 @@ LAYERS = [
     ["decompose", "materialize", "merge", "inspection", "refit", "starting_adapter"],
     ["decomposed", "planner", "merge_plan", "restored"],
     ["module", "data", "zero3_optimizer", "adapter_match"],
+    ["fused_loss"],
     ["sft", "optim"],
     ["walk"],
     ["skeleton", "experts", "folded", "layerwise"],
