@@ -36,6 +36,8 @@ LLAMA_70B = llama_layer(8192, 1024, 28672)
 LLAMA_405B = llama_layer(16384, 1024, 53248)
 TINY_LAYER = llama_layer(96, 32, 160)
 
+MODELS_OF_CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "models"
+
 
 def with_spectrum(rows: int, columns: int, seed: int = 0) -> Tensor:
     """A matrix with singular values i^-0.5; singular vectors are random signs and Hartley transforms, twice each."""

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 from benchmarks.gpu.layers import layers_table, scale
+from benchmarks.gpu.step import cases, step_table
 from reporting import ROOT, header, write_report
 
-PACKAGES = ("torch", "triton", "bitsandbytes", "peft", "transformers")
-TABLES = ("layers",)
+PACKAGES = ("torch", "triton", "deepspeed", "bitsandbytes", "peft", "transformers", "liger-kernel")
+TABLES = ("layers", "step")
 
 
 def main() -> None:
@@ -22,10 +23,12 @@ def main() -> None:
     device = torch.device(options.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    notes = ["a dry run on a layer of a few rows: its figures mean nothing"] if options.tiny else []
+    notes = ["a dry run at a tiny scale: its figures mean nothing"] if options.tiny else []
     parts = [header("On an accelerator: measured", "gpu", PACKAGES, machine, notes)]
     if options.all or "layers" in options.table:
         parts.append(layers_table(scale(tiny=options.tiny), device, dtype))
+    if options.all or "step" in options.table:
+        parts.append(step_table(cases(tiny=options.tiny), device))
     write_report(options.output, parts)
     print("\n\n".join(parts))
 
@@ -37,7 +40,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--all", action="store_true", help="every table")
     parser.add_argument("--table", choices=TABLES, action="append", default=[], help="only this one; may be repeated")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--tiny", action="store_true", help="dry run on a layer of a few rows")
+    parser.add_argument("--tiny", action="store_true", help="dry run at a tiny scale")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.md")
     options = parser.parse_args()
     if not options.all and not options.table:

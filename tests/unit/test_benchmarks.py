@@ -50,9 +50,16 @@ def test_checkpoints_at_tiny_scale(tmp_path: Path) -> None:
 
 
 def test_those_of_an_accelerator_on_the_cpu(tmp_path: Path) -> None:
-    """fp32: every way of computing the layer is right to rounding, gradients included."""
+    """fp32: all ways of computing a layer are right to rounding, gradients included; all ways of training learn."""
     report = dry_run("-m", "benchmarks.gpu", "--all", "--device", "cpu", output=tmp_path / "gpu.md")
     rows = [line.split("|") for line in report.splitlines() if line.startswith("| tiny up_proj")]
     assert len(rows) == 7
     errors = [cell.strip() for row in rows for cell in row[-3:-1]]
     assert all(float(error) < 1e-6 for error in errors if error != "-")
+    assert "out of memory" not in report
+    rows = {cells[1].strip(): cells[-2].split() for line in report.splitlines() if len(cells := line.split("|")) == 9}
+    trained = {way: tuple(map(float, cells)) for way, cells in rows.items() if way.startswith(("ours", "PEFT"))}
+    assert len(trained) == 6
+    dense = trained.pop("PEFT, dense")
+    assert len({first for first, _ in trained.values()}) == 1  # of one quantized model
+    assert all(last < first for first, last in [dense, *trained.values()])

@@ -1,0 +1,294 @@
+"""Training steps of one model on one device, each way in a process of its own: seconds, peak memory, losses."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, PretrainedConfig
+from transformers.utils import logging as transformers_logging
+
+from lowrank_dist import NF4, LoRA, PiSSAStrategy
+from lowrank_dist.checkpoint_io import write_json
+from lowrank_dist.comm import ShardGroup
+from lowrank_dist.folded import fold_adapters
+from lowrank_dist.layers import FrozenLinear
+from lowrank_dist.module import CausalLMModule
+from lowrank_dist.optim import build_optimizer
+from lowrank_dist.partition import RowPartition
+
+WARM_UP = 2  # steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is trained, and how long.
+
+    Attributes
+    ----------
+    name
+        Of the model.
+    checkpoint
+        Directory.
+    tokens
+        Of a step, one sequence.
+    rank
+        r, of all linears of the decoder layers; lora_alpha too.
+    steps
+        Timed ones.
+    device
+        ``cuda`` or ``cpu``.
+    """
+
+    name: str
+    checkpoint: Path
+    tokens: int
+    rank: int
+    steps: int
+    device: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the arithmetic."""
+        return torch.bfloat16 if self.device == "cuda" else torch.float32
+
+    def adapter(self) -> LoraConfig:
+        return LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+
+    def batches(self) -> list[dict[str, Tensor]]:
+        """One example for every step; losses fall only if the model can learn the few that come again and again."""
+        vocabulary = LlamaConfig.from_pretrained(self.checkpoint).vocab_size
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, vocabulary, (2, self.tokens), generator=generator)
+        return [{"input_ids": ids[i % 2], "labels": ids[i % 2]} for i in range(WARM_UP + self.steps)]
+
+
+@dataclass(kw_only=True)
+class Measured:
+    """Steps of one way to train.
+
+    Attributes
+    ----------
+    seconds
+        Of every timed step.
+    losses
+        Of every step.
+    peak, held
+        Bytes of device memory: the most that was allocated in the timed steps, and what stays between them. None off
+        CUDA.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    peak: int | None = None
+    held: int | None = None
+
+
+class Meter:
+    """Times steps that end with a synchronized device."""
+
+    def __init__(self, device: str) -> None:
+        self.device, self.found = device, Measured()
+        self._started = 0.0
+
+    def begin(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+            if len(self.found.losses) == WARM_UP:
+                torch.cuda.reset_peak_memory_stats()
+        self._started = time.perf_counter()
+
+    def end(self, loss: Tensor) -> None:
+        self.found.losses.append(float(loss))  # waits for the device
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+            self.found.peak, self.found.held = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+        if len(self.found.losses) > WARM_UP:
+            self.found.seconds.append(time.perf_counter() - self._started)
+
+
+# ---- ours
+
+
+def train_ours(job: Job, *, fused: bool) -> Measured:
+    """`PiSSAStrategy` on one rank; zero-start adapters, as the initialisation is not what is measured.
+
+    `fused` adds adapters to the decoded weight, and, on CUDA, takes the loss without logits.
+    """
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": "0"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "TORCHELASTIC_RUN_ID": "benchmark"}
+    meter = Meter(job.device)
+    strategy = PiSSAStrategy(
+        job.checkpoint,
+        job.adapter(),
+        LoRA(),
+        NF4(double_quant=True),
+        fold_adapters="always" if fused else "never",
+        show_progress=False,
+    )
+    module = CausalLMModule(
+        str(job.checkpoint),
+        scheduler="constant",
+        warmup_ratio=0.0,
+        optimizer="paged_adamw_8bit",
+        fused_cross_entropy=fused and job.device == "cuda",
+    )
+    trainer = L.Trainer(
+        strategy=strategy,
+        accelerator="gpu" if job.device == "cuda" else "cpu",
+        devices=1,
+        precision="bf16-true" if job.device == "cuda" else "32-true",
+        max_epochs=1,
+        use_distributed_sampler=False,  # it would shuffle
+        callbacks=[_Timing(meter)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, DataLoader(job.batches(), batch_size=1))  # type: ignore[arg-type]
+    return meter.found
+
+
+class _Timing(L.Callback):
+    def __init__(self, meter: Meter) -> None:
+        self.meter = meter
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.meter.begin()
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *_: Any) -> None:
+        self.meter.end(outputs["loss"])
+
+
+def train_unsharded(job: Job, *, fused: bool) -> Measured:
+    """Our layers without DeepSpeed: what sharding costs on one device is the difference."""
+    model = get_peft_model(_load(job, job.device), job.adapter())
+    residual, group = NF4(double_quant=True), ShardGroup.single()
+    for module in list(model.modules()):
+        if not hasattr(module, "lora_A"):
+            continue
+        weight = module.base_layer.weight
+        partition = RowPartition(rows=weight.shape[0], columns=weight.shape[1], world_size=1, block=residual.block)
+        frozen = FrozenLinear(partition, residual, compute_dtype=job.dtype)
+        for name, shard in residual.encode(weight.float(), partition, group).shards.items():
+            setattr(frozen, name, nn.Parameter(shard, requires_grad=False))
+        module.base_layer = frozen
+    fold_adapters(model, "always" if fused else "never")
+    return _loop(job, model)
+
+
+# ---- peers
+
+
+def train_bitsandbytes(job: Job) -> Measured:
+    """PEFT over ``load_in_4bit``."""
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=job.dtype,
+    )
+    return _loop(job, get_peft_model(_load(job, job.device, quantization_config=config), job.adapter()))
+
+
+def train_dense(job: Job) -> Measured:
+    """PEFT's LoRA over the weights as they are."""
+    return _loop(job, get_peft_model(_load(job, job.device), job.adapter()))
+
+
+def _load(job: Job, device: str, **options: Any) -> nn.Module:
+    transformers_logging.disable_progress_bar()
+    return AutoModelForCausalLM.from_pretrained(  # type: ignore[no-any-return]
+        job.checkpoint, dtype=job.dtype, device_map={"": device}, **options
+    )
+
+
+def _loop(job: Job, model: Any) -> Measured:
+    """Steps as transformers' Trainer takes them with ``bf16=True``: autocast, gradient checkpointing, paged AdamW."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = build_optimizer(trained, name="paged_adamw_8bit", lr=2e-5, device=torch.device(job.device))
+    meter = Meter(job.device)
+    autocast = torch.autocast(job.device, dtype=torch.bfloat16, enabled=job.device == "cuda")
+    for batch in job.batches():
+        meter.begin()
+        inputs = {name: values[None].to(job.device) for name, values in batch.items()}
+        with autocast:
+            loss = model(**inputs, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        meter.end(loss.detach())
+    return meter.found
+
+
+WAYS: dict[str, Callable[[Job], Measured]] = {
+    "ours": lambda job: train_ours(job, fused=False),
+    "ours, adapters folded in, loss without logits": lambda job: train_ours(job, fused=True),
+    "ours without ZeRO-3": lambda job: train_unsharded(job, fused=False),
+    "ours without ZeRO-3, adapters folded in": lambda job: train_unsharded(job, fused=True),
+    "PEFT + bitsandbytes `Linear4bit`": train_bitsandbytes,
+    "PEFT, dense": train_dense,
+}
+
+
+def train(way: str, job: Job) -> Measured | str:
+    """`WAYS` by name, for a process of its own; out of memory is an answer too."""
+    with contextlib.redirect_stdout(None):
+        try:
+            return WAYS[way](job)
+        except torch.OutOfMemoryError as error:
+            return f"out of memory: {str(error).splitlines()[0]}"
+        finally:
+            gc.collect()
+
+
+def save_model(directory: Path, config: PretrainedConfig, device: str) -> Path:
+    """A bf16 checkpoint of random weights, a file for each decoder layer and one for the rest."""
+    directory.mkdir(parents=True)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
+    generator = torch.Generator(device).manual_seed(0)
+    groups: dict[str, dict[str, Tensor]] = {}
+    for name, parameter in skeleton.named_parameters():
+        group = name.split(".")[2] if ".layers." in name else "rest"
+        groups.setdefault(group, {})[name] = parameter
+    index = {}
+    for number, tensors in enumerate(groups.values(), 1):
+        file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        made = {
+            name: _random(tuple(tensor.shape), generator, device) for name, tensor in _without_ties(tensors, config)
+        }
+        save_file(made, directory / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(made, file)
+    write_json(directory / "model.safetensors.index.json", {"metadata": {}, "weight_map": index})
+    config.architectures = [type(skeleton).__name__]
+    config.save_pretrained(directory)
+    return directory
+
+
+def _without_ties(tensors: dict[str, Tensor], config: PretrainedConfig) -> Iterable[tuple[str, Tensor]]:
+    return [(name, t) for name, t in tensors.items() if not (config.tie_word_embeddings and name.startswith("lm_head"))]
+
+
+def _random(shape: tuple[int, ...], generator: torch.Generator, device: str) -> Tensor:
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=torch.bfloat16)
+    values = torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
+    return (values / math.sqrt(shape[1])).cpu()
