@@ -135,8 +135,10 @@ def expanded_state(state: Mapping[str, Any]) -> dict[str, Tensor]:
             from bitsandbytes.functional import dequantize_blockwise
 
             index = name.removeprefix("state")
+            absmax = state[f"absmax{index}"]
+            # paged state says that it is on the CPU
             value = dequantize_blockwise(
-                value, absmax=state[f"absmax{index}"], code=state[f"qmap{index}"], blocksize=_BLOCK
+                value.to(absmax.device), absmax=absmax, code=state[f"qmap{index}"], blocksize=_BLOCK
             )
         found[_MOMENTS.get(name, name)] = value.detach().flatten().float()
     return found
