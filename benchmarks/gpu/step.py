@@ -73,7 +73,8 @@ def step_table(of: list[Case], device: torch.device) -> str:
             found = {way: in_fresh_process(way, job) for way in WAYS}
         parts.append(f"{case.name}, {flops / 1e12:.3g} Tflop a step:")
         rows = [_row(way, measured, case, flops / rate) for way, measured in found.items()]
-        columns = ["", "ms", "tokens/s", "share of the GEMM rate", "peak MB", "held MB", "loss, first and last"]
+        columns = ["", "ms", "tokens/s", "share of the GEMM rate", "peak MB", "held MB", "gathers, hidden"]
+        columns.append("loss, first and last")
         parts += [table(columns, rows), _verdicts(found, flops / rate)]
     return "\n\n".join(parts)
 
@@ -115,14 +116,19 @@ def flops_of_step(case: Case) -> int:
 
 def _row(way: str, measured: Measured | str, case: Case, at_rate: float) -> list[str]:
     if isinstance(measured, str):
-        return [way, measured, *5 * ["-"]]
+        return [way, measured, *6 * ["-"]]
     seconds = statistics.median(measured.seconds)
+    gathers = "-"
+    if measured.gathers is not None:
+        all_of_them, hidden = measured.gathers
+        gathers = f"{1e3 * all_of_them:.1f} ms, {hidden / max(all_of_them, 1e-9):.0%}"
     return [
         way,
         f"{1e3 * seconds:.1f}",
         f"{case.tokens / seconds:.0f}",
         f"{at_rate / seconds:.3f}",
         *("-" if nbytes is None else f"{nbytes / 1e6:.0f}" for nbytes in (measured.peak, measured.held)),
+        gathers,
         f"{measured.losses[0]:.4f} {measured.losses[-1]:.4f}",
     ]
 
@@ -155,6 +161,7 @@ def _explained(of: list[Case], device: torch.device, rate: float) -> str:
         f"Random weights, one sequence a step, adapters on all linears (r = {of[0].rank}), gradient checkpointing, "
         f"8-bit paged AdamW, arithmetic in {dtype}; each way in a process of its own; the median of the steps after "
         "two to warm up. The flops are those of PEFT's way, recomputation counted, for all; the rate of a product of "
-        f"large matrices here and now is {rate / 1e12:.3g} Tflop/s. Held: between steps. PEFT trains fp32 factors "
-        "under autocast, as transformers' Trainer with `bf16=True`."
+        f"large matrices here and now is {rate / 1e12:.3g} Tflop/s. Held: between steps. Gathers: time of a "
+        "profiled step on streams other than the one that computes, and how much of it that one was busy. PEFT trains "
+        "fp32 factors under autocast, as transformers' Trainer with `bf16=True`."
     )

@@ -14,6 +14,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from benchmarks.gpu.profiles import on_streams, overlap, profiler
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -89,12 +90,16 @@ class Measured:
     peak, held
         Bytes of device memory: the most that was allocated in the timed steps, and what stays between them. None off
         CUDA.
+    gathers
+        Seconds of one more step, profiled, on streams beside the one that computes, and how many of them it computed
+        meanwhile; of ours on CUDA.
     """
 
     seconds: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     peak: int | None = None
     held: int | None = None
+    gathers: tuple[float, float] | None = None
 
 
 class Meter:
@@ -153,25 +158,40 @@ def train_ours(job: Job, *, fused: bool) -> Measured:
         precision="bf16-true" if job.device == "cuda" else "32-true",
         max_epochs=1,
         use_distributed_sampler=False,  # it would shuffle
-        callbacks=[_Timing(meter)],
+        callbacks=[_Timing(meter, WARM_UP + job.steps)],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, DataLoader(job.batches(), batch_size=1))  # type: ignore[arg-type]
+    batches = job.batches()
+    trainer.fit(module, DataLoader([*batches, batches[0]], batch_size=1))  # type: ignore[arg-type]
     return meter.found
 
 
 class _Timing(L.Callback):
-    def __init__(self, meter: Meter) -> None:
-        self.meter = meter
+    """Times all steps but the last, which it profiles on CUDA."""
 
-    def on_train_batch_start(self, *_: Any) -> None:
-        self.meter.begin()
+    def __init__(self, meter: Meter, steps: int) -> None:
+        self.meter, self.steps = meter, steps
+        self.profiled: Any = None
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *_: Any) -> None:
-        self.meter.end(outputs["loss"])
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, index: int) -> None:
+        if index < self.steps:
+            self.meter.begin()
+        elif self.meter.device == "cuda":
+            self.profiled = profiler()
+            self.profiled.__enter__()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int
+    ) -> None:
+        if index < self.steps:
+            self.meter.end(outputs["loss"])
+        elif self.profiled is not None:
+            torch.cuda.synchronize()
+            self.profiled.__exit__(None, None, None)
+            self.meter.found.gathers = overlap(on_streams(self.profiled))
 
 
 def train_unsharded(job: Job, *, fused: bool) -> Measured:

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.gpu.profiles import overlap
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -57,9 +59,16 @@ def test_those_of_an_accelerator_on_the_cpu(tmp_path: Path) -> None:
     errors = [cell.strip() for row in rows for cell in row[-3:-1]]
     assert all(float(error) < 1e-6 for error in errors if error != "-")
     assert "out of memory" not in report
-    rows = {cells[1].strip(): cells[-2].split() for line in report.splitlines() if len(cells := line.split("|")) == 9}
+    rows = {cells[1].strip(): cells[-2].split() for line in report.splitlines() if len(cells := line.split("|")) == 10}
     trained = {way: tuple(map(float, cells)) for way, cells in rows.items() if way.startswith(("ours", "PEFT"))}
     assert len(trained) == 6
     dense = trained.pop("PEFT, dense")
     assert len({first for first, _ in trained.values()}) == 1  # of one quantized model
     assert all(last < first for first, last in [dense, *trained.values()])
+
+
+def test_what_a_profile_says_is_hidden() -> None:
+    """Stream 7 computes for 8 s; the others copy for 4.5 s together, 2.5 s of them meanwhile."""
+    streams = {7: [(0, 4), (3, 5), (6, 9)], 20: [(1, 2), (1.5, 3), (5, 6)], 21: [(8.5, 10)], 22: [(5.25, 5.5)]}
+    assert overlap(streams) == (4.5, 2.5)
+    assert overlap({}) == (0, 0)
