@@ -16,6 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+#: Of the kernel, alone and with a product.
+TILES = ({"BM": 16, "BN": 512, "num_warps": 4}, {"BM": 128, "BN": 128, "num_warps": 8})
+
 
 def decode(
     packed: Tensor,
@@ -59,7 +62,7 @@ def decode(
     assert columns % block_size == 0, f"{columns} columns are not whole blocks of {block_size}"
     out = torch.empty(shape, dtype=dtype, device=packed.device)
     left, right = (packed, packed) if product is None else product
-    tile = {"BM": 16, "BN": 512, "num_warps": 4} if product is None else {"BM": 128, "BN": 128, "num_warps": 8}
+    tile = TILES[product is not None]
     grid = (triton.cdiv(rows, tile["BM"]), triton.cdiv(columns, tile["BN"]))
     _decode_kernel[grid](
         packed,
@@ -77,6 +80,7 @@ def decode(
         NESTED=nested is not None,
         PRODUCT=product is not None,
         BK=32,
+        enable_fp_fusion=False,  # maxima are multiplied and added as bitsandbytes does
         **tile,
     )
     return out

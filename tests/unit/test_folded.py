@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from multiprocessing import get_context
@@ -158,3 +159,38 @@ def test_the_kernel_decodes_as_bitsandbytes_does(
     # fp16: the plain values were rounded before, the sum was not
     tolerance = {torch.float32: 2e-6, torch.float16: 2e-3}[dtype]
     torch.testing.assert_close(added.double(), exact, rtol=tolerance, atol=tolerance)
+
+
+def compiled(capability: int, nested: bool, product: bool) -> tuple[str, int]:
+    """PTX of the kernel in bf16 for a CUDA capability, and the shared memory that it takes."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from lowrank_dist.nf4_kernel import TILES, _decode_kernel
+
+    tile = dict(TILES[product])
+    options = {"num_warps": tile.pop("num_warps"), "enable_fp_fusion": False}
+    constants = {"BLOCK": 64, "NESTED": nested, "PRODUCT": product, "BK": 32, **tile}
+    pointers = {"packed": "*u8", "absmax": "*u8" if nested else "*fp32"}
+    pointers |= dict.fromkeys(("nested", "code_map", "absmax_map"), "*fp32")
+    pointers |= dict.fromkeys(("left", "right", "out"), "*bf16")
+    names = _decode_kernel.arg_names
+    signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in (*pointers, "rows", "columns")}
+    source = ASTSource(_decode_kernel, signature, {(names.index(n),): value for n, value in constants.items()}, aligned)
+    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return kernel.asm["ptx"], kernel.metadata.shared
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_kernel_compiles(capability: int, nested: bool) -> None:
+    """For A100 and H100, without a device: tensor cores multiply, stores are 16 bytes wide, no register is spilled."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    for product in (False, True):
+        ptx, shared = compiled(capability, nested, product)
+        assert ("wgmma" if capability == 90 else "mma.sync") in ptx or not product
+        assert ".local" not in ptx
+        assert set(re.findall(r"st\.global[.\w]*", ptx)) == {"st.global.v4.b32"}
+        assert shared <= 48 * 2**10  # what every device has
