@@ -10,12 +10,14 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, Gemma2Config
 
 from helpers.ranks import run_ranks
 from helpers.sft import tiny_llama
 from helpers.training import make_strategy, tokens
+from lowrank_dist.forecast.activations import fused_chunk
 from lowrank_dist.fused_loss import FusedLoss
 from lowrank_dist.module import CausalLMModule
 
@@ -34,6 +36,29 @@ def module_of(model: Any, **options: Any) -> CausalLMModule:
     module = CausalLMModule("unused", **options)
     module.model = model
     return module
+
+
+class Logits(TorchDispatchMode):
+    """The most rows that a product with so many columns had."""
+
+    def __init__(self, columns: int) -> None:
+        super().__init__()
+        self.columns, self.rows = columns, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.mm.default and out.shape[1] == self.columns:
+            self.rows = max(self.rows, len(out))
+        return out
+
+
+def logits_at_a_time() -> tuple[int, int]:
+    """Tokens whose logits there are at a time; what the forecast says."""
+    model, whole = tiny_llama(), batch(9)
+    config, tokens = model.config, whole["labels"].numel()
+    with Logits(config.vocab_size) as found:
+        module_of(model, fused_cross_entropy=True).loss(whole)
+    return found.rows, fused_chunk(tokens, config.hidden_size, config.vocab_size)
 
 
 def losses_and_gradients() -> list[tuple[Tensor, dict[str, Tensor], str]]:
@@ -59,7 +84,7 @@ class Witness(CausalLMModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = super().training_step(batch, batch_idx)
-        self.losses = [*getattr(self, "losses", []), float(loss)]
+        self.losses = [*getattr(self, "losses", []), float(loss.detach())]
         return loss
 
 
@@ -85,7 +110,7 @@ def fit(pretrained: Path, fused: bool) -> list[float]:
 def everything(pretrained: Path) -> tuple[Any, ...]:
     """In one call, as importing all of it takes longest."""
     return (
-        losses_and_gradients() if torch.distributed.get_rank() == 0 else [],
+        (losses_and_gradients(), logits_at_a_time()) if torch.distributed.get_rank() == 0 else None,
         fit(pretrained, False),
         fit(pretrained, True),
     )
@@ -98,7 +123,8 @@ def test_the_loss_of_transformers(llama: Path, monkeypatch: pytest.MonkeyPatch) 
     """
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     results = run_ranks(2, everything, llama, fresh=True)
-    found = results[0][0]
+    found, (seen, said) = results[0][0]
+    assert seen == said < batch(9)["labels"].numel()
     for (loss, gradients, shape), (other, others, same), tolerance in zip(
         found[::2], found[1::2], (1e-5, 1e-5, 2e-2), strict=True
     ):

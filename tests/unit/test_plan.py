@@ -135,6 +135,12 @@ def test_what_is_advised_fits(tiny: list[str], capsys: pytest.CaptureFixture[str
     assert other.job.global_batch == found["global_batch"]
 
 
+def test_a_loss_in_chunks_has_few_logits() -> None:
+    whole, chunks = (plan(*EIGHT, f"--model.fused_cross_entropy={value}") for value in ("false", "true"))
+    assert chunks.memory.logits < whole.memory.logits / 10
+    assert chunks.memory.resident == whole.memory.resident
+
+
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Shapes:
     return Shapes.of(save_checkpoint(tmp_path_factory.mktemp("model"), "llama"), LINEARS)

@@ -129,6 +129,7 @@ def _job(settings: Any, strategy: Any) -> Job:
         "compute_dtype": compute_dtype,
         "factor_dtype": factor_dtype,
         "optimizer": settings.model.optimizer,
+        "fused_cross_entropy": settings.model.fused_cross_entropy,
         "gradient_checkpointing": settings.model.gradient_checkpointing,
         "on_gpu": trainer.accelerator != "cpu",
     }

@@ -37,6 +37,9 @@ class Activations:
         What is saved outside of them, but for logits and loss.
     logits
         Logits, their fp32 copy, the log-probabilities and the gradients of both, at the peak of the loss.
+    fused
+        The same where the loss is taken in chunks (`lowrank_dist.fused_loss`): logits of a chunk, and the gradient of
+        the hidden states.
     measured
         False where the architecture does not run on the meta device and `layers` is an estimate.
     """
@@ -45,6 +48,7 @@ class Activations:
     layers: tuple[int, ...]
     outside: int
     logits: int
+    fused: int
     measured: bool
 
     def times(self, batch_size: int) -> Activations:
@@ -54,6 +58,7 @@ class Activations:
             layers=tuple(batch_size * nbytes for nbytes in self.layers),
             outside=batch_size * self.outside,
             logits=batch_size * self.logits,
+            fused=batch_size * self.fused,
             measured=self.measured,
         )
 
@@ -71,9 +76,12 @@ def measure_activations(backbone: PreTrainedModel, *, length: int, dtype: torch.
     # bf16: 2 logits, 4 copy, 4 log-probabilities, 4 + 2 gradients; fp32 logits are their own copy
     per_logit = 12 if dtype == torch.float32 else 8 + 4 + 2 * dtype.itemsize
     logits = length * text.vocab_size * per_logit
+    chunk = fused_chunk(length, text.hidden_size, text.vocab_size)
+    fused = dtype.itemsize * (chunk * text.vocab_size + length * text.hidden_size) + 4 * length
+    loss = {"logits": logits, "fused": fused}
     try:
         inside, outside = _Saved(backbone, dtype).of(length)
-        return Activations(inputs=inputs, layers=inside, outside=outside, logits=logits, measured=True)
+        return Activations(inputs=inputs, layers=inside, outside=outside, **loss, measured=True)
     except (
         RuntimeError,
         NotImplementedError,
@@ -81,7 +89,13 @@ def measure_activations(backbone: PreTrainedModel, *, length: int, dtype: torch.
         ValueError,
     ):  # a forward that asks for values, or other inputs
         estimate = _BYTES_PER_UNIT * length * text.hidden_size * dtype.itemsize // 2
-        return Activations(inputs=inputs, layers=(estimate,) * len(layers), outside=0, logits=logits, measured=False)
+        return Activations(inputs=inputs, layers=(estimate,) * len(layers), outside=0, **loss, measured=False)
+
+
+def fused_chunk(tokens: int, hidden: int, vocabulary: int) -> int:
+    """Tokens whose logits liger-kernel has at a time: bytes as of the hidden states, to the next power of two."""
+    chunks = -(-vocabulary // hidden)
+    return min(tokens, 1 << (-(-tokens // chunks) - 1).bit_length())
 
 
 class _Saved:

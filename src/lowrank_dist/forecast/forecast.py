@@ -162,6 +162,8 @@ def _alternatives(job: Job) -> Iterator[list[tuple[str, Job]]]:
         )
         for size in halved
     ]
+    if job.on_gpu and not job.fused_cross_entropy:
+        yield [("model.fused_cross_entropy: true", replace(job, fused_cross_entropy=True))]
     if job.optimizer != "paged_adamw_8bit":
         yield [("model.optimizer: paged_adamw_8bit", replace(job, optimizer="paged_adamw_8bit"))]
     if job.init is not None:

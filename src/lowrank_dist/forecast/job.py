@@ -131,8 +131,8 @@ class Job:
         Of ZeRO; 0: replicas (DDP).
     gradient_checkpointing, live_layers, fp32_norms, shard_within
         As `PiSSAStrategy` has them.
-    optimizer
-        As `CausalLMModule` has it.
+    optimizer, fused_cross_entropy
+        As `CausalLMModule` has them.
     offload_optimizer, offload_parameters
         Whether optimizer state and partitions are in host memory.
     bucket
@@ -158,6 +158,7 @@ class Job:
     fp32_norms: bool = False
     shard_within: ShardWithin = "world"
     optimizer: str = "adamw"
+    fused_cross_entropy: bool = False
     offload_optimizer: bool = False
     offload_parameters: bool = False
     bucket: int | None = None

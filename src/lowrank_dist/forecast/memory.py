@@ -114,7 +114,7 @@ def memory(shapes: Shapes, job: Job, activations: Activations) -> Memory:
         decoded=_decoded(shapes, job),
         kept=kept + activations.outside,
         recomputed=max(activations.layers, default=0) if job.gradient_checkpointing else 0,
-        logits=activations.logits,
+        logits=activations.fused if job.fused_cross_entropy else activations.logits,
         step=4 * owned if job.stage and job.factor_dtype.itemsize != 4 else 0,
         host=copied + sum(resident[kind] for kind in offloaded),
     )
