@@ -102,10 +102,14 @@ def test_the_faster_is_used_from_then_on(monkeypatch: pytest.MonkeyPatch) -> Non
         assert bool(folded) == (times[1] < times[0])
 
 
-def test_layers_with_a_core_stay_as_they_are() -> None:
+@pytest.mark.parametrize("other", [lambda b: nn.Sequential(b), lambda b: nn.Linear(b.in_features, b.out_features)])
+def test_layers_with_a_core_or_a_bias_stay_as_they_are(other: Any) -> None:
     owner = adapted(NF4())
-    owner.linear.lora_B["default"] = nn.Sequential(owner.linear.lora_B["default"])
+    owner.linear.lora_B["default"] = other(owner.linear.lora_B["default"])
     assert fold_adapters(owner, "always") == []
+
+
+def test_never() -> None:
     assert fold_adapters(adapted(NF4()), "never") == []
 
 
