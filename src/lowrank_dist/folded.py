@@ -137,7 +137,10 @@ class FoldedLinear(LoraLinear):
 
 
 def fold_adapters(backbone: nn.Module, when: FoldAdapters) -> list[FoldedLinear]:
-    """Turn PEFT's layers over frozen ones into `FoldedLinear`, in place: all but embeddings, experts, cores and B with a bias."""
+    """Turn PEFT's layers over frozen ones into `FoldedLinear`, in place.
+
+    All but embeddings, experts, and those where B is more than a matrix (a core, a bias).
+    """
     if when == "never":
         return []
     folding = Folding(when)
