@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -36,6 +36,8 @@ class OpenedModel:
         The adapter to go on from, if there is one.
     resume
         What the run that is resumed has left, if one is.
+    tied
+        From `lowrank_dist.skeleton.untie_embeddings`.
     """
 
     backbone: PreTrainedModel
@@ -44,11 +46,38 @@ class OpenedModel:
     source: PretrainedModel | DecomposedModel
     start: StartingAdapter | None
     resume: Resume | None
+    tied: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def core(self) -> float | None:
+        """Standard deviation of the trained matrices between frozen factors, where these are not given by `start`."""
+        if self.start is not None:
+            return None
+        return self.source.core if isinstance(self.source, DecomposedModel) else self.source.init.core
 
     @property
     def quantization(self) -> str | None:
         """Format of a quantized residual."""
         return None if self.source.residual.exact else str(self.source.residual)
+
+    def through_cache(
+        self,
+        group: ShardGroup,
+        factor_dtype: torch.dtype,
+        *,
+        device: torch.device,
+        advance: Callable[[int], object],
+    ) -> OpenedModel:
+        """The same model, to be filled from the cache where there is one; see `PretrainedModel.through_cache`."""
+        if not isinstance(self.source, PretrainedModel):
+            return self
+        source = self.source.through_cache(self.plan, group, factor_dtype, device=device, advance=advance)
+        if source is self.source:
+            return self
+        with group.shared_errors():  # the files there have other names
+            plan = plan_walk(self.backbone, source.reader, self.tied)
+            source.check(plan)
+        return replace(self, source=source, plan=plan)
 
     def check_start(self, group: ShardGroup) -> None:
         """Raise, on every rank, where the adapter to go on from is not for this model. Collective."""
@@ -121,7 +150,9 @@ class ModelRecipe:
         inject_adapter(backbone, source.adapter)
         plan = plan_walk(backbone, source.reader, tied, limit_rank=start is None)
         source.check(plan)
-        return OpenedModel(backbone=backbone, plan=plan, directory=directory, source=source, start=start, resume=resume)
+        return OpenedModel(
+            backbone=backbone, plan=plan, directory=directory, source=source, start=start, resume=resume, tied=tied
+        )
 
     def _starting_adapter(self, directory: Path, pretrained: Path) -> StartingAdapter:
         decomposed = DecomposedModel.is_at(pretrained)

@@ -293,15 +293,13 @@ class PiSSAStrategy(CheckpointedStrategy):
             check_source(self._resumed, pretrained_fingerprint)
 
         with progress_bar(opened.source.reader.nbytes, show=self.show_progress and group.rank == 0) as bar:
+            pretrained = opened.source
+            opened = opened.through_cache(group, self._factor_dtype, device=partitioner.device, advance=bar.update)
             source = opened.source
-            if isinstance(source, PretrainedModel):
-                source = source.through_cache(
-                    opened.plan, group, self._factor_dtype, device=partitioner.device, advance=bar.update
-                )
             bar.reset(source.reader.nbytes)
-            result = self._fill(opened, source, partitioner, bar.update)
+            result = self._fill(opened, partitioner, bar.update)
         fingerprint = pretrained_fingerprint
-        if source is not opened.source:
+        if source is not pretrained:
             fingerprint = source_fingerprint(source.reader, group)
         source.close()
         self._backbone, self.init_report = opened.backbone, result.report
@@ -387,12 +385,11 @@ class PiSSAStrategy(CheckpointedStrategy):
     def _fill(
         self,
         opened: OpenedModel,
-        source: PretrainedModel | DecomposedModel,
         partitioner: Partitioner,
         advance: Callable[[int], object],
     ) -> Materialized:
-        """Make the parameters of the model, from `source` and the adapter to start from. Collective."""
-        backbone, plan, group = opened.backbone, opened.plan, partitioner.group
+        """Make the parameters of the model, from its source and the adapter to start from. Collective."""
+        backbone, plan, source, group = opened.backbone, opened.plan, opened.source, partitioner.group
         options: dict[str, Any] = {
             "residual": source.residual,
             "compute_dtype": self._compute_dtype,
@@ -403,10 +400,8 @@ class PiSSAStrategy(CheckpointedStrategy):
         if isinstance(source, PretrainedModel) and source.init.statistic is not None:
             result = self._materialize_calibrated(backbone, plan, source, partitioner, options)
         else:
-            if isinstance(source, PretrainedModel):
-                options["core"] = source.init.core
             matrices = source.matrices(plan, group, self._factor_dtype, device=partitioner.device, advance=advance)
-            result = materialize(backbone, plan, source.reader, partitioner, matrices, **options)
+            result = materialize(backbone, plan, source.reader, partitioner, matrices, core=opened.core, **options)
         if opened.start is not None:
             if self._resumed is None:
                 opened.start.load(backbone, group, result.initial)
