@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from peft import LoraConfig
 
@@ -16,7 +17,7 @@ from lowrank_dist.comm import ShardGroup
 from lowrank_dist.decomposed_writer import FORMAT, DecomposedWriter
 from lowrank_dist.errors import InputError
 from lowrank_dist.planner import Sharding, scheduled
-from lowrank_dist.skeleton import ModelError, Plan
+from lowrank_dist.skeleton import ModelError, Plan, PlannedMatrix
 from lowrank_dist.walk import Walk
 
 _SAMPLES, _SAMPLE_BYTES = 16, 2**16
@@ -31,17 +32,28 @@ def source_fingerprint(reader: CheckpointReader, group: ShardGroup) -> str:
     return _told(lambda: _hashed_source(reader).hexdigest(), group)
 
 
-def fingerprint(walk: Walk, plan: Plan) -> str:
+class Calibrated(Protocol):
+    """A walk that looks at data first (`lowrank_dist.calibrated_walk.CalibrationPass`)."""
+
+    def fingerprint(self) -> str:
+        """Digest of the data, and of what is done with them. Collective."""
+
+    def walk(self, matrices: Sequence[PlannedMatrix]) -> Walk:
+        """What decomposes `matrices`, once the data have been looked at. Collective."""
+
+
+def fingerprint(walk: Walk, plan: Plan, calibrated: Calibrated | None = None) -> str:
     """Hexadecimal digest of everything that a decomposed model depends on.
 
     Of the source, what `source_fingerprint` covers. Of the settings: method, residual format, dtype of the factors, and
-    for every matrix rank and scaling. Rank 0 computes it, the others are told. Collective.
+    for every matrix rank and scaling; what `calibrated` looks at. Rank 0 computes it, the others are told. Collective.
     """
+    data = [] if calibrated is None else [calibrated.fingerprint()]
 
     def compute() -> str:
         digest = _hashed_source(walk.reader)
         matrices = [[m.name, m.key, m.rank, m.scaling] for m in plan.matrices]
-        settings = [FORMAT, repr(walk.init), repr(walk.residual), str(walk.factor_dtype), matrices]
+        settings = [FORMAT, repr(walk.init), repr(walk.residual), str(walk.factor_dtype), matrices, *data]
         digest.update(json.dumps(settings).encode())
         return digest.hexdigest()
 
@@ -81,6 +93,7 @@ def decompose(
     announce: Callable[[str], object] = lambda _: None,
     overwrite: bool = False,
     key: str | None = None,
+    calibrated: Calibrated | None = None,
 ) -> Path:
     """Decompose a checkpoint and write the result as a decomposed model. Collective: all ranks of the walk call it.
 
@@ -103,6 +116,8 @@ def decompose(
         Replace what else is at `output`.
     key
         The `fingerprint`, where it is known already.
+    calibrated
+        For methods that look at data: they do so unless all matrices are there, and for those that are not.
 
     Returns
     -------
@@ -118,7 +133,7 @@ def decompose(
     """
     output, group = Path(output).absolute(), walk.group
     _check_layout(plan)
-    key = key or fingerprint(walk, plan)
+    key = key or fingerprint(walk, plan, calibrated)
     if group.broadcast_object(is_complete(output, key)):
         return output
     with group.shared_errors():
@@ -132,6 +147,8 @@ def decompose(
         writer.begin()
         remaining = [planned for planned in plan.matrices if planned.name not in writer.reports]
         walk.advance(sum(report.nbytes for report in writer.reports.values()))
+        if remaining and calibrated is not None:
+            walk = calibrated.walk(remaining)
         writer.matrices(scheduled(walk, remaining, sharding, announce))
         writer.others()
         writer.finish(adapter, base)

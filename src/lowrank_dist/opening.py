@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from lowrank_dist.checkpoint_io import resolve_checkpoint
 from lowrank_dist.comm import ShardGroup
+from lowrank_dist.decompose import Calibrated
 from lowrank_dist.decomposed import DecomposedModel, starts_at_zero
 from lowrank_dist.methods import LoRA, Method
 from lowrank_dist.planner import Sharding
@@ -67,11 +68,14 @@ class OpenedModel:
         *,
         device: torch.device,
         advance: Callable[[int], object],
+        calibrated: Calibrated | None = None,
     ) -> OpenedModel:
         """The same model, to be filled from the cache where there is one; see `PretrainedModel.through_cache`."""
         if not isinstance(self.source, PretrainedModel):
             return self
-        source = self.source.through_cache(self.plan, group, factor_dtype, device=device, advance=advance)
+        source = self.source.through_cache(
+            self.plan, group, factor_dtype, device=device, advance=advance, calibrated=calibrated
+        )
         if source is self.source:
             return self
         with group.shared_errors():  # the files there have other names
