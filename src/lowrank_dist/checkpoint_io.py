@@ -182,6 +182,12 @@ class CheckpointReader:
         shape = (depth, info.shape[0] // depth, info.shape[1])
         self._info[name] = TensorInfo(shape=shape, dtype=info.dtype, nbytes=info.nbytes)
 
+    def join_as(self, other: CheckpointReader) -> None:
+        """Join what is joined in `other`, where the same tensors are here."""
+        for name, pieces in other._joined.items():
+            if all(piece.key in self._file_of for piece in pieces):
+                self._joined[name], self._info[name] = pieces, other._info[name]
+
     def entry(self, name: str, index: int) -> str:
         """Name of entry `index` of the ``[depth, rows, columns]`` tensor `name`, to be read as a matrix."""
         entry = f"{name}[{index}]"

@@ -20,6 +20,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from lowrank_dist.adapter_files import CONFIG, MANIFEST, WEIGHTS, read_manifest
+from lowrank_dist.adapter_files import CONFIG, MANIFEST, WEIGHTS, read_manifest, residual_stem
 from lowrank_dist.checkpoint_io import PACKED_DTYPE, CheckpointError, CheckpointReader, TensorInfo, read_ahead
 from lowrank_dist.checkpoint_keys import peft_name
 from lowrank_dist.comm import ShardGroup
@@ -39,7 +40,6 @@ from lowrank_dist.residual import Encoded, ResidualFormat
 from lowrank_dist.skeleton import ModelError, Plan, PlannedMatrix
 from lowrank_dist.walk import DecomposedMatrix, check_finite, factor_shapes, parameter_shapes, row_partition
 
-RESIDUAL_STEM = "residual"  # of the files of models that stock transformers has no layout for
 FROZEN_STEM = "frozen_factors"
 _OF_STACK = re.compile(r"(.+)\[(\d+)\]" + re.escape(QUANT_STATE))
 
@@ -89,8 +89,7 @@ class ResidualReader(CheckpointReader):
     holds_residuals = True
 
     def __init__(self, directory: Path) -> None:
-        own = any(directory.glob(f"{RESIDUAL_STEM}*.safetensors"))
-        super().__init__(directory, stem=RESIDUAL_STEM if own else "model")
+        super().__init__(directory, stem=residual_stem(directory))
         self._depths: dict[str, int] = {}
         for match in filter(None, map(_OF_STACK.fullmatch, self)):
             self._depths[match[1]] = max(self._depths.get(match[1], 0), int(match[2]) + 1)
@@ -236,6 +235,14 @@ class DecomposedModel:
                         f"{planned.layer}: the adapter wants {factor} {list(shape)}, {self._initial.directory} {what}; "
                         "leave `adapter` out to take the stored configuration"
                     )
+
+    def plan_of(self, plan: Plan, source: CheckpointReader) -> Plan:
+        """A plan that was made with `source`, in the names of this decomposed model of it."""
+        self.reader.join_as(source)
+        if self.residual.exact:
+            return plan
+        matrices = [replace(planned, key=packed_name(planned, source)) for planned in plan.matrices]
+        return replace(plan, matrices=matrices)
 
     def matrices(
         self,

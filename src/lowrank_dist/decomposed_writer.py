@@ -17,9 +17,9 @@ from peft import LoraConfig
 from torch import Tensor
 
 from lowrank_dist import __version__
-from lowrank_dist.adapter_files import MANIFEST, WEIGHTS
+from lowrank_dist.adapter_files import MANIFEST, RESIDUAL_STEM, WEIGHTS
 from lowrank_dist.checkpoint_io import copy_other_files, write_json
-from lowrank_dist.decomposed import FROZEN_STEM, RESIDUAL_STEM, factor_keys, has_stock_layout, packed_name
+from lowrank_dist.decomposed import FROZEN_STEM, factor_keys, has_stock_layout, packed_name
 from lowrank_dist.directories import check_free, empty, exclusive, flush_directory, put_in_place, staging_of
 from lowrank_dist.experts import StackedFactors
 from lowrank_dist.linalg import full_fp32

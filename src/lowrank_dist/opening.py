@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -37,8 +37,6 @@ class OpenedModel:
         The adapter to go on from, if there is one.
     resume
         What the run that is resumed has left, if one is.
-    tied
-        From `lowrank_dist.skeleton.untie_embeddings`.
     """
 
     backbone: PreTrainedModel
@@ -47,7 +45,6 @@ class OpenedModel:
     source: PretrainedModel | DecomposedModel
     start: StartingAdapter | None
     resume: Resume | None
-    tied: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def core(self) -> float | None:
@@ -78,10 +75,8 @@ class OpenedModel:
         )
         if source is self.source:
             return self
-        with group.shared_errors():  # the files there have other names
-            plan = plan_walk(self.backbone, source.reader, self.tied)
-            source.check(plan)
-        return replace(self, source=source, plan=plan)
+        assert isinstance(source, DecomposedModel)
+        return replace(self, source=source, plan=source.plan_of(self.plan, self.source.reader))
 
     def check_start(self, group: ShardGroup) -> None:
         """Raise, on every rank, where the adapter to go on from is not for this model. Collective."""
@@ -154,9 +149,7 @@ class ModelRecipe:
         inject_adapter(backbone, source.adapter)
         plan = plan_walk(backbone, source.reader, tied, limit_rank=start is None)
         source.check(plan)
-        return OpenedModel(
-            backbone=backbone, plan=plan, directory=directory, source=source, start=start, resume=resume, tied=tied
-        )
+        return OpenedModel(backbone=backbone, plan=plan, directory=directory, source=source, start=start, resume=resume)
 
     def _starting_adapter(self, directory: Path, pretrained: Path) -> StartingAdapter:
         decomposed = DecomposedModel.is_at(pretrained)

@@ -28,6 +28,7 @@ from lowrank_dist.checkpoint_io import CheckpointReader
 from lowrank_dist.comm import ShardGroup
 from lowrank_dist.decompose import decompose
 from lowrank_dist.directories import staging_of
+from lowrank_dist.inspection import inspect
 from lowrank_dist.planner import Sharding
 from lowrank_dist.residual import Dense
 from lowrank_dist.skeleton import build_skeleton, inject_adapter, plan_walk
@@ -129,6 +130,9 @@ def test_step_0_is_that_of_decomposing_in_place(tmp_path: Path, name: str, resid
         assert torch.equal(result["written"], expected)
         assert torch.equal(result["found"], expected)
     torch.testing.assert_close(run_ranks(3, from_directory, output)[0], expected, rtol=1e-4, atol=1e-4)
+    described = inspect(output)
+    assert not described.problems
+    assert described.facts["residual"] == ("dense" if residual is None else str(residual))
     if residual is None or case.stock_in_4_bits:
         (initial,) = output.glob("*_init")
         with torch.no_grad():
