@@ -77,7 +77,8 @@ class PiSSAStrategy(CheckpointedStrategy):
         batches that each rank would train on.
     init_cache
         Directory, seen by all ranks, for decomposed models: the first run with the same weights and settings writes
-        one there and starts from it, later runs start from it; a run that was killed goes on where it stopped.
+        one there and starts from it, later runs start from it; a run that was killed goes on where it stopped. Of
+        methods that look at data the batches are among the settings: each run reads them, the first looks at them.
     ranks_per_matrix
         So many ranks decompose each matrix together; it must divide their number. None: a cost model, measured at
         start, decides for every matrix (`lowrank_dist.planner`).
