@@ -54,7 +54,7 @@ def calibration_pass(
 ) -> CalibrationPass:
     """The calibration pass before `walk`, over the ranks of `walk`, with the data that training would begin with.
 
-    It computes in the dtype of the checkpoint, `source_dtype`, in fp32 for fp16. Collective.
+    It computes in the dtype of the checkpoint, `source_dtype`; on CPUs, and for fp16, in fp32. Collective.
 
     Raises
     ------
@@ -89,7 +89,7 @@ def calibration_pass(
             calibration=Calibration(**vars(options.calibration)),
             init=walk.init,
             residual=walk.residual,
-            compute_dtype=torch.float32 if source_dtype == torch.float16 else source_dtype,
+            compute_dtype=torch.float32 if device.type == "cpu" or source_dtype == torch.float16 else source_dtype,
             factor_dtype=walk.factor_dtype,
             advance=walk.advance,
             thorough=walk.thorough,
