@@ -22,6 +22,7 @@ LORA_DIR = "lora"  # converted, for the original model
 MANIFEST = "lowrank_dist.json"
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+RESIDUAL_STEM = "residual"  # of the files at the root of decomposed models that stock transformers has no layout for
 
 
 def write_adapter(directory: Path, tensors: Mapping[str, Tensor], config: LoraConfig) -> None:
@@ -66,6 +67,11 @@ def read_adapter(directory: Path) -> tuple[dict[str, Tensor], LoraConfig]:
     """All of what `open_adapter` opens."""
     reader, config = open_adapter(directory)
     return {name: whole_tensor(reader, name) for name in reader}, config
+
+
+def residual_stem(directory: Path) -> str:
+    """First part of the names of the files at the root of a decomposed model."""
+    return RESIDUAL_STEM if any(directory.glob(f"{RESIDUAL_STEM}*.safetensors")) else "model"
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ GB of its bf16 weights; on 32 GPUs 10.2 or 8.6 GB each. They go, matrix by matri
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -74,8 +75,7 @@ class Calibration:
 def check_options(init: Method | None, calibration: Calibration | None, **others: object) -> None:
     """Raise InputError where a method and a `calibration` do not fit, or a set option of `others` with calibration.
 
-    `others` may be ``init_cache`` (what it holds is found by weights and settings, not by data) and
-    ``ranks_per_matrix`` (a statistic is cut over all ranks).
+    `others` may be ``ranks_per_matrix`` (a statistic is cut over all ranks).
     """
     looks = init is not None and init.statistic is not None
     if calibration is not None and not looks:
@@ -182,6 +182,52 @@ def calibrate(
     if count < calibration.batches:
         _log.warning("Calibration: %d of batches=%d; a rank has no more", count, calibration.batches)
     return measured.finish(count)
+
+
+def draw(batches: Iterable[Any], most: int, group: ShardGroup) -> tuple[list[Any], str]:
+    """The first `most` batches of this rank, no more than every rank has, and a digest of those of all. Collective.
+
+    Raises
+    ------
+    InputError
+        On every rank, for batches that hold anything but tensors, numbers and text.
+    """
+    drawn = list(_agreed(batches, most, group))
+    with group.shared_errors():
+        digest = hashlib.sha256()
+        _add_to(digest, drawn)
+    everyone = group.gather_objects(digest.hexdigest())
+    return drawn, hashlib.sha256(" ".join(everyone).encode()).hexdigest()
+
+
+def _add_to(digest: hashlib._Hash, value: Any) -> None:
+    """Add what a batch holds, and how, to `digest`."""
+    if isinstance(value, Tensor):
+        digest.update(f"{value.dtype}{list(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, Mapping):
+        digest.update(f"mapping of {len(value)}".encode())
+        for key in sorted(value, key=str):
+            _add_to(digest, key)
+            _add_to(digest, value[key])
+    elif isinstance(value, list | tuple):
+        digest.update(f"sequence of {len(value)}".encode())
+        for entry in value:
+            _add_to(digest, entry)
+    elif value is None or isinstance(value, bool | int | float | str | bytes):
+        digest.update(repr(value).encode() + b";")
+    else:
+        raise InputError(
+            f"Calibration: a batch holds a {type(value).__name__}, of which no digest can be taken to tell whether a "
+            "decomposed model was made with the same data; give tensors, numbers and text, or leave out init_cache"
+        )
+
+
+def step_name(step: Callable[..., Any] | None) -> str:
+    """What is run for a batch, for a fingerprint: the name of a function, or what an object says of itself."""
+    if step is None:
+        return step_name(model_loss)
+    return f"{step.__module__}.{step.__qualname__}" if hasattr(step, "__qualname__") else str(step)
 
 
 def model_loss(backbone: Any, batch: Any) -> Any:

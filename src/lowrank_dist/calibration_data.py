@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
-from lowrank_dist.calibration import Calibration, Step, model_loss
+from lowrank_dist.calibration import Calibration, Step, model_loss, step_name
 from lowrank_dist.errors import InputError
 
 
@@ -117,12 +118,24 @@ def calibration_step(module: LightningModule, calibration: Calibration, autocast
         Run it under autocast in this dtype; None: as it is.
     """
     own: Callable[[Any], Any] | None = getattr(module, "calibration_step", None)
+    if own is None or calibration.step is not None:
+        chosen = calibration.step or model_loss
+        return _Step(run=chosen, name=step_name(chosen), autocast=autocast)
+    return _Step(run=lambda _, batch: own(batch), name=step_name(own), autocast=autocast)
 
-    def step(backbone: Any, batch: Any) -> Any:
+
+@dataclass(frozen=True, kw_only=True)
+class _Step:
+    """A step under autocast; its text says what is run."""
+
+    run: Step
+    name: str
+    autocast: torch.dtype | None
+
+    def __call__(self, backbone: Any, batch: Any) -> Any:
         device = next(backbone.parameters()).device.type
-        with torch.autocast(device, dtype=autocast, enabled=autocast is not None):
-            if calibration.step is not None:
-                return calibration.step(backbone, batch)
-            return model_loss(backbone, batch) if own is None else own(batch)
+        with torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None):
+            return self.run(backbone, batch)
 
-    return step
+    def __str__(self) -> str:
+        return f"{self.name}, autocast: {self.autocast}"

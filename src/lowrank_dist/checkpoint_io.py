@@ -182,6 +182,12 @@ class CheckpointReader:
         shape = (depth, info.shape[0] // depth, info.shape[1])
         self._info[name] = TensorInfo(shape=shape, dtype=info.dtype, nbytes=info.nbytes)
 
+    def join_as(self, other: CheckpointReader) -> None:
+        """Join what is joined in `other`, where the same tensors are here."""
+        for name, pieces in other._joined.items():
+            if all(piece.key in self._file_of for piece in pieces):
+                self._joined[name], self._info[name] = pieces, other._info[name]
+
     def entry(self, name: str, index: int) -> str:
         """Name of entry `index` of the ``[depth, rows, columns]`` tensor `name`, to be read as a matrix."""
         entry = f"{name}[{index}]"
@@ -247,22 +253,34 @@ class CheckpointReader:
 
     def _flat_of_pieces(self, name: str, start: int, stop: int) -> Tensor:
         parts = [torch.empty(0, dtype=FLOAT_DTYPES.get(self.stored(name).dtype, torch.float32))]
-        first = 0
-        for piece in self._joined[name]:
-            shape = self.stored(piece.key).shape[0 if piece.index is None else 1 :]
-            numel = torch.Size(shape).numel()
-            low, high = max(start - first, 0), min(stop - first, numel)
-            first += numel
-            if low >= high:
-                continue
+        for piece, low, high in self._within_pieces(name, start, stop):
             if piece.index is None:
                 parts.append(self.flat(piece.key, low, high))
                 continue
-            top, bottom = low // shape[1], -(-high // shape[1])
+            width = self.stored(piece.key).shape[-1]
+            top, bottom = low // width, -(-high // width)
             rows = self._open(self._file_of[piece.key]).get_slice(piece.key)[piece.index, top:bottom]
-            parts.append(rows.reshape(-1)[low - top * shape[1] : high - top * shape[1]])
+            parts.append(rows.reshape(-1)[low - top * width : high - top * width])
             self.bytes_read += parts[-1].nbytes
         return torch.cat(parts)
+
+    def _within_pieces(self, name: str, start: int, stop: int) -> Iterator[tuple[Piece, int, int]]:
+        """The pieces that elements ``start:stop`` of `name` lie in, and from where to where in each."""
+        first = 0
+        for piece in self.pieces(name):
+            numel = torch.Size(self.stored(piece.key).shape[0 if piece.index is None else 1 :]).numel()
+            low, high = max(start - first, 0), min(stop - first, numel)
+            first += numel
+            if low < high:
+                yield piece, low, high
+
+    def places(self, name: str, start: int, stop: int) -> Iterator[tuple[str, int, int]]:
+        """Where elements ``start:stop`` of `name` lie in the files: tensor, first element there, how many; in order."""
+        for piece, low, high in self._within_pieces(name, start, stop):
+            before = 0
+            if piece.index is not None:
+                before = piece.index * torch.Size(self.stored(piece.key).shape[1:]).numel()
+            yield piece.key, before + low, high - low
 
     def close(self) -> None:
         """Close the files."""

@@ -327,6 +327,12 @@ class SFTDataModule(L.LightningDataModule):
         self._train_loader.load_state_dict(self._state)
         return self._train_loader
 
+    def sharded_dataloader(self, *, num_replicas: int, rank: int) -> DataLoader[dict[str, Tensor]]:
+        """The batches that training would begin with on one of `num_replicas` ranks, where there is no Trainer."""
+        dataset = self._sets["train"]
+        sampler = self._sampler(dataset, shuffle=True, ranks={"num_replicas": num_replicas, "rank": rank})
+        return DataLoader(dataset, self.batch_size, sampler=sampler, **self._loader_settings())
+
     def _unused_batches(self) -> int:
         """Batches handed out to a step that is not done: of a checkpoint that is saved on an exception."""
         if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
@@ -363,8 +369,9 @@ class SFTDataModule(L.LightningDataModule):
             "pin_memory": torch.cuda.is_available(),
         }
 
-    def _sampler(self, dataset: TokenDataset, *, shuffle: bool) -> ShardedSampler:
-        ranks = (self.trainer.distributed_sampler_kwargs if self.trainer is not None else None) or {}
+    def _sampler(self, dataset: TokenDataset, *, shuffle: bool, ranks: dict[str, int] | None = None) -> ShardedSampler:
+        if ranks is None:
+            ranks = (self.trainer.distributed_sampler_kwargs if self.trainer is not None else None) or {}
         return ShardedSampler(
             dataset,
             batch_size=self.batch_size,

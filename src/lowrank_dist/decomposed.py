@@ -3,12 +3,24 @@
 The layout is the one in which the authors of PiSSA publish: an ordinary checkpoint that holds the residual, dense or in
 bitsandbytes' own 4-bit serialization, and a directory ``pissa_init/`` (``loftq_init/``, ...) with a PEFT adapter that
 belongs to it. Stock transformers + peft load both; here every rank reads its own part.
+
+Two things have no place in it, and are kept beside it:
+
+- Residuals in 4 bits of anything but the ``[out, in]`` weight of a linear layer: experts, embeddings, ``Conv1D``,
+  parameters without their module, weights that are fused while loading. The root then is ``residual.safetensors`` (or
+  several and an index) instead of ``model.safetensors``, so that transformers refuses it by name instead of filling in
+  what it cannot read. Tensors have the names and suffixes of bitsandbytes' serialization; each expert of a stack its
+  own, ``<parameter>[<expert>]``.
+- The frozen B of LoRA-XS: ``frozen_factors.safetensors`` beside the adapter, which holds A and ``B R``.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +28,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from lowrank_dist.adapter_files import CONFIG, MANIFEST, WEIGHTS, read_manifest
+from lowrank_dist.adapter_files import CONFIG, MANIFEST, WEIGHTS, read_manifest, residual_stem
 from lowrank_dist.checkpoint_io import PACKED_DTYPE, CheckpointError, CheckpointReader, TensorInfo, read_ahead
 from lowrank_dist.checkpoint_keys import peft_name
 from lowrank_dist.comm import ShardGroup
@@ -26,7 +38,10 @@ from lowrank_dist.partition import FlatPartition, RowPartition
 from lowrank_dist.report import MatrixReport
 from lowrank_dist.residual import Encoded, ResidualFormat
 from lowrank_dist.skeleton import ModelError, Plan, PlannedMatrix
-from lowrank_dist.walk import DecomposedMatrix, check_finite, factor_shapes, row_partition
+from lowrank_dist.walk import DecomposedMatrix, check_finite, factor_shapes, parameter_shapes, row_partition
+
+FROZEN_STEM = "frozen_factors"
+_OF_STACK = re.compile(r"(.+)\[(\d+)\]" + re.escape(QUANT_STATE))
 
 
 def initial_directory(directory: Path) -> Path | None:
@@ -54,17 +69,47 @@ def factor_keys(planned: PlannedMatrix) -> dict[str, str]:
     return {factor: peft_name(name) for factor, name in planned.factor_names.items()}
 
 
+def packed_name(planned: PlannedMatrix, source: CheckpointReader) -> str:
+    """Name in the files of a residual in 4 bits: of the weight in `source`, of the model where that joins tensors."""
+    return planned.key if planned.key in source else planned.weight
+
+
+def has_stock_layout(planned: PlannedMatrix, residual: ResidualFormat, source: CheckpointReader) -> bool:
+    """Whether transformers has a place for the residual of a matrix of `source`."""
+    linear = not (planned.input_first or planned.lookup or planned.wrapped)
+    return residual.exact or (linear and planned.key in source)
+
+
 class ResidualReader(CheckpointReader):
-    """The root of a decomposed model: 4-bit weights have the shape of the matrix they stand for, and dtype ``NF4``."""
+    """The root of a decomposed model: 4-bit weights have the shape of the matrix they stand for, and dtype ``NF4``.
+
+    Stacks of matrices in 4 bits, which the files hold one by one, are there under the name of the stack too.
+    """
 
     holds_residuals = True
 
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory, stem=residual_stem(directory))
+        self._depths: dict[str, int] = {}
+        for match in filter(None, map(_OF_STACK.fullmatch, self)):
+            self._depths[match[1]] = max(self._depths.get(match[1], 0), int(match[2]) + 1)
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or name in self._depths
+
     def info(self, name: str) -> TensorInfo:
+        if name in self._depths:
+            each = [self.info(self.entry(name, index)) for index in range(self._depths[name])]
+            nbytes = sum(info.nbytes for info in each)
+            return TensorInfo(shape=(len(each), *each[0].shape), dtype=PACKED_DTYPE, nbytes=nbytes)
         info = super().info(name)
         if name + QUANT_STATE not in self:
             return info
         state = self.quant_state(name)
         return TensorInfo(shape=tuple(state["shape"]), dtype=PACKED_DTYPE, nbytes=info.nbytes)
+
+    def entry(self, name: str, index: int) -> str:
+        return f"{name}[{index}]" if name in self._depths else super().entry(name, index)
 
     def quant_state(self, name: str) -> dict[str, Any]:
         """The JSON that bitsandbytes keeps beside the 4-bit weight `name`."""
@@ -98,6 +143,8 @@ class DecomposedModel:
     base, method, starts_at_zero
         The pretrained model (for which converted adapters are), the initialisation, and whether the residual is W;
         where there is no manifest, what the initial adapter says.
+    core : float or None
+        Standard deviation at step 0 of the trained matrix between frozen factors, where there is one.
 
     Raises
     ------
@@ -125,6 +172,10 @@ class DecomposedModel:
         self.base: str = self.manifest.get("base") or config.base_model_name_or_path or str(directory)
         self.method: str = self.manifest.get("method") or initial.name.removesuffix("_init")
         self.starts_at_zero: bool = self.manifest.get("starts_at_zero", False)
+        self.core: float | None = self.manifest.get("core")
+        self._factors = {"lora_A": self._initial, "lora_B": self._initial}
+        if self.core is not None:
+            self._factors["lora_B"] = CheckpointReader(initial, stem=FROZEN_STEM)
 
     @staticmethod
     def is_at(directory: Path) -> bool:
@@ -175,7 +226,7 @@ class DecomposedModel:
             dtype = self.reader.info(planned.key).dtype
             if (dtype == PACKED_DTYPE) == self.residual.exact:
                 raise ModelError(f"{planned.layer}: the residual is stored as {dtype}, others as {self.residual}")
-            for factor, shape in factor_shapes(planned).items():
+            for factor, shape in parameter_shapes(planned).items():
                 key = factor_keys(planned)[factor]
                 stored = self._initial.info(key).shape if key in self._initial else None
                 if stored != shape:
@@ -184,6 +235,14 @@ class DecomposedModel:
                         f"{planned.layer}: the adapter wants {factor} {list(shape)}, {self._initial.directory} {what}; "
                         "leave `adapter` out to take the stored configuration"
                     )
+
+    def plan_of(self, plan: Plan, source: CheckpointReader) -> Plan:
+        """A plan that was made with `source`, in the names of this decomposed model of it."""
+        self.reader.join_as(source)
+        if self.residual.exact:
+            return plan
+        matrices = [replace(planned, key=packed_name(planned, source)) for planned in plan.matrices]
+        return replace(plan, matrices=matrices)
 
     def matrices(
         self,
@@ -202,6 +261,7 @@ class DecomposedModel:
             On every rank, if any rank cannot read or finds a NaN or infinity.
         """
         device, residual = device or torch.device("cpu"), self.residual
+        stacks: dict[str, Tensor] = {}  # this rank's part of the B of the stack that is being read
         stored = {entry["name"]: MatrixReport.from_dict(entry) for entry in self.manifest.get("matrices", [])}
 
         def read(planned: PlannedMatrix) -> DecomposedMatrix:
@@ -214,7 +274,7 @@ class DecomposedModel:
             for factor, shape in factor_shapes(planned).items():
                 key = factor_keys(planned)[factor]
                 bounds = FlatPartition(numel=shape[0] * shape[1], world_size=group.size).bounds(group.rank)
-                factors[factor] = self._initial.flat(key, *bounds).to(device, factor_dtype)
+                factors[factor] = self._factor(planned, factor, bounds, stacks).to(device, factor_dtype)
                 check_finite(key, factors[factor], bounds[0])
             shards = self._shards(planned, partition, group.rank)
             return DecomposedMatrix(
@@ -231,6 +291,20 @@ class DecomposedModel:
                 matrix = next(matrices)
             yield matrix
             advance(self.reader.stored(planned.key).nbytes)
+
+    def _factor(
+        self, planned: PlannedMatrix, factor: str, bounds: tuple[int, int], stacks: dict[str, Tensor]
+    ) -> Tensor:
+        """Elements `bounds` of a factor of one matrix, flat. Those of experts alternate in B, which is read once."""
+        key, experts, expert = factor_keys(planned)[factor], planned.experts, planned.expert or 0
+        start, stop = bounds
+        if experts > 1 and factor == "lora_B":
+            if key not in stacks:
+                stacks.clear()
+                stacks[key] = self._factors[factor].flat(key, start * experts, stop * experts)
+            return stacks[key][expert::experts].clone()
+        before = expert * math.prod(factor_shapes(planned)[factor])
+        return self._factors[factor].flat(key, before + start, before + stop)
 
     def residual_of(
         self, planned: PlannedMatrix, partition: RowPartition, group: ShardGroup, device: torch.device
@@ -267,4 +341,5 @@ class DecomposedModel:
     def close(self) -> None:
         """Close the files."""
         self.reader.close()
-        self._initial.close()
+        for reader in {self._initial, *self._factors.values()}:
+            reader.close()

@@ -16,7 +16,16 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from lowrank_dist.adapter_files import ADAPTER_DIR, CONFIG, ENCODED_DIR, INITIAL_DIR, LORA_DIR, MANIFEST, WEIGHTS
+from lowrank_dist.adapter_files import (
+    ADAPTER_DIR,
+    CONFIG,
+    ENCODED_DIR,
+    INITIAL_DIR,
+    LORA_DIR,
+    MANIFEST,
+    WEIGHTS,
+    residual_stem,
+)
 from lowrank_dist.checkpoint_io import INDEX_NAME, CheckpointError
 from lowrank_dist.directories import replaced_of, staging_of
 from lowrank_dist.nf4 import QUANT_STATE
@@ -166,7 +175,7 @@ def _decomposed(directory: Path, found: Description) -> None:
     if len(initial) > 1:
         found.problems.append(f"{len(initial)} initial adapters: {', '.join(path.name for path in initial)}")
     _add_adapter(initial[0], found)
-    weights = Weights(directory)
+    weights = Weights(directory, residual_stem(directory))
     facts["residual"] = facts.pop("quantization", None) or ("NF4" if "NF4" in weights.parameters else "dense")
     _add_weights(weights, found)
     facts["bytes"] = {"residual": weights.nbytes, **{path.name: _size(path) for path in initial}}

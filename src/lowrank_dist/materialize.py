@@ -8,7 +8,7 @@ whole matrix, and the ranks together read every byte once.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,9 +19,10 @@ from transformers import PreTrainedModel
 from lowrank_dist.checkpoint_io import CheckpointReader
 from lowrank_dist.comm import ShardGroup
 from lowrank_dist.digest import digest_sums, digests
-from lowrank_dist.experts import AdaptedParameter, put_factor
+from lowrank_dist.experts import AdaptedParameter, StackedFactors
 from lowrank_dist.layers import CoredLinear, FrozenEmbedding, FrozenLinear, FrozenWeight
 from lowrank_dist.linalg import seed_from_name
+from lowrank_dist.methods import initial_core
 from lowrank_dist.partition import FlatPartition
 from lowrank_dist.redistribute import redistribute
 from lowrank_dist.report import InitReport
@@ -260,8 +261,7 @@ class _Filling:
 
     def put_core(self, layer: Any, planned: PlannedMatrix) -> None:
         """Put a trained core, the same whatever the number of ranks, in front of a frozen B."""
-        generator = torch.Generator().manual_seed(seed_from_name(f"{planned.key}:core"))
-        core = torch.randn(planned.rank, planned.rank, generator=generator).flatten() * (self.core or 0.0)
+        core = initial_core(planned.key, planned.rank, self.core or 0.0).flatten()
         mine = slice(*FlatPartition(numel=core.numel(), world_size=self.group.size).bounds(self.group.rank))
         shard = core[mine].to(self.partitioner.device, self.factor_dtype)
         parameter = self.partitioner.parameter(
@@ -331,10 +331,9 @@ class _Stack:
     """Shards of all experts of one parameter, on their way to becoming one tensor each."""
 
     def __init__(self, planned: PlannedMatrix, group: ShardGroup, dtype: torch.dtype) -> None:
-        self.group, self.dtype, self.experts = group, dtype, planned.experts
-        self.shapes = factor_shapes(planned)
-        self.factors: dict[str, Tensor] = {}
-        self.encoded_from: dict[str, Tensor] = {}  # empty while all residuals are encoded from `factors`
+        self.experts = planned.experts
+        self._factors = StackedFactors(factor_shapes(planned), planned.experts, group, dtype)
+        self._encoded_from: StackedFactors | None = None  # while all residuals are encoded from the factors
         self._residuals: dict[int, dict[str, Tensor]] = {}
 
     def add(self, matrix: DecomposedMatrix) -> bool:
@@ -342,25 +341,22 @@ class _Stack:
         expert = matrix.planned.expert
         assert expert is not None
         self._residuals[expert] = matrix.residual
-        if matrix.encoded_from and not self.encoded_from:
-            self.encoded_from = {name: stacked.clone() for name, stacked in self.factors.items()}
-        self._put(expert, matrix.factors, self.factors)
-        if self.encoded_from or matrix.encoded_from:
-            self._put(expert, matrix.encoded_from or matrix.factors, self.encoded_from)
+        if matrix.encoded_from and self._encoded_from is None:
+            self._encoded_from = self._factors.copy()
+        self._factors.put(expert, matrix.factors)
+        if self._encoded_from is not None:
+            self._encoded_from.put(expert, matrix.encoded_from or matrix.factors)
         return len(self._residuals) == self.experts
 
-    def _put(self, expert: int, factors: Mapping[str, Tensor], stacked: dict[str, Tensor]) -> None:
-        for name, shard in factors.items():
-            one = FlatPartition(numel=torch.Size(self.shapes[name]).numel(), world_size=self.group.size)
-            padded = shard.new_zeros(one.shard_numel)
-            padded[: shard.numel()] = shard
-            whole = self.group.gather_equal(padded)[: one.numel]
-            start, stop = FlatPartition(numel=one.numel * self.experts, world_size=self.group.size).bounds(
-                self.group.rank
-            )
-            if name not in stacked:
-                stacked[name] = torch.zeros(stop - start, dtype=self.dtype, device=shard.device)
-            put_factor(stacked[name], start, whole, expert, self.experts, interleaved=name == "lora_B")
+    @property
+    def factors(self) -> dict[str, Tensor]:
+        """Flat shards of the factors of all experts."""
+        return self._factors.shards
+
+    @property
+    def encoded_from(self) -> dict[str, Tensor]:
+        """The same of those that residuals were encoded from; empty where all are from the factors themselves."""
+        return {} if self._encoded_from is None else self._encoded_from.shards
 
     def residual(self) -> dict[str, Tensor]:
         """This rank's shards of all experts, one after the other, by storage name."""

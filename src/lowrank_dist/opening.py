@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from lowrank_dist.checkpoint_io import resolve_checkpoint
 from lowrank_dist.comm import ShardGroup
+from lowrank_dist.decompose import Calibrated
 from lowrank_dist.decomposed import DecomposedModel, starts_at_zero
 from lowrank_dist.methods import LoRA, Method
 from lowrank_dist.planner import Sharding
@@ -46,9 +47,36 @@ class OpenedModel:
     resume: Resume | None
 
     @property
+    def core(self) -> float | None:
+        """Standard deviation of the trained matrices between frozen factors, where these are not given by `start`."""
+        if self.start is not None:
+            return None
+        return self.source.core if isinstance(self.source, DecomposedModel) else self.source.init.core
+
+    @property
     def quantization(self) -> str | None:
         """Format of a quantized residual."""
         return None if self.source.residual.exact else str(self.source.residual)
+
+    def through_cache(
+        self,
+        group: ShardGroup,
+        factor_dtype: torch.dtype,
+        *,
+        device: torch.device,
+        advance: Callable[[int], object],
+        calibrated: Calibrated | None = None,
+    ) -> OpenedModel:
+        """The same model, to be filled from the cache where there is one; see `PretrainedModel.through_cache`."""
+        if not isinstance(self.source, PretrainedModel):
+            return self
+        source = self.source.through_cache(
+            self.plan, group, factor_dtype, device=device, advance=advance, calibrated=calibrated
+        )
+        if source is self.source:
+            return self
+        assert isinstance(source, DecomposedModel)
+        return replace(self, source=source, plan=source.plan_of(self.plan, self.source.reader))
 
     def check_start(self, group: ShardGroup) -> None:
         """Raise, on every rank, where the adapter to go on from is not for this model. Collective."""

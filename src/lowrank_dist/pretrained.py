@@ -6,6 +6,7 @@ resumed, the pretrained checkpoint is not decomposed: `lowrank_dist.restored` ta
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from lowrank_dist.checkpoint_io import CheckpointReader
 from lowrank_dist.comm import ShardGroup
-from lowrank_dist.decompose import decompose, fingerprint, is_complete, source_fingerprint
+from lowrank_dist.decompose import Calibrated, decompose, fingerprint, source_fingerprint
 from lowrank_dist.decomposed import DecomposedModel
 from lowrank_dist.methods import Method, PiSSA
 from lowrank_dist.planner import Sharding, scheduled
@@ -80,7 +81,7 @@ class PretrainedModel:
         announce: Callable[[str], object] = lambda _: None,
         resume: Resume | None = None,
     ) -> None:
-        self.reader, self.resume, self._original = CheckpointReader(directory), resume, init
+        self.reader, self.resume = CheckpointReader(directory), resume
         if resume is not None:
             init = Restored(original=init, checkpoint=resume.checkpoint)
         self.adapter, self.init, self.residual, self.base, self.cache = adapter, init, residual, base, cache
@@ -143,20 +144,21 @@ class PretrainedModel:
         *,
         device: torch.device | None = None,
         advance: Callable[[int], object] = lambda _: None,
+        calibrated: Calibrated | None = None,
     ) -> PretrainedModel | DecomposedModel:
         """The decomposed model of this checkpoint in the cache, written first where it is not there. Collective.
 
         Without a cache: this very source, nothing is communicated. Of a run that is resumed: the decomposed model if
-        that is what the run started from, else this source.
+        that is what the run started from, else this source. `calibrated`: see `lowrank_dist.decompose.decompose`.
         """
         if self.cache is None:
             return self
-        walk = self._walk(group, factor_dtype, device, advance)
-        walk.init = self._original
-        key = fingerprint(walk, plan)
-        directory = Path(self.cache) / f"{self.reader.directory.name}-{self.method}-{key[:12]}"
+        name = f"{self.reader.directory.name}-{self.method}"
         if self.resume is not None:
-            return self._cached(directory, key, group, self.resume.source)
+            return self._cached(Path(self.cache), name, group, self.resume.source)
+        walk = self._walk(group, factor_dtype, device, advance)
+        key = fingerprint(walk, plan, calibrated)
+        directory = Path(self.cache) / f"{name}-{key[:12]}"
         decompose(
             plan,
             walk,
@@ -166,21 +168,25 @@ class PretrainedModel:
             base=self.base,
             sharding=self.sharding,
             announce=self.announce,
+            calibrated=calibrated,
         )
         self.close()
         with group.shared_errors():  # a shared file system may show it late to some
             return DecomposedModel(directory, self.residual)
 
-    def _cached(self, directory: Path, key: str, group: ShardGroup, source: str) -> PretrainedModel | DecomposedModel:
-        if not group.broadcast_object(is_complete(directory, key)):
-            return self
-        with group.shared_errors():
-            stored = DecomposedModel(directory, self.residual)
-        if source_fingerprint(stored.reader, group) != source:
+    def _cached(self, cache: Path, name: str, group: ShardGroup, source: str) -> PretrainedModel | DecomposedModel:
+        """The decomposed model of the cache with the `source_fingerprint` `source`, else this source. Collective."""
+        found = sorted(path for path in cache.glob(f"{glob.escape(name)}-*") if DecomposedModel.is_at(path))
+        directories = group.broadcast_object(found)
+        assert isinstance(directories, list)
+        for directory in directories:
+            with group.shared_errors():
+                stored = DecomposedModel(directory, self.residual)
+            if source_fingerprint(stored.reader, group) == source:
+                self.close()
+                return stored
             stored.close()
-            return self
-        self.close()
-        return stored
+        return self
 
     def close(self) -> None:
         """Close the files."""

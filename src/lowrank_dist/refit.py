@@ -251,6 +251,10 @@ class _Job:
         self.not_quantized = sorted(linears - fitted) if base == "nf4" else []
         self._check_quantizable()
         self.decomposed = self._decomposed()
+        self.stored: dict[str, PlannedMatrix] = {}  # what its files call the matrices
+        if self.decomposed is not None:
+            plan = plan_walk(backbone, self.decomposed.reader, tied, limit_rank=False)
+            self.stored = {planned.name: planned for planned in plan.matrices}
         if self.decomposed is None and not self.manifest["starts_at_zero"]:
             self.restored.check_factors(self.plan, torch.float32, self.reports)
         first = peft_name(next(iter(self.plan.matrices[0].factor_names.values())))
@@ -325,7 +329,8 @@ class _Job:
             found = self.restored.decompose(matrix, self.format)
             residual, initial = found.residual, found.factors
         else:
-            residual = self.decomposed.residual_of(planned, matrix.partition, self.group, self.device)
+            stored = self.stored[planned.name]
+            residual = self.decomposed.residual_of(stored, matrix.partition, self.group, self.device)
             initial = self.restored.initial.read(matrix)
         sums = digest_sums(residual.shards, self.format.storages(matrix.partition), self.group.rank)
         (digest,) = digests([sums.to(self.group.device)], self.group)

@@ -85,8 +85,11 @@ class PlannedMatrix:
     @property
     def name(self) -> str:
         """For reports: the layer; for adapted parameters the parameter, and the expert in brackets."""
-        if not self.wrapped:
-            return self.layer
+        return self.weight if self.wrapped else self.layer
+
+    @property
+    def weight(self) -> str:
+        """Name of the weight in the model without adapters, the expert in brackets."""
         return f"{plain_name(self.layer)}.{self.parameter}{'' if self.expert is None else f'[{self.expert}]'}"
 
     @property

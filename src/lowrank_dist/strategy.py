@@ -20,7 +20,7 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lowrank_dist.calibrated_walk import materialize_calibrated
+from lowrank_dist.calibrated_walk import CalibrationPass
 from lowrank_dist.calibration import Calibration, check_options
 from lowrank_dist.calibration_data import calibration_batches, calibration_step
 from lowrank_dist.checkpointed import CheckpointedStrategy
@@ -40,12 +40,7 @@ from lowrank_dist.pretrained import PretrainedModel
 from lowrank_dist.report import InitReport
 from lowrank_dist.residual import Dense
 from lowrank_dist.restored import check_digests
-from lowrank_dist.skeleton import (
-    ModelError,
-    Plan,
-    find_backbone,
-    meta_parameters,
-)
+from lowrank_dist.skeleton import ModelError, find_backbone, meta_parameters
 from lowrank_dist.walk import progress_bar
 from lowrank_dist.zero3 import (
     Partitioner,
@@ -90,7 +85,8 @@ class PiSSAStrategy(CheckpointedStrategy):
         batches that each rank would train on.
     init_cache
         Directory, seen by all ranks, for decomposed models: the first run with the same weights and settings writes
-        one there and starts from it, later runs start from it; a run that was killed goes on where it stopped.
+        one there and starts from it, later runs start from it; a run that was killed goes on where it stopped. Of
+        methods that look at data the batches are among the settings: each run reads them, the first looks at them.
     ranks_per_matrix
         So many ranks decompose each matrix together; it must divide their number. None: a cost model, measured at
         start, decides for every matrix (`lowrank_dist.planner`).
@@ -220,7 +216,7 @@ class PiSSAStrategy(CheckpointedStrategy):
         if init is not None and not DecomposedModel.is_at(Path(pretrained)):
             init.check(Dense(dtype=torch.float32) if quantization is None else quantization)
         self.calibration = calibration
-        check_options(init, calibration, init_cache=init_cache, ranks_per_matrix=ranks_per_matrix)
+        check_options(init, calibration, ranks_per_matrix=ranks_per_matrix)
 
     # -- Lightning's hooks, in the order in which they are called ---------------------------------------------------
 
@@ -304,16 +300,19 @@ class PiSSAStrategy(CheckpointedStrategy):
         if self._resumed is not None:
             check_source(self._resumed, pretrained_fingerprint)
 
-        with progress_bar(opened.source.reader.nbytes, show=self.show_progress and group.rank == 0) as bar:
+        with ExitStack() as stack:
+            show = self.show_progress and group.rank == 0
+            bar = stack.enter_context(progress_bar(opened.source.reader.nbytes, show=show))
+            calibrated = self._calibrated(opened, partitioner, bar.update, stack)
+            pretrained = opened.source
+            opened = opened.through_cache(
+                group, self._factor_dtype, device=partitioner.device, advance=bar.update, calibrated=calibrated
+            )
             source = opened.source
-            if isinstance(source, PretrainedModel):
-                source = source.through_cache(
-                    opened.plan, group, self._factor_dtype, device=partitioner.device, advance=bar.update
-                )
             bar.reset(source.reader.nbytes)
-            result = self._fill(opened, source, partitioner, bar.update)
+            result = self._fill(opened, partitioner, bar.update, calibrated)
         fingerprint = pretrained_fingerprint
-        if source is not opened.source:
+        if source is not pretrained:
             fingerprint = source_fingerprint(source.reader, group)
         source.close()
         self._backbone, self.init_report = opened.backbone, result.report
@@ -399,26 +398,32 @@ class PiSSAStrategy(CheckpointedStrategy):
     def _fill(
         self,
         opened: OpenedModel,
-        source: PretrainedModel | DecomposedModel,
         partitioner: Partitioner,
         advance: Callable[[int], object],
+        calibrated: CalibrationPass | None,
     ) -> Materialized:
-        """Make the parameters of the model, from `source` and the adapter to start from. Collective."""
-        backbone, plan, group = opened.backbone, opened.plan, partitioner.group
-        options: dict[str, Any] = {
-            "residual": source.residual,
-            "compute_dtype": self._compute_dtype,
-            "factor_dtype": self._factor_dtype,
-            "fp32_norms": self.fp32_norms,
-            "advance": advance,
-        }
-        if isinstance(source, PretrainedModel) and source.init.statistic is not None:
-            result = self._materialize_calibrated(backbone, plan, source, partitioner, options)
+        """Make the parameters of the model, from its source and the adapter to start from. Collective."""
+        backbone, plan, source, group = opened.backbone, opened.plan, opened.source, partitioner.group
+        if calibrated is not None and isinstance(source, PretrainedModel):
+            result = calibrated.materialize()
         else:
-            if isinstance(source, PretrainedModel):
-                options["core"] = source.init.core
             matrices = source.matrices(plan, group, self._factor_dtype, device=partitioner.device, advance=advance)
-            result = materialize(backbone, plan, source.reader, partitioner, matrices, **options)
+            if calibrated is not None and calibrated.ran:
+                result = calibrated.fill(plan, source.reader, matrices)
+            else:
+                result = materialize(
+                    backbone,
+                    plan,
+                    source.reader,
+                    partitioner,
+                    matrices,
+                    residual=source.residual,
+                    compute_dtype=self._compute_dtype,
+                    factor_dtype=self._factor_dtype,
+                    fp32_norms=self.fp32_norms,
+                    core=opened.core,
+                    advance=advance,
+                )
         if opened.start is not None:
             if self._resumed is None:
                 opened.start.load(backbone, group, result.initial)
@@ -444,31 +449,30 @@ class PiSSAStrategy(CheckpointedStrategy):
     def _factor_dtype(self) -> torch.dtype:
         return PRECISIONS[self.precision_plugin.precision][1]
 
-    def _materialize_calibrated(
-        self,
-        backbone: PreTrainedModel,
-        plan: Plan,
-        source: PretrainedModel,
-        partitioner: Partitioner,
-        options: dict[str, Any],
-    ) -> Materialized:
-        """Fill the model by way of a calibration pass; the training data and random states end as they were."""
-        module, calibration = self.lightning_module, self.calibration or Calibration()
+    def _calibrated(
+        self, opened: OpenedModel, partitioner: Partitioner, advance: Callable[[int], object], stack: ExitStack
+    ) -> CalibrationPass | None:
+        """The calibration pass, where one is due; `stack` leaves the training data and random states as they were."""
+        source, module, calibration = opened.source, self.lightning_module, self.calibration or Calibration()
+        if not isinstance(source, PretrainedModel) or source.init.statistic is None:
+            return None
         assert module is not None
-        autocast = options["compute_dtype"] if self.precision_plugin.precision == "bf16-mixed" else None
-        with ExitStack() as stack:
-            with partitioner.group.shared_errors():
-                batches = stack.enter_context(calibration_batches(module.trainer, calibration))
-            return materialize_calibrated(
-                backbone,
-                plan,
+        autocast = self._compute_dtype if self.precision_plugin.precision == "bf16-mixed" else None
+        with partitioner.group.shared_errors():
+            return CalibrationPass(
+                opened.backbone,
+                opened.plan,
                 source.reader,
                 partitioner,
-                batches,
+                stack.enter_context(calibration_batches(module.trainer, calibration)),
                 calibration=calibration,
                 init=source.init,
                 step=calibration_step(module, calibration, autocast),
-                **options,
+                residual=source.residual,
+                compute_dtype=self._compute_dtype,
+                factor_dtype=self._factor_dtype,
+                fp32_norms=self.fp32_norms,
+                advance=advance,
             )
 
     def _replicas(self) -> int:

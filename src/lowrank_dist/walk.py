@@ -84,6 +84,12 @@ def factor_shapes(planned: PlannedMatrix) -> dict[str, tuple[int, int]]:
     return {"lora_A": (planned.rank, inputs), "lora_B": (outputs, planned.rank)}
 
 
+def parameter_shapes(planned: PlannedMatrix) -> dict[str, tuple[int, int]]:
+    """Shapes of the parameters that hold A and B: those of all experts where these share them."""
+    (rank, inputs), (outputs, _) = factor_shapes(planned).values()
+    return {"lora_A": (rank * planned.experts, inputs), "lora_B": (outputs, rank * planned.experts)}
+
+
 def check_matrices(plan: Plan, init: Method) -> None:
     """Raise ModelError where `init` cannot decompose a matrix of `plan`."""
     for m in plan.matrices:

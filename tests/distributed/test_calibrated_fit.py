@@ -260,11 +260,11 @@ def test_without_training_data(llama: Path) -> None:
         assert message.startswith("val_loss")
 
 
-def test_options_that_do_not_fit(llama: Path, tmp_path: Path) -> None:
+def test_options_that_do_not_fit(llama: Path) -> None:
     with pytest.raises(InputError, match=r"PiSSA looks at no data"):
         make_strategy(llama, init=PiSSA(), calibration=Calibration())
-    with pytest.raises(InputError, match=r"init_cache=.* cannot be used with EVA"):
-        make_strategy(llama, init=EVA(), init_cache=tmp_path)
+    with pytest.raises(InputError, match=r"ranks_per_matrix=2 cannot be used with EVA"):
+        make_strategy(llama, init=EVA(), ranks_per_matrix=2)
     with pytest.raises(InputError, match=r"batches=0 must be at least 1"):
         Calibration(batches=0)
     with pytest.raises(InputError, match=r"positions='some' is none of attended, labelled, all"):

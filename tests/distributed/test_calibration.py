@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from helpers.models import save_checkpoint
 from helpers.ranks import run_ranks
 from lowrank_dist import NF4, layerwise
-from lowrank_dist.calibrated_walk import materialize_calibrated, measure
+from lowrank_dist.calibrated_walk import CalibrationPass
 from lowrank_dist.calibration import Calibration
 from lowrank_dist.checkpoint_io import CheckpointReader
 from lowrank_dist.comm import ShardGroup
@@ -92,7 +92,7 @@ def sharded(pretrained: Path, statistic: str, padded: bool, options: dict[str, A
     batches = [part(batch, group.rank, group.size) for batch in global_batches(padded=padded)]
     init = RECORDERS[statistic]
     before = {n: (p.requires_grad, m.training) for m in backbone.modules() for n, p in m.named_parameters()}
-    result = materialize_calibrated(
+    result = CalibrationPass(
         backbone,
         plan,
         reader,
@@ -103,7 +103,7 @@ def sharded(pretrained: Path, statistic: str, padded: bool, options: dict[str, A
         residual=residual,
         compute_dtype=torch.float32,
         factor_dtype=torch.float32,
-    )
+    ).materialize()
     after = {n: (p.requires_grad, m.training) for m in backbone.modules() for n, p in m.named_parameters()}
     assert {name: after[name] for name in before if name in after} == {n: v for n, v in before.items() if n in after}
     assert all(module.__dict__.get("forward") is None for module in backbone.modules())
@@ -208,7 +208,7 @@ def test_shards_are_cut_as_the_residual_wants_them(tmp_path: Path, statistic: st
 def shared_covariances(pretrained: Path) -> tuple[list[str], int, list[int]]:
     backbone, plan, reader, partitioner = skeleton(pretrained)
     batches = [part(batch, partitioner.group.rank, partitioner.group.size) for batch in global_batches(padded=False)]
-    statistics = measure(
+    statistics = CalibrationPass(
         backbone,
         plan,
         reader,
@@ -219,7 +219,7 @@ def shared_covariances(pretrained: Path) -> tuple[list[str], int, list[int]]:
         residual=Dense(dtype=torch.float32),
         compute_dtype=torch.float32,
         factor_dtype=torch.float32,
-    )
+    ).statistics()
     names = list(statistics.values)
     left = [(statistics(planned), len(statistics.values))[1] for planned in plan.matrices]
     return names, len(plan.matrices), left
@@ -250,7 +250,7 @@ def live_bytes(pretrained: Path, statistic: str) -> tuple[int, int, int]:
 
     layerwise.gathered = watched
     rank, size = partitioner.group.rank, partitioner.group.size
-    measure(
+    CalibrationPass(
         backbone,
         plan,
         reader,
@@ -261,7 +261,7 @@ def live_bytes(pretrained: Path, statistic: str) -> tuple[int, int, int]:
         residual=Dense(dtype=torch.float32),
         compute_dtype=torch.float32,
         factor_dtype=torch.float32,
-    )
+    ).statistics()
     layers = [sum(whole_shape(p).numel() for p in layer.parameters()) * 4 for layer in backbone.model.layers]
     return peak, max(layers), whole_shape(backbone.model.embed_tokens.weight).numel() * 4
 
@@ -314,7 +314,7 @@ def refused(pretrained: Path, case: str) -> str:
     elif case == "a layer is passed by":
         backbone.model.layers[1].mlp.forward = lambda x: x
     try:
-        measure(
+        CalibrationPass(
             backbone,
             plan,
             reader,
@@ -325,7 +325,7 @@ def refused(pretrained: Path, case: str) -> str:
             residual=Dense(dtype=torch.float32),
             compute_dtype=torch.float32,
             factor_dtype=torch.float32,
-        )
+        ).statistics()
     except InputError as error:
         return str(error)
     return "nothing was raised"
@@ -362,7 +362,7 @@ def with_an_embedding(pretrained: Path) -> str:
     residual, calibration = Dense(dtype=torch.float32), Calibration()
     arguments = (backbone, plan, reader, partitioner, [])
     try:
-        measure(*arguments, calibration=calibration, init=Recorder(), residual=residual, **options)
+        CalibrationPass(*arguments, calibration=calibration, init=Recorder(), residual=residual, **options).statistics()
     except InputError as error:
         return f"{reader.bytes_read} bytes read: {error}"
     return "nothing was raised"

@@ -252,11 +252,11 @@ def test_what_is_not_stored_is_refused(llama: Path, tmp_path: Path, options: Any
 
 def write_until(pretrained: Path, output: Path, commits: int) -> None:
     """Write; both ranks are killed (as by kill -9) once the journal holds `commits` flushes."""
-    import lowrank_dist.decompose as module
+    import lowrank_dist.decomposed_writer as module
 
-    commit, done = module._Writer._commit, 0
+    commit, done = module.DecomposedWriter._commit, 0
 
-    def counted(writer: module._Writer) -> None:
+    def counted(writer: module.DecomposedWriter) -> None:
         nonlocal done
         commit(writer)
         done += 1
@@ -265,7 +265,7 @@ def write_until(pretrained: Path, output: Path, commits: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     module.FLUSH_BYTES = 1
-    module._Writer._commit = counted
+    module.DecomposedWriter._commit = counted
     write(pretrained, output, PiSSA(quantization_iterations=5))
 
 
@@ -281,7 +281,7 @@ def test_a_rerun_reads_only_what_the_journal_lacks(llama: Path, tmp_path: Path) 
 
 def write_and_die(pretrained: Path, output: Path, after: float, victim: int) -> None:
     """Write; rank `victim` is killed (as by kill -9) `after` seconds, or at the moment it would have finished."""
-    import lowrank_dist.decompose as module
+    import lowrank_dist.decomposed_writer as module
 
     module.FLUSH_BYTES = 20_000
     if ShardGroup().rank == victim:

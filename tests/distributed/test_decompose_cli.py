@@ -54,8 +54,8 @@ def test_decompose_with_two_ranks_then_report(llama: Path, tmp_path: Path) -> No
     ("options", "text"),
     [
         (["--method", "nonsense"], "there is no initialisation 'nonsense'; registered are"),
-        (["--method", "corda"], "depends on data"),
-        (["--method", "lora_xs"], "three factors"),
+        (["--method", "corda"], "--method corda looks at data; pass --calibration_data"),
+        (["--calibration_data", "x.jsonl"], "PiSSA looks at no data; leave it out"),
         (["--method", "qpissa", "--quantization", "none"], "--method qpissa has an NF4 residual"),
         (["--method", "loftq", "--quantization", "none"], "LoftQ corrects a quantization error"),
         (["--init.power_iterations", "-1"], "power_iterations=-1 must not be negative"),

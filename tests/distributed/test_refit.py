@@ -166,14 +166,15 @@ def test_a_run_from_a_decomposed_model(tmp_path: Path, kind: str) -> None:
     torch.testing.assert_close(logits_of(base, done.path), logits, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss", "llama"])
-def test_stacked_experts_and_single_parameters(architecture: str, tmp_path: Path) -> None:
-    """gpt_oss stores its experts as ``[in, out]``."""
+@pytest.mark.parametrize(("architecture", "cache"), [("mixtral", True), ("gpt_oss", False), ("llama", False)])
+def test_stacked_experts_and_single_parameters(architecture: str, cache: bool, tmp_path: Path) -> None:
+    """gpt_oss stores its experts as ``[in, out]``. A cache holds those in 4 bits under other names than the base."""
     experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     parameters = ["up_proj.weight"] if architecture == "llama" else experts
     adapter = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], target_parameters=parameters)
     base = save_checkpoint(tmp_path / "base", architecture)
-    logits = run_ranks(2, train, base, tmp_path / "out", {"adapter": adapter})[0]
+    options = {"adapter": adapter} | ({"init_cache": tmp_path / "cache"} if cache else {})
+    logits = run_ranks(2, train, base, tmp_path / "out", options)[0]
     done = run_ranks(2, refit, tmp_path / "out" / f"step={STEPS}", tmp_path / "lora", 136)[0]
     assert done.before > 1e-2
     assert done.after < 1e-5

@@ -20,7 +20,7 @@ from helpers.models import save_checkpoint
 from helpers.ranks import run_ranks, run_ranks_catching
 from lowrank_dist import EVA, NF4, CorDA, LoftQ, LoRA, LoRAGA, LoRAXS, MiLoRA, OLoRA, PiSSA
 from lowrank_dist.adapter_files import write_adapter
-from lowrank_dist.calibrated_walk import materialize_calibrated
+from lowrank_dist.calibrated_walk import CalibrationPass
 from lowrank_dist.calibration import Calibration
 from lowrank_dist.checkpoint_io import CheckpointError
 from lowrank_dist.checkpoint_keys import peft_name
@@ -95,7 +95,7 @@ def run(pretrained: Path, case: Case, resume: Resume | None = None, cache: Path 
     }
     if isinstance(source, PretrainedModel) and source.init.statistic is not None:
         batch = {"input_ids": torch.arange(2, 34).view(2, 16) + group.rank}
-        result = materialize_calibrated(
+        result = CalibrationPass(
             backbone,
             plan,
             source.reader,
@@ -104,7 +104,7 @@ def run(pretrained: Path, case: Case, resume: Resume | None = None, cache: Path 
             calibration=Calibration(batches=1),
             init=source.init,
             **options,
-        )
+        ).materialize()
     else:
         core = source.init.core if isinstance(source, PretrainedModel) else None
         matrices = source.matrices(plan, group, case.factor_dtype)

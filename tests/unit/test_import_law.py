@@ -26,6 +26,7 @@ LAYERS = [
     ["opening"],
     ["pretrained"],
     ["decompose", "materialize", "merge", "inspection", "refit", "starting_adapter"],
+    ["decomposed_writer"],
     ["decomposed", "planner", "merge_plan", "restored"],
     ["module", "data", "zero3_optimizer", "adapter_match"],
     ["fused_loss"],

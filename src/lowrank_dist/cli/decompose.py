@@ -14,6 +14,7 @@ from peft import LoraConfig
 
 from lowrank_dist.adapter_files import MANIFEST
 from lowrank_dist.checkpoint_io import FLOAT_DTYPES, CheckpointReader, resolve_checkpoint
+from lowrank_dist.cli.calibration import add_calibration_options, calibration_pass, check_calibration
 from lowrank_dist.cli.ranks import first_on_host, launch, launched, local_ranks, shard_group
 from lowrank_dist.decompose import decompose
 from lowrank_dist.errors import InputError
@@ -39,7 +40,9 @@ def run(argv: Sequence[str]) -> int:
     if name in QUANTIZED and not quantized:
         raise InputError(f"--method {name} has an NF4 residual; leave --quantization out, or use {QUANTIZED[name]}")
     init: Method = _method(name)(**vars(options.init))
-    with shard_group(options.accelerator) as (group, device):
+    check_calibration(init, options)
+    looks = init.statistic is not None
+    with shard_group(options.accelerator, sharded_model=looks) as (group, device):
         with group.shared_errors():
             if options.devices > 1 and group.size != options.devices:
                 raise InputError(f"--devices {options.devices}, but {group.size} ranks were started; leave it out")
@@ -56,7 +59,8 @@ def run(argv: Sequence[str]) -> int:
             residual = NF4(**vars(options.nf4)) if quantized else Dense(dtype=source_dtype)
             init.check(residual)
             check_matrices(plan, init)
-        with progress_bar(reader.nbytes, show=group.rank == 0) as bar:
+        # with data, once for the pass and once for the decomposition
+        with progress_bar((2 if looks else 1) * reader.nbytes, show=group.rank == 0) as bar:
             walk = Walk(
                 reader,
                 group,
@@ -76,6 +80,7 @@ def run(argv: Sequence[str]) -> int:
                 sharding=Sharding(ranks_per_matrix=options.ranks_per_matrix, ranks_per_node=local_ranks()),
                 announce=bar.write,
                 overwrite=options.overwrite,
+                calibrated=calibration_pass(options, backbone, plan, walk, source_dtype) if looks else None,
             )
         if group.rank == 0:
             entries = json.loads((output / MANIFEST).read_text())["matrices"]
@@ -89,8 +94,11 @@ def _method_of(argv: Sequence[str]) -> str:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--method", default="pissa")
     known, _ = parser.parse_known_args(list(argv))
-    _method(known.method)
-    return str(known.method)
+    name = str(known.method)
+    if "." not in name:
+        name = name.replace("-", "_")
+    _method(name)
+    return name
 
 
 def _method(name: str) -> type[Method]:
@@ -133,6 +141,13 @@ def _parser(method: str) -> ArgumentParser:
         "--ranks_per_matrix", type=int | None, help="so many ranks share each matrix (default: a cost model decides)"
     )
     parser.add_argument("--accelerator", choices=["auto", "cpu", "gpu"], default="auto", help="where to compute")
+    parser.add_argument(
+        "--calibration_data",
+        type=str | None,
+        help="for methods that look at data: path of a .jsonl file, or id of a Hugging Face data set",
+    )
+    if _method(method).statistic is not None:
+        add_calibration_options(parser)
     parser.add_class_arguments(_method(method), "init")
     return parser
 

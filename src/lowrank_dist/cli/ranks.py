@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,13 +41,15 @@ def launch(argv: Sequence[str], devices: int) -> int:
 
 
 @contextmanager
-def shard_group(accelerator: str) -> Iterator[tuple[ShardGroup, torch.device]]:
+def shard_group(accelerator: str, *, sharded_model: bool = False) -> Iterator[tuple[ShardGroup, torch.device]]:
     """The group of all ranks, and the device of this one.
 
     Parameters
     ----------
     accelerator
         ``cpu``, ``gpu``, or ``auto``: a GPU where there is one.
+    sharded_model
+        Also make what DeepSpeed wants to find: a process group for a single process too, and ``LOCAL_RANK``.
 
     Raises
     ------
@@ -56,25 +59,35 @@ def shard_group(accelerator: str) -> Iterator[tuple[ShardGroup, torch.device]]:
     if accelerator == "gpu" and not torch.cuda.is_available():
         raise InputError("--accelerator gpu: no CUDA device is visible; use cpu, or check the driver")
     on_gpu = accelerator != "cpu" and torch.cuda.is_available()
-    if not launched():
-        device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+    environment = _environment()
+    local_rank = 0 if environment is None else environment.local_rank()
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if environment is None and not sharded_model:
         yield ShardGroup(device=device), device
         return
-    if TorchElasticEnvironment.detect():
-        environment: TorchElasticEnvironment | SLURMEnvironment = TorchElasticEnvironment()
-    else:
-        environment = SLURMEnvironment(auto_requeue=False)
-        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = environment.main_address, str(environment.main_port)
-    device = torch.device("cuda", environment.local_rank()) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-        rank=environment.global_rank(),
-        world_size=environment.world_size(),
-        timeout=timedelta(minutes=30),
-    )
+    ranks: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    if environment is not None:
+        ranks = {"rank": environment.global_rank(), "world_size": environment.world_size()}
+    before = os.environ.get("LOCAL_RANK")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(minutes=30), **ranks)
     try:
+        if sharded_model:
+            os.environ["LOCAL_RANK"] = str(local_rank)
         yield ShardGroup(device=device), device
     finally:
         dist.destroy_process_group()
+        if before is None:
+            os.environ.pop("LOCAL_RANK", None)
+
+
+def _environment() -> TorchElasticEnvironment | SLURMEnvironment | None:
+    """What has started this process as one of its ranks; ``MASTER_ADDR`` and ``MASTER_PORT`` are set."""
+    if not launched():
+        return None
+    if TorchElasticEnvironment.detect():
+        return TorchElasticEnvironment()
+    environment = SLURMEnvironment(auto_requeue=False)
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = environment.main_address, str(environment.main_port)
+    return environment
