@@ -30,7 +30,7 @@ from lowrank_dist.comm import ShardGroup
 from lowrank_dist.decompose import source_fingerprint
 from lowrank_dist.decomposed import DecomposedModel
 from lowrank_dist.errors import InputError
-from lowrank_dist.folded import FoldAdapters, fold_adapters
+from lowrank_dist.folded import FoldAdapters
 from lowrank_dist.materialize import Materialized, materialize
 from lowrank_dist.methods import Method
 from lowrank_dist.nf4 import NF4, format_as_dict
@@ -41,15 +41,9 @@ from lowrank_dist.report import InitReport
 from lowrank_dist.residual import Dense
 from lowrank_dist.restored import check_digests
 from lowrank_dist.skeleton import ModelError, find_backbone, meta_parameters
+from lowrank_dist.trainable import make_trainable
 from lowrank_dist.walk import progress_bar
-from lowrank_dist.zero3 import (
-    Partitioner,
-    gather_by_layer,
-    live_budget,
-    register_used_parameters,
-    to_device,
-    use_cpu_accelerator,
-)
+from lowrank_dist.zero3 import Partitioner, live_budget, to_device, use_cpu_accelerator
 
 # precision: (dtype of frozen parameters and arithmetic, dtype of the trained factors)
 PRECISIONS = {
@@ -431,15 +425,19 @@ class PiSSAStrategy(CheckpointedStrategy):
         return result
 
     def _make_trainable(self, backbone: PreTrainedModel) -> None:
-        self._enable_checkpointing(backbone)
-        for layer in fold_adapters(backbone, self.fold_adapters):
-            register_used_parameters(layer, layer.parameters())
-        if self.precision_plugin.precision == "bf16-mixed":
-            autocast = torch.autocast(self.root_device.type, dtype=self._compute_dtype)
-            backbone.forward = autocast(backbone.forward)
-        gather_by_layer(backbone)
-        backbone.enable_input_require_grads()  # for gather_by_layer, and for reentrant checkpointing
-        self._tune(backbone)
+        make_trainable(
+            backbone,
+            gradient_checkpointing=self.gradient_checkpointing,
+            use_reentrant=self.use_reentrant,
+            fold=self.fold_adapters,
+            autocast=None if self._autocast is None else torch.autocast(self.root_device.type, dtype=self._autocast),
+        )
+        zero = self._deepspeed_config["zero_optimization"]
+        zero |= {k: v for k, v in live_budget(backbone, self.live_layers).items() if k not in self._chosen}
+
+    @property
+    def _autocast(self) -> torch.dtype | None:
+        return self._compute_dtype if self.precision_plugin.precision == "bf16-mixed" else None
 
     @property
     def _compute_dtype(self) -> torch.dtype:
@@ -457,7 +455,6 @@ class PiSSAStrategy(CheckpointedStrategy):
         if not isinstance(source, PretrainedModel) or source.init.statistic is None:
             return None
         assert module is not None
-        autocast = self._compute_dtype if self.precision_plugin.precision == "bf16-mixed" else None
         with partitioner.group.shared_errors():
             return CalibrationPass(
                 opened.backbone,
@@ -467,7 +464,7 @@ class PiSSAStrategy(CheckpointedStrategy):
                 stack.enter_context(calibration_batches(module.trainer, calibration)),
                 calibration=calibration,
                 init=source.init,
-                step=calibration_step(module, calibration, autocast),
+                step=calibration_step(module, calibration, self._autocast),
                 residual=source.residual,
                 compute_dtype=self._compute_dtype,
                 factor_dtype=self._factor_dtype,
@@ -489,21 +486,6 @@ class PiSSAStrategy(CheckpointedStrategy):
                     "ranks node by node (srun --distribution=block)"
                 )
         return self.num_nodes
-
-    def _enable_checkpointing(self, backbone: PreTrainedModel) -> None:
-        if self.gradient_checkpointing:
-            options = {"use_reentrant": self.use_reentrant}
-            if hasattr(backbone, "activation_checkpointing_enable"):
-                backbone.activation_checkpointing_enable(options)
-            else:  # its name before transformers 5.23
-                backbone.gradient_checkpointing_enable(options)
-
-    def _tune(self, backbone: PreTrainedModel) -> None:
-        """Settings for packed weights, where the user has not set them."""
-        zero = self._deepspeed_config["zero_optimization"]
-        for key, value in live_budget(backbone, self.live_layers).items():
-            if key not in self._chosen:
-                zero[key] = value
 
     @property
     def _deepspeed_config(self) -> dict[str, Any]:

@@ -25,6 +25,7 @@ LAYERS = [
     ["statistics"],
     ["opening"],
     ["pretrained"],
+    ["trainable"],
     ["decompose", "materialize", "merge", "inspection", "refit", "starting_adapter"],
     ["decomposed_writer"],
     ["decomposed", "planner", "merge_plan", "restored"],
