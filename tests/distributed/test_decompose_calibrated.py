@@ -159,7 +159,7 @@ def test_a_rerun_decomposes_only_what_the_journal_lacks(llama: Path, tmp_path: P
     assert len(everything) == 14
     (whole,) = (tmp_path / "whole").iterdir()
     cache = tmp_path / "cache"
-    run_ranks_catching(2, write_until, llama, cache, 5, timeout=60)
+    run_ranks_catching(2, write_until, llama, cache, 5)
     journal = (staging_of(cache / whole.name) / "journal.jsonl").read_text().splitlines()
     done = [json.loads(line)["name"] for line in journal[1:]]
     assert len(done) == 5

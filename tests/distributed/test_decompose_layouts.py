@@ -213,7 +213,7 @@ def test_stacks_are_journalled_whole(tmp_path: Path) -> None:
     """
     case, base, output = CASES["mixtral"], save_checkpoint(tmp_path / "base", "mixtral"), tmp_path / "out"
     run_ranks(2, write, base, tmp_path / "whole", case, NF4(), 2)
-    run_ranks_catching(2, write_until, base, output, case, 7, timeout=60)
+    run_ranks_catching(2, write_until, base, output, case, 7)
     journal = staging_of(output) / "journal.jsonl"
     head, *lines = journal.read_text().splitlines(keepends=True)
     names = [json.loads(line)["name"] for line in lines]

@@ -24,7 +24,7 @@ from lowrank_dist.comm import ShardGroup
 from lowrank_dist.directories import staging_of
 
 STEPS = 16
-HANG = 60.0  # seconds; the survivors of a killed rank need a few
+HANG = 180.0  # seconds; the survivors of a killed rank need a few, on a busy machine some tens
 
 
 class Told(Logger):

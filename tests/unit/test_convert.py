@@ -28,7 +28,7 @@ from lowrank_dist.exact_lora import lora_config, to_lora
 A, B = "base_model.model.x.lora_A.weight", "base_model.model.x.lora_B.weight"
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(rows=st.integers(1, 20), columns=st.integers(1, 20), rank=st.integers(1, 6), seed=st.integers(0, 99))
 def test_the_delta_is_exact(rows: int, columns: int, rank: int, seed: int) -> None:
     g = torch.Generator().manual_seed(seed)

@@ -53,7 +53,7 @@ def test_the_formula(numel: int) -> None:
     assert digest(("w", data)) == by_formula("w", bytes(data.tolist()))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     numel=st.integers(1, 400_000),
     ranks=st.integers(1, 9),
@@ -78,7 +78,7 @@ def test_it_does_not_depend_on_the_cut(numel: int, ranks: int, dtype: torch.dtyp
     assert digests([total], SINGLE) == [expected]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(numel=st.integers(1, 300_000), dtype=st.sampled_from(DTYPES), data=st.data())
 def test_every_bit_counts(numel: int, dtype: torch.dtype, data: st.DataObject) -> None:
     """A bit anywhere, or two: of the highest bits of two words, a sum modulo 2^64 must lose nothing."""

@@ -63,7 +63,7 @@ def assert_triplets(w: Tensor, svd: SVD, exact: Tensor) -> None:
     assert min(sides) < 1e-5 * float(exact[0]) * math.sqrt(len(eye)) + 1e-30
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=st.integers(1, 120),
     columns=st.integers(1, 120),
@@ -81,7 +81,7 @@ def test_triplets_are_orthonormal_ordered_and_never_too_large(
     assert_triplets(w, svd, exact)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     shape=st.sampled_from([(120, 200), (200, 120), (150, 150)]),
     decay=st.sampled_from([0.1, 0.5, 1.0, 2.0]),
@@ -116,7 +116,7 @@ def test_the_bound_of_subspace_iteration(
     assert spectral <= (3 * factor ** (1 / power) + 1) * exact[rank] + 1e-5
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(shape=st.sampled_from([(150, 400), (400, 150)]), rank=st.integers(4, 10), seed=st.integers(0, 1000))
 def test_the_gap_free_bound_of_block_krylov(shape: tuple[int, int], rank: int, seed: int) -> None:
     """[MM], theorem 1: with blocks of r, ``q = c log(n) / sqrt(e)`` passes leave ``||W - W_k|| <= (1 + e)
@@ -157,7 +157,7 @@ def test_a_steep_spectrum_is_found_to_fp32_rounding(rows: int, columns: int, dec
     assert leftover(w, svd).norm() <= 1.0005 * values[32:].norm() + 5e-5
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     shape=st.sampled_from([(400, 300), (300, 400), (600, 200)]),
     decay=st.sampled_from([0.1, 0.25, 0.5, 1.0]),
@@ -319,7 +319,7 @@ def test_seeds_depend_on_the_name_alone() -> None:
     assert len({seed_from_name("a"), seed_from_name("b"), seed_from_name("a", 1)}) == 3
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     rows=st.integers(1, 800),
     columns=st.integers(1, 150),

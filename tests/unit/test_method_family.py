@@ -107,7 +107,7 @@ def adapter(m: Matrix, d: Decomposition) -> tuple[Tensor, Tensor]:
 # -- step 0 ------------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     outputs=st.integers(1, 40),
     inputs=st.integers(1, 40),

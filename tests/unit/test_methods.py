@@ -43,7 +43,7 @@ def error(m: Matrix, d: Decomposition) -> float:
     return float((m.block - computed(m, d)).norm())
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     rows=st.integers(1, 60),
     columns=st.integers(1, 60),

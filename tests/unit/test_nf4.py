@@ -27,7 +27,7 @@ def by_hand(packed: Tensor, absmax: Tensor, rows: int, columns: int) -> Tensor:
     return values.flatten()[: rows * columns].view(rows, columns)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(rows=st.integers(1, 90), columns=st.integers(1, 90), world_size=st.integers(1, 5), seed=st.integers(0, 99))
 def test_shards_are_the_bytes_of_the_whole(rows: int, columns: int, world_size: int, seed: int) -> None:
     w = weight(rows, columns, seed)
@@ -74,7 +74,7 @@ def test_zero_stays_zero(double_quant: bool) -> None:
     assert encoded.decoded.abs().max() == 0
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(rows=st.integers(1, 300), columns=st.integers(1, 300), ranks=st.integers(1, 7), double_quant=st.booleans())
 def test_storages_have_the_length_that_is_promised(rows: int, columns: int, ranks: int, double_quant: bool) -> None:
     fmt = NF4(double_quant=double_quant)

@@ -14,14 +14,14 @@ from lowrank_dist.norms import EXACT_SIDE, nuclear_norm
 SINGLE = ShardGroup.single()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(rows=st.integers(0, 40), columns=st.integers(1, 40), scale=st.sampled_from([1e-12, 1.0, 1e12]))
 def test_the_squared_norm_is_that_of_fp64(rows: int, columns: int, scale: float) -> None:
     x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)) * scale
     assert float(squared_norm(x)) == pytest.approx(float(x.double().square().sum()), rel=1e-12)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(rows=st.integers(1, 60), columns=st.integers(1, 60), rank=st.integers(1, 60))
 def test_small_matrices_are_exact(rows: int, columns: int, rank: int) -> None:
     """Eigenvalues of an fp64 Gram matrix are off by 1e-16 sigma_1^2, singular values by 1e-8 sigma_1 at most."""

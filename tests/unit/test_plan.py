@@ -149,7 +149,7 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Shapes:
 JOBS: dict[str, Any] = {"init": PiSSA(), "residual": NF4(), "on_gpu": False}
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     nodes=st.integers(1, 4),
     gpus=st.integers(1, 8),

@@ -68,7 +68,7 @@ def test_what_would_leave_ranks_idle_is_shared_by_all() -> None:
     assert sizes(matrices(9, 256, 256), 4, machine(4, latency=1e-3)) == {1: 8, 4: 1}
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     world_size=st.sampled_from([1, 2, 3, 4, 8, 12]),
     counts=st.lists(st.integers(0, 7), min_size=1, max_size=4),

@@ -19,7 +19,7 @@ from lowrank_dist.tensor_files import TensorFiles
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int64, torch.bool]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     shapes=st.lists(st.lists(st.integers(0, 7), max_size=3), min_size=1, max_size=6),
     dtypes=st.lists(st.sampled_from(DTYPES), min_size=6, max_size=6),

@@ -40,7 +40,7 @@ def product(svd: SVD) -> Tensor:
     return (svd.u.double() * svd.s) @ svd.vh.double()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rows=st.integers(1, 50), columns=st.integers(1, 50), data=st.data())
 def test_any_shape_and_rank(rows: int, columns: int, data: st.DataObject) -> None:
     """s to the rounding of fp32 weights, 1e-7 sigma_1, with a margin of 10; the split W = rest + trailing part leaves

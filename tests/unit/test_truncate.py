@@ -20,7 +20,7 @@ def factors(rows: int, columns: int, width: int, seed: int) -> tuple[Tensor, Ten
     return a * torch.arange(1, width + 1)[:, None] ** -0.7, torch.randn(rows, width, generator=g, dtype=torch.float64)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(**SHAPES, rank=st.integers(1, 14), scaling=st.sampled_from([1.0, 0.25, 3.0, -2.0]), seed=st.integers(0, 999))
 def test_what_is_lost_is_the_tail(rows: int, columns: int, width: int, rank: int, scaling: float, seed: int) -> None:
     """Eckart-Young: no matrix of that rank is nearer, in the Frobenius or in the spectral norm."""
@@ -41,7 +41,7 @@ def test_what_is_lost_is_the_tail(rows: int, columns: int, width: int, rank: int
     assert 1 - kept.overall == pytest.approx(float((error.norm() / dense.norm()) ** 2), abs=1e-12)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(**SHAPES, seed=st.integers(0, 99))
 def test_singular_values_are_split_evenly(rows: int, columns: int, width: int, seed: int) -> None:
     a, b = factors(rows, columns, width, seed)
@@ -65,7 +65,7 @@ def test_a_zero_update_loses_nothing(zero: str) -> None:
     assert energy_kept({"x": cut.singular_values}, 1).overall == 1.0
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(true_rank=st.integers(1, 3), rank=st.integers(1, 8), seed=st.integers(0, 99))
 def test_rank_deficient_updates(true_rank: int, rank: int, seed: int) -> None:
     """Factors of width 8 whose product has a lower rank: exact from that rank on, and finite."""
