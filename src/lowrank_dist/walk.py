@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -126,8 +126,8 @@ class Walk:
 
     Notes
     -----
-    Host memory: at most three row blocks as fp32 beside the temporaries of the decomposition: the one in use, one that
-    was read, one being read.
+    Memory of the device: at most three row blocks as fp32 beside the temporaries of the decomposition: the one in use,
+    one that was read, one being read. On CUDA a block crosses over in the dtype of the file, on a stream of its own.
     """
 
     def __init__(
@@ -176,14 +176,18 @@ class Walk:
         return batch.matrices[index] if index < len(batch.matrices) else None
 
     def _read(self, batch: Batch) -> Tensor | None:
-        """This rank's rows of its matrix of `batch` as fp32 on the host, checked for NaN and infinity."""
+        """This rank's rows of its matrix of `batch` as fp32 on the device, checked for NaN and infinity."""
         planned = self._mine(batch)
         if planned is None:
             return None
         partition = row_partition(planned, self.residual, batch.group_size)
         start, stop = partition.bounds(self.group.rank % batch.group_size)
-        rows = self.reader.rows(planned.key, start, stop).float()
-        check_finite(planned.key, rows, start)
+        rows = self.reader.rows(planned.key, start, stop)
+        with beside_computing(self.device):
+            if self.device.type == "cuda" and not rows.is_cuda:
+                rows = rows.pin_memory()  # in the dtype of the file: the fewest bytes cross over, and none waits
+            rows = rows.to(self.device, non_blocking=True).float()
+            check_finite(planned.key, rows, start)
         return rows
 
     def _decompose(self, batch: Batch, block: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
@@ -196,11 +200,13 @@ class Walk:
         width = 1 + len(_MEASURES) + max(other.rank for other in batch.matrices)
         measured = torch.full((width,), torch.nan, dtype=torch.float64)
         if planned is not None and block is not None:
+            if block.is_cuda:  # of another stream
+                block.record_stream(torch.cuda.current_stream(block.device))
             group = self.group.split(batch.group_size)
             partition = row_partition(planned, self.residual, group.size)
             matrix = Matrix(
                 name=planned.key,
-                block=block.to(self.device),
+                block=block,
                 partition=partition,
                 group=group,
                 rank=planned.rank,
@@ -362,6 +368,18 @@ _MEASURES = (
 def progress_bar(total: int, *, show: bool, doing: str = "Decomposing") -> tqdm[Any]:
     """Bytes of the checkpoint that are done, throughput and time left."""
     return tqdm(total=total, unit="B", unit_scale=True, desc=doing, disable=not show)
+
+
+@contextmanager
+def beside_computing(device: torch.device) -> Iterator[None]:
+    """What a thread does inside on a CUDA `device` runs beside what other threads do, and is complete afterwards."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()
 
 
 def check_finite(key: str, values: Tensor, start: int) -> None:
