@@ -53,6 +53,7 @@ def calibration_batches(trainer: Trainer, calibration: Calibration) -> Iterator[
             for loader in loaders.flattened:
                 stack.enter_context(_put_back(loader))
             apart = CombinedLoader(tree_map(_reader, loaders.iterables), loaders._mode)
+            stack.callback(apart.reset)  # ends its workers
             batches = (batch for batch, _, _ in iter(apart))
 
         def on_device() -> Iterator[Any]:

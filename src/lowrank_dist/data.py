@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -321,8 +322,14 @@ class SFTDataModule(L.LightningDataModule):
         """The training examples, in a new order every epoch."""
         dataset = self._sets["train"]
         sampler = self._sampler(dataset, shuffle=True)
+        # In a cycle with its loader, workers would be collected after their queues: 5 seconds of waiting for each.
+        module = weakref.proxy(self)
         self._train_loader = ResumableLoader(
-            dataset, self.batch_size, sampler=sampler, unused=self._unused_batches, **self._loader_settings()
+            dataset,
+            self.batch_size,
+            sampler=sampler,
+            unused=lambda: module._unused_batches(),
+            **self._loader_settings(),
         )
         self._train_loader.load_state_dict(self._state)
         return self._train_loader

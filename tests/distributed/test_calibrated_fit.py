@@ -154,7 +154,9 @@ def make_loader(kind: str) -> DataLoader:
     if kind == "generator":
         return DataLoader(dataset, batch_size=3, shuffle=True, generator=torch.Generator().manual_seed(5))
     if kind == "workers":
-        return DataLoader(dataset, batch_size=3, shuffle=True, num_workers=1, persistent_workers=True)
+        # as in a rank of its own; in those of the tests the default would start a server that imports everything first
+        settings = {"num_workers": 1, "persistent_workers": True, "multiprocessing_context": "fork"}
+        return DataLoader(dataset, batch_size=3, shuffle=True, **settings)
     if kind == "iterable":
         return DataLoader(Rows(), batch_size=3)
     return DataLoader(dataset, batch_size=3, shuffle=True)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from helpers.checkpoints import load_lora
+from helpers.command import lowrank_dist
 from helpers.models import save_checkpoint
 from helpers.ranks import run_ranks, run_ranks_catching
 from helpers.sft import byte_level_tokenizer, write_jsonl
@@ -205,11 +204,6 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def decompose(*options: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "lowrank_dist.cli", "decompose", *map(str, options)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240)
-
-
 def fit_with_the_same_data(material: Path, init: Method) -> dict[str, Tensor]:
     """A0 and B0 of a fit that looks at the first two batches of its own data module."""
     model = material / "model"
@@ -235,9 +229,10 @@ def test_the_command_looks_at_what_fit_would_begin_with(
     """The same factors as a fit with as many ranks, bit for bit; a second call finds them."""
     options = ["--pretrained", material / "model", "--output", tmp_path / "out", "--method", method, "--rank", "4"]
     options += ["--init.scale", "unit"] if method == "lora-ga" else ["--init.damping", "0.1"]
-    options += ["--calibration_data", material / "data.jsonl", "--calibration.batches", "2", "--devices", str(devices)]
+    options += ["--calibration_data", material / "data.jsonl", "--calibration.batches", "2"]
     options += ["--data.batch_size", "2", "--data.max_length", "48", "--data.seed", "3"]
-    done = decompose(*options)
+    ranks = devices if devices > 1 else None
+    done = lowrank_dist("decompose", *options, ranks=ranks)
     assert done.returncode == 0, done.stderr
     (initial,) = (tmp_path / "out").glob("*_init")
     stored = load_file(initial / "adapter_model.safetensors")
@@ -245,10 +240,12 @@ def test_the_command_looks_at_what_fit_would_begin_with(
     assert stored.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(stored[name], tensor), name
-    if devices == 1:
-        before = (tmp_path / "out" / "lowrank_dist.json").stat().st_mtime_ns
-        assert decompose(*options).returncode == 0
-        assert (tmp_path / "out" / "lowrank_dist.json").stat().st_mtime_ns == before
+    before = (tmp_path / "out" / "lowrank_dist.json").stat().st_mtime_ns
+    assert lowrank_dist("decompose", *options, ranks=ranks).returncode == 0
+    assert (tmp_path / "out" / "lowrank_dist.json").stat().st_mtime_ns == before
+    done = lowrank_dist("decompose", *options[:-1], "4", ranks=ranks)  # another order of the data
+    assert done.returncode == 1
+    assert "exists, and is not this model decomposed with these settings" in done.stderr
 
 
 # -- the digest of batches --------------------------------------------------------------------------------------------

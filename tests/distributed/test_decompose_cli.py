@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,20 +11,15 @@ import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from helpers.command import lowrank_dist
 from lowrank_dist.cli import main
-
-ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith(("RANK", "LOCAL_", "WORLD_SIZE"))}
-
-
-def lowrank_dist(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "lowrank_dist.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=240)
 
 
 def test_decompose_with_two_ranks_then_report(llama: Path, tmp_path: Path) -> None:
     options = ["--pretrained", llama, "--output", tmp_path / "out", "--rank", "4", "--devices", "2"]
     options += ["--method", "qpissa", "--init.quantization_iterations", "2", "--nf4.double_quant", "true", "--thorough"]
-    done = lowrank_dist("decompose", *options)
+    command = [sys.executable, "-m", "lowrank_dist.cli", "decompose", *map(str, options)]  # which starts the ranks
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "Gflop/s a rank" in done.stderr + done.stdout
     assert str(tmp_path / "out") in done.stdout

@@ -7,7 +7,6 @@ merged in `tests/unit/test_merge.py`.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from helpers.command import lowrank_dist
 from helpers.models import save_checkpoint
 from helpers.ranks import run_ranks
 from helpers.training import CausalLM, loader, make_trainer
@@ -117,38 +117,52 @@ MODELS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
 }
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Written:
-    architecture, changes, method = MODELS[request.param]
-    directory = tmp_path_factory.mktemp("written")
+def write(name: str, directory: Path) -> Written:
+    """Decompose, train and merge a tiny model in `directory`."""
+    architecture, changes, method = MODELS[name]
     base, decomposed = save_checkpoint(directory / "base", architecture, **changes), directory / "decomposed"
     options = ["decompose", "--pretrained", str(base), "--output", str(decomposed), "--rank", "4", *method]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("RANK", "LOCAL_", "WORLD_SIZE"))}
-    subprocess.run([sys.executable, "-m", "lowrank_dist.cli", *options], env=environment, check=True, timeout=240)
+    done = lowrank_dist(*options)
+    assert done.returncode == 0, done.stderr
     first, last = run_ranks(2, train, decomposed, directory)[0]
     checkpoint, merged = directory / "checkpoint", directory / "merged"
     assert cli.main(["merge", str(checkpoint), "--output", str(merged), "--max-shard-size", "0.0001"]) == 0
     return Written(base, decomposed, checkpoint, merged, first, last)
 
 
-def test_everything_opens_without_this_project(written: Written, tmp_path: Path) -> None:
-    """fp32; the sums of a step are in another order, and 4-bit weights are decoded by the same bitsandbytes.
+@pytest.fixture(scope="module")
+def every(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Written]:
+    """All models by name."""
+    return {name: write(name, tmp_path_factory.mktemp("written")) for name in MODELS}
 
-    On the residual the adapter is the trained model, quantized or not. On the original model the LoRA is the trained
-    model up to what quantization left over, and the merged model is the LoRA.
-    """
-    (initial,) = written.decomposed.glob("*_init")
-    found = in_stock_libraries(
-        {
+
+@pytest.fixture(scope="module")
+def opened(every: dict[str, Written], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    """Logits that one stock process finds, by model and what it opened of it."""
+    jobs: dict[str, tuple[Path, Path | None]] = {}
+    for name, written in every.items():
+        (initial,) = written.decomposed.glob("*_init")
+        of_model: dict[str, tuple[Path, Path | None]] = {
             "base": (written.base, None),
             "decomposed": (written.decomposed, initial),
             "residual": (written.decomposed, None),
             "adapter": (written.decomposed, written.checkpoint / "adapter"),
             "lora": (written.base, written.checkpoint / "lora"),
             "merged": (written.merged, None),
-        },
-        tmp_path,
-    )
+        }
+        jobs |= {f"{name}: {what}": paths for what, paths in of_model.items()}
+    return in_stock_libraries(jobs, tmp_path_factory.mktemp("opened"))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_everything_opens_without_this_project(every: dict[str, Written], opened: dict[str, Tensor], name: str) -> None:
+    """fp32; the sums of a step are in another order, and 4-bit weights are decoded by the same bitsandbytes.
+
+    On the residual the adapter is the trained model, quantized or not. On the original model the LoRA is the trained
+    model up to what quantization left over, and the merged model is the LoRA.
+    """
+    written = every[name]
+    found = {what.removeprefix(f"{name}: "): logits for what, logits in opened.items() if what.startswith(f"{name}: ")}
     torch.testing.assert_close(found["decomposed"], written.first, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found["adapter"], written.last, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found["merged"], found["lora"], rtol=1e-4, atol=1e-4)
@@ -164,8 +178,10 @@ def test_everything_opens_without_this_project(written: Written, tmp_path: Path)
     assert (found["residual"] - written.first).abs().max() > 0.01  # without its adapter it is another model
 
 
-def test_nothing_but_weights_json_and_what_the_base_had(written: Written) -> None:
+@pytest.mark.parametrize("name", MODELS)
+def test_nothing_but_weights_json_and_what_the_base_had(every: dict[str, Written], name: str) -> None:
     """No pickle and no code; only manifests and training state name this project, and nothing stock reads them."""
+    written = every[name]
     for directory in (written.decomposed, written.checkpoint, written.merged):
         for file in (path for path in directory.rglob("*") if path.is_file()):
             assert file.suffix in (".safetensors", ".json", ".md"), file

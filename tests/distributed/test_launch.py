@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from helpers.command import lowrank_dist
 from helpers.sft import byte_level_tokenizer, tiny_llama, write_jsonl
 
 CONFIG = Path(__file__).parents[2] / "configs" / "smollm2-135m_qpissa_2cpu.yaml"
@@ -96,11 +97,10 @@ def start(command: list[str], env: dict[str, str]) -> subprocess.Popen[str]:
 
 def test_a_bad_checkpoint_is_one_line_and_no_traceback(material: Path, tmp_path: Path) -> None:
     command = [*arguments(material, tmp_path), f"--trainer.strategy.init_args.pretrained={tmp_path / 'none'}"]
-    (process,) = by_lightning([*command, "--trainer.devices=1"])
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert output.splitlines()[-1] == f"lowrank-dist fit: pretrained={str(tmp_path / 'none')!r}: no such directory"
-    assert "Traceback" not in output
+    done = lowrank_dist(*command[len(CLI) :], "--trainer.devices=1")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f"lowrank-dist fit: pretrained={str(tmp_path / 'none')!r}: no such directory"
+    assert "Traceback" not in done.stderr + done.stdout
     assert not (tmp_path / "checkpoints").exists()
 
 
@@ -118,13 +118,7 @@ def test_fit_convert_and_load(material: Path, tmp_path: Path, launch: object) ->
     assert report["bytes_read"] == report["checkpoint_bytes"]
     checkpoint = tmp_path / "checkpoints" / f"step={STEPS}"
     if launch is by_lightning:
-        done = subprocess.run(
-            [sys.executable, *CLI, "convert", str(checkpoint), "--output", str(tmp_path / "lora")],
-            env=environment(),
-            check=False,
-            capture_output=True,
-            text=True,
-        )
+        done = lowrank_dist("convert", checkpoint, "--output", tmp_path / "lora")
         assert done.returncode == 0, done.stderr
         written = (tmp_path / "lora" / "adapter_model.safetensors").read_bytes()
         assert written == (checkpoint / "lora" / "adapter_model.safetensors").read_bytes()

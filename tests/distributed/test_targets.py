@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,6 +116,29 @@ def train(pretrained: Path, output: Path, case: Case, options: dict[str, Any], p
     }
 
 
+@dataclass(frozen=True)
+class Trained:
+    """An unquantized fp32 run of a case: its base, its checkpoints, what every rank saw."""
+
+    base: Path
+    output: Path
+    results: list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Trained]:
+    """Runs by case and number of ranks; each is run once, whoever compares with it."""
+
+    @functools.cache
+    def run(name: str, world_size: int) -> Trained:
+        case, directory = CASES[name], tmp_path_factory.mktemp("trained")
+        base = save_checkpoint(directory / "base", case.architecture, **case.model)
+        results = run_ranks(world_size, train, base, directory / "out", case, {}, "32-true")
+        return Trained(base, directory / "out", results)
+
+    return run
+
+
 def original(base: Path, case: Case) -> Any:
     changes = {}
     if "untie_embeddings" in case.options:
@@ -160,14 +185,13 @@ def train_with_stock_peft(base: Path, case: Case, initial: Path) -> list[float]:
         *((name, 3) for name in ("narrow", "mixtral", "qwen3_moe", "gpt_oss", "head")),
     ],
 )
-def test_unquantized(tmp_path: Path, name: str, world_size: int) -> None:
+def test_unquantized(trained: Callable[[str, int], Trained], tmp_path: Path, name: str, world_size: int) -> None:
     """Step 0 is the original model; losses are those of stock PEFT on the same residual; the converted LoRA makes the
     original model the trained one, as do that of one rank and scaling for all, and merging. fp32: only the order of
     sums differs.
     """
-    case = CASES[name]
-    base, output = save_checkpoint(tmp_path / "base", case.architecture, **case.model), tmp_path / "out"
-    results = run_ranks(world_size, train, base, output, case, {}, "32-true")
+    case, run = CASES[name], trained(name, world_size)
+    base, output, results = run.base, run.output, run.results
     (ids,) = loader(0, 1, 1).dataset.tensors
     with torch.no_grad():
         before = original(base, case)(input_ids=ids).logits
@@ -225,24 +249,22 @@ def test_quantized(tmp_path: Path, name: str, quantization: NF4, precision: str)
 
 
 @pytest.mark.parametrize("name", ["embedding", "mixtral"])
-def test_bf16(tmp_path: Path, name: str) -> None:
+def test_bf16(trained: Callable[[str, int], Trained], tmp_path: Path, name: str) -> None:
     """bf16-true, unit rounding 2^-9: losses follow those of fp32."""
-    case = CASES[name]
-    base = save_checkpoint(tmp_path / "base", case.architecture, **case.model)
-    exact = run_ranks(2, train, base, tmp_path / "fp32", case, {}, "32-true")[0]
-    rounded = run_ranks(2, train, base, tmp_path / "bf16", case, {}, "bf16-true")[0]
+    run = trained(name, 2)
+    exact = run.results[0]
+    rounded = run_ranks(2, train, run.base, tmp_path / "bf16", CASES[name], {}, "bf16-true")[0]
     assert rounded["losses"] == pytest.approx(exact["losses"], rel=2e-3)
 
 
 @pytest.mark.parametrize("name", ["embedding", "mixtral"])
 @pytest.mark.parametrize("checkpointing", [{"gradient_checkpointing": False}, {"use_reentrant": True}], ids=str)
-def test_with_and_without_gradient_checkpointing(tmp_path: Path, name: str, checkpointing: dict[str, Any]) -> None:
-    case = CASES[name]
-    base = save_checkpoint(tmp_path / "base", case.architecture, **case.model)
-    expected = run_ranks(2, train, base, tmp_path / "a", case, {}, "32-true")[0]["losses"]
-    assert run_ranks(2, train, base, tmp_path / "b", case, checkpointing, "32-true")[0]["losses"] == pytest.approx(
-        expected, rel=1e-6
-    )
+def test_with_and_without_gradient_checkpointing(
+    trained: Callable[[str, int], Trained], tmp_path: Path, name: str, checkpointing: dict[str, Any]
+) -> None:
+    run = trained(name, 2)
+    again = run_ranks(2, train, run.base, tmp_path / "out", CASES[name], checkpointing, "32-true")[0]
+    assert again["losses"] == pytest.approx(run.results[0]["losses"], rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["embedding", "mixtral"])
@@ -270,13 +292,11 @@ def starting_factors(pretrained: Path, case: Case) -> dict[str, Tensor]:
     return {peft_name(name): tensor for name, tensor in initial_factors(trainer.strategy).items()}
 
 
-def test_bytes_read(tmp_path: Path) -> None:
+def test_bytes_read(trained: Callable[[str, int], Trained]) -> None:
     """Every byte once, also of experts in parts; the tensor of two untied embeddings twice."""
-    mixtral = save_checkpoint(tmp_path / "mixtral", "mixtral")
-    report = run_ranks(3, train, mixtral, tmp_path / "a", CASES["mixtral"], {}, "32-true")[0]["report"]
+    report = trained("mixtral", 3).results[0]["report"]
     assert report.bytes_read == report.checkpoint_bytes
-    tied = save_checkpoint(tmp_path / "tied", "llama", tie_word_embeddings=True)
-    report = run_ranks(2, train, tied, tmp_path / "b", CASES["tied both"], {}, "32-true")[0]["report"]
+    report = trained("tied both", 2).results[0]["report"]
     assert report.bytes_read == report.checkpoint_bytes + 256 * 64 * 4
 
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +27,7 @@ from transformers import (
 
 import lowrank_dist.checkpoint_io as checkpoint_io
 import lowrank_dist.merge as merge
+from helpers.command import lowrank_dist
 from helpers.models import save_checkpoint
 from lowrank_dist import cli
 from lowrank_dist.adapter_files import read_adapter, write_adapter
@@ -531,17 +530,15 @@ def test_small_blocks_give_the_same(pair: tuple[Path, Path], tmp_path: Path, mon
 def test_the_command(pair: tuple[Path, Path], tmp_path: Path) -> None:
     """As a user runs it: a progress bar, the directory; then one line for what is wrong."""
 
-    def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "lowrank_dist.cli", "merge", str(pair[1]), *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120)
-
     output = tmp_path / "out"
-    done = run("--output", output, "--dtype", "bfloat16", "--max-shard-size", "0.0001", "--base", pair[0])
+    done = lowrank_dist(
+        "merge", pair[1], "--output", output, "--dtype", "bfloat16", "--max-shard-size", "0.0001", "--base", pair[0]
+    )
     assert (done.returncode, done.stdout) == (0, f"{output}\n"), done.stderr
     assert "Merging: 100%" in done.stderr
     assert len(list(output.glob("*.safetensors"))) > 2
     assert load(output).dtype == BF16
-    again = run("--output", output)
+    again = lowrank_dist("merge", pair[1], "--output", output)
     assert (again.returncode, again.stdout) == (1, "")
     assert again.stderr == (
         f"lowrank-dist merge: {output}: exists and is not empty; choose another directory or pass overwrite\n"
