@@ -15,6 +15,7 @@ from typing import Any
 import lightning as L
 import torch
 from benchmarks.gpu.profiles import on_streams, overlap, profiler
+from lightning.pytorch.callbacks import Checkpoint
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -133,8 +134,6 @@ def train_ours(job: Job, *, fused: bool) -> Measured:
 
     `fused` adds adapters to the decoded weight, and, on CUDA, takes the loss without logits.
     """
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": "0"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "TORCHELASTIC_RUN_ID": "benchmark"}
     meter = Meter(job.device)
     strategy = PiSSAStrategy(
         job.checkpoint,
@@ -151,29 +150,38 @@ def train_ours(job: Job, *, fused: bool) -> Measured:
         optimizer="paged_adamw_8bit",
         fused_cross_entropy=fused and job.device == "cuda",
     )
-    trainer = L.Trainer(
+    trainer, batches = one_rank_trainer(job, strategy, [Timing(meter, WARM_UP + job.steps)]), job.batches()
+    trainer.fit(module, DataLoader([*batches, batches[0]], batch_size=1))  # type: ignore[arg-type]
+    return meter.found
+
+
+def one_rank_trainer(
+    job: Job, strategy: PiSSAStrategy, callbacks: list[L.Callback], *, max_steps: int = -1
+) -> L.Trainer:
+    """Of one rank, as torchrun would start it, without logs and checkpoints of its own."""
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": "0"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "TORCHELASTIC_RUN_ID": "benchmark"}
+    return L.Trainer(
         strategy=strategy,
         accelerator="gpu" if job.device == "cuda" else "cpu",
         devices=1,
         precision="bf16-true" if job.device == "cuda" else "32-true",
         max_epochs=1,
+        max_steps=max_steps,
         use_distributed_sampler=False,  # it would shuffle
-        callbacks=[_Timing(meter, WARM_UP + job.steps)],
+        callbacks=callbacks,
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    batches = job.batches()
-    trainer.fit(module, DataLoader([*batches, batches[0]], batch_size=1))  # type: ignore[arg-type]
-    return meter.found
 
 
-class _Timing(L.Callback):
-    """Times all steps but the last, which it profiles on CUDA."""
+class Timing(L.Callback):
+    """Tells a `Meter` of the first `steps` batches, or of all; on CUDA the one after them is profiled."""
 
-    def __init__(self, meter: Meter, steps: int) -> None:
-        self.meter, self.steps = meter, steps
+    def __init__(self, meter: Meter, steps: int | None = None) -> None:
+        self.meter, self.steps = meter, math.inf if steps is None else steps
         self.profiled: Any = None
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, index: int) -> None:

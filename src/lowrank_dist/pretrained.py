@@ -16,7 +16,6 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from lowrank_dist.checkpoint_io import CheckpointReader
 from lowrank_dist.comm import ShardGroup
 from lowrank_dist.decompose import Calibrated, decompose, fingerprint, source_fingerprint
 from lowrank_dist.decomposed import DecomposedModel
@@ -26,6 +25,7 @@ from lowrank_dist.report import MatrixReport
 from lowrank_dist.residual import Dense, ResidualFormat
 from lowrank_dist.restored import Restored
 from lowrank_dist.skeleton import ModelError, Plan, PlannedMatrix
+from lowrank_dist.sources import WeightSource, open_reader
 from lowrank_dist.walk import DecomposedMatrix, Walk, check_matrices
 
 
@@ -55,7 +55,7 @@ class PretrainedModel:
     Parameters
     ----------
     directory
-        The checkpoint.
+        The checkpoint, or a source of weights.
     adapter, init, residual
         How.
     base
@@ -70,7 +70,7 @@ class PretrainedModel:
 
     def __init__(
         self,
-        directory: Path,
+        directory: Path | WeightSource,
         *,
         adapter: LoraConfig,
         init: Method,
@@ -81,7 +81,7 @@ class PretrainedModel:
         announce: Callable[[str], object] = lambda _: None,
         resume: Resume | None = None,
     ) -> None:
-        self.reader, self.resume = CheckpointReader(directory), resume
+        self.reader, self.resume = open_reader(directory), resume
         if resume is not None:
             init = Restored(original=init, checkpoint=resume.checkpoint)
         self.adapter, self.init, self.residual, self.base, self.cache = adapter, init, residual, base, cache
@@ -197,7 +197,7 @@ class PretrainedModel:
 
 def open_source(
     pretrained: str,
-    directory: Path,
+    directory: Path | WeightSource,
     *,
     adapter: LoraConfig | None,
     init: Method | None,
@@ -215,7 +215,7 @@ def open_source(
     pretrained
         What the user called it.
     directory
-        Where it is.
+        Where it is; or a source of weights, which is a checkpoint.
     adapter, init, quantization
         What the user asked for; None: what a decomposed model says. A checkpoint needs an `adapter`; its default `init`
         is PiSSA.
@@ -229,7 +229,7 @@ def open_source(
     ModelError
         Where a decomposed model is not what was asked for.
     """
-    if not DecomposedModel.is_at(directory):
+    if not isinstance(directory, Path) or not DecomposedModel.is_at(directory):
         if adapter is None:
             raise ModelError(
                 f"pretrained={pretrained!r} is no decomposed model: adapter=LoraConfig(...) must say what to decompose"

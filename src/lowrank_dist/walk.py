@@ -182,8 +182,8 @@ class Walk:
             return None
         partition = row_partition(planned, self.residual, batch.group_size)
         start, stop = partition.bounds(self.group.rank % batch.group_size)
-        rows = self.reader.rows(planned.key, start, stop)
         with beside_computing(self.device):
+            rows = self.reader.rows(planned.key, start, stop)
             if self.device.type == "cuda" and not rows.is_cuda:
                 rows = rows.pin_memory()  # in the dtype of the file: the fewest bytes cross over, and none waits
             rows = rows.to(self.device, non_blocking=True).float()

@@ -45,6 +45,7 @@ LAYERS = [
     ["residual", "exact"],
     ["owners"],
     ["health"],
+    ["sources"],
     ["attempts", "checkpoint_io", "comm", "directories", "partition"],
     ["allocation", "signals"],
     ["errors", "report"],
