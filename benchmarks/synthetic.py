@@ -37,7 +37,7 @@ class SyntheticWeights:
     config
         Of a causal language model of transformers.
     decay
-        p of ``sigma_i = c i^-p``. Those of pretrained language models lie around 0.5 behind the first few.
+        p of ``sigma_i = c i^-p``.
     dtype
         Of the values.
     device

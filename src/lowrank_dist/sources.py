@@ -29,11 +29,11 @@ class WeightSource(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Two sources with the same one give the same values: a run is resumed with that of its start only."""
+        """Of the values: a run is resumed only where it is that of its start. (Devices may round differently.)"""
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """Every tensor by its name."""
+        """Every tensor by its name; each has a dimension at least."""
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows ``start:stop`` of the first dimension, ``start < stop``, on any device.
