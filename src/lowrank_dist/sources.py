@@ -29,7 +29,7 @@ class WeightSource(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Of the values: a run is resumed only where it is that of its start. (Devices may round differently.)"""
+        """Of the values, but for the rounding of devices: a run is resumed only where it is that of its start."""
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
