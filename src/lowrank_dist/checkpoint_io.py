@@ -74,6 +74,8 @@ class CheckpointReader:
     ----------
     holds_residuals : bool
         Whether what it gives are residuals of decomposed matrices (`lowrank_dist.decomposed`).
+    identity : bytes
+        What tells it from others beside its files.
 
     Raises
     ------
@@ -83,6 +85,7 @@ class CheckpointReader:
     """
 
     holds_residuals = False
+    identity = b""
 
     def __init__(self, directory: str | os.PathLike[str], *, stem: str = "model") -> None:
         self.directory = Path(directory)
@@ -221,8 +224,14 @@ class CheckpointReader:
             row = self.stored(name).shape[1:]
             width = torch.Size(row).numel()
             return self._flat_of_pieces(name, start * width, stop * width).view(-1, *row)
-        rows: Tensor = self._open(self._file_of[name]).get_slice(name)[start:stop]
+        rows = self._load(name, start, stop)
         self.bytes_read += rows.nbytes
+        return rows
+
+    def _load(self, name: str, start: int, stop: int, entry: int | None = None) -> Tensor:
+        """Rows ``start:stop`` of a tensor of the files, or of entry `entry` of its first dimension."""
+        view = self._open(self._file_of[name]).get_slice(name)
+        rows: Tensor = view[start:stop] if entry is None else view[entry, start:stop]
         return rows
 
     def flat(self, name: str, start: int, stop: int) -> Tensor:
@@ -246,7 +255,7 @@ class CheckpointReader:
         return part
 
     def _flat_of_pieces(self, name: str, start: int, stop: int) -> Tensor:
-        parts = [torch.empty(0, dtype=FLOAT_DTYPES.get(self.stored(name).dtype, torch.float32))]
+        parts = []
         first = 0
         for piece in self._joined[name]:
             shape = self.stored(piece.key).shape[0 if piece.index is None else 1 :]
@@ -259,10 +268,11 @@ class CheckpointReader:
                 parts.append(self.flat(piece.key, low, high))
                 continue
             top, bottom = low // shape[1], -(-high // shape[1])
-            rows = self._open(self._file_of[piece.key]).get_slice(piece.key)[piece.index, top:bottom]
+            rows = self._load(piece.key, top, bottom, piece.index)
             parts.append(rows.reshape(-1)[low - top * shape[1] : high - top * shape[1]])
             self.bytes_read += parts[-1].nbytes
-        return torch.cat(parts)
+        empty = torch.empty(0, dtype=FLOAT_DTYPES.get(self.stored(name).dtype, torch.float32))
+        return torch.cat(parts or [empty])
 
     def close(self) -> None:
         """Close the files."""

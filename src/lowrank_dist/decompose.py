@@ -44,7 +44,7 @@ _SAMPLES, _SAMPLE_BYTES = 16, 2**16
 
 
 def source_fingerprint(reader: CheckpointReader, group: ShardGroup) -> str:
-    """Hexadecimal digest of a checkpoint on disk.
+    """Hexadecimal digest of a checkpoint on disk, or of the fingerprint that a `lowrank_dist.sources.WeightSource` has.
 
     Covers names, sizes and headers of its safetensors files, and 16 samples of 64 KiB of each, evenly spread (hashing
     all of it would cost a second read). Rank 0 computes it, the others are told. Collective.
@@ -78,7 +78,7 @@ def _told(compute: Callable[[], str], group: ShardGroup) -> str:
 
 
 def _hashed_source(reader: CheckpointReader) -> hashlib._Hash:
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(reader.identity)
     for path in reader.files:
         size = path.stat().st_size
         digest.update(f"{path.name}:{size}:".encode())

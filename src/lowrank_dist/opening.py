@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from peft import LoraConfig
@@ -19,6 +20,7 @@ from lowrank_dist.planner import Sharding
 from lowrank_dist.pretrained import PretrainedModel, Resume, open_source
 from lowrank_dist.residual import ResidualFormat
 from lowrank_dist.skeleton import ModelError, Plan, inject_adapter, plan_walk, untie_embeddings
+from lowrank_dist.sources import WeightSource
 from lowrank_dist.starting_adapter import StartingAdapter
 
 
@@ -30,7 +32,7 @@ class OpenedModel:
     ----------
     backbone, plan
         The skeleton with the adapter's layers in, and what fills it.
-    directory, source
+    source
         What it is filled from.
     start
         The adapter to go on from, if there is one.
@@ -40,7 +42,6 @@ class OpenedModel:
 
     backbone: PreTrainedModel
     plan: Plan
-    directory: Path
     source: PretrainedModel | DecomposedModel
     start: StartingAdapter | None
     resume: Resume | None
@@ -60,7 +61,7 @@ class OpenedModel:
 class ModelRecipe:
     """What a model is to be made of; the options are those of `lowrank_dist.PiSSAStrategy`."""
 
-    pretrained: str
+    pretrained: str | WeightSource
     adapter: LoraConfig | str | Path | None = None
     init: Method | None = None
     quantization: ResidualFormat | None = None
@@ -68,9 +69,16 @@ class ModelRecipe:
     revision: str | None = None
     untie_embeddings: bool = False
 
-    def directories(self) -> tuple[Path, Path | None]:
-        """Of the pretrained model, and of the adapter to go on from where it is to be one; fetched if need be."""
-        pretrained = resolve_checkpoint(self.pretrained, revision=self.revision)
+    def directories(self) -> tuple[Path | WeightSource, Path | None]:
+        """Of the pretrained model, and of the adapter to go on from where it is to be one; fetched if need be.
+
+        A source of weights is given back as it is.
+        """
+        pretrained: Path | WeightSource
+        if isinstance(self.pretrained, str):
+            pretrained = resolve_checkpoint(self.pretrained, revision=self.revision)
+        else:
+            pretrained = self.pretrained
         if self.adapter is None or isinstance(self.adapter, LoraConfig):
             return pretrained, None
         return pretrained, resolve_checkpoint(self.adapter, option="adapter")
@@ -104,9 +112,9 @@ class ModelRecipe:
         start, adapter, init = None, self.adapter, self.init
         if adapter_directory is not None:
             start = self._starting_adapter(adapter_directory, directory)
-            adapter, init = start.config, None if DecomposedModel.is_at(directory) else LoRA()
+            adapter, init = start.config, None if _is_decomposed(directory) else LoRA()
         source = open_source(
-            self.pretrained,
+            self.pretrained if isinstance(self.pretrained, str) else self.pretrained.name,
             directory,
             adapter=adapter if isinstance(adapter, LoraConfig) else None,
             init=init,
@@ -121,14 +129,18 @@ class ModelRecipe:
         inject_adapter(backbone, source.adapter)
         plan = plan_walk(backbone, source.reader, tied, limit_rank=start is None)
         source.check(plan)
-        return OpenedModel(backbone=backbone, plan=plan, directory=directory, source=source, start=start, resume=resume)
+        return OpenedModel(backbone=backbone, plan=plan, source=source, start=start, resume=resume)
 
-    def _starting_adapter(self, directory: Path, pretrained: Path) -> StartingAdapter:
-        decomposed = DecomposedModel.is_at(pretrained)
+    def _starting_adapter(self, directory: Path, pretrained: Path | WeightSource) -> StartingAdapter:
+        decomposed = _is_decomposed(pretrained)
         if self.init is not None and (decomposed or not isinstance(self.init, LoRA)):
             raise ModelError(
                 f"init={self.init} makes an adapter of the weights, and adapter={str(self.adapter)!r} is one already; "
                 "leave init out, or pass a LoraConfig"
             )
         # the residual of QLoRA is the quantized original, and adapters for it are ordinary LoRAs
-        return StartingAdapter(directory, for_residual=decomposed and not starts_at_zero(pretrained))
+        return StartingAdapter(directory, for_residual=_is_decomposed(pretrained) and not starts_at_zero(pretrained))
+
+
+def _is_decomposed(pretrained: Path | WeightSource) -> TypeGuard[Path]:
+    return isinstance(pretrained, Path) and DecomposedModel.is_at(pretrained)

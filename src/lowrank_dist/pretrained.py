@@ -15,7 +15,6 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from lowrank_dist.checkpoint_io import CheckpointReader
 from lowrank_dist.comm import ShardGroup
 from lowrank_dist.decompose import decompose, fingerprint, is_complete, source_fingerprint
 from lowrank_dist.decomposed import DecomposedModel
@@ -25,6 +24,7 @@ from lowrank_dist.report import MatrixReport
 from lowrank_dist.residual import Dense, ResidualFormat
 from lowrank_dist.restored import Restored
 from lowrank_dist.skeleton import ModelError, Plan, PlannedMatrix
+from lowrank_dist.sources import WeightSource, open_reader
 from lowrank_dist.walk import DecomposedMatrix, Walk, check_matrices
 
 
@@ -54,7 +54,7 @@ class PretrainedModel:
     Parameters
     ----------
     directory
-        The checkpoint.
+        The checkpoint, or a source of weights.
     adapter, init, residual
         How.
     base
@@ -69,7 +69,7 @@ class PretrainedModel:
 
     def __init__(
         self,
-        directory: Path,
+        directory: Path | WeightSource,
         *,
         adapter: LoraConfig,
         init: Method,
@@ -80,7 +80,7 @@ class PretrainedModel:
         announce: Callable[[str], object] = lambda _: None,
         resume: Resume | None = None,
     ) -> None:
-        self.reader, self.resume, self._original = CheckpointReader(directory), resume, init
+        self.reader, self.resume, self._original = open_reader(directory), resume, init
         if resume is not None:
             init = Restored(original=init, checkpoint=resume.checkpoint)
         self.adapter, self.init, self.residual, self.base, self.cache = adapter, init, residual, base, cache
@@ -191,7 +191,7 @@ class PretrainedModel:
 
 def open_source(
     pretrained: str,
-    directory: Path,
+    directory: Path | WeightSource,
     *,
     adapter: LoraConfig | None,
     init: Method | None,
@@ -209,7 +209,7 @@ def open_source(
     pretrained
         What the user called it.
     directory
-        Where it is.
+        Where it is; or a source of weights, which is a checkpoint.
     adapter, init, quantization
         What the user asked for; None: what a decomposed model says. A checkpoint needs an `adapter`; its default `init`
         is PiSSA.
@@ -223,7 +223,7 @@ def open_source(
     ModelError
         Where a decomposed model is not what was asked for.
     """
-    if not DecomposedModel.is_at(directory):
+    if not isinstance(directory, Path) or not DecomposedModel.is_at(directory):
         if adapter is None:
             raise ModelError(
                 f"pretrained={pretrained!r} is no decomposed model: adapter=LoraConfig(...) must say what to decompose"

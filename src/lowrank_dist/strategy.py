@@ -46,6 +46,7 @@ from lowrank_dist.skeleton import (
     find_backbone,
     meta_parameters,
 )
+from lowrank_dist.sources import WeightSource
 from lowrank_dist.walk import progress_bar
 from lowrank_dist.zero3 import (
     Partitioner,
@@ -74,7 +75,8 @@ class PiSSAStrategy(CheckpointedStrategy):
     Parameters
     ----------
     pretrained
-        Checkpoint to start from: a directory with safetensors, or a hub id. It may be a decomposed model (from
+        Checkpoint to start from: a directory with safetensors, or a hub id; or a source of weights that are no files
+        (`lowrank_dist.sources.WeightSource`). It may be a decomposed model (from
         ``lowrank-dist decompose``, or one that the authors of PiSSA publish): then nothing is decomposed, and the
         three options below are what it says where they are left out.
     adapter
@@ -142,7 +144,7 @@ class PiSSAStrategy(CheckpointedStrategy):
 
     def __init__(
         self,
-        pretrained: str | os.PathLike[str],
+        pretrained: str | os.PathLike[str] | WeightSource,
         adapter: LoraConfig | str | Path | None = None,  # not os.PathLike, which jsonargparse makes of any dictionary
         init: Method | None = None,
         quantization: NF4 | None = None,
@@ -187,7 +189,13 @@ class PiSSAStrategy(CheckpointedStrategy):
                 "weights from the shards of all ranks; use shard_within='world'"
             )
         super().__init__(**deepspeed_options)
-        self.pretrained = os.fspath(pretrained)
+        self.weights = None if isinstance(pretrained, str | os.PathLike) else pretrained
+        self.pretrained = os.fspath(pretrained) if isinstance(pretrained, str | os.PathLike) else pretrained.name
+        if self.weights is not None and init_cache is not None:
+            raise ValueError(
+                f"PiSSAStrategy: init_cache={str(init_cache)!r} keeps decomposed models, which copy the configuration "
+                f"and tokenizer beside the weights, and {self.pretrained} is a source of weights alone; leave it out"
+            )
         self.adapter = adapter
         self.init, self.init_cache, self.ranks_per_matrix = init, init_cache, ranks_per_matrix
         self.quantization = quantization
@@ -217,7 +225,7 @@ class PiSSAStrategy(CheckpointedStrategy):
                 "PiSSAStrategy: parameters cannot be offloaded to 'nvme', only to 'cpu' (offload_parameters=True): "
                 "partitions are written in place"
             )
-        if init is not None and not DecomposedModel.is_at(Path(pretrained)):
+        if init is not None and (self.weights is not None or not DecomposedModel.is_at(Path(self.pretrained))):
             init.check(Dense(dtype=torch.float32) if quantization is None else quantization)
         self.calibration = calibration
         check_options(init, calibration, init_cache=init_cache, ranks_per_matrix=ranks_per_matrix)
@@ -320,7 +328,7 @@ class PiSSAStrategy(CheckpointedStrategy):
         if opened.resume is not None:
             check_digests(result.report.matrices, opened.resume.reports)
         facts = {
-            "pretrained": str(opened.directory.absolute()) if Path(self.pretrained).is_dir() else self.pretrained,
+            "pretrained": self._pretrained_path(),
             "pretrained_fingerprint": pretrained_fingerprint,
             "started_from": None if opened.start is None else str(self.adapter),
             "source": fingerprint,
@@ -349,6 +357,11 @@ class PiSSAStrategy(CheckpointedStrategy):
             f"({report.bytes_read / report.checkpoint_bytes:.2f} x the checkpoint)"
         )
 
+    def _pretrained_path(self) -> str:
+        """Directories as absolute paths, hub ids and names of sources as they are."""
+        is_directory = self.weights is None and Path(self.pretrained).is_dir()
+        return str(Path(self.pretrained).absolute()) if is_directory else self.pretrained
+
     def _is_set_up(self, module: LightningModule) -> bool:
         if self._backbone is None or not any(child is self._backbone for child in module.modules()):
             return False
@@ -364,7 +377,7 @@ class PiSSAStrategy(CheckpointedStrategy):
     def _open(self, module: LightningModule, group: ShardGroup) -> OpenedModel:
         """Everything that can be checked before weights are read, is. Collective."""
         recipe = ModelRecipe(
-            pretrained=self.pretrained,
+            pretrained=self.weights or self.pretrained,
             adapter=self.adapter,
             init=self.init,
             quantization=self.quantization,

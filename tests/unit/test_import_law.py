@@ -43,6 +43,7 @@ LAYERS = [
     ["residual", "exact"],
     ["owners"],
     ["health"],
+    ["sources"],
     ["attempts", "checkpoint_io", "comm", "directories", "partition"],
     ["allocation", "signals"],
     ["errors", "report"],

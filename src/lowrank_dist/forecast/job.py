@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lowrank_dist.checkpoint_io import FLOAT_DTYPES, CheckpointError, CheckpointReader, TensorInfo
+from lowrank_dist.checkpoint_io import CheckpointError, CheckpointReader
 from lowrank_dist.errors import InputError
 from lowrank_dist.methods.base import Method
 from lowrank_dist.partition import FlatPartition
@@ -27,35 +27,10 @@ from lowrank_dist.skeleton import (
     read_config,
     untie_embeddings,
 )
+from lowrank_dist.sources import ShapesOnly, SourceReader
 from lowrank_dist.walk import check_matrices, row_partition
 
 ShardWithin = Literal["world", "node"]
-
-
-class ShapeReader(CheckpointReader):
-    """Stands for the checkpoint of a model of which only the configuration is there: shapes, no values.
-
-    Parameters
-    ----------
-    backbone
-        The model on the meta device, without adapters.
-    """
-
-    def __init__(self, backbone: PreTrainedModel) -> None:
-        self.directory = Path(backbone.config._name_or_path or type(backbone).__name__)
-        codes = {dtype: code for code, dtype in FLOAT_DTYPES.items()}
-        dtype = getattr(backbone.config, "dtype", None) or torch.bfloat16
-        self.bytes_read = 0
-        self._info = {
-            name: TensorInfo(
-                shape=tuple(parameter.shape),
-                dtype=codes.get(dtype, "BF16"),
-                nbytes=parameter.numel() * dtype.itemsize,
-            )
-            for name, parameter in backbone.named_parameters()
-        }
-        self._file_of = dict.fromkeys(self._info, "")
-        self._files, self._joined = {}, {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +76,7 @@ class Shapes:
         except CheckpointError:
             if any(source.glob("*.safetensors")):
                 raise
-            reader = ShapeReader(backbone)
+            reader = SourceReader(ShapesOnly(backbone))
         nbytes = reader.nbytes
         tied = untie_embeddings(backbone) if untie else {}
         if adapter is not None:
