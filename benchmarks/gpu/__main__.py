@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from benchmarks.gpu.layers import layers_table, scale
 from benchmarks.gpu.step import cases, step_table
+from benchmarks.gpu.whole import STAGES, whole, whole_table
 from reporting import ROOT, header, write_report
 
 PACKAGES = ("torch", "triton", "deepspeed", "bitsandbytes", "peft", "transformers", "liger-kernel")
-TABLES = ("layers", "step")
+TABLES = ("layers", "step", "whole")
 
 
 def main() -> None:
@@ -29,6 +30,9 @@ def main() -> None:
         parts.append(layers_table(scale(tiny=options.tiny), device, dtype))
     if options.all or "step" in options.table:
         parts.append(step_table(cases(tiny=options.tiny), device))
+    if options.all or "whole" in options.table:
+        of = {"layers": options.layers, "rounds": options.rounds, "skip": options.skip}
+        parts.append(whole_table(whole(tiny=options.tiny, weights_only=options.weights_only, **of), device))
     write_report(options.output, parts)
     print("\n\n".join(parts))
 
@@ -42,6 +46,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--tiny", action="store_true", help="dry run at a tiny scale")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.md")
+    of_whole = parser.add_argument_group("of the table `whole`")
+    of_whole.add_argument("--layers", type=int, help="run so many of the decoder layers (default: all)")
+    of_whole.add_argument(
+        "--rounds", type=int, action="append", default=[], help="T; may be repeated (default: 1 and 5)"
+    )
+    of_whole.add_argument("--skip", choices=STAGES, action="append", default=[], help="leave a stage out")
+    of_whole.add_argument("--weights-only", action="store_true", help="save adapters without the state of training")
     options = parser.parse_args()
     if not options.all and not options.table:
         parser.error("give --all or --table")

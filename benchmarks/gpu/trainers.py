@@ -14,6 +14,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Checkpoint
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -128,8 +129,6 @@ def train_ours(job: Job, *, fused: bool) -> Measured:
 
     `fused` adds adapters to the decoded weight, and, on CUDA, takes the loss without logits.
     """
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": "0"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "TORCHELASTIC_RUN_ID": "benchmark"}
     meter = Meter(job.device)
     strategy = PiSSAStrategy(
         job.checkpoint,
@@ -146,24 +145,36 @@ def train_ours(job: Job, *, fused: bool) -> Measured:
         optimizer="paged_adamw_8bit",
         fused_cross_entropy=fused and job.device == "cuda",
     )
-    trainer = L.Trainer(
+    trainer = one_rank_trainer(job, strategy, [Timing(meter)])
+    trainer.fit(module, DataLoader(job.batches(), batch_size=1))  # type: ignore[arg-type]
+    return meter.found
+
+
+def one_rank_trainer(
+    job: Job, strategy: PiSSAStrategy, callbacks: list[L.Callback], *, max_steps: int = -1
+) -> L.Trainer:
+    """Of one rank, as torchrun would start it, without logs and checkpoints of its own."""
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": "0"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "TORCHELASTIC_RUN_ID": "benchmark"}
+    return L.Trainer(
         strategy=strategy,
         accelerator="gpu" if job.device == "cuda" else "cpu",
         devices=1,
         precision="bf16-true" if job.device == "cuda" else "32-true",
         max_epochs=1,
+        max_steps=max_steps,
         use_distributed_sampler=False,  # it would shuffle
-        callbacks=[_Timing(meter)],
+        callbacks=callbacks,
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, DataLoader(job.batches(), batch_size=1))  # type: ignore[arg-type]
-    return meter.found
 
 
-class _Timing(L.Callback):
+class Timing(L.Callback):
+    """Tells a `Meter` of batches."""
+
     def __init__(self, meter: Meter) -> None:
         self.meter = meter
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,7 +52,8 @@ def test_checkpoints_at_tiny_scale(tmp_path: Path) -> None:
 
 def test_those_of_an_accelerator_on_the_cpu(tmp_path: Path) -> None:
     """fp32: all ways of computing a layer are right to rounding, gradients included; all ways of training learn."""
-    report = dry_run("-m", "benchmarks.gpu", "--all", "--device", "cpu", output=tmp_path / "gpu.md")
+    layers_and_step = ("--table", "layers", "--table", "step")
+    report = dry_run("-m", "benchmarks.gpu", *layers_and_step, "--device", "cpu", output=tmp_path / "gpu.md")
     rows = [line.split("|") for line in report.splitlines() if line.startswith("| tiny up_proj")]
     assert len(rows) == 7
     errors = [cell.strip() for row in rows for cell in row[-3:-1]]
@@ -63,3 +65,24 @@ def test_those_of_an_accelerator_on_the_cpu(tmp_path: Path) -> None:
     dense = trained.pop("PEFT, dense")
     assert len({first for first, _ in trained.values()}) == 1  # of one quantized model
     assert all(last < first for first, last in [dense, *trained.values()])
+
+
+def test_a_whole_job_on_the_cpu(tmp_path: Path) -> None:
+    """Every stage runs, more rounds save more of the quantization error, and what is trained learns."""
+    report = dry_run("-m", "benchmarks.gpu", "--table", "whole", "--device", "cpu", output=tmp_path / "gpu.md")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.splitlines() if line.startswith("| ")]
+    stages = [row[0] for row in rows if row[0] in ("initialise", "train", "save", "convert")]
+    assert stages == 2 * ["initialise", "train", "save", "convert"]
+    reductions = [float(found) for found in re.findall(r"\(Frobenius\): ([\d.]+)%", report)]
+    assert 0 < reductions[0] < reductions[1]
+    losses = [tuple(map(float, row[-1].split())) for row in rows if len(row) == 8 and row[0].replace(".", "").isdigit()]
+    assert len(losses) == 2
+    assert all(last < first for first, last in losses)
+
+
+def test_a_whole_job_without_training(tmp_path: Path) -> None:
+    only = ("--rounds", "1", "--skip", "train")
+    report = dry_run("-m", "benchmarks.gpu", "--table", "whole", *only, "--device", "cpu", output=tmp_path / "gpu.md")
+    assert "| initialise |" in report
+    assert not {"| train |", "| save |", "| convert |"} & set(report.splitlines())
+    assert "tokens/s |" not in report
