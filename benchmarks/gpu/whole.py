@@ -275,7 +275,8 @@ def _of_stages(of: Whole, planned: Forecast, found: Outcome) -> str:
     columns = ["", "s", "all layers, s", "expected, s", "peak, GB", "expected, GB", "host peak, GB"]
     extra = (
         f"A checkpoint is expected to take {planned.checkpoint / 1e9:.3f} GB on disk, and "
-        f"{planned.memory.host / 1e9:.3f} GB of the host. Mean reduction of the quantization error (Frobenius): {found.reduction:.1%}."
+        f"{planned.memory.host / 1e9:.3f} GB of the host. Mean reduction of the "
+        f"quantization error (Frobenius): {found.reduction:.1%}."
     )
     return "\n\n".join([table(columns, rows), extra])
 

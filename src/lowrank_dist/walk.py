@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -120,8 +120,9 @@ class Walk:
 
     Notes
     -----
-    Host memory: at most three row blocks as fp32 beside the temporaries of the decomposition: the one in use, one that
-    was read, one being read.
+    Memory of `device`: at most three row blocks as fp32 beside the temporaries of the decomposition: the one in use, one
+    that was read, one being read. On CUDA rows cross from pinned memory in the dtype of the checkpoint, on a stream of
+    their own, and become fp32 there.
     """
 
     def __init__(
@@ -141,6 +142,7 @@ class Walk:
         self.reader, self.group, self.init, self.residual = reader, group, init, residual
         self.factor_dtype, self.device = factor_dtype, device or torch.device("cpu")
         self.advance, self.statistics, self.known, self.thorough = advance, statistics, known or {}, thorough
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def run(self, batches: Iterable[Batch]) -> Iterator[DecomposedMatrix]:
         """Decompose all matrices of `batches`. Collective: all ranks iterate to the end.
@@ -151,6 +153,8 @@ class Walk:
             On every rank, if any rank finds a NaN or infinity or cannot read.
         """
         batches = list(batches)
+        if self._stream is not None:  # a reader may hand out what is still being computed
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
         blocks = read_ahead(self._read, batches)
         for batch in batches:
             started = time.monotonic()
@@ -170,15 +174,23 @@ class Walk:
         return batch.matrices[index] if index < len(batch.matrices) else None
 
     def _read(self, batch: Batch) -> Tensor | None:
-        """This rank's rows of its matrix of `batch` as fp32 on the host, checked for NaN and infinity."""
+        """This rank's rows of its matrix of `batch` as fp32 on the device, checked for NaN and infinity.
+
+        In a thread, beside the decomposition of the batch before.
+        """
         planned = self._mine(batch)
         if planned is None:
             return None
         partition = row_partition(planned, self.residual, batch.group_size)
         start, stop = partition.bounds(self.group.rank % batch.group_size)
-        rows = self.reader.rows(planned.key, start, stop).float()
-        check_finite(planned.key, rows, start)
+        with self._beside():
+            rows = _to_device(self.reader.rows(planned.key, start, stop), self.device)
+            check_finite(planned.key, rows, start)  # waits for the stream: the rows are there
         return rows
+
+    def _beside(self) -> AbstractContextManager[object]:
+        """Inside, the device works beside what the main thread has it do."""
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def _decompose(self, batch: Batch, block: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
         """Shards of this rank's matrix of `batch`, cut for the ranks that share it, and measures.
@@ -190,11 +202,13 @@ class Walk:
         width = 1 + len(_MEASURES) + max(other.rank for other in batch.matrices)
         measured = torch.full((width,), torch.nan, dtype=torch.float64)
         if planned is not None and block is not None:
+            if self._stream is not None:  # else its memory is used anew while it is read
+                block.record_stream(torch.cuda.current_stream(self.device))
             group = self.group.split(batch.group_size)
             partition = row_partition(planned, self.residual, group.size)
             matrix = Matrix(
                 name=planned.key,
-                block=block.to(self.device),
+                block=block,
                 partition=partition,
                 group=group,
                 rank=planned.rank,
@@ -336,6 +350,13 @@ class Walk:
                     storages[_ENCODED_FROM[name]] = of_factor
             both.append(storages)
         return {name: (storage, both[1][name]) for name, storage in both[0].items()}
+
+
+def _to_device(rows: Tensor, device: torch.device) -> Tensor:
+    """As fp32 on `device`; from the host to CUDA by way of pinned memory, without waiting."""
+    if device.type == "cuda" and not rows.is_cuda:
+        rows = rows.pin_memory().to(device, non_blocking=True)
+    return rows.to(device, torch.float32)
 
 
 ENDS = ("quantize", "decompose")

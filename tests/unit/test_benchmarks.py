@@ -84,5 +84,5 @@ def test_a_whole_job_without_training(tmp_path: Path) -> None:
     only = ("--rounds", "1", "--skip", "train")
     report = dry_run("-m", "benchmarks.gpu", "--table", "whole", *only, "--device", "cpu", output=tmp_path / "gpu.md")
     assert "| initialise |" in report
-    assert not {"| train |", "| save |", "| convert |"} & set(report.splitlines())
+    assert not any(f"| {stage} |" in report for stage in ("train", "save", "convert"))
     assert "tokens/s |" not in report

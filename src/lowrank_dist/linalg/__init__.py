@@ -1,7 +1,7 @@
 """Linear algebra of row-sharded matrices: orthonormalization and the leading singular triplets.
 
-Everything is computed in true fp32 (no tf32), Gram matrices that orthonormalize in fp64. What a rank decides from
-data, rank 0 decides for all.
+Everything is computed in true fp32, Gram matrices that orthonormalize in fp64; on CUDA the power loop is in tf32. What
+a rank decides from data, rank 0 decides for all.
 """
 
 from lowrank_dist.linalg.krylov import SVD, randomized_svd, seed_from_name

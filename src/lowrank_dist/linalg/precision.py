@@ -32,6 +32,24 @@ def full_fp32() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+def tf32_is_at_hand(device: torch.device) -> bool:
+    """Whether `tf32_product` is anything else than a product in fp32."""
+    return device.type == "cuda"
+
+
+def tf32_product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right``, its operands rounded to tf32 (10 bits of mantissa) and summed in fp32; without tf32, in fp32.
+
+    For power iterations, whose errors the subspace that comes out of them forgives.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        return left @ right
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def squared_norm(tensor: Tensor) -> Tensor:
     """Squared Frobenius norm of the local `tensor`, a scalar in fp64; memory for a small piece of it in fp64."""
     total = torch.zeros((), dtype=torch.float64, device=tensor.device)
