@@ -120,9 +120,9 @@ class Walk:
 
     Notes
     -----
-    Memory of `device`: at most three row blocks as fp32 beside the temporaries of the decomposition: the one in use, one
-    that was read, one being read. On CUDA rows cross from pinned memory in the dtype of the checkpoint, on a stream of
-    their own, and become fp32 there.
+    Memory of `device`: at most three row blocks as fp32 beside the temporaries of the decomposition: the one in use,
+    one that was read, one being read. On CUDA rows cross from pinned memory in the dtype of the checkpoint, on a stream
+    of their own, and become fp32 there.
     """
 
     def __init__(
@@ -142,7 +142,9 @@ class Walk:
         self.reader, self.group, self.init, self.residual = reader, group, init, residual
         self.factor_dtype, self.device = factor_dtype, device or torch.device("cpu")
         self.advance, self.statistics, self.known, self.thorough = advance, statistics, known or {}, thorough
-        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._stream: torch.cuda.Stream | None = None
+        if self.device.type == "cuda":
+            self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
 
     def run(self, batches: Iterable[Batch]) -> Iterator[DecomposedMatrix]:
         """Decompose all matrices of `batches`. Collective: all ranks iterate to the end.
