@@ -10,13 +10,14 @@ import argparse
 from pathlib import Path
 
 import torch
+from benchmarks.gpu.initialisation import initialisation_table, models
 from benchmarks.gpu.layers import layers_table, scale
 from benchmarks.gpu.step import cases, step_table
 from benchmarks.gpu.whole import STAGES, whole, whole_table
 from reporting import ROOT, header, write_report
 
 PACKAGES = ("torch", "triton", "deepspeed", "bitsandbytes", "peft", "transformers", "liger-kernel")
-TABLES = ("layers", "step", "whole")
+TABLES = ("layers", "step", "initialisation", "whole")
 
 
 def main() -> None:
@@ -30,6 +31,8 @@ def main() -> None:
         parts.append(layers_table(scale(tiny=options.tiny), device, dtype))
     if options.all or "step" in options.table:
         parts.append(step_table(cases(tiny=options.tiny), device))
+    if options.all or "initialisation" in options.table:
+        parts.append(initialisation_table(models(tiny=options.tiny), device))
     if options.all or "whole" in options.table:
         of = {"layers": options.layers, "rounds": options.rounds, "skip": options.skip}
         parts.append(whole_table(whole(tiny=options.tiny, weights_only=options.weights_only, **of), device))

@@ -246,9 +246,10 @@ def _explained(of: Whole, flops: int, rate: float) -> str:
         f"are read (`benchmarks/synthetic.py`, sigma_i ~ i^-{SyntheticWeights.decay}), r = {case.rank} on all linears, "
         f"{RESIDUAL}, one sequence of {case.tokens} tokens a step, gradient checkpointing, `{OPTIMIZER}`, adapters "
         "folded in, on CUDA the loss without logits, one rank of ZeRO-3. Expected: by the forecast of `lowrank-dist "
-        "plan`, whose rates are assumed, and whose memory is that of a step with logits. All layers: not measured, but "
-        "times of the layers that were run by their number, of a step by its flops. Peaks of the host: of the process, "
-        "up to the end of the stage. Share: of the rate of a product of large matrices here and now, "
+        "plan`, whose rates are assumed (nothing is read from disk here), and whose memory is that of a step with "
+        "logits and with the paged moments, which torch does not count. All layers: not measured, but times of the "
+        "layers that were run by their number, of a step by its flops. Peaks of the host: of the process, up to the "
+        "end of the stage. Share: of the rate of a product of large matrices here and now, "
         f"{rate / 1e12:.3g} Tflop/s, with {flops / 1e12:.3g} Tflop a step, which count recomputation (those of PEFT's "
         "way, residual and adapter as products of their own)."
     )
@@ -257,7 +258,8 @@ def _explained(of: Whole, flops: int, rate: float) -> str:
 def _of_stages(of: Whole, planned: Forecast, found: Outcome) -> str:
     seconds, bytes_of = {}, {}
     if planned.initialisation is not None:
-        seconds["initialise"] = f"{planned.initialisation.in_memory:.1f}"
+        without_disk = replace(planned.initialisation, read=0.0)
+        seconds["initialise"] = f"{without_disk.in_memory:.1f}"
     bytes_of["train"] = planned.memory.peak
     times = of.case.config.num_hidden_layers / of.layers
     rows = [

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from benchmarks.gpu.profiles import overlap
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,6 +75,29 @@ def test_what_a_profile_says_is_hidden() -> None:
     streams = {7: [(0, 4), (3, 5), (6, 9)], 20: [(1, 2), (1.5, 3), (5, 6)], 21: [(8.5, 10)], 22: [(5.25, 5.5)]}
     assert overlap(streams) == (4.5, 2.5)
     assert overlap({}) == (0, 0)
+
+
+def test_initialisation_on_the_cpu(tmp_path: Path) -> None:
+    """Every shape of a layer, three ways; ours leaves no more than the best residual, which the spectrum gives."""
+    table = ("--table", "initialisation")
+    report = dry_run("-m", "benchmarks.gpu", *table, "--device", "cpu", output=tmp_path / "gpu.md")
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in report.splitlines() if line.startswith("| tiny")
+    ]
+    excess = {(row[1], row[3]): row[9] for row in rows}
+    shapes = {shape for shape, _ in excess}
+    assert shapes == {"64 x 64", "32 x 64", "160 x 64", "64 x 160"}
+    for shape in shapes:
+        assert excess[shape, "QPiSSA, T = 5"] == "-"
+        ours, peer = (float(excess[shape, way]) for way in ("QPiSSA, T = 1", "PEFT `pissa_niter_16`"))
+        assert abs(ours) < 1e-6  # fp32 rounding of norms
+        assert -1e-6 < peer < 1e-2
+    for way in ("QPiSSA, T = 1", "QPiSSA, T = 5", "PEFT `pissa_niter_16`"):
+        line = re.search(rf"- tiny, {way}: 3 x \((.*)\) = ([\d.]+) s", report)
+        assert line is not None
+        terms = [term.split(" x ") for term in line[1].split(" + ")]
+        assert [int(count) for count, _ in terms] == [2, 2, 2, 1]
+        assert float(line[2]) == pytest.approx(3 * sum(int(n) * float(each) for n, each in terms), abs=0.06)
 
 
 def test_a_whole_job_on_the_cpu(tmp_path: Path) -> None:
