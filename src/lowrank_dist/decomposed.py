@@ -126,6 +126,11 @@ class DecomposedModel:
         self.method: str = self.manifest.get("method") or initial.name.removesuffix("_init")
         self.starts_at_zero: bool = self.manifest.get("starts_at_zero", False)
 
+    @property
+    def nbytes(self) -> int:
+        """Of all stored tensors, the initial adapter included."""
+        return self.reader.nbytes + self._initial.nbytes
+
     @staticmethod
     def is_at(directory: Path) -> bool:
         """Whether `directory` is the root of a decomposed model."""

@@ -153,8 +153,7 @@ class PretrainedModel:
             return self
         walk = self._walk(group, factor_dtype, device, advance)
         walk.init = self._original
-        key = fingerprint(walk, plan)
-        directory = Path(self.cache) / f"{self.reader.directory.name}-{self.method}-{key[:12]}"
+        key, directory = self._cache_key(walk, plan, self.cache)
         if self.resume is not None:
             return self._cached(directory, key, group, self.resume.source)
         decompose(
@@ -170,6 +169,19 @@ class PretrainedModel:
         self.close()
         with group.shared_errors():  # a shared file system may show it late to some
             return DecomposedModel(directory, self.residual)
+
+    def _cache_key(self, walk: Walk, plan: Plan, cache: str | os.PathLike[str]) -> tuple[str, Path]:
+        """Fingerprint of the decomposed model, and where it is to be. Collective."""
+        key = fingerprint(walk, plan)
+        return key, Path(cache) / f"{self.reader.directory.name}-{self.method}-{key[:12]}"
+
+    def in_cache(self, plan: Plan, factor_dtype: torch.dtype) -> Path | None:
+        """Directory of the decomposed model that `through_cache` would find complete; one process asks."""
+        if self.cache is None:
+            return None
+        walk = self._walk(ShardGroup.single(), factor_dtype, None, lambda _: None)
+        key, directory = self._cache_key(walk, plan, self.cache)
+        return directory if is_complete(directory, key) else None
 
     def _cached(self, directory: Path, key: str, group: ShardGroup, source: str) -> PretrainedModel | DecomposedModel:
         if not group.broadcast_object(is_complete(directory, key)):
