@@ -44,7 +44,7 @@ def attempt(pretrained: Path, output: Path, adapter: dict[str, Any], options: di
 def refused(pretrained: Path, tmp_path: Path, *texts: str, adapter: Any = None, **options: Any) -> None:
     """Both ranks raise ValueError with all `texts`, and nothing is written."""
     output = tmp_path / "output"
-    outcomes = run_ranks_catching(2, attempt, pretrained, output, adapter or {}, options, timeout=90)
+    outcomes = run_ranks_catching(2, attempt, pretrained, output, adapter or {}, options)
     for _, error in outcomes:
         assert error is not None
         report = "\n".join(error.splitlines()[error.splitlines().index(_first_of_report(error)) :])
@@ -261,5 +261,5 @@ def twice(pretrained: Path, first: str) -> None:
 @pytest.mark.parametrize("first", ["fit", "validate"])
 def test_fit_of_a_module_that_ran_before(llama: Path, first: str) -> None:
     """DeepSpeed would fail in the first backward, and not say why."""
-    for _, error in run_ranks_catching(2, twice, llama, first, timeout=90):
+    for _, error in run_ranks_catching(2, twice, llama, first):
         assert "make a new module, strategy and Trainer" in str(error)

@@ -140,7 +140,7 @@ def killed_while_writing(pretrained: Path, output: Path) -> None:
 
 def test_a_rank_killed_while_writing_leaves_nothing_half_written(llama: Path, tmp_path: Path) -> None:
     """kill -9 of the writer: no checkpoint appears, the other rank ends too, the next run sweeps and saves."""
-    outcomes = run_ranks_catching(2, killed_while_writing, llama, tmp_path, timeout=120)
+    outcomes = run_ranks_catching(2, killed_while_writing, llama, tmp_path)
     assert all(error is not None for _, error in outcomes)
     assert not [p for p in tmp_path.iterdir() if not p.name.startswith(".")]
     run_ranks(2, train_and_save, llama, tmp_path, {})
@@ -159,7 +159,7 @@ def full_disk(pretrained: Path, output: Path) -> None:
 
 
 def test_a_full_disk_is_an_error_on_every_rank(llama: Path, tmp_path: Path) -> None:
-    outcomes = run_ranks_catching(2, full_disk, llama, tmp_path, timeout=120)
+    outcomes = run_ranks_catching(2, full_disk, llama, tmp_path)
     assert all("No space left" in str(error) for _, error in outcomes)
     assert list(tmp_path.iterdir()) == []
 

@@ -271,7 +271,7 @@ def write_until(pretrained: Path, output: Path, commits: int) -> None:
 
 def test_a_rerun_reads_only_what_the_journal_lacks(llama: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    run_ranks_catching(2, write_until, llama, output, 3, timeout=60)
+    run_ranks_catching(2, write_until, llama, output, 3)
     entries = [json.loads(line) for line in (staging_of(output) / "journal.jsonl").read_text().splitlines()]
     done = sum(entry["nbytes"] for entry in entries[1:])
     assert len(entries) > 3
@@ -300,7 +300,7 @@ def test_killed_at_any_moment_a_rerun_goes_on(llama: Path, tmp_path: Path, victi
     run_ranks(2, write, llama, tmp_path / "whole", PiSSA(quantization_iterations=5))
     output, kept = tmp_path / "out", 0
     for attempt in range(10):
-        run_ranks_catching(2, write_and_die, llama, output, 0.005 * attempt * (attempt + 1), victim, timeout=60)
+        run_ranks_catching(2, write_and_die, llama, output, 0.005 * attempt * (attempt + 1), victim)
         if output.exists():
             break
         journal = staging_of(output) / "journal.jsonl"
@@ -335,7 +335,7 @@ def write_to_full_disk(pretrained: Path, output: Path) -> None:
 
 
 def test_a_full_disk_is_an_error_on_every_rank(llama: Path, tmp_path: Path) -> None:
-    outcomes = run_ranks_catching(2, write_to_full_disk, llama, tmp_path / "out", timeout=120)
+    outcomes = run_ranks_catching(2, write_to_full_disk, llama, tmp_path / "out")
     assert all("No space left" in str(error) for _, error in outcomes)
     assert not (tmp_path / "out").exists()
 

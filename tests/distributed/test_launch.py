@@ -71,14 +71,15 @@ def by_lightning(command: list[str]) -> list[subprocess.Popen[str]]:
 
 
 def by_torchrun(command: list[str]) -> list[subprocess.Popen[str]]:
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     return [start([sys.executable, *launcher, *command], environment())]
 
 
 def by_slurm(command: list[str]) -> list[subprocess.Popen[str]]:
     """What ``srun --ntasks=2`` sets for its two tasks on one node."""
     common = {
-        "SLURM_JOB_ID": str(free_port()),  # Lightning derives the port from it
+        "SLURM_JOB_ID": "7",
+        "MASTER_PORT": str(free_port()),  # Lightning derives it from the number of the job, and it may be taken
         "SLURM_JOB_NAME": "qpissa",
         "SLURM_NTASKS": "2",
         "SLURM_NTASKS_PER_NODE": "2",
@@ -97,7 +98,7 @@ def start(command: list[str], env: dict[str, str]) -> subprocess.Popen[str]:
 def test_a_bad_checkpoint_is_one_line_and_no_traceback(material: Path, tmp_path: Path) -> None:
     command = [*arguments(material, tmp_path), f"--trainer.strategy.init_args.pretrained={tmp_path / 'none'}"]
     (process,) = by_lightning([*command, "--trainer.devices=1"])
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=240)
     assert process.returncode == 1
     assert output.splitlines()[-1] == f"lowrank-dist fit: pretrained={str(tmp_path / 'none')!r}: no such directory"
     assert "Traceback" not in output

@@ -242,7 +242,7 @@ def fail(pretrained: Path, output: Path, kind: Kind, who: tuple[int, ...], check
 
 @BOTH
 def test_an_exception_on_all_ranks_is_saved(llama: Path, tmp_path: Path, kind: Kind) -> None:
-    for _, error in run_ranks_catching(2, fail, llama, tmp_path, kind, (0, 1), timeout=60):
+    for _, error in run_ranks_catching(2, fail, llama, tmp_path, kind, (0, 1)):
         assert "the user's own error" in str(error).splitlines()[-1]
     checkpoint = tmp_path / "out" / f"step=5{kind.FILE_EXTENSION}"
     run_ranks(2, fail, llama, tmp_path, kind, (), checkpoint)
@@ -254,7 +254,7 @@ def test_an_exception_on_all_ranks_is_saved(llama: Path, tmp_path: Path, kind: K
 @BOTH
 @pytest.mark.parametrize("who", [0, 1])
 def test_an_exception_on_one_rank_hangs_nobody(llama: Path, tmp_path: Path, kind: Kind, who: int) -> None:
-    outcomes = run_ranks_catching(2, fail, llama, tmp_path, kind, (who,), timeout=60)
+    outcomes = run_ranks_catching(2, fail, llama, tmp_path, kind, (who,))
     assert "the user's own error" in str(outcomes[who][1])
     assert outcomes[1 - who][1] is not None
     assert not (tmp_path / "out").exists()
@@ -389,7 +389,7 @@ def test_accumulated_gradients_are_a_mean(
 def test_an_exception_loses_no_example(tuned: tuple[Path, Path, list[list[int]], list[float]], tmp_path: Path) -> None:
     """Raised in the second batch of the third step: what that step had seen is seen again."""
     base, _, seen, losses = tuned
-    for _, error in run_ranks_catching(2, tune, base, tmp_path, 1, 2, None, 5, timeout=60):
+    for _, error in run_ranks_catching(2, tune, base, tmp_path, 1, 2, None, 5):
         assert "the user's own error" in str(error)
     then, rest = run_ranks(2, tune, base, tmp_path / "rest", 1, 2, tmp_path / "steps" / "step=2")[0]
     assert [set(one) for one in then] == [set(one) for one in seen[2:]]

@@ -187,7 +187,7 @@ def test_a_base_that_has_changed(tmp_path: Path) -> None:
     tensors = load_file(first)
     tensors[next(name for name in tensors if "proj" in name)][0, 0] += 1
     save_file(tensors, first, metadata={"format": "pt"})
-    for _, error in run_ranks_catching(2, refit, tmp_path / "out" / f"step={STEPS}", tmp_path / "x", 8, timeout=60):
+    for _, error in run_ranks_catching(2, refit, tmp_path / "out" / f"step={STEPS}", tmp_path / "x", 8):
         assert "the weights have changed" in str(error)
     assert not (tmp_path / "x").exists()
 
@@ -201,6 +201,6 @@ def test_factors_that_were_fitted_to_what_only_a_cache_holds(tmp_path: Path) -> 
 
 def test_refused(trained: tuple[Path, Path, Tensor], tmp_path: Path) -> None:
     _, checkpoint, _ = trained
-    for _, error in run_ranks_catching(2, refit, checkpoint, tmp_path / "x", 0, timeout=60):
+    for _, error in run_ranks_catching(2, refit, checkpoint, tmp_path / "x", 0):
         assert "rank=0 must be at least 1" in str(error)
     assert not (tmp_path / "x").exists()

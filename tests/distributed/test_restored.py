@@ -400,7 +400,7 @@ def test_trouble_with_a_file_is_an_error_on_every_rank(odd: Path, tmp_path: Path
     resume = save(tmp_path, run_ranks(1, run, odd, Case(PiSSA()))[0])
     for ranks_per_matrix in (2, 1):
         case = Case(PiSSA(), ranks_per_matrix=ranks_per_matrix)
-        for _, error in run_ranks_catching(2, unreadable, odd, case, resume, timeout=60):
+        for _, error in run_ranks_catching(2, unreadable, odd, case, resume):
             assert "the disk is gone" in str(error)
 
 

@@ -240,7 +240,7 @@ def test_damage_is_named(
     base, checkpoint = saved
     shutil.copytree(checkpoint, tmp_path / "copy")
     damage(tmp_path / "copy")
-    for _, error in run_ranks_catching(2, go_on, base, tmp_path / "copy", {}, timeout=90):
+    for _, error in run_ranks_catching(2, go_on, base, tmp_path / "copy", {}):
         assert all(text in str(error) for text in texts), error
 
 
@@ -258,7 +258,7 @@ def test_damage_is_named(
     ids=["rank", "targets", "format", "method"],
 )
 def test_another_setting_is_refused(saved: tuple[Path, Path], options: dict[str, Any], texts: list[str]) -> None:
-    for _, error in run_ranks_catching(2, go_on, *saved, options, timeout=90):
+    for _, error in run_ranks_catching(2, go_on, *saved, options):
         assert all(text in str(error) for text in texts), error
 
 
@@ -266,7 +266,7 @@ def test_another_base_is_refused(saved: tuple[Path, Path], tmp_path: Path) -> No
     base, checkpoint = saved
     shutil.copytree(base, tmp_path / "base")
     flip(next((tmp_path / "base").glob("*.safetensors")), 0.7)
-    for _, error in run_ranks_catching(2, go_on, tmp_path / "base", checkpoint, {}, timeout=90):
+    for _, error in run_ranks_catching(2, go_on, tmp_path / "base", checkpoint, {}):
         assert "the pretrained weights have changed" in str(error), error
 
 
@@ -281,7 +281,7 @@ def test_weights_only(saved: tuple[Path, Path], tmp_path: Path) -> None:
     run_ranks(2, save_weights_only, base, tmp_path)
     for name in ("weights", "adapter"):
         assert not (tmp_path / name / "optimizer.safetensors").exists()
-        for _, error in run_ranks_catching(2, go_on, base, tmp_path / name, {}, timeout=90):
+        for _, error in run_ranks_catching(2, go_on, base, tmp_path / name, {}):
             assert "weights_only: there is nothing to resume from" in str(error)
         untrained, loaded = run_ranks(2, evaluate, base, tmp_path / name)[0]
         assert untrained != loaded
@@ -298,7 +298,7 @@ def save_a_function(pretrained: Path, output: Path) -> None:
 
 
 def test_state_that_needs_pickle_is_named(saved: tuple[Path, Path], tmp_path: Path) -> None:
-    for _, error in run_ranks_catching(2, save_a_function, saved[0], tmp_path, timeout=90):
+    for _, error in run_ranks_catching(2, save_a_function, saved[0], tmp_path):
         assert "['function']: a builtins.function cannot be stored without pickle" in str(error)
 
 

@@ -38,7 +38,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     directory = tmp_path_factory.mktemp("lab")
     for parent in (directory, *directory.parents[:2]):
         parent.chmod(0o755)  # munge wants the way to its socket open
-    subprocess.run([SCRIPT, "up", directory, "3"], check=True, timeout=120)
+    subprocess.run([SCRIPT, "up", directory], check=True, timeout=180)
     before = os.environ.get("SLURM_CONF")
     os.environ["SLURM_CONF"] = str(directory / "etc" / "slurm.conf")
     try:
