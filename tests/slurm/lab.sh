@@ -20,6 +20,17 @@ die() {
     exit 1
 }
 
+UNAVAILABLE=69 # exit status where daemons do not run on this machine; any other failure is one of this script
+
+unavailable() { # unavailable WHAT: with the last that the daemons have said
+    echo "lab.sh: $*" >&2
+    local log
+    for log in "$LOG"/*.log; do
+        [[ ! -s $log ]] || { echo "$(basename "$log"):" && grep -E 'error|fatal|Error' "$log" | tail -n 5; } >&2 || true
+    done
+    exit $UNAVAILABLE
+}
+
 paths() { # paths DIR: where things are
     LAB=$1 ETC=$1/etc RUN=$1/run LOG=$1/log
     export SLURM_CONF=$ETC/slurm.conf
@@ -184,8 +195,8 @@ kill_node() { # kill_node NAME
 }
 
 up() {
-    [[ $(id -u) == 0 ]] || die "needs root"
-    unshare --uts --mount true 2>/dev/null || die "namespaces cannot be made here"
+    [[ $(id -u) == 0 ]] || unavailable "needs root"
+    unshare --uts --mount true 2>/dev/null || unavailable "namespaces cannot be made here"
     mkdir -p "$LAB"
     (($1 >= 3)) || die "at least 3 nodes"
     echo "$1" >"$LAB/nodes"
@@ -193,12 +204,14 @@ up() {
     configure
     daemon "$RUN/munged.pid" munged >/dev/null ||
         munged --socket="$RUN/munge.socket" --key-file="$LAB/munge/key" --pid-file="$RUN/munged.pid" \
-            --log-file="$LOG/munged.log" --seed-file="$LAB/munge/seed" --origin=127.0.0.1
-    munge -S "$RUN/munge.socket" -n | unmunge -S "$RUN/munge.socket" >/dev/null || die "munge does not work"
-    daemon "$RUN/slurmctld.pid" slurmctld >/dev/null || slurmctld -f "$SLURM_CONF"
+            --log-file="$LOG/munged.log" --seed-file="$LAB/munge/seed" --origin=127.0.0.1 ||
+        unavailable "munged does not start"
+    munge -S "$RUN/munge.socket" -n | unmunge -S "$RUN/munge.socket" >/dev/null || unavailable "munge does not work"
+    daemon "$RUN/slurmctld.pid" slurmctld >/dev/null || slurmctld -f "$SLURM_CONF" ||
+        unavailable "slurmctld does not start"
     local node
-    for node in $(nodes); do start_node "$node"; done
-    wait_for 90 ready || die "nodes are not ready"
+    for node in $(nodes); do start_node "$node" || unavailable "slurmd of $node does not start"; done
+    wait_for 90 ready || unavailable "nodes are not ready: $(sinfo --noheader --Node --format='%N %t %E' 2>&1 | sort -u)"
 }
 
 ready() { [[ $(sinfo --noheader --Node --format='%N %t' | sort -u | grep -cE ' (idle|mix|alloc)$') == "$(cat "$LAB/nodes")" ]]; }

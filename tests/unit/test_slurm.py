@@ -89,14 +89,19 @@ def test_an_unknown_key_is_refused_by_the_parser_of_fit(tmp_path: Path, capsys: 
 @pytest.mark.usefixtures("no_sbatch")
 def test_the_text_for_sbatch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--partition=gpu", "--time=1-12", "--min-nodes=2", "--sbatch=reservation=r", "--setup=module load cuda"]
-    options += ["--trainer.accumulate_grad_batches=3", "--sweep=rank=16,64", "--sweep=lr=1e-5,2e-5,4e-5"]
+    options += [
+        "--cpus-per-task=4",
+        "--trainer.accumulate_grad_batches=3",
+        "--sweep=rank=16,64",
+        "--sweep=lr=1e-5,2e-5,4e-5",
+    ]
     assert main(["submit", f"--config={CONFIG}", *options, "--dry-run"]) == 0
     script = capsys.readouterr().out
     for line in (
         "--array=0-5%6",
         "--gpus-per-node=8",
+        "--mincpus=32",
         "--nodes=2-4",
-        "--ntasks-per-node=8",
         "--partition=gpu",
         "--requeue",
         "--reservation=r",
@@ -104,6 +109,8 @@ def test_the_text_for_sbatch(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         "--time=2160",
     ):
         assert f"#SBATCH {line}\n" in script
+    assert "#SBATCH --ntasks-per-node" not in script  # with a range of nodes srun alone knows
+    assert " --ntasks-per-node=8 --cpus-per-task=4 " in next(line for line in script.split("\n") if "srun " in line)
     assert script.index("module load cuda") < script.index("srun ") < script.index("scontrol requeue")
     checked = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True)
     assert checked.returncode == 0, checked.stderr
@@ -121,6 +128,7 @@ def test_configurations_that_are_composed(capsys: pytest.CaptureFixture[str]) ->
     script = capsys.readouterr().out
     assert "#SBATCH --job-name=llama3-70b_32gpu-pissa-64\n" in script
     assert "#SBATCH --nodes=4\n" in script
+    assert "#SBATCH --ntasks-per-node=8\n" in script
 
 
 @given(

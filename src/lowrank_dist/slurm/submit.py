@@ -97,16 +97,31 @@ class Submission:
             slurm_setup=list(options.setup),
             slurm_teardown=requeue_script(str(self.folder)),
             # a task that ends badly ends the others; those of a job that ends well have a minute to follow
-            slurm_srun_args=["--kill-on-bad-exit=1", "--wait=60"],
+            slurm_srun_args=["--kill-on-bad-exit=1", "--wait=60", *self._tasks_of_step()],
             slurm_array_parallelism=options.array_parallelism,
             slurm_additional_parameters=self._additional(),
         )
+        if len(shape.counts) > 1:
+            del executor._executor.parameters["ntasks_per_node"]
         return executor
+
+    def _tasks_of_step(self) -> list[str]:
+        """Of a job with a range of nodes srun alone is told how many tasks a node has.
+
+        SLURM counts those of a job once, for the nodes that it gets first, and when it requeues the job waits for as
+        many nodes as take them (22.05). CPUs of a node it counts anew.
+        """
+        options, shape = self.options, self.shape
+        if len(shape.counts) == 1:
+            return []
+        cpus = [f"--cpus-per-task={options.cpus_per_task}"] if options.cpus_per_task else []
+        return [f"--ntasks-per-node={shape.devices}", *cpus]
 
     def _additional(self) -> dict[str, Any]:
         additional: dict[str, Any] = {"requeue": True}
         if len(self.shape.counts) > 1:
             additional["nodes"] = f"{self.shape.counts[0]}-{self.shape.counts[-1]}"
+            additional["mincpus"] = self.shape.devices * (self.options.cpus_per_task or 1)
         for option in self.options.sbatch:
             name, equals, value = option.partition("=")
             additional[name] = value if equals else True
