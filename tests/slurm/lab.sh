@@ -228,7 +228,8 @@ down() {
         wait_for 15 sh -c '[ -z "$(squeue --noheader)" ]' || true
     fi
     local node
-    for node in $(nodes); do stop_daemon "$RUN/slurmd-$node.pid" slurmd; done
+    for node in $(nodes); do stop_daemon "$RUN/slurmd-$node.pid" slurmd & done
+    wait
     stop_daemon "$RUN/slurmctld.pid" slurmctld
     stop_daemon "$RUN/munged.pid" munged
 }
