@@ -34,7 +34,7 @@ test test-slurm: export OMP_NUM_THREADS := 1
 test: $(INSTALLED)
 	$(RUN) python -m pytest $(PYTEST_ARGS)
 
-# not root, or no Debian: the tests are skipped and say why
+# not root, no Debian, or daemons that do not run here: the tests are skipped and say why
 test-slurm: $(INSTALLED)
 	if [[ $$(id -u) == 0 ]] && command -v apt-get >/dev/null; then \
 		tests/slurm/lab.sh install || echo "Debian's Slurm could not be installed: its tests are skipped" >&2; \

@@ -73,12 +73,22 @@ class AttemptLog:
         self._append(event="error", node=node, rank=rank, error=text[:2000])
 
     def end(self, outcome: str) -> None:
-        """Record that this attempt has ended in order: ``finished``, ``requeued``, ``stopped``. Rank 0."""
+        """Record that this attempt has ended in order: ``finished``, ``requeued``, ``stopped``. Rank 0.
+
+        One that has finished is not to be requeued, even if a process dies while it ends.
+        """
+        if outcome == "finished":
+            self.stop()
         self._append(event="end", outcome=outcome, step=self._last_step())
 
     def stop(self) -> None:
         """Mark the job as not to be requeued. Any rank."""
         self._stopped.touch(mode=0o600)
+
+    def was_cancelled(self) -> bool:
+        """Whether the last attempt saved and ended because it was told to."""
+        events = self.events()
+        return bool(events) and events[-1].get("outcome") == "stopped" and not self._stopped.exists()
 
     def events(self) -> list[dict[str, Any]]:
         """All lines; one that a dying process has cut short is left out."""

@@ -177,6 +177,11 @@ class DecomposedModel:
         if self.core is not None:
             self._factors["lora_B"] = CheckpointReader(initial, stem=FROZEN_STEM)
 
+    @property
+    def nbytes(self) -> int:
+        """Of all stored tensors, the initial adapter included."""
+        return self.reader.nbytes + self._initial.nbytes
+
     @staticmethod
     def is_at(directory: Path) -> bool:
         """Whether `directory` is the root of a decomposed model."""

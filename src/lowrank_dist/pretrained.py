@@ -17,7 +17,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from lowrank_dist.comm import ShardGroup
-from lowrank_dist.decompose import Calibrated, decompose, fingerprint, source_fingerprint
+from lowrank_dist.decompose import Calibrated, decompose, fingerprint, is_complete, source_fingerprint
 from lowrank_dist.decomposed import DecomposedModel
 from lowrank_dist.methods import Method, PiSSA
 from lowrank_dist.planner import Sharding, scheduled
@@ -153,12 +153,10 @@ class PretrainedModel:
         """
         if self.cache is None:
             return self
-        name = f"{self.reader.directory.name}-{self.method}"
         if self.resume is not None:
-            return self._cached(Path(self.cache), name, group, self.resume.source)
+            return self._cached(Path(self.cache), group, self.resume.source)
         walk = self._walk(group, factor_dtype, device, advance)
-        key = fingerprint(walk, plan, calibrated)
-        directory = Path(self.cache) / f"{name}-{key[:12]}"
+        key, directory = self._cache_key(walk, plan, self.cache, calibrated)
         decompose(
             plan,
             walk,
@@ -174,9 +172,33 @@ class PretrainedModel:
         with group.shared_errors():  # a shared file system may show it late to some
             return DecomposedModel(directory, self.residual)
 
-    def _cached(self, cache: Path, name: str, group: ShardGroup, source: str) -> PretrainedModel | DecomposedModel:
+    def _cache_key(
+        self, walk: Walk, plan: Plan, cache: str | os.PathLike[str], calibrated: Calibrated | None = None
+    ) -> tuple[str, Path]:
+        """Fingerprint of the decomposed model, and where it is to be. Collective."""
+        key = fingerprint(walk, plan, calibrated)
+        return key, Path(cache) / f"{self._cached_name}-{key[:12]}"
+
+    @property
+    def _cached_name(self) -> str:
+        return f"{self.reader.directory.name}-{self.method}"
+
+    def in_cache(self, plan: Plan, factor_dtype: torch.dtype) -> Path | None:
+        """Directory of the decomposed model that `through_cache` would find complete; one process asks.
+
+        None for methods that look at data, which are part of what it is looked up by.
+        """
+        if self.cache is None or self.init.statistic is not None:
+            return None
+        walk = self._walk(ShardGroup.single(), factor_dtype, None, lambda _: None)
+        key, directory = self._cache_key(walk, plan, self.cache)
+        return directory if is_complete(directory, key) else None
+
+    def _cached(self, cache: Path, group: ShardGroup, source: str) -> PretrainedModel | DecomposedModel:
         """The decomposed model of the cache with the `source_fingerprint` `source`, else this source. Collective."""
-        found = sorted(path for path in cache.glob(f"{glob.escape(name)}-*") if DecomposedModel.is_at(path))
+        found = sorted(
+            path for path in cache.glob(f"{glob.escape(self._cached_name)}-*") if DecomposedModel.is_at(path)
+        )
         directories = group.broadcast_object(found)
         assert isinstance(directories, list)
         for directory in directories:

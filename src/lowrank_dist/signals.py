@@ -26,9 +26,18 @@ class StopSignals:
     def __init__(self) -> None:
         self.request = Request.NONE
         self._before: dict[signal.Signals, Any] = {}
+        self._kept = False
 
-    def arm(self) -> None:
-        """Take the signals over, also from those who have taken them over since."""
+    def arm(self, *, keep: bool = False) -> None:
+        """Take the signals over, also from those who have taken them over since.
+
+        Parameters
+        ----------
+        keep
+            `disarm` gives nothing back: the process is there for one run, and a signal that comes after it must not
+            reach the handlers from before.
+        """
+        self._kept = self._kept or keep
         if threading.current_thread() is not threading.main_thread():
             return  # Python sets handlers in the main thread only
         for number in self.REQUESTS:
@@ -37,9 +46,18 @@ class StopSignals:
 
     def disarm(self) -> None:
         """Give the signals back to those who had them first, and forget what was asked for."""
+        self.request = Request.NONE
+        if self._kept:
+            return
         for number, before in self._before.items():
             signal.signal(number, signal.SIG_DFL if before is None else before)
-        self._before, self.request = {}, Request.NONE
+        self._before = {}
+
+    def ignore(self) -> None:
+        """Let the process come to its end whatever is sent; Python itself would put the fatal defaults back before."""
+        if threading.current_thread() is threading.main_thread():
+            for number in self.REQUESTS:
+                signal.signal(number, signal.SIG_IGN)
 
     def _remember(self, number: int, frame: object) -> None:
         self.request = max(self.request, self.REQUESTS[signal.Signals(number)])

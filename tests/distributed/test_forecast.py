@@ -15,7 +15,8 @@ from helpers.models import save_checkpoint
 from helpers.ranks import run_ranks
 from helpers.traffic import Traffic
 from helpers.training import GLOBAL_BATCH, CausalLM, loader, make_strategy, make_trainer
-from lowrank_dist import NF4, LoftQ, LoRA, LoRAXS, PiSSA
+from lowrank_dist import NF4, LoftQ, LoRA, LoRAXS, PiSSA, PiSSAStrategy
+from lowrank_dist.cli.plan_model import with_adapters
 from lowrank_dist.forecast import Forecast, Job, Shapes, forecast
 from lowrank_dist.forecast.activations import measure_activations
 from lowrank_dist.residual import Dense
@@ -47,7 +48,9 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_checkpoint(tmp_path_factory.mktemp("llama"), "llama", tie_word_embeddings=False, num_hidden_layers=3)
 
 
-def adapter(case: dict[str, Any]) -> LoraConfig:
+def adapter(case: dict[str, Any]) -> LoraConfig | None:
+    if case["init"] is None:  # as a decomposed model says
+        return None
     return LoraConfig(r=4, lora_alpha=4, target_modules="all-linear", modules_to_save=case.get("modules_to_save"))
 
 
@@ -86,11 +89,16 @@ class Steps(Callback):
         return self.traffic.nbytes(name, calls=slice(self.begun[2], self.begun[3]))
 
 
+def strategy_of(pretrained: Path, case: dict[str, Any], live_layers: int = 0) -> PiSSAStrategy:
+    names = ("init", "quantization", "fp32_norms", "init_cache")
+    options = {name: case[name] for name in names if name in case}
+    return make_strategy(pretrained, adapter=adapter(case), live_layers=live_layers, **options)
+
+
 def measure(
     pretrained: Path, case: dict[str, Any], precision: str, live_layers: int, directory: Path
 ) -> tuple[dict[str, int], dict[int, int], dict[int, int], int]:
-    options = {name: case[name] for name in ("init", "quantization", "fp32_norms") if name in case}
-    strategy = make_strategy(pretrained, adapter=adapter(case), live_layers=live_layers, **options)
+    strategy = strategy_of(pretrained, case, live_layers)
     steps, module = Steps(Traffic()), CausalLM(pretrained)
     trainer = make_trainer(strategy, precision=precision, steps=4, callbacks=[steps])
     trainer.fit(module, loader(trainer.global_rank, trainer.world_size, 4))
@@ -99,9 +107,9 @@ def measure(
     return resident(module.model, strategy.deepspeed_engine.optimizer), gathered, reduced, steps.memory.peak_bytes
 
 
-def expected(pretrained: Path, case: dict[str, Any], precision: str, live_layers: int, ranks: int) -> Forecast:
+def job_of(case: dict[str, Any], precision: str, live_layers: int, ranks: int) -> Job:
     compute_dtype, factor_dtype = PRECISIONS[precision]
-    job = Job(
+    return Job(
         nodes=1,
         gpus_per_node=ranks,
         batch_size=GLOBAL_BATCH // ranks,
@@ -114,7 +122,11 @@ def expected(pretrained: Path, case: dict[str, Any], precision: str, live_layers
         live_layers=live_layers,
         on_gpu=False,
     )
-    return forecast(Shapes.of(pretrained, adapter(case), init=case["init"]), job)
+
+
+def expected(pretrained: Path, case: dict[str, Any], job: Job) -> Forecast:
+    """As ``lowrank-dist plan`` makes it."""
+    return forecast(*with_adapters(strategy_of(pretrained, case), pretrained, job))
 
 
 @pytest.mark.parametrize(("name", "precision", "ranks", "live_layers"), RUNS)
@@ -123,7 +135,7 @@ def test_bytes_are_those_of_the_run(
 ) -> None:
     """Exact, but for gathered layers, which are bounded, and gathers that live_layers spares."""
     case = CASES[name]
-    said = expected(untied, case, precision, live_layers, ranks)
+    said = expected(untied, case, job_of(case, precision, live_layers, ranks))
     for held, gathered, reduced, peak in run_ranks(
         ranks, measure, untied, case, precision, live_layers, tmp_path / "checkpoint"
     ):
@@ -140,9 +152,47 @@ def test_bytes_are_those_of_the_run(
         else:
             assert gathered == {ranks: gather.nbytes}
             assert peak >= 0.98 * max(said.memory.layers, said.memory.head)
-    # Lightning's state, which is small, is not counted
-    files = (path for path in (tmp_path / "checkpoint").rglob("*.safetensors") if path.name != "state.safetensors")
-    assert sum(path.stat().st_size for path in files) == said.checkpoint
+    assert written(tmp_path / "checkpoint") == said.checkpoint
+
+
+def written(checkpoint: Path) -> int:
+    """Bytes of its tensor files, without Lightning's state, which is small and not counted."""
+    files = (path for path in checkpoint.rglob("*.safetensors") if path.name != "state.safetensors")
+    return sum(path.stat().st_size for path in files)
+
+
+STORED: list[tuple[dict[str, Any], str, int]] = [
+    ({"init": PiSSA(quantization_iterations=2), "quantization": NF4(double_quant=True)}, "bf16-true", 2),
+    ({"init": LoRA(), "quantization": None}, "32-true", 3),
+]
+
+
+@pytest.mark.parametrize(("case", "precision", "ranks"), STORED, ids=["qpissa", "lora"])
+def test_decomposed_models_are_planned_as_they_are_stored(
+    untied: Path, case: dict[str, Any], precision: str, ranks: int, tmp_path: Path
+) -> None:
+    """A run that fills the cache, one that finds it filled, and one from its directory: all hold and write the same."""
+    cached = {**case, "init_cache": tmp_path / "cache"}
+    job = job_of(case, precision, 0, ranks)
+    filling = expected(untied, cached, job)
+    assert filling.job.fills_cache
+    runs = run_ranks(ranks, measure, untied, cached, precision, 0, tmp_path / "filling")
+    found = expected(untied, cached, job)
+    (directory,) = (tmp_path / "cache").glob("llama*")
+    stored = {"init": None, "quantization": None}
+    direct = expected(directory, stored, job)
+    runs += run_ranks(ranks, measure, directory, stored, precision, 0, tmp_path / "direct")
+    for said, checkpoint in ((filling, "filling"), (found, "direct"), (direct, "direct")):
+        assert (said.job.init is None) == (said is not filling)
+        for held, gathered, reduced, _ in runs:
+            assert held == said.memory.resident
+            gather, reduce = said.traffic.collectives
+            assert gathered == {ranks: gather.nbytes}
+            assert reduced == {ranks: reduce.nbytes}
+        assert written(tmp_path / checkpoint) == said.checkpoint
+    files = sum(path.stat().st_size for path in directory.rglob("*.safetensors"))
+    assert 0.9 * files < found.disk_reads == direct.disk_reads < files  # headers are not counted
+    assert filling.disk_reads > found.disk_reads
 
 
 class Saving(CausalLM):

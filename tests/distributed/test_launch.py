@@ -72,14 +72,15 @@ def by_lightning(command: list[str]) -> list[subprocess.Popen[str]]:
 
 
 def by_torchrun(command: list[str]) -> list[subprocess.Popen[str]]:
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     return [start([sys.executable, *launcher, *command], environment())]
 
 
 def by_slurm(command: list[str]) -> list[subprocess.Popen[str]]:
     """What ``srun --ntasks=2`` sets for its two tasks on one node."""
     common = {
-        "SLURM_JOB_ID": str(free_port()),  # Lightning derives the port from it
+        "SLURM_JOB_ID": "7",
+        "MASTER_PORT": str(free_port()),  # Lightning derives it from the number of the job, and it may be taken
         "SLURM_JOB_NAME": "qpissa",
         "SLURM_NTASKS": "2",
         "SLURM_NTASKS_PER_NODE": "2",

@@ -11,21 +11,19 @@ from lightning.pytorch import Callback
 
 
 class Pace(Callback):
-    """Sleep before every step, and say in a file which is about to be done.
+    """Sleep before every step, unless SLURM has started the job again, and say in a file which is about to be done.
 
     Parameters
     ----------
     seconds
-        To sleep, as long as there is no `hurry`.
-    hurry
-        File that ends it.
+        To sleep.
     record
         File that rank 0 appends ``step`` lines to.
     """
 
-    def __init__(self, seconds: float, hurry: str, record: str) -> None:
+    def __init__(self, seconds: float, record: str) -> None:
         super().__init__()
-        self.seconds, self.hurry, self.record = seconds, Path(hurry), record
+        self.seconds, self.record = 0 if os.environ.get("SLURM_RESTART_COUNT") else seconds, record
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx % trainer.accumulate_grad_batches:
@@ -33,8 +31,7 @@ class Pace(Callback):
         if trainer.is_global_zero:
             with Path(self.record).open("a") as file:
                 file.write(f"{trainer.global_step}\n")
-        if not self.hurry.exists():
-            time.sleep(self.seconds)
+        time.sleep(self.seconds)
 
 
 class FailAt(Callback):

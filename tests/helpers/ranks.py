@@ -6,13 +6,14 @@ import gc
 import multiprocessing
 import os
 import pickle
-import socket
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from queue import Empty
 from typing import Any
+
+from torch.distributed import TCPStore
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # Imported once, in a server process that does nothing else: ranks fork from it in milliseconds.
@@ -52,14 +53,16 @@ def run_ranks_catching(
     """Like `run_ranks`, with ``(result, traceback or None)`` for every rank; only a hang raises."""
     context: Any = multiprocessing.get_context("spawn") if fresh else _CONTEXT
     queue = context.Queue()
-    port = _free_port()
+    # where the ranks meet; served from here, so that nobody can take the port before they come
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ranks = [
-        context.Process(target=_rank_main, args=(queue, rank, world_size, port, function, args), daemon=False)
+        context.Process(target=_rank_main, args=(queue, rank, world_size, store.port, function, args), daemon=False)
         for rank in range(world_size)
     ]
     for process in ranks:
         process.start()
     outcomes: dict[int, tuple[Any, str | None]] = {}
+    dead: dict[int, int] = {}
     deadline = time.monotonic() + timeout
     try:
         while len(outcomes) < world_size:
@@ -67,9 +70,13 @@ def run_ranks_catching(
                 rank, result, error = queue.get(timeout=0.2)
                 outcomes[rank] = (None if result is None else pickle.loads(result), error)
             except Empty:
-                for rank, process in enumerate(ranks):
-                    if process.exitcode not in (None, 0) and rank not in outcomes:
-                        outcomes[rank] = (None, f"rank {rank} died with exit code {process.exitcode}")
+                # of those that were dead a moment ago, nothing is on its way any more
+                outcomes |= {
+                    rank: (None, f"rank {rank} died with exit code {code}")
+                    for rank, code in dead.items()
+                    if rank not in outcomes
+                }
+                dead = {rank: process.exitcode for rank, process in enumerate(ranks) if process.exitcode}
                 if time.monotonic() > deadline:
                     raise RankFailedError(
                         f"ranks {sorted(set(range(world_size)) - set(outcomes))} hang after {timeout} s; "
@@ -84,12 +91,6 @@ def run_ranks_catching(
     return [outcomes[rank] for rank in range(world_size)]
 
 
-def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
-
-
 def _rank_main(queue: Any, rank: int, world_size: int, port: int, function: Any, args: tuple[Any, ...]) -> None:
     # What torchrun sets: Lightning then takes the processes as they are.
     os.environ.update(
@@ -101,7 +102,9 @@ def _rank_main(queue: Any, rank: int, world_size: int, port: int, function: Any,
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
         TORCHELASTIC_RUN_ID="test",
+        TORCHELASTIC_USE_AGENT_STORE="True",
         OMP_NUM_THREADS="1",
+        GLOO_SOCKET_IFNAME="lo",  # whatever the name of the machine resolves to
         # Creating a gloo group does not wait for the others to have connected: a rank whose function communicates
         # nothing would be gone before they did.
         TORCH_DIST_INIT_BARRIER="1",

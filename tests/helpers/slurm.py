@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +39,6 @@ def arguments(material: Path, root: Path, *, nodes: int = 2, devices: int = 1) -
                 {
                     "class_path": "lowrank_dist.AdapterCheckpoint",
                     "init_args": {
-                        "dirpath": str(root / "checkpoints"),
                         "filename": "{step}",
                         "every_n_train_steps": 2,
                         "save_top_k": -1,
@@ -68,7 +70,7 @@ def losses(root: Path) -> dict[int, float]:
     return {entry["step"]: entry["loss"] for entry in json.loads((root / "history.json").read_text())["train"]}
 
 
-def wait_for(what: Callable[[], Any], timeout: float = 240) -> Any:
+def wait_for(what: Callable[[], Any], timeout: float = 400) -> Any:
     """Until `what` gives something true; returns it."""
     deadline = time.monotonic() + timeout
     while not (value := what()):
@@ -78,11 +80,10 @@ def wait_for(what: Callable[[], Any], timeout: float = 240) -> Any:
 
 
 class Job:
-    """A submitted job."""
+    """A job: `folder` has its logs and its record of attempts, `root` what it trains."""
 
-    def __init__(self, job_id: str, root: Path) -> None:
-        self.id, self.root = job_id, root
-        (self.folder,) = (path.parent for path in root.glob(f"jobs/*/{job_id}_submitted.pkl"))
+    def __init__(self, job_id: str, folder: Path, root: Path) -> None:
+        self.id, self.folder, self.root = job_id, folder, root
 
     @property
     def state(self) -> str:
@@ -95,20 +96,37 @@ class Job:
 
     @property
     def attempts(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.folder / f"{self.id}_attempts.jsonl").read_text().splitlines()]
+        path = self.folder / f"{self.id}_attempts.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     @property
     def outcomes(self) -> list[str]:
         return [event["outcome"] for event in self.attempts if event["event"] == "end"]
 
-    def wait_for_step(self, step: int) -> None:
-        """Until so many steps are done in the present attempt."""
+    def step(self) -> int:
+        """Steps that are done, of those of an earlier attempt as long as the present one has done none."""
         path = self.folder / f"{self.id}_step"
-        wait_for(lambda: path.exists() and int(path.read_text() or 0) >= step)
+        try:
+            return int(path.read_text() or 0)
+        except FileNotFoundError:
+            return 0
+
+    def wait_for_step(self, step: int) -> None:
+        """Until so many steps are done; fails at once where the job has ended before."""
+        wait_for(lambda: self.step() >= step or self.state in ENDED)
+        assert self.step() >= step, self.log
 
     def wait(self) -> str:
         """Until it has ended; returns its state."""
         return str(wait_for(lambda: self.state in ENDED and self.state))
+
+
+def announced(root: Path, said: str) -> list[Job]:
+    """The jobs that ``lowrank-dist submit`` has printed."""
+    lines = re.findall(r"^job (\S+): \S+ in ([^,\n]+)(?:, goes on .*)?$", said, flags=re.MULTILINE)
+    found = {job_id: Path(of_job) for job_id, of_job in lines}
+    folders = {job_id: next(root.glob(f"jobs/*/{job_id}_submitted.pkl")).parent for job_id in found}
+    return [Job(job_id, folders[job_id], found[job_id]) for job_id in found]
 
 
 class Lab:
@@ -117,21 +135,31 @@ class Lab:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
-    def script(self, action: str, node: str) -> None:
-        subprocess.run([SCRIPT, action, self.directory, node], check=True, timeout=60)
+    def script(self, action: str, *arguments: str) -> None:
+        subprocess.run([SCRIPT, action, self.directory, *arguments], check=True, timeout=120)
 
-    def submit(self, capsys: Any, root: Path, argv: list[str]) -> Job:
-        """``lowrank-dist submit argv``."""
-        capsys.readouterr()
-        assert main(["submit", *argv]) == 0
-        job_id = capsys.readouterr().out.split(":")[0].removeprefix("job ")
-        return Job(job_id, root)
+    @contextmanager
+    def without(self, option: str) -> Iterator[None]:
+        """SLURM with the default of an option of slurm.conf."""
+        lines = (self.directory / "etc" / "slurm.conf").read_text().splitlines()
+        (value,) = (line.partition("=")[2] for line in lines if line.startswith(f"{option}="))
+        self.script("set", option)
+        try:
+            yield
+        finally:
+            self.script("set", option, value)
+
+    def submit(self, root: Path, argv: list[str]) -> list[Job]:
+        """``lowrank-dist submit argv``, the jobs that it says it has submitted."""
+        with redirect_stdout(StringIO()) as said:
+            assert main(["submit", *argv]) == 0
+        return announced(root, said.getvalue())
 
     def update(self, *settings: str) -> None:
         subprocess.run(["scontrol", "update", *settings], check=True, timeout=30)
 
     def nodes_idle(self) -> bool:
-        shown = subprocess.run(
-            ["sinfo", "--noheader", "--Node", "--partition=high", "--format=%t"], capture_output=True
-        )
-        return shown.stdout.decode().split() == ["idle"] * 3
+        """Those of the partition `high`."""
+        command = ["sinfo", "--noheader", "--Node", "--partition=high", "--format=%t"]
+        shown = subprocess.run(command, check=True, capture_output=True, text=True)
+        return set(shown.stdout.split()) == {"idle"}

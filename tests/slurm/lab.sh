@@ -2,21 +2,33 @@
 # A real SLURM on loopback: slurmctld and virtual nodes in a directory of its own, without systemd, as root.
 #
 #   lab.sh install             Debian's packages
-#   lab.sh up DIR [NODES]      start; then SLURM_CONF=DIR/etc/slurm.conf is what sbatch, squeue, ... need
+#   lab.sh up DIR [NODES]      start (all but the last two are in the partitions `high` and `low`, those in `beside`); then SLURM_CONF=DIR/etc/slurm.conf is what sbatch, squeue, ... need
 #   lab.sh down DIR            stop everything that `up` started; DIR stays
 #   lab.sh kill-node DIR NAME  as a power failure: slurmd, its steps and their tasks, all at once
 #   lab.sh start-node DIR NAME
+#   lab.sh set DIR NAME [VALUE]  an option of slurm.conf, or its default, from now on
 #
 # Every node is a slurmd in its own UTS and mount namespace: gethostname() gives the node's name there, and its
 # /etc/hosts knows the others. The files of the host are left alone.
 set -euo pipefail
 
 CPUS=4 # of a node; may exceed the real ones (config_overrides)
-PORT=16817
+GPUS=2 # likewise: counted, but no devices
 
 die() {
     echo "lab.sh: $*" >&2
     exit 1
+}
+
+UNAVAILABLE=69 # exit status where daemons do not run on this machine; any other failure is one of this script
+
+unavailable() { # unavailable WHAT: with the last that the daemons have said
+    echo "lab.sh: $*" >&2
+    local log
+    for log in "$LOG"/*.log; do
+        [[ ! -s $log ]] || { echo "$(basename "$log"):" && grep -E 'error|fatal|Error' "$log" | tail -n 5; } >&2 || true
+    done
+    exit $UNAVAILABLE
 }
 
 paths() { # paths DIR: where things are
@@ -74,8 +86,24 @@ wait_for() { # wait_for SECONDS COMMAND...
 
 nodes() { seq -f 'node%.0f' 1 "$(cat "$LAB/nodes")"; }
 
+in_use() { (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
+
+choose_port() { # of slurmctld; those of the nodes follow it. Below what Linux gives to outgoing connections
+    local port busy offset
+    [[ ! -s $LAB/port ]] || return 0
+    for ((port = 16817; port < 32000; port += 100)); do
+        busy=
+        for ((offset = 0; offset <= $(cat "$LAB/nodes"); offset++)); do
+            ! in_use $((port + offset)) || busy=1
+        done
+        [[ $busy ]] || { echo "$port" >"$LAB/port" && return 0; }
+    done
+    die "no free ports"
+}
+
 configure() {
-    local node
+    local node nodes gpu
+    nodes=$(cat "$LAB/nodes")
     mkdir -p "$ETC" "$RUN" "$LOG" "$LAB/state" "$LAB/munge"
     chmod 755 "$LAB" "$ETC" "$RUN" "$LOG"
     chmod 700 "$LAB/munge"
@@ -88,7 +116,7 @@ configure() {
     cat >"$ETC/slurm.conf" <<X
 ClusterName=lab
 SlurmctldHost=$(hostname -s)(127.0.0.1)
-SlurmctldPort=$PORT
+SlurmctldPort=$(cat "$LAB/port")
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
@@ -118,27 +146,34 @@ SlurmdParameters=config_overrides
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
-SlurmctldTimeout=30
-SlurmdTimeout=6
-MessageTimeout=5
-BatchStartTimeout=10
+GresTypes=gpu
+# a machine under load must not look like a dead node
+SlurmctldTimeout=60
+SlurmdTimeout=20
+MessageTimeout=20
+BatchStartTimeout=60
 KillWait=5
 CompleteWait=0
-UnkillableStepTimeout=10
-TCPTimeout=2
+UnkillableStepTimeout=60
+TCPTimeout=10
 MinJobAge=3600
 ReturnToService=2
 InactiveLimit=0
 X
     for node in $(nodes); do
         mkdir -p "$LAB/spool/$node"
-        echo "NodeName=$node NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=$((PORT + 100 + ${node#node}))" \
-            "CPUs=$CPUS RealMemory=4000 State=UNKNOWN"
+        echo "NodeName=$node NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=$(($(cat "$LAB/port") + ${node#node}))" \
+            "CPUs=$CPUS RealMemory=4000 Gres=gpu:$GPUS State=UNKNOWN"
     done >>"$ETC/slurm.conf"
     cat >>"$ETC/slurm.conf" <<X
-PartitionName=high Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=10 State=UP
-PartitionName=low Nodes=ALL MaxTime=INFINITE PriorityTier=1 GraceTime=60 State=UP
+PartitionName=high Nodes=node[1-$((nodes - 2))] Default=YES MaxTime=INFINITE PriorityTier=10 State=UP
+PartitionName=low Nodes=node[1-$((nodes - 2))] MaxTime=INFINITE PriorityTier=1 GraceTime=120 State=UP
+PartitionName=beside Nodes=node[$((nodes - 1))-$nodes] MaxTime=INFINITE State=UP
 X
+    # a GPU without a file is not counted; any file will do
+    mkdir -p "$LAB/dev"
+    for ((gpu = 0; gpu < GPUS; gpu++)); do touch "$LAB/dev/gpu$gpu"; done
+    echo "Name=gpu File=$LAB/dev/gpu[0-$((GPUS - 1))]" >"$ETC/gres.conf"
 }
 
 start_node() { # start_node NAME
@@ -160,22 +195,32 @@ kill_node() { # kill_node NAME
 }
 
 up() {
-    [[ $(id -u) == 0 ]] || die "needs root"
-    unshare --uts --mount true 2>/dev/null || die "namespaces cannot be made here"
+    [[ $(id -u) == 0 ]] || unavailable "needs root"
+    unshare --uts --mount true 2>/dev/null || unavailable "namespaces cannot be made here"
     mkdir -p "$LAB"
+    (($1 >= 3)) || die "at least 3 nodes"
     echo "$1" >"$LAB/nodes"
+    choose_port
     configure
     daemon "$RUN/munged.pid" munged >/dev/null ||
         munged --socket="$RUN/munge.socket" --key-file="$LAB/munge/key" --pid-file="$RUN/munged.pid" \
-            --log-file="$LOG/munged.log" --seed-file="$LAB/munge/seed" --origin=127.0.0.1
-    munge -S "$RUN/munge.socket" -n | unmunge -S "$RUN/munge.socket" >/dev/null || die "munge does not work"
-    daemon "$RUN/slurmctld.pid" slurmctld >/dev/null || slurmctld -f "$SLURM_CONF"
+            --log-file="$LOG/munged.log" --seed-file="$LAB/munge/seed" --origin=127.0.0.1 ||
+        unavailable "munged does not start"
+    munge -S "$RUN/munge.socket" -n | unmunge -S "$RUN/munge.socket" >/dev/null || unavailable "munge does not work"
+    daemon "$RUN/slurmctld.pid" slurmctld >/dev/null || slurmctld -f "$SLURM_CONF" ||
+        unavailable "slurmctld does not start"
     local node
-    for node in $(nodes); do start_node "$node"; done
-    wait_for 30 ready || { tail -n 20 "$LOG"/*.log >&2 && die "nodes are not ready"; }
+    for node in $(nodes); do start_node "$node" || unavailable "slurmd of $node does not start"; done
+    wait_for 90 ready || unavailable "nodes are not ready: $(sinfo --noheader --Node --format='%N %t %E' 2>&1 | sort -u)"
 }
 
-ready() { [[ $(sinfo --noheader --Node --partition=high --format=%t | grep -cE '^(idle|mix|alloc)$') == "$(cat "$LAB/nodes")" ]]; }
+ready() { [[ $(sinfo --noheader --Node --format='%N %t' | sort -u | grep -cE ' (idle|mix|alloc)$') == "$(cat "$LAB/nodes")" ]]; }
+
+set_option() { # set_option NAME [VALUE]
+    sed -i "/^$1=/d" "$SLURM_CONF"
+    [[ -z ${2:-} ]] || sed -i "1i $1=$2" "$SLURM_CONF"
+    scontrol reconfigure
+}
 
 down() {
     if daemon "$RUN/slurmctld.pid" slurmctld >/dev/null; then
@@ -183,7 +228,8 @@ down() {
         wait_for 15 sh -c '[ -z "$(squeue --noheader)" ]' || true
     fi
     local node
-    for node in $(nodes); do stop_daemon "$RUN/slurmd-$node.pid" slurmd; done
+    for node in $(nodes); do stop_daemon "$RUN/slurmd-$node.pid" slurmd & done
+    wait
     stop_daemon "$RUN/slurmctld.pid" slurmctld
     stop_daemon "$RUN/munged.pid" munged
 }
@@ -191,9 +237,10 @@ down() {
 action=${1:-}
 case $action in
     install) install ;;
-    up) paths "$2" && up "${3:-3}" ;;
+    up) paths "$2" && up "${3:-5}" ;;
     down) paths "$2" && down ;;
     kill-node) paths "$2" && kill_node "$3" ;;
     start-node) paths "$2" && start_node "$3" ;;
-    *) die "usage: $0 install | up DIR [NODES] | down DIR | kill-node DIR NAME | start-node DIR NAME" ;;
+    set) paths "$2" && set_option "$3" "${4:-}" ;;
+    *) die "usage: $0 install | up DIR [NODES] | down DIR | kill-node DIR NAME | start-node DIR NAME | set DIR NAME [VALUE]" ;;
 esac

@@ -141,6 +141,25 @@ def test_a_loss_in_chunks_has_few_logits() -> None:
     assert chunks.memory.resident == whole.memory.resident
 
 
+def test_a_decomposed_model_is_read_and_other_settings_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory, stored = save_checkpoint(tmp_path / "model", "llama"), tmp_path / "stored"
+    argv = ["--pretrained", directory, "--output", stored, "--method", "qpissa", "--rank", 4, "--devices", 1]
+    assert main(["decompose", *map(str, argv)]) == 0
+    strategy = "--trainer.strategy.init_args"
+    argv = [*EIGHT, f"{strategy}.pretrained={stored}", f"{strategy}.init=null", f"{strategy}.quantization=null"]
+    found = plan(*argv, f"{strategy}.adapter=null")
+    assert (found.job.init, found.job.residual) == (None, NF4())
+    seconds = found.initialisation
+    assert seconds is not None
+    assert 0 < seconds.read == seconds.total
+    assert seconds.products == seconds.encode == 0
+    capsys.readouterr()
+    assert main(["plan", *argv]) == 1
+    assert "adapter: r is 128" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Shapes:
     return Shapes.of(save_checkpoint(tmp_path_factory.mktemp("model"), "llama"), LINEARS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -88,14 +89,19 @@ def test_an_unknown_key_is_refused_by_the_parser_of_fit(tmp_path: Path, capsys: 
 @pytest.mark.usefixtures("no_sbatch")
 def test_the_text_for_sbatch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--partition=gpu", "--time=1-12", "--min-nodes=2", "--sbatch=reservation=r", "--setup=module load cuda"]
-    options += ["--trainer.accumulate_grad_batches=3", "--sweep=rank=16,64", "--sweep=lr=1e-5,2e-5,4e-5"]
+    options += [
+        "--cpus-per-task=4",
+        "--trainer.accumulate_grad_batches=3",
+        "--sweep=rank=16,64",
+        "--sweep=lr=1e-5,2e-5,4e-5",
+    ]
     assert main(["submit", f"--config={CONFIG}", *options, "--dry-run"]) == 0
     script = capsys.readouterr().out
     for line in (
         "--array=0-5%6",
         "--gpus-per-node=8",
+        "--mincpus=32",
         "--nodes=2-4",
-        "--ntasks-per-node=8",
         "--partition=gpu",
         "--requeue",
         "--reservation=r",
@@ -103,6 +109,8 @@ def test_the_text_for_sbatch(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         "--time=2160",
     ):
         assert f"#SBATCH {line}\n" in script
+    assert "#SBATCH --ntasks-per-node" not in script  # with a range of nodes srun alone knows
+    assert " --ntasks-per-node=8 --cpus-per-task=4 " in next(line for line in script.split("\n") if "srun " in line)
     assert script.index("module load cuda") < script.index("srun ") < script.index("scontrol requeue")
     checked = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True)
     assert checked.returncode == 0, checked.stderr
@@ -120,6 +128,7 @@ def test_configurations_that_are_composed(capsys: pytest.CaptureFixture[str]) ->
     script = capsys.readouterr().out
     assert "#SBATCH --job-name=llama3-70b_32gpu-pissa-64\n" in script
     assert "#SBATCH --nodes=4\n" in script
+    assert "#SBATCH --ntasks-per-node=8\n" in script
 
 
 @given(
@@ -193,6 +202,36 @@ def test_signals_are_remembered_and_given_back() -> None:
     assert signal.getsignal(signal.SIGUSR2) == before
 
 
+def test_a_process_that_is_there_for_one_run_keeps_them_to_its_end() -> None:
+    program = "import os; from lowrank_dist.signals import SIGNALS as s; s.arm(keep=True); s.arm(); s.disarm(); {} "
+    program += "os.kill(os.getpid(), 12); os.kill(os.getpid(), 15); print(s.request.name)"
+    for ended, request in (("", "REQUEUE"), ("s.ignore();", "NONE")):
+        done = subprocess.run([sys.executable, "-c", program.format(ended)], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == request
+
+
+def test_a_job_that_has_finished_is_not_requeued(tmp_path: Path) -> None:
+    """Whatever its processes end with: the batch script looks for the mark."""
+    log = AttemptLog(tmp_path, "7")
+    log.begin(nodes=["a"])
+    log.end("requeued")
+    assert not (tmp_path / "7.stopped").exists()
+    assert not log.was_cancelled()
+    log.begin(nodes=["a"])
+    log.end("finished")
+    assert (tmp_path / "7.stopped").exists()
+    assert not log.was_cancelled()
+
+
+def test_points_of_a_sweep_do_not_share_a_directory_of_checkpoints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    part = {"class_path": "lowrank_dist.AdapterCheckpoint", "init_args": {"dirpath": str(tmp_path)}}
+    argv = [f"--config={CONFIG}", "--sweep=lr=1e-5,2e-5", f"--trainer.callbacks={json.dumps([part])}", "--dry-run"]
+    assert main(["submit", *argv]) == 1
+    assert f"every point would write its checkpoints to dirpath={tmp_path}" in capsys.readouterr().err
+
+
 def test_lines_begin_with_their_origin(capsys: pytest.CaptureFixture[str]) -> None:
     stream: Any = PrefixedStream(sys.stdout, "[n 1] ")
     for text in ("one\ntw", "o\n", "\n", "three"):
@@ -202,7 +241,7 @@ def test_lines_begin_with_their_origin(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_the_interface_of_a_route() -> None:
     assert interface_to("127.0.0.1") == "lo"
-    assert interface_to("no.such.host.invalid") is None
+    assert interface_to("::1") is None  # IPv4 only
 
 
 def node(host: str, within: float | None, between: float | None) -> NodeHealth:

@@ -14,8 +14,8 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 
 import lowrank_dist
 from lowrank_dist.checkpoint_io import resolve_checkpoint
+from lowrank_dist.cli.plan_model import with_adapters
 from lowrank_dist.cli.plan_table import as_table
-from lowrank_dist.decomposed import DecomposedModel
 from lowrank_dist.errors import InputError
 from lowrank_dist.forecast import Cluster, Forecast, Job, Shapes, forecast
 from lowrank_dist.methods import PiSSA
@@ -97,13 +97,7 @@ def planned_run(options: argparse.Namespace, of_fit: Sequence[str]) -> Forecast:
     beside = [Path(path).parent for path in options.config]
     if isinstance(strategy, PiSSAStrategy):
         source = _source(strategy.pretrained, strategy.revision, options.model_config, beside)
-        if source.is_dir() and DecomposedModel.is_at(source):
-            raise InputError(
-                f"plan: {strategy.pretrained} is a decomposed model; plan with the model that it was made from"
-            )
-        if strategy.adapter is None:
-            raise InputError("plan: the strategy has no adapter: adapter=LoraConfig(...) must say what to decompose")
-        shapes = Shapes.of(source, strategy.adapter, init=job.init, untie=strategy.untie_embeddings)
+        shapes, job = with_adapters(strategy, source, job)
     else:
         shapes = Shapes.of(_source(settings.model.pretrained, None, options.model_config, beside), None)
     limit = round((options.gpu_memory - options.reserve) * 1e9) if job.on_gpu else None

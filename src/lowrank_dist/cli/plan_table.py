@@ -58,7 +58,7 @@ def _verdict(found: Forecast) -> Iterator[str]:
     if not found.fits:
         if not found.remedies:
             several = (
-                "train adapters" if found.job.init is None else "combine NF4, checkpointing, small batches, more nodes"
+                "train adapters" if not found.job.adapts else "combine NF4, checkpointing, small batches, more nodes"
             )
             yield f"  no single setting would make it fit: {several}"
         for remedy in found.remedies:
@@ -89,9 +89,11 @@ def _rest(found: Forecast) -> Iterator[str]:
                 ("small problems", start.small),
                 ("communication", start.communicate),
                 ("quantizing", start.encode),
+                ("writing the cache and reading it", start.write),
             )
+            if value
         )
-        yield f"  initialisation: {start.in_memory:.1f} s ({parts})"
+        yield f"  initialisation: {start.total:.1f} s ({parts})"
     if step is not None:
         yield (
             f"  step: {step.least:.2f} to {step.most:.2f} s ({step.compute:.2f} computing, {step.communicate:.2f} "

@@ -9,7 +9,7 @@ from typing import Any
 
 from lowrank_dist.errors import InputError
 from lowrank_dist.slurm import SubmitOptions, prepare
-from lowrank_dist.slurm.submit import announce, follow
+from lowrank_dist.slurm.submit import announce, follow, forwarding
 
 _DEFAULTS = SubmitOptions.__dataclass_fields__
 
@@ -35,11 +35,12 @@ def run(argv: Sequence[str]) -> int:
         print(submission.script(), end="")
         return 0
     jobs = submission.submit()
+    if submission.options.cluster == "local":  # its processes are those of this one
+        with forwarding(jobs):
+            announce(submission, jobs)
+            return max(follow(submission, job) for job in jobs)
     announce(submission, jobs)
-    # processes of this machine end with the one that started them
-    if actions["follow"] or submission.options.cluster == "local":
-        return max(follow(submission, job) for job in jobs)
-    return 0
+    return max(follow(submission, job) for job in jobs) if actions["follow"] else 0
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -22,7 +22,7 @@ def checkpoint_bytes(shapes: Shapes, job: Job) -> int:
     At most: QPiSSA with several rounds writes the factors that the residual was encoded from only where a matrix ended
     on a decomposition, which all but few do. Without adapters: Lightning's, with fp32 copies and moments.
     """
-    if job.init is None:
+    if not job.adapts:
         every = [(math.prod(_shape(shapes, p.name)), p.dtype.itemsize) for p in parameters(shapes, job)]
         return sum(numel * (itemsize + (12 if job.stage else 8)) for numel, itemsize in every)
     files = _contents(shapes, job).files(_MOMENTS)
@@ -30,7 +30,7 @@ def checkpoint_bytes(shapes: Shapes, job: Job) -> int:
 
 
 def _contents(shapes: Shapes, job: Job) -> Contents:
-    assert job.init is not None
+    core = None if job.init is None else job.init.core
     experts: dict[str, int] = {}
     factors: list[str] = []
     cores: dict[str, tuple[int, ...]] = {}
@@ -39,26 +39,32 @@ def _contents(shapes: Shapes, job: Job) -> Contents:
             factors += planned.factor_names.values()
             if planned.experts > 1:
                 experts |= dict.fromkeys(map(peft_name, planned.factor_names.values()), planned.experts)
-            if job.init.core is not None:
+            if core is not None:
                 cores[core_name(planned)] = (planned.rank, planned.rank)
     all_shapes = {name: tuple(_shape(shapes, name)) for name in factors} | cores
-    frozen = set() if job.init.core is None else set(factors)
+    frozen = set() if core is None else set(factors)
     trained = [name for name in all_shapes if name not in frozen]
     for tensor in shapes.plan.parameters:
         if tensor.trainable:
             all_shapes[tensor.names[0]] = tuple(_shape(shapes, tensor.names[0]))
             trained.append(tensor.names[0])
-    rounds = job.init.quantization_iterations if isinstance(job.init, AlternatingMethod) else 1
-    encoded = isinstance(job.init, LoftQ) or (rounds > 1 and job.residual is not None and not job.residual.exact)
     return Contents(
         shapes=all_shapes,
         dtypes=dict.fromkeys(all_shapes, job.factor_dtype),
         trained=trained,
         initial=factors,
-        encoded=factors if encoded else (),
+        encoded=factors if _encoded_differ(job) else (),
         experts=experts,
-        starts_at_zero=job.init.starts_at_zero,
+        starts_at_zero=job.starts_at_zero if job.init is None else job.init.starts_at_zero,
     )
+
+
+def _encoded_differ(job: Job) -> bool:
+    """Whether residuals are encoded from other factors than A0 and B0; a decomposed model on disk needs none."""
+    if job.fills_cache or job.residual is None or job.residual.exact:
+        return False
+    rounds = job.init.quantization_iterations if isinstance(job.init, AlternatingMethod) else 1
+    return isinstance(job.init, LoftQ) or rounds > 1
 
 
 def _shape(shapes: Shapes, name: str) -> torch.Size:

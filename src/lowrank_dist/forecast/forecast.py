@@ -11,7 +11,7 @@ from lowrank_dist.forecast.checkpoint import checkpoint_bytes
 from lowrank_dist.forecast.cluster import Cluster
 from lowrank_dist.forecast.job import Job, Shapes, parameters
 from lowrank_dist.forecast.memory import Memory, memory
-from lowrank_dist.forecast.startup import Seconds, predict
+from lowrank_dist.forecast.startup import Seconds, decomposed_bytes, predict
 from lowrank_dist.forecast.traffic import Traffic, traffic
 from lowrank_dist.nf4 import NF4
 from lowrank_dist.planner import Sharding
@@ -56,7 +56,8 @@ class Forecast:
     activations_measured
         Whether `Memory.recomputed` (`kept`, without gradient checkpointing) comes from the architecture itself.
     initialisation
-        Seconds of the walk, on a GPU cluster; None where there is none, or no GPU.
+        Seconds of the walk, or of reading a decomposed model, on a GPU cluster; None where there is none, or no GPU.
+        ``write`` is that of a cache: the decomposed model is written, and read back.
     step
         Seconds of a step, likewise.
     disk_reads
@@ -101,7 +102,9 @@ class Forecast:
             "fits": self.fits,
             "remedies": list(self.remedies),
             "activations_measured": self.activations_measured,
-            "initialisation_seconds": None if start is None else asdict(start) | {"in_memory": start.in_memory},
+            "initialisation_seconds": None
+            if start is None
+            else asdict(start) | {"in_memory": start.in_memory, "total": start.total},
             "step_seconds": None if step is None else asdict(step) | {"least": step.least, "most": step.most},
             "traffic": {
                 "per_rank": self.traffic.per_rank,
@@ -166,12 +169,13 @@ def _alternatives(job: Job) -> Iterator[list[tuple[str, Job]]]:
         yield [("model.fused_cross_entropy: true", replace(job, fused_cross_entropy=True))]
     if job.optimizer != "paged_adamw_8bit":
         yield [("model.optimizer: paged_adamw_8bit", replace(job, optimizer="paged_adamw_8bit"))]
-    if job.init is not None:
+    if job.adapts:
         if job.shard_within == "node" and job.nodes > 1:
             yield [("shard_within: world", replace(job, shard_within="world"))]
         yield [
             (f"live_layers: {layers}", replace(job, live_layers=layers)) for layers in reversed(range(job.live_layers))
         ]
+    if job.init is not None:  # else the format is that of the files
         if isinstance(job.residual, NF4) and not job.residual.double_quant:
             smaller = replace(job, residual=replace(job.residual, double_quant=True))
             yield [("quantization: NF4 with double_quant: true", smaller)]
@@ -189,29 +193,38 @@ def _alternatives(job: Job) -> Iterator[list[tuple[str, Job]]]:
 
 def _disk_reads(shapes: Shapes, job: Job) -> int:
     """Every byte once; what is neither decomposed nor trained once by every group that shares it."""
-    if job.init is None:
+    if not job.adapts:
         return shapes.checkpoint_bytes * job.ranks  # transformers loads all of it in every rank
-    numel: dict[str, int] = {
-        t.names[0]: shapes.backbone.get_parameter(t.names[0]).numel() for t in shapes.plan.parameters
-    }
-    frozen = sum(numel[t.names[0]] for t in shapes.plan.parameters if not t.trainable)
-    share = frozen / (sum(m.rows * m.columns for m in shapes.plan.matrices) + sum(numel.values()))
-    return round(shapes.checkpoint_bytes * (1 + share * (job.ranks // job.shard_ranks - 1)))
+    repeated = shapes.frozen_bytes * (job.ranks // job.shard_ranks - 1)
+    return shapes.checkpoint_bytes + repeated + (_cached_bytes(shapes, job) if job.fills_cache else 0)
+
+
+def _cached_bytes(shapes: Shapes, job: Job) -> int:
+    """About: headers, and JSON beside 4-bit weights, are not counted."""
+    assert job.residual is not None
+    return round(decomposed_bytes(shapes.plan.matrices, job.residual)) + shapes.frozen_bytes
 
 
 def _initialisation(shapes: Shapes, job: Job, cluster: Cluster) -> Seconds | None:
     """Seconds of the walk, without a calibration pass where the method wants one."""
-    if job.init is None or job.residual is None or not job.on_gpu:
+    if job.residual is None or not job.on_gpu:
         return None
-    seconds = predict(
-        shapes.plan.matrices,
-        job.init,
-        job.residual,
-        cluster.host(job.ranks, job.residual),
-        job.ranks,
-        sharding=Sharding(ranks_per_node=job.gpus_per_node),
-        read=cluster.read_rate(job.ranks),
-    )
+    read = cluster.read_rate(job.ranks)
+    if job.init is None:
+        seconds = Seconds(read=_disk_reads(shapes, job) / read)
+    else:
+        seconds = predict(
+            shapes.plan.matrices,
+            job.init,
+            job.residual,
+            cluster.host(job.ranks, job.residual),
+            job.ranks,
+            sharding=Sharding(ranks_per_node=job.gpus_per_node),
+            read=read,
+        )
+    if job.fills_cache:
+        cached = _cached_bytes(shapes, job)
+        seconds.write = cached / cluster.write_rate(job.ranks) + cached / read
     if job.shard_ranks < job.ranks:  # every node receives all residuals
         received = sum(p.shard_bytes for p in parameters(shapes, job) if p.kind in ("codes", "maxima", "dense"))
         seconds.communicate += received / cluster.bandwidth[1]

@@ -43,13 +43,14 @@ class Shapes:
         On the meta device, adapters injected.
     plan
         Adapted matrices and other parameters.
-    checkpoint_bytes
-        Of the checkpoint that it starts from.
+    checkpoint_bytes, frozen_bytes
+        Of what it starts from, all of it; of its parameters that are neither adapted nor trained.
     """
 
     backbone: PreTrainedModel
     plan: Plan
     checkpoint_bytes: int
+    frozen_bytes: int
 
     @classmethod
     def of(cls, source: Path, adapter: LoraConfig | None, *, init: Method | None = None, untie: bool = False) -> Shapes:
@@ -77,15 +78,28 @@ class Shapes:
             if any(source.glob("*.safetensors")):
                 raise
             reader = SourceReader(ShapesOnly(backbone))
-        nbytes = reader.nbytes
         tied = untie_embeddings(backbone) if untie else {}
         if adapter is not None:
             inject_adapter(backbone, adapter)
         plan = plan_walk(backbone, reader, tied)
-        reader.close()
         if init is not None:
             check_matrices(plan, init)
-        return cls(backbone=backbone, plan=plan, checkpoint_bytes=nbytes)
+        shapes = cls.planned(backbone, plan, reader)
+        reader.close()
+        return shapes
+
+    @classmethod
+    def planned(
+        cls, backbone: PreTrainedModel, plan: Plan, reader: CheckpointReader, *, nbytes: int | None = None
+    ) -> Shapes:
+        """Shapes of a model that is filled from `reader` as `plan` says; `nbytes`: with the adapter beside it."""
+        frozen = (tensor.key for tensor in plan.parameters if not tensor.trainable and tensor.key is not None)
+        return cls(
+            backbone=backbone,
+            plan=plan,
+            checkpoint_bytes=reader.nbytes if nbytes is None else nbytes,
+            frozen_bytes=sum(reader.info(key).nbytes for key in frozen),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +114,14 @@ class Job:
         Sequences of a rank's batch, their longest length, batches of a step.
     compute_dtype, factor_dtype
         Of frozen parameters and arithmetic; of trained parameters.
-    init, residual
-        How matrices are decomposed, and how the frozen part is stored; both None where every parameter is trained.
+    init
+        How matrices are decomposed; None where they are read decomposed, or every parameter is trained.
+    residual
+        How the frozen part of a matrix is stored; None where every parameter is trained.
+    starts_at_zero
+        Of a decomposed model: whether its residual is the original.
+    fills_cache
+        Whether the decomposed model is written to disk first, and read from there.
     stage
         Of ZeRO; 0: replicas (DDP).
     gradient_checkpointing, live_layers, fp32_norms, shard_within
@@ -127,6 +147,8 @@ class Job:
     factor_dtype: torch.dtype = torch.bfloat16
     init: Method | None = None
     residual: ResidualFormat | None = None
+    starts_at_zero: bool = False
+    fills_cache: bool = False
     stage: int = 3
     gradient_checkpointing: bool = True
     live_layers: int = 2
@@ -144,6 +166,11 @@ class Job:
         for name in ("nodes", "gpus_per_node", "batch_size", "length", "accumulate"):
             if getattr(self, name) < 1:
                 raise InputError(f"plan: {name}={getattr(self, name)} must be at least 1")
+
+    @property
+    def adapts(self) -> bool:
+        """Whether adapters are trained; else every parameter is."""
+        return self.residual is not None
 
     @property
     def ranks(self) -> int:

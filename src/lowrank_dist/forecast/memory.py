@@ -103,7 +103,7 @@ def memory(shapes: Shapes, job: Job, activations: Activations) -> Memory:
     )
     kept = activations.inputs if job.gradient_checkpointing else sum(activations.layers)
     copied = 0
-    if job.init is not None:  # initial factors, and the state that a checkpoint is written from
+    if job.adapts:  # initial factors, and the state that a checkpoint is written from
         copied = resident["trained"] + sum(resident[kind] for kind in ("trained", "masters", "moments"))
     return Memory(
         resident=resident,
@@ -124,7 +124,7 @@ def _bucket(job: Job, trained: int) -> int:
     """DDP has a second copy of all gradients; DeepSpeed's buffer takes no more than there are."""
     if job.stage == 0:
         return trained
-    default = 50_000_000 if job.init is not None else _DS_BUCKET
+    default = 50_000_000 if job.adapts else _DS_BUCKET
     return min(trained, (job.bucket or default) * job.factor_dtype.itemsize)
 
 

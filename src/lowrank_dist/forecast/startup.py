@@ -7,7 +7,7 @@ A batch of the schedule takes as long as its slowest matrix. For a matrix over s
     communicate  collectives x latency + bytes / bandwidth over s ranks
     encode       elements / s for every pass that quantizes and measures
 
-The next block is read meanwhile; writing comes after: in memory = max(read, the rest), on disk = that + write.
+The next block is read meanwhile; writing comes after: in memory = max(read, the rest), total = that + write.
 """
 
 from __future__ import annotations
@@ -71,6 +71,10 @@ class Seconds:
     def in_memory(self) -> float:
         return max(self.read, self.products + self.small + self.communicate + self.encode)
 
+    @property
+    def total(self) -> float:
+        return self.in_memory + self.write
+
     def __add__(self, other: Seconds) -> Seconds:
         return Seconds(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
 
@@ -91,12 +95,17 @@ def predict(
     group.size = ranks  # only its size is asked for: the machine is given
     schedule = plan_schedule(matrices, method, residual, group, sharding=sharding, machine=host.machine)
     elements = sum(m.rows * m.columns for m in matrices)
-    stored = elements * (residual_bytes(residual)) + sum(2 * m.rank * (m.rows + m.columns) for m in matrices)
-    total = Seconds(read=2 * elements / read, write=stored / write)
+    total = Seconds(read=2 * elements / read, write=decomposed_bytes(matrices, residual) / write)
     for batch in schedule.batches:
         costs = [_matrix_seconds(m, method, residual, host, batch.group_size) for m in batch.matrices]
         total += max(costs, key=lambda cost: cost.in_memory)
     return total
+
+
+def decomposed_bytes(matrices: Sequence[PlannedMatrix], residual: ResidualFormat) -> float:
+    """Of decomposed matrices on disk: residuals and 2-byte factors."""
+    elements = sum(m.rows * m.columns for m in matrices)
+    return elements * residual_bytes(residual) + sum(2 * m.rank * (m.rows + m.columns) for m in matrices)
 
 
 def residual_bytes(residual: ResidualFormat) -> float:

@@ -133,8 +133,18 @@ def _class_path(part: Any) -> str:
     return str(getattr(part, "class_path", ""))
 
 
+def _saving(trainer: Any) -> list[Any]:
+    return [part for part in trainer.callbacks or [] if _class_path(part).endswith(_CHECKPOINT.split(".")[-1])]
+
+
+def checkpoint_directories(settings: Any) -> list[Path]:
+    """Those that the configuration names itself."""
+    named = (part.init_args.get("dirpath") for part in _saving(settings.trainer))
+    return [Path(str(directory)).absolute() for directory in named if directory]
+
+
 def _check_checkpoints(options: SubmitOptions, trainer: Any) -> None:
-    saving = [part for part in trainer.callbacks or [] if _class_path(part).endswith(_CHECKPOINT.split(".")[-1])]
+    saving = _saving(trainer)
     if not saving:
         raise SubmitError(
             f"{options.job_name} has no {_CHECKPOINT}: a preempted job would begin anew; add it to trainer.callbacks"

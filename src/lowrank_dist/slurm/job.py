@@ -56,7 +56,7 @@ class TrainingJob:
             With `STOPPED` where starting it again would not help; with 0 (on one machine `LOCAL_REQUEUE_STATUS`) where
             the job is requeued.
         """
-        SIGNALS.arm()  # in the place of submitit's handlers, which requeue without a checkpoint
+        SIGNALS.arm(keep=True)  # in the place of submitit's handlers, which requeue without a checkpoint
         allocation = Allocation.current()
         if allocation is None:
             raise InputError("this is no task of a job; submit it with `lowrank-dist submit`, or start it with srun")
@@ -73,6 +73,7 @@ class TrainingJob:
         except Exception as error:
             attempts.error(node=allocation.host, rank=allocation.rank, error=error)
             raise
+        SIGNALS.ignore()  # the end of the time may come before that of the process
         if allocation.rank == 0:
             attempts.end("finished")
 

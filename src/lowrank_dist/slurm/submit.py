@@ -5,16 +5,22 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import submitit
 
-from lowrank_dist.slurm.checks import Shape, check, newest_step
+from lowrank_dist.attempts import AttemptLog
+from lowrank_dist.signals import StopSignals
+from lowrank_dist.slurm.checks import Shape, check, checkpoint_directories, newest_step
 from lowrank_dist.slurm.job import TrainingJob, requeue_script
 from lowrank_dist.slurm.options import SubmitError, SubmitOptions, point_overrides
 from lowrank_dist.trainer_cli import parse_fit
@@ -91,16 +97,31 @@ class Submission:
             slurm_setup=list(options.setup),
             slurm_teardown=requeue_script(str(self.folder)),
             # a task that ends badly ends the others; those of a job that ends well have a minute to follow
-            slurm_srun_args=["--kill-on-bad-exit=1", "--wait=60"],
+            slurm_srun_args=["--kill-on-bad-exit=1", "--wait=60", *self._tasks_of_step()],
             slurm_array_parallelism=options.array_parallelism,
             slurm_additional_parameters=self._additional(),
         )
+        if len(shape.counts) > 1:
+            del executor._executor.parameters["ntasks_per_node"]
         return executor
+
+    def _tasks_of_step(self) -> list[str]:
+        """Of a job with a range of nodes srun alone is told how many tasks a node has.
+
+        SLURM counts those of a job once, for the nodes that it gets first, and when it requeues the job waits for as
+        many nodes as take them (22.05). CPUs of a node it counts anew.
+        """
+        options, shape = self.options, self.shape
+        if len(shape.counts) == 1:
+            return []
+        cpus = [f"--cpus-per-task={options.cpus_per_task}"] if options.cpus_per_task else []
+        return [f"--ntasks-per-node={shape.devices}", *cpus]
 
     def _additional(self) -> dict[str, Any]:
         additional: dict[str, Any] = {"requeue": True}
         if len(self.shape.counts) > 1:
             additional["nodes"] = f"{self.shape.counts[0]}-{self.shape.counts[-1]}"
+            additional["mincpus"] = self.shape.devices * (self.options.cpus_per_task or 1)
         for option in self.options.sbatch:
             name, equals, value = option.partition("=")
             additional[name] = value if equals else True
@@ -126,10 +147,11 @@ def prepare(options: SubmitOptions) -> Submission:
     shape = check(options, settings)
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     folder = shape.root / "jobs" / name
-    jobs, roots = [], []
+    jobs, roots, parsed = [], [], []
     for point in options.points:
         overrides = [*options.overrides, *point_overrides(point), *_own_directory(point, settings)]
-        roots.append(check(options, parse_fit([*files, *overrides])).root if point else shape.root)
+        parsed.append(parse_fit([*files, *overrides]) if point else settings)
+        roots.append(check(options, parsed[-1]).root if point else shape.root)
         jobs.append(
             TrainingJob(
                 config=config,
@@ -140,7 +162,21 @@ def prepare(options: SubmitOptions) -> Submission:
                 timeout=options.collective_timeout if shape.has_timeout else None,
             )
         )
+    _check_apart(parsed)
     return Submission(options=options, shape=shape, folder=folder, jobs=tuple(jobs), roots=tuple(roots))
+
+
+def _check_apart(settings: Sequence[Any]) -> None:
+    """Raise SubmitError where two points of a sweep would write their checkpoints to the same place."""
+    seen: set[Path] = set()
+    for of_point in settings:
+        for directory in checkpoint_directories(of_point):
+            if directory in seen:
+                raise SubmitError(
+                    f"--sweep: every point would write its checkpoints to dirpath={directory}; leave dirpath of the "
+                    "checkpoint callback out: they go below each point's own default_root_dir"
+                )
+            seen.add(directory)
 
 
 def _own_directory(point: dict[str, str], settings: Any) -> list[str]:
@@ -184,6 +220,38 @@ def follow(submission: Submission, job: Any) -> int:
         time.sleep(_POLL)
 
 
+@contextmanager
+def forwarding(jobs: Sequence[Any]) -> Iterator[None]:
+    """Pass SIGUSR2 and SIGTERM on to the tasks of `jobs` on this machine, as SLURM sends them to its tasks.
+
+    submitit's controller, which started them, would be killed by SIGUSR2 and leave them behind.
+    """
+
+    def forward(number: int, frame: object) -> None:
+        for job in jobs:
+            for task in _tasks(job):
+                with suppress(psutil.NoSuchProcess):
+                    task.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in StopSignals.REQUESTS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _tasks(job: Any) -> list[psutil.Process]:
+    """The processes of a job on this machine that run its tasks, without the ones that these have started."""
+    try:
+        below = psutil.Process(job._process.pid).children(recursive=True)
+        running = [process for process in below if "submitit.core._submit" in process.cmdline()]
+        pids = {process.pid for process in running}
+        return [process for process in running if process.ppid() not in pids]
+    except psutil.NoSuchProcess:  # it has just ended
+        return []
+
+
 def _print_from(path: Path, position: int) -> int:
     if not path.exists():
         return position
@@ -214,4 +282,6 @@ def _local_state(job: Any) -> str:
         return "RUNNING"
     tasks = [job.task(rank) for rank in range(job.num_tasks)]
     well = all(task.paths.result_pickle.exists() and task.exception() is None for task in tasks)
+    if not well and AttemptLog(job.paths.folder, job.job_id).was_cancelled():
+        return "CANCELLED"
     return "COMPLETED" if well else "FAILED"

@@ -1,0 +1,104 @@
+"""What a planned run with adapters starts from: a pretrained model, a decomposed one, or dimensions alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from peft import LoraConfig
+
+from lowrank_dist.decomposed import DecomposedModel
+from lowrank_dist.errors import InputError
+from lowrank_dist.forecast import Job, Shapes
+from lowrank_dist.methods import LoRA
+from lowrank_dist.opening import ModelRecipe, OpenedModel
+from lowrank_dist.planner import Sharding
+from lowrank_dist.pretrained import PretrainedModel
+from lowrank_dist.skeleton import build_skeleton, read_config
+from lowrank_dist.starting_adapter import StartingAdapter
+from lowrank_dist.strategy import PiSSAStrategy
+
+
+def with_adapters(strategy: PiSSAStrategy, source: Path, job: Job) -> tuple[Shapes, Job]:
+    """Shapes of the model at `source`, and `job` with what it starts from.
+
+    Where the weights are there, everything that the set-up of a run refuses is refused; a decomposed model is planned
+    as it is stored, and one that ``init_cache`` holds complete as what the run will read.
+
+    Raises
+    ------
+    CheckpointError, ModelError, InputError
+        As the set-up of a run would.
+    """
+    adapter = _local_adapter(strategy.adapter)
+    if not (source.is_dir() and any(source.glob("*.safetensors"))):
+        return _of_dimensions(strategy, adapter, source, job)
+    opened = ModelRecipe(
+        pretrained=str(source),
+        adapter=adapter,
+        init=strategy.init,
+        quantization=strategy.quantization,
+        cache=strategy.init_cache,
+        untie_embeddings=strategy.untie_embeddings,
+    ).open(
+        build_skeleton(source, read_config(source)),
+        compute_dtype=job.compute_dtype,
+        sharding=Sharding(ranks_per_matrix=strategy.ranks_per_matrix, ranks_per_node=job.gpus_per_node),
+        announce=lambda _: None,
+        resume=None,
+    )
+    try:
+        return _of_weights(opened, opened.source, job)
+    finally:
+        opened.source.close()
+        if opened.start is not None:
+            opened.start.close()
+
+
+def _of_weights(opened: OpenedModel, source: PretrainedModel | DecomposedModel, job: Job) -> tuple[Shapes, Job]:
+    if isinstance(source, DecomposedModel):
+        return _of_decomposed(opened, source, job)
+    cached = source.in_cache(opened.plan, job.factor_dtype)
+    if cached is not None:
+        stored = DecomposedModel(cached, source.residual)
+        try:
+            plan = stored.plan_of(opened.plan, source.reader)
+            return _of_decomposed(replace(opened, plan=plan), stored, job)
+        finally:
+            stored.close()
+    shapes = Shapes.planned(opened.backbone, opened.plan, source.reader)
+    return shapes, replace(job, init=source.init, residual=source.residual, fills_cache=source.cache is not None)
+
+
+def _of_decomposed(opened: OpenedModel, stored: DecomposedModel, job: Job) -> tuple[Shapes, Job]:
+    shapes = Shapes.planned(opened.backbone, opened.plan, stored.reader, nbytes=stored.nbytes)
+    return shapes, replace(job, init=None, residual=stored.residual, starts_at_zero=stored.starts_at_zero)
+
+
+def _of_dimensions(
+    strategy: PiSSAStrategy, adapter: LoraConfig | str | Path | None, source: Path, job: Job
+) -> tuple[Shapes, Job]:
+    if adapter is None:
+        raise InputError("plan: the strategy has no adapter: adapter=LoraConfig(...) must say what to decompose")
+    if not isinstance(adapter, LoraConfig):
+        start = StartingAdapter(Path(adapter), for_residual=False)
+        start.close()
+        adapter, job = start.config, replace(job, init=LoRA())
+    shapes = Shapes.of(source, adapter, init=job.init, untie=strategy.untie_embeddings)
+    return shapes, replace(job, fills_cache=strategy.init_cache is not None)
+
+
+def _local_adapter(adapter: LoraConfig | str | Path | None) -> LoraConfig | str | Path | None:
+    """`adapter`, a hub id as its directory in the hub's cache: nothing is fetched."""
+    if adapter is None or isinstance(adapter, LoraConfig) or Path(adapter).is_dir():
+        return adapter
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(str(adapter), "adapter_config.json")
+    except HFValidationError:  # a path
+        cached = None
+    if not isinstance(cached, str):
+        raise InputError(f"plan: adapter={str(adapter)!r} is no directory, and the hub's cache does not have it")
+    return Path(cached).parent
