@@ -60,9 +60,19 @@ class Whole:
     @property
     def run(self) -> Case:
         """The case with as many layers as are run."""
-        config = type(self.case.config).from_dict(self.case.config.to_dict())
-        config.num_hidden_layers = self.layers
-        return replace(self.case, config=config)
+        return with_layers(self.case, self.layers)
+
+    def flops(self, layers: int) -> int:
+        """Of a step with so many layers, which all cost the same."""
+        one, two = (flops_of_step(with_layers(self.case, count)) for count in (1, 2))
+        return one + (layers - 1) * (two - one)
+
+
+def with_layers(case: Case, layers: int) -> Case:
+    """The case with so many decoder layers."""
+    config = type(case.config).from_dict(case.config.to_dict())
+    config.num_hidden_layers = layers
+    return replace(case, config=config)
 
 
 @dataclass(kw_only=True)
@@ -124,7 +134,7 @@ def whole_table(of: Whole, device: torch.device) -> str:
     rate, parts = matmul_rate(device), ["## A whole job (`whole`)"]
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the runs have the device for themselves
-    flops = flops_of_step(of.run)
+    flops = of.flops(of.layers)
     parts.append(_explained(of, flops, rate))
     for rounds in of.rounds:
         # a CUDA context does not survive a fork; off CUDA nothing has to be imported again
@@ -285,7 +295,7 @@ def _of_stages(of: Whole, planned: Forecast, found: Outcome) -> str:
 
 def _of_steps(of: Whole, planned: Forecast, found: Outcome, at_rate: float) -> str:
     taken, tokens = statistics.median(found.steps.seconds), of.case.tokens
-    whole = taken * flops_of_step(of.case) / flops_of_step(of.run)
+    whole = taken * of.flops(of.case.config.num_hidden_layers) / of.flops(of.layers)
     rows = [
         [
             f"{1e3 * taken:.1f}",
