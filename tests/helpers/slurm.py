@@ -88,7 +88,8 @@ class Job:
     @property
     def state(self) -> str:
         command = ["squeue", "--noheader", "--states=all", f"--jobs={self.id}", "--format=%T"]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        # nothing where slurmctld does not answer in time: whoever waits asks again
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
     @property
     def log(self) -> str:

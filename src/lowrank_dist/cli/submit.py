@@ -9,7 +9,7 @@ from typing import Any
 
 from lowrank_dist.errors import InputError
 from lowrank_dist.slurm import SubmitOptions, prepare
-from lowrank_dist.slurm.submit import announce, follow, forwarding
+from lowrank_dist.slurm.submit import Forwarding, announce, follow
 
 _DEFAULTS = SubmitOptions.__dataclass_fields__
 
@@ -34,11 +34,12 @@ def run(argv: Sequence[str]) -> int:
     if actions["dry_run"]:
         print(submission.script(), end="")
         return 0
-    jobs = submission.submit()
     if submission.options.cluster == "local":  # its processes are those of this one
-        with forwarding(jobs):
-            announce(submission, jobs)
-            return max(follow(submission, job) for job in jobs)
+        with Forwarding() as signals:
+            signals.jobs = submission.submit()
+            announce(submission, signals.jobs)
+            return max(follow(submission, job, meanwhile=signals.deliver) for job in signals.jobs)
+    jobs = submission.submit()
     announce(submission, jobs)
     return max(follow(submission, job) for job in jobs) if actions["follow"] else 0
 

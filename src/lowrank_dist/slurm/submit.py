@@ -9,8 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -205,10 +205,10 @@ def announce(submission: Submission, jobs: list[Any]) -> None:
     print(f"  cancel  {cancel}")
 
 
-def follow(submission: Submission, job: Any) -> int:
+def follow(submission: Submission, job: Any, *, meanwhile: Callable[[], object] = lambda: None) -> int:
     """Print the log of rank 0 as it grows until the job has ended; returns 0 where it ended well.
 
-    Ctrl-C ends the following; on SLURM the job runs on.
+    Ctrl-C ends the following; on SLURM the job runs on. `meanwhile` is called after every look.
     """
     position = 0
     while True:
@@ -217,39 +217,59 @@ def follow(submission: Submission, job: Any) -> int:
         if state in _ENDED:
             print(f"job {job.job_id}: {state}")
             return 0 if state == "COMPLETED" else 1
+        meanwhile()
         time.sleep(_POLL)
 
 
-@contextmanager
-def forwarding(jobs: Sequence[Any]) -> Iterator[None]:
-    """Pass SIGUSR2 and SIGTERM on to the tasks of `jobs` on this machine, as SLURM sends them to its tasks.
+class Forwarding:
+    """Passes SIGUSR2 and SIGTERM on to the tasks of jobs on this machine, as SLURM sends them to its tasks.
 
-    submitit's controller, which started them, would be killed by SIGUSR2 and leave them behind.
+    submitit's controller, which started them, would be killed by SIGUSR2 and leave them behind. What arrives before
+    there are tasks waits for them.
+
+    Attributes
+    ----------
+    jobs
+        Of submitit.
     """
 
-    def forward(number: int, frame: object) -> None:
-        for job in jobs:
-            for task in _tasks(job):
+    def __init__(self) -> None:
+        self.jobs: list[Any] = []
+        self._waiting: list[int] = []
+
+    def __enter__(self) -> Forwarding:
+        self._before = {number: signal.signal(number, self._receive) for number in StopSignals.REQUESTS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: object) -> None:
+        self._waiting.append(number)
+        self.deliver()
+
+    def deliver(self) -> None:
+        """Send what is waiting, if there are tasks."""
+        tasks = [task for job in self.jobs for task in _tasks(job)]
+        if not tasks:
+            return
+        numbers, self._waiting = self._waiting, []
+        for number in numbers:
+            for task in tasks:
                 with suppress(psutil.NoSuchProcess):
                     task.send_signal(number)
-
-    before = {number: signal.signal(number, forward) for number in StopSignals.REQUESTS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _tasks(job: Any) -> list[psutil.Process]:
     """The processes of a job on this machine that run its tasks, without the ones that these have started."""
-    try:
-        below = psutil.Process(job._process.pid).children(recursive=True)
-        running = [process for process in below if "submitit.core._submit" in process.cmdline()]
-        pids = {process.pid for process in running}
-        return [process for process in running if process.ppid() not in pids]
-    except psutil.NoSuchProcess:  # it has just ended
-        return []
+    running: dict[int, tuple[psutil.Process, int]] = {}
+    with suppress(psutil.NoSuchProcess):  # it has just ended
+        for process in psutil.Process(job._process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):  # so has this, reaped or not
+                if "submitit.core._submit" in process.cmdline():
+                    running[process.pid] = process, process.ppid()
+    return [process for process, parent in running.values() if parent not in running]
 
 
 def _print_from(path: Path, position: int) -> int:
