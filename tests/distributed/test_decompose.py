@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from helpers.faults import kill_after_commits
 from helpers.models import save_checkpoint
 from helpers.ranks import run_ranks, run_ranks_catching
 from helpers.training import CausalLM, dense_state, fit, loader, make_trainer, tokens
@@ -251,21 +252,8 @@ def test_what_is_not_stored_is_refused(llama: Path, tmp_path: Path, options: Any
 
 
 def write_until(pretrained: Path, output: Path, commits: int) -> None:
-    """Write; both ranks are killed (as by kill -9) once the journal holds `commits` flushes."""
-    import lowrank_dist.decomposed_writer as module
-
-    commit, done = module.DecomposedWriter._commit, 0
-
-    def counted(writer: module.DecomposedWriter) -> None:
-        nonlocal done
-        commit(writer)
-        done += 1
-        torch.distributed.barrier()
-        if done == commits:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    module.FLUSH_BYTES = 1
-    module.DecomposedWriter._commit = counted
+    """Write, and die of `kill_after_commits`."""
+    kill_after_commits(commits)
     write(pretrained, output, PiSSA(quantization_iterations=5))
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from torch import Tensor
 
 from helpers.checkpoints import load_lora
 from helpers.command import lowrank_dist
+from helpers.faults import kill_after_commits
 from helpers.models import save_checkpoint
 from helpers.ranks import run_ranks, run_ranks_catching
 from helpers.sft import byte_level_tokenizer, write_jsonl
@@ -117,21 +116,8 @@ def test_other_data_and_another_look_at_them_make_another_model(llama: Path, tmp
 
 
 def write_until(pretrained: Path, cache: Path, commits: int) -> None:
-    """Write; all ranks are killed (as by kill -9) once the journal holds `commits` flushes."""
-    import lowrank_dist.decomposed_writer as module
-
-    commit, done = module.DecomposedWriter._commit, 0
-
-    def counted(writer: module.DecomposedWriter) -> None:
-        nonlocal done
-        commit(writer)
-        done += 1
-        torch.distributed.barrier()
-        if done == commits:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    module.FLUSH_BYTES = 1
-    module.DecomposedWriter._commit = counted
+    """Write, and die of `kill_after_commits`."""
+    kill_after_commits(commits)
     step_0(strategy_of(pretrained, CorDA(), NF4(), init_cache=cache))
 
 

@@ -6,8 +6,6 @@ Stock transformers + peft load those that they have a layout for; the others are
 from __future__ import annotations
 
 import json
-import os
-import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from helpers.checkpoints import load_lora
+from helpers.faults import kill_after_commits
 from helpers.models import save_checkpoint
 from helpers.ranks import run_ranks, run_ranks_catching
 from helpers.training import CausalLM, loader, make_strategy, make_trainer, tokens
@@ -189,21 +188,8 @@ def cores_trained(base: Path, output: Path, case: Case) -> list[list[float]]:
 
 
 def write_until(base: Path, output: Path, case: Case, commits: int) -> None:
-    """Write; all ranks are killed (as by kill -9) once the journal holds `commits` flushes."""
-    import lowrank_dist.decomposed_writer as module
-
-    commit, done = module.DecomposedWriter._commit, 0
-
-    def counted(writer: module.DecomposedWriter) -> None:
-        nonlocal done
-        commit(writer)
-        done += 1
-        torch.distributed.barrier()
-        if done == commits:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    module.FLUSH_BYTES = 1
-    module.DecomposedWriter._commit = counted
+    """Write, and die of `kill_after_commits`."""
+    kill_after_commits(commits)
     write(base, output, case, NF4(), 2)
 
 

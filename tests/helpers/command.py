@@ -11,9 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 from subprocess import CompletedProcess
-from typing import Any
 
-from helpers.ranks import _CONTEXT, _free_port
+from helpers.ranks import CONTEXT, environment_of, meeting_place
 
 LAUNCHERS = ("SLURM", "TORCHELASTIC", "LOCAL_", "RANK", "WORLD_SIZE", "MASTER", "NODE_RANK", "GROUP_RANK")
 
@@ -24,17 +23,13 @@ def lowrank_dist(*arguments: str | Path, ranks: int | None = None, timeout: floa
     Status and output are those of the first rank; of another one where only that failed.
     """
     argv = list(map(str, arguments))
-    port = _free_port()
+    store = meeting_place()
     with tempfile.TemporaryDirectory() as directory:
         started = []
         for rank in range(ranks or 1):
-            environment = {}
-            if ranks is not None:
-                environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-                environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
-                environment |= {"GROUP_RANK": 0, "OMP_NUM_THREADS": 1, "TORCH_DIST_INIT_BARRIER": 1}
+            environment = {} if ranks is None else environment_of(rank, ranks, store.port)
             output = Path(directory) / str(rank)
-            process = _CONTEXT.Process(target=_main, args=(argv, output, environment), daemon=False)
+            process = CONTEXT.Process(target=_main, args=(argv, output, environment), daemon=False)
             process.start()
             started.append((process, output))
         for process, _ in started:
@@ -49,10 +44,10 @@ def lowrank_dist(*arguments: str | Path, ranks: int | None = None, timeout: floa
     return next((one for one in found if one.returncode != 0), found[0])
 
 
-def _main(argv: list[str], output: Path, environment: dict[str, Any]) -> None:
+def _main(argv: list[str], output: Path, environment: dict[str, str]) -> None:
     for name in [name for name in os.environ if name.startswith(LAUNCHERS)]:
         del os.environ[name]
-    os.environ.update({name: str(value) for name, value in environment.items()})
+    os.environ.update(environment)
     for descriptor, suffix in ((1, ".out"), (2, ".err")):
         os.dup2(os.open(output.with_suffix(suffix), os.O_WRONLY | os.O_CREAT), descriptor)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)

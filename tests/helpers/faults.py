@@ -35,6 +35,24 @@ def kill_at(call: int, victims: Sequence[int], trigger: int) -> None:
         setattr(module, name, counted(getattr(module, name)))
 
 
+def kill_after_commits(commits: int) -> None:
+    """Make every rank kill -9 itself once the journal of a decomposed model holds `commits` flushes, one per matrix."""
+    import lowrank_dist.decomposed_writer as module
+
+    commit, done = module.DecomposedWriter._commit, 0
+
+    def counted(writer: module.DecomposedWriter) -> None:
+        nonlocal done
+        commit(writer)
+        done += 1
+        dist.barrier()
+        if done == commits:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    module.FLUSH_BYTES = 1
+    module.DecomposedWriter._commit = counted  # type: ignore[method-assign]
+
+
 def full_disk_at(part_of_path: str) -> None:
     """Make this rank's writes to files with `part_of_path` in their path end as on a full disk."""
     full, real = os.open("/dev/full", os.O_WRONLY), os.pwrite

@@ -15,9 +15,9 @@ from typing import Any
 
 from torch.distributed import TCPStore
 
-_CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT = multiprocessing.get_context("forkserver")
 # Imported once, in a server process that does nothing else: ranks fork from it in milliseconds.
-_CONTEXT.set_forkserver_preload(["lowrank_dist.strategy", "lowrank_dist.callbacks", "torch.testing"])
+CONTEXT.set_forkserver_preload(["lowrank_dist.strategy", "lowrank_dist.callbacks", "torch.testing"])
 
 
 class RankFailedError(AssertionError):
@@ -51,10 +51,9 @@ def run_ranks_catching(
     world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 240, fresh: bool = False
 ) -> list[tuple[Any, str | None]]:
     """Like `run_ranks`, with ``(result, traceback or None)`` for every rank; only a hang raises."""
-    context: Any = multiprocessing.get_context("spawn") if fresh else _CONTEXT
+    context: Any = multiprocessing.get_context("spawn") if fresh else CONTEXT
     queue = context.Queue()
-    # where the ranks meet; served from here, so that nobody can take the port before they come
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = meeting_place()
     ranks = [
         context.Process(target=_rank_main, args=(queue, rank, world_size, store.port, function, args), daemon=False)
         for rank in range(world_size)
@@ -91,24 +90,33 @@ def run_ranks_catching(
     return [outcomes[rank] for rank in range(world_size)]
 
 
-def _rank_main(queue: Any, rank: int, world_size: int, port: int, function: Any, args: tuple[Any, ...]) -> None:
-    # What torchrun sets: Lightning then takes the processes as they are.
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_WORLD_SIZE=str(world_size),
-        GROUP_RANK="0",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        TORCHELASTIC_RUN_ID="test",
-        TORCHELASTIC_USE_AGENT_STORE="True",
-        OMP_NUM_THREADS="1",
-        GLOO_SOCKET_IFNAME="lo",  # whatever the name of the machine resolves to
+def meeting_place() -> TCPStore:
+    """Where ranks find each other; served from here, so that nobody can take the port before they come."""
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def environment_of(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What torchrun sets, for ranks that meet at `port`: Lightning then takes the processes as they are."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "GROUP_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "test",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",  # whatever the name of the machine resolves to
         # Creating a gloo group does not wait for the others to have connected: a rank whose function communicates
         # nothing would be gone before they did.
-        TORCH_DIST_INIT_BARRIER="1",
-    )
+        "TORCH_DIST_INIT_BARRIER": "1",
+    }
+
+
+def _rank_main(queue: Any, rank: int, world_size: int, port: int, function: Any, args: tuple[Any, ...]) -> None:
+    os.environ.update(environment_of(rank, world_size, port))
     import torch
     import torch.distributed as dist
 
