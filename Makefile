@@ -13,7 +13,7 @@ RUN := env PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
 help:
 	@echo "make demo    train QPiSSA on a small model with 2 CPU ranks, convert, evaluate with stock PEFT (runs/demo)"
-	@echo "make test    set up and run the tests"
+	@echo "make test    set up and run the tests, but for tests/slurm"
 	@echo "make test-slurm  install Debian's Slurm (as root) and pass tests/slurm on it, on loopback"
 	@echo "make lint    ruff check, ruff format --check, mypy"
 	@echo "make bench   run every benchmarks/bench_*.py"
@@ -32,7 +32,7 @@ demo: $(INSTALLED)
 # one thread per rank: the distributed tests start several ranks on few cores
 test test-slurm: export OMP_NUM_THREADS := 1
 test: $(INSTALLED)
-	$(RUN) python -m pytest $(PYTEST_ARGS)
+	$(RUN) python -m pytest --ignore=tests/slurm $(PYTEST_ARGS)
 
 # not root, no Debian, or daemons that do not run here: the tests are skipped and say why
 test-slurm: $(INSTALLED)
