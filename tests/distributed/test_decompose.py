@@ -251,10 +251,14 @@ def test_what_is_not_stored_is_refused(llama: Path, tmp_path: Path, options: Any
 # -- killed -------------------------------------------------------------------------------------------------------
 
 
+# the cost model is measured anew in every run, and one rank alone rounds otherwise than two together
+TOGETHER = {"sharding": Sharding(ranks_per_matrix=2)}
+
+
 def write_until(pretrained: Path, output: Path, commits: int) -> None:
     """Write, and die of `kill_after_commits`."""
     kill_after_commits(commits)
-    write(pretrained, output, PiSSA(quantization_iterations=5))
+    write(pretrained, output, PiSSA(quantization_iterations=5), None, TOGETHER)
 
 
 def test_a_rerun_reads_only_what_the_journal_lacks(llama: Path, tmp_path: Path) -> None:
@@ -263,7 +267,7 @@ def test_a_rerun_reads_only_what_the_journal_lacks(llama: Path, tmp_path: Path) 
     entries = [json.loads(line) for line in (staging_of(output) / "journal.jsonl").read_text().splitlines()]
     done = sum(entry["nbytes"] for entry in entries[1:])
     assert len(entries) > 3
-    read = run_ranks(2, write, llama, output, PiSSA(quantization_iterations=5))
+    read = run_ranks(2, write, llama, output, PiSSA(quantization_iterations=5), None, TOGETHER)
     assert sum(read) == CheckpointReader(llama).nbytes - done
 
 
@@ -274,7 +278,7 @@ def write_and_die(pretrained: Path, output: Path, after: float, victim: int) -> 
     module.FLUSH_BYTES = 20_000
     if ShardGroup().rank == victim:
         threading.Thread(target=lambda: (time.sleep(after), os.kill(os.getpid(), signal.SIGKILL)), daemon=True).start()
-    write(pretrained, output, PiSSA(quantization_iterations=5))
+    write(pretrained, output, PiSSA(quantization_iterations=5), None, TOGETHER)
     if ShardGroup().rank == victim:
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -285,7 +289,7 @@ def test_killed_at_any_moment_a_rerun_goes_on(llama: Path, tmp_path: Path, victi
 
     Every rerun keeps what the journal holds, so that the journal never shrinks.
     """
-    run_ranks(2, write, llama, tmp_path / "whole", PiSSA(quantization_iterations=5))
+    run_ranks(2, write, llama, tmp_path / "whole", PiSSA(quantization_iterations=5), None, TOGETHER)
     output, kept = tmp_path / "out", 0
     for attempt in range(10):
         run_ranks_catching(2, write_and_die, llama, output, 0.005 * attempt * (attempt + 1), victim)
@@ -295,7 +299,7 @@ def test_killed_at_any_moment_a_rerun_goes_on(llama: Path, tmp_path: Path, victi
         lines = len(journal.read_text().splitlines()) if journal.exists() else 0
         assert lines >= kept
         kept = lines
-    run_ranks(2, write, llama, output, PiSSA(quantization_iterations=5))
+    run_ranks(2, write, llama, output, PiSSA(quantization_iterations=5), None, TOGETHER)
     assert not staging_of(output).exists()
     for file in ("model.safetensors", "pissa_init/adapter_model.safetensors"):
         assert (output / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()

@@ -40,7 +40,9 @@ def on_nodes(mixed: bool = False) -> dict[str, Any]:
 def train(pretrained: Path, within: str, adapter: dict[str, Any], options: dict[str, Any]) -> Any:
     """Losses, bytes of frozen parameters held, bytes that all ranks read, collectives of the third step."""
     calls, module, begun = Traffic(), CausalLM(pretrained), []
-    strategy = make_strategy(pretrained, adapter=LoraConfig(**adapter), shard_within=within, live_layers=0, **options)
+    strategy = make_strategy(
+        pretrained, adapter=LoraConfig(**adapter), shard_within=within, live_layers=0, ranks_per_matrix=1, **options
+    )
     trainer = make_trainer(strategy, **on_nodes())
     module.on_train_batch_start = lambda *_: begun.append(len(calls.calls))
     trainer.fit(module, loader(trainer.global_rank, trainer.world_size))
