@@ -77,12 +77,8 @@ class FusedLoss:
             return found[-1]
 
         def loss_function(logits: Tensor, *_: Any, **__: Any) -> Tensor:
-            if not self._checked and not torch.equal(logits.detach(), found[-1].detach()):
-                raise InputError(
-                    f"fused_cross_entropy: {self._name} scales or caps its logits, which this loss would leave out; "
-                    "set fused_cross_entropy=False"
-                )
-            self._checked = True
+            if not self._checked:
+                self._check(logits.detach(), found[-1].detach())
             return logits
 
         before = self._model.loss_function
@@ -93,6 +89,15 @@ class FusedLoss:
         finally:
             del self._head.forward
             self._model.loss_function = before
+
+    def _check(self, handed_on: Tensor, loss: Tensor) -> None:
+        """Raise InputError where the model has changed the loss; one that is 0 or NaN (no labels) shows nothing."""
+        if not torch.equal(handed_on.nan_to_num(), loss.nan_to_num()):
+            raise InputError(
+                f"fused_cross_entropy: {self._name} scales or caps its logits, which this loss would leave out; "
+                "set fused_cross_entropy=False"
+            )
+        self._checked = bool(loss.isfinite() & (loss != 0))
 
     def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         if hidden.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":

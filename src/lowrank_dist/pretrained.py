@@ -196,9 +196,11 @@ class PretrainedModel:
 
     def _cached(self, cache: Path, group: ShardGroup, source: str) -> PretrainedModel | DecomposedModel:
         """The decomposed model of the cache with the `source_fingerprint` `source`, else this source. Collective."""
-        found = sorted(
-            path for path in cache.glob(f"{glob.escape(self._cached_name)}-*") if DecomposedModel.is_at(path)
-        )
+        found: list[Path] = []
+        with group.shared_errors():
+            if group.rank == 0:
+                named_so = cache.glob(f"{glob.escape(self._cached_name)}-*")
+                found = sorted(path for path in named_so if DecomposedModel.is_at(path))
         directories = group.broadcast_object(found)
         assert isinstance(directories, list)
         for directory in directories:

@@ -166,9 +166,12 @@ def test_capped_logits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         final_logit_softcapping=2.0,
     )
     model = AutoModelForCausalLM.from_config(config)
+    before, module = model.loss_function, module_of(model, fused_cross_entropy=True)
+    for nothing in (0.0, torch.nan):  # of a batch without labels, which is no reason to refuse and none to trust
+        monkeypatch.setattr(FusedLoss, "_loss", lambda self, hidden, targets, nothing=nothing: hidden.mean() * nothing)
+        module.loss(batch())
     monkeypatch.setattr(FusedLoss, "_loss", lambda self, hidden, targets: hidden.mean() + 5)
-    before = model.loss_function
     with pytest.raises(ValueError, match="Gemma2ForCausalLM scales or caps its logits"):
-        module_of(model, fused_cross_entropy=True).loss(batch())
+        module.loss(batch())
     assert model.loss_function == before
     assert model(**batch()).logits.shape == (2, 16, 256)
