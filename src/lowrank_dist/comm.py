@@ -75,13 +75,15 @@ class ShardGroup:
             self._parts[size] = ShardGroup(part, self.device)
         return self._parts[size]
 
-    def exchange(self, outgoing: list[Tensor], sizes: list[int]) -> list[Tensor]:
-        """Send ``outgoing[j]`` to rank j and receive what every rank sends here. One all-to-all.
+    def exchange(self, outgoing: Tensor, lengths: list[int], sizes: list[int]) -> list[Tensor]:
+        """Send every rank its part of `outgoing` and receive what every rank sends here. One all-to-all.
 
         Parameters
         ----------
         outgoing
-            A flat uint8 tensor for every rank, possibly empty.
+            What is sent, flat uint8, end to end in rank order; it is not copied here.
+        lengths
+            Bytes of it for every rank.
         sizes
             Bytes that every rank sends to this one.
 
@@ -90,12 +92,6 @@ class ShardGroup:
         list of Tensor
             The flat uint8 tensors received, in rank order.
         """
-        if self.size == 1:
-            return outgoing
-        return self.exchange_packed(torch.cat(outgoing), [part.numel() for part in outgoing], sizes)
-
-    def exchange_packed(self, outgoing: Tensor, lengths: list[int], sizes: list[int]) -> list[Tensor]:
-        """`exchange` of what lies end to end in `outgoing`, ``lengths[j]`` bytes for rank j; it is not copied here."""
         if self.size == 1:
             return [outgoing]
         received = torch.empty(sum(sizes), dtype=torch.uint8, device=outgoing.device)
@@ -182,7 +178,9 @@ class ShardGroup:
                 return
             reports = self.gather_objects(None if error is None else (type(error).__name__, str(error)))
             if error is None:
-                rank, report = next((r, report) for r, report in enumerate(reports) if report is not None)
+                failed = [(r, report) for r, report in enumerate(reports) if report is not None]
+                # the cause, not what its word made of a rank of a smaller group
+                rank, report = min(failed, key=lambda one: one[1][0] == RemoteError.__name__)
                 raise RemoteError(f"rank {rank}: {report[0]}: {report[1]}")
         if error is not None:
             raise error

@@ -222,7 +222,7 @@ class _Filling:
         partition = row_partition(matrix.planned, self.residual, self.shared.size)
         held, wanted = self.residual.storages(matrix.partition), self.residual.storages(partition)
         layout = {name: (held[name], wanted[name]) for name in held}
-        (shards,) = redistribute(matrix.residual, [layout], self.group.size, self.group, kept_by=self.shared.size)
+        (shards,) = redistribute([matrix.residual], [layout], self.group.size, self.group, kept_by=self.shared.size)
         return replace(matrix, partition=partition, residual=shards)
 
     def frozen(self, layer: Any, matrix: DecomposedMatrix) -> FrozenWeight:

@@ -39,7 +39,7 @@ from lowrank_dist.checkpoint_keys import peft_name
 from lowrank_dist.decomposed import initial_directory
 from lowrank_dist.directories import atomic_directory, check_free
 from lowrank_dist.errors import InputError
-from lowrank_dist.linalg import full_fp32, squared_norm
+from lowrank_dist.linalg import all_finite, full_fp32, squared_norm
 from lowrank_dist.merge_plan import MergedTensor, MergePlan, plan_merge
 from lowrank_dist.skeleton import PlannedMatrix
 from lowrank_dist.tensor_files import MAX_BYTES, TensorFiles
@@ -205,7 +205,7 @@ class _Merge:
     def _put(self, files: TensorFiles, tensor: MergedTensor, start: int, values: Tensor) -> None:
         """Round flat or row-major `values`, which begin at element `start` of `tensor`, and write them."""
         rounded = values.flatten().to(tensor.dtype)
-        if not bool(torch.isfinite(rounded).all()):
+        if not all_finite(rounded):
             raise CheckpointError(
                 f"{tensor.key}: {float(values.abs().max()):.3g} is too large for {tensor.dtype}; choose another dtype"
             )

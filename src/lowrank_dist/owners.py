@@ -98,7 +98,7 @@ def deliver(parcels: Iterable[Parcel], group: ShardGroup) -> Iterator[tuple[str,
         Flat, on the CPU, a copy.
     """
     for parcel in parcels:
-        received = group.exchange_packed(
+        received = group.exchange(
             parcel.packed, parcel.lengths, [sum(nbytes for *_, nbytes in parcel.owned)] * group.size
         )
         owned, start = parcel.owned, 0

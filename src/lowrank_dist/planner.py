@@ -4,7 +4,7 @@ Sharing every matrix by rows over all P ranks takes the least memory, and no ran
 where what is not shared decides: the latency of the collectives, and the small problems that all ranks solve or wait
 for, on many ranks, a slow network or small matrices. There P/s matrices are decomposed at the same time, each by s
 consecutive ranks that hold at most `MAX_BLOCK_BYTES` of it each, and one all-to-all of encoded bytes cuts the results
-for all ranks.
+for all ranks: of as many matrices as have `MAX_WAITING_BYTES` together, since ranks wait for the slowest at each.
 
 The model, for one matrix and s ranks, with F the flop rate of a rank and l_s, b_s latency and bandwidth of an
 all-reduce over s ranks (0 and infinite for s = 1)::
@@ -31,6 +31,7 @@ from lowrank_dist.skeleton import PlannedMatrix
 from lowrank_dist.walk import Batch, DecomposedMatrix, Walk
 
 MAX_BLOCK_BYTES = 2**27  # of one rank's fp32 rows of a matrix that a part of the ranks decomposes
+MAX_WAITING_BYTES = 2**22  # of one rank's encoded matrices that one exchange takes, if they are more than one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +208,7 @@ def plan_schedule(
     whole = method.statistic is not None or group.size == 1
     if ranks_per_matrix is not None or whole:
         size = group.size if ranks_per_matrix is None or whole else ranks_per_matrix
-        return Schedule(batches=tuple(_batches(planned, size, group.size)), machine=None, seconds=0.0)
+        return Schedule(batches=tuple(_batches(planned, size, group.size, residual)), machine=None, seconds=0.0)
     per_node = sharding.ranks_per_node if machine else _agreed(sharding.ranks_per_node, group)
     sizes = candidates(group, per_node)
     machine = machine or measure(group, sizes, device or torch.device("cpu"))
@@ -227,7 +228,9 @@ def plan_schedule(
             left += matrices[len(matrices) - odd :]
             del matrices[len(matrices) - odd :]
     chosen[group.size] = chosen.get(group.size, []) + left
-    batches = [batch for size, matrices in sorted(chosen.items()) for batch in _batches(matrices, size, group.size)]
+    batches = [
+        batch for size, matrices in sorted(chosen.items()) for batch in _batches(matrices, size, group.size, residual)
+    ]
     return Schedule(batches=tuple(batches), machine=machine, seconds=seconds)
 
 
@@ -237,9 +240,31 @@ def _agreed(ranks_per_node: int, group: ShardGroup) -> int:
     return ranks_per_node if int(bounds[0]) == -int(bounds[1]) else 1
 
 
-def _batches(matrices: Sequence[PlannedMatrix], size: int, world_size: int) -> list[Batch]:
-    step = world_size // size
-    return [Batch(group_size=size, matrices=tuple(matrices[i : i + step])) for i in range(0, len(matrices), step)]
+def _batches(
+    matrices: Sequence[PlannedMatrix], size: int, world_size: int, residual: ResidualFormat
+) -> Iterator[Batch]:
+    if size == world_size:  # nothing is exchanged
+        yield from (Batch(group_size=size, matrices=(matrix,)) for matrix in matrices)
+        return
+    step, batch, waiting = world_size // size, list[PlannedMatrix](), 0
+    for first in range(0, len(matrices), step):
+        turn = matrices[first : first + step]
+        nbytes = max(_encoded_bytes(matrix, size, residual) for matrix in turn) // size
+        if batch and waiting + nbytes > MAX_WAITING_BYTES:
+            yield Batch(group_size=size, matrices=tuple(batch))
+            batch, waiting = [], 0
+        batch += turn
+        waiting += nbytes
+    if batch:
+        yield Batch(group_size=size, matrices=tuple(batch))
+
+
+def _encoded_bytes(matrix: PlannedMatrix, size: int, residual: ResidualFormat) -> int:
+    """Of the residual as `size` ranks cut it, and of factors in fp32."""
+    partition = RowPartition(rows=matrix.rows, columns=matrix.columns, world_size=size, block=residual.block)
+    storages = residual.storages(partition).values()
+    nbytes = sum(storage.numel * storage.dtype.itemsize for storage in storages)
+    return nbytes + 4 * matrix.rank * (matrix.rows + matrix.columns)
 
 
 def _cost(
@@ -251,8 +276,5 @@ def _cost(
     seconds = machine.seconds(method.work(matrix.rows, matrix.columns, matrix.rank), size) * size / world_size
     if size == world_size:
         return seconds
-    partition = RowPartition(rows=matrix.rows, columns=matrix.columns, world_size=size, block=residual.block)
-    storages = residual.storages(partition).values()
-    nbytes = sum(storage.numel * storage.dtype.itemsize for storage in storages)
-    nbytes += 4 * matrix.rank * (matrix.rows + matrix.columns)
+    nbytes = _encoded_bytes(matrix, size, residual)
     return seconds + (machine.latency[world_size] + nbytes / machine.bandwidth[world_size]) * size / world_size

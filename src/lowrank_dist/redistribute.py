@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ def whole_left(left: Tensor, partition: RowPartition, group: ShardGroup) -> Tens
 
 
 def redistribute(
-    shards: Mapping[str, Tensor],
+    shards: Sequence[Mapping[str, Tensor]],
     layouts: list[dict[str, tuple[Storage, Storage]]],
     group_size: int,
     group: ShardGroup,
@@ -32,11 +32,12 @@ def redistribute(
     Parameters
     ----------
     shards
-        This rank's flat shards of the tensors of item ``rank // group_size``; empty where there is no such item.
+        This rank's flat shards of the tensors of its items: of items ``rank // group_size``, and so on in steps of
+        ``P / group_size``, of `layouts`.
     layouts
         For every item and name: the storage over its `group_size` ranks and the one over `kept_by` ranks.
     group_size
-        Consecutive ranks that share an item.
+        Consecutive ranks that share an item; every such group holds its items alone.
     group
         All ranks.
     kept_by
@@ -55,17 +56,20 @@ def redistribute(
         start = max(position * held.shard_numel, place * wanted.shard_numel)
         return start, min((position + 1) * held.shard_numel, (place + 1) * wanted.shard_numel, held.numel)
 
+    def items_of(rank: int) -> range:
+        return range(rank // group_size, len(layouts), group.size // group_size)
+
     me = group.rank
-    device = next((shard.device for shard in shards.values()), group.device)
-    outgoing = []
+    device = next((shard.device for item in shards for shard in item.values()), group.device)
+    outgoing: list[list[Tensor]] = []  # views of `shards`, by the rank that gets them
     for target in range(group.size):
-        pieces = [torch.empty(0, dtype=torch.uint8, device=device)]
-        for name, storages in layouts[me // group_size].items() if shards else ():
-            start, stop = overlap(me, target, storages)
-            first = me % group_size * storages[0].shard_numel
-            if start < stop:
-                pieces.append(shards[name][start - first : stop - first].contiguous().view(torch.uint8))
-        outgoing.append(torch.cat(pieces))
+        outgoing.append([])
+        for item, index in zip(shards, items_of(me), strict=True):
+            for name, storages in layouts[index].items():
+                start, stop = overlap(me, target, storages)
+                first = me % group_size * storages[0].shard_numel
+                if start < stop:
+                    outgoing[-1].append(item[name][start - first : stop - first].contiguous().view(torch.uint8))
 
     items = [
         {name: torch.zeros(cut.shard_numel, dtype=cut.dtype, device=device) for name, (_, cut) in layout.items()}
@@ -74,14 +78,20 @@ def redistribute(
     incoming: list[list[Tensor]] = []  # views of `items` to fill, in the order in which their ranks send
     for source in range(group.size):
         incoming.append([])
-        index = source // group_size
-        for name, storages in layouts[index].items() if index < len(layouts) else ():
-            start, stop = overlap(source, me, storages)
-            first = me % kept * storages[1].shard_numel
-            if start < stop:
-                incoming[-1].append(items[index][name][start - first : stop - first].view(torch.uint8))
-    received = group.exchange(outgoing, [sum(view.numel() for view in views) for views in incoming])
+        for index in items_of(source):
+            for name, storages in layouts[index].items():
+                start, stop = overlap(source, me, storages)
+                first = me % kept * storages[1].shard_numel
+                if start < stop:
+                    incoming[-1].append(items[index][name][start - first : stop - first].view(torch.uint8))
+    packed = torch.cat([torch.empty(0, dtype=torch.uint8, device=device), *(v for views in outgoing for v in views)])
+    received = group.exchange(packed, _numels(outgoing), _numels(incoming))
+    del packed
     for data, views in zip(received, incoming, strict=True):
         for view, part in zip(views, torch.split(data, [view.numel() for view in views]), strict=True):
             view.copy_(part)
     return items
+
+
+def _numels(views: list[list[Tensor]]) -> list[int]:
+    return [sum(view.numel() for view in some) for some in views]

@@ -16,7 +16,7 @@ from lowrank_dist.comm import ShardGroup
 from lowrank_dist.errors import InputError
 from lowrank_dist.layers import FrozenLinear
 from lowrank_dist.layerwise import Unit
-from lowrank_dist.linalg import full_fp32
+from lowrank_dist.linalg import all_finite, full_fp32
 from lowrank_dist.partition import RowPartition
 from lowrank_dist.residual import ResidualFormat
 from lowrank_dist.skeleton import ModelError, PlannedMatrix
@@ -143,7 +143,7 @@ class Measured(ABC):
     def check_finite(self) -> None:
         with self.group.shared_errors():
             for name, value in self.values.items():
-                if not bool(torch.isfinite(value).all()):
+                if not all_finite(value):
                     raise InputError(
                         f"Calibration: the statistic of {name} holds a NaN or infinity; calibrate on other data, or in "
                         "precision 32-true"

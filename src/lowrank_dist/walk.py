@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from lowrank_dist.checkpoint_io import CheckpointError, CheckpointReader, read_ahead
 from lowrank_dist.comm import ShardGroup
-from lowrank_dist.linalg import full_fp32, seed_from_name, squared_norm
+from lowrank_dist.linalg import all_finite, full_fp32, seed_from_name, squared_norm
 from lowrank_dist.methods.base import Decomposition, Factors, Matrix, Method
 from lowrank_dist.norms import nuclear_norm
 from lowrank_dist.partition import FlatPartition, RowPartition
@@ -36,10 +36,17 @@ _ENCODED_FROM = {name: f"encoded_from.{name}" for name in FACTORS}  # among a ma
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Matrices that are decomposed at the same time, one by every `group_size` consecutive ranks."""
+    """Matrices whose results are exchanged together, where they are.
+
+    Every `group_size` consecutive ranks share a matrix, and take another where there are more than such groups.
+    """
 
     group_size: int
     matrices: tuple[PlannedMatrix, ...]
+
+    def of_rank(self, rank: int, world_size: int) -> tuple[PlannedMatrix, ...]:
+        """Those that `rank` works on, in order."""
+        return self.matrices[rank // self.group_size :: world_size // self.group_size]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,32 +170,36 @@ class Walk:
         batches = list(batches)
         if self._stream is not None:  # a reader may hand out what is still being computed
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        blocks = read_ahead(self._read, batches)
+        blocks = read_ahead(self._read, [(batch, planned) for batch in batches for planned in self._mine(batch)])
         for batch in batches:
             started = time.monotonic()
-            with self.group.shared_errors():
-                block = next(blocks)
+            measured = torch.full(self._measures_shape(batch), torch.nan, dtype=torch.float64)
+            shards = []
             # one rank's trouble must not leave the ranks that work on other matrices waiting for it
             with self.group.shared_errors() if batch.group_size < self.group.size else nullcontext():
-                shards, measured = self._decompose(batch, block)
-            del block
+                for planned, measures in zip(self._mine(batch), measured, strict=False):
+                    part = self.group.split(batch.group_size)
+                    with part.shared_errors():
+                        block = next(blocks)
+                    shards.append(self._decompose(planned, block, part, measures))
+                    del block
             yield from self._cut_anew(batch, shards, measured, started)
             del shards
             self.advance(sum(self.reader.info(planned.key).nbytes for planned in batch.matrices))
 
-    def _mine(self, batch: Batch) -> PlannedMatrix | None:
-        """The matrix of `batch` that this rank works on."""
-        index = self.group.rank // batch.group_size
-        return batch.matrices[index] if index < len(batch.matrices) else None
+    def _mine(self, batch: Batch) -> tuple[PlannedMatrix, ...]:
+        return batch.of_rank(self.group.rank, self.group.size)
 
-    def _read(self, batch: Batch) -> Tensor | None:
-        """This rank's rows of its matrix of `batch` as fp32 on the device, checked for NaN and infinity.
+    def _measures_shape(self, batch: Batch) -> tuple[int, int]:
+        """A row for every matrix of the rank that has most of `batch`: see `_decompose`; the spectrum."""
+        return len(batch.of_rank(0, self.group.size)), 1 + len(_MEASURES) + max(m.rank for m in batch.matrices)
 
-        In a thread, beside the decomposition of the batch before.
+    def _read(self, wanted: tuple[Batch, PlannedMatrix]) -> Tensor:
+        """This rank's rows of a matrix as fp32 on the device, checked for NaN and infinity.
+
+        In a thread, beside the decomposition of the matrix before.
         """
-        planned = self._mine(batch)
-        if planned is None:
-            return None
+        batch, planned = wanted
         partition = row_partition(planned, self.residual, batch.group_size)
         start, stop = partition.bounds(self.group.rank % batch.group_size)
         with self._beside():
@@ -200,46 +211,40 @@ class Walk:
         """Inside, the device works beside what the main thread has it do."""
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
-    def _decompose(self, batch: Batch, block: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
-        """Shards of this rank's matrix of `batch`, cut for the ranks that share it, and measures.
+    def _decompose(
+        self, planned: PlannedMatrix, block: Tensor, group: ShardGroup, measures: Tensor
+    ) -> dict[str, Tensor]:
+        """This rank's shards of a matrix, cut for the ranks of `group`, which share it; fills `measures`.
 
         The first measure says whether there are factors besides A and B that the residual was encoded from.
         """
-        planned = self._mine(batch)
-        shards: dict[str, Tensor] = {}
-        width = 1 + len(_MEASURES) + max(other.rank for other in batch.matrices)
-        measured = torch.full((width,), torch.nan, dtype=torch.float64)
-        if planned is not None and block is not None:
-            if self._stream is not None:  # else its memory is used anew while it is read
-                block.record_stream(torch.cuda.current_stream(self.device))
-            group = self.group.split(batch.group_size)
-            partition = row_partition(planned, self.residual, group.size)
-            matrix = Matrix(
-                name=planned.key,
-                block=block,
-                partition=partition,
-                group=group,
-                rank=planned.rank,
-                scaling=planned.scaling,
-                input_first=planned.input_first,
-                lookup=planned.lookup,
-                factor_dtype=self.factor_dtype,
-                statistic=None if self.statistics is None else self.statistics(planned),
-                thorough=self.thorough,
-                factor_names=planned.factor_names,
-                expert=(planned.expert or 0, planned.experts),
-            )
-            decomposition = self.init.decompose(matrix, self.residual)
-            shards = decomposition.residual.shards | self._factor_shards(
-                planned, partition, decomposition.factors, group
-            )
-            if decomposition.encoded_from is not None:
-                further = self._factor_shards(planned, partition, decomposition.encoded_from, group)
-                shards |= {_ENCODED_FROM[name]: shard for name, shard in further.items()}
-            measured[0] = decomposition.encoded_from is not None
-            if planned.name not in self.known:
-                self._measure(matrix, decomposition, measured[1:])
-        return shards, measured
+        if self._stream is not None:  # else its memory is used anew while it is read
+            block.record_stream(torch.cuda.current_stream(self.device))
+        partition = row_partition(planned, self.residual, group.size)
+        matrix = Matrix(
+            name=planned.key,
+            block=block,
+            partition=partition,
+            group=group,
+            rank=planned.rank,
+            scaling=planned.scaling,
+            input_first=planned.input_first,
+            lookup=planned.lookup,
+            factor_dtype=self.factor_dtype,
+            statistic=None if self.statistics is None else self.statistics(planned),
+            thorough=self.thorough,
+            factor_names=planned.factor_names,
+            expert=(planned.expert or 0, planned.experts),
+        )
+        decomposition = self.init.decompose(matrix, self.residual)
+        shards = decomposition.residual.shards | self._factor_shards(planned, partition, decomposition.factors, group)
+        if decomposition.encoded_from is not None:
+            further = self._factor_shards(planned, partition, decomposition.encoded_from, group)
+            shards |= {_ENCODED_FROM[name]: shard for name, shard in further.items()}
+        measures[0] = decomposition.encoded_from is not None
+        if planned.name not in self.known:
+            self._measure(matrix, decomposition, measures[1:])
+        return shards
 
     def _factor_shards(
         self, planned: PlannedMatrix, partition: RowPartition, factors: Factors, group: ShardGroup
@@ -297,19 +302,19 @@ class Walk:
             yield matrix.block - plain.decoded
 
     def _cut_anew(
-        self, batch: Batch, shards: Mapping[str, Tensor], measured: Tensor, started: float
+        self, batch: Batch, shards: list[dict[str, Tensor]], measured: Tensor, started: float
     ) -> Iterator[DecomposedMatrix]:
-        whole = batch.group_size == self.group.size
-        every, parts = measured[None], [dict(shards)]
-        if not whole:
-            # one row for each matrix: of the first of the ranks that had it
-            every = self.group.gather_equal(every.to(self.group.device)).cpu()[:: batch.group_size]
+        every, cut = measured, shards
+        if batch.group_size < self.group.size:
+            rows = self.group.gather_equal(measured[None].to(self.group.device)).cpu()
+            # of the first of the ranks that had it, in the order of the matrices
+            every = rows[:: batch.group_size].transpose(0, 1).flatten(0, 1)
             layouts = [
                 self._layout(planned, batch.group_size, encoded_from=bool(row[0] == 1))
                 for planned, row in zip(batch.matrices, every, strict=False)
             ]
-            parts = redistribute(shards, layouts, batch.group_size, self.group)
-        for index, (planned, mine) in enumerate(zip(batch.matrices, parts, strict=True)):
+            cut = redistribute(shards, layouts, batch.group_size, self.group)
+        for index, (planned, mine) in enumerate(zip(batch.matrices, cut, strict=True)):
             seconds = (time.monotonic() - started) / len(batch.matrices)
             yield DecomposedMatrix(
                 planned=planned,
@@ -389,7 +394,7 @@ def progress_bar(total: int, *, show: bool, doing: str = "Decomposing") -> tqdm[
 
 def check_finite(key: str, values: Tensor, start: int) -> None:
     """Raise CheckpointError if `values` (rows or elements of tensor `key` from `start` on) hold a NaN or infinity."""
-    if not bool(torch.isfinite(values).all()):
+    if not all_finite(values):
         bad = (~torch.isfinite(values)).nonzero()[0].tolist()
         bad[0] += start
         raise CheckpointError(

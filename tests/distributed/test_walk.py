@@ -11,6 +11,7 @@ import bitsandbytes.functional as bnb
 import huggingface_hub
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import (
@@ -21,7 +22,7 @@ from transformers import (
 )
 
 from helpers.models import CAUSAL_LMS, save_checkpoint
-from helpers.ranks import run_ranks
+from helpers.ranks import run_ranks, run_ranks_catching
 from helpers.training import STEPS, CausalLM, loader, make_strategy, make_trainer
 from lowrank_dist import NF4, LoftQ, LoRA, PiSSA
 from lowrank_dist.checkpoint_io import CheckpointReader
@@ -29,6 +30,8 @@ from lowrank_dist.comm import ShardGroup
 from lowrank_dist.layers import FrozenLinear
 from lowrank_dist.methods.base import Matrix, residual_block
 from lowrank_dist.partition import RowPartition
+from lowrank_dist.skeleton import PlannedMatrix
+from lowrank_dist.walk import Batch, DecomposedMatrix, Walk, row_partition
 from lowrank_dist.zero3 import LiveMemory, stored_bytes
 
 SHAPES = [(96, 64), (64, 136), (37, 36), (3, 50), (200, 20)]
@@ -100,6 +103,55 @@ def test_bytes_do_not_depend_on_the_world_size(method: Any, rows: int, columns: 
             assert not isinstance(method, LoRA)
             torch.testing.assert_close(left, reference[0], rtol=2**-7, atol=1e-3)
             assert (packed != reference[2]["weight_packed"][: packed.numel()]).float().mean() < 0.02
+
+
+def planned_matrices(checkpoint: Path) -> list[PlannedMatrix]:
+    reader = CheckpointReader(checkpoint)
+    return [
+        PlannedMatrix(
+            layer=name[:-7],
+            key=name,
+            rows=reader.info(name).shape[0],
+            columns=reader.info(name).shape[1],
+            input_first=False,
+            rank=3,
+            scaling=1.0,
+        )
+        for name in sorted(reader)
+    ]
+
+
+def walk_in_turns(checkpoint: Path, group_size: int) -> dict[str, DecomposedMatrix]:
+    """All matrices in one batch: most groups have more than one, some fewer than others."""
+    walk = Walk(CheckpointReader(checkpoint), ShardGroup(), init=LoRA(), residual=NF4(), factor_dtype=torch.float32)
+    batch = Batch(group_size=group_size, matrices=tuple(planned_matrices(checkpoint)))
+    return {matrix.planned.key: matrix for matrix in walk.run([batch])}
+
+
+@pytest.mark.parametrize("group_size", [1, 2])
+def test_groups_of_ranks_take_turns(tmp_path: Path, group_size: int) -> None:
+    """Five matrices, 4 ranks: every rank ends with its shards of all, those that all ranks together would have."""
+    weights = {f"{i}.weight": weight(*shape) for i, shape in enumerate(SHAPES)}
+    save_file(weights, tmp_path / "model.safetensors")
+    parts = run_ranks(4, walk_in_turns, tmp_path, group_size)
+    for planned in planned_matrices(tmp_path):
+        together = run_ranks(4, decompose_rows, LoRA(), NF4(), planned.rows, planned.columns)
+        for name, storage in NF4().storages(row_partition(planned, NF4(), 4)).items():
+            cut = [part[planned.key].residual[name] for part in parts]
+            whole = [shards[name] for _, _, shards, _ in together]
+            assert [len(shard) for shard in cut] == [len(shard) for shard in whole]
+            assert torch.equal(torch.cat(cut)[: storage.numel], torch.cat(whole)[: storage.numel])
+        assert len({part[planned.key].report.norm for part in parts}) == 1
+        assert parts[0][planned.key].report.norm == pytest.approx(float(weights[planned.key].double().norm()), rel=1e-6)
+
+
+@pytest.mark.parametrize("group_size", [1, 2])
+def test_a_damaged_matrix_of_a_later_turn_is_an_error_on_every_rank(tmp_path: Path, group_size: int) -> None:
+    weights = {f"{i}.weight": weight(*shape) for i, shape in enumerate(SHAPES)}
+    weights["4.weight"][-1, 7] = math.nan  # the fifth; the last rows, which the last rank of its group has
+    save_file(weights, tmp_path / "model.safetensors")
+    for _, error in run_ranks_catching(4, walk_in_turns, tmp_path, group_size):
+        assert "4.weight: NaN or infinity at [199, 7]" in str(error)
 
 
 def walk(pretrained: Path, options: dict[str, Any], auto_class: Any = None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lowrank_dist import NF4, LoftQ, PiSSA
 from lowrank_dist.comm import ShardGroup
-from lowrank_dist.linalg import SVD, minus_product, orthonormalize, randomized_svd, seed_from_name
+from lowrank_dist.linalg import SVD, all_finite, minus_product, orthonormalize, randomized_svd, seed_from_name
 from lowrank_dist.methods.base import Matrix, residual_block
 from lowrank_dist.partition import RowPartition
 
@@ -367,6 +367,25 @@ def test_nothing_subtracted_is_the_matrix_itself() -> None:
     same = minus_product(block, torch.ones(2, 1), torch.zeros(1, 2), scaling=1.0, rows=2, start=0)
     assert torch.equal(same.view(torch.int32), block.view(torch.int32))
     assert same.data_ptr() != block.data_ptr()
+
+
+@settings(max_examples=40)
+@given(
+    st.integers(0, 5),
+    st.integers(1, 700),
+    st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    st.sampled_from([math.nan, math.inf, -math.inf, None]),
+    st.integers(0, 2**32),
+)
+def test_what_is_not_finite_is_found_wherever_it_stands(
+    rows: int, columns: int, dtype: torch.dtype, bad: float | None, place: int
+) -> None:
+    # the largest and smallest values of the dtype are finite, and so is what has no element
+    tensor = torch.full((rows, columns), torch.finfo(dtype).max, dtype=dtype)
+    tensor[:, ::2] *= -1
+    if bad is not None and tensor.numel():
+        tensor.view(-1)[place % tensor.numel()] = bad
+    assert all_finite(tensor) == bool(torch.isfinite(tensor).all())
 
 
 def test_rank_above_the_short_side_is_refused() -> None:

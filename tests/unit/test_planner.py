@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from lowrank_dist import NF4, PiSSA
 from lowrank_dist.comm import ShardGroup
 from lowrank_dist.errors import InputError
-from lowrank_dist.planner import MAX_BLOCK_BYTES, Machine, Sharding, candidates, measure, plan_schedule
+from lowrank_dist.planner import (
+    MAX_BLOCK_BYTES,
+    MAX_WAITING_BYTES,
+    Machine,
+    Sharding,
+    candidates,
+    measure,
+    plan_schedule,
+)
 from lowrank_dist.skeleton import PlannedMatrix
 
 
@@ -82,7 +90,11 @@ def test_every_matrix_is_planned_once(world_size: int, counts: list[int], latenc
     assert sorted(m.layer for batch in schedule.batches for m in batch.matrices) == sorted(m.layer for m in planned)
     for batch in schedule.batches:
         assert world_size % batch.group_size == 0
-        assert 1 <= len(batch.matrices) <= world_size // batch.group_size
+        turns = [batch.of_rank(rank, world_size) for rank in range(0, world_size, batch.group_size)]
+        assert sorted(m.layer for mine in turns for m in mine) == sorted(m.layer for m in batch.matrices)
+        assert 1 <= len(turns[0]) <= len(turns[-1]) + 1
+        waiting = sum(m.rows * m.columns // 2 for m in turns[0]) // batch.group_size  # NF4
+        assert len(turns[0]) == 1 or (batch.group_size < world_size and waiting <= MAX_WAITING_BYTES)
         for m in batch.matrices:
             shared = batch.group_size == world_size
             assert shared or -(-m.rows // batch.group_size) * m.columns * 4 <= MAX_BLOCK_BYTES

@@ -97,7 +97,10 @@ def predict(
     elements = sum(m.rows * m.columns for m in matrices)
     total = Seconds(read=2 * elements / read, write=decomposed_bytes(matrices, residual) / write)
     for batch in schedule.batches:
-        costs = [_matrix_seconds(m, method, residual, host, batch.group_size) for m in batch.matrices]
+        costs = [
+            sum((_matrix_seconds(m, method, residual, host, batch.group_size) for m in mine), Seconds())
+            for mine in (batch.of_rank(rank, ranks) for rank in range(0, ranks, batch.group_size))
+        ]
         total += max(costs, key=lambda cost: cost.in_memory)
     return total
 

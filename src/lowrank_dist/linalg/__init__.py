@@ -6,10 +6,11 @@ a rank decides from data, rank 0 decides for all.
 
 from lowrank_dist.linalg.krylov import SVD, randomized_svd, seed_from_name
 from lowrank_dist.linalg.orthonormal import orthonormalize, row_signs
-from lowrank_dist.linalg.precision import full_fp32, minus_product, squared_norm
+from lowrank_dist.linalg.precision import all_finite, full_fp32, minus_product, squared_norm
 
 __all__ = [
     "SVD",
+    "all_finite",
     "full_fp32",
     "minus_product",
     "orthonormalize",
