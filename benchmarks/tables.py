@@ -54,10 +54,11 @@ def model_jobs(bench: Bench) -> dict[str, Job]:
     common: dict[str, Any] = {"checkpoint": s.model, "rank": s.rank}
     jobs = {"ours, `PiSSA()`": Job(**common), "ours, `PiSSA()`, NF4": Job(**common, residual=NF4())}
     if not s.tiny:
-        for options in ({"power_iterations": 7}, {"oversampling": 4 * s.rank}, {"tolerance": 1e-5}):
-            method = PiSSA(**options)
-            name, value = next(iter(options.items()))
-            jobs[f"ours, `{name}={value}`"] = Job(**common, method=method)
+        fast = {"oversampling": 5 * s.rank // 2, "power_iterations": 13}
+        fine = {"oversampling": 4 * s.rank, "power_iterations": 19}
+        for options in (fast, fine, {"tolerance": 1e-5}):
+            label = ", ".join(f"{name}={value}" for name, value in options.items())
+            jobs[f"ours, `{label}`"] = Job(**common, method=PiSSA(**options))
     jobs["ours, QPiSSA T = 5, NF4"] = Job(**common, method=PiSSA(quantization_iterations=5), residual=NF4())
     return jobs
 

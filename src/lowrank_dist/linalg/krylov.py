@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from lowrank_dist.comm import ShardGroup
 from lowrank_dist.linalg.orthonormal import gram, orthonormal_rows, row_signs
@@ -139,17 +140,19 @@ def randomized_svd(
     Notes
     -----
     *Cost per rank.* ``2 m_p n b (2 q + 1)`` flops for the products with W, ``2 D^2 s`` for the basis (replicated where
-    columns are the short side, else sharded by P), ``2 D^2 l / P`` for the Gram matrix, about ``10 D^3`` on rank 0 for
-    its eigenvectors. Where D reaches s (2/3 of s if columns are the short side) the whole space is taken: exact to
-    rounding.
+    columns are the short side, else sharded by P), about ``10 D^3`` on rank 0 for the eigenvectors of the projected
+    matrix, and ``2 D^2 l / P`` for that itself where the recurrence does not give it (a steep spectrum, tf32, a
+    tolerance). Where D reaches s (2/3 of s if columns are the short side, or one rank has all) the whole space is
+    taken: exact to rounding.
 
     *Memory* (fp32). ``4 D (n + m_p)`` bytes; for 28672 x 8192 and r = 128 (D = 512) 19 MB on each of 32 ranks, 75 MB
     on a single one, whose W takes 940 MB. Twice that with a tolerance, and ``8 D^2`` bytes more.
 
     *Collectives.* Per pass one all-reduce of ``b x n`` fp32; where rows are the short side another of up to ``D x b``
     and the reduce + broadcast of `orthonormalize`, more of these where the spectrum is steep. At the end a reduce of
-    ``D x D`` and a broadcast of ``D x r``, `orthonormalize` of r vectors, a broadcast of ``2 r + 1`` rows. With a
-    tolerance a reduce of ``D x D`` fp64 and a broadcast of one number every ``rank / 2`` rows or more.
+    ``b x b``, or ``D x D`` without the recurrence, and a broadcast of ``D x r``, `orthonormalize` of r vectors, a
+    broadcast of ``2 r + 1`` rows. With a tolerance a reduce of ``D x D`` fp64 and a broadcast of one number every
+    ``rank / 2`` rows or more.
 
     *Accuracy.* Where ``b >= rank``, the spectral error is at most ``(1 + e) sigma_{r+1}`` for
     ``q = O(log(n) / sqrt(e))`` whatever the gaps between singular values ([MM], theorem 1). Narrower blocks give more
@@ -195,6 +198,11 @@ class _Krylov:
         ``[D, l]``, W or W^T applied to the basis: sharded if columns are the short side, else replicated.
     gram
         ``[D, D]`` fp64, this rank's part of ``image @ image.T``, its lower triangle.
+    recurrence
+        Of every block but the last, replicated: its own block of ``basis A basis^T`` and the one beside that,
+        which links it to the next block. None where they do not tell all in fp32.
+    units_are_free
+        Whether the image of all unit vectors is at hand: W itself, as it lies.
     steep
         Whether ``W^T W`` squares away more of the spectrum than fp32 holds.
     loose
@@ -207,9 +215,11 @@ class _Krylov:
         self.short = min(rows, block.shape[1])
         single = ShardGroup.single()
         self.basis_group, self.image_group = (single, group) if self.tall else (group, single)
+        self.units_are_free = self.tall or group.size == 1
         self.size = self.iterations = self._summed = 0
         self.estimate, self.steep = math.nan, False
         self.loose = self.was_loose = tf32 and tf32_is_at_hand(block.device)
+        self.recurrence: list[tuple[Tensor, Tensor]] | None = None if self.loose else []
 
     def rows_of(self, right: Tensor) -> Tensor:
         """W applied to vectors ``[b, n]``: ``[b, m_p]``, sharded. Nothing is communicated."""
@@ -234,7 +244,7 @@ class _Krylov:
     def run(self, seed: int, width: int, power_iterations: int, tolerance: float | None, start: Tensor | None) -> None:
         """Build the basis, see `randomized_svd`."""
         dimension = width * (power_iterations + 1)
-        if dimension >= (_FULL_SHARE if self.tall else 1) * self.short:
+        if dimension >= (_FULL_SHARE if self.units_are_free else 1) * self.short:
             self.take_everything(seed)
             return
         limit = dimension
@@ -269,10 +279,11 @@ class _Krylov:
     def take_everything(self, seed: int) -> None:
         """A basis of the whole space: the result is exact to rounding."""
         self.estimate, self.loose, self.was_loose = 0.0, False, False
-        if self.tall:
-            self.basis, self.image = torch.eye(self.short, device=self.block.device), self.block.mT
+        if self.units_are_free:
+            self.basis = torch.eye(self.short, device=self.block.device)
+            self.image = self.block.mT if self.tall else self.block
             self.gram = self.block.new_zeros(self.short, self.short, dtype=torch.float64)
-            self.size = self.short
+            self.size = self.width = self.short
         else:
             self.allocate(self.short)
             self.append(self.first_block(seed, self.short, None))
@@ -285,6 +296,7 @@ class _Krylov:
             self.loose = self.loose and condition < _STEEP_TF32
             self.steep = not condition < _STEEP
         if self.steep:
+            self.recurrence = None
             y, _ = self.orthogonal_product(orthonormal_rows(last, self.image_group)[0], width)
         return y
 
@@ -295,15 +307,19 @@ class _Krylov:
         # the images give it without communication: U_i^T W Z = Z_i^T Z.
         recent = slice(max(0, self.size - 2 * self.width), self.size)
         overlap = y @ self.basis[recent].mT if self.tall else last[:width] @ self.image[recent].mT
-        y = y - overlap @ self.basis[recent]
-        basis, conditions = self.basis[: self.size], []
+        y = torch.addmm(y, overlap, self.basis[recent], alpha=-1)
+        own = overlap[:, -self.width :]
+        basis, conditions, link = self.basis[: self.size], [], None
         for _ in range(_MAX_PASSES):
             overlap = self.basis_group.sum(y @ basis.mT)
-            y, lower = orthonormal_rows(y - overlap @ basis, self.basis_group)
+            y, lower = orthonormal_rows(torch.addmm(y, overlap, basis, alpha=-1), self.basis_group)
             conditions.append(_condition(lower))
+            link = lower if link is None else link @ lower
             # Rounding of what was subtracted is left over, enlarged by the normalization.
-            if float(overlap.norm() + lower.norm()) < _MAX_LOSS * float(lower.diagonal().abs().min()):
+            if float(vector_norm(overlap) + vector_norm(lower)) < _MAX_LOSS * float(lower.diagonal().abs().min()):
                 break
+        if self.recurrence is not None and link is not None:
+            self.recurrence.append((own, link))
         return y, conditions[0]
 
     def append(self, block: Tensor) -> None:
@@ -325,6 +341,19 @@ class _Krylov:
         self.gram[fresh, : self.size] = gram(image[fresh], image[: self.size])
         self._summed = self.size
         return self.gram[: self.size, : self.size].clone()
+
+    def projected(self, last: Tensor) -> Tensor:
+        """``basis A basis^T``, block tridiagonal, its lower triangle: from the recurrence and the `last` block."""
+        if self.recurrence is None:
+            return last
+        out, start = last.new_zeros(self.size, self.size), 0
+        for own, link in self.recurrence:
+            middle, stop = start + len(own), start + len(own) + link.shape[1]
+            out[start:middle, start:middle] = own
+            out[middle:stop, start:middle] = link.mT
+            start = middle
+        out[start:, start:] = last
+        return out
 
     def converged(self, history: list[float], tolerance: float) -> bool:
         """Update the estimate; `history` holds ``||W||_F^2``, then the energies captured so far."""
@@ -363,8 +392,8 @@ class _Krylov:
         mix = torch.empty(r, size, device=self.block.device)
         fast = math.isnan(self.estimate)  # without a tolerance fp32 has the first try
         if fast:
-            image = self.gram_share()
-            self.group.reduce_once(image @ image.mT, mix, lambda gram: _leading(gram, r))
+            image = self.gram_share()[0 if self.recurrence is None else size - self.width :]
+            self.group.reduce_once(image @ image.mT, mix, lambda last: _leading(self.projected(last), r))
         if not fast or bool(mix[0, 0].isnan()):
             self.group.reduce_once(self.summed_gram(), mix, lambda gram: _leading(gram, r))
         basis, lower = orthonormal_rows(mix @ self.basis[:size], self.basis_group)
@@ -409,8 +438,8 @@ def _leading(gram: Tensor, rank: int) -> Tensor:
 
 def _condition(lower: Tensor) -> float:
     """Condition number of a triangular factor as its diagonal shows it; the same on all ranks if the factor is."""
-    diagonal = lower.diagonal().abs()
-    return float(diagonal.max() / diagonal.min()) if float(diagonal.min()) > 0 else math.inf
+    low, high = torch.stack(torch.aminmax(lower.diagonal().abs())).tolist()
+    return high / low if low > 0 else math.inf
 
 
 def _small_svd(lower: Tensor) -> Tensor:

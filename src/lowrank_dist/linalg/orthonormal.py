@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from lowrank_dist.comm import ShardGroup
 
@@ -60,7 +61,7 @@ def orthonormal_rows(y: Tensor, group: ShardGroup) -> tuple[Tensor, Tensor]:
         packed = torch.empty(2 * k, k, dtype=torch.float64, device=y.device)
         group.reduce_once(gram(q, q), packed, _cholesky)
         factor, inverse = packed[:k], packed[k:]
-        condition = float(factor.norm() * inverse.norm())
+        condition = float(vector_norm(factor) * vector_norm(inverse))
         if not condition < _MAX_CONDITION:
             return _tsqr(y, group)
         q, lower = inverse.float() @ q, lower @ factor

@@ -92,7 +92,7 @@ def told(last: SVD, first: SVD) -> SVD:
 
 
 def svd_work(rows: int, columns: int, rank: int, oversampling: int | None, power_iterations: int) -> Work:
-    """What `lowrank_dist.linalg.randomized_svd` costs, by the formulas of its docstring."""
+    """What `lowrank_dist.linalg.randomized_svd` costs at most, by the formulas of its docstring."""
     short, long, tall = min(rows, columns), max(rows, columns), rows >= columns
     dimension = rank + (3 * rank if oversampling is None else oversampling)
     width, passes = -(-dimension // (power_iterations + 1)), power_iterations
