@@ -212,8 +212,8 @@ def _layer_table(bench: Bench, name: str, checkpoint: Path, *, peers: bool) -> s
         {}
         if s.tiny
         else {
-            f"ours, {s.ranks} ranks, `oversampling={s.layer_rank}`": bench.timed(
-                layer_job(bench, checkpoint, oversampling=s.layer_rank), s.ranks
+            f"ours, {s.ranks} ranks, `oversampling={3 * s.layer_rank // 2}`": bench.timed(
+                layer_job(bench, checkpoint, oversampling=3 * s.layer_rank // 2), s.ranks
             )
         }
     )
