@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -189,9 +190,10 @@ def compiled(capability: int, nested: bool, product: bool) -> tuple[str, int]:
 
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("capability", [80, 90])
-def test_the_kernel_compiles(capability: int, nested: bool) -> None:
+def test_the_kernel_compiles(capability: int, nested: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For A100 and H100, without a device: tensor cores multiply, stores are 16 bytes wide, no register is spilled."""
     pytest.importorskip("triton", reason="Triton is not installed")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # a home may not be writable
     for product in (False, True):
         ptx, shared = compiled(capability, nested, product)
         assert ("wgmma" if capability == 90 else "mma.sync") in ptx or not product
