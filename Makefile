@@ -6,6 +6,8 @@ SHELL := /bin/bash
 .PHONY: help setup demo test test-slurm lint bench clean
 
 PYTHON ?= python3
+# files of tests that run at a time
+JOBS ?= 2
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 # console scripts and ninja (DeepSpeed builds its CUDA operators with it) live in the environment's bin
@@ -32,7 +34,7 @@ demo: $(INSTALLED)
 # one thread per rank: the distributed tests start several ranks on few cores
 test test-slurm: export OMP_NUM_THREADS := 1
 test: $(INSTALLED)
-	$(RUN) python -m pytest --ignore=tests/slurm $(PYTEST_ARGS)
+	$(RUN) python -m pytest --ignore=tests/slurm --numprocesses $(JOBS) --dist loadgroup $(PYTEST_ARGS)
 
 # not root, no Debian, or daemons that do not run here: the tests are skipped and say why
 test-slurm: $(INSTALLED)
