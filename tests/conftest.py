@@ -21,7 +21,7 @@ from helpers.models import save_checkpoint  # noqa: E402 (after the environment 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With ``--dist loadgroup`` a file stays with one worker, which makes its fixtures, and all of tests/gpu with one."""
+    """With ``--dist loadgroup`` a file stays with one worker, which makes its fixtures; so does all of tests/gpu."""
     if config.pluginmanager.hasplugin("xdist"):
         for item in items:
             item.add_marker(pytest.mark.xdist_group("gpu" if item.get_closest_marker("gpu") else str(item.path)))

@@ -134,8 +134,8 @@ class Walk:
     Notes
     -----
     Memory of `device`: at most three row blocks as fp32 beside the temporaries of the decomposition: the one in use,
-    one that was read, one being read. On CUDA rows cross from pinned memory in the dtype of the checkpoint, on a stream
-    of their own, and become fp32 there.
+    one that was read, one being read; and the encoded results of a batch, twice while they are exchanged. On CUDA rows
+    cross from pinned memory in the dtype of the checkpoint, on a stream of their own, and become fp32 there.
     """
 
     def __init__(
