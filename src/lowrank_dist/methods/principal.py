@@ -31,10 +31,10 @@ class PrincipalMethod(Method):
     Notes
     -----
     The excess residual depends on the spectrum. On a layer of SmolLM2-135M, whose spectra are flat, the worst of seven
-    matrices has 6.8e-4 (r = 16), 3.6e-4 (64) and 6.7e-8 (128) by default; `torch.svd_lowrank` as PEFT's
-    ``pissa_niter_4`` calls it leaves 8e-3 to 2e-2 in 0.5 to 0.7 times the time of the default, ``pissa_niter_16``
-    9e-4 to 1.6e-3 in 1.5 to 2.1 times. On a spectrum i^-0.5 the default leaves 1.7e-11 in 1.2 times the time in which
-    ``pissa_niter_4`` leaves 3.9e-3 (`benchmarks/bench_svd_iterations.py`, one process and thread).
+    matrices has 6.8e-4 (r = 16), 3.6e-4 (64) and 4e-12 (128) by default; `torch.svd_lowrank` as PEFT's
+    ``pissa_niter_4`` calls it leaves 8e-3 to 2e-2 in 0.45 to 0.76 times the time of the default, ``pissa_niter_16``
+    9e-4 to 1.6e-3 in 1.5 to 2.4 times. On a spectrum i^-0.5 the default leaves 1.7e-11 (r = 64) in 1.1 times the time
+    in which ``pissa_niter_4`` leaves 3.9e-3 (`benchmarks/bench_svd_iterations.py`, one process and thread).
     """
 
     power_iterations: int = 15
