@@ -181,7 +181,9 @@ class Walk:
                     part = self.group.split(batch.group_size)
                     with part.shared_errors():
                         block = next(blocks)
-                    shards.append(self._decompose(planned, block, part, measures))
+                    # nor those that share this one, at the next
+                    with part.shared_errors() if batch.group_size < self.group.size else nullcontext():
+                        shards.append(self._decompose(planned, block, part, measures))
                     del block
             yield from self._cut_anew(batch, shards, measured, started)
             del shards

@@ -85,6 +85,26 @@ def test_shards_equal_bitsandbytes_on_the_whole_residual(
             assert torch.equal(stored["weight_absmax"].view(torch.float32)[: state.absmax.numel()], state.absmax)
 
 
+def walk_with_trouble(checkpoint: Path, group_size: int) -> None:
+    """Rank 1 fails in its first turn, when nobody waits for it any more."""
+    measure = Walk._measure
+
+    def failing(self: Walk, *args: Any) -> None:
+        measure(self, *args)
+        if self.group.rank == 1:
+            raise OSError("the disk is gone")
+
+    Walk._measure = failing
+    walk_in_turns(checkpoint, group_size)
+
+
+@pytest.mark.parametrize("group_size", [1, 2])
+def test_trouble_in_one_turn_leaves_nobody_waiting_in_the_next(tmp_path: Path, group_size: int) -> None:
+    save_file({f"{i}.weight": weight(*shape) for i, shape in enumerate(SHAPES)}, tmp_path / "model.safetensors")
+    for _, error in run_ranks_catching(4, walk_with_trouble, tmp_path, group_size):
+        assert "the disk is gone" in str(error)
+
+
 @pytest.mark.parametrize("method", [PiSSA(power_iterations=8), LoRA()], ids=str)
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
 def test_bytes_do_not_depend_on_the_world_size(method: Any, rows: int, columns: int) -> None:
