@@ -89,7 +89,7 @@ def _header(settings: Settings) -> str:
     ]
     if settings.tiny:
         notes.append("a dry run on random matrices of a few rows: its figures mean nothing")
-    machine = f"{settings.ranks} ranks of one thread, peers the same number of threads"
+    machine = f"{settings.ranks} ranks of one thread and core, peers the same number of threads"
     return header("Initialisation: measured", "bench_init.py", PACKAGES, machine, notes)
 
 

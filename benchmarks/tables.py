@@ -184,8 +184,9 @@ def layers(bench: Bench) -> str:
     s = bench.settings
     parts = [
         f"The seven linears of one layer, spectra i^-0.5, bf16 on disk, r = {s.layer_rank}, `PiSSA()` with fp32 "
-        f"factors and residual; ranks of one thread, PEFT {s.ranks} threads. Speed-up: against one rank. Peak: MB of "
-        "the largest rank above an idle interpreter, without mapped files; PEFT's with the fp32 layer that it holds.",
+        f"factors and residual; ranks of one thread and core, PEFT {s.ranks} of them. Speed-up: against one rank. "
+        "Peak: MB of the largest rank above an idle interpreter, without mapped files; PEFT's with the fp32 layer that "
+        "it holds.",
         _layer_table(bench, "LLaMA-3-8B", bench.layer_8b(), peers=True),
     ]
     if s.large:

@@ -84,6 +84,9 @@ def redistribute(
                 first = me % kept * storages[1].shard_numel
                 if start < stop:
                     incoming[-1].append(items[index][name][start - first : stop - first].view(torch.uint8))
+    for view, part in zip(incoming[me], outgoing[me], strict=True):  # what stays here need not be packed
+        view.copy_(part)
+    incoming[me], outgoing[me] = [], []
     packed = torch.cat([torch.empty(0, dtype=torch.uint8, device=device), *(v for views in outgoing for v in views)])
     received = group.exchange(packed, _numels(outgoing), _numels(incoming))
     del packed

@@ -32,6 +32,7 @@ from lowrank_dist.skeleton import ModelError, Plan, PlannedMatrix
 
 FACTORS = ("lora_A", "lora_B")
 _ENCODED_FROM = {name: f"encoded_from.{name}" for name in FACTORS}  # among a matrix's shards
+_SLAB = 2**21  # elements of an error that are formed at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,14 +268,16 @@ class Walk:
 
     def _measure(self, matrix: Matrix, decomposition: Decomposition, out: Tensor) -> None:
         """Fill `out` with the measures of one matrix, then its singular values. One all-reduce, or as the norms do."""
-        residual, group = self.residual, matrix.group
-        squares, nuclear = [squared_norm(matrix.block)], []
+        residual, group, block = self.residual, matrix.group, matrix.block
+        squares, nuclear = [squared_norm(block)], []
+        height = max(_SLAB // block.shape[1], 1)
+        slabs = [slice(first, first + height) for first in range(0, block.shape[0], height)]
         for error in self._errors(matrix, decomposition):
-            squares.append(squared_norm(error))
+            squares.append(sum((squared_norm(error(rows)) for rows in slabs), torch.zeros_like(squares[0])))
             if self.thorough and not residual.exact:
                 # the same probes for both: what they miss cancels in the ratio
                 seed = seed_from_name(matrix.name)
-                nuclear.append(nuclear_norm(error, rows=matrix.partition.rows, group=group, seed=seed))
+                nuclear.append(nuclear_norm(error(slice(None)), rows=matrix.partition.rows, group=group, seed=seed))
             del error
         found = dict(zip(_MEASURES, [*group.sum(torch.stack(squares)).sqrt().tolist(), *nuclear], strict=False))
         found.setdefault("quantization_error", 0.0)
@@ -288,20 +291,23 @@ class Walk:
             found["ended_on"] = float(ENDS.index(decomposition.ended_on))
         out[: len(_MEASURES)] = torch.tensor([found.get(name, math.nan) for name in _MEASURES])
 
-    def _errors(self, matrix: Matrix, decomposition: Decomposition) -> Iterator[Tensor]:
-        """This rank's rows of what the model lacks at step 0, then of what plain quantization would lose."""
-        factors = decomposition.factors
-        with full_fp32():
-            error = matrix.block - decomposition.residual.decoded
+    def _errors(self, matrix: Matrix, decomposition: Decomposition) -> Iterator[Callable[[slice], Tensor]]:
+        """Of some of this rank's rows what the model lacks at step 0, then what plain quantization would lose."""
+        factors, kept = decomposition.factors, decomposition.residual.decoded
+
+        def lacking(rows: slice) -> Tensor:
+            error = matrix.block[rows] - kept[rows]
             if self.init.core is None:
-                error.addmm_(factors.left, factors.right, alpha=-matrix.scaling)
-            yield error
+                with full_fp32():
+                    error.addmm_(factors.left[rows], factors.right, alpha=-matrix.scaling)
+            return error
+
+        yield lacking
         if not self.residual.exact:
-            del error
-            plain = decomposition.residual
+            plain = kept
             if not self.init.starts_at_zero:  # else the residual is W, quantized already
-                plain = self.residual.encode(matrix.block, matrix.partition, matrix.group)
-            yield matrix.block - plain.decoded
+                plain = self.residual.encode(matrix.block, matrix.partition, matrix.group).decoded
+            yield lambda rows: matrix.block[rows] - plain[rows]
 
     def _cut_anew(
         self, batch: Batch, shards: list[dict[str, Tensor]], measured: Tensor, started: float
