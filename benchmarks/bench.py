@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +13,7 @@ import models
 from costs import Host, measure_host
 from peers import PeftOutcome, measure_peft
 from ranks import run_alone, run_ranks
-from walks import Job, Outcome, measure_walk, reports_of
+from walks import Job, Outcome, measure_speed_ups, measure_walk, reports_of
 
 from lowrank_dist.report import MatrixReport
 
@@ -78,6 +78,11 @@ class Bench:
         """What `job` reports, from one run that is not timed."""
         label = f"reports: {described(job)}"
         return self._once(label, ("reports", job, ranks), lambda: run_ranks(ranks, reports_of, job)[0])
+
+    def speed_ups(self, jobs: Sequence[Job], ranks: int, rounds: int) -> list[list[float]]:
+        """How many times as fast each of `jobs` is on `ranks` processes as the first on one, in every round."""
+        label = f"speed-up, {', '.join(described(job) for job in jobs)}, {rounds} rounds"
+        return self.note(label, lambda: run_ranks(ranks, measure_speed_ups, jobs, rounds)[0])
 
     def peft(self, checkpoint: Path, rank: int, init: str) -> PeftOutcome:
         """PEFT's `init` in one process."""

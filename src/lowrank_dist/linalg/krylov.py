@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from lowrank_dist.comm import ShardGroup
+from lowrank_dist.linalg.estimate import estimated_excess
 from lowrank_dist.linalg.orthonormal import gram, orthonormal_rows, row_signs
 from lowrank_dist.linalg.precision import full_fp32, squared_norm, tf32_is_at_hand, tf32_product
 
@@ -35,8 +36,6 @@ from lowrank_dist.linalg.precision import full_fp32, squared_norm, tf32_is_at_ha
 _FULL_SHARE = 2 / 3
 # With a tolerance, a basis may grow to this multiple of rank + oversampling.
 _MAX_GROWTH = 2
-# Relative to ||W||^2: what captured energy gains below it is rounding of fp32.
-_ROUNDING = 1e-8
 # fp32 eigenvectors are off by some 1e-7 of the largest eigenvalue; where the r-th is above this share of it, that is
 # nothing.
 _FLAT = 1e-3
@@ -167,12 +166,7 @@ def randomized_svd(
     block is steep; the triplets are then taken from a product of its r leading directions with W in fp32,
     ``2 m_p n r`` flops more.
 
-    *Estimate.* The captured energy ``E = sum theta_i`` of the r leading Ritz values of A grows to ``sum sigma_i^2``
-    from below (Cauchy interlacing). If its last two increments, over ``rank / 2`` rows or more each, are d' and d, a
-    geometric series has ``d^2 / (d' - d)`` still to come; the larger of this and d, relative to the tail
-    ``||W||_F^2 - E``, is the estimate. It is not a bound: of 200 draws (spectra i^-0.1 to i^-1, r = 4 to 32, tolerances
-    1e-2 to 1e-4) 2.5 % had more, at most twice as much; 3.3 times is the worst known. Increments below
-    ``1e-8 ||W||_F^2`` are rounding and count as converged.
+    *Estimate.* See `lowrank_dist.linalg.estimate`: not a bound, 3.3 times too small in the worst case known.
     """
     columns = block.shape[1]
     if not 0 < rank <= min(rows, columns):
@@ -200,7 +194,7 @@ class _Krylov:
     image
         ``[D, l]``, W or W^T applied to the basis: sharded if columns are the short side, else replicated.
     gram
-        ``[D, D]`` fp64, this rank's part of ``image @ image.T``, its lower triangle.
+        ``[D, D]`` fp64, this rank's part of ``image @ image.T``, its lower triangle; None while nothing asked for it.
     recurrence
         Of every block but the last, replicated: its own block of ``basis A basis^T`` and the one beside that,
         which links it to the next block. None where they do not tell all in fp32.
@@ -223,6 +217,7 @@ class _Krylov:
         self.estimate, self.steep = math.nan, False
         self.loose = self.was_loose = tf32 and tf32_is_at_hand(block.device)
         self.recurrence: list[tuple[Tensor, Tensor]] | None = None if self.loose else []
+        self.gram: Tensor | None = None
 
     def rows_of(self, right: Tensor) -> Tensor:
         """W applied to vectors ``[b, n]``: ``[b, m_p]``, sharded. Nothing is communicated."""
@@ -271,7 +266,6 @@ class _Krylov:
         rows, columns = self.block.shape
         self.basis = self.block.new_empty(dimension, columns if self.tall else rows)
         self.image = self.block.new_empty(dimension, rows if self.tall else columns)
-        self.gram = torch.zeros(dimension, dimension, dtype=torch.float64, device=self.block.device)
 
     def first_block(self, seed: int, width: int, start: Tensor | None) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
@@ -287,7 +281,6 @@ class _Krylov:
         if self.units_are_free:
             self.basis = torch.eye(self.short, device=self.block.device)
             self.image = self.block.mT if self.tall else self.block
-            self.gram = self.block.new_zeros(self.short, self.short, dtype=torch.float64)
             self.size = self.width = self.short
         else:
             self.allocate(self.short)
@@ -342,6 +335,8 @@ class _Krylov:
     def summed_gram(self) -> Tensor:
         """This rank's part of the Gram matrix of the image: where that is replicated, of a share of its entries."""
         image = self.gram_share()
+        if self.gram is None:
+            self.gram = self.block.new_zeros(len(self.basis), len(self.basis), dtype=torch.float64)
         fresh = slice(self._summed, self.size)
         self.gram[fresh, : self.size] = gram(image[fresh], image[: self.size])
         self._summed = self.size
@@ -371,7 +366,7 @@ class _Krylov:
         if self.size == self.short:
             self.estimate = 0.0
         elif len(history) > 3:
-            self.estimate = _excess(history)
+            self.estimate = estimated_excess(history[0], history[1:])
         return self.estimate <= tolerance
 
     def look_back(self) -> None:
@@ -384,7 +379,8 @@ class _Krylov:
             energies,
             lambda gram: torch.stack([torch.linalg.eigvalsh(gram[:d, :d])[-r:].sum() for d in sizes]),
         )
-        self.estimate = _excess([self.squared_norm(), *energies.tolist()]) if len(sizes) == 3 and r > 1 else math.inf
+        told = len(sizes) == 3 and r > 1
+        self.estimate = estimated_excess(self.squared_norm(), energies.tolist()) if told else math.inf
 
     def squared_norm(self) -> float:
         """``||W||_F^2``. One all-reduce of a number."""
@@ -414,20 +410,6 @@ class _Krylov:
         u, vh = (image, basis) if self.tall else (basis, image)
         signs = row_signs(vh)
         return SVD((u * signs).mT.contiguous(), packed[r].float(), vh * signs, self.iterations, self.estimate)
-
-
-def _excess(history: list[float]) -> float:
-    """The estimate of `randomized_svd` from ``||W||_F^2`` and at least three captured energies."""
-    total, (before, then, now) = history[0], history[-3:]
-    noise = _ROUNDING * total
-    gain, last = max(then - before, 0.0), max(now - then, 0.0)
-    if last <= noise:
-        return 0.0
-    if last >= gain:
-        return math.inf
-    missing = max(last, last * last / (gain - last))
-    tail = total - now
-    return math.sqrt(tail / (tail - missing)) - 1 if missing < tail else math.inf
 
 
 def _leading(gram: Tensor, rank: int) -> Tensor:
