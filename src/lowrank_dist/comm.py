@@ -7,9 +7,11 @@ function that communicates takes a `ShardGroup` and asks nothing else about the 
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +20,9 @@ from torch import Tensor
 
 from lowrank_dist.errors import RemoteError
 
-# Seconds for which a rank on a CPU asks again and again whether a collective has ended, before it sleeps: an all-reduce
-# of 0.5 MB between two busy cores then takes 1.1 ms (median) instead of 2.5 (`benchmarks/bench_collectives.py`).
+# Seconds for which a rank on a CPU asks again and again whether a collective has ended, before it sleeps: virtual cores
+# are given back when idle, and ranks that wake up late are late at the next collective too
+# (`benchmarks/bench_collectives.py`).
 _AWAKE = 0.1
 
 
@@ -41,6 +44,8 @@ class ShardGroup:
         self.size: int = dist.get_world_size(process_group) if self._distributed else 1
         self.device = device or torch.device("cpu")
         self._parts: dict[int, ShardGroup] = {}
+        if self.size > 1:
+            _let_gloo_take_turns()
 
     @classmethod
     def single(cls) -> ShardGroup:
@@ -216,3 +221,19 @@ class ShardGroup:
 
     def _global(self, rank: int) -> int:
         return rank if self._group is None else dist.get_global_rank(self._group, rank)
+
+
+def _let_gloo_take_turns() -> None:
+    """Keep the threads of gloo from interrupting each other, and this rank, when they wake up (``SCHED_BATCH``).
+
+    Where a rank has one core, gloo's event loop otherwise interrupts the thread that holds its lock and asks for that
+    lock until the scheduler's next tick: one of five all-reduces then takes 3 to 4 ms longer. Nothing else changes:
+    whoever waits for a collective gives up the core. Where the threads are not known or may not be changed they stay
+    as they are.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(OSError):  # a thread that has ended, a sandbox
+            if "gloo" in (task / "comm").read_text():
+                os.sched_setscheduler(int(task.name), os.SCHED_BATCH, os.sched_param(0))
