@@ -8,6 +8,7 @@ import torch
 from meters import fastest
 from walks import FP32
 
+from lowrank_dist.block_reader import check_finite
 from lowrank_dist.checkpoint_io import CheckpointReader
 from lowrank_dist.comm import ShardGroup
 from lowrank_dist.forecast.startup import Host
@@ -15,7 +16,6 @@ from lowrank_dist.nf4 import NF4
 from lowrank_dist.partition import RowPartition
 from lowrank_dist.planner import candidates, measure
 from lowrank_dist.residual import ResidualFormat
-from lowrank_dist.walk import check_finite
 
 
 def measure_host(checkpoint: Path, side: int) -> Host:

@@ -84,6 +84,7 @@ class _Runner:
             for matrix in walk.run(self.schedule.batches):
                 self.reports.append(matrix.report)
                 keep(matrix.planned, matrix.factors)
+                del matrix  # before the next one is decomposed
         self.bytes_read = reader.bytes_read
         reader.close()
 

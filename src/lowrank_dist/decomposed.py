@@ -29,6 +29,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from lowrank_dist.adapter_files import CONFIG, MANIFEST, WEIGHTS, read_manifest, residual_stem
+from lowrank_dist.block_reader import check_finite
 from lowrank_dist.checkpoint_io import PACKED_DTYPE, CheckpointError, CheckpointReader, TensorInfo, read_ahead
 from lowrank_dist.checkpoint_keys import peft_name
 from lowrank_dist.comm import ShardGroup
@@ -38,7 +39,7 @@ from lowrank_dist.partition import FlatPartition, RowPartition
 from lowrank_dist.report import MatrixReport
 from lowrank_dist.residual import Encoded, ResidualFormat
 from lowrank_dist.skeleton import ModelError, Plan, PlannedMatrix
-from lowrank_dist.walk import DecomposedMatrix, check_finite, factor_shapes, parameter_shapes, row_partition
+from lowrank_dist.walk import DecomposedMatrix, factor_shapes, parameter_shapes, row_partition
 
 FROZEN_STEM = "frozen_factors"
 _OF_STACK = re.compile(r"(.+)\[(\d+)\]" + re.escape(QUANT_STATE))
@@ -327,7 +328,10 @@ class DecomposedModel:
             shards = {n: shard.to(device) for n, shard in self._shards(planned, partition, group.rank).items()}
         whole = {name: group.gather_equal(shard) for name, shard in shards.items()}
         own = torch.arange(*partition.bounds(group.rank), device=device)
-        return Encoded(shards=shards, decoded=self.residual.decode_rows(whole, partition, own, torch.float32))
+        return Encoded(
+            shards=shards,
+            rows=lambda some: self.residual.decode_rows(whole, partition, own[some], torch.float32),
+        )
 
     def _shards(self, planned: PlannedMatrix, partition: RowPartition, rank: int) -> dict[str, Tensor]:
         """This rank's shards of one residual, by storage name."""

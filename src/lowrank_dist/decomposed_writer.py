@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lowrank_dist import __version__
 from lowrank_dist.adapter_files import MANIFEST, RESIDUAL_STEM, WEIGHTS
+from lowrank_dist.block_reader import check_finite
 from lowrank_dist.checkpoint_io import copy_other_files, write_json
 from lowrank_dist.decomposed import FROZEN_STEM, factor_keys, has_stock_layout, packed_name
 from lowrank_dist.directories import check_free, empty, exclusive, flush_directory, put_in_place, staging_of
@@ -33,7 +34,6 @@ from lowrank_dist.tensor_files import TensorFiles, stored_dtype
 from lowrank_dist.walk import (
     DecomposedMatrix,
     Walk,
-    check_finite,
     factor_shapes,
     parameter_shapes,
     row_partition,
@@ -169,6 +169,7 @@ class DecomposedWriter:
                 self._pending += self._of_stacks.pop(matrix.planned.layer)
             if sum(report.nbytes for report in self._pending) >= FLUSH_BYTES:
                 self._commit()
+            del matrix  # before the next one is decomposed
         self._commit()
 
     def _residual(self, matrix: DecomposedMatrix) -> None:

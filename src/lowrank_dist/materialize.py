@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lowrank_dist.block_reader import check_finite
 from lowrank_dist.checkpoint_io import CheckpointReader
 from lowrank_dist.comm import ShardGroup
 from lowrank_dist.digest import digest_sums, digests
@@ -28,7 +29,7 @@ from lowrank_dist.redistribute import redistribute
 from lowrank_dist.report import InitReport
 from lowrank_dist.residual import ResidualFormat
 from lowrank_dist.skeleton import ADAPTER, Plan, PlannedMatrix, PlannedTensor, plain_name
-from lowrank_dist.walk import DecomposedMatrix, check_finite, factor_shapes, row_partition
+from lowrank_dist.walk import DecomposedMatrix, factor_shapes, row_partition
 from lowrank_dist.zero3 import Partitioner, local_shard, register_used_parameters, stored_bytes, whole_shape
 
 
@@ -116,6 +117,7 @@ def materialize(
             storages = residual.storages(matrix.partition)
             sums.append(digest_sums(matrix.residual, storages, partitioner.group.rank).to(partitioner.device))
         filling.matrix(matrix)
+        del matrix  # before the next one is decomposed
     filling.parameters(plan.parameters, fp32_norms)
     filling.buffers(plan.buffers)
     report = filling.report

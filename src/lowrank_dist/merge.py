@@ -28,6 +28,7 @@ from torch import Tensor
 
 from lowrank_dist.adapter_files import CONFIG, MANIFEST
 from lowrank_dist.adapter_source import AdapterSource, find_adapter
+from lowrank_dist.block_reader import check_finite
 from lowrank_dist.checkpoint_io import (
     CheckpointError,
     CheckpointReader,
@@ -43,7 +44,7 @@ from lowrank_dist.linalg import all_finite, full_fp32, squared_norm
 from lowrank_dist.merge_plan import MergedTensor, MergePlan, plan_merge
 from lowrank_dist.skeleton import PlannedMatrix
 from lowrank_dist.tensor_files import MAX_BYTES, TensorFiles
-from lowrank_dist.walk import check_finite, progress_bar
+from lowrank_dist.walk import progress_bar
 
 BLOCK_BYTES = 32 * 2**20  # of fp32 values at a time
 _NORM_TOLERANCE = 1e-4  # relative; some weights were rounded before their norm was taken

@@ -102,8 +102,8 @@ class NF4:
         Returns
         -------
         Encoded
-            Byte shards, and the dequantized rows in fp32. Double quantization issues two all-reduces (`exact_sum`'s
-            and one of ``ceil(m n / (256 block_size))`` fp32); plain NF4 none.
+            Byte shards, from which rows are dequantized when they are asked for. Double quantization issues two
+            all-reduces (`exact_sum`'s and one of ``ceil(m n / (256 block_size))`` fp32); plain NF4 none.
         """
         _bitsandbytes()
         rows = pad_rows(block, partition)
@@ -123,8 +123,19 @@ class NF4:
             shards |= {"weight_absmax": codes, "weight_nested": mine.view(torch.uint8)}
         else:
             shards["weight_absmax"] = absmax.view(torch.uint8)
-        decoded = _dequantize(shards["weight_packed"], absmax, self.block_size, rows.shape, torch.float32)
-        return Encoded(shards=shards, decoded=decoded[: block.shape[0]])
+        height, columns = block.shape
+
+        def decoded(some: slice) -> Tensor:
+            first, last, _ = some.indices(height)
+            # whole blocks: those at the ends may hold elements of other rows
+            start, stop = first * columns // self.block_size, -(-last * columns // self.block_size)
+            codes = shards["weight_packed"][start * self.block_size // 2 : stop * self.block_size // 2]
+            flat = (1, 2 * len(codes))
+            values = _dequantize(codes, absmax[start:stop], self.block_size, flat, torch.float32)
+            before = first * columns - start * self.block_size
+            return values[0, before : before + (last - first) * columns].view(last - first, columns)
+
+        return Encoded(shards=shards, rows=decoded)
 
     def decode(
         self, stored: Mapping[str, Tensor], partition: RowPartition, dtype: torch.dtype, product: Product | None = None
@@ -277,7 +288,7 @@ def _nested_partition(partition: RowPartition) -> FlatPartition:
 
 
 def _dequantize(packed: Tensor, absmax: Tensor, block_size: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    if shape[0] == 0:
+    if 0 in shape:
         return torch.empty(shape, dtype=dtype, device=packed.device)
     # Blocks run over the flattened matrix: only rows of whole blocks may be handed over as rows.
     flat = shape if shape[1] % block_size == 0 else (shape[0] * shape[1],)

@@ -34,6 +34,7 @@ from lowrank_dist.adapter_files import (
     whole_tensor,
 )
 from lowrank_dist.adapter_match import untie_if_changed
+from lowrank_dist.block_reader import check_finite
 from lowrank_dist.checkpoint_io import CheckpointError, CheckpointReader, resolve_checkpoint, write_json
 from lowrank_dist.checkpoint_keys import peft_name
 from lowrank_dist.comm import ShardGroup
@@ -51,7 +52,7 @@ from lowrank_dist.residual import Encoded, FileTensor, ResidualFormat
 from lowrank_dist.restored import Restored, StoredFactors
 from lowrank_dist.skeleton import ModelError, PlannedMatrix, build_skeleton, inject_adapter, plan_walk
 from lowrank_dist.tensor_files import DTYPES, TensorFiles
-from lowrank_dist.walk import check_finite, factor_shapes, progress_bar, row_partition
+from lowrank_dist.walk import factor_shapes, progress_bar, row_partition
 
 log = logging.getLogger(__name__)
 

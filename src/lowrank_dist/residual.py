@@ -39,12 +39,18 @@ class Encoded:
     ----------
     shards
         Flat tensors by name, each exactly as long as `ResidualFormat.storages` says.
-    decoded
-        What the shards stand for: ``[m_p, n]`` fp32, real rows only.
+    rows
+        ``rows(some)``: what the shards stand for in a slice of this rank's real rows, ``[k, n]`` fp32; may be a view
+        of what was encoded.
     """
 
     shards: dict[str, Tensor]
-    decoded: Tensor
+    rows: Callable[[slice], Tensor]
+
+    @property
+    def decoded(self) -> Tensor:
+        """What the shards stand for: ``[m_p, n]`` fp32, all of this rank's real rows."""
+        return self.rows(slice(None))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +141,8 @@ class Dense:
 
     def encode(self, block: Tensor, partition: RowPartition, group: ShardGroup) -> Encoded:
         values = block.to(self.dtype)
-        return Encoded(shards={"weight_rows": pad_rows(values, partition).flatten()}, decoded=values.float())
+        shards = {"weight_rows": pad_rows(values, partition).flatten()}
+        return Encoded(shards=shards, rows=lambda some: values[some].float())
 
     def decode(
         self, stored: Mapping[str, Tensor], partition: RowPartition, dtype: torch.dtype, product: Product | None = None

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lowrank_dist.adapter_files import ENCODED_DIR, INITIAL_DIR, WEIGHTS
+from lowrank_dist.block_reader import check_finite
 from lowrank_dist.checkpoint_io import FLOAT_DTYPES, CheckpointError, CheckpointReader
 from lowrank_dist.checkpoint_keys import peft_name
 from lowrank_dist.comm import ShardGroup
@@ -27,7 +28,7 @@ from lowrank_dist.redistribute import whole_left
 from lowrank_dist.report import MatrixReport
 from lowrank_dist.residual import ResidualFormat
 from lowrank_dist.skeleton import Plan, PlannedMatrix
-from lowrank_dist.walk import check_finite, factor_shapes
+from lowrank_dist.walk import factor_shapes
 
 
 @dataclass(frozen=True, kw_only=True)

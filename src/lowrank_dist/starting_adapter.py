@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 from lowrank_dist.adapter_files import ADAPTER_DIR, LORA_DIR
 from lowrank_dist.adapter_match import match_adapter
 from lowrank_dist.adapter_source import find_adapter
+from lowrank_dist.block_reader import check_finite
 from lowrank_dist.checkpoint_io import CheckpointError, CheckpointReader
 from lowrank_dist.checkpoint_keys import peft_name
 from lowrank_dist.comm import ShardGroup
 from lowrank_dist.partition import FlatPartition
 from lowrank_dist.skeleton import ModelError, Plan, plain_name
-from lowrank_dist.walk import check_finite
 from lowrank_dist.zero3 import local_shard, whole_shape
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lowrank_dist.checkpoint_io import CheckpointError, CheckpointReader, read_ahead
+from lowrank_dist.block_reader import RowRange, read_blocks
+from lowrank_dist.buffers import Buffers
+from lowrank_dist.checkpoint_io import CheckpointReader
 from lowrank_dist.comm import ShardGroup
-from lowrank_dist.linalg import all_finite, full_fp32, seed_from_name, squared_norm
+from lowrank_dist.linalg import full_fp32, seed_from_name, slabs, squared_norm
 from lowrank_dist.methods.base import Decomposition, Factors, Matrix, Method
 from lowrank_dist.norms import nuclear_norm
 from lowrank_dist.partition import FlatPartition, RowPartition
@@ -32,7 +34,6 @@ from lowrank_dist.skeleton import ModelError, Plan, PlannedMatrix
 
 FACTORS = ("lora_A", "lora_B")
 _ENCODED_FROM = {name: f"encoded_from.{name}" for name in FACTORS}  # among a matrix's shards
-_SLAB = 2**21  # elements of an error that are formed at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,9 +135,10 @@ class Walk:
 
     Notes
     -----
-    Memory of `device`: at most three row blocks as fp32 beside the temporaries of the decomposition: the one in use,
-    one that was read, one being read; and the encoded results of a batch, twice while they are exchanged. On CUDA rows
-    cross from pinned memory in the dtype of the checkpoint, on a stream of their own, and become fp32 there.
+    Memory of `device`: two row blocks as fp32, the one in use and the next, and the temporaries of the decomposition,
+    of which one is as large, the residual; and the encoded results of a batch, twice while they are exchanged. A CPU
+    lends large blocks again and again (`lowrank_dist.buffers`): a residual kept in fp32 lies in one, and who keeps it
+    for long had better keep a copy.
     """
 
     def __init__(
@@ -156,9 +158,6 @@ class Walk:
         self.reader, self.group, self.init, self.residual = reader, group, init, residual
         self.factor_dtype, self.device = factor_dtype, device or torch.device("cpu")
         self.advance, self.statistics, self.known, self.thorough = advance, statistics, known or {}, thorough
-        self._stream: Any = None
-        if self.device.type == "cuda":
-            self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
 
     def run(self, batches: Iterable[Batch]) -> Iterator[DecomposedMatrix]:
         """Decompose all matrices of `batches`. Collective: all ranks iterate to the end.
@@ -169,9 +168,10 @@ class Walk:
             On every rank, if any rank finds a NaN or infinity or cannot read.
         """
         batches = list(batches)
-        if self._stream is not None:  # a reader may hand out what is still being computed
-            self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        blocks = read_ahead(self._read, [(batch, planned) for batch in batches for planned in self._mine(batch)])
+        ranges = [self._rows(batch, planned) for batch in batches for planned in self._mine(batch)]
+        numels = ((rows.stop - rows.start) * self.reader.info(rows.key).shape[-1] for rows in ranges)
+        buffers = Buffers(max(numels, default=0))
+        blocks = read_blocks(self.reader, ranges, buffers, self.device)
         for batch in batches:
             started = time.monotonic()
             measured = torch.full(self._measures_shape(batch), torch.nan, dtype=torch.float64)
@@ -184,7 +184,7 @@ class Walk:
                         block = next(blocks)
                     # nor those that share this one, at the next
                     with part.shared_errors() if batch.group_size < self.group.size else nullcontext():
-                        shards.append(self._decompose(planned, block, part, measures))
+                        shards.append(self._decompose(planned, block, part, measures, buffers))
                     del block
             yield from self._cut_anew(batch, shards, measured, started)
             del shards
@@ -197,32 +197,19 @@ class Walk:
         """A row for every matrix of the rank that has most of `batch`: see `_decompose`; the spectrum."""
         return len(batch.of_rank(0, self.group.size)), 1 + len(_MEASURES) + max(m.rank for m in batch.matrices)
 
-    def _read(self, wanted: tuple[Batch, PlannedMatrix]) -> Tensor:
-        """This rank's rows of a matrix as fp32 on the device, checked for NaN and infinity.
-
-        In a thread, beside the decomposition of the matrix before.
-        """
-        batch, planned = wanted
+    def _rows(self, batch: Batch, planned: PlannedMatrix) -> RowRange:
+        """What this rank reads of a matrix."""
         partition = row_partition(planned, self.residual, batch.group_size)
         start, stop = partition.bounds(self.group.rank % batch.group_size)
-        with self._beside():
-            rows = _to_device(self.reader.rows(planned.key, start, stop), self.device)
-            check_finite(planned.key, rows, start)  # waits for the stream: the rows are there
-        return rows
-
-    def _beside(self) -> AbstractContextManager[object]:
-        """Inside, the device works beside what the main thread has it do."""
-        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+        return RowRange(key=planned.key, start=start, stop=stop)
 
     def _decompose(
-        self, planned: PlannedMatrix, block: Tensor, group: ShardGroup, measures: Tensor
+        self, planned: PlannedMatrix, block: Tensor, group: ShardGroup, measures: Tensor, buffers: Buffers
     ) -> dict[str, Tensor]:
         """This rank's shards of a matrix, cut for the ranks of `group`, which share it; fills `measures`.
 
         The first measure says whether there are factors besides A and B that the residual was encoded from.
         """
-        if self._stream is not None:  # else its memory is used anew while it is read
-            block.record_stream(torch.cuda.current_stream(self.device))
         partition = row_partition(planned, self.residual, group.size)
         matrix = Matrix(
             name=planned.key,
@@ -238,6 +225,7 @@ class Walk:
             thorough=self.thorough,
             factor_names=planned.factor_names,
             expert=(planned.expert or 0, planned.experts),
+            buffers=buffers,
         )
         decomposition = self.init.decompose(matrix, self.residual)
         shards = decomposition.residual.shards | self._factor_shards(planned, partition, decomposition.factors, group)
@@ -270,10 +258,8 @@ class Walk:
         """Fill `out` with the measures of one matrix, then its singular values. One all-reduce, or as the norms do."""
         residual, group, block = self.residual, matrix.group, matrix.block
         squares, nuclear = [squared_norm(block)], []
-        height = max(_SLAB // block.shape[1], 1)
-        slabs = [slice(first, first + height) for first in range(0, block.shape[0], height)]
         for error in self._errors(matrix, decomposition):
-            squares.append(sum((squared_norm(error(rows)) for rows in slabs), torch.zeros_like(squares[0])))
+            squares.append(sum((squared_norm(error(rows)) for rows in slabs(block)), torch.zeros_like(squares[0])))
             if self.thorough and not residual.exact:
                 # the same probes for both: what they miss cancels in the ratio
                 seed = seed_from_name(matrix.name)
@@ -293,10 +279,10 @@ class Walk:
 
     def _errors(self, matrix: Matrix, decomposition: Decomposition) -> Iterator[Callable[[slice], Tensor]]:
         """Of some of this rank's rows what the model lacks at step 0, then what plain quantization would lose."""
-        factors, kept = decomposition.factors, decomposition.residual.decoded
+        factors, kept = decomposition.factors, decomposition.residual
 
         def lacking(rows: slice) -> Tensor:
-            error = matrix.block[rows] - kept[rows]
+            error = matrix.block[rows] - kept.rows(rows)
             if self.init.core is None:
                 with full_fp32():
                     error.addmm_(factors.left[rows], factors.right, alpha=-matrix.scaling)
@@ -306,8 +292,8 @@ class Walk:
         if not self.residual.exact:
             plain = kept
             if not self.init.starts_at_zero:  # else the residual is W, quantized already
-                plain = self.residual.encode(matrix.block, matrix.partition, matrix.group).decoded
-            yield lambda rows: matrix.block[rows] - plain[rows]
+                plain = self.residual.encode(matrix.block, matrix.partition, matrix.group)
+            yield lambda rows: matrix.block[rows] - plain.rows(rows)
 
     def _cut_anew(
         self, batch: Batch, shards: list[dict[str, Tensor]], measured: Tensor, started: float
@@ -373,13 +359,6 @@ class Walk:
         return {name: (storage, both[1][name]) for name, storage in both[0].items()}
 
 
-def _to_device(rows: Tensor, device: torch.device) -> Tensor:
-    """As fp32 on `device`; from the host to CUDA by way of pinned memory, without waiting."""
-    if device.type == "cuda" and not rows.is_cuda:
-        rows = rows.pin_memory().to(device, non_blocking=True)
-    return rows.to(device, torch.float32)
-
-
 ENDS = ("quantize", "decompose")
 _MEASURES = (
     "norm",
@@ -398,13 +377,3 @@ _MEASURES = (
 def progress_bar(total: int, *, show: bool, doing: str = "Decomposing") -> tqdm[Any]:
     """Bytes of the checkpoint that are done, throughput and time left."""
     return tqdm(total=total, unit="B", unit_scale=True, desc=doing, disable=not show)
-
-
-def check_finite(key: str, values: Tensor, start: int) -> None:
-    """Raise CheckpointError if `values` (rows or elements of tensor `key` from `start` on) hold a NaN or infinity."""
-    if not all_finite(values):
-        bad = (~torch.isfinite(values)).nonzero()[0].tolist()
-        bad[0] += start
-        raise CheckpointError(
-            f"{key}: NaN or infinity at {bad}; the checkpoint is damaged or was saved from a diverged run"
-        )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +23,18 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
+import lowrank_dist.walk
 from helpers.models import CAUSAL_LMS, save_checkpoint
 from helpers.ranks import run_ranks, run_ranks_catching
 from helpers.training import STEPS, CausalLM, loader, make_strategy, make_trainer
 from lowrank_dist import NF4, LoftQ, LoRA, PiSSA
+from lowrank_dist.buffers import Buffers
 from lowrank_dist.checkpoint_io import CheckpointReader
 from lowrank_dist.comm import ShardGroup
 from lowrank_dist.layers import FrozenLinear
 from lowrank_dist.methods.base import Matrix, residual_block
 from lowrank_dist.partition import RowPartition
+from lowrank_dist.residual import Dense
 from lowrank_dist.skeleton import PlannedMatrix
 from lowrank_dist.walk import Batch, DecomposedMatrix, Walk, row_partition
 from lowrank_dist.zero3 import LiveMemory, stored_bytes
@@ -163,6 +168,38 @@ def test_groups_of_ranks_take_turns(tmp_path: Path, group_size: int) -> None:
             assert torch.equal(torch.cat(cut)[: storage.numel], torch.cat(whole)[: storage.numel])
         assert len({part[planned.key].report.norm for part in parts}) == 1
         assert parts[0][planned.key].report.norm == pytest.approx(float(weights[planned.key].double().norm()), rel=1e-6)
+
+
+def walk_with_buffers(checkpoint: Path, method: Any, fmt: Any, lent: bool) -> dict[str, tuple[Any, ...]]:
+    """What is kept of every matrix to the end, its row blocks and residuals in memory that is lent, or not."""
+    lowrank_dist.walk.Buffers = partial(Buffers, least=1 if lent else 2**40)
+    walk = Walk(CheckpointReader(checkpoint), ShardGroup(), init=method, residual=fmt, factor_dtype=torch.float32)
+    batches = [Batch(group_size=walk.group.size, matrices=(planned,)) for planned in planned_matrices(checkpoint)]
+    return {m.planned.key: (m.residual, m.factors, replace(m.report, seconds=0.0)) for m in walk.run(batches)}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(
+    ("method", "fmt"),
+    [
+        (LoRA(), Dense(dtype=torch.float32)),  # the shards are the block that was read
+        (PiSSA(), Dense(dtype=torch.float32)),  # the residual that was formed
+        (PiSSA(), Dense(dtype=torch.bfloat16)),
+        (PiSSA(quantization_iterations=3), NF4(double_quant=True)),
+        (LoftQ(quantization_iterations=2), NF4()),
+    ],
+    ids=str,
+)
+def test_memory_that_is_used_again_changes_nothing(tmp_path: Path, method: Any, fmt: Any, world_size: int) -> None:
+    weights = {f"{i}.weight": weight(*shape).bfloat16() for i, shape in enumerate(SHAPES)}
+    save_file(weights, tmp_path / "model.safetensors")
+    lent, fresh = (run_ranks(world_size, walk_with_buffers, tmp_path, method, fmt, b) for b in (True, False))
+    for mine, expected in zip(lent, fresh, strict=True):
+        assert mine.keys() == expected.keys() == weights.keys()
+        for name, (residual, factors, report) in mine.items():
+            assert all(torch.equal(residual[key], value) for key, value in expected[name][0].items())
+            assert all(torch.equal(factors[key], value) for key, value in expected[name][1].items())
+            assert report == expected[name][2]
 
 
 @pytest.mark.parametrize("group_size", [1, 2])

@@ -35,7 +35,7 @@ LAYERS = [
     ["walk"],
     ["skeleton", "experts", "folded", "layerwise"],
     ["zero3", "layers", "methods", "checkpoint_keys"],
-    ["norms", "digest"],
+    ["norms", "digest", "block_reader"],
     ["trailing"],
     ["linalg", "nf4", "adapter_source"],
     ["nf4_kernel"],
@@ -47,7 +47,7 @@ LAYERS = [
     ["health"],
     ["sources"],
     ["attempts", "checkpoint_io", "comm", "directories", "partition"],
-    ["allocation", "signals"],
+    ["allocation", "buffers", "signals"],
     ["errors", "report"],
 ]
 HOMES = {

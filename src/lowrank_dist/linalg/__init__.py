@@ -6,7 +6,7 @@ a rank decides from data, rank 0 decides for all.
 
 from lowrank_dist.linalg.krylov import SVD, randomized_svd, seed_from_name
 from lowrank_dist.linalg.orthonormal import orthonormalize, row_signs
-from lowrank_dist.linalg.precision import all_finite, full_fp32, minus_product, squared_norm
+from lowrank_dist.linalg.precision import all_finite, full_fp32, minus_product, slabs, squared_norm
 
 __all__ = [
     "SVD",
@@ -17,5 +17,6 @@ __all__ = [
     "randomized_svd",
     "row_signs",
     "seed_from_name",
+    "slabs",
     "squared_norm",
 ]

@@ -14,6 +14,8 @@ from torch import Tensor
 
 # Elements that are widened to fp64 at a time.
 _PIECE = 2**18
+# Elements of a matrix that are there at a time, where not all need be.
+_SLAB = 2**21
 # Rows of a matrix that are multiplied at a time where bits must not depend on the sharding. On one thread 256 of them
 # take 6 % (4096^2, r = 128) to 15 % (2048^2, r = 64) longer than all at once, 64 of them 10 to 30 %.
 _ROWS = 256
@@ -80,7 +82,15 @@ def single_threads() -> Iterator[int]:
         torch.set_num_threads(before)
 
 
-def minus_product(block: Tensor, left: Tensor, right: Tensor, *, scaling: float, rows: int, start: int) -> Tensor:
+def slabs(block: Tensor) -> list[slice]:
+    """Slices of the rows of a matrix, of some 2 million elements each: for what need not be there as a whole."""
+    height = max(_SLAB // max(block.shape[1], 1), 1)
+    return [slice(first, min(first + height, len(block))) for first in range(0, len(block), height)]
+
+
+def minus_product(
+    block: Tensor, left: Tensor, right: Tensor, *, scaling: float, rows: int, start: int, out: Tensor | None = None
+) -> Tensor:
     """``W - scaling * left @ right`` in true fp32, the same bits however the rows of W are cut over ranks.
 
     A BLAS rounds a product according to its shape: one row alone, or the last rows of a block, come out otherwise than
@@ -102,21 +112,24 @@ def minus_product(block: Tensor, left: Tensor, right: Tensor, *, scaling: float,
         m, the rows of all ranks together.
     start
         Index of this rank's first row.
+    out
+        Where the result is written; by default a new tensor.
 
     Returns
     -------
     Tensor
-        ``[m_p, n]`` fp32, row-sharded; a new tensor. Where `right` is zero it is W, signs of zeros included. Nothing is
-        communicated.
+        ``[m_p, n]`` fp32, row-sharded; `out`, or a new tensor. Where `right` is zero it is W, signs of zeros included.
+        Nothing is communicated.
 
     Notes
     -----
     The bits are those of one BLAS on one kind of device. Memory: the result, and two slabs of ``256 x n`` for every
     thread.
     """
+    out = torch.empty_like(block) if out is None else out
     if not bool(right.any()):
-        return block.clone()
-    out, stop, height = torch.empty_like(block), start + block.shape[0], min(_ROWS, rows)
+        return out.copy_(block)
+    stop, height = start + block.shape[0], min(_ROWS, rows)
     # Fresh and contiguous operands: some BLAS choose their kernels by strides and alignment too.
     scaled = torch.mul(right, -scaling, out=right.new_empty(right.shape))
 

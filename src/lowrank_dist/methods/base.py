@@ -10,8 +10,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lowrank_dist.buffers import Buffers
 from lowrank_dist.comm import ShardGroup
-from lowrank_dist.linalg import SVD, minus_product
+from lowrank_dist.linalg import SVD, minus_product, slabs
 from lowrank_dist.partition import RowPartition
 from lowrank_dist.residual import Encoded, ResidualFormat
 
@@ -54,6 +55,8 @@ class Matrix:
         Names of the parameters that hold A (``lora_A``) and B (``lora_B``) in the model.
     expert
         Which of how many matrices, where these share the parameters (experts).
+    buffers
+        Memory for matrices like `block` that are given up soon.
     """
 
     name: str
@@ -69,6 +72,11 @@ class Matrix:
     thorough: bool = False
     factor_names: Mapping[str, str] = field(default_factory=dict)
     expert: tuple[int, int] = (0, 1)
+    buffers: Buffers = field(default_factory=Buffers)
+
+    def empty(self) -> Tensor:
+        """An uninitialized matrix like `block`, ``[m_p, n]`` fp32."""
+        return self.buffers.empty(self.block.shape, self.block.device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,5 +197,19 @@ def residual_block(matrix: Matrix, factors: Factors) -> Tensor:
     """
     start, _ = matrix.partition.bounds(matrix.group.rank)
     return minus_product(
-        matrix.block, factors.left, factors.right, scaling=matrix.scaling, rows=matrix.partition.rows, start=start
+        matrix.block,
+        factors.left,
+        factors.right,
+        scaling=matrix.scaling,
+        rows=matrix.partition.rows,
+        start=start,
+        out=matrix.empty(),
     )
+
+
+def quantization_error(matrix: Matrix, encoded: Encoded) -> Tensor:
+    """This rank's rows of ``W - Q``, ``[m_p, n]`` fp32, for an encoded residual Q; no memory for Q itself."""
+    error = matrix.empty()
+    for rows in slabs(error):
+        torch.sub(matrix.block[rows], encoded.rows(rows), out=error[rows])
+    return error

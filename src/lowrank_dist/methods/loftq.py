@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from lowrank_dist.errors import InputError
-from lowrank_dist.methods.base import Decomposition, Factors, Matrix, residual_block
+from lowrank_dist.methods.base import Decomposition, Factors, Matrix, quantization_error, residual_block
 from lowrank_dist.methods.principal import AlternatingMethod, told
 from lowrank_dist.residual import ResidualFormat
 
@@ -39,13 +39,13 @@ class LoftQ(AlternatingMethod):
 
     def decompose(self, matrix: Matrix, residual: ResidualFormat) -> Decomposition:
         encoded = residual.encode(matrix.block, matrix.partition, matrix.group)
-        factors, first = self.principal_factors(matrix, matrix.block - encoded.decoded)
+        factors, first = self.principal_factors(matrix, quantization_error(matrix, encoded))
         svd = first
         encoded_from = Factors(left=torch.zeros_like(factors.left), right=torch.zeros_like(factors.right))
         for _ in range(self.quantization_iterations - 1):
             encoded_from = factors
             encoded = residual.encode(residual_block(matrix, factors), matrix.partition, matrix.group)
-            factors, svd = self.refined_factors(matrix, matrix.block - encoded.decoded, svd)
+            factors, svd = self.refined_factors(matrix, quantization_error(matrix, encoded), svd)
         return Decomposition(
             factors=factors,
             residual=encoded,

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from lowrank_dist.errors import InputError
-from lowrank_dist.linalg import squared_norm
-from lowrank_dist.methods.base import Decomposition, Factors, Matrix, residual_block
+from lowrank_dist.linalg import slabs, squared_norm
+from lowrank_dist.methods.base import Decomposition, Factors, Matrix, quantization_error, residual_block
 from lowrank_dist.methods.principal import AlternatingMethod, told
 from lowrank_dist.residual import Encoded, ResidualFormat
 
@@ -50,10 +50,10 @@ class PiSSA(AlternatingMethod):
         svd = first
         encoded = residual.encode(residual_block(matrix, factors), matrix.partition, matrix.group)
         for _ in range(self.quantization_iterations - 1):
-            factors, svd = self.refined_factors(matrix, matrix.block - encoded.decoded, svd)
+            factors, svd = self.refined_factors(matrix, quantization_error(matrix, encoded), svd)
             encoded = residual.encode(residual_block(matrix, factors), matrix.partition, matrix.group)
         if self.quantization_iterations > 1:
-            refitted, last = self.refined_factors(matrix, matrix.block - encoded.decoded, svd)
+            refitted, last = self.refined_factors(matrix, quantization_error(matrix, encoded), svd)
             kept, refit = self.errors(matrix, encoded, factors, refitted)
             if refit < kept:
                 return Decomposition(
@@ -72,5 +72,10 @@ class PiSSA(AlternatingMethod):
     @staticmethod
     def errors(matrix: Matrix, encoded: Encoded, *candidates: Factors) -> list[float]:
         """``||W - (Q + scaling * left @ right)||_F^2`` for every candidate. One all-reduce of as many numbers."""
-        squares = [squared_norm(residual_block(matrix, factors).sub_(encoded.decoded)) for factors in candidates]
+        squares = []
+        for factors in candidates:
+            error = residual_block(matrix, factors)
+            for rows in slabs(error):
+                error[rows] -= encoded.rows(rows)
+            squares.append(squared_norm(error))
         return matrix.group.sum(torch.stack(squares)).tolist()

@@ -1,0 +1,74 @@
+"""Blocks of rows out of a checkpoint, ready to be computed with, read beside what is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_dist.buffers import Buffers
+from lowrank_dist.checkpoint_io import CheckpointError, CheckpointReader, read_ahead
+from lowrank_dist.linalg import all_finite
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowRange:
+    """Rows ``start:stop`` of tensor `key`."""
+
+    key: str
+    start: int
+    stop: int
+
+
+def read_blocks(
+    reader: CheckpointReader, ranges: Sequence[RowRange], buffers: Buffers, device: torch.device
+) -> Iterator[Tensor]:
+    """Every range as fp32 on `device`, checked for NaN and infinity, while a thread reads the next one.
+
+    Memory of `device`: the block in use and the next one, in `buffers` where they are of another dtype in the
+    checkpoint; blocks in fp32 on a CPU are the mapped file. To CUDA rows cross from pinned memory in the dtype of the
+    checkpoint, on a stream of their own, and become fp32 there.
+
+    Raises
+    ------
+    CheckpointError
+        Where the block would have come, if it cannot be read or holds a NaN or infinity.
+    """
+    stream: Any = None
+    if device.type == "cuda":
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))  # a reader may hand out what is still being computed
+
+    def beside() -> AbstractContextManager[object]:
+        return nullcontext() if stream is None else torch.cuda.stream(stream)
+
+    def read(rows: RowRange) -> Tensor:
+        with beside():
+            block = reader.rows(rows.key, rows.start, rows.stop)
+            if stream is not None:
+                block = block if block.is_cuda else block.pin_memory().to(device, non_blocking=True)
+                block = block.to(device, torch.float32)
+            elif block.dtype != torch.float32 or block.device != device:
+                block = buffers.empty(block.shape, device).copy_(block)
+            check_finite(rows.key, block, rows.start)  # waits for the stream: the rows are there
+        return block
+
+    for block in read_ahead(read, ranges):
+        if stream is not None:  # else its memory is used anew while it is read
+            block.record_stream(torch.cuda.current_stream(device))
+        yield block
+        del block  # before the one after the next is read
+
+
+def check_finite(key: str, values: Tensor, start: int) -> None:
+    """Raise CheckpointError if `values` (rows or elements of tensor `key` from `start` on) hold a NaN or infinity."""
+    if not all_finite(values):
+        bad = (~torch.isfinite(values)).nonzero()[0].tolist()
+        bad[0] += start
+        raise CheckpointError(
+            f"{key}: NaN or infinity at {bad}; the checkpoint is damaged or was saved from a diverged run"
+        )
