@@ -34,7 +34,7 @@ def llama_layer(hidden: int, key_value: int, intermediate: int) -> Shapes:
 LLAMA_8B = llama_layer(4096, 1024, 14336)
 LLAMA_70B = llama_layer(8192, 1024, 28672)
 LLAMA_405B = llama_layer(16384, 1024, 53248)
-TINY_LAYER = llama_layer(96, 32, 160)
+TINY_LAYER = llama_layer(128, 32, 192)
 
 MODELS_OF_CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "models"
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -31,3 +33,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny LLaMA with tied embeddings, fp32, in several files."""
     return save_checkpoint(tmp_path_factory.mktemp("llama"), "llama", tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def exact_bitsandbytes() -> Iterator[None]:
+    """Stock models compute in fp32 from their weights in 4 bits, whatever the CPU.
+
+    Where it has AVX512-BF16, ``Linear4bit`` otherwise rounds to bf16 in eval mode, and takes only rows by 32 and
+    columns by `block_size` (bitsandbytes 0.50, `_convert_weight_packed_for_cpu`).
+    """
+    with patch("bitsandbytes.nn.modules.has_avx512bf16", lambda: False):
+        yield

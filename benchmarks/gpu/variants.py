@@ -90,6 +90,7 @@ def _linear4bit(problem: Problem) -> nn.Module:
     linear = bnb.nn.Linear4bit(columns, rows, bias=False, compute_dtype=problem.dtype, quant_type="nf4")
     weight = problem.weight.to("cpu", problem.dtype)
     linear.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True)
+    linear.support_avx512bf16_for_cpu = False  # in eval mode, in bf16 and wrong where blocks straddle rows
     return linear.to(problem.weight.device)
 
 

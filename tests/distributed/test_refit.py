@@ -137,7 +137,7 @@ def test_a_lower_rank_is_the_best_one(trained: tuple[Path, Path, Tensor], tmp_pa
         assert leftover.after <= leftover.before * (1 + 1e-3) + 1e-5 * leftover.norm
     assert done.after <= done.before + 1e-5
     one = refit(checkpoint, tmp_path / "one", 8)
-    assert one.after == pytest.approx(done.after, rel=1e-3, abs=1e-6)
+    assert one.after == pytest.approx(done.after, rel=1e-3, abs=1e-5)
 
 
 WEIGHTS = "adapter_model.safetensors"
