@@ -185,8 +185,8 @@ def layers(bench: Bench) -> str:
     parts = [
         f"The seven linears of one layer, spectra i^-0.5, bf16 on disk, r = {s.layer_rank}, `PiSSA()` with fp32 "
         f"factors and residual; ranks of one thread and core, PEFT {s.ranks} of them. Speed-up: against one rank, the "
-        "median (lowest to highest) of rounds in which all of them took turns. Peak: MB of the largest rank above an "
-        "idle interpreter, without mapped files; PEFT's with the fp32 layer that it holds.",
+        "median (lowest to highest) of rounds in which all took turns, each in new processes. Peak: MB of the largest "
+        "rank above an idle interpreter, without mapped files; PEFT's with the fp32 layer that it holds.",
         _layer_table(bench, "LLaMA-3-8B", bench.layer_8b(), rounds=7, peers=True),
     ]
     if s.large:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,25 +115,12 @@ def measure_walk(job: Job, repeats: int, budget: float, best: Mapping[str, float
     )
 
 
-def measure_speed_ups(jobs: Sequence[Job], rounds: int) -> list[list[float]]:
-    """How many times as fast each of `jobs` is on all ranks as the first is on one: a list for every round.
-
-    In every round all run in turns, so that a machine that is slower for a while is so for each of them.
-    """
+def time_walk(job: Job) -> float:
+    """Seconds of one run on the slowest rank, after one to warm up."""
     group = ShardGroup()
-    alone = _Runner(jobs[0], ShardGroup.single())
-    together = [_Runner(job, group) for job in jobs]
-    together[0].run()  # to warm up
-    found = []
-    for _ in range(rounds):
-        runs = [alone.run if group.rank == 0 else lambda: None, *(runner.run for runner in together)]
-        seconds = []
-        for run in runs:
-            group.raise_together(None)  # all begin together
-            seconds.append(seconds_of(run))
-        first, *others = group.max(torch.tensor(seconds, dtype=torch.float64)).tolist()
-        found.append([first / other for other in others])
-    return found
+    runner = _Runner(job, group)
+    runner.run()
+    return repeat(lambda _: runner.run(), repeats=1, budget=math.inf, group=group)[0]
 
 
 def reports_of(job: Job) -> list[MatrixReport]:
