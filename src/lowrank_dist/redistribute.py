@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from torch import Tensor
 from lowrank_dist.comm import ShardGroup
 from lowrank_dist.partition import RowPartition
 from lowrank_dist.residual import Storage
+
+_ALIGNMENT = 64  # bytes: what is received may be viewed as any dtype, and loaded in vectors
 
 
 def whole_left(left: Tensor, partition: RowPartition, group: ShardGroup) -> Tensor:
@@ -49,52 +52,74 @@ def redistribute(
         For every item this rank's flat shards over `kept_by` ranks, padding included.
     """
     kept = group.size if kept_by is None else kept_by
+    me, step = group.rank, group.size // group_size
 
-    def overlap(source: int, target: int, storages: tuple[Storage, Storage]) -> tuple[int, int]:
-        held, wanted = storages
-        position, place = source % group_size, target % kept
-        start = max(position * held.shard_numel, place * wanted.shard_numel)
-        return start, min((position + 1) * held.shard_numel, (place + 1) * wanted.shard_numel, held.numel)
+    def pieces(source: int, target: int) -> list[_Piece]:
+        """What `source` holds of what `target` keeps, in the order in which it is sent."""
+        found = []
+        for item in range(source // group_size, len(layouts), step):
+            for name, (held, wanted) in layouts[item].items():
+                position, place = source % group_size, target % kept
+                start = max(position * held.shard_numel, place * wanted.shard_numel)
+                stop = min((position + 1) * held.shard_numel, (place + 1) * wanted.shard_numel, held.numel)
+                if start < stop:
+                    found.append(_Piece(item, name, start, stop))
+        return found
 
-    def items_of(rank: int) -> range:
-        return range(rank // group_size, len(layouts), group.size // group_size)
+    def of_shard(piece: _Piece) -> Tensor:
+        first = me % group_size * layouts[piece.item][piece.name][0].shard_numel
+        return shards[piece.item // step][piece.name][piece.start - first : piece.stop - first]
 
-    me = group.rank
+    def nbytes(piece: _Piece) -> int:
+        return -(-(piece.stop - piece.start) * dtype_of(piece).itemsize // _ALIGNMENT) * _ALIGNMENT
+
+    def dtype_of(piece: _Piece) -> torch.dtype:
+        return layouts[piece.item][piece.name][1].dtype
+
+    def packed(piece: _Piece) -> tuple[Tensor, Tensor]:
+        data = of_shard(piece).contiguous().view(torch.uint8)
+        return data, padding[: nbytes(piece) - data.numel()]
+
     device = next((shard.device for item in shards for shard in item.values()), group.device)
-    outgoing: list[list[Tensor]] = []  # views of `shards`, by the rank that gets them
-    for target in range(group.size):
-        outgoing.append([])
-        for item, index in zip(shards, items_of(me), strict=True):
-            for name, storages in layouts[index].items():
-                start, stop = overlap(me, target, storages)
-                first = me % group_size * storages[0].shard_numel
-                if start < stop:
-                    outgoing[-1].append(item[name][start - first : stop - first].contiguous().view(torch.uint8))
+    others = [rank for rank in range(group.size) if rank != me]
+    outgoing = {target: pieces(me, target) for target in others}
+    incoming = {source: pieces(source, me) for source in others}
+    padding = torch.zeros(_ALIGNMENT, dtype=torch.uint8, device=device)
+    parts = [part for target in others for piece in outgoing[target] for part in packed(piece)]
+    received = group.exchange(
+        torch.cat([padding[:0], *parts]),
+        [sum(map(nbytes, outgoing.get(rank, ()))) for rank in range(group.size)],
+        [sum(map(nbytes, incoming.get(rank, ()))) for rank in range(group.size)],
+    )
+    cut: list[dict[str, Tensor]] = [{} for _ in layouts]
 
-    items = [
-        {name: torch.zeros(cut.shard_numel, dtype=cut.dtype, device=device) for name, (_, cut) in layout.items()}
-        for layout in layouts
-    ]
-    incoming: list[list[Tensor]] = []  # views of `items` to fill, in the order in which their ranks send
-    for source in range(group.size):
-        incoming.append([])
-        for index in items_of(source):
-            for name, storages in layouts[index].items():
-                start, stop = overlap(source, me, storages)
-                first = me % kept * storages[1].shard_numel
-                if start < stop:
-                    incoming[-1].append(items[index][name][start - first : stop - first].view(torch.uint8))
-    for view, part in zip(incoming[me], outgoing[me], strict=True):  # what stays here need not be packed
-        view.copy_(part)
-    incoming[me], outgoing[me] = [], []
-    packed = torch.cat([torch.empty(0, dtype=torch.uint8, device=device), *(v for views in outgoing for v in views)])
-    received = group.exchange(packed, _numels(outgoing), _numels(incoming))
-    del packed
-    for data, views in zip(received, incoming, strict=True):
-        for view, part in zip(views, torch.split(data, [view.numel() for view in views]), strict=True):
-            view.copy_(part)
-    return items
+    def keep(piece: _Piece, values: Tensor, *, as_it_is: bool) -> None:
+        wanted, of_item = layouts[piece.item][piece.name][1], cut[piece.item]
+        if values.numel() == wanted.shard_numel:
+            of_item[piece.name] = values if as_it_is else values.clone()
+            return
+        if piece.name not in of_item:
+            of_item[piece.name] = torch.zeros(wanted.shard_numel, dtype=wanted.dtype, device=device)
+        first = piece.start - me % kept * wanted.shard_numel
+        of_item[piece.name][first : first + values.numel()] = values
+
+    for piece in pieces(me, me):  # a copy, which does not keep the rest of the shard alive
+        keep(piece, of_shard(piece), as_it_is=False)
+    for source, data in enumerate(received):
+        some = incoming.get(source, [])
+        for piece, values in zip(some, torch.split(data, [nbytes(piece) for piece in some]), strict=True):
+            keep(piece, values.view(dtype_of(piece))[: piece.stop - piece.start], as_it_is=True)
+    for of_item, layout in zip(cut, layouts, strict=True):
+        for name, (_, wanted) in layout.items():
+            if name not in of_item:  # padding only
+                of_item[name] = torch.zeros(wanted.shard_numel, dtype=wanted.dtype, device=device)
+    return cut
 
 
-def _numels(views: list[list[Tensor]]) -> list[int]:
-    return [sum(view.numel() for view in some) for some in views]
+class _Piece(NamedTuple):
+    """Elements ``start:stop`` of the flat tensor `name` of an item."""
+
+    item: int
+    name: str
+    start: int
+    stop: int

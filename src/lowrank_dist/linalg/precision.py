@@ -82,9 +82,9 @@ def single_threads() -> Iterator[int]:
         torch.set_num_threads(before)
 
 
-def slabs(block: Tensor) -> list[slice]:
-    """Slices of the rows of a matrix, of some 2 million elements each: for what need not be there as a whole."""
-    height = max(_SLAB // max(block.shape[1], 1), 1)
+def slabs(block: Tensor, numel: int = _SLAB) -> list[slice]:
+    """Slices of the rows of a matrix, of some `numel` elements each: for what need not be there as a whole."""
+    height = max(numel // max(block.shape[1], 1), 1)
     return [slice(first, min(first + height, len(block))) for first in range(0, len(block), height)]
 
 
