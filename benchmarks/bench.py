@@ -88,7 +88,7 @@ class Bench:
 
         def one_round() -> list[float]:
             alone = run_alone(time_walk, jobs[0])
-            return [alone / max(run_ranks(ranks, time_walk, job)) for job in jobs]
+            return [alone / run_ranks(ranks, time_walk, job)[0] for job in jobs]
 
         label = f"speed-up, {', '.join(described(job) for job in jobs)}, {rounds} rounds"
         return self.note(label, lambda: [one_round() for _ in range(rounds)])

@@ -49,7 +49,8 @@ def redistribute(
     Returns
     -------
     list of dict
-        For every item this rank's flat shards over `kept_by` ranks, padding included.
+        For every item this rank's flat shards over `kept_by` ranks, padding included. Those that one rank sent whole
+        lie in what was received in this one exchange: who keeps few of them for long had better keep copies.
     """
     kept = group.size if kept_by is None else kept_by
     me, step = group.rank, group.size // group_size
@@ -81,15 +82,13 @@ def redistribute(
         return data, padding[: nbytes(piece) - data.numel()]
 
     device = next((shard.device for item in shards for shard in item.values()), group.device)
-    others = [rank for rank in range(group.size) if rank != me]
-    outgoing = {target: pieces(me, target) for target in others}
-    incoming = {source: pieces(source, me) for source in others}
+    outgoing = [[] if rank == me else pieces(me, rank) for rank in range(group.size)]
+    incoming = [[] if rank == me else pieces(rank, me) for rank in range(group.size)]
     padding = torch.zeros(_ALIGNMENT, dtype=torch.uint8, device=device)
-    parts = [part for target in others for piece in outgoing[target] for part in packed(piece)]
     received = group.exchange(
-        torch.cat([padding[:0], *parts]),
-        [sum(map(nbytes, outgoing.get(rank, ()))) for rank in range(group.size)],
-        [sum(map(nbytes, incoming.get(rank, ()))) for rank in range(group.size)],
+        torch.cat([padding[:0], *(part for some in outgoing for piece in some for part in packed(piece))]),
+        [sum(map(nbytes, some)) for some in outgoing],
+        [sum(map(nbytes, some)) for some in incoming],
     )
     cut: list[dict[str, Tensor]] = [{} for _ in layouts]
 
@@ -105,8 +104,7 @@ def redistribute(
 
     for piece in pieces(me, me):  # a copy, which does not keep the rest of the shard alive
         keep(piece, of_shard(piece), as_it_is=False)
-    for source, data in enumerate(received):
-        some = incoming.get(source, [])
+    for data, some in zip(received, incoming, strict=True):
         for piece, values in zip(some, torch.split(data, [nbytes(piece) for piece in some]), strict=True):
             keep(piece, values.view(dtype_of(piece))[: piece.stop - piece.start], as_it_is=True)
     for of_item, layout in zip(cut, layouts, strict=True):

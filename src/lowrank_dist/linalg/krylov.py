@@ -30,7 +30,7 @@ from torch.linalg import vector_norm
 from lowrank_dist.comm import ShardGroup
 from lowrank_dist.linalg.estimate import estimated_excess
 from lowrank_dist.linalg.orthonormal import gram, orthonormal_rows, row_signs
-from lowrank_dist.linalg.precision import full_fp32, squared_norm, tf32_is_at_hand, tf32_product
+from lowrank_dist.linalg.precision import full_fp32, slabs, squared_norm, tf32_is_at_hand, tf32_product
 
 # From this share of the short side on, its whole Gram matrix costs less than a Krylov basis.
 _FULL_SHARE = 2 / 3
@@ -242,9 +242,9 @@ class _Krylov:
     def there_and_back(self, x: Tensor, y: Tensor) -> Tensor:
         """``W^T y`` for ``y = W x``, this rank's part, ``[b, n]``, in fp32; fills `y`. W is read once, slab by slab."""
         back = x.new_zeros(len(x), self.block.shape[1])
-        height = max(_CACHED * torch.get_num_threads() // self.block.shape[1], 1)
-        for slab, part in zip(torch.split(self.block, height), torch.split(y, height, dim=1), strict=True):
-            torch.addmm(back, torch.mm(x, slab.mT, out=part), slab, out=back)
+        for rows in slabs(self.block, _CACHED * torch.get_num_threads()):
+            slab = self.block[rows]
+            torch.addmm(back, torch.mm(x, slab.mT, out=y[:, rows]), slab, out=back)
         return back
 
     def to_image(self, x: Tensor) -> Tensor:
