@@ -55,19 +55,20 @@ def orthonormalize(y: Tensor, group: ShardGroup) -> tuple[Tensor, Tensor]:
 
 def orthonormal_rows(y: Tensor, group: ShardGroup) -> tuple[Tensor, Tensor]:
     """`orthonormalize` for vectors as rows: ``[k, m_p]`` to ``q [k, m_p]`` and ``l [k, k]`` with ``l @ q = y``."""
-    k = y.shape[0]
-    q, lower = y, torch.eye(k, dtype=torch.float64, device=y.device)
-    for _ in range(2):
-        packed = torch.empty(2 * k, k, dtype=torch.float64, device=y.device)
-        group.reduce_once(gram(q, q), packed, _cholesky)
-        factor, inverse = packed[:k], packed[k:]
-        condition = float(vector_norm(factor) * vector_norm(inverse))
-        if not condition < _MAX_CONDITION:
-            return _tsqr(y, group)
-        q, lower = inverse.float() @ q, lower @ factor
-        if condition < _ONE_PASS * k:
-            break
-    return q, lower
+    q, lower, condition = _cholesky_qr(y, group)
+    if _ONE_PASS * len(y) <= condition < _MAX_CONDITION:
+        q, rest, condition = _cholesky_qr(q, group)
+        lower = lower @ rest
+    return (q, lower) if condition < _MAX_CONDITION else _tsqr(y, group)
+
+
+def _cholesky_qr(y: Tensor, group: ShardGroup) -> tuple[Tensor, Tensor, float]:
+    """One pass: rows that are more nearly orthonormal, their factor, and its condition number, NaN where it broke."""
+    k = len(y)
+    packed = torch.empty(2 * k, k, dtype=torch.float64, device=y.device)
+    group.reduce_once(gram(y, y), packed, _cholesky)
+    lower, inverse = packed[:k], packed[k:]
+    return inverse.float() @ y, lower, float(vector_norm(lower) * vector_norm(inverse))
 
 
 def gram(x: Tensor, y: Tensor) -> Tensor:
