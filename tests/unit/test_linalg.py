@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lowrank_dist import NF4, LoftQ, PiSSA
 from lowrank_dist.comm import ShardGroup
-from lowrank_dist.linalg import SVD, all_finite, minus_product, orthonormalize, randomized_svd, seed_from_name
+from lowrank_dist.linalg import SVD, all_finite, minus_product, orthonormalize, randomized_svd, seed_from_name, slabs
 from lowrank_dist.methods.base import Matrix, residual_block
 from lowrank_dist.partition import RowPartition
 
@@ -135,7 +135,7 @@ def test_the_gap_free_bound_of_block_krylov(shape: tuple[int, int], rank: int, s
     assert (svd.s.double().square() - values[:rank].square()).abs().max() <= e * values[rank].square() + 1e-5
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(384, 300), (300, 384), (1000, 300)])
+@pytest.mark.parametrize(("rows", "columns"), [(384, 300), (300, 384), (1000, 300), (300, 5000)])
 @pytest.mark.parametrize(("passes", "bound"), [(4, 5e-3), (7, 5e-4), (15, 5e-6)])
 def test_more_passes_are_more_accurate_at_equal_dimension(rows: int, columns: int, passes: int, bound: float) -> None:
     """D = 4 r: seen are 1e-3, 7e-5 and 5e-7; asserted with a margin for the draw."""
@@ -386,6 +386,18 @@ def test_what_is_not_finite_is_found_wherever_it_stands(
     if bad is not None and tensor.numel():
         tensor.view(-1)[place % tensor.numel()] = bad
     assert all_finite(tensor) == bool(torch.isfinite(tensor).all())
+
+
+@settings(max_examples=50)
+@given(rows=st.integers(0, 3000), columns=st.integers(1, 40), numel=st.integers(1, 2000))
+def test_slabs_are_all_rows_once_and_equally_high(rows: int, columns: int, numel: int) -> None:
+    cut = slabs(torch.empty(rows, columns), numel)
+    assert [row for some in cut for row in range(some.start, some.stop)] == list(range(rows))
+    heights = [some.stop - some.start for some in cut]
+    assert len(set(heights[:-1])) <= 1
+    assert all(height % 16 == 0 for height in heights[:-1] if height > 16)
+    # nearest to `numel`, then at most 16 rows more
+    assert all(height <= 1.5 * numel / columns + 17 for height in heights)
 
 
 def test_rank_above_the_short_side_is_refused() -> None:

@@ -17,6 +17,8 @@ from torch.linalg import vector_norm
 _SUMMED = 512
 # Elements of a matrix that are there at a time, where not all need be.
 _SLAB = 2**21
+# Vectors of a CPU hold so many elements at most: heights of slabs are multiples of it.
+_STEP = 16
 # Rows of a matrix that are multiplied at a time where bits must not depend on the sharding. On one thread 256 of them
 # take 6 % (4096^2, r = 128) to 15 % (2048^2, r = 64) longer than all at once, 64 of them 10 to 30 %.
 _ROWS = 256
@@ -88,9 +90,15 @@ def single_threads() -> Iterator[int]:
 
 
 def slabs(block: Tensor, numel: int = _SLAB) -> list[slice]:
-    """Slices of the rows of a matrix, of some `numel` elements each: for what need not be there as a whole."""
-    height = max(numel // max(block.shape[1], 1), 1)
-    return [slice(first, min(first + height, len(block))) for first in range(0, len(block), height)]
+    """Slices of the rows of a matrix, of some `numel` elements each: for what need not be there as a whole.
+
+    They are equally high, and by 16 rows where there are as many: with odd ones a product takes 3 % longer.
+    """
+    count = max(round(block.numel() / numel), 1)
+    height = -(-len(block) // count)
+    if height > _STEP:
+        height = -(-height // _STEP) * _STEP
+    return [slice(first, min(first + height, len(block))) for first in range(0, len(block), max(height, 1))]
 
 
 def minus_product(
