@@ -79,19 +79,25 @@ class Bench:
         label = f"reports: {described(job)}"
         return self._once(label, ("reports", job, ranks), lambda: run_ranks(ranks, reports_of, job)[0])
 
-    def speed_ups(self, jobs: Sequence[Job], ranks: int, rounds: int) -> list[list[float]]:
+    def speed_ups(self, jobs: Sequence[Job], ranks: int, rounds: int) -> tuple[list[float], list[list[float]]]:
         """How many times as fast each of `jobs` is on `ranks` processes as the first on one, in every round.
+
+        Before them, how many times as much `ranks` processes get done that have nothing to do with each other: what
+        the machine has, whose memory, caches and clock they share.
 
         In a round all run once, one after the other in processes of their own: a machine that is slower for a while is
         so for each of them.
         """
 
-        def one_round() -> list[float]:
+        def one_round() -> tuple[float, list[float]]:
             alone = run_alone(time_walk, jobs[0])
-            return [alone / run_ranks(ranks, time_walk, job)[0] for job in jobs]
+            apart = max(run_ranks(ranks, time_walk, jobs[0], group=False))
+            return ranks * alone / apart, [alone / run_ranks(ranks, time_walk, job)[0] for job in jobs]
 
         label = f"speed-up, {', '.join(described(job) for job in jobs)}, {rounds} rounds"
-        return self.note(label, lambda: [one_round() for _ in range(rounds)])
+        found = self.note(label, lambda: [one_round() for _ in range(rounds)])
+        ceilings, faster = zip(*found, strict=True)
+        return list(ceilings), [list(of_job) for of_job in zip(*faster, strict=True)]
 
     def peft(self, checkpoint: Path, rank: int, init: str) -> PeftOutcome:
         """PEFT's `init` in one process."""

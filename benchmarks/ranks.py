@@ -35,17 +35,20 @@ def preload(*modules: str) -> None:
 
 
 def run_ranks(
-    world_size: int, function: Callable[..., Any], *args: Any, threads: int = 1, group: bool = False
+    world_size: int, function: Callable[..., Any], *args: Any, threads: int = 1, group: bool | None = None
 ) -> list[Any]:
     """``function(*args)`` on `world_size` new processes of `threads` threads; what each returned, by rank.
 
     Each has as many cores for itself, where there are enough of them, as SLURM binds tasks: what a rank reads ahead in
     a thread of its own would else cost nothing on one rank, which has idle cores beside it, and time on several.
-    With `group` a single process has a process group too.
+    They have a process group if they are several, or as `group` says: without one they only run side by side.
     """
+    grouped = world_size > 1 if group is None else group
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(world_size, mp_context=_CONTEXT) as pool:
         store = f"file://{folder}/store"
-        futures = [pool.submit(_rank, r, world_size, group, store, threads, function, args) for r in range(world_size)]
+        futures = [
+            pool.submit(_rank, r, world_size, grouped, store, threads, function, args) for r in range(world_size)
+        ]
         done, _ = wait(futures, return_when=FIRST_EXCEPTION)
         for future in done:
             future.result()
@@ -60,7 +63,7 @@ def run_alone(function: Callable[..., Any], *args: Any, threads: int = 1) -> Any
 def _rank(
     rank: int,
     world_size: int,
-    group: bool,
+    grouped: bool,
     store: str,
     threads: int,
     function: Callable[..., Any],
@@ -72,10 +75,12 @@ def _rank(
     if world_size * threads <= len(cores):
         os.sched_setaffinity(0, cores[rank * threads : (rank + 1) * threads])
     torch.manual_seed(0)
+    if not grouped:
+        rank, world_size = 0, 1
     # what torchrun sets: Lightning then takes the processes as they are
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     os.environ.update({name: str(value) for name, value in places.items()}, TORCHELASTIC_RUN_ID="benchmark")
-    if world_size == 1 and not group:
+    if not grouped:
         return function(*args)
     dist.init_process_group("gloo", store, rank=rank, world_size=world_size, timeout=timedelta(minutes=30))
     try:

@@ -31,7 +31,7 @@ from lowrank_dist.skeleton import PlannedMatrix
 from lowrank_dist.walk import Batch, DecomposedMatrix, Walk
 
 MAX_BLOCK_BYTES = 2**27  # of one rank's fp32 rows of a matrix that a part of the ranks decomposes
-MAX_WAITING_BYTES = 2**24  # of one rank's encoded matrices that one exchange takes, if they are more than one
+MAX_WAITING_BYTES = 2**23  # of one rank's encoded matrices that one exchange takes, if they are more than one
 
 
 @dataclass(frozen=True, kw_only=True)
