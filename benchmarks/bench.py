@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import models
 from costs import Host, measure_host
-from peers import PeftOutcome, measure_peft
+from peers import PeftOutcome, measure_peft, time_peft
 from ranks import run_alone, run_ranks
 from walks import Job, Outcome, measure_walk, reports_of, time_walk
 
@@ -51,6 +51,10 @@ class Settings:
     budget: float = 60.0
     tiny: bool = False
     large: bool = False
+
+    def rounds(self, wanted: int) -> int:
+        """In which everything takes turns."""
+        return 1 if self.tiny else wanted
 
 
 @dataclass
@@ -98,6 +102,22 @@ class Bench:
         found = self.note(label, lambda: [one_round() for _ in range(rounds)])
         ceilings, faster = zip(*found, strict=True)
         return list(ceilings), [list(of_job) for of_job in zip(*faster, strict=True)]
+
+    def time_shares(self, jobs: Sequence[Job], inits: Sequence[str], rounds: int) -> dict[str, list[list[float]]]:
+        """The share of the time of each of PEFT's `inits` that each of `jobs` takes on all ranks, in every round."""
+        ranks, first = self.settings.ranks, jobs[0]
+
+        def one_round() -> list[list[float]]:
+            theirs = [run_alone(time_peft, first.checkpoint, first.rank, init, threads=ranks) for init in inits]
+            ours = [run_ranks(ranks, time_walk, job)[0] for job in jobs]
+            return [[mine / other for mine in ours] for other in theirs]
+
+        found = self.note(f"times beside PEFT's, {rounds} rounds", lambda: [one_round() for _ in range(rounds)])
+        by_init = zip(*found, strict=True)
+        return {
+            init: [list(of_job) for of_job in zip(*turns, strict=True)]
+            for init, turns in zip(inits, by_init, strict=True)
+        }
 
     def peft(self, checkpoint: Path, rank: int, init: str) -> PeftOutcome:
         """PEFT's `init` in one process."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -43,10 +44,15 @@ class PeftOutcome:
     excess: dict[str, float]
 
 
+def time_peft(checkpoint: Path, rank: int, init: str) -> float:
+    """Seconds of one run, after one to warm up."""
+    return measure_peft(checkpoint, rank, init, 1, math.inf, None).seconds[0]
+
+
 def measure_peft(
-    checkpoint: Path, rank: int, init: str, repeats: int, budget: float, best: Mapping[str, float]
+    checkpoint: Path, rank: int, init: str, repeats: int, budget: float, best: Mapping[str, float] | None
 ) -> PeftOutcome:
-    """``get_peft_model`` on a model that was loaded as fp32; loading is timed on its own."""
+    """``get_peft_model`` on a model that was loaded as fp32; loading is timed on its own; `best`: residuals."""
     loading: list[float] = []
     transformers_logging.disable_progress_bar()
 
@@ -68,7 +74,7 @@ def measure_peft(
 
     with PeakMemory() as memory:
         model, first = warm_up()
-    excess = _excess(model, checkpoint, best)
+    excess = {} if best is None else _excess(model, checkpoint, best)
     del model
     seconds = repeat(initialise, repeats=repeats, budget=budget, first=first, prepare=load)
     return PeftOutcome(
