@@ -426,7 +426,8 @@ class _Krylov:
         basis, lower = orthonormal_rows(mix @ self.basis[:size], self.basis_group)
         # well-conditioned always, but for a basis that ran into the null space
         if _condition(lower) < _MAX_LOSS and not self.was_loose:
-            image = torch.linalg.solve_triangular(lower, mix.double(), upper=False).float() @ self.image[:size]
+            # not (inverse @ mix) @ image: fp32 has no room in `mix` for the corrections that small triplets need
+            image = torch.linalg.inv(lower).float() @ (mix @ self.image[:size])
         else:
             image = self.to_image(basis)
         image, lower = orthonormal_rows(image, self.image_group)
