@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lowrank_dist.comm import ShardGroup
-from lowrank_dist.linalg import SVD, krylov, randomized_svd
+from lowrank_dist.linalg import SVD, products, randomized_svd
 from unit.test_linalg import excess, matrix
 
 
@@ -18,7 +18,7 @@ def to_tf32(x: Tensor) -> Tensor:
 
 
 @pytest.fixture
-def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def in_tf32(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Let the SVD take its device for one with tf32; the sizes of products in it."""
     sizes: list[int] = []
 
@@ -27,8 +27,8 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         sizes.append(len(left))
         return to_tf32(left) @ to_tf32(right)
 
-    monkeypatch.setattr(krylov, "tf32_is_at_hand", lambda device: True)
-    monkeypatch.setattr(krylov, "tf32_product", product)
+    monkeypatch.setattr(products, "tf32_is_at_hand", lambda device: True)
+    monkeypatch.setattr(products, "tf32_product", product)
     return sizes
 
 
@@ -46,14 +46,14 @@ def test_rounding_is_that_of_tf32() -> None:
 @pytest.mark.parametrize(("decay", "bound"), [(0.1, 1e-7), (0.5, 1e-7), (1.0, 2e-6)])
 @pytest.mark.parametrize("rank", [8, 32])
 def test_the_subspace_forgives_tf32(
-    shape: tuple[int, int], decay: float, bound: float, rank: int, products: list[int]
+    shape: tuple[int, int], decay: float, bound: float, rank: int, in_tf32: list[int]
 ) -> None:
     """Energy is lost to second order: (2^-11)^2 of what the leading directions have over the rest."""
     w, _ = matrix(*shape, decay)
     svd = decompose(w, rank)
-    assert len(products) > 16
+    assert len(in_tf32) > 16
     with pytest.MonkeyPatch.context() as plainly:
-        plainly.setattr(krylov, "tf32_is_at_hand", lambda device: False)
+        plainly.setattr(products, "tf32_is_at_hand", lambda device: False)
         exact = decompose(w, rank)
     assert excess(w, svd) < excess(w, exact) + bound
     # what the residual is formed from is of fp32: orthonormal, and U S the product of W with V
@@ -63,23 +63,23 @@ def test_the_subspace_forgives_tf32(
     assert side.abs().max() < 1e-5 * float(svd.s[0])
 
 
-def test_a_steep_spectrum_goes_on_in_fp32(products: list[int]) -> None:
+def test_a_steep_spectrum_goes_on_in_fp32(in_tf32: list[int]) -> None:
     """A block of condition above 30: three products of some thirty."""
     w, _ = matrix(300, 400, 2.0)
     svd = decompose(w, 32)
-    assert 0 < len(products) < 8
+    assert 0 < len(in_tf32) < 8
     assert excess(w, svd) < 2e-4
 
 
-def test_estimates_are_taken_in_fp32(products: list[int]) -> None:
+def test_estimates_are_taken_in_fp32(in_tf32: list[int]) -> None:
     w, _ = matrix(300, 400, 0.5)
     decompose(w, 8, tolerance=1e-6)
     decompose(w, 8, estimated=True)
-    assert products == []
+    assert in_tf32 == []
 
 
-def test_a_whole_space_is_taken_in_fp32(products: list[int]) -> None:
+def test_a_whole_space_is_taken_in_fp32(in_tf32: list[int]) -> None:
     for shape in ((40, 60), (60, 40)):
         w, _ = matrix(*shape, 0.5)
         decompose(w, 30)
-    assert products == []
+    assert in_tf32 == []

@@ -30,7 +30,8 @@ from torch.linalg import vector_norm
 from lowrank_dist.comm import ShardGroup
 from lowrank_dist.linalg.estimate import estimated_excess
 from lowrank_dist.linalg.orthonormal import gram, orthonormal_rows, row_signs
-from lowrank_dist.linalg.precision import full_fp32, slabs, squared_norm, tf32_is_at_hand, tf32_product
+from lowrank_dist.linalg.precision import full_fp32
+from lowrank_dist.linalg.products import RowSharded
 
 # From this share of the short side on, its whole Gram matrix costs less than a Krylov basis.
 _FULL_SHARE = 2 / 3
@@ -39,15 +40,6 @@ _MAX_GROWTH = 2
 # fp32 eigenvectors are off by some 1e-7 of the largest eigenvalue; where the r-th is above this share of it, that is
 # nothing.
 _FLAT = 1e-3
-# Rows of W that a BLAS on a CPU takes at a time for W x: 16 vectors at 42 instead of 33 Gflop/s (14336 x 4096, one
-# thread), 32 at 56 instead of 47.
-_SLAB = 512
-# Columns of W that it takes at a time for W^T y: 32 vectors at 67 instead of 60 Gflop/s (4096 x 14336); of narrower
-# matrices nothing is gained.
-_COLUMNS = 4096
-# Elements of W per thread for W^T W x on a CPU, 1 MiB: they are in a cache still when W^T is applied. 32 vectors, two
-# ranks side by side: 46 instead of 42 Gflop/s (8192 x 8192), 52 instead of 43 (4096 x 4096).
-_CACHED = 2**18
 # A new block is orthogonalized against the basis once more while rounding may have grown by more than this factor.
 _MAX_LOSS = 30.0
 _MAX_PASSES = 6
@@ -183,7 +175,7 @@ def randomized_svd(
         width = max(width, start.shape[1])
     with full_fp32():
         # an estimate is taken from differences of energies that tf32 would blur
-        krylov = _Krylov(block, rank, rows, group, tf32=tolerance is None and not estimated)
+        krylov = _Krylov(RowSharded(block, rows, group, tf32=tolerance is None and not estimated), rank)
         krylov.run(seed, width, power_iterations, tolerance, start)
         if estimated and math.isnan(krylov.estimate):
             krylov.look_back()
@@ -210,66 +202,39 @@ class _Krylov:
         This rank's part of ``W^T`` on the last blocks of the image, where that came with it.
     steep
         Whether ``W^T W`` squares away more of the spectrum than fp32 holds.
-    loose
-        Whether products with W are in tf32.
+    was_loose
+        Whether products with W were in tf32 at first.
     """
 
-    def __init__(self, block: Tensor, rank: int, rows: int, group: ShardGroup, *, tf32: bool = False) -> None:
-        self.block, self.rank, self.group = block, rank, group
-        self.tall = rows >= block.shape[1]
-        self.short = min(rows, block.shape[1])
+    def __init__(self, w: RowSharded, rank: int) -> None:
+        self.w, self.rank, self.group = w, rank, w.group
         single = ShardGroup.single()
-        self.basis_group, self.image_group = (single, group) if self.tall else (group, single)
-        self.units_are_free = self.tall or group.size == 1
+        self.basis_group, self.image_group = (single, self.group) if w.tall else (self.group, single)
+        self.units_are_free = w.tall or self.group.size == 1
         self.size = self.iterations = self._summed = 0
         self.estimate, self.steep = math.nan, False
-        self.loose = self.was_loose = tf32 and tf32_is_at_hand(block.device)
-        self.recurrence: list[tuple[Tensor, Tensor]] | None = None if self.loose else []
+        self.was_loose = w.tf32
+        self.recurrence: list[tuple[Tensor, Tensor]] | None = None if w.tf32 else []
         self.gram: Tensor | None = None
         self.ahead: Tensor | None = None
 
-    def rows_of(self, right: Tensor) -> Tensor:
-        """W applied to vectors ``[b, n]``: ``[b, m_p]``, sharded. Nothing is communicated."""
-        if self.block.device.type == "cpu" and len(self.block) > _SLAB:
-            return torch.cat([self.product(right, slab.mT) for slab in torch.split(self.block, _SLAB)], dim=1)
-        return self.product(right, self.block.mT)
-
-    def columns_of(self, left: Tensor) -> Tensor:
-        """``W^T`` applied to sharded vectors ``[b, m_p]``: ``[b, n]``, replicated. One all-reduce."""
-        if self.block.device.type == "cpu" and self.block.shape[1] > _COLUMNS:
-            some = [self.product(left, columns) for columns in torch.split(self.block, _COLUMNS, dim=1)]
-            return self.group.sum(torch.cat(some, dim=1))
-        return self.group.sum(self.product(left, self.block))
-
-    def product(self, left: Tensor, right: Tensor) -> Tensor:
-        """With W, in the precision of the moment."""
-        return tf32_product(left, right) if self.loose else left @ right
-
-    def there_and_back(self, x: Tensor, y: Tensor) -> Tensor:
-        """``W^T y`` for ``y = W x``, this rank's part, ``[b, n]``, in fp32; fills `y`. W is read once, slab by slab."""
-        back = x.new_zeros(len(x), self.block.shape[1])
-        for rows in slabs(self.block, _CACHED * torch.get_num_threads()):
-            slab = self.block[rows]
-            torch.addmm(back, torch.mm(x, slab.mT, out=y[:, rows]), slab, out=back)
-        return back
-
     def to_image(self, x: Tensor) -> Tensor:
         """Vectors like the basis to vectors like the image."""
-        return self.rows_of(x) if self.tall else self.columns_of(x)
+        return self.w.rows_of(x) if self.w.tall else self.w.columns_of(x)
 
     def to_basis(self, y: Tensor) -> Tensor:
         """Vectors like the image to vectors like the basis."""
-        return self.columns_of(y) if self.tall else self.rows_of(y)
+        return self.w.columns_of(y) if self.w.tall else self.w.rows_of(y)
 
     def run(self, seed: int, width: int, power_iterations: int, tolerance: float | None, start: Tensor | None) -> None:
         """Build the basis, see `randomized_svd`."""
         dimension = width * (power_iterations + 1)
-        if dimension >= (_FULL_SHARE if self.units_are_free else 1) * self.short:
+        if dimension >= (_FULL_SHARE if self.units_are_free else 1) * self.w.short:
             self.take_everything(seed)
             return
         limit = dimension
         if tolerance is not None:
-            limit, self.estimate = min(_MAX_GROWTH * dimension, self.short), math.inf
+            limit, self.estimate = min(_MAX_GROWTH * dimension, self.w.short), math.inf
         self.allocate(limit)
         self.append(self.first_block(seed, width, start))
         history: list[float] = []
@@ -283,28 +248,28 @@ class _Krylov:
                     break
 
     def allocate(self, dimension: int) -> None:
-        rows, columns = self.block.shape
-        self.basis = self.block.new_empty(dimension, columns if self.tall else rows)
-        self.image = self.block.new_empty(dimension, rows if self.tall else columns)
+        rows, columns = self.w.block.shape
+        self.basis = self.w.block.new_empty(dimension, columns if self.w.tall else rows)
+        self.image = self.w.block.new_empty(dimension, rows if self.w.tall else columns)
 
     def first_block(self, seed: int, width: int, start: Tensor | None) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
-        sketch = torch.randn(width, self.block.shape[1], generator=generator).to(self.block.device)
+        sketch = torch.randn(width, self.w.block.shape[1], generator=generator).to(self.w.block.device)
         if start is not None:
             sketch[: start.shape[1]] = start.mT
-        first, _ = orthonormal_rows(sketch if self.tall else self.rows_of(sketch), self.basis_group)
+        first, _ = orthonormal_rows(sketch if self.w.tall else self.w.rows_of(sketch), self.basis_group)
         return first
 
     def take_everything(self, seed: int) -> None:
         """A basis of the whole space: the result is exact to rounding."""
-        self.estimate, self.loose, self.was_loose = 0.0, False, False
+        self.estimate, self.w.tf32, self.was_loose = 0.0, False, False
         if self.units_are_free:
-            self.basis = torch.eye(self.short, device=self.block.device)
-            self.image = self.block.mT if self.tall else self.block
-            self.size = self.width = self.short
+            self.basis = torch.eye(self.w.short, device=self.w.block.device)
+            self.image = self.w.block.mT if self.w.tall else self.w.block
+            self.size = self.width = self.w.short
         else:
-            self.allocate(self.short)
-            self.append(self.first_block(seed, self.short, None))
+            self.allocate(self.w.short)
+            self.append(self.first_block(seed, self.w.short, None))
 
     def next_block(self, width: int) -> Tensor:
         """The product of the last block, orthonormalized against the whole basis."""
@@ -312,7 +277,7 @@ class _Krylov:
         if not self.steep:
             back = self.to_basis(last) if self.ahead is None else self.group.sum(self.ahead)
             y, condition = self.orthogonal_product(last, back[:width])
-            self.loose = self.loose and condition < _STEEP_TF32
+            self.w.tf32 = self.w.tf32 and condition < _STEEP_TF32
             self.steep = not condition < _STEEP
         if self.steep:
             self.recurrence = None
@@ -325,7 +290,7 @@ class _Krylov:
         # In exact arithmetic only the last two blocks have a part in the product [GU]; where the basis is sharded,
         # the images give it without communication: U_i^T W Z = Z_i^T Z.
         recent = slice(max(0, self.size - 2 * self.width), self.size)
-        overlap = y @ self.basis[recent].mT if self.tall else last[: len(y)] @ self.image[recent].mT
+        overlap = y @ self.basis[recent].mT if self.w.tall else last[: len(y)] @ self.image[recent].mT
         y = torch.addmm(y, overlap, self.basis[recent], alpha=-1)
         own = overlap[:, -self.width :]
         basis, conditions, link = self.basis[: self.size], [], None
@@ -347,8 +312,8 @@ class _Krylov:
         self.basis[self.size : end] = block
         image, self.ahead = self.image[self.size : end], None
         goes_on = end < len(self.basis) and not self.steep
-        if goes_on and self.tall and not self.loose and self.block.device.type == "cpu":
-            self.ahead = self.there_and_back(block, image)
+        if goes_on and self.w.goes_there_and_back:
+            self.ahead = self.w.there_and_back(block, image)
         else:
             image.copy_(self.to_image(block))
         self.size = end
@@ -356,13 +321,13 @@ class _Krylov:
     def gram_share(self) -> Tensor:
         """The entries of the image that this rank sums products of: its own, or a share of replicated ones."""
         image = self.image[: self.size]
-        return image if self.tall else image.tensor_split(self.group.size, dim=1)[self.group.rank]
+        return image if self.w.tall else image.tensor_split(self.group.size, dim=1)[self.group.rank]
 
     def summed_gram(self) -> Tensor:
         """This rank's part of the Gram matrix of the image: where that is replicated, of a share of its entries."""
         image = self.gram_share()
         if self.gram is None:
-            self.gram = self.block.new_zeros(len(self.basis), len(self.basis), dtype=torch.float64)
+            self.gram = self.w.block.new_zeros(len(self.basis), len(self.basis), dtype=torch.float64)
         fresh = slice(self._summed, self.size)
         self.gram[fresh, : self.size] = gram(image[fresh], image[: self.size])
         self._summed = self.size
@@ -383,13 +348,13 @@ class _Krylov:
 
     def converged(self, history: list[float], tolerance: float) -> bool:
         """Update the estimate; `history` holds ``||W||_F^2``, then the energies captured so far."""
-        out = torch.empty(1, dtype=torch.float64, device=self.block.device)
+        out = torch.empty(1, dtype=torch.float64, device=self.w.block.device)
         r = self.rank
         self.group.reduce_once(self.summed_gram(), out, lambda gram: torch.linalg.eigvalsh(gram)[-r:].sum()[None])
         if not history:
-            history.append(self.squared_norm())
+            history.append(self.w.squared_norm())
         history.append(float(out))
-        if self.size == self.short:
+        if self.size == self.w.short:
             self.estimate = 0.0
         elif len(history) > 3:
             self.estimate = estimated_excess(history[0], history[1:])
@@ -399,24 +364,20 @@ class _Krylov:
         """The estimate from what the first directions of the basis had captured."""
         r, size = self.rank, self.size
         sizes = [d for d in (size - r, size - r // 2, size) if d >= r]
-        energies = torch.empty(len(sizes), dtype=torch.float64, device=self.block.device)
+        energies = torch.empty(len(sizes), dtype=torch.float64, device=self.w.block.device)
         self.group.reduce_once(
             self.summed_gram(),
             energies,
             lambda gram: torch.stack([torch.linalg.eigvalsh(gram[:d, :d])[-r:].sum() for d in sizes]),
         )
         told = len(sizes) == 3 and r > 1
-        self.estimate = estimated_excess(self.squared_norm(), energies.tolist()) if told else math.inf
-
-    def squared_norm(self) -> float:
-        """``||W||_F^2``. One all-reduce of a number."""
-        return float(self.group.sum(squared_norm(self.block)))
+        self.estimate = estimated_excess(self.w.squared_norm(), energies.tolist()) if told else math.inf
 
     def triplets(self) -> SVD:
         """Rayleigh-Ritz: the r leading singular triplets of W restricted to the basis."""
         r, size = self.rank, self.size
-        self.loose = False
-        mix = torch.empty(r, size, device=self.block.device)
+        self.w.tf32 = False
+        mix = torch.empty(r, size, device=self.w.block.device)
         fast = math.isnan(self.estimate)  # without a tolerance fp32 has the first try
         if fast:
             image = self.gram_share()[0 if self.recurrence is None else size - self.width :]
@@ -431,10 +392,10 @@ class _Krylov:
         else:
             image = self.to_image(basis)
         image, lower = orthonormal_rows(image, self.image_group)
-        packed = torch.empty(2 * r + 1, r, dtype=torch.float64, device=self.block.device)
+        packed = torch.empty(2 * r + 1, r, dtype=torch.float64, device=self.w.block.device)
         self.group.once(packed, lambda: _small_svd(lower))
         basis, image = packed[:r].float() @ basis, packed[r + 1 :].float() @ image
-        u, vh = (image, basis) if self.tall else (basis, image)
+        u, vh = (image, basis) if self.w.tall else (basis, image)
         signs = row_signs(vh)
         return SVD((u * signs).mT.contiguous(), packed[r].float(), vh * signs, self.iterations, self.estimate)
 
