@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,9 +28,24 @@ class RowRange:
     stop: int
 
 
+class RowBlock(NamedTuple):
+    """Rows of a matrix.
+
+    Attributes
+    ----------
+    values
+        ``[rows, n]``, fp32.
+    spare
+        Whether they may be overwritten: they are neither the mapped file nor a source's own.
+    """
+
+    values: Tensor
+    spare: bool
+
+
 def read_blocks(
     reader: CheckpointReader, ranges: Sequence[RowRange], buffers: Buffers, device: torch.device
-) -> Iterator[Tensor]:
+) -> Iterator[RowBlock]:
     """Every range as fp32 on `device`, checked for NaN and infinity, while a thread reads the next one.
 
     Memory of `device`: the block in use and the next one, in `buffers` where they are of another dtype in the
@@ -50,14 +65,14 @@ def read_blocks(
     def beside() -> AbstractContextManager[object]:
         return nullcontext() if stream is None else torch.cuda.stream(stream)
 
-    def read(rows: RowRange) -> Tensor:
+    def read(rows: RowRange) -> RowBlock:
         with beside():
             found = reader.rows(rows.key, rows.start, rows.stop)
             if stream is not None:
                 block = found if found.is_cuda else found.pin_memory().to(device, non_blocking=True)
                 block = block.to(device, torch.float32)
                 check_finite(rows.key, block, rows.start)  # waits for the stream: the rows are there
-                return block
+                return RowBlock(block, spare=block is not found)
             known = found.dtype == torch.float32 and found.device == device
             block = found if known else buffers.empty(found.shape, device)
             for some in slabs(block, _CACHED):
@@ -65,11 +80,11 @@ def read_blocks(
                     block[some] = found[some]
                 check_finite(rows.key, block[some], rows.start + some.start)
                 os.sched_yield()  # a core that computes too is there for collectives first
-        return block
+        return RowBlock(block, spare=not known)
 
     for block in read_ahead(read, ranges):
         if stream is not None:  # else its memory is used anew while it is read
-            block.record_stream(torch.cuda.current_stream(device))
+            block.values.record_stream(torch.cuda.current_stream(device))
         yield block
         del block  # before the one after the next is read
 

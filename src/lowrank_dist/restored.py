@@ -21,7 +21,7 @@ from lowrank_dist.block_reader import check_finite
 from lowrank_dist.checkpoint_io import FLOAT_DTYPES, CheckpointError, CheckpointReader
 from lowrank_dist.checkpoint_keys import peft_name
 from lowrank_dist.comm import ShardGroup
-from lowrank_dist.methods import Decomposition, Factors, Matrix, Method
+from lowrank_dist.methods import Decomposition, Factors, Matrix, Method, subtracted, unchanged
 from lowrank_dist.methods.base import Work, residual_block
 from lowrank_dist.partition import RowPartition
 from lowrank_dist.redistribute import whole_left
@@ -112,18 +112,12 @@ class Restored(Method):
                 )
 
     def decompose(self, matrix: Matrix, residual: ResidualFormat) -> Decomposition:
-        factors, encoded_from = self.initial.read(matrix), None
+        factors = self.initial.read(matrix)
         if self.encoded_from is not None and self.encoded_from.holds(matrix.factor_names):
             encoded_from = self.encoded_from.read(matrix)
-        block = matrix.block
-        if not self.starts_at_zero:
-            block = residual_block(matrix, encoded_from or factors)
-        return Decomposition(
-            factors=factors,
-            residual=residual.encode(block, matrix.partition, matrix.group),
-            ended_on="quantize" if encoded_from is None else "decompose",
-            encoded_from=encoded_from,
-        )
+            encoded = residual.encode(residual_block(matrix, encoded_from), matrix.partition, matrix.group)
+            return Decomposition(factors=factors, residual=encoded, ended_on="decompose", encoded_from=encoded_from)
+        return (unchanged if self.starts_at_zero else subtracted)(matrix, factors, residual)
 
     def close(self) -> None:
         """Close the files."""

@@ -13,13 +13,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lowrank_dist.block_reader import RowRange, read_blocks
+from lowrank_dist.block_reader import RowBlock, RowRange, read_blocks
 from lowrank_dist.buffers import Buffers
 from lowrank_dist.checkpoint_io import CheckpointReader
 from lowrank_dist.comm import ShardGroup
@@ -136,7 +136,8 @@ class Walk:
     Notes
     -----
     Memory of `device`: two row blocks as fp32, the one in use and the next, and the temporaries of the decomposition,
-    of which one is as large, the residual; and the encoded results of a batch, twice while they are exchanged. A CPU
+    of which one is as large where residual and factors alternate, or the block in use is the mapped file or a source's
+    own (else the residual takes its place); and the encoded results of a batch, twice while they are exchanged. A CPU
     lends large blocks again and again (`lowrank_dist.buffers`): a residual kept in fp32 lies in one, and who keeps it
     for long had better keep a copy.
     """
@@ -204,7 +205,7 @@ class Walk:
         return RowRange(key=planned.key, start=start, stop=stop)
 
     def _decompose(
-        self, planned: PlannedMatrix, block: Tensor, group: ShardGroup, measures: Tensor, buffers: Buffers
+        self, planned: PlannedMatrix, block: RowBlock, group: ShardGroup, measures: Tensor, buffers: Buffers
     ) -> dict[str, Tensor]:
         """This rank's shards of a matrix, cut for the ranks of `group`, which share it; fills `measures`.
 
@@ -213,7 +214,8 @@ class Walk:
         partition = row_partition(planned, self.residual, group.size)
         matrix = Matrix(
             name=planned.key,
-            block=block,
+            block=block.values,
+            spare=block.spare,
             partition=partition,
             group=group,
             rank=planned.rank,
@@ -227,14 +229,17 @@ class Walk:
             expert=(planned.expert or 0, planned.experts),
             buffers=buffers,
         )
+        measured = planned.name not in self.known
+        norms = self._norms(matrix) if measured else {}  # while W is there
         decomposition = self.init.decompose(matrix, self.residual)
         shards = decomposition.residual.shards | self._factor_shards(planned, partition, decomposition.factors, group)
         if decomposition.encoded_from is not None:
             further = self._factor_shards(planned, partition, decomposition.encoded_from, group)
             shards |= {_ENCODED_FROM[name]: shard for name, shard in further.items()}
         measures[0] = decomposition.encoded_from is not None
-        if planned.name not in self.known:
-            self._measure(matrix, decomposition, measures[1:])
+        if measured:
+            norms["error"] = self._error_norms(matrix, self._lacking(matrix, decomposition))
+            self._measure(matrix, decomposition, norms, measures[1:])
         return shards
 
     def _factor_shards(
@@ -254,46 +259,55 @@ class Walk:
             shards[name] = shard.to(self.factor_dtype)
         return shards
 
-    def _measure(self, matrix: Matrix, decomposition: Decomposition, out: Tensor) -> None:
-        """Fill `out` with the measures of one matrix, then its singular values. One all-reduce, or as the norms do."""
-        residual, group, block = self.residual, matrix.group, matrix.block
-        squares, nuclear = [squared_norm(block)], []
-        for error in self._errors(matrix, decomposition):
-            squares.append(sum((squared_norm(error(rows)) for rows in slabs(block)), torch.zeros_like(squares[0])))
-            if self.thorough and not residual.exact:
-                # the same probes for both: what they miss cancels in the ratio
-                seed = seed_from_name(matrix.name)
-                nuclear.append(nuclear_norm(error(slice(None)), rows=matrix.partition.rows, group=group, seed=seed))
-            del error
-        found = dict(zip(_MEASURES, [*group.sum(torch.stack(squares)).sqrt().tolist(), *nuclear], strict=False))
-        found.setdefault("quantization_error", 0.0)
+    def _norms(self, matrix: Matrix) -> dict[str, _Norms]:
+        """Of W, and of what plain quantization would lose, unless the residual is just that."""
+        norms = {"norm": _Norms(squared_norm(matrix.block))}
+        if not self.residual.exact and not self.init.starts_at_zero:
+            plain = self.residual.encode(matrix.block, matrix.partition, matrix.group)
+            norms["quantization_error"] = self._error_norms(matrix, lambda some: matrix.block[some] - plain.rows(some))
+        return norms
+
+    def _error_norms(self, matrix: Matrix, error: Callable[[slice], Tensor]) -> _Norms:
+        """Of an error, of which `error` gives some of this rank's rows."""
+        zero = matrix.block.new_zeros((), dtype=torch.float64)
+        square = sum((squared_norm(error(some)) for some in slabs(matrix.block)), zero)
+        if not self.thorough or self.residual.exact:
+            return _Norms(square)
+        # the same probes for both errors: what they miss cancels in the ratio
+        rows, seed = matrix.partition.rows, seed_from_name(matrix.name)
+        return _Norms(square, nuclear_norm(error(slice(None)), rows=rows, group=matrix.group, seed=seed))
+
+    def _lacking(self, matrix: Matrix, decomposition: Decomposition) -> Callable[[slice], Tensor]:
+        """Gives of some of this rank's rows what the model lacks at step 0."""
+        factors, kept, encoded_of = decomposition.factors, decomposition.residual, decomposition.encoded_of
+
+        def lacking(some: slice) -> Tensor:
+            if encoded_of is not None:
+                return encoded_of[some] - kept.rows(some)
+            error = matrix.block[some] - kept.rows(some)
+            if self.init.core is None:
+                with full_fp32():
+                    error.addmm_(factors.left[some], factors.right, alpha=-matrix.scaling)
+            return error
+
+        return lacking
+
+    def _measure(self, matrix: Matrix, decomposition: Decomposition, norms: dict[str, _Norms], out: Tensor) -> None:
+        """Fill `out` with the measures of one matrix, then its singular values. One all-reduce of squared norms."""
+        if not self.residual.exact:
+            norms.setdefault("quantization_error", norms["error"])
+        roots = matrix.group.sum(torch.stack([norm.square for norm in norms.values()])).sqrt().tolist()
+        found = {"quantization_error": 0.0, **dict(zip(norms, roots, strict=True))}
+        found |= {f"nuclear_{name}": norm.nuclear for name, norm in norms.items()}
         svd = decomposition.svd
         if svd is not None:
             found |= {"sigma_1": float(svd.s[0]), "sigma_r": float(svd.s[-1]), "excess_residual": svd.estimate}
             energy = float(svd.s.double().square().sum())
             found["captured_energy"] = energy / found["norm"] ** 2 if found["norm"] else math.nan
             out[len(_MEASURES) : len(_MEASURES) + matrix.rank] = svd.s
-        if not residual.exact:
+        if not self.residual.exact:
             found["ended_on"] = float(ENDS.index(decomposition.ended_on))
         out[: len(_MEASURES)] = torch.tensor([found.get(name, math.nan) for name in _MEASURES])
-
-    def _errors(self, matrix: Matrix, decomposition: Decomposition) -> Iterator[Callable[[slice], Tensor]]:
-        """Of some of this rank's rows what the model lacks at step 0, then what plain quantization would lose."""
-        factors, kept = decomposition.factors, decomposition.residual
-
-        def lacking(rows: slice) -> Tensor:
-            error = matrix.block[rows] - kept.rows(rows)
-            if self.init.core is None:
-                with full_fp32():
-                    error.addmm_(factors.left[rows], factors.right, alpha=-matrix.scaling)
-            return error
-
-        yield lacking
-        if not self.residual.exact:
-            plain = kept
-            if not self.init.starts_at_zero:  # else the residual is W, quantized already
-                plain = self.residual.encode(matrix.block, matrix.partition, matrix.group)
-            yield lambda rows: matrix.block[rows] - plain.rows(rows)
 
     def _cut_anew(
         self, batch: Batch, shards: list[dict[str, Tensor]], measured: Tensor, started: float
@@ -372,6 +386,13 @@ _MEASURES = (
     "excess_residual",
     "ended_on",
 )
+
+
+class _Norms(NamedTuple):
+    """Norms of a row-sharded matrix."""
+
+    square: Tensor  # this rank's part of the squared Frobenius norm, fp64
+    nuclear: float = math.nan  # of the whole matrix
 
 
 def progress_bar(total: int, *, show: bool, doing: str = "Decomposing") -> tqdm[Any]:

@@ -19,7 +19,7 @@ from peft.tuners.lora.corda import preprocess_corda
 from peft.utils.incremental_pca import IncrementalPCA
 from torch import Tensor, nn
 
-from lowrank_dist import EVA, NF4, CorDA, LoRA, LoRAGA, MiLoRA, OLoRA, PiSSA, register
+from lowrank_dist import EVA, NF4, CorDA, LoftQ, LoRA, LoRAGA, LoRAXS, MiLoRA, OLoRA, PiSSA, register
 from lowrank_dist.comm import ShardGroup
 from lowrank_dist.errors import InputError
 from lowrank_dist.methods import (
@@ -34,7 +34,7 @@ from lowrank_dist.methods import (
 )
 from lowrank_dist.methods.base import residual_block
 from lowrank_dist.partition import RowPartition
-from lowrank_dist.residual import Dense
+from lowrank_dist.residual import Dense, ResidualFormat
 
 README = Path(__file__).parents[2] / "README.md"
 SINGLE = ShardGroup.single()
@@ -159,6 +159,32 @@ def test_a_quantized_residual_is_that_of_the_factors(method: Method, input_first
     encoded = NF4().encode(residual_block(m, d.factors), m.partition, SINGLE)
     assert torch.equal(d.residual.decoded, encoded.decoded)
     assert all(torch.equal(d.residual.shards[name], shard) for name, shard in encoded.shards.items())
+
+
+@pytest.mark.parametrize("residual", [FP32, Dense(dtype=torch.bfloat16), NF4(double_quant=True)], ids=str)
+@pytest.mark.parametrize(
+    "method",
+    [*FAMILY, LoRA(), LoRAXS(), PiSSA(), PiSSA(quantization_iterations=3), LoftQ(quantization_iterations=2)],
+    ids=repr,
+)
+def test_what_may_be_overwritten(method: Method, residual: ResidualFormat) -> None:
+    """What lies in the memory of W is bit for bit what would have been made beside it; where `encoded_of` does not
+    say what was encoded, W is as it was."""
+    w = gaussian(48, 64)
+    beside, instead = (
+        matrix(w.clone(), 4, method, spare=spare, factor_dtype=torch.bfloat16) for spare in (False, True)
+    )
+    expected, found = method.decompose(beside, residual), method.decompose(instead, residual)
+    assert torch.equal(beside.block, w)
+    assert torch.equal(found.factors.left, expected.factors.left)
+    assert torch.equal(found.factors.right, expected.factors.right)
+    assert all(torch.equal(found.residual.shards[name], shard) for name, shard in expected.residual.shards.items())
+    if found.encoded_of is None:
+        assert torch.equal(instead.block, w)
+    else:
+        rest = w if method.starts_at_zero else residual_block(beside, expected.factors)
+        assert torch.equal(found.encoded_of, rest)
+        assert torch.equal(residual.encode(rest, beside.partition, SINGLE).decoded, found.residual.decoded)
 
 
 @pytest.mark.parametrize("method", [*FAMILY, LoRA(), PiSSA()], ids=name_of)

@@ -1,6 +1,6 @@
 """Initialisations: how a pretrained matrix is split into trainable factors and a frozen residual."""
 
-from lowrank_dist.methods.assembly import initial_core, layer_shape, sharded, subtracted
+from lowrank_dist.methods.assembly import initial_core, layer_shape, sharded, subtracted, unchanged
 from lowrank_dist.methods.base import Decomposition, Factors, Matrix, Method
 from lowrank_dist.methods.corda import CorDA
 from lowrank_dist.methods.eva import EVA
@@ -44,4 +44,5 @@ __all__ = [
     "register",
     "sharded",
     "subtracted",
+    "unchanged",
 ]

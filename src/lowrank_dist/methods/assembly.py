@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowrank_dist.linalg import seed_from_name
+from lowrank_dist.linalg import SVD, seed_from_name
 from lowrank_dist.methods.base import Decomposition, Factors, Matrix, residual_block
 from lowrank_dist.residual import ResidualFormat
 
@@ -45,11 +45,27 @@ def initial_core(name: str, rank: int, std: float) -> Tensor:
     return torch.randn(rank, rank, generator=generator) * std
 
 
-def subtracted(matrix: Matrix, factors: Factors, residual: ResidualFormat) -> Decomposition:
+def subtracted(matrix: Matrix, factors: Factors, residual: ResidualFormat, *, svd: SVD | None = None) -> Decomposition:
     """Round the factors to ``matrix.factor_dtype`` and encode ``W - scaling * left @ right``.
 
-    Communicates only what the residual format does.
+    It takes the place of W where that may be overwritten. Communicates only what the residual format does. `svd` is
+    where the factors come from.
     """
     factors = factors.rounded(matrix.factor_dtype)
-    encoded = residual.encode(residual_block(matrix, factors), matrix.partition, matrix.group)
-    return Decomposition(factors=factors, residual=encoded)
+    rest = residual_block(matrix, factors, out=matrix.block if matrix.spare else None)
+    return _encoded(matrix, factors, residual, rest, svd)
+
+
+def unchanged(matrix: Matrix, factors: Factors, residual: ResidualFormat, *, svd: SVD | None = None) -> Decomposition:
+    """Round the factors to ``matrix.factor_dtype`` and encode W as it is: at step 0 they add nothing to it.
+
+    Communicates only what the residual format does. `svd` is where the factors come from.
+    """
+    return _encoded(matrix, factors.rounded(matrix.factor_dtype), residual, matrix.block, svd)
+
+
+def _encoded(
+    matrix: Matrix, factors: Factors, residual: ResidualFormat, rest: Tensor, svd: SVD | None
+) -> Decomposition:
+    encoded = residual.encode(rest, matrix.partition, matrix.group)
+    return Decomposition(factors=factors, residual=encoded, svd=svd, encoded_of=rest)

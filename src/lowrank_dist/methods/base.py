@@ -30,6 +30,8 @@ class Matrix:
         Name of the weight in the checkpoint; seeds everything random.
     block
         This rank's real rows, ``[m_p, n]`` fp32.
+    spare
+        Whether `decompose` may overwrite `block` (`Decomposition.encoded_of` then tells what W is not asked for).
     partition
         Shape and sharding of the whole matrix.
     group
@@ -67,6 +69,7 @@ class Matrix:
     scaling: float
     input_first: bool
     factor_dtype: torch.dtype
+    spare: bool = False
     lookup: bool = False
     statistic: Tensor | None = None
     thorough: bool = False
@@ -113,6 +116,9 @@ class Decomposition:
         fitted to the encoded residual.
     svd
         The singular value decomposition that the factors come from, where there was one.
+    encoded_of
+        What `residual` encodes, ``[m_p, n]`` fp32, row-sharded, where at step 0 the model lacks no more of W than what
+        encoding loses: W is not asked for any more, and may be overwritten. None: W is as it was.
     encoded_from
         The residual is the encoded ``W - scaling * left @ right`` of these, holding `factor_dtype` values; zero for W
         itself. None: of `factors`, or of W where the method starts at zero. With them a residual can be formed again
@@ -123,6 +129,7 @@ class Decomposition:
     residual: Encoded
     ended_on: Literal["quantize", "decompose"] = "quantize"
     svd: SVD | None = None
+    encoded_of: Tensor | None = None
     encoded_from: Factors | None = None
 
 
@@ -190,10 +197,11 @@ class Method(ABC):
         return type(self).__name__
 
 
-def residual_block(matrix: Matrix, factors: Factors) -> Tensor:
+def residual_block(matrix: Matrix, factors: Factors, *, out: Tensor | None = None) -> Tensor:
     """This rank's rows of ``W - scaling * left @ right``, ``[m_p, n]`` fp32; see `lowrank_dist.linalg.minus_product`.
 
-    The same bits whatever the number of ranks, so that a residual can be formed again on another one.
+    The same bits whatever the number of ranks, so that a residual can be formed again on another one. Written to `out`,
+    which may be W itself, or to memory of its own.
     """
     start, _ = matrix.partition.bounds(matrix.group.rank)
     return minus_product(
@@ -203,7 +211,7 @@ def residual_block(matrix: Matrix, factors: Factors) -> Tensor:
         scaling=matrix.scaling,
         rows=matrix.partition.rows,
         start=start,
-        out=matrix.empty(),
+        out=matrix.empty() if out is None else out,
     )
 
 

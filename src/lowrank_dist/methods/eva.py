@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from lowrank_dist.methods.assembly import layer_shape, sharded
+from lowrank_dist.methods.assembly import layer_shape, sharded, unchanged
 from lowrank_dist.methods.base import Decomposition, Matrix
 from lowrank_dist.methods.calibrated import CalibratedMethod
 from lowrank_dist.residual import ResidualFormat
@@ -46,6 +46,4 @@ class EVA(CalibratedMethod):
     def decompose(self, matrix: Matrix, residual: ResidualFormat) -> Decomposition:
         inputs, outputs = layer_shape(matrix)
         a = self.leading(matrix, self.measured(matrix), matrix.rank, rows=inputs).vh
-        factors = sharded(matrix, a, a.new_zeros(outputs, matrix.rank)).rounded(matrix.factor_dtype)
-        # W as it is, not W - 0: the bytes are those of LoRA
-        return Decomposition(factors=factors, residual=residual.encode(matrix.block, matrix.partition, matrix.group))
+        return unchanged(matrix, sharded(matrix, a, a.new_zeros(outputs, matrix.rank)), residual)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from lowrank_dist.linalg import seed_from_name
-from lowrank_dist.methods.base import Decomposition, Factors, Matrix, Method
+from lowrank_dist.methods.assembly import layer_shape, sharded, unchanged
+from lowrank_dist.methods.base import Decomposition, Matrix, Method
 from lowrank_dist.residual import ResidualFormat
 
 
@@ -36,18 +37,12 @@ class LoRA(Method):
         return True
 
     def decompose(self, matrix: Matrix, residual: ResidualFormat) -> Decomposition:
-        partition, device = matrix.partition, matrix.block.device
-        inputs, outputs = partition.columns, partition.rows
-        if matrix.input_first:
-            inputs, outputs = outputs, inputs
+        inputs, outputs = layer_shape(matrix)
         generator = torch.Generator().manual_seed(seed_from_name(matrix.name, self.seed))
         if matrix.lookup:
-            a = torch.zeros(matrix.rank, inputs, device=device)
-            b = torch.randn(outputs, matrix.rank, generator=generator).to(device)
+            a = torch.zeros(matrix.rank, inputs)
+            b = torch.randn(outputs, matrix.rank, generator=generator)
         else:
-            a = (torch.rand(matrix.rank, inputs, generator=generator) * 2 - 1).div_(math.sqrt(inputs)).to(device)
-            b = torch.zeros(outputs, matrix.rank, device=device)
-        left, right = (a.mT, b.mT) if matrix.input_first else (b, a)
-        start, stop = partition.bounds(matrix.group.rank)
-        factors = Factors(left=left[start:stop], right=right).rounded(matrix.factor_dtype)
-        return Decomposition(factors=factors, residual=residual.encode(matrix.block, partition, matrix.group))
+            a = (torch.rand(matrix.rank, inputs, generator=generator) * 2 - 1).div_(math.sqrt(inputs))
+            b = torch.zeros(outputs, matrix.rank)
+        return unchanged(matrix, sharded(matrix, a, b), residual)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lowrank_dist.errors import InputError
+from lowrank_dist.methods.assembly import unchanged
 from lowrank_dist.methods.base import Decomposition, Factors, Matrix
 from lowrank_dist.methods.principal import PrincipalMethod
 from lowrank_dist.residual import ResidualFormat
@@ -57,5 +58,4 @@ class LoRAXS(PrincipalMethod):
         factors = Factors(left=svd.u, right=svd.s[:, None] * svd.vh)
         if not matrix.input_first:
             factors = Factors(left=svd.u * svd.s, right=svd.vh)
-        encoded = residual.encode(matrix.block, matrix.partition, matrix.group)
-        return Decomposition(factors=factors.rounded(matrix.factor_dtype), residual=encoded, svd=svd)
+        return unchanged(matrix, factors, residual, svd=svd)

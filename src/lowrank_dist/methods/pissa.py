@@ -8,6 +8,7 @@ import torch
 
 from lowrank_dist.errors import InputError
 from lowrank_dist.linalg import slabs, squared_norm
+from lowrank_dist.methods.assembly import subtracted
 from lowrank_dist.methods.base import Decomposition, Factors, Matrix, quantization_error, residual_block
 from lowrank_dist.methods.principal import AlternatingMethod, told
 from lowrank_dist.residual import Encoded, ResidualFormat
@@ -47,22 +48,23 @@ class PiSSA(AlternatingMethod):
 
     def decompose(self, matrix: Matrix, residual: ResidualFormat) -> Decomposition:
         factors, first = self.principal_factors(matrix, matrix.block)
+        if self.quantization_iterations == 1:
+            return subtracted(matrix, factors, residual, svd=first)
         svd = first
         encoded = residual.encode(residual_block(matrix, factors), matrix.partition, matrix.group)
         for _ in range(self.quantization_iterations - 1):
             factors, svd = self.refined_factors(matrix, quantization_error(matrix, encoded), svd)
             encoded = residual.encode(residual_block(matrix, factors), matrix.partition, matrix.group)
-        if self.quantization_iterations > 1:
-            refitted, last = self.refined_factors(matrix, quantization_error(matrix, encoded), svd)
-            kept, refit = self.errors(matrix, encoded, factors, refitted)
-            if refit < kept:
-                return Decomposition(
-                    factors=refitted,
-                    residual=encoded,
-                    ended_on="decompose",
-                    svd=told(last, first),
-                    encoded_from=factors,
-                )
+        refitted, last = self.refined_factors(matrix, quantization_error(matrix, encoded), svd)
+        kept, refit = self.errors(matrix, encoded, factors, refitted)
+        if refit < kept:
+            return Decomposition(
+                factors=refitted,
+                residual=encoded,
+                ended_on="decompose",
+                svd=told(last, first),
+                encoded_from=factors,
+            )
         return Decomposition(factors=factors, residual=encoded, svd=told(svd, first))
 
     @property
