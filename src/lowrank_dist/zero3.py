@@ -15,10 +15,8 @@ import deepspeed
 import torch
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, ZeroParamStatus
-from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from lowrank_dist.comm import ShardGroup
 from lowrank_dist.partition import FlatPartition
@@ -215,50 +213,3 @@ def live_budget(backbone: nn.Module, layers: int) -> dict[str, int]:
         "stage3_param_persistence_threshold": 0,
         "reduce_bucket_size": max(1, min(trainable, 50_000_000)),
     }
-
-
-class LiveMemory:
-    """Measures the bytes of gathered parameters that are alive, right after every gather of forward and backward.
-
-    Watches storages, not parameters: a gathered buffer that autograd (or anything else) still holds counts until
-    it is gone, also after DeepSpeed has released the parameter. Use as a context manager around training steps.
-
-    Parameters
-    ----------
-    module
-        Holds the partitioned parameters to watch.
-
-    Attributes
-    ----------
-    peak_bytes : int
-        Largest sum seen inside the context.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self._parameters = [p for p in module.parameters() if is_partitioned(p)]
-        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._fetch = PartitionedParameterCoordinator.fetch_sub_module
-        self.peak_bytes = 0
-
-    def __enter__(self) -> LiveMemory:
-        fetch = self._fetch
-
-        def fetch_and_look(coordinator: Any, *args: Any, **kwargs: Any) -> Any:
-            result = fetch(coordinator, *args, **kwargs)
-            self.peak_bytes = max(self.peak_bytes, self.current_bytes())
-            return result
-
-        PartitionedParameterCoordinator.fetch_sub_module = fetch_and_look
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        PartitionedParameterCoordinator.fetch_sub_module = self._fetch
-
-    def current_bytes(self) -> int:
-        """Bytes of gathered storages that are alive now."""
-        for parameter in self._parameters:
-            storage = parameter.data.untyped_storage()
-            if storage.nbytes() and parameter.ds_status is ZeroParamStatus.AVAILABLE:  # type: ignore[attr-defined]
-                self._live[storage.data_ptr()] = (StorageWeakRef(storage), storage.nbytes())
-        self._live = {key: entry for key, entry in self._live.items() if not entry[0].expired()}
-        return sum(nbytes for _, nbytes in self._live.values())

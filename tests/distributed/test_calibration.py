@@ -12,10 +12,10 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from helpers.live import LiveStorages
 from helpers.models import save_checkpoint
 from helpers.ranks import run_ranks
 from lowrank_dist import NF4, layerwise
@@ -236,16 +236,14 @@ def test_layers_with_the_same_input_share_one_covariance(checkpoints: dict[str, 
 def live_bytes(pretrained: Path, statistic: str) -> tuple[int, int, int]:
     """Most bytes of gathered tensors alive at one time; those of the largest layer, and of the embedding."""
     backbone, plan, reader, partitioner = skeleton(pretrained)
-    live: list[tuple[Any, int]] = []
-    peak, gather = 0, layerwise.gathered
+    live, gather = LiveStorages(), layerwise.gathered
 
     @contextmanager
     def watched(parameters: list[Any]) -> Iterator[None]:
-        nonlocal peak
         with gather(parameters):
-            live.extend((StorageWeakRef(p.untyped_storage()), p.numel() * p.element_size()) for p in parameters)
-            live[:] = [entry for entry in live if not entry[0].expired()]
-            peak = max(peak, sum(nbytes for _, nbytes in live))
+            for parameter in parameters:
+                live.watch(parameter)
+            live.look()
             yield
 
     layerwise.gathered = watched
@@ -263,7 +261,7 @@ def live_bytes(pretrained: Path, statistic: str) -> tuple[int, int, int]:
         factor_dtype=torch.float32,
     ).statistics()
     layers = [sum(whole_shape(p).numel() for p in layer.parameters()) * 4 for layer in backbone.model.layers]
-    return peak, max(layers), whole_shape(backbone.model.embed_tokens.weight).numel() * 4
+    return live.peak_bytes, max(layers), whole_shape(backbone.model.embed_tokens.weight).numel() * 4
 
 
 @pytest.mark.parametrize("statistic", ["covariance", "gradient"])

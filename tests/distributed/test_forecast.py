@@ -11,6 +11,7 @@ from lightning.pytorch import Callback
 from peft import LoraConfig
 from torch import Tensor
 
+from helpers.live import LiveMemory
 from helpers.models import save_checkpoint
 from helpers.ranks import run_ranks
 from helpers.traffic import Traffic
@@ -21,7 +22,7 @@ from lowrank_dist.forecast import Forecast, Job, Shapes, forecast
 from lowrank_dist.forecast.activations import measure_activations
 from lowrank_dist.residual import Dense
 from lowrank_dist.strategy import PRECISIONS
-from lowrank_dist.zero3 import LiveMemory, local_shard
+from lowrank_dist.zero3 import local_shard
 
 LENGTH = 16  # of the sequences of helpers.training
 

@@ -18,13 +18,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from helpers.live import LiveMemory
 from helpers.models import save_checkpoint
 from helpers.ranks import run_ranks
 from helpers.training import LR, STEPS, CausalLM, initial_factors, loader, make_strategy, make_trainer, tokens
 from lowrank_dist import NF4, AdapterCheckpoint, LoRA, convert_checkpoint, merge_checkpoint
 from lowrank_dist.checkpoint_keys import peft_name
 from lowrank_dist.layers import FrozenWeight
-from lowrank_dist.zero3 import LiveMemory
 
 
 @dataclass(frozen=True)

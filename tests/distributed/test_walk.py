@@ -24,6 +24,7 @@ from transformers import (
 )
 
 import lowrank_dist.walk
+from helpers.live import LiveMemory
 from helpers.models import CAUSAL_LMS, save_checkpoint
 from helpers.ranks import run_ranks, run_ranks_catching
 from helpers.training import STEPS, CausalLM, loader, make_strategy, make_trainer
@@ -37,7 +38,7 @@ from lowrank_dist.partition import RowPartition
 from lowrank_dist.residual import Dense
 from lowrank_dist.skeleton import PlannedMatrix
 from lowrank_dist.walk import Batch, DecomposedMatrix, Walk, factor_shapes, row_partition
-from lowrank_dist.zero3 import LiveMemory, stored_bytes
+from lowrank_dist.zero3 import stored_bytes
 
 SHAPES = [(96, 64), (64, 136), (37, 36), (3, 50), (200, 20)]
 
