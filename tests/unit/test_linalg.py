@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -166,21 +166,22 @@ def test_a_steep_spectrum_is_found_to_fp32_rounding(rows: int, columns: int, dec
     tolerance=st.sampled_from([1e-2, 1e-3, 1e-4]),
     seed=st.integers(0, 10**6),
 )
+@example(shape=(400, 300), decay=0.5, rank=4, passes=7, tolerance=1e-3, seed=7859)
 def test_the_tolerance_is_honoured(
     shape: tuple[int, int], decay: float, rank: int, passes: int, tolerance: float, seed: int
 ) -> None:
-    """The estimate is not a bound: single draws leave twice as much, one that was searched for 3.3 times. Where it is
-    above the tolerance, the basis has reached its limit of 8 r."""
+    """The estimate is not a bound, but none of 9000 draws left twice as much. With increments over r / 2 = 2 rows the
+    example left 6.5 times as much. Where the estimate is above the tolerance, the basis has reached its limit."""
     w, _ = matrix(*shape, decay, seed)
     svd = randomized_svd(w, rank, rows=shape[0], group=SINGLE, seed=seed, power_iterations=passes, tolerance=tolerance)
     if svd.estimate > tolerance:
         block = math.ceil(4 * rank / (passes + 1))
-        assert (svd.iterations + 1) * block >= 2 * block * (passes + 1)
-    assert excess(w, svd) <= 5 * svd.estimate + 1e-6
+        assert (svd.iterations + 1) * block >= max(2 * block * (passes + 1), rank + 32)
+    assert excess(w, svd) <= 2 * svd.estimate + 1e-6
 
 
 def test_the_estimate_holds_for_nineteen_draws_in_twenty() -> None:
-    """Seen: 97.5 %. An estimate of what the next rows add alone, without the larger of two, holds for 83 %."""
+    """Seen: 59 of 60."""
     held = 0
     for seed in range(60):
         decay, rank = (0.1, 0.25, 0.5, 1.0)[seed % 4], 4 + seed % 13
@@ -188,6 +189,34 @@ def test_the_estimate_holds_for_nineteen_draws_in_twenty() -> None:
         svd = randomized_svd(w, rank, rows=300, group=SINGLE, seed=seed, power_iterations=7, tolerance=1e-3)
         held += excess(w, svd) <= svd.estimate + 1e-6
     assert held >= 57
+
+
+@settings(max_examples=60)
+@given(
+    shape=st.sampled_from([(400, 300), (300, 400), (600, 200)]),
+    decay=st.sampled_from([0.1, 0.25, 0.5, 1.0]),
+    rank=st.integers(2, 16),
+    passes=st.sampled_from([2, 3, 7, 15]),
+    seed=st.integers(0, 10**6),
+)
+@example(shape=(600, 200), decay=0.25, rank=2, passes=2, seed=5)
+def test_the_estimate_without_a_tolerance(
+    shape: tuple[int, int], decay: float, rank: int, passes: int, seed: int
+) -> None:
+    """One of 3000 draws left 4.3 times as much; with increments over r / 2 rows the example left
+    1900 times as much."""
+    w, _ = matrix(*shape, decay, seed)
+    svd = randomized_svd(w, rank, rows=shape[0], group=SINGLE, seed=seed, power_iterations=passes, estimated=True)
+    assert excess(w, svd) <= 5 * svd.estimate + 1e-6
+
+
+@pytest.mark.parametrize(("rank", "oversampling"), [(1, 3), (4, 3)])
+def test_too_small_a_basis_tells_no_estimate(rank: int, oversampling: int) -> None:
+    w, _ = matrix(120, 100, 0.5)
+    svd = randomized_svd(
+        w, rank, rows=120, group=SINGLE, seed=0, oversampling=oversampling, power_iterations=0, estimated=True
+    )
+    assert svd.estimate == math.inf
 
 
 def test_a_loose_tolerance_saves_passes() -> None:
@@ -232,6 +261,17 @@ def test_rank_deficient_matrix_keeps_orthonormal_factors(
     svd = randomized_svd(w, 5, rows=shape[0], group=SINGLE, seed=0, tolerance=tolerance)
     assert_triplets(w, svd, values)
     torch.testing.assert_close(svd.s.double(), values[:5], rtol=0, atol=1e-5 * float(values[0]))
+
+
+@pytest.mark.parametrize("shape", [(96, 64), (64, 96), (300, 200), (200, 300)])
+def test_a_basis_may_go_on_in_the_null_space(shape: tuple[int, int]) -> None:
+    """What a vector lacks in orthogonality must not grow in those after it: a tenth of these draws once lost sigma_1."""
+    for true_rank, seed in itertools.product((1, 2, 3), range(12)):
+        values = torch.zeros(min(shape), dtype=torch.float64)
+        values[:true_rank] = torch.arange(true_rank, 0, -1)
+        w = with_spectrum(*shape, values)
+        svd = randomized_svd(w, 5, rows=shape[0], group=SINGLE, seed=seed, oversampling=37, power_iterations=41)
+        torch.testing.assert_close(svd.s.double(), values[:5], rtol=0, atol=1e-5 * float(values[0]))
 
 
 @pytest.mark.parametrize("shape", [(400, 300), (300, 400)])

@@ -40,6 +40,8 @@ _MAX_GROWTH = 2
 # fp32 eigenvectors are off by some 1e-7 of the largest eigenvalue; where the r-th is above this share of it, that is
 # nothing.
 _FLAT = 1e-3
+# Energies that are compared are apart by so many rows of the basis at least: the increments over fewer vary too much.
+_APART = 8
 # A new block is orthogonalized against the basis once more while rounding may have grown by more than this factor.
 _MAX_LOSS = 30.0
 _MAX_PASSES = 6
@@ -119,7 +121,7 @@ def randomized_svd(
         cost no more flops but one all-reduce each, and sharpen the result.
     tolerance
         Add blocks of b rows until the estimated excess residual ``||W - U S V^T||_F / ||W - W_r||_F - 1`` is at most
-        this, up to ``2 D`` rows. Overrides where q would end.
+        this, up to ``2 D`` rows (``rank + 32`` if that is more). Overrides where q would end.
     start
         ``[n, j]`` replicated guess of leading right singular vectors; replaces the first j columns of G, and blocks
         are at least j wide (warm start for a matrix that changed little).
@@ -152,7 +154,7 @@ def randomized_svd(
     and the reduce + broadcast of `orthonormalize`, more of these where the spectrum is steep. At the end a reduce of
     ``b x b``, or ``D x D`` without the recurrence, and a broadcast of ``D x r``, `orthonormalize` of r vectors, a
     broadcast of ``2 r + 1`` rows. With a tolerance a reduce of ``D x D`` fp64 and a broadcast of one number every
-    ``rank / 2`` rows or more.
+    ``rank / 2`` rows, 8 or more.
 
     *Accuracy.* Where ``b >= rank``, the spectral error is at most ``(1 + e) sigma_{r+1}`` for
     ``q = O(log(n) / sqrt(e))`` whatever the gaps between singular values ([MM], theorem 1). Narrower blocks give more
@@ -164,7 +166,7 @@ def randomized_svd(
     block is steep; the triplets are then taken from a product of its r leading directions with W in fp32,
     ``2 m_p n r`` flops more.
 
-    *Estimate.* See `lowrank_dist.linalg.estimate`: not a bound, 3.3 times too small in the worst case known.
+    *Estimate.* See `lowrank_dist.linalg.estimate`: not a bound, 4.3 times too small in the worst case known.
     """
     columns = block.shape[1]
     if not 0 < rank <= min(rows, columns):
@@ -204,6 +206,8 @@ class _Krylov:
         Whether ``W^T W`` squares away more of the spectrum than fp32 holds.
     was_loose
         Whether products with W were in tf32 at first.
+    apart
+        Rows by which the basis grows between two looks at the captured energy.
     """
 
     def __init__(self, w: RowSharded, rank: int) -> None:
@@ -214,6 +218,7 @@ class _Krylov:
         self.size = self.iterations = self._summed = 0
         self.estimate, self.steep = math.nan, False
         self.was_loose = w.tf32
+        self.apart = max(rank // 2, _APART)
         self.recurrence: list[tuple[Tensor, Tensor]] | None = None if w.tf32 else []
         self.gram: Tensor | None = None
         self.ahead: Tensor | None = None
@@ -234,16 +239,18 @@ class _Krylov:
             return
         limit = dimension
         if tolerance is not None:
-            limit, self.estimate = min(_MAX_GROWTH * dimension, self.w.short), math.inf
+            # three increments tell two estimates at least
+            limit = min(max(_MAX_GROWTH * dimension, self.rank + 4 * self.apart), self.w.short)
+            self.estimate = math.inf
         self.allocate(limit)
         self.append(self.first_block(seed, width, start))
         history: list[float] = []
-        due = self.rank + self.rank // 2
+        due = self.rank + self.apart
         while self.size < limit:
             self.append(self.next_block(min(width, limit - self.size)))
             self.iterations += 1
             if tolerance is not None and (self.size >= due or self.size == limit):
-                due = self.size + self.rank // 2
+                due = self.size + self.apart
                 if self.converged(history, tolerance):
                     break
 
@@ -299,8 +306,10 @@ class _Krylov:
             y, lower = orthonormal_rows(torch.addmm(y, overlap, basis, alpha=-1), self.basis_group)
             conditions.append(_condition(lower))
             link = lower if link is None else link @ lower
-            # Rounding of what was subtracted is left over, enlarged by the normalization.
-            if float(vector_norm(overlap) + vector_norm(lower)) < _MAX_LOSS * float(lower.diagonal().abs().min()):
+            # What is left over is rounding of y, and of the overlap what the basis itself is not orthogonal by; the
+            # normalization enlarges both. The second would grow from block to block if it ever did.
+            least = float(lower.diagonal().abs().min())
+            if float(vector_norm(lower)) < _MAX_LOSS * least and float(vector_norm(overlap)) < least:
                 break
         if self.recurrence is not None and link is not None:
             self.recurrence.append((own, link))
@@ -363,14 +372,15 @@ class _Krylov:
     def look_back(self) -> None:
         """The estimate from what the first directions of the basis had captured."""
         r, size = self.rank, self.size
-        sizes = [d for d in (size - r, size - r // 2, size) if d >= r]
+        apart = max(r // 2, min(self.apart, (size - r) // 2))
+        sizes = [d for d in (size - 2 * apart, size - apart, size) if d >= r]
         energies = torch.empty(len(sizes), dtype=torch.float64, device=self.w.block.device)
         self.group.reduce_once(
             self.summed_gram(),
             energies,
             lambda gram: torch.stack([torch.linalg.eigvalsh(gram[:d, :d])[-r:].sum() for d in sizes]),
         )
-        told = len(sizes) == 3 and r > 1
+        told = len(sizes) == 3 and apart > 1
         self.estimate = estimated_excess(self.w.squared_norm(), energies.tolist()) if told else math.inf
 
     def triplets(self) -> SVD:
