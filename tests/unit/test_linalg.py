@@ -265,7 +265,7 @@ def test_rank_deficient_matrix_keeps_orthonormal_factors(
 
 @pytest.mark.parametrize("shape", [(96, 64), (64, 96), (300, 200), (200, 300)])
 def test_a_basis_may_go_on_in_the_null_space(shape: tuple[int, int]) -> None:
-    """What a vector lacks in orthogonality must not grow in those after it: a tenth of these draws once lost sigma_1."""
+    """What a vector lacks in orthogonality must not grow in those after it: a tenth of the draws once lost sigma_1."""
     for true_rank, seed in itertools.product((1, 2, 3), range(12)):
         values = torch.zeros(min(shape), dtype=torch.float64)
         values[:true_rank] = torch.arange(true_rank, 0, -1)
