@@ -177,7 +177,7 @@ def test_the_tolerance_is_honoured(
     if svd.estimate > tolerance:
         block = math.ceil(4 * rank / (passes + 1))
         assert (svd.iterations + 1) * block >= max(2 * block * (passes + 1), rank + 32)
-    assert excess(w, svd) <= 2 * svd.estimate + 1e-6
+    assert excess(w, svd) <= 3 * svd.estimate + 1e-6
 
 
 def test_the_estimate_holds_for_nineteen_draws_in_twenty() -> None:
