@@ -20,6 +20,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from helpers.models import save_checkpoint  # noqa: E402 (after the environment is set)
+from helpers.sft import save_material  # noqa: E402
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -33,6 +34,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny LLaMA with tied embeddings, fp32, in several files."""
     return save_checkpoint(tmp_path_factory.mktemp("llama"), "llama", tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="session")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with its tokenizer, and a few prompts with completions."""
+    records = [{"prompt": f"{i} + {i} = ", "completion": str(2 * i)} for i in range(24)]
+    return save_material(tmp_path_factory.mktemp("material"), records)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -23,7 +23,7 @@ from lowrank_dist.methods import Method, PiSSA
 from lowrank_dist.planner import Sharding, scheduled
 from lowrank_dist.report import MatrixReport
 from lowrank_dist.residual import Dense, ResidualFormat
-from lowrank_dist.restored import Restored
+from lowrank_dist.restored import EarlierDecompositions, Restored
 from lowrank_dist.skeleton import ModelError, Plan, PlannedMatrix
 from lowrank_dist.sources import WeightSource, open_reader
 from lowrank_dist.walk import DecomposedMatrix, Walk, check_matrices
@@ -36,7 +36,7 @@ class Resume:
     Parameters
     ----------
     checkpoint
-        Directory with the factors, see `lowrank_dist.restored.Restored`.
+        Directory with the factors, see `lowrank_dist.restored.EarlierDecompositions`.
     source
         `lowrank_dist.decompose.source_fingerprint` of what the run started from: the pretrained checkpoint, or the
         decomposed model.
@@ -83,7 +83,8 @@ class PretrainedModel:
     ) -> None:
         self.reader, self.resume = open_reader(directory), resume
         if resume is not None:
-            init = Restored(original=init, checkpoint=resume.checkpoint)
+            earlier = EarlierDecompositions(checkpoint=resume.checkpoint, starts_at_zero=init.starts_at_zero)
+            init = Restored(original=init, earlier=earlier)
         self.adapter, self.init, self.residual, self.base, self.cache = adapter, init, residual, base, cache
         self.method, self.starts_at_zero, self.sharding = str(init), init.starts_at_zero, sharding
         self.announce = announce
@@ -113,7 +114,7 @@ class PretrainedModel:
         """
         if self.resume is not None and isinstance(self.init, Restored):
             with group.shared_errors():
-                self.init.check_factors(plan, factor_dtype, self.resume.reports)
+                self.init.earlier.check_factors(plan, factor_dtype, self.resume.reports)
         walk = self._walk(group, factor_dtype, device, advance)
         yield from scheduled(walk, plan.matrices, self.sharding, self.announce)
 
@@ -216,7 +217,7 @@ class PretrainedModel:
         """Close the files."""
         self.reader.close()
         if isinstance(self.init, Restored):
-            self.init.close()
+            self.init.earlier.close()
 
 
 def open_source(

@@ -44,12 +44,12 @@ from lowrank_dist.directories import atomic_directory
 from lowrank_dist.errors import InputError
 from lowrank_dist.experts import put_factor
 from lowrank_dist.linalg import full_fp32, randomized_svd, seed_from_name, squared_norm
-from lowrank_dist.methods import Decomposition, Factors, Matrix, Method
+from lowrank_dist.methods import Factors, Matrix
 from lowrank_dist.nf4 import NF4, format_from_dict
 from lowrank_dist.redistribute import whole_left
 from lowrank_dist.report import MatrixReport
-from lowrank_dist.residual import Encoded, FileTensor, ResidualFormat
-from lowrank_dist.restored import Restored, StoredFactors
+from lowrank_dist.residual import Encoded, FileTensor
+from lowrank_dist.restored import EarlierDecompositions, StoredFactors
 from lowrank_dist.skeleton import ModelError, PlannedMatrix, build_skeleton, inject_adapter, plan_walk
 from lowrank_dist.tensor_files import DTYPES, TensorFiles
 from lowrank_dist.walk import factor_shapes, progress_bar, row_partition
@@ -199,20 +199,6 @@ def refit_checkpoint(
     return Refit(path=output, rank=rank, leftovers=leftovers, not_quantized=job.not_quantized)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Before(Method):
-    """The initialisation of an earlier run, of which only the manifest is known."""
-
-    zero: bool
-
-    @property
-    def starts_at_zero(self) -> bool:
-        return self.zero
-
-    def decompose(self, matrix: Matrix, residual: ResidualFormat) -> Decomposition:
-        raise NotImplementedError("what an earlier run did is not done again")
-
-
 class _Job:
     """One checkpoint and the base that it is fitted to."""
 
@@ -237,7 +223,7 @@ class _Job:
             self.target = self.format if isinstance(self.format, NF4) else NF4()
         self.trained, self.config = open_adapter(checkpoint / ADAPTER_DIR)
         self.factors = StoredFactors(checkpoint / ADAPTER_DIR)
-        self.restored = Restored(original=_Before(zero=self.manifest["starts_at_zero"]), checkpoint=checkpoint)
+        self.earlier = EarlierDecompositions(checkpoint=checkpoint, starts_at_zero=self.manifest["starts_at_zero"])
         directory = resolve_checkpoint(self.manifest["base"])
         self.reader = CheckpointReader(directory)
         backbone = build_skeleton(directory)
@@ -256,8 +242,8 @@ class _Job:
         if self.decomposed is not None:
             plan = plan_walk(backbone, self.decomposed.reader, tied, limit_rank=False)
             self.stored = {planned.name: planned for planned in plan.matrices}
-        if self.decomposed is None and not self.manifest["starts_at_zero"]:
-            self.restored.check_factors(self.plan, torch.float32, self.reports)
+        if self.decomposed is None and not self.earlier.starts_at_zero:
+            self.earlier.check_factors(self.plan, torch.float32, self.reports)
         first = peft_name(next(iter(self.plan.matrices[0].factor_names.values())))
         self.dtype = dtype or DTYPES[self.trained.info(first).dtype]
 
@@ -327,12 +313,12 @@ class _Job:
             On every rank, where it is another than the checkpoint's.
         """
         if self.decomposed is None:
-            found = self.restored.decompose(matrix, self.format)
+            found = self.earlier.decompose(matrix, self.format)
             residual, initial = found.residual, found.factors
         else:
             stored = self.stored[planned.name]
             residual = self.decomposed.residual_of(stored, matrix.partition, self.group, self.device)
-            initial = self.restored.initial.read(matrix)
+            initial = self.earlier.initial.read(matrix)
         sums = digest_sums(residual.shards, self.format.storages(matrix.partition), self.group.rank)
         (digest,) = digests([sums.to(self.group.device)], self.group)
         if self.reports[planned.name].digest not in (None, digest):
@@ -341,7 +327,7 @@ class _Job:
                 f"{self.reader.directory if self.decomposed is None else self.decomposed.directory}: the weights have "
                 "changed since, or this machine rounds otherwise; use the weights of the run, or convert without --base"
             )
-        return residual, None if self.manifest["starts_at_zero"] else initial
+        return residual, None if self.earlier.starts_at_zero else initial
 
     def _matrix(self, planned: PlannedMatrix) -> Matrix:
         partition = row_partition(planned, self.format, self.group.size)

@@ -32,48 +32,20 @@ from lowrank_dist.walk import factor_shapes
 
 
 @dataclass(frozen=True, kw_only=True)
-class Restored(Method):
-    """What another initialisation did in an earlier run, from the factors that a checkpoint holds.
-
-    Gives the decompositions of that run, without what was measured: residual and factors are the same bit for bit, and
-    nothing depends on how matrices are shared.
+class EarlierDecompositions:
+    """The decompositions of an earlier run, from the factors that its checkpoint holds: the same bit for bit.
 
     Parameters
     ----------
-    original
-        The initialisation.
     checkpoint
         Directory that holds A0 and B0 in ``adapter_init/adapter_model.safetensors`` under PEFT's names, and in
         ``adapter_encoded/``, under the same names, those of ``Decomposition.encoded_from`` where there are such.
-
-    Notes
-    -----
-    Of every matrix: one all-reduce of a flag, and all-gathers of A, and of B where rows are inputs; the ranks together
-    read every byte of the factors once, or the rows of B of a stack of experts once for all of them.
+    starts_at_zero
+        Whether the residual is the quantized original, from which nothing was subtracted.
     """
 
-    original: Method
     checkpoint: Path
-
-    def __str__(self) -> str:
-        return str(self.original)
-
-    @property
-    def starts_at_zero(self) -> bool:
-        return self.original.starts_at_zero
-
-    @property
-    def core(self) -> float | None:
-        return self.original.core
-
-    def objection(self, *, rows: int, columns: int, rank: int, lookup: bool, wrapped: bool) -> str | None:
-        return self.original.objection(rows=rows, columns=columns, rank=rank, lookup=lookup, wrapped=wrapped)
-
-    def check(self, residual: ResidualFormat) -> None:
-        self.original.check(residual)
-
-    def work(self, rows: int, columns: int, rank: int) -> Work:
-        return Work(sharded_flops=2.0 * rows * columns * rank, collectives=4, reduced_bytes=4.0 * rank * columns)
+    starts_at_zero: bool
 
     @cached_property
     def initial(self) -> StoredFactors:
@@ -112,6 +84,16 @@ class Restored(Method):
                 )
 
     def decompose(self, matrix: Matrix, residual: ResidualFormat) -> Decomposition:
+        """Residual and factors of `matrix`, sharded as it is. Collective.
+
+        One all-reduce of a flag, and all-gathers of A, and of B where rows are inputs; the ranks together read every
+        byte of the factors once, or the rows of B of a stack of experts once for all of them.
+
+        Raises
+        ------
+        CheckpointError
+            On every rank, if any rank cannot read or finds a NaN or infinity.
+        """
         factors = self.initial.read(matrix)
         if self.encoded_from is not None and self.encoded_from.holds(matrix.factor_names):
             encoded_from = self.encoded_from.read(matrix)
@@ -124,6 +106,47 @@ class Restored(Method):
         for stored in (vars(self).get("initial"), vars(self).get("encoded_from")):  # where they were opened
             if stored is not None:
                 stored.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restored(Method):
+    """What another initialisation did in an earlier run: its decompositions are formed again.
+
+    Gives them without what was measured; nothing depends on how matrices are shared.
+
+    Parameters
+    ----------
+    original
+        The initialisation.
+    earlier
+        What it gave.
+    """
+
+    original: Method
+    earlier: EarlierDecompositions
+
+    def __str__(self) -> str:
+        return str(self.original)
+
+    @property
+    def starts_at_zero(self) -> bool:
+        return self.original.starts_at_zero
+
+    @property
+    def core(self) -> float | None:
+        return self.original.core
+
+    def objection(self, *, rows: int, columns: int, rank: int, lookup: bool, wrapped: bool) -> str | None:
+        return self.original.objection(rows=rows, columns=columns, rank=rank, lookup=lookup, wrapped=wrapped)
+
+    def check(self, residual: ResidualFormat) -> None:
+        self.original.check(residual)
+
+    def work(self, rows: int, columns: int, rank: int) -> Work:
+        return Work(sharded_flops=2.0 * rows * columns * rank, collectives=4, reduced_bytes=4.0 * rank * columns)
+
+    def decompose(self, matrix: Matrix, residual: ResidualFormat) -> Decomposition:
+        return self.earlier.decompose(matrix, residual)
 
 
 class StoredFactors:

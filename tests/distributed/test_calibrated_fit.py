@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM
 
 from helpers.models import save_checkpoint
 from helpers.ranks import run_ranks
-from helpers.sft import byte_level_tokenizer, write_jsonl
 from helpers.training import CausalLM, dense_state, loader, make_strategy, make_trainer, tokens
 from lowrank_dist import EVA, Calibration, CorDA, LoRA, LoRAGA, PiSSA
 from lowrank_dist.data import SFTDataModule
@@ -182,18 +181,6 @@ def test_training_sees_the_data_that_it_would_see_anyway(llama: Path, kind: str)
     assert len(seen) == len(expected) == 5
     assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
     assert torch.equal(numbers, expected_numbers)
-
-
-@pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model with its tokenizer, and a few prompts with completions."""
-    directory = tmp_path_factory.mktemp("material")
-    tokenizer = byte_level_tokenizer()
-    save_checkpoint(directory / "model", "llama", vocab_size=len(tokenizer))
-    tokenizer.save_pretrained(directory / "model")
-    records = [{"prompt": f"{i} + {i} = ", "completion": str(2 * i)} for i in range(24)]
-    write_jsonl(directory / "data.jsonl", records)
-    return directory
 
 
 def fine_tuned(material: Path, init: dict[str, Any], packing: bool) -> tuple[str, str]:

@@ -19,9 +19,7 @@ from torch import Tensor
 from helpers.checkpoints import load_lora
 from helpers.command import lowrank_dist
 from helpers.faults import kill_after_commits
-from helpers.models import save_checkpoint
 from helpers.ranks import run_ranks, run_ranks_catching
-from helpers.sft import byte_level_tokenizer, write_jsonl
 from helpers.training import ByStep, CausalLM, initial_factors, loader, make_strategy, make_trainer, tokens
 from lowrank_dist import EVA, NF4, AdapterCheckpoint, Calibration, CorDA, LoRAGA, PiSSAStrategy
 from lowrank_dist.calibration import draw, step_name
@@ -176,18 +174,6 @@ def test_a_run_is_resumed_from_the_cache_it_began_with(llama: Path, tmp_path: Pa
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model with its tokenizer, and a few prompts with completions."""
-    directory = tmp_path_factory.mktemp("material")
-    tokenizer = byte_level_tokenizer()
-    save_checkpoint(directory / "model", "llama", vocab_size=len(tokenizer))
-    tokenizer.save_pretrained(directory / "model")
-    records = [{"prompt": f"{i} + {i} = ", "completion": str(2 * i)} for i in range(24)]
-    write_jsonl(directory / "data.jsonl", records)
-    return directory
 
 
 def fit_with_the_same_data(material: Path, init: Method) -> dict[str, Tensor]:

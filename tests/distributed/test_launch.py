@@ -15,24 +15,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from helpers.command import lowrank_dist
-from helpers.sft import byte_level_tokenizer, tiny_llama, write_jsonl
 
 CONFIG = Path(__file__).parents[2] / "configs" / "smollm2-135m_qpissa_2cpu.yaml"
 CLI = ["-m", "lowrank_dist.cli"]
 STEPS = 4
-
-
-@pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model with its tokenizer, and a few prompts with completions."""
-    directory = tmp_path_factory.mktemp("material")
-    tokenizer = byte_level_tokenizer()
-    torch.manual_seed(0)
-    tiny_llama(len(tokenizer)).save_pretrained(directory / "model")
-    tokenizer.save_pretrained(directory / "model")
-    records = [{"prompt": f"{i} + {i} = ", "completion": str(2 * i)} for i in range(24)]
-    write_jsonl(directory / "data.jsonl", records)
-    return directory
 
 
 def arguments(material: Path, output: Path) -> list[str]:

@@ -13,6 +13,7 @@ from datetime import timedelta
 from queue import Empty
 from typing import Any
 
+import torch
 from torch.distributed import TCPStore
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -30,7 +31,8 @@ def run_ranks(
     """``function(*args)`` on `world_size` ranks of a gloo group; their results by rank (picklable).
 
     Ranks have the environment of the first call, in which everything was imported; `fresh` ones that of this call, and
-    take seconds to import it.
+    take seconds to import it. Where a CUDA device is visible all are: to import bitsandbytes starts CUDA, which does
+    not survive a fork.
 
     Raises
     ------
@@ -51,6 +53,7 @@ def run_ranks_catching(
     world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 240, fresh: bool = False
 ) -> list[tuple[Any, str | None]]:
     """Like `run_ranks`, with ``(result, traceback or None)`` for every rank; only a hang raises."""
+    fresh = fresh or torch.cuda.device_count() > 0
     context: Any = multiprocessing.get_context("spawn") if fresh else CONTEXT
     queue = context.Queue()
     store = meeting_place()
@@ -117,7 +120,6 @@ def environment_of(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 def _rank_main(queue: Any, rank: int, world_size: int, port: int, function: Any, args: tuple[Any, ...]) -> None:
     os.environ.update(environment_of(rank, world_size, port))
-    import torch
     import torch.distributed as dist
 
     gc.freeze()  # what the server has imported: DeepSpeed collects garbage, and would copy every page of it

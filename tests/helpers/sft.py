@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -77,3 +78,13 @@ def tiny_llama(vocab_size: int = 512, **overrides: Any) -> LlamaForCausalLM:
 def write_jsonl(path: Path, records: list[Any]) -> str:
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return str(path)
+
+
+def save_material(directory: Path, records: list[Any]) -> Path:
+    """What a fit needs: a tiny model with its tokenizer in ``model``, and `records` in ``data.jsonl``."""
+    tokenizer = byte_level_tokenizer()
+    torch.manual_seed(0)
+    tiny_llama(len(tokenizer)).save_pretrained(directory / "model")
+    tokenizer.save_pretrained(directory / "model")
+    write_jsonl(directory / "data.jsonl", records)
+    return directory

@@ -9,9 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
-from helpers.sft import byte_level_tokenizer, tiny_llama, write_jsonl
+from helpers.sft import save_material
 from helpers.slurm import SCRIPT, Lab
 
 UNAVAILABLE = 69  # exit status of lab.sh where the daemons are at fault, or the machine
@@ -54,11 +53,5 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 @pytest.fixture(scope="session")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model, its tokenizer and examples of equal length."""
-    directory = tmp_path_factory.mktemp("material")
-    tokenizer = byte_level_tokenizer()
-    torch.manual_seed(0)
-    tiny_llama(len(tokenizer)).save_pretrained(directory / "model")
-    tokenizer.save_pretrained(directory / "model")
     records = [{"prompt": f"{i:03d} + {i:03d} = ", "completion": f"{2 * i:03d}"} for i in range(96)]
-    write_jsonl(directory / "data.jsonl", records)
-    return directory
+    return save_material(tmp_path_factory.mktemp("material"), records)
