@@ -7,12 +7,14 @@ python -m benchmarks.gpu --all --device cpu --tiny  # a dry run
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from benchmarks.gpu.initialisation import initialisation_table, models
 from benchmarks.gpu.layers import layers_table, scale
 from benchmarks.gpu.step import cases, step_table
+from benchmarks.gpu.trainers import SHORT
 from benchmarks.gpu.whole import STAGES, whole, whole_table
 from reporting import ROOT, header, write_report
 
@@ -30,11 +32,13 @@ def main() -> None:
     if options.all or "layers" in options.table:
         parts.append(layers_table(scale(tiny=options.tiny), device, dtype))
     if options.all or "step" in options.table:
-        parts.append(step_table(cases(tiny=options.tiny), device))
+        of_step = cases(tiny=options.tiny)[: 1 if options.first_model else None]
+        of_step = [replace(case, steps=options.steps or case.steps) for case in of_step]
+        parts.append(step_table(of_step, device, [SHORT[way] for way in options.way or SHORT]))
     if options.all or "initialisation" in options.table:
         parts.append(initialisation_table(models(tiny=options.tiny), device))
     if options.all or "whole" in options.table:
-        of = {"layers": options.layers, "rounds": options.rounds, "skip": options.skip}
+        of = {name: getattr(options, name) for name in ("layers", "rounds", "steps", "skip")}
         parts.append(whole_table(whole(tiny=options.tiny, weights_only=options.weights_only, **of), device))
     write_report(options.output, parts)
     print("\n\n".join(parts))
@@ -49,6 +53,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--tiny", action="store_true", help="dry run at a tiny scale")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.md")
+    parser.add_argument("--steps", type=int, help="of `step` and `whole`: timed steps")
+    of_step = parser.add_argument_group("of the table `step`")
+    of_step.add_argument("--way", choices=list(SHORT), action="append", help="only this one; may be repeated")
+    of_step.add_argument("--first-model", action="store_true", help="LLaMA-3-8B only")
     of_whole = parser.add_argument_group("of the table `whole`")
     of_whole.add_argument("--layers", type=int, help="run so many of the decoder layers (default: all)")
     of_whole.add_argument(

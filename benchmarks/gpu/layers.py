@@ -93,19 +93,19 @@ class _Found:
 
 
 def _problem(shape: tuple[int, int], rank: int, device: torch.device, dtype: torch.dtype) -> Problem:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     rows, columns = shape
-    weight = torch.randn(rows, columns, generator=generator) / columns**0.5
-    a = torch.randn(rank, columns, generator=generator) / columns**0.5
-    b = torch.randn(rows, rank, generator=generator) * 0.1 / rank**0.5
-    return Problem(weight=weight.to(device, dtype), a=a.to(device), b=b.to(device), dtype=dtype)
+    weight = torch.randn(rows, columns, generator=generator, device=device) / columns**0.5
+    a = torch.randn(rank, columns, generator=generator, device=device) / columns**0.5
+    b = torch.randn(rows, rank, generator=generator, device=device) * 0.1 / rank**0.5
+    return Problem(weight=weight.to(dtype), a=a, b=b, dtype=dtype)
 
 
 def _measure(problem: Problem, exact: Tensor, tokens: int, repeats: int) -> dict[str, _Found]:
-    generator = torch.Generator().manual_seed(1)
-    columns, device = problem.weight.shape[1], problem.weight.device
-    x = torch.randn(tokens, columns, generator=generator).to(device, problem.dtype).requires_grad_()
-    grad = torch.randn(tokens, len(problem.weight), generator=generator).to(device, problem.dtype)
+    (rows, columns), device, dtype = problem.weight.shape, problem.weight.device, problem.dtype
+    generator = torch.Generator(device).manual_seed(1)
+    x = torch.randn(tokens, columns, generator=generator, device=device, dtype=dtype).requires_grad_()
+    grad = torch.randn(tokens, rows, generator=generator, device=device, dtype=dtype)
     layers = {name: build(problem) for name, build in VARIANTS.items()}
     runs = {name: _step(layer, x, grad) for name, layer in layers.items()}
     for run in runs.values():

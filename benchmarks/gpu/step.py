@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.gpu.trainers import WAYS, Job, Measured, save_model, train
+from benchmarks.gpu.trainers import WAYS, Job, Measured, in_fresh_process, save_model, train
 from meters import fastest
 from models import MODELS_OF_CONFIGS
 from peft import LoraConfig, get_peft_model
@@ -55,7 +54,7 @@ def cases(*, tiny: bool) -> list[Case]:
     ]
 
 
-def step_table(of: list[Case], device: torch.device) -> str:
+def step_table(of: list[Case], device: torch.device, ways: Sequence[str] = tuple(WAYS)) -> str:
     """Markdown."""
     rate = matmul_rate(device)
     parts = ["## A step (`step`)", _explained(of, device, rate)]
@@ -70,20 +69,13 @@ def step_table(of: list[Case], device: torch.device) -> str:
                 steps=case.steps,
                 device=device.type,
             )
-            found = {way: in_fresh_process(way, job) for way in WAYS}
+            found = {way: in_fresh_process(job.device, train, way, job) for way in ways}
         parts.append(f"{case.name}, {flops / 1e12:.3g} Tflop a step:")
         rows = [_row(way, measured, case, flops / rate) for way, measured in found.items()]
         columns = ["", "ms", "tokens/s", "share of the GEMM rate", "peak MB", "held MB", "gathers, hidden"]
         columns.append("loss, first and last")
         parts += [table(columns, rows), _verdicts(found, flops / rate)]
     return "\n\n".join(parts)
-
-
-def in_fresh_process(way: str, job: Job) -> Measured | str:
-    """So that none inherits another's memory, patches or compiled kernels."""
-    # a CUDA context does not survive a fork; off CUDA nothing has to be imported again
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn" if job.device == "cuda" else "fork")) as pool:
-        return pool.submit(train, way, job).result()
 
 
 def matmul_rate(device: torch.device) -> float:

@@ -7,8 +7,11 @@ import gc
 import math
 import os
 import time
+import traceback
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +135,7 @@ class Meter:
 def train_ours(job: Job, *, fused: bool) -> Measured:
     """`PiSSAStrategy` on one rank; zero-start adapters, as the initialisation is not what is measured.
 
-    `fused` adds adapters to the decoded weight, and, on CUDA, takes the loss without logits.
+    `fused` adds adapters to the decoded weight where that is faster, and, on CUDA, takes the loss without logits.
     """
     meter = Meter(job.device)
     strategy = PiSSAStrategy(
@@ -140,7 +143,7 @@ def train_ours(job: Job, *, fused: bool) -> Measured:
         job.adapter(),
         LoRA(),
         NF4(double_quant=True),
-        fold_adapters="always" if fused else "never",
+        fold_adapters="measured" if fused else "never",
         show_progress=False,
     )
     module = CausalLMModule(
@@ -215,7 +218,7 @@ def train_unsharded(job: Job, *, fused: bool) -> Measured:
         for name, shard in residual.encode(weight.float(), partition, group).shards.items():
             setattr(frozen, name, nn.Parameter(shard, requires_grad=False))
         module.base_layer = frozen
-    fold_adapters(model, "always" if fused else "never")
+    fold_adapters(model, "measured" if fused else "never")
     return _loop(job, model)
 
 
@@ -268,23 +271,38 @@ def _loop(job: Job, model: Any) -> Measured:
 
 WAYS: dict[str, Callable[[Job], Measured]] = {
     "ours": lambda job: train_ours(job, fused=False),
-    "ours, adapters folded in, loss without logits": lambda job: train_ours(job, fused=True),
+    "ours, adapters folded in where faster, loss without logits": lambda job: train_ours(job, fused=True),
     "ours without ZeRO-3": lambda job: train_unsharded(job, fused=False),
-    "ours without ZeRO-3, adapters folded in": lambda job: train_unsharded(job, fused=True),
+    "ours without ZeRO-3, adapters folded in where faster": lambda job: train_unsharded(job, fused=True),
     "PEFT + bitsandbytes `Linear4bit`": train_bitsandbytes,
     "PEFT, dense": train_dense,
 }
+SHORT = dict(zip(("ours", "fused", "unsharded", "unsharded-fused", "bitsandbytes", "dense"), WAYS, strict=True))
 
 
 def train(way: str, job: Job) -> Measured | str:
-    """`WAYS` by name, for a process of its own; out of memory is an answer too."""
+    """`WAYS` by name, for a process of its own; a failure is an answer too, since the device is lent for minutes."""
     with contextlib.redirect_stdout(None):
         try:
             return WAYS[way](job)
-        except torch.OutOfMemoryError as error:
-            return f"out of memory: {str(error).splitlines()[0]}"
+        except Exception as error:
+            traceback.print_exc()
+            return f"{type(error).__name__}: {str(error).splitlines()[0]}"
         finally:
             gc.collect()
+
+
+def in_fresh_process(device: str, function: Callable[..., Any], *args: Any) -> Any:
+    """Call it in a process that inherits no memory, patches and compiled kernels.
+
+    Of this one, which has used CUDA or OpenMP's threads, no fork would work. Off CUDA what is imported here is imported
+    once for all, by a process that does nothing else.
+    """
+    context: Any = get_context("spawn" if device == "cuda" else "forkserver")
+    if device != "cuda":
+        context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *args).result()
 
 
 def save_model(directory: Path, config: PretrainedConfig, device: str) -> Path:

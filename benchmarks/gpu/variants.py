@@ -42,20 +42,11 @@ class Problem:
     dtype: torch.dtype
 
 
-class _WithKernel(NF4):
-    """Triton decodes, where it can run."""
-
-    def decode(self, stored: Any, partition: RowPartition, dtype: torch.dtype, product: Any = None) -> Tensor:
-        if not self.has_kernel(partition, stored["weight_packed"].device):
-            return super().decode(stored, partition, dtype, product)
-        return self.decode_with_kernel(stored, partition, dtype, product)
-
-
 class _WithoutKernel(NF4):
     """bitsandbytes decodes, a product is added to what it wrote."""
 
     def decode(self, stored: Any, partition: RowPartition, dtype: torch.dtype, product: Any = None) -> Tensor:
-        weight = super().decode(stored, partition, dtype)
+        weight = self.decode_with_bitsandbytes(stored, partition, dtype)
         return weight if product is None else weight.addmm_(*product)
 
 
@@ -113,9 +104,9 @@ def _ours(residual: NF4, fold: FoldAdapters) -> Callable[[Problem], nn.Module]:
 
 VARIANTS: dict[str, Callable[[Problem], nn.Module]] = {
     "ours: bitsandbytes decodes, PEFT's adapter": _ours(_WithoutKernel(double_quant=True), "never"),
-    "ours: Triton decodes, PEFT's adapter": _ours(_WithKernel(double_quant=True), "never"),
+    "ours: Triton decodes, PEFT's adapter": _ours(NF4(double_quant=True), "never"),
     "ours: bitsandbytes decodes, adapter folded in": _ours(_WithoutKernel(double_quant=True), "always"),
-    "ours: Triton decodes and folds": _ours(_WithKernel(double_quant=True), "always"),
+    "ours: Triton decodes and folds": _ours(NF4(double_quant=True), "always"),
     "bitsandbytes `Linear4bit`, PEFT's adapter": lambda problem: _adapted(problem, _linear4bit(problem)),
     "dense, PEFT's adapter": lambda problem: _adapted(problem, _dense(problem)),
     "dense, no adapter": _dense,

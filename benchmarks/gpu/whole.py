@@ -8,16 +8,14 @@ import statistics
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from benchmarks.gpu.step import Case, flops_of_step, matmul_rate
-from benchmarks.gpu.trainers import Job, Measured, Meter, Timing, one_rank_trainer
+from benchmarks.gpu.trainers import Job, Measured, Meter, Timing, in_fresh_process, one_rank_trainer
 from models import MODELS_OF_CONFIGS
 from reporting import table
 from synthetic import SyntheticWeights
@@ -106,7 +104,9 @@ class Outcome:
             torch.cuda.reset_peak_memory_stats()
 
 
-def whole(*, tiny: bool, layers: int | None, rounds: list[int], skip: list[str], weights_only: bool) -> Whole:
+def whole(
+    *, tiny: bool, layers: int | None, rounds: list[int], steps: int | None, skip: list[str], weights_only: bool
+) -> Whole:
     """LLaMA-3-70B at 4096 tokens; or two of the four layers of a small model."""
     config = AutoConfig.from_pretrained(MODELS_OF_CONFIGS / "Meta-Llama-3-70B.json")
     case = Case(name="LLaMA-3-70B", config=config, tokens=4096, rank=128, steps=6)
@@ -121,7 +121,7 @@ def whole(*, tiny: bool, layers: int | None, rounds: list[int], skip: list[str],
         )
         case, layers = Case(name="tiny", config=config, tokens=32, rank=4, steps=3), layers or 2
     return Whole(
-        case=case,
+        case=replace(case, steps=steps or case.steps),
         layers=layers or config.num_hidden_layers,
         rounds=tuple(rounds) or (1, 5),
         skip=tuple(skip),
@@ -137,9 +137,7 @@ def whole_table(of: Whole, device: torch.device) -> str:
     flops = of.flops(of.layers)
     parts.append(_explained(of, flops, rate))
     for rounds in of.rounds:
-        # a CUDA context does not survive a fork; off CUDA nothing has to be imported again
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn" if device.type == "cuda" else "fork")) as pool:
-            planned, found = pool.submit(run, of, rounds, device.type).result()
+        planned, found = in_fresh_process(device.type, run, of, rounds, device.type)
         parts.append(f"QPiSSA, T = {rounds}:")
         parts.append(_of_stages(of, planned, found) if isinstance(found, Outcome) else found)
         if isinstance(found, Outcome) and found.steps.seconds:
@@ -197,7 +195,7 @@ def _measured(of: Whole, job: Job, rounds: int, directory: Path) -> Outcome:
         job.adapter(),
         PiSSA(quantization_iterations=rounds),
         RESIDUAL,
-        fold_adapters="always",
+        fold_adapters="measured",
     )
     module = CausalLMModule(
         str(job.checkpoint),
@@ -255,10 +253,10 @@ def _explained(of: Whole, flops: int, rate: float) -> str:
         f"{case.name}: {of.layers} of {case.config.num_hidden_layers} layers, weights generated on the device as they "
         f"are read (`benchmarks/synthetic.py`, sigma_i ~ i^-{SyntheticWeights.decay}), r = {case.rank} on all linears, "
         f"{RESIDUAL}, one sequence of {case.tokens} tokens a step, gradient checkpointing, `{OPTIMIZER}`, adapters "
-        "folded in, on CUDA the loss without logits, one rank of ZeRO-3. Expected: by the forecast of `lowrank-dist "
-        "plan`, whose rates are assumed (nothing is read from disk here), and whose memory is that of a step with "
-        "logits and with the paged moments, which torch does not count. All layers: not measured, but times of the "
-        "layers that were run by their number, of a step by its flops. Peaks of the host: of the process, up to the "
+        "folded in where faster, on CUDA the loss without logits, one rank of ZeRO-3. Expected: by the forecast of "
+        "`lowrank-dist plan`, whose rates are assumed (nothing is read from disk here), and whose memory is that of a "
+        "step with logits and with the paged moments, which torch does not count. All layers: not measured, but times "
+        "of the layers that were run by their number, of a step by its flops. Peaks of the host: of the process, up to the "
         "end of the stage. Share: of the rate of a product of large matrices here and now, "
         f"{rate / 1e12:.3g} Tflop/s, with {flops / 1e12:.3g} Tflop a step, which count recomputation (those of PEFT's "
         "way, residual and adapter as products of their own)."

@@ -11,6 +11,7 @@ _BIN = 8  # exponents of two that share an integer
 _LOWEST = -148  # exponent that frexp gives the smallest fp32 number, 2^-149
 _BINS = (128 - _LOWEST) // _BIN + 1
 _MANTISSA = 24
+_LANES = 1024  # on CUDA
 
 
 def exact_sum(values: Tensor, group: ShardGroup) -> float:
@@ -29,7 +30,12 @@ def exact_sum(values: Tensor, group: ShardGroup) -> float:
     mantissa, exponent = torch.frexp(values.flatten())
     above = exponent.long() - _LOWEST
     integers = (mantissa * 2**_MANTISSA).long() << above % _BIN
-    bins = torch.zeros(_BINS, dtype=torch.int64, device=values.device)
-    bins.scatter_add_(0, above // _BIN, integers)
+    lanes, where = 1, above // _BIN
+    if values.is_cuda:
+        # of bins of their own: numbers that lie side by side mostly fall into one, and would wait for each other
+        lanes = _LANES
+        where = where * lanes + torch.arange(len(where), device=where.device) % lanes
+    bins = torch.zeros(_BINS * lanes, dtype=torch.int64, device=values.device).scatter_add_(0, where, integers)
+    bins = bins.view(_BINS, lanes).sum(1)
     total = sum(limb << _BIN * index for index, limb in enumerate(group.sum(bins).tolist()))
     return float(total / 2 ** (_MANTISSA - _LOWEST))  # of integers: rounded once

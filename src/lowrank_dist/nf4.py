@@ -140,11 +140,16 @@ class NF4:
     def decode(
         self, stored: Mapping[str, Tensor], partition: RowPartition, dtype: torch.dtype, product: Product | None = None
     ) -> Tensor:
-        """See `ResidualFormat.decode`. A product is added by the Triton kernel where it can be (`has_kernel`)."""
-        if product is not None:
-            if self.has_kernel(partition, stored["weight_packed"].device):
-                return self.decode_with_kernel(stored, partition, dtype, product)
-            return self.decode(stored, partition, dtype).addmm_(*product)
+        """See `ResidualFormat.decode`. By the Triton kernel where it runs (`has_kernel`), else by bitsandbytes."""
+        if self.has_kernel(partition, stored["weight_packed"].device):
+            return self.decode_with_kernel(stored, partition, dtype, product)
+        weight = self.decode_with_bitsandbytes(stored, partition, dtype)
+        return weight if product is None else weight.addmm_(*product)
+
+    def decode_with_bitsandbytes(
+        self, stored: Mapping[str, Tensor], partition: RowPartition, dtype: torch.dtype
+    ) -> Tensor:
+        """`decode` by the operators of bitsandbytes, without a product."""
         _bitsandbytes()
         if self.double_quant:
             codes, nested = stored["weight_absmax"], stored["weight_nested"].view(torch.float32)

@@ -16,8 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: Of the kernel, alone and with a product.
-TILES = ({"BM": 16, "BN": 512, "num_warps": 4}, {"BM": 128, "BN": 128, "num_warps": 8})
+#: Of the kernel, alone and with a product: the fastest of 8 and of 14 on an H200 (28672 x 8192, r = 128, bf16, doubly
+#: quantized: 0.17 and 0.44 ms; bitsandbytes takes 0.39, a product added to what it wrote 0.41 more).
+TILES = (
+    {"BM": 8, "BN": 512, "BK": 32, "num_warps": 4},
+    {"BM": 64, "BN": 128, "BK": 32, "num_warps": 4},
+)
 
 
 def decode(
@@ -79,7 +83,7 @@ def decode(
         BLOCK=block_size,
         NESTED=nested is not None,
         PRODUCT=product is not None,
-        BK=32,
+        GROUP=min(block_size, tile["BN"]),
         enable_fp_fusion=False,  # maxima are multiplied and added as bitsandbytes does
         **tile,
     )
@@ -109,24 +113,32 @@ def _decode_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
-    """One ``BM x BN`` tile. Two neighbours of a row are a byte and share a maximum."""
+    """One ``BM x BN`` tile, as ``[BM, BN / GROUP, GROUP]``: a group is a block, or what the tile holds of one.
+
+    A maximum is looked up once for its group, and everything that lies in a row is known to be aligned.
+    """
     row = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
-    pair = tl.program_id(1) * (BN // 2) + tl.arange(0, BN // 2)
-    inside = (row < rows)[:, None] & (pair < columns // 2)[None, :]
-    codes = tl.load(packed + row[:, None] * (columns // 2) + pair[None, :], mask=inside, other=0).to(tl.int32)
-    block = row[:, None] * (columns // BLOCK) + (pair * 2 // BLOCK)[None, :]
+    group = tl.program_id(1) * (BN // GROUP) + tl.arange(0, BN // GROUP)
+    here = row[:, None] * (columns // GROUP) + group[None, :]
+    inside = (row < rows)[:, None] & (group < columns // GROUP)[None, :]
+    block = here // (BLOCK // GROUP)
     if NESTED:
         code = tl.load(absmax + block, mask=inside, other=0).to(tl.int32)
         scale = tl.load(absmax_map + code) * tl.load(nested + 1 + block // 256, mask=inside, other=0.0)
         scale += tl.load(nested)
     else:
         scale = tl.load(absmax + block, mask=inside, other=0.0)
-    first, second = tl.load(code_map + (codes >> 4)) * scale, tl.load(code_map + (codes & 15)) * scale
+
+    pair = here[:, :, None] * (GROUP // 2) + tl.arange(0, GROUP // 2)[None, None, :]
+    codes = tl.load(packed + pair, mask=inside[:, :, None], other=0).to(tl.int32)
+    first = tl.load(code_map + (codes >> 4)) * scale[:, :, None]
+    second = tl.load(code_map + (codes & 15)) * scale[:, :, None]
     weight = tl.interleave(first, second)
 
-    column = tl.program_id(1) * BN + tl.arange(0, BN)
     if PRODUCT:
+        column = tl.program_id(1) * BN + tl.arange(0, BN)
         total = tl.zeros((BM, BN), dtype=tl.float32)
         for start in range(0, rank, BK):
             k = start + tl.arange(0, BK)
@@ -138,6 +150,6 @@ def _decode_kernel(
                 total,
                 input_precision="ieee",
             )
-        weight += total
-    inside = (row < rows)[:, None] & (column < columns)[None, :]
-    tl.store(out + row[:, None] * columns + column[None, :], weight.to(out.dtype.element_ty), mask=inside)
+        weight += tl.reshape(total, (BM, BN // GROUP, GROUP))
+    element = here[:, :, None] * GROUP + tl.arange(0, GROUP)[None, None, :]
+    tl.store(out + element, weight.to(out.dtype.element_ty), mask=inside[:, :, None])

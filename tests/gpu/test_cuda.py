@@ -19,7 +19,7 @@ pytestmark = [
 
 def fit(pretrained: Path, accelerator: str, precision: str, **options: Any) -> tuple[list[float], Any, Any]:
     """Losses, weights before training (fp32, CPU) and the walk's report of a fit on one device."""
-    return run_ranks(1, fit_here, pretrained, accelerator, precision, options)[0]
+    return run_ranks(1, fit_here, pretrained, accelerator, precision, options, cuda=accelerator == "gpu")[0]
 
 
 def fit_here(
@@ -61,7 +61,7 @@ CUT = 5
 
 
 def run_part(pretrained: Path, output: Path, accelerator: str, steps: int, resume: bool) -> list[float]:
-    """Losses up to `steps`, from the start or from what an earlier part left, which is left for the next."""
+    """Losses up to `steps`, from the start or from what an earlier part left; what it leaves is for the next."""
     module = training.ByStep(pretrained)
     strategy = training.make_strategy(pretrained, init_cache=output / "cache")
     trainer = training.make_trainer(strategy, accelerator=accelerator, steps=steps)
@@ -73,12 +73,12 @@ def run_part(pretrained: Path, output: Path, accelerator: str, steps: int, resum
 
 def moved(pretrained: Path, output: Path, first: str, then: str) -> list[float]:
     """Losses of a run that begins on one accelerator and ends on another."""
-    before = run_ranks(1, run_part, pretrained, output, first, CUT, False)[0]
-    return before + run_ranks(1, run_part, pretrained, output, then, training.STEPS, True)[0]
+    before = run_ranks(1, run_part, pretrained, output, first, CUT, False, cuda=first == "gpu")[0]
+    return before + run_ranks(1, run_part, pretrained, output, then, training.STEPS, True, cuda=then == "gpu")[0]
 
 
 @pytest.mark.parametrize(("first", "then"), [("gpu", "cpu"), ("cpu", "gpu")])
 def test_a_run_moves_between_devices(llama: Path, tmp_path: Path, first: str, then: str) -> None:
     """With `init_cache` the residual is the first run's, whatever the second device would round to."""
-    undisturbed = run_ranks(1, run_part, llama, tmp_path / "whole", "cpu", training.STEPS, False)[0]
+    undisturbed = run_ranks(1, run_part, llama, tmp_path / "whole", "cpu", training.STEPS, False, cuda=False)[0]
     assert moved(llama, tmp_path, first, then) == pytest.approx(undisturbed, rel=1e-3)

@@ -37,18 +37,20 @@ def encoded(rows: int, columns: int, fmt: NF4) -> tuple[RowPartition, dict[str, 
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize(("rows", "columns", "rank"), [(1024, 4096, 128), (130, 192, 20), (37, 64, 1)])
 def test_decoding_in_one_pass(rows: int, columns: int, rank: int, dtype: torch.dtype, double_quant: bool) -> None:
-    """Alone as bitsandbytes', to a rounding (maxima may be multiplied and added at once); the sum to one of its own."""
+    """Alone as bitsandbytes', to a rounding (maxima may be multiplied and added at once); with a product of rank r, r
+    sums in fp32, whose roundings are independent, and one rounding of the result."""
     fmt = NF4(double_quant=double_quant)
     partition, stored = encoded(rows, columns, fmt)
     assert fmt.has_kernel(partition, torch.device("cuda"))
-    plain = fmt.decode(stored, partition, dtype)
+    plain = fmt.decode_with_bitsandbytes(stored, partition, dtype)
     alone = fmt.decode_with_kernel(stored, partition, dtype)
     torch.testing.assert_close(alone, plain, rtol=2 * ROUNDOFF[dtype], atol=0)
     generator = torch.Generator().manual_seed(1)
     left, right = (torch.randn(n, rank, generator=generator).to("cuda", dtype) for n in (rows, columns))
-    exact = fmt.decode(stored, partition, torch.float32).double() + left.double() @ right.double().mT
+    exact = fmt.decode_with_bitsandbytes(stored, partition, torch.float32).double() + left.double() @ right.double().mT
     found = fmt.decode(stored, partition, dtype, (left, right.mT)).double()
-    assert (found - exact).norm() <= 2 * ROUNDOFF[dtype] * exact.norm()
+    tolerance = 2 * ROUNDOFF[dtype] + rank**0.5 * ROUNDOFF[torch.float32]
+    assert (found - exact).norm() <= tolerance * exact.norm()
 
 
 @pytest.mark.parametrize("fold", ["never", "always", "measured"])

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from queue import Empty
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.distributed import TCPStore
@@ -26,20 +27,25 @@ class RankFailedError(AssertionError):
 
 
 def run_ranks(
-    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 240, fresh: bool = False
+    world_size: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout: float = 240,
+    fresh: bool = False,
+    cuda: bool = True,
 ) -> list[Any]:
     """``function(*args)`` on `world_size` ranks of a gloo group; their results by rank (picklable).
 
     Ranks have the environment of the first call, in which everything was imported; `fresh` ones that of this call, and
     take seconds to import it. Where a CUDA device is visible all are: to import bitsandbytes starts CUDA, which does
-    not survive a fork.
+    not survive a fork. Without `cuda` they see no such device.
 
     Raises
     ------
     RankFailedError
         With the traceback of the first rank that failed; the others are ended.
     """
-    outcomes = run_ranks_catching(world_size, function, *args, timeout=timeout, fresh=fresh)
+    outcomes = run_ranks_catching(world_size, function, *args, timeout=timeout, fresh=fresh, cuda=cuda)
     errors = {rank: error for rank, (_, error) in enumerate(outcomes) if error is not None}
     if errors:
         # those that only heard of another's error come last
@@ -50,7 +56,12 @@ def run_ranks(
 
 
 def run_ranks_catching(
-    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 240, fresh: bool = False
+    world_size: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout: float = 240,
+    fresh: bool = False,
+    cuda: bool = True,
 ) -> list[tuple[Any, str | None]]:
     """Like `run_ranks`, with ``(result, traceback or None)`` for every rank; only a hang raises."""
     fresh = fresh or torch.cuda.device_count() > 0
@@ -61,8 +72,9 @@ def run_ranks_catching(
         context.Process(target=_rank_main, args=(queue, rank, world_size, store.port, function, args), daemon=False)
         for rank in range(world_size)
     ]
-    for process in ranks:
-        process.start()
+    with patch.dict(os.environ, {} if cuda else {"CUDA_VISIBLE_DEVICES": ""}):
+        for process in ranks:
+            process.start()
     outcomes: dict[int, tuple[Any, str | None]] = {}
     dead: dict[int, int] = {}
     deadline = time.monotonic() + timeout

@@ -68,7 +68,7 @@ class ByStep(CausalLM):
     def training_step(self, batch: list[Tensor], index: int) -> Tensor:
         step, trainer = self.trainer.global_step, self.trainer
         mine = tokens()[step % STEPS].unflatten(0, (trainer.world_size, -1))[trainer.global_rank]
-        loss = super().training_step([mine], index)
+        loss = super().training_step([mine.to(self.device)], index)
         if self.record is not None and trainer.is_global_zero:
             with self.record.open("a") as file:
                 file.write(f"{step} {self.losses[-1]!r}\n")

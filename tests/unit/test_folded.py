@@ -139,7 +139,7 @@ def decode_interpreted(shape: tuple[int, int], fmt: NF4, dtype: torch.dtype) -> 
     left, right = (torch.randn(of, generator=generator).to(dtype) for of in ((rows, 20), (columns, 20)))
     product = left, right.mT
     return (
-        fmt.decode(stored, partition, dtype),
+        fmt.decode_with_bitsandbytes(stored, partition, dtype),
         fmt.decode_with_kernel(stored, partition, dtype),
         fmt.decode(stored, partition, dtype, product),
         product[0].double() @ product[1].double(),
@@ -176,7 +176,7 @@ def compiled(capability: int, nested: bool, product: bool) -> tuple[str, int]:
 
     tile = dict(TILES[product])
     options = {"num_warps": tile.pop("num_warps"), "enable_fp_fusion": False}
-    constants = {"BLOCK": 64, "NESTED": nested, "PRODUCT": product, "BK": 32, **tile}
+    constants = {"BLOCK": 64, "GROUP": 64, "NESTED": nested, "PRODUCT": product, **tile}
     pointers = {"packed": "*u8", "absmax": "*u8" if nested else "*fp32"}
     pointers |= dict.fromkeys(("nested", "code_map", "absmax_map"), "*fp32")
     pointers |= dict.fromkeys(("left", "right", "out"), "*bf16")

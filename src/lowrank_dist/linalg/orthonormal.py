@@ -22,8 +22,8 @@ _ONE_PASS = 10.0
 # A second pass repairs what the first left while that stays well below 1 [CQR]; beyond this condition number the
 # Householder route takes over.
 _MAX_CONDITION = 1e5
-# Columns that are widened to fp64 at a time.
-_PANEL = 2048
+# Columns that are widened to fp64 at a time: on a CPU those that stay in a cache, on a device so many that it has work.
+_PANEL, _DEVICE_PANEL = 2048, 2**16
 
 
 def orthonormalize(y: Tensor, group: ShardGroup) -> tuple[Tensor, Tensor]:
@@ -74,9 +74,10 @@ def _cholesky_qr(y: Tensor, group: ShardGroup) -> tuple[Tensor, Tensor, float]:
 def gram(x: Tensor, y: Tensor) -> Tensor:
     """``x @ y.T`` in fp64 for vectors as rows; widens a panel of columns at a time."""
     total = torch.zeros(x.shape[0], y.shape[0], dtype=torch.float64, device=x.device)
-    for first in range(0, y.shape[1], _PANEL):
-        wide = y[:, first : first + _PANEL].double()
-        total.addmm_(wide if x is y else x[:, first : first + _PANEL].double(), wide.mT)
+    panel = _PANEL if x.device.type == "cpu" else _DEVICE_PANEL
+    for first in range(0, y.shape[1], panel):
+        wide = y[:, first : first + panel].double()
+        total.addmm_(wide if x is y else x[:, first : first + panel].double(), wide.mT)
     return total
 
 
@@ -89,10 +90,9 @@ def row_signs(vectors: Tensor) -> Tensor:
 def _cholesky(gram: Tensor) -> Tensor:
     """``[L; L^-1]``, or NaNs where the Gram matrix has no Cholesky factor."""
     lower, info = torch.linalg.cholesky_ex(gram)
-    if int(info) != 0:
-        return torch.full((2 * len(gram), len(gram)), torch.nan, dtype=gram.dtype, device=gram.device)
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return torch.cat([lower, torch.linalg.solve_triangular(lower, eye, upper=False)])
+    both = torch.cat([lower, torch.linalg.solve_triangular(lower, eye, upper=False)])
+    return both.masked_fill_(info != 0, torch.nan)
 
 
 def _tsqr(y: Tensor, group: ShardGroup) -> tuple[Tensor, Tensor]:

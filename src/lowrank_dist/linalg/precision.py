@@ -20,8 +20,9 @@ _SLAB = 2**21
 # Vectors of a CPU hold so many elements at most: heights of slabs are multiples of it.
 _STEP = 16
 # Rows of a matrix that are multiplied at a time where bits must not depend on the sharding. On one thread 256 of them
-# take 6 % (4096^2, r = 128) to 15 % (2048^2, r = 64) longer than all at once, 64 of them 10 to 30 %.
-_ROWS = 256
+# take 6 % (4096^2, r = 128) to 15 % (2048^2, r = 64) longer than all at once, 64 of them 10 to 30 %. On a device
+# it takes longer to start a product than to compute so few rows.
+_ROWS, _DEVICE_ROWS = 256, 1024
 # flop of a product from which on it is worth starting threads, about a millisecond's.
 _WORTH_THREADS = 10**8
 
@@ -107,9 +108,9 @@ def minus_product(
     """``W - scaling * left @ right`` in true fp32, the same bits however the rows of W are cut over ranks.
 
     A BLAS rounds a product according to its shape: one row alone, or the last rows of a block, come out otherwise than
-    within a larger one. Rows are therefore multiplied 256 at a time, at places fixed in the whole matrix: all products
-    have one shape, with zeros where rows are another rank's. On the CPU each takes one thread, and several run at a
-    time: a BLAS that shares a product among threads rounds according to their number too.
+    within a larger one. Rows are therefore multiplied 256 at a time (1024 on CUDA), at places fixed in the whole
+    matrix: all products have one shape, with zeros where rows are another rank's. On the CPU each takes one thread, and
+    several run at a time: a BLAS that shares a product among threads rounds according to their number too.
 
     Parameters
     ----------
@@ -136,13 +137,14 @@ def minus_product(
 
     Notes
     -----
-    The bits are those of one BLAS on one kind of device. Memory: the result, and two slabs of ``256 x n`` for every
+    The bits are those of one BLAS on one kind of device. Memory: the result, and two slabs of so many rows for every
     thread.
     """
     out = torch.empty_like(block) if out is None else out
     if not bool(right.any()):
         return out.copy_(block)
-    stop, height = start + block.shape[0], min(_ROWS, rows)
+    on_cpu = block.device.type == "cpu"
+    stop, height = start + block.shape[0], min(_ROWS if on_cpu else _DEVICE_ROWS, rows)
     # Fresh and contiguous operands: some BLAS choose their kernels by strides and alignment too.
     scaled = torch.mul(right, -scaling, out=right.new_empty(right.shape))
 
@@ -160,7 +162,7 @@ def minus_product(
             torch.add(block[here], product[there], out=out[here])
 
     with full_fp32(), single_threads() as threads:
-        shared = block.device.type == "cpu" and 2 * block.numel() * right.shape[0] > _WORTH_THREADS
+        shared = on_cpu and 2 * block.numel() * right.shape[0] > _WORTH_THREADS
         workers = min(threads, len(slabs)) if shared else 1
         if workers < 2:
             subtract(slabs)
