@@ -256,8 +256,8 @@ def _explained(of: Whole, flops: int, rate: float) -> str:
         "folded in where faster, on CUDA the loss without logits, one rank of ZeRO-3. Expected: by the forecast of "
         "`lowrank-dist plan`, whose rates are assumed (nothing is read from disk here), and whose memory is that of a "
         "step with logits and with the paged moments, which torch does not count. All layers: not measured, but times "
-        "of the layers that were run by their number, of a step by its flops. Peaks of the host: of the process, up to the "
-        "end of the stage. Share: of the rate of a product of large matrices here and now, "
+        "of the layers that were run by their number, of a step by its flops. Peaks of the host: of the process, up to "
+        "the end of the stage. Share: of the rate of a product of large matrices here and now, "
         f"{rate / 1e12:.3g} Tflop/s, with {flops / 1e12:.3g} Tflop a step, which count recomputation (those of PEFT's "
         "way, residual and adapter as products of their own)."
     )
