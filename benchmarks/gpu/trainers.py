@@ -281,13 +281,13 @@ SHORT = dict(zip(("ours", "fused", "unsharded", "unsharded-fused", "bitsandbytes
 
 
 def train(way: str, job: Job) -> Measured | str:
-    """`WAYS` by name, for a process of its own; a failure is an answer too, since the device is lent for minutes."""
+    """`WAYS` by name, for a process of its own; a failure is an answer too, which costs no other row."""
     with contextlib.redirect_stdout(None):
         try:
             return WAYS[way](job)
         except Exception as error:
             traceback.print_exc()
-            return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            return repr(error).splitlines()[0]
         finally:
             gc.collect()
 

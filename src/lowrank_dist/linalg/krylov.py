@@ -413,7 +413,7 @@ class _Krylov:
 
 
 def _leading(gram: Tensor, rank: int) -> Tensor:
-    """The `rank` leading eigenvectors as rows, by way of fp32; NaNs where an fp32 Gram matrix is not enough."""
+    """The `rank` leading eigenvectors as rows, fp32; NaNs where an fp32 Gram matrix is not enough."""
     # fp32 is the faster one on a CPU; on CUDA it is Jacobi's method, three times slower than fp64 (512 x 512)
     values, vectors = torch.linalg.eigh(gram.double() if gram.is_cuda else gram.float())
     if not float(values[-rank]) > _FLAT * float(values[-1]):
