@@ -41,6 +41,14 @@ def peft_name(name: str) -> str:
     return PEFT_PREFIX + name.removesuffix(f".{ADAPTER}")
 
 
+def _shared_names(backbone: PreTrainedModel) -> dict[str, set[str]]:
+    """The other names, without those of PEFT's layers, of every parameter that is tied."""
+    names: dict[int, set[str]] = {}
+    for name, parameter in backbone.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(plain_name(name))
+    return {name: same - {name} for same in names.values() if len(same) > 1 for name in same}
+
+
 class CheckpointKeys:
     """Where the parameters of a model are in a checkpoint.
 
@@ -60,14 +68,20 @@ class CheckpointKeys:
     ) -> None:
         self._backbone, self._reader = backbone, reader
         self._prefix = f"{backbone.base_model_prefix}."
-        self._tied = {source: name for name, source in (tied or {}).items()} | dict(tied or {})
+        self._tied = _shared_names(backbone)
+        for pair in (tied or {}).items():
+            for name, other in (pair, pair[::-1]):
+                self._tied.setdefault(name, set()).add(other)
         self._keys: dict[str, str] | None = None
         self._refused: dict[str, str] = {}  # what conversion a parameter would need
 
     def find(self, name: str) -> str | None:
-        """Name, for the reader, of the tensor that fills the model's parameter `name`; None where there is none."""
+        """Name, for the reader, of the tensor that fills the model's parameter `name`; None where there is none.
+
+        A copy of a tied parameter (``modules_to_save``) is filled from where the others that it was tied to are.
+        """
         name = plain_name(name)
-        return self._find(name) or (self._find(self._tied[name]) if name in self._tied else None)
+        return self._find(name) or next(filter(None, map(self._find, sorted(self._tied.get(name, ())))), None)
 
     def holds(self, name: str) -> bool:
         """Whether the checkpoint has the parameter `name` itself, not only the one it is tied to."""

@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import Tensor
@@ -71,6 +72,13 @@ CASES = {
     "tied both": Case(
         "llama", {"target_modules": ["embed_tokens", "lm_head"], **HEAD}, 2, {"tie_word_embeddings": True}, UNTIE
     ),
+    **{
+        f"whole {name} {architecture}": Case(
+            architecture, {"target_modules": ["q_proj"], "modules_to_save": saved}, 2, {"tie_word_embeddings": True}
+        )
+        for architecture in ("llama", "qwen2")
+        for name, saved in {"head": ["lm_head"], "table": ["embed_tokens"], "both": ["lm_head", "embed_tokens"]}.items()
+    },
     "mixtral": Case("mixtral", experts("mlp"), 2 * (1 + 2 * 4)),
     "mixtral fused": Case("mixtral", experts("mlp"), 2 * (1 + 2 * 4), {"save_original_format": False}),
     "mixtral all-linear": Case("mixtral", {"target_modules": "all-linear"}, 2 * (4 + 1 + 2 * 4)),
@@ -146,11 +154,17 @@ def original(base: Path, case: Case) -> Any:
     return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **changes)
 
 
-def load_peft(model: Any, directory: Path, **options: Any) -> PeftModel:
+@contextmanager
+def expected_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
         # PEFT 0.21 says so of patterns that match parameters, and applies them
         warnings.filterwarnings("ignore", message="The following .*_pattern keys did not match any targeted module")
+        yield
+
+
+def load_peft(model: Any, directory: Path, **options: Any) -> PeftModel:
+    with expected_warnings():
         return PeftModel.from_pretrained(model, directory, **options)
 
 
@@ -159,13 +173,18 @@ def train_with_stock_peft(base: Path, case: Case, initial: Path) -> list[float]:
     model = original(base, case)
     if "untie_embeddings" in case.options:
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
-    model = load_peft(model, initial, is_trainable=True)
+    with expected_warnings():
+        model = get_peft_model(model, adapter_of(case))
+    factors = load_file(initial / "adapter_model.safetensors")
     with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(factors[name.replace(".default", "")])
         for layer in model.modules():
             if isinstance(layer, BaseTunerLayer):
                 name = getattr(layer, "parameter_name", "weight")
                 getattr(layer.get_base_layer(), name).sub_(layer.get_delta_weight("default"))
-    trained = [p for n, p in model.named_parameters() if "lora_" in n]
+    trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LR)
     losses = []
     for ids in tokens():

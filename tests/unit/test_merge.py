@@ -83,6 +83,7 @@ CASES = {
     "tied both": Case("llama", {"target_modules": ["embed_tokens", "lm_head"]}, TIED),
     "whole head": Case("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, TIED),
     "whole embedding": Case("llama", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, TIED),
+    "whole both": Case("llama", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}, TIED),
     "whole block": Case("llama", {"target_modules": ["q_proj"], "modules_to_save": ["layers.1.mlp", "norm"]}),
     "mixtral": Case("mixtral", experts("mlp")),
     "mixtral fused": Case("mixtral", experts("mlp"), {"save_original_format": False}),

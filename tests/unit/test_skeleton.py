@@ -65,6 +65,22 @@ def test_a_tied_weight_under_the_heads_name(llama: Path, tmp_path: Path) -> None
         assert keys["lm_head.weight"] == keys["model.embed_tokens.weight"] == "lm_head.weight"
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("stored", ["model.embed_tokens.weight", "lm_head.weight"])
+@pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]])
+def test_copies_of_tied_weights(llama: Path, tmp_path: Path, saved: list[str], stored: str) -> None:
+    """Trained copies begin with the one tensor that is there, as PEFT's do."""
+    tensors = {name: tensor for file in llama.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    tensors[stored] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text((llama / "config.json").read_text())
+    planned = plan(tmp_path, target_modules=["q_proj"], modules_to_save=saved)
+    trained = [p for p in planned.parameters if p.trainable]
+    assert sorted(p.names[0].split(".modules_to_save")[0].split(".")[-1] for p in trained) == sorted(saved)
+    assert {p.key for p in trained} == {stored}
+    assert all(p.key is not None for p in planned.parameters)
+
+
 def test_encoder_decoders_stay_tied(tmp_path: Path) -> None:
     small = {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_heads": 4, "num_layers": 1, "vocab_size": 64}
     base = save_checkpoint(tmp_path, "t5", auto_class=AutoModelForSeq2SeqLM, tie_word_embeddings=True, **small)
