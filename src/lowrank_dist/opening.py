@@ -20,7 +20,7 @@ from lowrank_dist.methods import LoRA, Method
 from lowrank_dist.planner import Sharding
 from lowrank_dist.pretrained import PretrainedModel, Resume, open_source
 from lowrank_dist.residual import ResidualFormat
-from lowrank_dist.skeleton import ModelError, Plan, inject_adapter, plan_walk, untie_embeddings
+from lowrank_dist.skeleton import ModelError, Plan, inject_adapter, plain_name, plan_walk, untie_embeddings
 from lowrank_dist.sources import WeightSource
 from lowrank_dist.starting_adapter import StartingAdapter
 
@@ -157,6 +157,10 @@ class ModelRecipe:
         inject_adapter(backbone, source.adapter)
         plan = plan_walk(backbone, source.reader, tied, limit_rank=start is None)
         source.check(plan)
+        fresh = list(dict.fromkeys(plain_name(t.names[0]) for t in plan.parameters if t.key is None and t.trainable))
+        if fresh and start is None and resume is None:
+            more = f" and {len(fresh) - 5} more" if len(fresh) > 5 else ""
+            announce(f"{source.reader.directory} holds no {', '.join(fresh[:5])}{more}: initialised anew and trained")
         return OpenedModel(backbone=backbone, plan=plan, source=source, start=start, resume=resume)
 
     def _starting_adapter(self, directory: Path, pretrained: Path | WeightSource) -> StartingAdapter:

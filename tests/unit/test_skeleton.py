@@ -11,11 +11,21 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, conversion_mapping
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    conversion_mapping,
+)
 from transformers.core_model_loading import Chunk, WeightConverter
 
 from helpers.models import save_checkpoint
 from lowrank_dist.checkpoint_io import CheckpointError, CheckpointReader
+from lowrank_dist.opening import ModelRecipe
+from lowrank_dist.planner import Sharding
+from lowrank_dist.pretrained import Resume
 from lowrank_dist.skeleton import ModelError, Plan, inject_adapter, meta_parameters, plan_walk, untie_embeddings
 
 
@@ -79,6 +89,24 @@ def test_copies_of_tied_weights(llama: Path, tmp_path: Path, saved: list[str], s
     assert sorted(p.names[0].split(".modules_to_save")[0].split(".")[-1] for p in trained) == sorted(saved)
     assert {p.key for p in trained} == {stored}
     assert all(p.key is not None for p in planned.parameters)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_what_is_initialised_anew_is_said(tmp_path: Path, resumed: bool) -> None:
+    """One line for a new head, none where a checkpoint holds it."""
+    base = save_checkpoint(tmp_path, "bert", auto_class=AutoModelForMaskedLM)
+    adapter = LoraConfig(r=4, target_modules=["query"], modules_to_save=["pooler", "classifier"], task_type="SEQ_CLS")
+    lines: list[str] = []
+    opened = ModelRecipe(pretrained=str(base), adapter=adapter).open(
+        skeleton(base, AutoModelForSequenceClassification),
+        compute_dtype=torch.float32,
+        sharding=Sharding(),
+        announce=lines.append,
+        resume=Resume(checkpoint=base, source="") if resumed else None,
+    )
+    new = "bert.pooler.dense.weight, bert.pooler.dense.bias, classifier.weight, classifier.bias"
+    assert lines == [] if resumed else [f"{base} holds no {new}: initialised anew and trained"]
+    opened.source.close()
 
 
 def test_encoder_decoders_stay_tied(tmp_path: Path) -> None:
