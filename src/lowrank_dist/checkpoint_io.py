@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 import os
 import shutil
 from collections import deque
@@ -13,11 +15,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from lowrank_dist.errors import InputError
+
+log = logging.getLogger(__name__)
 
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -58,6 +63,13 @@ class Piece:
     index: int | None = None
 
 
+@functools.cache
+def _warn_of_both(single: Path, index: Path) -> None:
+    """Say once, on rank 0, which of two sets of weights is read."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
+        log.warning("%s is read, as transformers does, and %s beside it is not; remove one of them", single, index.name)
+
+
 class CheckpointReader:
     """Reads slices of the tensors of a safetensors checkpoint and counts the bytes it hands out.
 
@@ -66,7 +78,8 @@ class CheckpointReader:
     Parameters
     ----------
     directory
-        Holds ``model.safetensors``, or ``model.safetensors.index.json`` and the files it names.
+        Holds ``model.safetensors``, or ``model.safetensors.index.json`` and the files it names. Where both are there,
+        the single file is read, as transformers does, and rank 0 warns.
     stem
         Another first part of these names.
 
@@ -96,13 +109,15 @@ class CheckpointReader:
         self._info: dict[str, TensorInfo] = {}
         self._joined: dict[str, tuple[Piece, ...]] = {}
         index_path = self.directory / index_name
-        if index_path.is_file():
+        if (self.directory / single).is_file():
+            if index_path.is_file():
+                _warn_of_both(self.directory / single, index_path)
+            self._file_of = dict.fromkeys(self._open(single).keys(), single)
+        elif index_path.is_file():
             try:
                 self._file_of = dict(json.loads(index_path.read_text())["weight_map"])
             except (ValueError, KeyError, TypeError) as error:
                 raise CheckpointError(f"{index_path}: not a safetensors index: {error!r}; fetch it again") from error
-        elif (self.directory / single).is_file():
-            self._file_of = dict.fromkeys(self._open(single).keys(), single)
         else:
             raise CheckpointError(
                 f"{self.directory}: holds neither {index_name} nor {single}; pass a directory or a hub id with "

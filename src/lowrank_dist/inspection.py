@@ -274,6 +274,8 @@ def _add_adapter(directory: Path, found: Description) -> None:
     found.problems += [f"{directory.name}: {problem}" for problem in weights.problems]
     facts["trained parameters"] = sum(weights.parameters.values())
     facts["adapter dtype"] = ", ".join(weights.parameters)
+    if weights.not_read:
+        facts["not read"] = weights.not_read
 
 
 def _add_weights(weights: Weights, found: Description) -> None:
@@ -283,6 +285,8 @@ def _add_weights(weights: Weights, found: Description) -> None:
         "by dtype": dict(weights.parameters),
         "files": len(weights.files),
     }
+    if weights.not_read:
+        found.facts["not read"] = weights.not_read
 
 
 class Weights:
@@ -291,7 +295,7 @@ class Weights:
     Parameters
     ----------
     directory, stem
-        ``<stem>.safetensors``, or the files that ``<stem>.safetensors.index.json`` names.
+        ``<stem>.safetensors``, or else the files that ``<stem>.safetensors.index.json`` names.
 
     Attributes
     ----------
@@ -302,6 +306,8 @@ class Weights:
         quantization.
     nbytes : int
         Of the files that are there.
+    not_read : str or None
+        Name of an index beside a single file, which is read in its place.
     problems : list of str
         Files that are missing, truncated or damaged, and tensors that they lack.
 
@@ -314,11 +320,12 @@ class Weights:
     def __init__(self, directory: Path, stem: str = "model") -> None:
         index, single = directory / INDEX_NAME.replace("model", stem, 1), directory / f"{stem}.safetensors"
         names: dict[str, set[str]] = {}
-        if index.is_file():
+        self.not_read = index.name if single.is_file() and index.is_file() else None
+        if single.is_file():  # as `CheckpointReader`
+            names[single.name] = set()
+        elif index.is_file():
             for tensor, file in _json(index)["weight_map"].items():
                 names.setdefault(file, set()).add(tensor)
-        elif single.is_file():
-            names[single.name] = set()
         else:
             raise CheckpointError(f"holds neither {index.name} nor {single.name}")
         self.files, self.nbytes, self.problems = sorted(names), 0, list[str]()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+from helpers.ranks import run_ranks
 from lowrank_dist.checkpoint_io import (
     INDEX_NAME,
     CheckpointError,
@@ -94,6 +97,51 @@ def test_a_damaged_index(sharded: Path) -> None:
     (sharded / INDEX_NAME).write_text("{")
     with pytest.raises(CheckpointError, match="not a safetensors index"):
         CheckpointReader(sharded)
+
+
+@pytest.mark.parametrize("stem", ["model", "adapter_model", "residual"])
+def test_a_single_file_goes_before_an_index(
+    llama: Path, tmp_path: Path, stem: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As transformers, with one line that names both; a damaged index does not matter then."""
+    for file in llama.glob("model*"):
+        shutil.copy(file, tmp_path / file.name.replace("model", stem, 1))
+    index, single = tmp_path / f"{stem}.safetensors.index.json", tmp_path / f"{stem}.safetensors"
+    index.write_text(index.read_text().replace("model-0", f"{stem}-0"))
+    assert set(CheckpointReader(tmp_path, stem=stem)) == set(whole(llama))
+    assert not caplog.records
+    other = {name: tensor + 1 for name, tensor in whole(llama).items()}
+    save_file(other, single, metadata={"format": "pt"})
+    readers = [CheckpointReader(tmp_path, stem=stem) for _ in range(2)]
+    assert readers[0].files == [single]
+    for name, tensor in other.items():
+        assert torch.equal(readers[0].flat(name, 0, tensor.numel()), tensor.flatten())
+    (text,) = caplog.messages
+    assert str(single) in text
+    assert index.name in text
+    index.write_text("{")
+    assert set(CheckpointReader(tmp_path, stem=stem)) == set(other)
+    if stem == "model":
+        shutil.copy(llama / "config.json", tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path).model.norm.weight
+        assert torch.equal(loaded, other["model.norm.weight"])
+
+
+def warnings_of(directory: Path) -> list[str]:
+    messages: list[str] = []
+
+    class Kept(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    logging.getLogger("lowrank_dist").addHandler(Kept())
+    CheckpointReader(directory)
+    return messages
+
+
+def test_one_rank_warns(sharded: Path) -> None:
+    save_file({"w": torch.zeros(1)}, sharded / "model.safetensors")
+    assert [len(messages) for messages in run_ranks(2, warnings_of, sharded)] == [1, 0]
 
 
 def test_a_path_that_is_not_there() -> None:

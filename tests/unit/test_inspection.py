@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from helpers.models import save_checkpoint
@@ -88,6 +89,23 @@ def test_a_model_with_something_missing(base: Path, tmp_path: Path, capsys: pyte
     assert f"no: {expected[0]}" in table(model, capsys)
     (model / "model.safetensors.index.json").write_text("{")
     assert "index.json is damaged" in inspect(model).problems[0]
+
+
+def test_a_single_file_beside_an_index(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As it is read: the single file, whatever the index says; of an adapter too."""
+    model = Path(shutil.copytree(base, tmp_path / "model"))
+    save_file({"w": torch.zeros(3, 5)}, model / "model.safetensors")
+    (model / "model.safetensors.index.json").write_text("{")
+    found = inspect(model)
+    assert (found.complete, found.facts["parameters"], found.facts["files"]) == (True, 15, 1)
+    lines = [line.split() for line in table(model, capsys).splitlines()]
+    assert ["not", "read", "model.safetensors.index.json"] in lines
+    count = save_adapter(base, tmp_path / "adapter")
+    assert "not read" not in inspect(tmp_path / "adapter").facts
+    index = tmp_path / "adapter" / "adapter_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"other": "other.safetensors"}}))
+    found = inspect(tmp_path / "adapter")
+    assert (found.complete, found.facts["trained parameters"], found.facts["not read"]) == (True, count, index.name)
 
 
 def test_weights_in_another_format(tmp_path: Path) -> None:
