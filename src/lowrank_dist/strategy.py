@@ -284,6 +284,20 @@ class PiSSAStrategy(CheckpointedStrategy):
             self._lightning_module = None
         super().teardown()
 
+    def _auto_select_batch_size(self) -> int:
+        """Examples of a training batch, by which DeepSpeed counts samples; 1 where nothing is trained or none is known.
+
+        The parent asks for the training loader in every stage, but a data module needs one only to be fitted. It also
+        takes for granted that a loader makes its own batches, of a fixed size.
+        """
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        source = trainer.fit_loop._data_source
+        if trainer.state.fn != TrainerFn.FITTING or not source.is_defined():
+            return 1
+        sampler = getattr(source.dataloader(), "batch_sampler", None)
+        return getattr(sampler, "batch_size", None) or 1
+
     def _format_config(self) -> None:
         if self.precision_plugin.precision == "bf16-mixed":
             # The factors are fp32 parameters and autocast wraps the model: to DeepSpeed this is fp32 training.
