@@ -346,7 +346,9 @@ class SFTDataModule(L.LightningDataModule):
             return 0
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
         unused = progress.ready - progress.processed
-        if getattr(self.trainer.strategy, "resumes_whole_steps", False):
+        # the step at the end of an epoch may have fewer batches
+        epoch_ended = self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and not unused
+        if getattr(self.trainer.strategy, "resumes_whole_steps", False) and not epoch_ended:
             unused += progress.processed % self.trainer.accumulate_grad_batches
         return unused
 

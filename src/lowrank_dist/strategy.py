@@ -13,6 +13,7 @@ import torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -257,6 +258,7 @@ class PiSSAStrategy(CheckpointedStrategy):
         assert self.accelerator is not None
         assert self.lightning_module is not None
         self.accelerator.setup(trainer)
+        self._check_accumulation(trainer)
         # Unlike the parent, no precision_plugin.convert_module: parameters are made in their dtypes, and rotary
         # frequencies and other buffers must keep theirs.
         self._set_up_model(self.lightning_module)
@@ -265,7 +267,39 @@ class PiSSAStrategy(CheckpointedStrategy):
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
         self.init_deepspeed()
+        if trainer.state.fn == TrainerFn.FITTING:
+            # rather than what DeepSpeed counts: every batch ends a step, except inside of `block_backward_sync`
+            self.deepspeed_engine.set_gradient_accumulation_boundary(True)
         self.barrier()
+
+    @property
+    def handles_gradient_accumulation(self) -> bool:
+        """False, unlike the parent's: Lightning decides which batches end a step.
+
+        `block_backward_sync` tells DeepSpeed, whose own counter knows nothing of the ends of epochs.
+        """
+        return False
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Around a batch that does not end a step: its gradients are kept, and the next ones added to them."""
+        engine = self.deepspeed_engine
+        engine.set_gradient_accumulation_boundary(False)
+        try:
+            yield
+            engine.step()  # not the optimizer's: it counts the batch and stops DeepSpeed's timers
+        finally:
+            engine.set_gradient_accumulation_boundary(True)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().training_step(*args, **kwargs)
+        assert self.lightning_module is not None
+        if output is None and self.lightning_module.automatic_optimization:
+            raise InputError(
+                "training_step returned None: a rank that skips its backward pass would leave the others waiting for "
+                "its gradients; return a loss, or loss * 0"
+            )
+        return output
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Backward through DeepSpeed's engine, the loss divided once by the batches that are accumulated.
@@ -283,6 +317,17 @@ class PiSSAStrategy(CheckpointedStrategy):
             # Set-up failed: moving a skeleton to the CPU would fail too, and hide why.
             self._lightning_module = None
         super().teardown()
+
+    @staticmethod
+    def _check_accumulation(trainer: Trainer) -> None:
+        """Before weights are read; Lightning refuses it too, but when training starts."""
+        for callback in trainer.callbacks if trainer.state.fn == TrainerFn.FITTING else []:  # type: ignore[attr-defined]
+            if isinstance(callback, GradientAccumulationScheduler):
+                raise InputError(
+                    f"GradientAccumulationScheduler(scheduling={callback.scheduling}): all epochs must "
+                    "accumulate as many batches, since checkpoints count steps with their number; leave the callback "
+                    "out and pass Trainer(accumulate_grad_batches=N)"
+                )
 
     def _auto_select_batch_size(self) -> int:
         """Examples of a training batch, by which DeepSpeed counts samples; 1 where nothing is trained or none is known.

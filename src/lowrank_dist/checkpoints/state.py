@@ -61,36 +61,41 @@ def decode_training_state(checkpoint: TrainingCheckpoint, *, accumulate_grad_bat
 
     Progress is a number of optimizer steps; how many batches that are depends on how many each rank accumulates. With
     another number of ranks or another batch size, and `accumulate_grad_batches` such that the global batch is the same,
-    the steps are the same ones. Batches of a step that an exception has cut short are not counted. What was saved in a
-    hook at the end of an epoch goes on with the next epoch: as it stands, Lightning would train one more batch of the
-    ended one where ``max_steps`` is set.
+    the steps are the same ones. The last step of an epoch may have fewer batches. Batches of a step that an exception
+    has cut short are not counted. What was saved in a hook at the end of an epoch goes on with the next epoch: as it
+    stands, Lightning would train one more batch of the ended one where ``max_steps`` is set.
     """
     state = checkpoint.state()
     before, now = checkpoint.manifest["accumulate_grad_batches"], accumulate_grad_batches
     loops = state["loops"]["fit_loop"]
     epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
-    epoch_ended = batches["is_last_batch"] and batches["current"]["processed"] % before == 0
-    _count_whole_steps(batches, before, now)
+    current = batches["current"]
+    epoch_ended = batches["is_last_batch"] and current["processed"] == current["ready"]
+    _count_whole_steps(batches, before, now, epoch_ended=epoch_ended)
     if epoch_ended:
         _move_to(epochs, epochs["current"]["ready"])
         _move_to(batches, 0, total=batches["total"]["processed"])
         batches["is_last_batch"] = False
-    state[OWN_STATE]["engine"]["micro_steps"] = state[OWN_STATE]["engine"]["global_steps"] * now
     state.setdefault("state_dict", {})
     return state
 
 
-def _count_whole_steps(progress: dict[str, Any], before: int, now: int) -> None:
+def _count_whole_steps(progress: dict[str, Any], before: int, now: int, *, epoch_ended: bool) -> None:
     """Lightning's batch progress, in place: from `before` batches of a step to `now`, without those of no whole step.
 
     What a hook at the end of a batch saves is processed but not completed, from which Lightning knows where it stands.
     """
+
+    def converted(batches: int) -> int:
+        return batches if before == now else -(-batches // before) * now
+
     current, total = progress["current"], progress["total"]
-    steps, unfinished = divmod(current["processed"], before)
+    unfinished = 0 if epoch_ended else current["processed"] % before
+    whole = current["processed"] - unfinished
     ending = current["processed"] - current["completed"] if not unfinished else 0
     for name in current:
-        earlier = (total[name] - current[name]) // before * now if before != now else total[name] - current[name]
-        current[name] = steps * now - (ending if name == "completed" else 0)
+        earlier = converted(total[name] - current[name])
+        current[name] = converted(whole) - (ending if name == "completed" else 0)
         total[name] = earlier + current[name]
 
 
