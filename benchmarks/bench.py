@@ -15,7 +15,7 @@ from peers import PeftOutcome, measure_peft, time_peft
 from ranks import run_alone, run_ranks
 from walks import Job, Outcome, measure_walk, reports_of, time_walk
 
-from lowrank_dist.report import MatrixReport
+from lowrank_dist.decomposition.report import MatrixReport
 
 _Result = TypeVar("_Result")
 

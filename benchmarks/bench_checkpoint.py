@@ -57,7 +57,7 @@ class Results:
 
 def main() -> None:
     options = _options()
-    preload("lowrank_dist.callbacks", "lowrank_dist.strategy", "lowrank_dist.module")
+    preload("lowrank_dist.callbacks", "lowrank_dist.training.strategy", "lowrank_dist.training.module")
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
         scratch = Path(folder)
         model = models.save_tiny_model(scratch / "random-llama") if options.tiny else options.model

@@ -2,9 +2,9 @@
 
     python benchmarks/bench_collectives.py
 
-`lowrank_dist.comm` waits awake for a collective on CPUs and keeps gloo's threads from interrupting each other;
-``torch.distributed`` by itself does neither. Both in turns, five times each; from the moment the last rank begins until
-the last has ended, in milliseconds.
+`lowrank_dist.distributed.group` waits awake for a collective on CPUs and keeps gloo's threads from interrupting each
+other; ``torch.distributed`` by itself does neither. Both in turns, five times each; from the moment the last rank
+begins until the last has ended, in milliseconds.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from lowrank_dist.comm import ShardGroup
+from lowrank_dist.distributed.group import ShardGroup
 
 RANKS, REPEATS, ROUNDS = 2, 40, 5
 

@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from lowrank_dist.comm import ShardGroup
+from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.linalg import randomized_svd
 
 Triplets = tuple[Tensor, Tensor, Tensor]

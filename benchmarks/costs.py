@@ -8,14 +8,14 @@ import torch
 from meters import fastest
 from walks import FP32
 
-from lowrank_dist.block_reader import check_finite
-from lowrank_dist.checkpoint_io import CheckpointReader
-from lowrank_dist.comm import ShardGroup
+from lowrank_dist.decomposition.schedule import candidates, measure
+from lowrank_dist.distributed.group import ShardGroup
+from lowrank_dist.distributed.partition import RowPartition
 from lowrank_dist.forecast.startup import Host
-from lowrank_dist.nf4 import NF4
-from lowrank_dist.partition import RowPartition
-from lowrank_dist.planner import candidates, measure
-from lowrank_dist.residual import ResidualFormat
+from lowrank_dist.quantization.format import ResidualFormat
+from lowrank_dist.quantization.nf4 import NF4
+from lowrank_dist.storage.prefetch import check_finite
+from lowrank_dist.storage.reader import CheckpointReader
 
 
 def measure_host(checkpoint: Path, side: int) -> Host:

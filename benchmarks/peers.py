@@ -23,7 +23,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from lowrank_dist.checkpoint_io import CheckpointReader
+from lowrank_dist.storage.reader import CheckpointReader
 
 HERE = Path(__file__).parent
 PEER_TIMEOUT = 600

@@ -9,13 +9,13 @@ from bench import Bench
 from reporting import table
 from tables import timed_walks
 
-from lowrank_dist.checkpoint_io import CheckpointReader
-from lowrank_dist.forecast.cluster import Cluster
+from lowrank_dist.decomposition.schedule import Sharding
+from lowrank_dist.forecast.rates import Cluster
 from lowrank_dist.forecast.startup import Seconds, predict
 from lowrank_dist.methods import PiSSA
-from lowrank_dist.nf4 import NF4
-from lowrank_dist.planner import Sharding
-from lowrank_dist.skeleton import PlannedMatrix
+from lowrank_dist.model.skeleton import PlannedMatrix
+from lowrank_dist.quantization.nf4 import NF4
+from lowrank_dist.storage.reader import CheckpointReader
 
 
 def projection(bench: Bench) -> str:

@@ -19,9 +19,9 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _PRELOADED = [
     "bitsandbytes",
     "lowrank_dist.methods",
-    "lowrank_dist.nf4",
-    "lowrank_dist.planner",
-    "lowrank_dist.skeleton",
+    "lowrank_dist.quantization.nf4",
+    "lowrank_dist.decomposition.schedule",
+    "lowrank_dist.model.skeleton",
     "peft",
     "torch.utils.flop_counter",
     "transformers.models.llama.modeling_llama",

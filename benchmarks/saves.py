@@ -24,11 +24,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoConfig
 
-from lowrank_dist import NF4, AdapterCheckpoint, PiSSA, PiSSAStrategy, checkpointed
+from lowrank_dist import NF4, AdapterCheckpoint, PiSSA, PiSSAStrategy
 from lowrank_dist.checkpoints.layout import TrainingCheckpoint
-from lowrank_dist.comm import ShardGroup
-from lowrank_dist.directories import flush_directory
-from lowrank_dist.module import CausalLMModule
+from lowrank_dist.distributed.group import ShardGroup
+from lowrank_dist.storage.atomic import flush_directory
+from lowrank_dist.training import checkpointing as checkpointed
+from lowrank_dist.training.module import CausalLMModule
 
 MANY = 100_000  # steps: more than are ever taken
 WARM_UP = 2  # steps; the first one allocates the moments

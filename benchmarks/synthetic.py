@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from lowrank_dist.checkpoint_io import TensorInfo
 from lowrank_dist.linalg import seed_from_name
-from lowrank_dist.skeleton import meta_parameters
-from lowrank_dist.sources import tensors_of
+from lowrank_dist.model.skeleton import meta_parameters
+from lowrank_dist.storage.reader import TensorInfo
+from lowrank_dist.storage.source import tensors_of
 
 _TILE = 1024  # rows that are generated together, at places fixed in the matrix
 
 
 @dataclass(frozen=True, kw_only=True)
 class SyntheticWeights:
-    r"""Weights of the shapes of `config` with power-law spectra; a `lowrank_dist.sources.WeightSource`.
+    r"""Weights of the shapes of `config` with power-law spectra; a `lowrank_dist.storage.source.WeightSource`.
 
     A matrix ``m x n`` is ``W = D_0 H_m P S H_n D_1 H_n D_2``, with H the orthogonal Hartley matrix
     (``cas(2 pi i k / m) / sqrt(m)``), D random signs, P a random selection of ``s = min(m, n)`` of its columns and

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from walks import FP32, Job, Outcome, SVDOutcome, measure_svd
 
 from lowrank_dist.methods import LoftQ, PiSSA
-from lowrank_dist.nf4 import NF4
+from lowrank_dist.quantization.nf4 import NF4
 
 MEMORY_GOAL = 150  # MB of a rank above an idle interpreter
 SPEED_UP_GOAL = 1.8

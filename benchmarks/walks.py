@@ -14,16 +14,16 @@ from models import planned
 from safetensors import safe_open
 from torch import Tensor
 
-from lowrank_dist.checkpoint_io import CheckpointReader
-from lowrank_dist.comm import ShardGroup
+from lowrank_dist.decomposition.report import MatrixReport
+from lowrank_dist.decomposition.schedule import Sharding, plan_schedule
+from lowrank_dist.decomposition.walk import FACTORS, Walk, factor_shapes
+from lowrank_dist.distributed.group import ShardGroup
+from lowrank_dist.distributed.partition import RowPartition
 from lowrank_dist.linalg import randomized_svd
 from lowrank_dist.methods import Method, PiSSA
-from lowrank_dist.partition import RowPartition
-from lowrank_dist.planner import Sharding, plan_schedule
-from lowrank_dist.report import MatrixReport
-from lowrank_dist.residual import Dense, ResidualFormat
-from lowrank_dist.skeleton import PlannedMatrix
-from lowrank_dist.walk import FACTORS, Walk, factor_shapes
+from lowrank_dist.model.skeleton import PlannedMatrix
+from lowrank_dist.quantization.format import Dense, ResidualFormat
+from lowrank_dist.storage.reader import CheckpointReader
 
 FP32 = Dense(dtype=torch.float32)
 Keep = Callable[[PlannedMatrix, dict[str, Tensor]], object]

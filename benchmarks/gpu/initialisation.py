@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
 from lowrank_dist import NF4, PiSSA
-from lowrank_dist.comm import ShardGroup
-from lowrank_dist.digest import digest_sums
+from lowrank_dist.distributed.group import ShardGroup
+from lowrank_dist.distributed.partition import RowPartition
 from lowrank_dist.methods.base import Matrix
-from lowrank_dist.partition import RowPartition
-from lowrank_dist.residual import Encoded
+from lowrank_dist.quantization.format import Encoded
+from lowrank_dist.storage.digest import digest_sums
 
 STAGES = ("generate", "SVD", "quantize", "place")
 PEER = "PEFT `pissa_niter_16`"

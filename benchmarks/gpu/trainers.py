@@ -27,13 +27,13 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from transformers.utils import logging as transformers_logging
 
 from lowrank_dist import NF4, LoRA, PiSSAStrategy
-from lowrank_dist.checkpoint_io import write_json
-from lowrank_dist.comm import ShardGroup
-from lowrank_dist.folded import fold_adapters
-from lowrank_dist.layers import FrozenLinear
-from lowrank_dist.module import CausalLMModule
-from lowrank_dist.optim import build_optimizer
-from lowrank_dist.partition import RowPartition
+from lowrank_dist.distributed.group import ShardGroup
+from lowrank_dist.distributed.partition import RowPartition
+from lowrank_dist.layers.folded import fold_adapters
+from lowrank_dist.layers.frozen import FrozenLinear
+from lowrank_dist.storage.reader import write_json
+from lowrank_dist.training.module import CausalLMModule
+from lowrank_dist.training.optim import build_optimizer
 
 WARM_UP = 2  # steps
 

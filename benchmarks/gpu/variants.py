@@ -15,11 +15,11 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from lowrank_dist.comm import ShardGroup
-from lowrank_dist.folded import FoldAdapters, fold_adapters
-from lowrank_dist.layers import FrozenLinear
-from lowrank_dist.nf4 import NF4
-from lowrank_dist.partition import RowPartition
+from lowrank_dist.distributed.group import ShardGroup
+from lowrank_dist.distributed.partition import RowPartition
+from lowrank_dist.layers.folded import FoldAdapters, fold_adapters
+from lowrank_dist.layers.frozen import FrozenLinear
+from lowrank_dist.quantization.nf4 import NF4
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from helpers.models import save_checkpoint
 from helpers.ranks import run_ranks
 from lowrank_dist import NF4, LoRA
 from lowrank_dist.forecast import Job, Shapes, forecast
-from lowrank_dist.optim import build_optimizer
+from lowrank_dist.training.optim import build_optimizer
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,9 +14,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lowrank_dist.adapter_files import ADAPTER_DIR, INITIAL_DIR, MANIFEST, write_adapter
-from lowrank_dist.checkpoint_io import write_json
-from lowrank_dist.checkpoint_keys import plain_name
+from lowrank_dist.adapters.files import ADAPTER_DIR, INITIAL_DIR, MANIFEST, write_adapter
+from lowrank_dist.model.names import plain_name
+from lowrank_dist.storage.reader import write_json
 
 
 @dataclass(frozen=True)

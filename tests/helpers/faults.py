@@ -37,7 +37,7 @@ def kill_at(call: int, victims: Sequence[int], trigger: int) -> None:
 
 def kill_after_commits(commits: int) -> None:
     """Make every rank kill -9 itself once the journal of a decomposed model holds `commits` flushes, one per matrix."""
-    import lowrank_dist.decomposed_writer as module
+    import lowrank_dist.residual_model.writer as module
 
     commit, done = module.DecomposedWriter._commit, 0
 

@@ -10,7 +10,7 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lowrank_dist.zero3 import is_partitioned
+from lowrank_dist.zero3.partition import is_partitioned
 
 _SETTLING = 0.2  # s; for 28 ms at most, on a machine at work, gloo's threads were seen to hold what they had gathered
 

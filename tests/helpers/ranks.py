@@ -19,7 +19,7 @@ from torch.distributed import TCPStore
 
 CONTEXT = multiprocessing.get_context("forkserver")
 # Imported once, in a server process that does nothing else: ranks fork from it in milliseconds.
-CONTEXT.set_forkserver_preload(["lowrank_dist.strategy", "lowrank_dist.callbacks", "torch.testing"])
+CONTEXT.set_forkserver_preload(["lowrank_dist.training.strategy", "lowrank_dist.callbacks", "torch.testing"])
 
 
 class RankFailedError(AssertionError):

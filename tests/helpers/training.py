@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lowrank_dist import NF4, PiSSA, PiSSAStrategy
-from lowrank_dist.zero3 import gathered
+from lowrank_dist.zero3.partition import gathered
 
 GLOBAL_BATCH = 12  # divisible by 1, 2, 3 and 4 ranks
 STEPS = 8
@@ -141,7 +141,7 @@ _TRAINER_OPTIONS = (
 
 def dense_state(strategy: PiSSAStrategy) -> dict[str, Tensor]:
     """All weights by PEFT's names, residuals decoded, factors as they were before training. Collective."""
-    from lowrank_dist.layers import FrozenLinear
+    from lowrank_dist.layers.frozen import FrozenLinear
 
     strategy.deepspeed_engine.empty_partition_cache()
     backbone, state = strategy._backbone, {}

@@ -18,9 +18,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lowrank_dist.checkpoints.layout import newest_checkpoint
-from lowrank_dist.directories import restore_replaced, sweep
 from lowrank_dist.errors import InputError
-from lowrank_dist.strategy import PiSSAStrategy
+from lowrank_dist.storage.atomic import restore_replaced, sweep
+from lowrank_dist.training.strategy import PiSSAStrategy
 
 #: What `ModelCheckpoint` knows of saved checkpoints, and says before they are complete.
 _KNOWN = (

@@ -10,9 +10,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lowrank_dist.allocation import Allocation
-from lowrank_dist.comm import ShardGroup
-from lowrank_dist.health import HealthError, HealthReport, check_health
+from lowrank_dist.cluster.allocation import Allocation
+from lowrank_dist.cluster.health import HealthError, HealthReport, check_health
+from lowrank_dist.distributed.group import ShardGroup
 
 log = logging.getLogger(__name__)
 

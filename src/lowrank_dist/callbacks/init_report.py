@@ -8,8 +8,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lowrank_dist.checkpoint_io import write_json
-from lowrank_dist.report import as_table
+from lowrank_dist.decomposition.report import as_table
+from lowrank_dist.storage.reader import write_json
 
 
 class InitReport(Callback):

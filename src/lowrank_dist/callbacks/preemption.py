@@ -12,11 +12,11 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lowrank_dist.allocation import Allocation
-from lowrank_dist.attempts import AttemptLog
 from lowrank_dist.callbacks.adapter_checkpoint import AdapterCheckpoint
-from lowrank_dist.comm import ShardGroup
-from lowrank_dist.signals import SIGNALS, Request
+from lowrank_dist.cluster.allocation import Allocation
+from lowrank_dist.cluster.attempts import AttemptLog
+from lowrank_dist.cluster.signals import SIGNALS, Request
+from lowrank_dist.distributed.group import ShardGroup
 
 log = logging.getLogger(__name__)
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lowrank_dist.adapter_files import ADAPTER_DIR, ENCODED_DIR, INITIAL_DIR, LORA_DIR
-from lowrank_dist.checkpoint_keys import peft_name
+from lowrank_dist.adapters.files import ADAPTER_DIR, ENCODED_DIR, INITIAL_DIR, LORA_DIR
+from lowrank_dist.adapters.lora import CORE, fold_cores, to_lora
 from lowrank_dist.checkpoints.layout import OPTIMIZER, PARTS
-from lowrank_dist.exact_lora import CORE, fold_cores, to_lora
-from lowrank_dist.residual import FileTensor
-from lowrank_dist.tensor_files import TensorFiles
-from lowrank_dist.zero3_optimizer import MASTER
+from lowrank_dist.model.names import peft_name
+from lowrank_dist.quantization.format import FileTensor
+from lowrank_dist.storage.writer import TensorFiles
+from lowrank_dist.zero3.optimizer import MASTER
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_dist.adapter_files import ADAPTER_DIR
-from lowrank_dist.checkpoint_io import CheckpointError, CheckpointReader
-from lowrank_dist.checkpoint_keys import peft_name
+from lowrank_dist.adapters.files import ADAPTER_DIR
+from lowrank_dist.adapters.lora import CORE
 from lowrank_dist.checkpoints.layout import OPTIMIZER, TrainingCheckpoint
-from lowrank_dist.comm import ShardGroup
-from lowrank_dist.exact_lora import CORE
-from lowrank_dist.partition import FlatPartition
-from lowrank_dist.pretrained import Resume
-from lowrank_dist.report import MatrixReport
-from lowrank_dist.zero3 import local_shard, whole_shape
-from lowrank_dist.zero3_optimizer import MASTER, ShardedOptimizer
+from lowrank_dist.decomposition.report import MatrixReport
+from lowrank_dist.distributed.group import ShardGroup
+from lowrank_dist.distributed.partition import FlatPartition
+from lowrank_dist.initialization.source import Resume
+from lowrank_dist.model.names import peft_name
+from lowrank_dist.storage.reader import CheckpointError, CheckpointReader
+from lowrank_dist.zero3.optimizer import MASTER, ShardedOptimizer
+from lowrank_dist.zero3.partition import local_shard, whole_shape
 
 
 def load_parameters(checkpoint: TrainingCheckpoint, trained: Mapping[str, Tensor], group: ShardGroup) -> None:

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from lowrank_dist.checkpoints.background import BackgroundJobs
 from lowrank_dist.checkpoints.writer import CheckpointWriter
-from lowrank_dist.comm import ShardGroup
-from lowrank_dist.directories import remove_directory
+from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import InputError
-from lowrank_dist.zero3_optimizer import ShardedOptimizer
+from lowrank_dist.storage.atomic import remove_directory
+from lowrank_dist.zero3.optimizer import ShardedOptimizer
 
 #: How long a rank that failed waits for the others to fail too, before it gives up saving.
 MEETING = timedelta(seconds=30)

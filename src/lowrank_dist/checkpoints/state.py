@@ -11,8 +11,8 @@ from torch import Tensor
 from lowrank_dist.checkpoints.codec import encode_state
 from lowrank_dist.checkpoints.layout import TrainingCheckpoint
 from lowrank_dist.checkpoints.rng import rng_state, set_rng_state
-from lowrank_dist.comm import ShardGroup
-from lowrank_dist.zero3_optimizer import ShardedOptimizer
+from lowrank_dist.distributed.group import ShardGroup
+from lowrank_dist.zero3.optimizer import ShardedOptimizer
 
 #: Key of what is added to Lightning's dictionary.
 OWN_STATE = "lowrank_dist"

@@ -24,9 +24,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowrank_dist import __version__
-from lowrank_dist.adapter_files import ADAPTER_DIR, INITIAL_DIR, LORA_DIR, MANIFEST
-from lowrank_dist.checkpoint_io import write_json
-from lowrank_dist.checkpoint_keys import peft_name
+from lowrank_dist.adapters.files import ADAPTER_DIR, INITIAL_DIR, LORA_DIR, MANIFEST
+from lowrank_dist.adapters.lora import CORE, lora_config
 from lowrank_dist.checkpoints.contents import Contents, tensor_files
 from lowrank_dist.checkpoints.layout import (
     FORMAT,
@@ -36,15 +35,16 @@ from lowrank_dist.checkpoints.layout import (
     sealed,
     tensor_digest,
 )
-from lowrank_dist.comm import ShardGroup
-from lowrank_dist.directories import check_free, empty, exclusive, flush_directory, put_in_place, staging_of
-from lowrank_dist.exact_lora import CORE, lora_config
-from lowrank_dist.materialize import Materialized
-from lowrank_dist.owners import Parcel, assign_owners, deliver, gather_to_owners, pack_for_owners
-from lowrank_dist.residual import FileTensor
-from lowrank_dist.tensor_files import TensorFiles
-from lowrank_dist.zero3 import local_shard, whole_shape
-from lowrank_dist.zero3_optimizer import MASTER, ShardedOptimizer
+from lowrank_dist.distributed.gather_to_owner import Parcel, assign_owners, deliver, gather_to_owners, pack_for_owners
+from lowrank_dist.distributed.group import ShardGroup
+from lowrank_dist.initialization.materialize import Materialized
+from lowrank_dist.model.names import peft_name
+from lowrank_dist.quantization.format import FileTensor
+from lowrank_dist.storage.atomic import check_free, empty, exclusive, flush_directory, put_in_place, staging_of
+from lowrank_dist.storage.reader import write_json
+from lowrank_dist.storage.writer import TensorFiles
+from lowrank_dist.zero3.optimizer import MASTER, ShardedOptimizer
+from lowrank_dist.zero3.partition import local_shard, whole_shape
 
 
 @dataclass(kw_only=True)

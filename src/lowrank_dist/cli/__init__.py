@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from lowrank_dist import __version__
 from lowrank_dist.errors import InputError
-from lowrank_dist.trainer_cli import TRAINER_COMMANDS, run_trainer
+from lowrank_dist.training.fit_cli import TRAINER_COMMANDS, run_trainer
 
 
 def main(argv: Sequence[str] | None = None) -> int:

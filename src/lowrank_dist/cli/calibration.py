@@ -10,15 +10,15 @@ import torch
 from jsonargparse import ArgumentParser
 from transformers import PreTrainedModel
 
-from lowrank_dist.calibrated_walk import CalibrationPass
-from lowrank_dist.calibration import Calibration
+from lowrank_dist.calibration.measure import Calibration
+from lowrank_dist.calibration.walk import CalibrationPass
 from lowrank_dist.cli.ranks import first_on_host
-from lowrank_dist.data import SFTDataModule
+from lowrank_dist.data.datamodule import SFTDataModule
+from lowrank_dist.decomposition.walk import Walk
 from lowrank_dist.errors import InputError
 from lowrank_dist.methods import Method
-from lowrank_dist.skeleton import Plan
-from lowrank_dist.walk import Walk
-from lowrank_dist.zero3 import Partitioner, use_cpu_accelerator
+from lowrank_dist.model.skeleton import Plan
+from lowrank_dist.zero3.partition import Partitioner, use_cpu_accelerator
 
 # of SFTDataModule: what is an option of the command itself, or is for training and evaluation only
 _NOT_ASKED = {

@@ -6,10 +6,10 @@ import argparse
 
 import torch
 
-from lowrank_dist.adapter_files import MANIFEST
-from lowrank_dist.convert import SERVED_RANKS, Conversion, convert_checkpoint
+from lowrank_dist.adapters.files import MANIFEST
 from lowrank_dist.errors import InputError
-from lowrank_dist.truncate import EnergyKept
+from lowrank_dist.export.convert import SERVED_RANKS, Conversion, convert_checkpoint
+from lowrank_dist.linalg.truncate import EnergyKept
 
 
 def run(options: argparse.Namespace) -> int:
@@ -30,7 +30,7 @@ def _refit(options: argparse.Namespace, dtype: torch.dtype | None) -> int:
     """Run ``lowrank-dist convert --base``."""
     # what an exact or truncated conversion has no need of
     from lowrank_dist.cli.ranks import launch, launched, shard_group
-    from lowrank_dist.refit import refit_checkpoint
+    from lowrank_dist.export.refit import refit_checkpoint
 
     if options.rank is None:
         raise InputError("--base fits a LoRA of a rank of your choice: give --rank")

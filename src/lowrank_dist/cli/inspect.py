@@ -1,4 +1,4 @@
-"""``lowrank-dist inspect``: a `lowrank_dist.inspection.Description` as a table or as JSON."""
+"""``lowrank-dist inspect``: a `lowrank_dist.storage.inspect.Description` as a table or as JSON."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from lowrank_dist.inspection import Description, inspect
+from lowrank_dist.storage.inspect import Description, inspect
 
 
 def run(options: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ import argparse
 import torch
 
 from lowrank_dist.errors import InputError
-from lowrank_dist.merge import merge_checkpoint
+from lowrank_dist.export.merge import merge_checkpoint
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

@@ -7,16 +7,16 @@ from pathlib import Path
 
 from peft import LoraConfig
 
-from lowrank_dist.decomposed import DecomposedModel
+from lowrank_dist.decomposition.schedule import Sharding
 from lowrank_dist.errors import InputError
 from lowrank_dist.forecast import Job, Shapes
+from lowrank_dist.initialization.open import ModelRecipe, OpenedModel
+from lowrank_dist.initialization.source import PretrainedModel
+from lowrank_dist.initialization.starting_adapter import StartingAdapter
 from lowrank_dist.methods import LoRA
-from lowrank_dist.opening import ModelRecipe, OpenedModel
-from lowrank_dist.planner import Sharding
-from lowrank_dist.pretrained import PretrainedModel
-from lowrank_dist.skeleton import build_skeleton, read_config
-from lowrank_dist.starting_adapter import StartingAdapter
-from lowrank_dist.strategy import PiSSAStrategy
+from lowrank_dist.model.skeleton import build_skeleton, read_config
+from lowrank_dist.residual_model.reader import DecomposedModel
+from lowrank_dist.training.strategy import PiSSAStrategy
 
 
 def with_adapters(strategy: PiSSAStrategy, source: Path, job: Job) -> tuple[Shapes, Job]:

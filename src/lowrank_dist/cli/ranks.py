@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
-from lowrank_dist.comm import ShardGroup
+from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import InputError
 
 

@@ -19,10 +19,10 @@ import torch
 from transformers import AutoTokenizer
 
 import lowrank_dist
-from lowrank_dist.checkpoint_io import write_json
 from lowrank_dist.demo.assets import fetch_data, fetch_model
 from lowrank_dist.demo.plots import plot_demo
 from lowrank_dist.errors import InputError
+from lowrank_dist.storage.reader import write_json
 
 CONFIG_NAME = "smollm2-135m_qpissa_2cpu.yaml"
 EVAL_PAIRS = 64

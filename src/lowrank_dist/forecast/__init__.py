@@ -4,8 +4,8 @@ Bytes of parameters, gradients and optimizer state are exact. Transient memory i
 assumed rates of `Cluster`.
 """
 
-from lowrank_dist.forecast.cluster import Cluster
 from lowrank_dist.forecast.forecast import Forecast, forecast
 from lowrank_dist.forecast.job import Job, Shapes
+from lowrank_dist.forecast.rates import Cluster
 
 __all__ = ["Cluster", "Forecast", "Job", "Shapes", "forecast"]

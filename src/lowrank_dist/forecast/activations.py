@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from lowrank_dist.zero3 import repeated_layers
+from lowrank_dist.zero3.partition import repeated_layers
 
 #: Bytes that a decoder layer saves per token and hidden unit, in 16 bits, without the attention matrix: V. Korthikanti
 #: et al., "Reducing Activation Recomputation in Large Transformer Models", 2022, equation 1; arXiv:2205.05198.
@@ -38,8 +38,8 @@ class Activations:
     logits
         Logits, their fp32 copy, the log-probabilities and the gradients of both, at the peak of the loss.
     fused
-        The same where the loss is taken in chunks (`lowrank_dist.fused_loss`): logits of a chunk, and the gradient of
-        the hidden states.
+        The same where the loss is taken in chunks (`lowrank_dist.training.fused_loss`): logits of a chunk, and the
+        gradient of the hidden states.
     measured
         False where the architecture does not run on the meta device and `layers` is an estimate.
     """

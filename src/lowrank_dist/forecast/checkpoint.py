@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from lowrank_dist.checkpoint_keys import peft_name
 from lowrank_dist.checkpoints.contents import Contents, tensor_files
 from lowrank_dist.forecast.job import Job, Shapes, core_name, parameters
 from lowrank_dist.methods import LoftQ
 from lowrank_dist.methods.principal import AlternatingMethod
+from lowrank_dist.model.names import peft_name
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -6,15 +6,15 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from lowrank_dist.decomposition.schedule import Sharding
 from lowrank_dist.forecast.activations import measure_activations
 from lowrank_dist.forecast.checkpoint import checkpoint_bytes
-from lowrank_dist.forecast.cluster import Cluster
 from lowrank_dist.forecast.job import Job, Shapes, parameters
 from lowrank_dist.forecast.memory import Memory, memory
+from lowrank_dist.forecast.rates import Cluster
 from lowrank_dist.forecast.startup import Seconds, decomposed_bytes, predict
 from lowrank_dist.forecast.traffic import Traffic, traffic
-from lowrank_dist.nf4 import NF4
-from lowrank_dist.planner import Sharding
+from lowrank_dist.quantization.nf4 import NF4
 
 
 @dataclass(frozen=True, kw_only=True)

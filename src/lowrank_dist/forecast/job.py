@@ -11,12 +11,11 @@ import torch
 from peft import LoraConfig
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lowrank_dist.checkpoint_io import CheckpointError, CheckpointReader
+from lowrank_dist.decomposition.walk import check_matrices, row_partition
+from lowrank_dist.distributed.partition import FlatPartition
 from lowrank_dist.errors import InputError
 from lowrank_dist.methods.base import Method
-from lowrank_dist.partition import FlatPartition
-from lowrank_dist.residual import ResidualFormat, Storage
-from lowrank_dist.skeleton import (
+from lowrank_dist.model.skeleton import (
     ADAPTER,
     Plan,
     PlannedMatrix,
@@ -27,8 +26,9 @@ from lowrank_dist.skeleton import (
     read_config,
     untie_embeddings,
 )
-from lowrank_dist.sources import ShapesOnly, SourceReader
-from lowrank_dist.walk import check_matrices, row_partition
+from lowrank_dist.quantization.format import ResidualFormat, Storage
+from lowrank_dist.storage.reader import CheckpointError, CheckpointReader
+from lowrank_dist.storage.source import ShapesOnly, SourceReader
 
 ShardWithin = Literal["world", "node"]
 
@@ -227,7 +227,7 @@ class Parameter:
 
 
 def parameters(shapes: Shapes, job: Job) -> Iterator[Parameter]:
-    """Every parameter of the model as `lowrank_dist.materialize` makes it, with padding."""
+    """Every parameter of the model as `lowrank_dist.initialization.materialize` makes it, with padding."""
     frozen_ranks = job.shard_ranks if job.stage == 3 else 1
     trained_ranks = job.ranks if job.stage == 3 else 1
     core = None if job.init is None else job.init.core

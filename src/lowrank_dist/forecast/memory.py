@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from lowrank_dist.forecast.activations import Activations
 from lowrank_dist.forecast.job import Job, Parameter, Shapes, parameters
-from lowrank_dist.nf4 import NF4
-from lowrank_dist.zero3 import repeated_layers
+from lowrank_dist.quantization.nf4 import NF4
+from lowrank_dist.zero3.partition import repeated_layers
 
 #: Parts of `Memory.resident`, in the order of the table.
 RESIDENT = {

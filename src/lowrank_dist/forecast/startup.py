@@ -16,13 +16,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
-from lowrank_dist.comm import ShardGroup
+from lowrank_dist.decomposition.schedule import Machine, Sharding, plan_schedule
+from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.methods.base import Method, Work
 from lowrank_dist.methods.principal import PrincipalMethod
-from lowrank_dist.nf4 import NF4
-from lowrank_dist.planner import Machine, Sharding, plan_schedule
-from lowrank_dist.residual import ResidualFormat
-from lowrank_dist.skeleton import PlannedMatrix
+from lowrank_dist.model.skeleton import PlannedMatrix
+from lowrank_dist.quantization.format import ResidualFormat
+from lowrank_dist.quantization.nf4 import NF4
 
 OTHER_COLLECTIVES = 4  # of a matrix, outside of its decomposition: two checks for errors, norms, measures
 NF4_COLLECTIVES = 3  # of an encoding with double quantization

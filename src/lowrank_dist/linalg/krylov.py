@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from lowrank_dist.comm import ShardGroup
-from lowrank_dist.linalg.estimate import estimated_excess
+from lowrank_dist.distributed.group import ShardGroup
+from lowrank_dist.linalg.excess import estimated_excess
 from lowrank_dist.linalg.orthonormal import gram, orthonormal_rows, row_signs
 from lowrank_dist.linalg.precision import full_fp32
 from lowrank_dist.linalg.products import RowSharded
@@ -166,7 +166,7 @@ def randomized_svd(
     block is steep; the triplets are then taken from a product of its r leading directions with W in fp32,
     ``2 m_p n r`` flops more.
 
-    *Estimate.* See `lowrank_dist.linalg.estimate`: not a bound, 4.3 times too small in the worst case known.
+    *Estimate.* See `lowrank_dist.linalg.excess`: not a bound, 4.3 times too small in the worst case known.
     """
     columns = block.shape[1]
     if not 0 < rank <= min(rows, columns):

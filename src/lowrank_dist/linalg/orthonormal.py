@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from lowrank_dist.comm import ShardGroup
+from lowrank_dist.distributed.group import ShardGroup
 
 # One pass of CholeskyQR leaves an orthogonality error of condition * 6e-8. For k equally long orthogonal vectors
 # ||L|| ||L^-1|| is k; up to this multiple of k one pass is enough.

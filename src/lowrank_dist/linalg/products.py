@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowrank_dist.comm import ShardGroup
+from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.linalg.precision import slabs, squared_norm, tf32_is_at_hand, tf32_product
 
 # Rows of W that a BLAS on a CPU takes at a time for W x: 16 vectors at 42 instead of 33 Gflop/s (14336 x 4096, one

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lowrank_dist.linalg import SVD, seed_from_name
 from lowrank_dist.methods.base import Decomposition, Factors, Matrix, residual_block
-from lowrank_dist.residual import ResidualFormat
+from lowrank_dist.quantization.format import ResidualFormat
 
 
 def layer_shape(matrix: Matrix) -> tuple[int, int]:

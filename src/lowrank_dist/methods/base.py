@@ -10,11 +10,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lowrank_dist.buffers import Buffers
-from lowrank_dist.comm import ShardGroup
+from lowrank_dist.distributed.group import ShardGroup
+from lowrank_dist.distributed.partition import RowPartition
 from lowrank_dist.linalg import SVD, minus_product, slabs
-from lowrank_dist.partition import RowPartition
-from lowrank_dist.residual import Encoded, ResidualFormat
+from lowrank_dist.quantization.format import Encoded, ResidualFormat
+from lowrank_dist.storage.buffers import Buffers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +122,7 @@ class Decomposition:
     encoded_from
         The residual is the encoded ``W - scaling * left @ right`` of these, holding `factor_dtype` values; zero for W
         itself. None: of `factors`, or of W where the method starts at zero. With them a residual can be formed again
-        from W, without a decomposition (`lowrank_dist.restored`).
+        from W, without a decomposition (`lowrank_dist.decomposition.restore`).
     """
 
     factors: Factors

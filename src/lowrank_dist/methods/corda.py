@@ -8,14 +8,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lowrank_dist.distributed.partition import RowPartition
 from lowrank_dist.errors import InputError
 from lowrank_dist.linalg import full_fp32, seed_from_name
+from lowrank_dist.linalg.trailing import multiply, trailing_svd
 from lowrank_dist.methods.assembly import layer_shape, subtracted
 from lowrank_dist.methods.base import Decomposition, Factors, Matrix
 from lowrank_dist.methods.calibrated import CalibratedMethod
-from lowrank_dist.partition import RowPartition
-from lowrank_dist.residual import ResidualFormat
-from lowrank_dist.trailing import multiply, trailing_svd
+from lowrank_dist.quantization.format import ResidualFormat
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from lowrank_dist.methods.assembly import layer_shape, sharded, unchanged
 from lowrank_dist.methods.base import Decomposition, Matrix
 from lowrank_dist.methods.calibrated import CalibratedMethod
-from lowrank_dist.residual import ResidualFormat
+from lowrank_dist.quantization.format import ResidualFormat
 
 
 @dataclass(frozen=True, kw_only=True)

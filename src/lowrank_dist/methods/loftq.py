@@ -9,7 +9,7 @@ import torch
 from lowrank_dist.errors import InputError
 from lowrank_dist.methods.base import Decomposition, Factors, Matrix, quantization_error, residual_block
 from lowrank_dist.methods.principal import AlternatingMethod, told
-from lowrank_dist.residual import ResidualFormat
+from lowrank_dist.quantization.format import ResidualFormat
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import torch
 from lowrank_dist.linalg import seed_from_name
 from lowrank_dist.methods.assembly import layer_shape, sharded, unchanged
 from lowrank_dist.methods.base import Decomposition, Matrix, Method
-from lowrank_dist.residual import ResidualFormat
+from lowrank_dist.quantization.format import ResidualFormat
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from lowrank_dist.linalg import seed_from_name
 from lowrank_dist.methods.assembly import layer_shape, subtracted
 from lowrank_dist.methods.base import Decomposition, Factors, Matrix
 from lowrank_dist.methods.calibrated import CalibratedMethod
-from lowrank_dist.residual import ResidualFormat
+from lowrank_dist.quantization.format import ResidualFormat
 
 
 @dataclass(frozen=True, kw_only=True)

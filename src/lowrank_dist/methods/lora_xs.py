@@ -8,7 +8,7 @@ from lowrank_dist.errors import InputError
 from lowrank_dist.methods.assembly import unchanged
 from lowrank_dist.methods.base import Decomposition, Factors, Matrix
 from lowrank_dist.methods.principal import PrincipalMethod
-from lowrank_dist.residual import ResidualFormat
+from lowrank_dist.quantization.format import ResidualFormat
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lowrank_dist.linalg import seed_from_name
+from lowrank_dist.linalg.trailing import trailing_svd
 from lowrank_dist.methods.assembly import subtracted
 from lowrank_dist.methods.base import Decomposition, Matrix, Method
 from lowrank_dist.methods.principal import balanced
-from lowrank_dist.residual import ResidualFormat
-from lowrank_dist.trailing import trailing_svd
+from lowrank_dist.quantization.format import ResidualFormat
 
 
 @dataclass(frozen=True, kw_only=True)

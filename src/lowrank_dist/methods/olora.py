@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowrank_dist.comm import ShardGroup
+from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.linalg import full_fp32, orthonormalize
 from lowrank_dist.methods.assembly import subtracted
 from lowrank_dist.methods.base import Decomposition, Factors, Matrix, Method
-from lowrank_dist.residual import ResidualFormat
+from lowrank_dist.quantization.format import ResidualFormat
 
 
 @dataclass(frozen=True, kw_only=True)

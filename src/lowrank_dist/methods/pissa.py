@@ -11,7 +11,7 @@ from lowrank_dist.linalg import slabs, squared_norm
 from lowrank_dist.methods.assembly import subtracted
 from lowrank_dist.methods.base import Decomposition, Factors, Matrix, quantization_error, residual_block
 from lowrank_dist.methods.principal import AlternatingMethod, told
-from lowrank_dist.residual import Encoded, ResidualFormat
+from lowrank_dist.quantization.format import Encoded, ResidualFormat
 
 
 @dataclass(frozen=True, kw_only=True)

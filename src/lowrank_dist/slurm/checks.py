@@ -7,9 +7,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from lowrank_dist.checkpoint_io import CheckpointError
 from lowrank_dist.checkpoints.layout import newest_checkpoint
 from lowrank_dist.slurm.options import SubmitError, SubmitOptions
+from lowrank_dist.storage.reader import CheckpointError
 
 _CHECKPOINT = "lowrank_dist.AdapterCheckpoint"
 _NODE_LOCAL = ("/tmp", "/var/tmp", "/dev/shm", "/run")

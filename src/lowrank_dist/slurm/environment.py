@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
-from lowrank_dist.allocation import Allocation
+from lowrank_dist.cluster.allocation import Allocation
 
 _SIOCGIFADDR = 0x8915  # of linux/sockios.h: the address of an interface
 _STALE = 3600  # seconds after which a lock of a build is nobody's

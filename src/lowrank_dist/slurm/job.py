@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lowrank_dist.allocation import Allocation
-from lowrank_dist.attempts import AttemptLog
+from lowrank_dist.cluster.allocation import Allocation
+from lowrank_dist.cluster.attempts import AttemptLog
+from lowrank_dist.cluster.signals import SIGNALS
 from lowrank_dist.errors import InputError
-from lowrank_dist.signals import SIGNALS
 from lowrank_dist.slurm.environment import prefix_output, set_up
 
 #: Exit status of a job that is not to be requeued (EX_CONFIG of sysexits.h).
@@ -78,7 +78,7 @@ class TrainingJob:
             attempts.end("finished")
 
     def _train(self, allocation: Allocation) -> None:
-        from lowrank_dist.trainer_cli import command_line, run_trainer
+        from lowrank_dist.training.fit_cli import command_line, run_trainer
 
         argv = self.arguments(allocation)
         with command_line(argv):

@@ -18,12 +18,12 @@ from typing import Any
 import psutil
 import submitit
 
-from lowrank_dist.attempts import AttemptLog
-from lowrank_dist.signals import StopSignals
+from lowrank_dist.cluster.attempts import AttemptLog
+from lowrank_dist.cluster.signals import StopSignals
 from lowrank_dist.slurm.checks import Shape, check, checkpoint_directories, newest_step
 from lowrank_dist.slurm.job import TrainingJob, requeue_script
 from lowrank_dist.slurm.options import SubmitError, SubmitOptions, point_overrides
-from lowrank_dist.trainer_cli import parse_fit
+from lowrank_dist.training.fit_cli import parse_fit
 
 _ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
 _POLL = 1.0  # seconds

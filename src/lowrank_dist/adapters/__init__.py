@@ -1,0 +1,1 @@
+"""LoRA adapters at rest: their files, their layout, and what they stand for."""

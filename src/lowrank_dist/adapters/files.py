@@ -1,0 +1,100 @@
+"""Adapters on disk: the files of a checkpoint, written and read under PEFT's names."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from lowrank_dist.storage.reader import CheckpointError, CheckpointReader, write_tensors
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+ADAPTER_DIR = "adapter"  # trained A and B, for the residual
+INITIAL_DIR = "adapter_init"  # A_0 and B_0
+ENCODED_DIR = "adapter_encoded"  # factors that residuals were encoded from, where these are not A_0 and B_0
+LORA_DIR = "lora"  # converted, for the original model
+MANIFEST = "lowrank_dist.json"
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+RESIDUAL_STEM = "residual"  # of the files at the root of decomposed models that stock transformers has no layout for
+
+
+def write_adapter(directory: Path, tensors: Mapping[str, Tensor], config: LoraConfig) -> None:
+    """``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT writes them, in `directory`."""
+    if not tensors:
+        raise ValueError(f"{directory}: refusing to write an adapter without tensors")
+    directory.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(directory))
+    write_tensors(directory / WEIGHTS, tensors)
+
+
+def open_adapter(directory: Path) -> tuple[CheckpointReader, LoraConfig]:
+    """Tensors, to be read as they are needed, and configuration of a LoRA adapter written by PEFT or `write_adapter`.
+
+    Raises
+    ------
+    CheckpointError
+        Where `directory` holds no adapter, a damaged one, or one of another kind.
+    """
+    from peft import LoraConfig
+
+    for file in (CONFIG, WEIGHTS):
+        if not (directory / file).is_file():
+            raise CheckpointError(f"{directory}: holds no {file}; pass a directory that an adapter was saved to")
+    values = _read_json(directory / CONFIG)
+    try:
+        config = LoraConfig.from_peft_type(**values)
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{directory / CONFIG}: cannot be read ({error!r}); it is damaged") from error
+    if not isinstance(config, LoraConfig):
+        raise CheckpointError(f"{directory}: a {config.peft_type} adapter, not a LoRA")
+    return CheckpointReader(directory, stem=Path(WEIGHTS).stem), config
+
+
+def whole_tensor(reader: CheckpointReader, name: str) -> Tensor:
+    """Tensor `name`, in its shape and dtype."""
+    shape = reader.info(name).shape
+    return reader.flat(name, 0, math.prod(shape)).view(shape)
+
+
+def read_adapter(directory: Path) -> tuple[dict[str, Tensor], LoraConfig]:
+    """All of what `open_adapter` opens."""
+    reader, config = open_adapter(directory)
+    return {name: whole_tensor(reader, name) for name in reader}, config
+
+
+def residual_stem(directory: Path) -> str:
+    """First part of the names of the files at the root of a decomposed model."""
+    return RESIDUAL_STEM if any(directory.glob(f"{RESIDUAL_STEM}*.safetensors")) else "model"
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint directory."""
+    path = checkpoint / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(f"{checkpoint}: holds no {MANIFEST}; pass a directory that AdapterCheckpoint wrote")
+    return _read_json(path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); it is damaged") from error
+    return values
+
+
+def changed_config(config: LoraConfig, **changes: Any) -> LoraConfig:
+    """A copy of `config` with `changes`, for an adapter that is done."""
+    from peft import LoraConfig
+
+    values = {**config.to_dict(), "init_lora_weights": True, "inference_mode": True, **changes}
+    for derived in ("peft_type", "auto_mapping", "peft_version"):
+        values.pop(derived, None)
+    return LoraConfig(**values)

@@ -1,0 +1,1 @@
+"""What methods that look at data see of them."""

@@ -1,0 +1,1 @@
+"""One pass over all matrices of a model."""

@@ -1,0 +1,265 @@
+"""Residuals formed again from a checkpoint's initial factors, bit for bit, without a decomposition.
+
+A checkpoint holds A0 and B0, not the frozen residual ``Q(W - scaling B0 A0)``, which takes as much room as the model.
+W is read again, the factors are subtracted in the order of sums in which they were subtracted before
+(`lowrank_dist.linalg.minus_product`), and the encoding gives the same bytes, on any number of ranks. That they are the
+same is what `check_digests` checks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lowrank_dist.adapters.files import ENCODED_DIR, INITIAL_DIR, WEIGHTS
+from lowrank_dist.decomposition.report import MatrixReport
+from lowrank_dist.decomposition.walk import factor_shapes
+from lowrank_dist.distributed.group import ShardGroup
+from lowrank_dist.distributed.partition import RowPartition
+from lowrank_dist.distributed.reshard import whole_left
+from lowrank_dist.methods import Decomposition, Factors, Matrix, Method, subtracted, unchanged
+from lowrank_dist.methods.base import Work, residual_block
+from lowrank_dist.model.names import peft_name
+from lowrank_dist.model.skeleton import Plan, PlannedMatrix
+from lowrank_dist.quantization.format import ResidualFormat
+from lowrank_dist.storage.prefetch import check_finite
+from lowrank_dist.storage.reader import FLOAT_DTYPES, CheckpointError, CheckpointReader
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlierDecompositions:
+    """The decompositions of an earlier run, from the factors that its checkpoint holds: the same bit for bit.
+
+    Parameters
+    ----------
+    checkpoint
+        Directory that holds A0 and B0 in ``adapter_init/adapter_model.safetensors`` under PEFT's names, and in
+        ``adapter_encoded/``, under the same names, those of ``Decomposition.encoded_from`` where there are such.
+    starts_at_zero
+        Whether the residual is the quantized original, from which nothing was subtracted.
+    """
+
+    checkpoint: Path
+    starts_at_zero: bool
+
+    @cached_property
+    def initial(self) -> StoredFactors:
+        """A0 and B0."""
+        return StoredFactors(self.checkpoint / INITIAL_DIR)
+
+    @cached_property
+    def encoded_from(self) -> StoredFactors | None:
+        """Factors that residuals were encoded from, where these are others."""
+        directory = self.checkpoint / ENCODED_DIR
+        return StoredFactors(directory) if directory.is_dir() else None
+
+    def check_factors(self, plan: Plan, factor_dtype: torch.dtype, reports: Mapping[str, MatrixReport]) -> None:
+        """Raise CheckpointError where the checkpoint lacks what is needed to restore `plan`.
+
+        Parameters
+        ----------
+        plan
+            The matrices.
+        factor_dtype
+            Dtype of the factors in this run.
+        reports
+            Of the earlier run, by the name of the matrix; may be empty.
+        """
+        for planned in plan.matrices:
+            for stored in (self.initial, self.encoded_from):
+                if stored is not None and (stored is self.initial or stored.holds(planned.factor_names)):
+                    stored.check(planned, factor_dtype)
+            report = reports.get(planned.name)
+            fitted = report is not None and report.ended_on == "decompose"
+            if fitted and (self.encoded_from is None or not self.encoded_from.holds(planned.factor_names)):
+                raise CheckpointError(
+                    f"{self.checkpoint}: the factors of {planned.name} were fitted to its residual, and {ENCODED_DIR}/ "
+                    "holds none that it was encoded from: the run started from a decomposed model; go on from that one "
+                    "(the same `pretrained`, or the same init_cache)"
+                )
+
+    def decompose(self, matrix: Matrix, residual: ResidualFormat) -> Decomposition:
+        """Residual and factors of `matrix`, sharded as it is. Collective.
+
+        One all-reduce of a flag, and all-gathers of A, and of B where rows are inputs; the ranks together read every
+        byte of the factors once, or the rows of B of a stack of experts once for all of them.
+
+        Raises
+        ------
+        CheckpointError
+            On every rank, if any rank cannot read or finds a NaN or infinity.
+        """
+        factors = self.initial.read(matrix)
+        if self.encoded_from is not None and self.encoded_from.holds(matrix.factor_names):
+            encoded_from = self.encoded_from.read(matrix)
+            encoded = residual.encode(residual_block(matrix, encoded_from), matrix.partition, matrix.group)
+            return Decomposition(factors=factors, residual=encoded, ended_on="decompose", encoded_from=encoded_from)
+        return (unchanged if self.starts_at_zero else subtracted)(matrix, factors, residual)
+
+    def close(self) -> None:
+        """Close the files."""
+        for stored in (vars(self).get("initial"), vars(self).get("encoded_from")):  # where they were opened
+            if stored is not None:
+                stored.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restored(Method):
+    """What another initialisation did in an earlier run: its decompositions are formed again.
+
+    Gives them without what was measured; nothing depends on how matrices are shared.
+
+    Parameters
+    ----------
+    original
+        The initialisation.
+    earlier
+        What it gave.
+    """
+
+    original: Method
+    earlier: EarlierDecompositions
+
+    def __str__(self) -> str:
+        return str(self.original)
+
+    @property
+    def starts_at_zero(self) -> bool:
+        return self.original.starts_at_zero
+
+    @property
+    def core(self) -> float | None:
+        return self.original.core
+
+    def objection(self, *, rows: int, columns: int, rank: int, lookup: bool, wrapped: bool) -> str | None:
+        return self.original.objection(rows=rows, columns=columns, rank=rank, lookup=lookup, wrapped=wrapped)
+
+    def check(self, residual: ResidualFormat) -> None:
+        self.original.check(residual)
+
+    def work(self, rows: int, columns: int, rank: int) -> Work:
+        return Work(sharded_flops=2.0 * rows * columns * rank, collectives=4, reduced_bytes=4.0 * rank * columns)
+
+    def decompose(self, matrix: Matrix, residual: ResidualFormat) -> Decomposition:
+        return self.earlier.decompose(matrix, residual)
+
+
+class StoredFactors:
+    """Factors in an adapter file, read by rows.
+
+    Parameters
+    ----------
+    directory
+        Holds ``adapter_model.safetensors``.
+
+    Raises
+    ------
+    CheckpointError
+        Where there is none.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._reader = CheckpointReader(directory, stem=Path(WEIGHTS).stem)
+        self._stacked: tuple[tuple[str, int, int], Tensor] | None = None  # rows of B that several experts share
+
+    def holds(self, factor_names: Mapping[str, str]) -> bool:
+        """Whether the factors with these names in the model are there."""
+        return all(peft_name(name) in self._reader for name in factor_names.values())
+
+    def check(self, planned: PlannedMatrix, factor_dtype: torch.dtype) -> None:
+        """Raise CheckpointError where the factors of `planned` are missing or do not fit."""
+        for factor, shape in factor_shapes(planned).items():
+            name, experts = peft_name(planned.factor_names[factor]), planned.experts
+            expected = (shape[0] * experts, shape[1]) if factor == "lora_A" else (shape[0], shape[1] * experts)
+            if name not in self._reader:
+                raise CheckpointError(
+                    f"{self._reader.directory}: holds no {name}, which the adapter wants; resume with the adapter "
+                    "configuration of the run"
+                )
+            info = self._reader.info(name)
+            if info.shape != expected:
+                raise CheckpointError(
+                    f"{self._reader.directory}: {name} has shape {list(info.shape)}, the adapter wants "
+                    f"{list(expected)}; resume with the adapter configuration of the run"
+                )
+            stored = FLOAT_DTYPES.get(info.dtype)
+            if stored is None or torch.promote_types(stored, factor_dtype) != factor_dtype:
+                raise CheckpointError(
+                    f"{self._reader.directory}: {name} is stored as {info.dtype}, which factors in {factor_dtype} "
+                    "cannot hold; resume with the precision of the run"
+                )
+
+    def read(self, matrix: Matrix) -> Factors:
+        """The factors of `matrix`, sharded as it is. Collective: all ranks of its group call it.
+
+        Raises
+        ------
+        CheckpointError
+            On every rank, if any rank cannot read or finds a NaN or infinity.
+        """
+        group, partition = matrix.group, matrix.partition
+        rows_of_a, rows_of_b = _even(matrix.rank, group), partition
+        if matrix.input_first:
+            rows_of_b = _even(partition.columns, group)
+        with group.shared_errors():
+            a = self._rows(matrix, "lora_A", rows_of_a)
+            b = self._rows(matrix, "lora_B", rows_of_b)
+        a = whole_left(a, rows_of_a, group)
+        if not matrix.input_first:
+            return Factors(left=b.float(), right=a.float())
+        b = whole_left(b, rows_of_b, group)
+        return Factors(left=a.mT[slice(*partition.bounds(group.rank))].float(), right=b.mT.float())
+
+    def _rows(self, matrix: Matrix, factor: str, partition: RowPartition) -> Tensor:
+        """This rank's rows of one factor of one matrix, in the dtype of the file."""
+        name, (start, stop) = peft_name(matrix.factor_names[factor]), partition.bounds(matrix.group.rank)
+        expert, experts = matrix.expert
+        if factor == "lora_A":  # one expert after the other
+            rows = self._read(name, start + expert * matrix.rank, stop + expert * matrix.rank)
+        elif experts == 1:
+            rows = self._read(name, start, stop)
+        else:  # interleaved
+            if self._stacked is None or self._stacked[0] != (name, start, stop):
+                self._stacked = (name, start, stop), self._read(name, start, stop)
+            rows = self._stacked[1][:, expert::experts]
+        return rows.to(matrix.block.device)
+
+    def _read(self, name: str, start: int, stop: int) -> Tensor:
+        rows = self._reader.rows(name, start, stop)
+        check_finite(name, rows, start)
+        return rows
+
+    def close(self) -> None:
+        """Close the file."""
+        self._reader.close()
+        self._stacked = None
+
+
+def check_digests(found: Iterable[MatrixReport], stored: Mapping[str, MatrixReport]) -> None:
+    """Raise CheckpointError where a residual is not that of the earlier run.
+
+    Parameters
+    ----------
+    found
+        Reports of this run (`lowrank_dist.decomposition.report.InitReport.matrices`).
+    stored
+        Those of the earlier run, by the name of the matrix; matrices without a digest on either side are passed over.
+    """
+    pairs = [(report, stored[report.name]) for report in found if report.name in stored]
+    compared = [(now, before) for now, before in pairs if now.digest is not None and before.digest is not None]
+    wrong = [now.name for now, before in compared if now.digest != before.digest]
+    if wrong:
+        raise CheckpointError(
+            f"{wrong[0]}: the residual that the checkpoint was trained with cannot be formed again ({len(wrong)} of "
+            f"{len(compared)} matrices differ); resume with the pretrained weights, precision and quantization of the "
+            "run, on the same kind of device and library versions, or start runs that are to move with init_cache"
+        )
+
+
+def _even(rows: int, group: ShardGroup) -> RowPartition:
+    return RowPartition(rows=rows, columns=1, world_size=group.size)

@@ -1,0 +1,1 @@
+"""What leaves: LoRA adapters for the original model, and merged models."""

@@ -1,0 +1,260 @@
+"""Merging: an adapter into the checkpoint it is for, a block of rows at a time, as an ordinary Hugging Face checkpoint.
+
+Every adapted matrix becomes ::
+
+    W + s (B A - B_0 A_0),
+
+formed in fp32 and rounded once, to the dtype of the output; ``A_0, B_0`` are the factors before training, where the
+adapter was trained on a residual (`lowrank_dist.export.convert`). Modules that were trained whole take the place of the
+base's, and everything else is copied.
+
+Host memory, whatever the model: five blocks of at most `BLOCK_BYTES` (the rows, their sum with the product, the rounded
+sum, and what checks and the matrix product take) and the factors of one adapted parameter in fp32. Files are mapped,
+not held.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_dist.adapters.files import CONFIG, MANIFEST
+from lowrank_dist.adapters.source import AdapterSource, find_adapter
+from lowrank_dist.decomposition.walk import progress_bar
+from lowrank_dist.errors import InputError
+from lowrank_dist.export.merge_plan import MergedTensor, MergePlan, plan_merge
+from lowrank_dist.linalg import all_finite, full_fp32, squared_norm
+from lowrank_dist.model.names import peft_name
+from lowrank_dist.model.skeleton import PlannedMatrix
+from lowrank_dist.residual_model.reader import initial_directory
+from lowrank_dist.storage.atomic import atomic_directory, check_free
+from lowrank_dist.storage.prefetch import check_finite
+from lowrank_dist.storage.reader import (
+    CheckpointError,
+    CheckpointReader,
+    copy_other_files,
+    resolve_checkpoint,
+    write_json,
+)
+from lowrank_dist.storage.writer import MAX_BYTES, TensorFiles
+
+BLOCK_BYTES = 32 * 2**20  # of fp32 values at a time
+_NORM_TOLERANCE = 1e-4  # relative; some weights were rounded before their norm was taken
+
+
+def merge_checkpoint(
+    checkpoint: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    max_file_bytes: int = MAX_BYTES,
+    overwrite: bool = False,
+    show_progress: bool = False,
+) -> Path:
+    """Merge an adapter into the model it is for.
+
+    Parameters
+    ----------
+    checkpoint
+        Directory that `lowrank_dist.callbacks.AdapterCheckpoint` wrote, or one with a LoRA that PEFT wrote (or
+        `lowrank_dist.export.convert.convert_checkpoint`).
+    output
+        Directory to write: a checkpoint for ``from_pretrained`` of transformers. Complete or absent.
+    base
+        Directory or hub id of the original model, with safetensors; default: the one that the checkpoint names.
+    revision
+        Revision of a hub id.
+    dtype
+        Of all floating-point tensors; default: for each the one that it has in the base.
+    max_file_bytes
+        Of one file of the output; a larger tensor has a file of its own.
+    overwrite
+        Replace what is at `output`.
+    show_progress
+        Show a progress bar.
+
+    Returns
+    -------
+    Path
+        `output`.
+
+    Raises
+    ------
+    CheckpointError
+        Where files are missing, truncated or damaged, or where the base is not the model that was trained from.
+    ModelError
+        Where the adapter does not fit the base, or cannot be merged.
+    InputError
+        Where `output` is in the way, or the disk is too small.
+
+    Notes
+    -----
+    Each weight is off by the rounding of an fp32 sum and by that to the output: in bf16 at most ``2^-8`` of its size,
+    in fp16 ``2^-11``. An adapter that was trained on a quantized residual is merged like any other; what quantization
+    left over (the checkpoint's manifest has its size) is not in the result.
+
+    Where the adapter changes one of two embeddings that are tied, the head becomes a tensor of its own and
+    ``tie_word_embeddings`` false.
+    """
+    adapter = find_adapter(Path(checkpoint))
+    directory = _find_base(adapter, base, revision)
+    output = Path(output).absolute()
+    _check_output(output, [adapter.directory, directory], overwrite)
+    if max_file_bytes < 1:
+        raise InputError(f"max_file_bytes={max_file_bytes} must be positive")
+    plan = plan_merge(adapter, directory, dtype)
+    check_free(output, plan.nbytes)
+    try:
+        with (
+            progress_bar(plan.nbytes, show=show_progress, doing="Merging") as bar,
+            atomic_directory(output) as staging,
+        ):
+            _Merge(adapter, plan, bar.update).write(staging, max_file_bytes)
+    except OSError as error:
+        raise CheckpointError(f"{output}: could not be written: {error}") from error
+    finally:
+        plan.reader.close()
+        adapter.close()
+    return output
+
+
+def _find_base(adapter: AdapterSource, base: str | os.PathLike[str] | None, revision: str | None) -> Path:
+    name = base or adapter.base
+    if not name:
+        raise CheckpointError(f"{adapter.directory}: {CONFIG} names no base model; pass base")
+    try:
+        directory = resolve_checkpoint(name, revision=revision or (None if base else adapter.config.revision))
+    except CheckpointError as error:
+        hint = "" if base else f" ({adapter.directory} names this base; pass base to say where it is now)"
+        raise CheckpointError(f"{error}{hint}") from error
+    if adapter.has_manifest and initial_directory(directory) is not None:
+        raise CheckpointError(f"{directory}: a decomposed model, and the adapter is for the original one; pass that")
+    return directory
+
+
+def _check_output(output: Path, inputs: list[Path], overwrite: bool) -> None:
+    for path in (path.resolve() for path in inputs):
+        if output.resolve() in (path, *path.parents):
+            raise InputError(f"{output}: is or holds what is merged ({path}); choose another directory")
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output}: exists and is no directory; choose another place")
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise InputError(f"{output}: exists and is not empty; choose another directory or pass overwrite")
+
+
+class _Merge:
+    """One merge in progress."""
+
+    def __init__(self, adapter: AdapterSource, plan: MergePlan, advance: Callable[[int], object]) -> None:
+        self.adapter, self.plan, self.advance = adapter, plan, advance
+        self._written: Counter[str] = Counter()
+        self._factors_of: tuple[str, Tensor, Tensor] | None = None
+
+    def write(self, staging: Path, max_file_bytes: int) -> None:
+        """Write the merged checkpoint to the empty directory `staging`."""
+        files = TensorFiles(staging, self.plan.files, max_bytes=max_file_bytes)
+        files.create()
+        try:
+            for tensor in self.plan.tensors:
+                blocks = self._copied(tensor) if tensor.planned is None else self._merged(tensor, tensor.planned)
+                for start, values in blocks:
+                    self._put(files, tensor, start, values)
+        finally:
+            files.close()
+        for name, file_tensor in self.plan.files.items():
+            if self._written[name] != file_tensor.numel:  # it would be zeros, which look like weights
+                raise RuntimeError(f"{name}: {self._written[name]} of {file_tensor.numel} elements were written")
+        copy_other_files(self.plan.reader.directory, staging, leave=(MANIFEST, CONFIG))
+        self._write_config(staging / "config.json")
+
+    def _copied(self, tensor: MergedTensor) -> Iterator[tuple[int, Tensor]]:
+        """First element and flat values, block by block."""
+        step = BLOCK_BYTES // 4
+        for start in range(0, tensor.numel, step):
+            values = tensor.source.flat(tensor.key, start, min(start + step, tensor.numel))
+            check_finite(tensor.key, values, start)
+            yield start, values
+
+    def _merged(self, tensor: MergedTensor, planned: PlannedMatrix) -> Iterator[tuple[int, Tensor]]:
+        """First element and values in fp32, block by block; at the end, whether it was the right matrix."""
+        left, right = self._factors(planned)
+        step, squares = max(1, BLOCK_BYTES // (4 * planned.columns)), 0.0
+        for start in range(0, planned.rows, step):
+            block = tensor.source.rows(tensor.key, start, min(start + step, planned.rows)).float()
+            check_finite(tensor.key, block, start)
+            squares += float(squared_norm(block))
+            with full_fp32():  # not in place: fp32 rows are a view of the mapped file
+                block = torch.addmm(block, left[start : start + step], right, alpha=planned.scaling)
+            yield start * planned.columns, block
+        known = self.adapter.norms.get(planned.name) if tensor.source is self.plan.reader else None
+        if known is not None and abs(math.sqrt(squares) - known) > _NORM_TOLERANCE * known:
+            raise CheckpointError(
+                f"{planned.key} of {self.plan.reader.directory} has norm {math.sqrt(squares):.6g}, the weight that "
+                f"{self.adapter.directory} was trained from {known:.6g}: another model or revision; pass the right one"
+            )
+
+    def _put(self, files: TensorFiles, tensor: MergedTensor, start: int, values: Tensor) -> None:
+        """Round flat or row-major `values`, which begin at element `start` of `tensor`, and write them."""
+        rounded = values.flatten().to(tensor.dtype)
+        if not all_finite(rounded):
+            raise CheckpointError(
+                f"{tensor.key}: {float(values.abs().max()):.3g} is too large for {tensor.dtype}; choose another dtype"
+            )
+        first = 0
+        for span in tensor.target:
+            low, high = max(start, first), min(start + rounded.numel(), first + span.numel)
+            if low < high:
+                files.write(span.name, span.start + low - first, rounded[low - start : high - start])
+                self._written[span.name] += high - low
+            first += span.numel
+        self.advance(rounded.nbytes)
+
+    def _factors(self, planned: PlannedMatrix) -> tuple[Tensor, Tensor]:
+        """``L`` ``[rows, k]`` and ``R`` ``[k, columns]``, fp32, whose product, scaled, is added to the stored matrix.
+
+        k is r, or 2r where the initial product is taken off: ``L R = [B | -B_0] [A; A_0]``, or its transpose.
+        """
+        if self._factors_of is None or self._factors_of[0] != planned.layer:
+            a, b = [], []
+            for part, sign in zip(self.adapter.parts, (1, -1), strict=False):
+                # PEFT's layout: A one expert after the other, the columns of B interleaved
+                a_part, b_part = (self._factor(part, name) for name in planned.factor_names.values())
+                a.append(a_part.view(planned.experts, -1, a_part.shape[1]))
+                b.append(sign * b_part.view(len(b_part), -1, planned.experts))
+            self._factors_of = (planned.layer, torch.cat(a, dim=1), torch.cat(b, dim=1))
+        _, a_stack, b_stack = self._factors_of
+        a_one, b_one = a_stack[planned.expert or 0], b_stack[:, :, planned.expert or 0]
+        return (a_one.mT, b_one.mT) if planned.input_first else (b_one, a_one)
+
+    @staticmethod
+    def _factor(part: CheckpointReader, name: str) -> Tensor:
+        key = peft_name(name)
+        values = part.rows(key, 0, part.info(key).shape[0])
+        check_finite(key, values, 0)
+        return values.float()
+
+    def _write_config(self, path: Path) -> None:
+        config, changes = json.loads(path.read_text()), dict(self.plan.config_changes)
+        if "dtype" in changes and "torch_dtype" in config:  # its name before transformers 5
+            changes["torch_dtype"] = changes.pop("dtype")
+        if changes:
+            inside = {key: changes[key] for key in changes if key in ("tie_word_embeddings", "dtype", "torch_dtype")}
+            write_json(path, _changed(config, inside) | changes)
+
+
+def _changed(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`config` with `changes` to the entries that it has, in the configurations inside it (of text, images) too."""
+    return {
+        key: changes[key] if key in changes else _changed(value, changes) if isinstance(value, dict) else value
+        for key, value in config.items()
+    }

@@ -1,0 +1,280 @@
+"""From an adapter and the headers of a base to the tensors of the merged checkpoint; every refusal happens here.
+
+Everything keeps the name, and the file format, that it has in the base: what loads the base loads the result. A tensor
+gets a name of its own only where the base has none for it: a new head, or one that was tied and is not any more.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig
+from transformers import PretrainedConfig, PreTrainedModel
+
+from lowrank_dist.adapters.match import match_adapter, untie_if_changed
+from lowrank_dist.adapters.source import AdapterSource
+from lowrank_dist.model.names import CheckpointKeys, peft_name
+from lowrank_dist.model.skeleton import (
+    ModelError,
+    Plan,
+    PlannedMatrix,
+    build_skeleton,
+    inject_adapter,
+    plain_name,
+    plan_walk,
+    read_config,
+)
+from lowrank_dist.quantization.format import FileTensor
+from lowrank_dist.storage.reader import CheckpointReader
+from lowrank_dist.storage.writer import stored_dtype
+
+# PEFT's task types, to the part of a name in transformers: the head is one that bases of another task lack
+_HEADS = {
+    "SEQ_CLS": "SEQUENCE_CLASSIFICATION",
+    "TOKEN_CLS": "TOKEN_CLASSIFICATION",
+    "QUESTION_ANS": "QUESTION_ANSWERING",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """A contiguous part of a tensor of the merged checkpoint: its name, the first element, how many."""
+
+    name: str
+    start: int
+    numel: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergedTensor:
+    """Values of the merged checkpoint that are formed together.
+
+    Attributes
+    ----------
+    source, key
+        Where the values, or the matrix to which a product is added, are read.
+    target
+        What they fill, in order.
+    dtype
+        Of the merged checkpoint.
+    planned
+        The matrix whose product is added; None: the values are copied.
+    """
+
+    source: CheckpointReader
+    key: str
+    target: tuple[Span, ...]
+    dtype: torch.dtype
+    planned: PlannedMatrix | None = None
+
+    @property
+    def numel(self) -> int:
+        return sum(span.numel for span in self.target)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergePlan:
+    """All that is to be written.
+
+    Attributes
+    ----------
+    reader
+        The base.
+    files
+        The tensors of the merged checkpoint.
+    tensors
+        How they are formed: every element of `files` belongs to one of these.
+    config_changes
+        Entries of ``config.json`` that differ from those of the base.
+    """
+
+    reader: CheckpointReader
+    files: dict[str, FileTensor]
+    tensors: list[MergedTensor]
+    config_changes: dict[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors of the merged checkpoint."""
+        return sum(tensor.numel * tensor.dtype.itemsize for tensor in self.files.values())
+
+
+def plan_merge(adapter: AdapterSource, directory: Path, dtype: torch.dtype | None = None) -> MergePlan:
+    """Match an adapter with the base at `directory`.
+
+    Parameters
+    ----------
+    adapter
+        From `lowrank_dist.adapters.source.find_adapter`.
+    directory
+        The base.
+    dtype
+        Of all floating-point tensors of the merged checkpoint; None: for each the one that it has in the base.
+
+    Raises
+    ------
+    CheckpointError
+        Where files of the base are missing or damaged.
+    ModelError
+        Where the adapter does not fit the base, naming tensors and shapes, or cannot be merged.
+    """
+    reader = CheckpointReader(directory)
+    backbone, config_changes = _skeleton(adapter, directory)
+    if dtype is not None:
+        config_changes["dtype"] = str(dtype).removeprefix("torch.")
+    try:
+        tied = untie_if_changed(backbone, adapter.trained)
+        with warnings.catch_warnings():
+            # PEFT 0.21 says so of patterns that match parameters, and applies them
+            warnings.filterwarnings("ignore", message="The following .*_pattern keys did not match any targeted module")
+            inject_adapter(backbone, adapter.config)
+    except ModelError as error:
+        raise ModelError(
+            f"{adapter.directory} cannot be merged into {directory}: {error} (PEFT's merge_and_unload may do what is "
+            "not supported here)"
+        ) from error
+    if tied:
+        config_changes["tie_word_embeddings"] = False
+    plan = plan_walk(backbone, reader, tied, limit_rank=False)
+    planner = _Planner(adapter, reader, backbone, CheckpointKeys(backbone, reader, tied), dtype)
+    planner.changes(plan)
+    planner.copies()
+    return MergePlan(reader=reader, files=planner.files, tensors=planner.tensors, config_changes=config_changes)
+
+
+def _skeleton(adapter: AdapterSource, directory: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, on meta, that the adapter is for, and what of its configuration differs from that of the base.
+
+    That is the class that the base names, unless the adapter says that it was trained with another.
+    """
+    config, changes = read_config(directory), {}
+    name = _class_name(adapter.config, config)
+    if name is not None and [name] != config.architectures:
+        config.architectures = changes["architectures"] = [name]
+    backbone = build_skeleton(directory, config)
+    labels = getattr(config, "num_labels", None)
+    for parameter_name, parameter in backbone.named_parameters() if "architectures" in changes else ():
+        key, shape = peft_name(parameter_name), tuple(parameter.shape)
+        stored = adapter.trained.info(key).shape if key in adapter.trained else shape
+        if stored != shape and stored[1:] == shape[1:] and shape[0] == labels:
+            config.num_labels = stored[0]
+            changes |= {"id2label": config.id2label, "label2id": config.label2id}
+            return build_skeleton(directory, config), changes
+    return backbone, changes
+
+
+def _class_name(adapter: LoraConfig, config: PretrainedConfig) -> str | None:
+    """Class of the model that was adapted, where the adapter says so.
+
+    Raises
+    ------
+    ModelError
+        Where it is one for another configuration.
+    """
+    named = (adapter.auto_mapping or {}).get("base_model_class", "")
+    if hasattr(transformers, named):
+        if not isinstance(config, getattr(transformers, named).config_class):
+            raise ModelError(
+                f"the adapter is for a {named}, the base has the configuration of a {config.model_type}; pass the "
+                "model that it was trained from"
+            )
+        return str(named)
+    if adapter.task_type not in _HEADS:
+        return None
+    mapping = getattr(transformers, f"MODEL_FOR_{_HEADS[adapter.task_type]}_MAPPING")
+    return str(mapping[type(config)].__name__) if type(config) in mapping else None
+
+
+class _Planner:
+    """Collects the tensors of the merged checkpoint."""
+
+    def __init__(
+        self,
+        adapter: AdapterSource,
+        reader: CheckpointReader,
+        backbone: PreTrainedModel,
+        keys: CheckpointKeys,
+        dtype: torch.dtype | None,
+    ) -> None:
+        self.adapter, self.reader, self.backbone, self.keys, self.dtype = adapter, reader, backbone, keys, dtype
+        self.files = {
+            name: FileTensor(shape=reader.stored(name).shape, dtype=self._dtype(name)) for name in self.reader
+        }
+        self.tensors: list[MergedTensor] = []
+
+    def _dtype(self, key: str) -> torch.dtype:
+        stored = stored_dtype(key, self.reader.info(key))
+        return self.dtype if self.dtype is not None and stored.is_floating_point else stored
+
+    def changes(self, plan: Plan) -> None:
+        """Everything that differs from the base."""
+        saved_along = match_adapter(self.adapter, self.backbone, plan, self.reader.directory)
+        main_dtype = next((self._dtype(planned.key) for planned in plan.matrices), torch.float32)
+        for planned in plan.matrices:
+            name = f"{plain_name(planned.layer)}.{planned.parameter}"
+            source, key = self.reader, planned.key
+            if name in saved_along:
+                source, key = self.adapter.trained, saved_along[name]
+                key = key if planned.expert is None else source.entry(key, planned.expert)
+            shape = (planned.rows, planned.columns)
+            self._change(name, shape, source, key, base_key=planned.key, main_dtype=main_dtype, planned=planned)
+        for tensor in plan.parameters:
+            # an original that stands beside its trained copy is used by nobody
+            names = [plain_name(name) for name in tensor.names if ".original_module." not in name]
+            if not names:
+                continue
+            shape = tuple(self.backbone.get_parameter(tensor.names[0]).shape)
+            name = next(filter(self.keys.holds, names), names[0])
+            along = next((saved_along[other] for other in names if other in saved_along), None)
+            if tensor.trainable or along is not None:
+                key = along or peft_name(tensor.names[0])
+                self._change(name, shape, self.adapter.trained, key, base_key=tensor.key, main_dtype=main_dtype)
+            elif tensor.key is not None and not self.keys.holds(name):  # untied, and its other half is adapted
+                self._change(name, shape, self.reader, tensor.key, base_key=tensor.key, main_dtype=main_dtype)
+
+    def copies(self) -> None:
+        """Everything else."""
+        changed = {span.name for tensor in self.tensors for span in tensor.target}
+        for name in self.reader:
+            if name not in changed:
+                target = (Span(name=name, start=0, numel=self.files[name].numel),)
+                self.tensors.append(
+                    MergedTensor(source=self.reader, key=name, target=target, dtype=self.files[name].dtype)
+                )
+
+    def _change(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        source: CheckpointReader,
+        key: str,
+        *,
+        base_key: str | None,
+        main_dtype: torch.dtype,
+        planned: PlannedMatrix | None = None,
+    ) -> None:
+        """Fill parameter `name` from `key` of `source`; it is `base_key` in the base, perhaps by being tied."""
+        dtype = main_dtype if base_key is None else self._dtype(base_key)
+        if base_key is not None and self.keys.holds(name):
+            target = tuple(self._spans(base_key))
+        else:
+            target = (Span(name=name, start=0, numel=math.prod(shape)),)
+            self.files[name] = FileTensor(shape=shape, dtype=dtype)
+        self.tensors.append(MergedTensor(source=source, key=key, target=target, dtype=dtype, planned=planned))
+
+    def _spans(self, key: str) -> Iterator[Span]:
+        """What of the base's tensors `key` stands for."""
+        for piece in self.reader.pieces(key):
+            shape = self.reader.stored(piece.key).shape
+            if piece.index is None:
+                yield Span(name=piece.key, start=0, numel=math.prod(shape))
+            else:
+                numel = math.prod(shape[1:])
+                yield Span(name=piece.key, start=piece.index * numel, numel=numel)

@@ -1,0 +1,404 @@
+"""The best LoRA for another base than the residual: what a trained model computes, seen from where it will go.
+
+A model with a quantized residual computes ``M = Q(W_res) + s B A``. The exact conversion ``s (B A - B_0 A_0)``
+(`lowrank_dist.adapters.lora`) leaves out what quantization changed, ``Q(W_res) - W_res``. Here the difference from the
+base that the LoRA is to sit on is formed a matrix at a time, row-sharded, and its best approximation of rank K is
+taken (Eckart-Young)::
+
+    D = M - base,   base = W, or Q(W) as bitsandbytes quantizes it on loading;   s' B' A' = SVD_K(D).
+
+The residual is formed again from W and the checkpoint's factors, bit for bit (`lowrank_dist.decomposition.restore`), or
+read from the decomposed model that the run began from; either way it must have the digest that the checkpoint knows.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_dist.adapters.files import (
+    ADAPTER_DIR,
+    MANIFEST,
+    WEIGHTS,
+    changed_config,
+    open_adapter,
+    read_manifest,
+    whole_tensor,
+)
+from lowrank_dist.adapters.match import untie_if_changed
+from lowrank_dist.decomposition.report import MatrixReport
+from lowrank_dist.decomposition.restore import EarlierDecompositions, StoredFactors
+from lowrank_dist.decomposition.walk import factor_shapes, progress_bar, row_partition
+from lowrank_dist.distributed.group import ShardGroup
+from lowrank_dist.distributed.reshard import whole_left
+from lowrank_dist.errors import InputError
+from lowrank_dist.layers.experts import put_factor
+from lowrank_dist.linalg import full_fp32, randomized_svd, seed_from_name, squared_norm
+from lowrank_dist.methods import Factors, Matrix
+from lowrank_dist.model.names import peft_name
+from lowrank_dist.model.skeleton import ModelError, PlannedMatrix, build_skeleton, inject_adapter, plan_walk
+from lowrank_dist.quantization.format import Encoded, FileTensor
+from lowrank_dist.quantization.nf4 import NF4, format_from_dict
+from lowrank_dist.residual_model.reader import DecomposedModel
+from lowrank_dist.storage.atomic import atomic_directory
+from lowrank_dist.storage.digest import digest_sums, digests
+from lowrank_dist.storage.prefetch import check_finite
+from lowrank_dist.storage.reader import CheckpointError, CheckpointReader, resolve_checkpoint, write_json
+from lowrank_dist.storage.writer import DTYPES, TensorFiles
+
+log = logging.getLogger(__name__)
+
+TOLERANCE = 1e-4  # of the SVD; what is left over is reported anyway
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leftover:
+    """Frobenius norms of one matrix.
+
+    Attributes
+    ----------
+    name
+        Which.
+    norm
+        Of D, the difference between the trained model and the base.
+    before
+        Of what the exact conversion leaves of it.
+    after
+        Of what the fitted LoRA leaves of it.
+    """
+
+    name: str
+    norm: float
+    before: float
+    after: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refit:
+    """What `refit_checkpoint` wrote.
+
+    Attributes
+    ----------
+    path, rank
+        The directory, K.
+    leftovers
+        What is left over of every matrix.
+    not_quantized
+        For a base in NF4: linear layers that were dense in training, to be named in ``llm_int8_skip_modules`` of the
+        `BitsAndBytesConfig` that it is loaded with.
+    """
+
+    path: Path
+    rank: int
+    leftovers: list[Leftover]
+    not_quantized: list[str]
+
+    @property
+    def before(self) -> float:
+        """Of all matrices: ``sqrt(sum before^2 / sum norm^2)``."""
+        return _ratio([(left.before, left.norm) for left in self.leftovers])
+
+    @property
+    def after(self) -> float:
+        """Of all matrices: ``sqrt(sum after^2 / sum norm^2)``."""
+        return _ratio([(left.after, left.norm) for left in self.leftovers])
+
+
+def refit_checkpoint(
+    checkpoint: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    rank: int,
+    base: Literal["original", "nf4"],
+    group: ShardGroup | None = None,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    show_progress: bool = False,
+) -> Refit:
+    """Write the LoRA of rank K that brings `base` nearest to the trained model. Collective over `group`.
+
+    Parameters
+    ----------
+    checkpoint
+        Directory that `lowrank_dist.callbacks.AdapterCheckpoint` wrote.
+    output
+        Directory to write: a PEFT adapter of one rank and scaling for all modules. Complete or absent.
+    rank
+        K. A matrix whose short side is smaller gets zeros beyond it.
+    base
+        What the LoRA will sit on: the ``"original"`` model, or the original as transformers loads it in NF4 with
+        bitsandbytes (``"nf4"``; blocks and double quantization as in training, else 64 and none). Embeddings, the
+        head and stacked or single parameters are dense there too.
+    group
+        The ranks that share every matrix by rows. Default: this process alone.
+    device
+        Where matrices are decomposed.
+    dtype
+        Of the written factors. Default: that of the checkpoint's.
+    show_progress
+        Show a progress bar, in bytes of the base.
+
+    Returns
+    -------
+    Refit
+        With what is left over before and after; the same on every rank.
+
+    Raises
+    ------
+    CheckpointError, ModelError, InputError
+        On every rank: where the residual of the run cannot be had again (the base has changed, or the factors were
+        fitted to a residual that only an ``init_cache`` holds), for ranks below 1, and for Conv1D layers on a base in
+        NF4.
+
+    Notes
+    -----
+    Host memory of a rank: six row blocks in fp32 and the Krylov basis of K (`lowrank_dist.linalg.randomized_svd`); of
+    the output one matrix at a time, and B of all experts that share one; of a decomposed model one stored residual.
+    Every byte of the base is read once.
+    """
+    group, device = group or ShardGroup(), device or torch.device("cpu")
+    if rank < 1:
+        raise InputError(f"rank={rank} must be at least 1")
+    if base not in ("original", "nf4"):
+        raise InputError(f"base={base!r} is neither 'original' nor 'nf4'")
+    with group.shared_errors():
+        job = _Job(Path(checkpoint), rank, base, group, device, dtype)
+    if len(set(group.gather_objects(job.decomposed is None))) > 1:
+        raise CheckpointError(
+            f"{job.manifest['pretrained']}: only some ranks see the decomposed model that the run began from; put it "
+            "where all do"
+        )
+    output = Path(output).absolute()
+    leftovers: list[Leftover] = []
+    with ExitStack() as stack:
+        with group.shared_errors():
+            if group.rank == 0:
+                staging = stack.enter_context(atomic_directory(output))
+                files = stack.enter_context(closing(job.files(staging)))
+        total = sum(job.reader.info(planned.key).nbytes for planned in job.plan.matrices)
+        bar = stack.enter_context(progress_bar(total, show=show_progress and group.rank == 0, doing="Fitting"))
+        for planned in job.plan.matrices:
+            factors, leftover = job.fit(planned)
+            leftovers.append(leftover)
+            with group.shared_errors():
+                if group.rank == 0:
+                    job.write(files, planned, factors)
+            bar.update(job.reader.info(planned.key).nbytes)
+        with group.shared_errors():
+            if group.rank == 0:
+                job.finish(staging, leftovers)
+            stack.pop_all().close()
+    return Refit(path=output, rank=rank, leftovers=leftovers, not_quantized=job.not_quantized)
+
+
+class _Job:
+    """One checkpoint and the base that it is fitted to."""
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        rank: int,
+        base: Literal["original", "nf4"],
+        group: ShardGroup,
+        device: torch.device,
+        dtype: torch.dtype | None,
+    ) -> None:
+        self.checkpoint, self.rank, self.group, self.device = checkpoint, rank, group, device
+        self.manifest = read_manifest(checkpoint)
+        for key in ("residual", "pretrained", "matrices"):
+            if key not in self.manifest:
+                raise CheckpointError(f"{checkpoint}: its {MANIFEST} has no {key}; an older version wrote it")
+        self.reports = {entry["name"]: MatrixReport.from_dict(entry) for entry in self.manifest["matrices"]}
+        self.format = format_from_dict(self.manifest["residual"])
+        self.target = None
+        if base == "nf4":
+            self.target = self.format if isinstance(self.format, NF4) else NF4()
+        self.trained, self.config = open_adapter(checkpoint / ADAPTER_DIR)
+        self.factors = StoredFactors(checkpoint / ADAPTER_DIR)
+        self.earlier = EarlierDecompositions(checkpoint=checkpoint, starts_at_zero=self.manifest["starts_at_zero"])
+        directory = resolve_checkpoint(self.manifest["base"])
+        self.reader = CheckpointReader(directory)
+        backbone = build_skeleton(directory)
+        self.config.init_lora_weights = True
+        head = [name for name, module in backbone.named_modules() if module is backbone.get_output_embeddings()]
+        linears = {name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)}
+        tied = untie_if_changed(backbone, self.trained)
+        inject_adapter(backbone, self.config)
+        self.plan = plan_walk(backbone, self.reader, tied, limit_rank=False)
+        self.dense = {planned.layer for planned in self.plan.matrices if planned.lookup or planned.wrapped} | {*head}
+        fitted = {planned.layer for planned in self.plan.matrices} - self.dense
+        self.not_quantized = sorted(linears - fitted) if base == "nf4" else []
+        self._check_quantizable()
+        self.decomposed = self._decomposed()
+        self.stored: dict[str, PlannedMatrix] = {}  # what its files call the matrices
+        if self.decomposed is not None:
+            plan = plan_walk(backbone, self.decomposed.reader, tied, limit_rank=False)
+            self.stored = {planned.name: planned for planned in plan.matrices}
+        if self.decomposed is None and not self.earlier.starts_at_zero:
+            self.earlier.check_factors(self.plan, torch.float32, self.reports)
+        first = peft_name(next(iter(self.plan.matrices[0].factor_names.values())))
+        self.dtype = dtype or DTYPES[self.trained.info(first).dtype]
+
+    def _check_quantizable(self) -> None:
+        """Raise ModelError for layers that transformers quantizes in another orientation than they are stored in."""
+        for planned in self.plan.matrices if self.target is not None else ():
+            if planned.input_first and planned.layer not in self.dense:
+                raise ModelError(
+                    f"{planned.name}: transformers quantizes the transpose of a Conv1D, which rows of ranks do not "
+                    "give; use base='original'"
+                )
+
+    def _decomposed(self) -> DecomposedModel | None:
+        """The decomposed model that the run began from, if it did and it can be had."""
+        pretrained = self.manifest["pretrained"]
+        try:
+            directory = resolve_checkpoint(pretrained)
+        except CheckpointError as error:
+            if pretrained == self.manifest["base"]:
+                raise
+            log.warning("What the run began from is not there, its residual is formed of the original: %s", error)
+            return None
+        return DecomposedModel(directory, self.format) if DecomposedModel.is_at(directory) else None
+
+    def fit(self, planned: PlannedMatrix) -> tuple[dict[str, Tensor], Leftover]:
+        """A' ``[K, in]`` and B' ``[out, K]``, replicated, on the CPU; and what is left over. Collective."""
+        matrix = self._matrix(planned)
+        residual, initial = self._residual(planned, matrix)
+        trained, rows = self.factors.read(matrix), matrix.partition.rows
+        with full_fp32():
+            wanted = residual.decoded.addmm(trained.left, trained.right, alpha=matrix.scaling)
+            sits_on = matrix.block
+            if self.target is not None and planned.layer not in self.dense:
+                sits_on = self.target.encode(matrix.block, matrix.partition, self.group).decoded
+            wanted -= sits_on
+            exact = wanted.addmm(trained.left, trained.right, alpha=-matrix.scaling)
+            if initial is not None:
+                exact.addmm_(initial.left, initial.right, alpha=matrix.scaling)
+            squares = [squared_norm(wanted), squared_norm(exact)]
+            del exact
+            k = min(self.rank, rows, planned.columns)
+            svd = randomized_svd(
+                wanted,
+                k,
+                rows=rows,
+                group=self.group,
+                seed=seed_from_name(planned.key, 1),
+                tolerance=TOLERANCE,
+            )
+            root = svd.s.sqrt()
+            left, right = (svd.u * root).to(self.dtype).float(), (root[:, None] * svd.vh).to(self.dtype).float()
+            squares.append(squared_norm(wanted.addmm_(left, right, alpha=-1)))
+        norm, before, after = self.group.sum(torch.stack(squares)).sqrt().tolist()
+        whole = whole_left(left, matrix.partition, self.group)
+        a, b = (whole.mT, right.mT) if planned.input_first else (right, whole)
+        padded_a, padded_b = a.new_zeros(self.rank, a.shape[1]), b.new_zeros(b.shape[0], self.rank)
+        padded_a[:k], padded_b[:, :k] = a, b
+        factors = {"lora_A": padded_a.to(self.dtype).cpu(), "lora_B": padded_b.to(self.dtype).cpu()}
+        return factors, Leftover(name=planned.name, norm=norm, before=before, after=after)
+
+    def _residual(self, planned: PlannedMatrix, matrix: Matrix) -> tuple[Encoded, Factors | None]:
+        """The residual that was trained on, and A0 and B0 unless their product is zero. Collective.
+
+        Raises
+        ------
+        CheckpointError
+            On every rank, where it is another than the checkpoint's.
+        """
+        if self.decomposed is None:
+            found = self.earlier.decompose(matrix, self.format)
+            residual, initial = found.residual, found.factors
+        else:
+            stored = self.stored[planned.name]
+            residual = self.decomposed.residual_of(stored, matrix.partition, self.group, self.device)
+            initial = self.earlier.initial.read(matrix)
+        sums = digest_sums(residual.shards, self.format.storages(matrix.partition), self.group.rank)
+        (digest,) = digests([sums.to(self.group.device)], self.group)
+        if self.reports[planned.name].digest not in (None, digest):
+            raise CheckpointError(
+                f"{planned.name}: the residual that {self.checkpoint} was trained with cannot be formed again from "
+                f"{self.reader.directory if self.decomposed is None else self.decomposed.directory}: the weights have "
+                "changed since, or this machine rounds otherwise; use the weights of the run, or convert without --base"
+            )
+        return residual, None if self.earlier.starts_at_zero else initial
+
+    def _matrix(self, planned: PlannedMatrix) -> Matrix:
+        partition = row_partition(planned, self.format, self.group.size)
+        with self.group.shared_errors():
+            start, stop = partition.bounds(self.group.rank)
+            block = self.reader.rows(planned.key, start, stop).float()
+            check_finite(planned.key, block, start)
+        return Matrix(
+            name=planned.key,
+            block=block.to(self.device),
+            partition=partition,
+            group=self.group,
+            rank=planned.rank,
+            scaling=planned.scaling,
+            input_first=planned.input_first,
+            lookup=planned.lookup,
+            factor_dtype=torch.float32,
+            factor_names=planned.factor_names,
+            expert=(planned.expert or 0, planned.experts),
+        )
+
+    def files(self, staging: Path) -> TensorFiles:
+        """The file of the adapter, what is not fitted (`modules_to_save`) in it already. One rank only."""
+        tensors: dict[str, FileTensor] = {}
+        for planned in self.plan.matrices:
+            for factor, shape in factor_shapes(planned).items():
+                width = self.rank * planned.experts
+                of_rank = (width, shape[1]) if factor == "lora_A" else (shape[0], width)
+                tensors[peft_name(planned.factor_names[factor])] = FileTensor(shape=of_rank, dtype=self.dtype)
+        others = [name for name in self.trained if name not in tensors]
+        for name in others:
+            info = self.trained.info(name)
+            tensors[name] = FileTensor(shape=info.shape, dtype=DTYPES[info.dtype])
+        files = TensorFiles(staging, tensors, stem=Path(WEIGHTS).stem, max_bytes=sys.maxsize)
+        files.create()
+        for name in others:
+            files.write(name, 0, whole_tensor(self.trained, name).flatten())
+        return files
+
+    def write(self, files: TensorFiles, planned: PlannedMatrix, factors: dict[str, Tensor]) -> None:
+        """Put the factors of one matrix into the file; those of stacked experts once all are there. One rank only."""
+        expert, experts = planned.expert or 0, planned.experts
+        names = {factor: peft_name(name) for factor, name in planned.factor_names.items()}
+        a, b = factors["lora_A"].flatten(), factors["lora_B"].flatten()
+        files.write(names["lora_A"], expert * a.numel(), a)
+        if experts > 1:
+            if expert == 0:
+                self._stack = b.new_empty(experts * b.numel())
+            put_factor(self._stack, 0, b, expert, experts, interleaved=True)
+            b = self._stack
+        if expert == experts - 1:
+            files.write(names["lora_B"], 0, b)
+
+    def finish(self, staging: Path, leftovers: list[Leftover]) -> None:
+        """Configuration and manifest. One rank only."""
+        config = changed_config(
+            self.config, r=self.rank, lora_alpha=self.rank, use_rslora=False, rank_pattern={}, alpha_pattern={}
+        )
+        config.save_pretrained(str(staging))
+        kept = ("lowrank_dist", "base", "method", "quantization", "step")
+        manifest = {key: self.manifest[key] for key in kept if key in self.manifest}
+        manifest |= {
+            "kind": "lora",
+            "adapter_is_for": "the base" if self.target is None else f"the base in {self.target}",
+            "rank": self.rank,
+            "not_quantized": self.not_quantized,
+            "leftovers": [vars(leftover) for leftover in leftovers],
+        }
+        write_json(staging / MANIFEST, manifest)
+
+
+def _ratio(pairs: list[tuple[float, float]]) -> float:
+    total = sum(norm**2 for _, norm in pairs)
+    return (sum(left**2 for left, _ in pairs) / total) ** 0.5 if total else 0.0

@@ -1,0 +1,378 @@
+"""A model skeleton on meta and decomposed matrices in, a sharded trainable model out.
+
+Every rank keeps its shards of residuals and factors, as they come from the walk or from a decomposed model on disk, as
+its own ZeRO-3 partitions, and reads its part of every other parameter. No weight crosses the network, no rank holds a
+whole matrix, and the ranks together read every byte once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lowrank_dist.decomposition.report import InitReport
+from lowrank_dist.decomposition.walk import DecomposedMatrix, factor_shapes, row_partition
+from lowrank_dist.distributed.group import ShardGroup
+from lowrank_dist.distributed.partition import FlatPartition
+from lowrank_dist.distributed.reshard import redistribute
+from lowrank_dist.layers.experts import AdaptedParameter, StackedFactors
+from lowrank_dist.layers.frozen import CoredLinear, FrozenEmbedding, FrozenLinear, FrozenWeight
+from lowrank_dist.linalg import seed_from_name
+from lowrank_dist.methods import initial_core
+from lowrank_dist.model.skeleton import ADAPTER, Plan, PlannedMatrix, PlannedTensor, plain_name
+from lowrank_dist.quantization.format import ResidualFormat
+from lowrank_dist.storage.digest import digest_sums, digests
+from lowrank_dist.storage.prefetch import check_finite
+from lowrank_dist.storage.reader import CheckpointReader
+from lowrank_dist.zero3.partition import Partitioner, local_shard, register_used_parameters, stored_bytes, whole_shape
+
+
+@dataclass(kw_only=True)
+class Materialized:
+    """A sharded model: what the walk leaves behind beside the parameters themselves.
+
+    Attributes
+    ----------
+    report
+        Measurements.
+    initial
+        This rank's shards of the factors before training (A0 and B0), by parameter name; CPU.
+    experts
+        How many experts share a factor, by parameter name, where it is more than one.
+    parameters
+        Names, as they were before PEFT's layers were put in, of the weights that PEFT adapts without their module
+        (``target_parameters``), by the parameter name of a factor.
+    encoded_from
+        This rank's shards of the factors that the residual was encoded from, by parameter name, where these are neither
+        A0 and B0 nor none; CPU. Of experts that share a factor some may be those of A0 and B0.
+    """
+
+    report: InitReport
+    initial: dict[str, Tensor]
+    experts: dict[str, int]
+    parameters: dict[str, str]
+    encoded_from: dict[str, Tensor]
+
+
+def materialize(
+    backbone: PreTrainedModel,
+    plan: Plan,
+    reader: CheckpointReader,
+    partitioner: Partitioner,
+    decomposed: Iterable[DecomposedMatrix],
+    *,
+    residual: ResidualFormat,
+    compute_dtype: torch.dtype,
+    factor_dtype: torch.dtype,
+    fp32_norms: bool = False,
+    core: float | None = None,
+    digest: bool = True,
+    advance: Callable[[int], object] = lambda _: None,
+) -> Materialized:
+    """Fill `backbone` (on meta, adapters injected) with ZeRO-3 parameters. Collective: all ranks of the group call it.
+
+    Parameters
+    ----------
+    backbone
+        Model skeleton; its parameters are replaced.
+    plan
+        From `lowrank_dist.model.skeleton.plan_walk`.
+    reader
+        The checkpoint; of it the parameters are read that are not adapted.
+    partitioner
+        Makes the ZeRO-3 parameters; its `group` shares trained tensors and the factors, its `frozen` group all others.
+    decomposed
+        Every matrix of the plan, decomposed.
+    residual
+        Format of the frozen residual.
+    compute_dtype
+        Dtype of the parameters that are not adapted, and of the arithmetic with the residual.
+    factor_dtype
+        Dtype of A and B.
+    fp32_norms
+        Keep the weights of normalisation layers in fp32; their outputs are cast to `compute_dtype`.
+    core
+        Freeze A and B and train an ``r x r`` matrix between them, drawn with this standard deviation.
+    digest
+        Whether to take digests of the encoded residuals, for the report. One all-reduce for all of them.
+    advance
+        Called with the bytes of every tensor that is done (for a progress bar).
+
+    Raises
+    ------
+    CheckpointError
+        On every rank, if any rank finds a NaN or infinity or cannot read.
+    """
+    started = time.monotonic()
+    filling = _Filling(backbone, reader, partitioner, residual, compute_dtype, factor_dtype, core, advance)
+    sums = []
+    for matrix in decomposed:
+        if digest:
+            storages = residual.storages(matrix.partition)
+            sums.append(digest_sums(matrix.residual, storages, partitioner.group.rank).to(partitioner.device))
+        filling.matrix(matrix)
+        del matrix  # before the next one is decomposed
+    filling.parameters(plan.parameters, fp32_norms)
+    filling.buffers(plan.buffers)
+    report = filling.report
+    for of_matrix, text in zip(report.matrices, digests(sums, partitioner.group), strict=False):
+        of_matrix.digest = text
+    order = {planned.name: index for index, planned in enumerate(plan.matrices)}
+    report.matrices.sort(key=lambda matrix: order[matrix.name])
+    frozen = [module for module in backbone.modules() if isinstance(module, FrozenWeight)]
+    report.residual_bytes_per_rank = stored_bytes(p for module in frozen for p in module.stored())
+    totals = torch.tensor(
+        [reader.bytes_read, report.residual_bytes_per_rank], dtype=torch.float64, device=partitioner.device
+    )
+    report.bytes_read, report.residual_bytes = map(int, partitioner.group.sum(totals).tolist())
+    report.checkpoint_bytes = reader.nbytes
+    report.world_size = partitioner.group.size
+    report.seconds = time.monotonic() - started
+    return Materialized(
+        report=report,
+        initial=filling.initial,
+        experts=filling.experts,
+        parameters=filling.parameter_names,
+        encoded_from=filling.encoded_from,
+    )
+
+
+class _Filling:
+    """State of one model being filled: where shards go, what was measured."""
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        reader: CheckpointReader,
+        partitioner: Partitioner,
+        residual: ResidualFormat,
+        compute_dtype: torch.dtype,
+        factor_dtype: torch.dtype,
+        core: float | None,
+        advance: Callable[[int], object],
+    ) -> None:
+        self.backbone, self.reader, self.partitioner = backbone, reader, partitioner
+        self.group: ShardGroup = partitioner.group
+        self.shared: ShardGroup = partitioner.frozen
+        self.residual, self.compute_dtype, self.factor_dtype = residual, compute_dtype, factor_dtype
+        self.core, self.advance = core, advance
+        self.report = InitReport()
+        self.initial: dict[str, Tensor] = {}
+        self.experts: dict[str, int] = {}
+        self.parameter_names: dict[str, str] = {}
+        self.encoded_from: dict[str, Tensor] = {}
+        self._stacks: dict[str, _Stack] = {}
+
+    # -- adapted weights ----------------------------------------------------------------------------------------
+
+    def matrix(self, matrix: DecomposedMatrix) -> None:
+        """Put the shards of one adapted weight in the place of its layer's parameters.
+
+        Experts of one parameter are collected until all are there; each costs one all-gather per factor.
+        """
+        matrix = self.within_nodes(matrix)
+        planned, residual = matrix.planned, matrix.residual
+        factors, encoded_from = matrix.factors, matrix.encoded_from
+        self.report.matrices.append(matrix.report)
+        if planned.expert is not None:
+            stack = self._stacks.setdefault(planned.layer, _Stack(planned, self.group, self.factor_dtype))
+            if not stack.add(matrix):
+                return
+            residual, factors, encoded_from = stack.residual(), stack.factors, stack.encoded_from
+            del self._stacks[planned.layer]
+            self.experts |= dict.fromkeys(planned.factor_names.values(), planned.experts)
+        layer: Any = self.backbone.get_submodule(planned.layer)
+        frozen = self.frozen(layer, matrix)
+        for name, storage in self.residual.storages(matrix.partition).items():
+            shape = (storage.shard_numel * self.shared.size * planned.experts,)
+            parameter = self.partitioner.parameter(shape, storage.dtype, residual[name], group=self.shared)
+            setattr(frozen, name, parameter)
+        if planned.wrapped:
+            weight = f"{plain_name(planned.layer)}.{planned.parameter}"
+            self.parameter_names |= dict.fromkeys(planned.factor_names.values(), weight)
+            parent, _, child = planned.layer.rpartition(".")
+            setattr(self.backbone.get_submodule(parent), child, frozen)
+        else:
+            layer.base_layer = frozen
+        for factor, name in planned.factor_names.items():
+            self.factor(name, factors[factor])
+            if encoded_from:
+                padded = torch.zeros_like(self.initial[name])
+                padded[: encoded_from[factor].numel()] = encoded_from[factor]
+                self.encoded_from[name] = padded
+        if self.core is not None:
+            self.put_core(layer, planned)
+        if planned.lookup:
+            # Not in a module with a forward of its own, unlike the factors of linear layers.
+            register_used_parameters(
+                layer, [self.backbone.get_parameter(name) for name in planned.factor_names.values()]
+            )
+
+    def within_nodes(self, matrix: DecomposedMatrix) -> DecomposedMatrix:
+        """The residual cut for the ranks that share it, where these are not all. One all-to-all of its bytes.
+
+        The walk is one over all ranks all the same: the bits do not depend on the sharding.
+        """
+        if self.shared.size == self.group.size:
+            return matrix
+        partition = row_partition(matrix.planned, self.residual, self.shared.size)
+        held, wanted = self.residual.storages(matrix.partition), self.residual.storages(partition)
+        layout = {name: (held[name], wanted[name]) for name in held}
+        (shards,) = redistribute([matrix.residual], [layout], self.group.size, self.group, kept_by=self.shared.size)
+        return replace(matrix, partition=partition, residual=shards)
+
+    def frozen(self, layer: Any, matrix: DecomposedMatrix) -> FrozenWeight:
+        """The module that holds the encoded residual."""
+        planned, partition = matrix.planned, matrix.partition
+        if planned.wrapped:
+            return AdaptedParameter(
+                partition,
+                self.residual,
+                compute_dtype=self.compute_dtype,
+                wrapper=layer,
+                adapter=ADAPTER,
+                parameter=planned.parameter,
+                experts=None if planned.expert is None else planned.experts,
+                input_first=planned.input_first,
+            )
+        if planned.lookup:
+            return FrozenEmbedding(
+                partition, self.residual, compute_dtype=self.compute_dtype, replaced=layer.get_base_layer()
+            )
+        linear = FrozenLinear(
+            partition, self.residual, compute_dtype=self.compute_dtype, input_first=planned.input_first
+        )
+        linear.bias = layer.base_layer.bias  # on meta until its own turn
+        return linear
+
+    def factor(self, name: str, shard: Tensor) -> None:
+        """Make this rank's `shard` of a factor a parameter, trained unless there is a core, and keep its value."""
+        owner, _, leaf = name.rpartition(".")
+        module, whole = self.backbone.get_submodule(owner), self.backbone.get_parameter(name)
+        parameter = self.partitioner.parameter(
+            whole_shape(whole), self.factor_dtype, shard.to(self.factor_dtype), requires_grad=self.core is None
+        )
+        setattr(module, leaf, parameter)
+        self.initial[name] = local_shard(parameter).detach().to("cpu", copy=True)
+
+    def put_core(self, layer: Any, planned: PlannedMatrix) -> None:
+        """Put a trained core, the same whatever the number of ranks, in front of a frozen B."""
+        core = initial_core(planned.key, planned.rank, self.core or 0.0).flatten()
+        mine = slice(*FlatPartition(numel=core.numel(), world_size=self.group.size).bounds(self.group.rank))
+        shard = core[mine].to(self.partitioner.device, self.factor_dtype)
+        parameter = self.partitioner.parameter(
+            (planned.rank, planned.rank), self.factor_dtype, shard, requires_grad=True
+        )
+        layer.lora_B[ADAPTER] = CoredLinear(layer.lora_B[ADAPTER].weight, parameter)
+
+    # -- everything else ----------------------------------------------------------------------------------------
+
+    def parameters(self, planned: list[PlannedTensor], fp32_norms: bool) -> None:
+        """Load the parameters that are not adapted into their partitions, a flat range per rank."""
+        norms = norm_modules(self.backbone) if fp32_norms and self.compute_dtype != torch.float32 else {}
+        with self.group.shared_errors():
+            for tensor in planned:
+                owner, _, leaf = tensor.names[0].rpartition(".")
+                parameter = getattr(self.backbone.get_submodule(owner), leaf)
+                dtype = torch.float32 if owner in norms else self.compute_dtype
+                if tensor.trainable:
+                    dtype = self.factor_dtype
+                partitioned = self.partitioner.parameter(
+                    parameter.shape,
+                    dtype,
+                    self.flat_shard(tensor, parameter, dtype),
+                    requires_grad=tensor.trainable,
+                    group=self.group if tensor.trainable else self.shared,
+                )
+                for name in tensor.names:
+                    owner, _, leaf = name.rpartition(".")
+                    setattr(self.backbone.get_submodule(owner), leaf, partitioned)
+        for module in norms.values():
+            compute_in_fp32(module, self.compute_dtype)
+
+    def flat_shard(self, tensor: PlannedTensor, parameter: Tensor, dtype: torch.dtype) -> Tensor:
+        group = self.group if tensor.trainable else self.shared
+        start, stop = FlatPartition(numel=parameter.numel(), world_size=group.size).bounds(group.rank)
+        if tensor.key is None:
+            return self.fresh(tensor.names[0], parameter).flatten()[start:stop].to(self.partitioner.device, dtype)
+        shard = self.reader.flat(tensor.key, start, stop)
+        check_finite(tensor.key, shard, start)
+        self.advance(self.reader.info(tensor.key).nbytes)
+        return shard.to(self.partitioner.device, dtype)
+
+    def fresh(self, name: str, parameter: Tensor) -> Tensor:
+        """Transformers' initialisation of a linear layer that the checkpoint lacks; the same on every rank."""
+        if name.endswith(".bias"):
+            return torch.zeros(parameter.shape)
+        generator = torch.Generator().manual_seed(seed_from_name(name))
+        std = getattr(self.backbone.config, "initializer_range", 0.02)
+        return torch.randn(parameter.shape, generator=generator) * std
+
+    def buffers(self, planned: list[PlannedTensor]) -> None:
+        """Load persistent buffers: read by rank 0, replicated."""
+        for tensor in planned:
+            (name,), key = tensor.names, tensor.key
+            buffer = self.backbone.get_buffer(name)
+            value = torch.zeros(buffer.shape, dtype=buffer.dtype, device=self.partitioner.device)
+
+            def read(key: str = str(key), value: Tensor = value) -> Tensor:
+                whole = self.reader.flat(key, 0, value.numel()).view(value.shape)
+                self.advance(whole.nbytes)
+                return whole.to(value)
+
+            buffer.data = self.group.once(value, read)
+
+
+class _Stack:
+    """Shards of all experts of one parameter, on their way to becoming one tensor each."""
+
+    def __init__(self, planned: PlannedMatrix, group: ShardGroup, dtype: torch.dtype) -> None:
+        self.experts = planned.experts
+        self._factors = StackedFactors(factor_shapes(planned), planned.experts, group, dtype)
+        self._encoded_from: StackedFactors | None = None  # while all residuals are encoded from the factors
+        self._residuals: dict[int, dict[str, Tensor]] = {}
+
+    def add(self, matrix: DecomposedMatrix) -> bool:
+        """Take one expert; whether it was the last. One all-gather of each of its factors."""
+        expert = matrix.planned.expert
+        assert expert is not None
+        self._residuals[expert] = matrix.residual
+        if matrix.encoded_from and self._encoded_from is None:
+            self._encoded_from = self._factors.copy()
+        self._factors.put(expert, matrix.factors)
+        if self._encoded_from is not None:
+            self._encoded_from.put(expert, matrix.encoded_from or matrix.factors)
+        return len(self._residuals) == self.experts
+
+    @property
+    def factors(self) -> dict[str, Tensor]:
+        """Flat shards of the factors of all experts."""
+        return self._factors.shards
+
+    @property
+    def encoded_from(self) -> dict[str, Tensor]:
+        """The same of those that residuals were encoded from; empty where all are from the factors themselves."""
+        return {} if self._encoded_from is None else self._encoded_from.shards
+
+    def residual(self) -> dict[str, Tensor]:
+        """This rank's shards of all experts, one after the other, by storage name."""
+        ordered = [self._residuals[expert] for expert in range(self.experts)]
+        return {name: torch.cat([shards[name] for shards in ordered]) for name in ordered[0]}
+
+
+def norm_modules(backbone: nn.Module) -> dict[str, nn.Module]:
+    """Normalisation layers by name: modules whose class name contains "Norm"."""
+    return {name: module for name, module in backbone.named_modules() if "Norm" in type(module).__name__}
+
+
+def compute_in_fp32(module: nn.Module, output_dtype: torch.dtype) -> None:
+    """Let `module` take its input in fp32 and give its output in `output_dtype`."""
+    cast: Callable[..., Any] = lambda _, args: (args[0].float(), *args[1:])  # noqa: E731
+    module.register_forward_pre_hook(cast)
+    module.register_forward_hook(lambda _, args, output: output.to(output_dtype))

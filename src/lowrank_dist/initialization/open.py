@@ -1,0 +1,178 @@
+"""From what a user asks for to a model whose weights can be read: everything that can be refused before is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeGuard
+
+import torch
+from peft import LoraConfig
+from transformers import PreTrainedModel
+
+from lowrank_dist.decomposition.schedule import Sharding
+from lowrank_dist.distributed.group import ShardGroup
+from lowrank_dist.initialization.source import PretrainedModel, Resume, open_source
+from lowrank_dist.initialization.starting_adapter import StartingAdapter
+from lowrank_dist.methods import LoRA, Method
+from lowrank_dist.model.skeleton import ModelError, Plan, inject_adapter, plain_name, plan_walk, untie_embeddings
+from lowrank_dist.quantization.format import ResidualFormat
+from lowrank_dist.residual_model.create import Calibrated
+from lowrank_dist.residual_model.reader import DecomposedModel, starts_at_zero
+from lowrank_dist.storage.reader import resolve_checkpoint
+from lowrank_dist.storage.source import WeightSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedModel:
+    """A model before its weights are read: all of it has been checked, nothing of it has memory.
+
+    Attributes
+    ----------
+    backbone, plan
+        The skeleton with the adapter's layers in, and what fills it.
+    source
+        What it is filled from.
+    start
+        The adapter to go on from, if there is one.
+    resume
+        What the run that is resumed has left, if one is.
+    """
+
+    backbone: PreTrainedModel
+    plan: Plan
+    source: PretrainedModel | DecomposedModel
+    start: StartingAdapter | None
+    resume: Resume | None
+
+    @property
+    def core(self) -> float | None:
+        """Standard deviation of the trained matrices between frozen factors, where these are not given by `start`."""
+        if self.start is not None:
+            return None
+        return self.source.core if isinstance(self.source, DecomposedModel) else self.source.init.core
+
+    @property
+    def quantization(self) -> str | None:
+        """Format of a quantized residual."""
+        return None if self.source.residual.exact else str(self.source.residual)
+
+    def through_cache(
+        self,
+        group: ShardGroup,
+        factor_dtype: torch.dtype,
+        *,
+        device: torch.device,
+        advance: Callable[[int], object],
+        calibrated: Calibrated | None = None,
+    ) -> OpenedModel:
+        """The same model, to be filled from the cache where there is one; see `PretrainedModel.through_cache`."""
+        if not isinstance(self.source, PretrainedModel):
+            return self
+        source = self.source.through_cache(
+            self.plan, group, factor_dtype, device=device, advance=advance, calibrated=calibrated
+        )
+        if source is self.source:
+            return self
+        assert isinstance(source, DecomposedModel)
+        return replace(self, source=source, plan=source.plan_of(self.plan, self.source.reader))
+
+    def check_start(self, group: ShardGroup) -> None:
+        """Raise, on every rank, where the adapter to go on from is not for this model. Collective."""
+        if self.start is not None:
+            self.start.check(self.backbone, self.plan, self.source.reader, group)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRecipe:
+    """What a model is to be made of; the options are those of `lowrank_dist.PiSSAStrategy`."""
+
+    pretrained: str | WeightSource
+    adapter: LoraConfig | str | Path | None = None
+    init: Method | None = None
+    quantization: ResidualFormat | None = None
+    cache: str | os.PathLike[str] | None = None
+    revision: str | None = None
+    untie_embeddings: bool = False
+
+    def directories(self) -> tuple[Path | WeightSource, Path | None]:
+        """Of the pretrained model, and of the adapter to go on from where it is to be one; fetched if need be.
+
+        A source of weights is given back as it is.
+        """
+        pretrained: Path | WeightSource
+        if isinstance(self.pretrained, str):
+            pretrained = resolve_checkpoint(self.pretrained, revision=self.revision)
+        else:
+            pretrained = self.pretrained
+        if self.adapter is None or isinstance(self.adapter, LoraConfig):
+            return pretrained, None
+        return pretrained, resolve_checkpoint(self.adapter, option="adapter")
+
+    def open(
+        self,
+        backbone: PreTrainedModel,
+        *,
+        compute_dtype: torch.dtype,
+        sharding: Sharding,
+        announce: Callable[[str], object],
+        resume: Resume | None,
+    ) -> OpenedModel:
+        """Find what `backbone`, a skeleton on meta, is filled from, and put the adapter's layers in.
+
+        Parameters
+        ----------
+        backbone
+            Is changed.
+        compute_dtype
+            Dtype of a dense residual.
+        sharding, announce, resume
+            See `lowrank_dist.initialization.source.PretrainedModel`.
+
+        Raises
+        ------
+        CheckpointError, ModelError
+            Naming what does not go together.
+        """
+        directory, adapter_directory = self.directories()
+        start, adapter, init = None, self.adapter, self.init
+        if adapter_directory is not None:
+            start = self._starting_adapter(adapter_directory, directory)
+            adapter, init = start.config, None if _is_decomposed(directory) else LoRA()
+        source = open_source(
+            self.pretrained if isinstance(self.pretrained, str) else self.pretrained.name,
+            directory,
+            adapter=adapter if isinstance(adapter, LoraConfig) else None,
+            init=init,
+            quantization=self.quantization,
+            compute_dtype=compute_dtype,
+            cache=self.cache,
+            sharding=sharding,
+            announce=announce,
+            resume=resume,
+        )
+        tied = untie_embeddings(backbone) if self.untie_embeddings else {}
+        inject_adapter(backbone, source.adapter)
+        plan = plan_walk(backbone, source.reader, tied, limit_rank=start is None)
+        source.check(plan)
+        fresh = list(dict.fromkeys(plain_name(t.names[0]) for t in plan.parameters if t.key is None and t.trainable))
+        if fresh and start is None and resume is None:
+            more = f" and {len(fresh) - 5} more" if len(fresh) > 5 else ""
+            announce(f"{source.reader.directory} holds no {', '.join(fresh[:5])}{more}: initialised anew and trained")
+        return OpenedModel(backbone=backbone, plan=plan, source=source, start=start, resume=resume)
+
+    def _starting_adapter(self, directory: Path, pretrained: Path | WeightSource) -> StartingAdapter:
+        decomposed = _is_decomposed(pretrained)
+        if self.init is not None and (decomposed or not isinstance(self.init, LoRA)):
+            raise ModelError(
+                f"init={self.init} makes an adapter of the weights, and adapter={str(self.adapter)!r} is one already; "
+                "leave init out, or pass a LoraConfig"
+            )
+        # the residual of QLoRA is the quantized original, and adapters for it are ordinary LoRAs
+        return StartingAdapter(directory, for_residual=_is_decomposed(pretrained) and not starts_at_zero(pretrained))
+
+
+def _is_decomposed(pretrained: Path | WeightSource) -> TypeGuard[Path]:
+    return isinstance(pretrained, Path) and DecomposedModel.is_at(pretrained)

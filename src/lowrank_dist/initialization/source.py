@@ -1,0 +1,282 @@
+"""Where decomposed matrices come from: a pretrained checkpoint that is decomposed now, or a decomposed model on disk.
+
+`open_source` looks at the directory and gives one or the other; what fills a model need not know which. Where a run is
+resumed, the pretrained checkpoint is not decomposed: `lowrank_dist.decomposition.restore` takes the factors from its
+checkpoint.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from torch import Tensor
+
+from lowrank_dist.decomposition.report import MatrixReport
+from lowrank_dist.decomposition.restore import EarlierDecompositions, Restored
+from lowrank_dist.decomposition.schedule import Sharding, scheduled
+from lowrank_dist.decomposition.walk import DecomposedMatrix, Walk, check_matrices
+from lowrank_dist.distributed.group import ShardGroup
+from lowrank_dist.methods import Method, PiSSA
+from lowrank_dist.model.skeleton import ModelError, Plan, PlannedMatrix
+from lowrank_dist.quantization.format import Dense, ResidualFormat
+from lowrank_dist.residual_model.create import Calibrated, decompose, fingerprint, is_complete, source_fingerprint
+from lowrank_dist.residual_model.reader import DecomposedModel
+from lowrank_dist.storage.source import WeightSource, open_reader
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resume:
+    """What a checkpoint says of the frozen base that its run trained on.
+
+    Parameters
+    ----------
+    checkpoint
+        Directory with the factors, see `lowrank_dist.decomposition.restore.EarlierDecompositions`.
+    source
+        `lowrank_dist.residual_model.create.source_fingerprint` of what the run started from: the pretrained checkpoint,
+        or the decomposed model.
+    reports
+        What was measured on the matrices, by their names; they are not measured again.
+    """
+
+    checkpoint: Path
+    source: str
+    reports: Mapping[str, MatrixReport] = field(default_factory=dict)
+
+
+class PretrainedModel:
+    """A pretrained checkpoint that is decomposed on the way.
+
+    Parameters
+    ----------
+    directory
+        The checkpoint, or a source of weights.
+    adapter, init, residual
+        How.
+    base
+        Name of the checkpoint as the user gave it.
+    cache
+        Directory for decomposed models: the first run writes one there, see
+        `lowrank_dist.residual_model.create.decompose`.
+    sharding, announce
+        How matrices are shared while they are decomposed; is told so. See
+        `lowrank_dist.decomposition.schedule.scheduled`.
+    resume
+        Of a run that is resumed: `init` becomes a `Restored`, and nothing is written to `cache`.
+    """
+
+    def __init__(
+        self,
+        directory: Path | WeightSource,
+        *,
+        adapter: LoraConfig,
+        init: Method,
+        residual: ResidualFormat,
+        base: str,
+        cache: str | os.PathLike[str] | None = None,
+        sharding: Sharding | None = None,
+        announce: Callable[[str], object] = lambda _: None,
+        resume: Resume | None = None,
+    ) -> None:
+        self.reader, self.resume = open_reader(directory), resume
+        if resume is not None:
+            earlier = EarlierDecompositions(checkpoint=resume.checkpoint, starts_at_zero=init.starts_at_zero)
+            init = Restored(original=init, earlier=earlier)
+        self.adapter, self.init, self.residual, self.base, self.cache = adapter, init, residual, base, cache
+        self.method, self.starts_at_zero, self.sharding = str(init), init.starts_at_zero, sharding
+        self.announce = announce
+        self.statistics: Callable[[PlannedMatrix], Tensor] | None = None
+
+    def check(self, plan: Plan) -> None:
+        """Raise InputError where the matrices of `plan` cannot be decomposed as asked."""
+        self.init.check(self.residual)
+        check_matrices(plan, self.init)
+
+    def matrices(
+        self,
+        plan: Plan,
+        group: ShardGroup,
+        factor_dtype: torch.dtype,
+        *,
+        device: torch.device | None = None,
+        advance: Callable[[int], object] = lambda _: None,
+    ) -> Iterator[DecomposedMatrix]:
+        """All matrices of `plan`, cut for the ranks of `group`. Collective: all of them iterate to the end.
+
+        Raises
+        ------
+        CheckpointError
+            On every rank, if any rank finds a NaN or infinity or cannot read, or if the checkpoint of a run that is
+            resumed lacks factors.
+        """
+        if self.resume is not None and isinstance(self.init, Restored):
+            with group.shared_errors():
+                self.init.earlier.check_factors(plan, factor_dtype, self.resume.reports)
+        walk = self._walk(group, factor_dtype, device, advance)
+        yield from scheduled(walk, plan.matrices, self.sharding, self.announce)
+
+    def _walk(
+        self,
+        group: ShardGroup,
+        factor_dtype: torch.dtype,
+        device: torch.device | None,
+        advance: Callable[[int], object],
+    ) -> Walk:
+        return Walk(
+            self.reader,
+            group,
+            init=self.init,
+            residual=self.residual,
+            factor_dtype=factor_dtype,
+            device=device,
+            advance=advance,
+            statistics=self.statistics,
+            known=None if self.resume is None else self.resume.reports,
+        )
+
+    def through_cache(
+        self,
+        plan: Plan,
+        group: ShardGroup,
+        factor_dtype: torch.dtype,
+        *,
+        device: torch.device | None = None,
+        advance: Callable[[int], object] = lambda _: None,
+        calibrated: Calibrated | None = None,
+    ) -> PretrainedModel | DecomposedModel:
+        """The decomposed model of this checkpoint in the cache, written first where it is not there. Collective.
+
+        Without a cache: this very source, nothing is communicated. Of a run that is resumed: the decomposed model if
+        that is what the run started from, else this source. `calibrated`: see
+        `lowrank_dist.residual_model.create.decompose`.
+        """
+        if self.cache is None:
+            return self
+        if self.resume is not None:
+            return self._cached(Path(self.cache), group, self.resume.source)
+        walk = self._walk(group, factor_dtype, device, advance)
+        key, directory = self._cache_key(walk, plan, self.cache, calibrated)
+        decompose(
+            plan,
+            walk,
+            directory,
+            key=key,
+            adapter=self.adapter,
+            base=self.base,
+            sharding=self.sharding,
+            announce=self.announce,
+            calibrated=calibrated,
+        )
+        self.close()
+        with group.shared_errors():  # a shared file system may show it late to some
+            return DecomposedModel(directory, self.residual)
+
+    def _cache_key(
+        self, walk: Walk, plan: Plan, cache: str | os.PathLike[str], calibrated: Calibrated | None = None
+    ) -> tuple[str, Path]:
+        """Fingerprint of the decomposed model, and where it is to be. Collective."""
+        key = fingerprint(walk, plan, calibrated)
+        return key, Path(cache) / f"{self._cached_name}-{key[:12]}"
+
+    @property
+    def _cached_name(self) -> str:
+        return f"{self.reader.directory.name}-{self.method}"
+
+    def in_cache(self, plan: Plan, factor_dtype: torch.dtype) -> Path | None:
+        """Directory of the decomposed model that `through_cache` would find complete; one process asks.
+
+        None for methods that look at data, which are part of what it is looked up by.
+        """
+        if self.cache is None or self.init.statistic is not None:
+            return None
+        walk = self._walk(ShardGroup.single(), factor_dtype, None, lambda _: None)
+        key, directory = self._cache_key(walk, plan, self.cache)
+        return directory if is_complete(directory, key) else None
+
+    def _cached(self, cache: Path, group: ShardGroup, source: str) -> PretrainedModel | DecomposedModel:
+        """The decomposed model of the cache with the `source_fingerprint` `source`, else this source. Collective."""
+        found: list[Path] = []
+        with group.shared_errors():
+            if group.rank == 0:
+                named_so = cache.glob(f"{glob.escape(self._cached_name)}-*")
+                found = sorted(path for path in named_so if DecomposedModel.is_at(path))
+        directories = group.broadcast_object(found)
+        assert isinstance(directories, list)
+        for directory in directories:
+            with group.shared_errors():
+                stored = DecomposedModel(directory, self.residual)
+            if source_fingerprint(stored.reader, group) == source:
+                self.close()
+                return stored
+            stored.close()
+        return self
+
+    def close(self) -> None:
+        """Close the files."""
+        self.reader.close()
+        if isinstance(self.init, Restored):
+            self.init.earlier.close()
+
+
+def open_source(
+    pretrained: str,
+    directory: Path | WeightSource,
+    *,
+    adapter: LoraConfig | None,
+    init: Method | None,
+    quantization: ResidualFormat | None,
+    compute_dtype: torch.dtype,
+    cache: str | os.PathLike[str] | None = None,
+    sharding: Sharding | None = None,
+    announce: Callable[[str], object] = lambda _: None,
+    resume: Resume | None = None,
+) -> PretrainedModel | DecomposedModel:
+    """The checkpoint, or the decomposed model, at `directory`.
+
+    Parameters
+    ----------
+    pretrained
+        What the user called it.
+    directory
+        Where it is; or a source of weights, which is a checkpoint.
+    adapter, init, quantization
+        What the user asked for; None: what a decomposed model says. A checkpoint needs an `adapter`; its default `init`
+        is PiSSA.
+    compute_dtype
+        Dtype of a dense residual.
+    cache, sharding, announce, resume
+        See `PretrainedModel`.
+
+    Raises
+    ------
+    ModelError
+        Where a decomposed model is not what was asked for.
+    """
+    if not isinstance(directory, Path) or not DecomposedModel.is_at(directory):
+        if adapter is None:
+            raise ModelError(
+                f"pretrained={pretrained!r} is no decomposed model: adapter=LoraConfig(...) must say what to decompose"
+            )
+        residual = Dense(dtype=compute_dtype) if quantization is None else quantization
+        return PretrainedModel(
+            directory,
+            adapter=adapter,
+            init=init or PiSSA(),
+            residual=residual,
+            base=pretrained,
+            cache=cache,
+            sharding=sharding,
+            announce=announce,
+            resume=resume,
+        )
+    stored = DecomposedModel(directory, Dense(dtype=compute_dtype))
+    stored.check_settings(adapter=adapter, init=init, quantization=quantization)
+    if adapter is not None:
+        stored.adapter = adapter
+    return stored

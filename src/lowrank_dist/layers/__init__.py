@@ -1,0 +1,1 @@
+"""What computes in a training step: frozen layers, stacks of experts, folded adapters."""

@@ -1,0 +1,185 @@
+"""Adapted parameters, stacks of experts' weights above all: what PEFT's ``ParamWrapper`` does over an encoded residual.
+
+A mixture of experts keeps ``[experts, rows, columns]`` parameters and asks for them whole in its forward. For the time
+of that forward they are there as ordinary dense tensors ``W_e + scaling * B_e A_e``, in the compute dtype, with a
+gradient to A and B. Under gradient checkpointing the experts of one layer are dense at a time, in the forward and again
+in the backward, where their gradient is as large once more; without it those of every layer stay until its backward.
+
+The layout of the factors is PEFT's: A is ``[experts * r, in]``, one expert after the other; B is ``[out, r * experts]``
+with the experts interleaved, column ``j * experts + e`` for direction j of expert e.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_dist.distributed.group import ShardGroup
+from lowrank_dist.distributed.partition import FlatPartition, RowPartition
+from lowrank_dist.layers.frozen import FrozenWeight
+from lowrank_dist.quantization.format import ResidualFormat
+
+
+class AdaptedParameter(FrozenWeight):
+    """Takes the place of a PEFT ``lora.ParamWrapper``, children's names included.
+
+    Parameters
+    ----------
+    partition
+        Shape and sharding of one matrix of the stack.
+    residual
+        How it is encoded. Storages hold, rank by rank, the shards of all matrices one after the other.
+    compute_dtype
+        Dtype of the dense parameter.
+    wrapper
+        The layer whose place it takes; gives its factors and the module it wraps.
+    adapter
+        Name of the adapter.
+    parameter
+        Name of the adapted parameter, which is taken off its module.
+    experts
+        Matrices in the stack; None where the parameter is a matrix.
+    input_first
+        Matrices are ``[in, out]``.
+    """
+
+    def __init__(
+        self,
+        partition: RowPartition,
+        residual: ResidualFormat,
+        *,
+        compute_dtype: torch.dtype,
+        wrapper: Any,
+        adapter: str,
+        parameter: str,
+        experts: int | None,
+        input_first: bool,
+    ) -> None:
+        super().__init__(partition, residual, compute_dtype=compute_dtype)
+        self.base_layer = wrapper.base_layer
+        self.lora_A, self.lora_B = wrapper.lora_A, wrapper.lora_B
+        self.scaling = float(wrapper.scaling[adapter])
+        self.adapter, self.parameter, self.experts, self.input_first = adapter, parameter, experts, input_first
+        delattr(self._owner(), parameter)
+
+    def _owner(self) -> nn.Module:
+        """The module that had the parameter: wrappers of several parameters of one module are nested."""
+        module = self.base_layer
+        while isinstance(module, AdaptedParameter) or hasattr(module, "parameter_name"):
+            module = module.base_layer
+        return module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the wrapped module computes with the adapted parameter."""
+        owner = self._owner()
+        setattr(owner, self.parameter, self.dense())
+        try:
+            return self.base_layer(*args, **kwargs)
+        finally:
+            delattr(owner, self.parameter)
+
+    def dense(self) -> Tensor:
+        """The adapted parameter, ``[experts, rows, columns]`` or ``[rows, columns]``, in the compute dtype."""
+        a, b = self.lora_A[self.adapter].weight, self.lora_B[self.adapter].weight
+        with torch.no_grad():
+            weight = self.decode_stack()
+        count = len(weight)
+        a, b = a.view(count, -1, a.shape[1]), b.view(b.shape[0], -1, count).permute(2, 0, 1)
+        left, right = (a.mT, b.mT) if self.input_first else (b, a)
+        with torch.autocast(weight.device.type, enabled=False):
+            weight = weight.baddbmm_(left.to(weight.dtype), right.to(weight.dtype), alpha=self.scaling)
+        return weight if self.experts is not None else weight[0]
+
+    def decode_stack(self) -> Tensor:
+        """The residuals, ``[experts or 1, rows, columns]`` in the compute dtype, from the gathered storages."""
+        count, partition = self.experts or 1, self.partition
+        shards = {
+            name: storage.view(partition.world_size, count, -1) for name, storage in self.by_name(self.stored()).items()
+        }
+        device = self.stored()[0].device
+        out = torch.empty(count, partition.rows, partition.columns, dtype=self.compute_dtype, device=device)
+        for index in range(count):
+            of_one = {name: shard[:, index].flatten() for name, shard in shards.items()}
+            out[index] = self.residual.decode(of_one, partition, self.compute_dtype)
+        return out
+
+
+class StackedFactors:
+    """This rank's flat shards of the factors that all experts of one parameter share, filled expert by expert.
+
+    Parameters
+    ----------
+    shapes
+        Of the factors of one expert, by name: ``lora_A`` ``[r, in]``, ``lora_B`` ``[out, r]``.
+    experts
+        How many there are.
+    group
+        The ranks that share them.
+    dtype
+        Of the shards.
+
+    Attributes
+    ----------
+    shards
+        By name; evenly cut, without padding.
+    """
+
+    def __init__(
+        self, shapes: Mapping[str, tuple[int, int]], experts: int, group: ShardGroup, dtype: torch.dtype
+    ) -> None:
+        self.shards: dict[str, Tensor] = {}
+        self._shapes, self._experts, self._group, self._dtype = shapes, experts, group, dtype
+
+    def bounds(self, name: str) -> tuple[int, int]:
+        """First and last element of this rank's shard of a factor of all experts."""
+        numel = torch.Size(self._shapes[name]).numel() * self._experts
+        return FlatPartition(numel=numel, world_size=self._group.size).bounds(self._group.rank)
+
+    def put(self, expert: int, factors: Mapping[str, Tensor]) -> None:
+        """Put this rank's flat shards, maybe padded, of one expert's factors in. One all-gather of each."""
+        for name, shard in factors.items():
+            one = FlatPartition(numel=torch.Size(self._shapes[name]).numel(), world_size=self._group.size)
+            padded = shard.new_zeros(one.shard_numel)
+            padded[: shard.numel()] = shard
+            whole = self._group.gather_equal(padded)[: one.numel]
+            start, stop = self.bounds(name)
+            if name not in self.shards:
+                self.shards[name] = torch.zeros(stop - start, dtype=self._dtype, device=shard.device)
+            put_factor(self.shards[name], start, whole, expert, self._experts, interleaved=name == "lora_B")
+
+    def copy(self) -> StackedFactors:
+        """The same, to be filled apart from it."""
+        other = StackedFactors(self._shapes, self._experts, self._group, self._dtype)
+        other.shards = {name: shard.clone() for name, shard in self.shards.items()}
+        return other
+
+
+def put_factor(shard: Tensor, start: int, factor: Tensor, expert: int, experts: int, *, interleaved: bool) -> None:
+    """Copy what belongs there of one expert's factor into a flat shard of the factor of all experts.
+
+    Parameters
+    ----------
+    shard
+        Elements ``start : start + len(shard)`` of ``[experts * r, in]``, or ``[out, r * experts]`` with `interleaved`.
+    start
+        Its first element.
+    factor
+        Flat A of the expert, or B with `interleaved`.
+    expert, experts
+        Which, of how many.
+    interleaved
+        Experts alternate element by element (B).
+    """
+    stop = start + len(shard)
+    if interleaved:
+        first, last = (min(max(-(-(bound - expert) // experts), 0), len(factor)) for bound in (start, stop))
+        if first < last:
+            shard[first * experts + expert - start :: experts][: last - first] = factor[first:last]
+        return
+    offset = expert * len(factor)
+    first, last = max(start, offset), min(stop, offset + len(factor))
+    if first < last:
+        shard[first - start : last - start] = factor[first - offset : last - offset]

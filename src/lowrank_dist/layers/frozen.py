@@ -1,0 +1,182 @@
+"""Layers over an encoded, row-sharded, frozen weight: `FrozenLinear`, one autograd Function, and `FrozenEmbedding`.
+
+The trade-off of the linear layer: the weight is decoded twice per step (forward and backward) and never kept. What the
+Function saves for backward decides memory under ZeRO-3: it saves the stored *Parameter objects*. DeepSpeed frees their
+data after the forward, gathers it again before the backward, and the saved Parameter then shows the gathered bytes;
+saving a view or a decoded copy instead would keep every layer gathered until its backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_dist.distributed.partition import RowPartition
+from lowrank_dist.quantization.format import ResidualFormat
+
+
+class _FrozenLinearFunction(torch.autograd.Function):
+    """``x W^T`` (or ``x W`` where rows are inputs) for a frozen encoded W; the gradient flows to x only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: FrozenLinear, *stored: Tensor) -> Tensor:
+        ctx.save_for_backward(*stored)
+        ctx.layer = layer
+        weight = layer.decode(stored, x.dtype)
+        return x @ (weight if layer.input_first else weight.mT)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        stored = ctx.saved_tensors
+        weight = ctx.layer.decode(stored, grad.dtype)
+        return grad @ (weight.mT if ctx.layer.input_first else weight), None, *(None for _ in stored)
+
+
+class FrozenWeight(nn.Module):
+    """A frozen, encoded matrix.
+
+    The parameters named by the residual format are registered by the walk, one flat tensor each.
+
+    Parameters
+    ----------
+    partition
+        Shape of the stored matrix and its sharding.
+    residual
+        How the matrix is encoded.
+    compute_dtype
+        Dtype in which it is decoded for use.
+    """
+
+    def __init__(self, partition: RowPartition, residual: ResidualFormat, *, compute_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.partition, self.residual, self.compute_dtype = partition, residual, compute_dtype
+        self.stored_names = tuple(residual.storages(partition))
+        for name in self.stored_names:
+            self.register_parameter(name, None)
+
+    def stored(self) -> list[Tensor]:
+        """The parameters that hold the encoded weight: the objects themselves, never views (see the module's notes)."""
+        return [self._parameters[name] for name in self.stored_names]  # type: ignore[misc]
+
+    def decode(self, stored: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        """The stored matrix in `dtype`, from its gathered storages."""
+        return self.residual.decode(self.by_name(stored), self.partition, dtype)
+
+    def by_name(self, stored: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Storages by the names that the format gives them."""
+        return dict(zip(self.stored_names, stored, strict=True))
+
+    def extra_repr(self) -> str:
+        return f"rows={self.partition.rows}, columns={self.partition.columns}, residual={self.residual}"
+
+
+class FrozenLinear(FrozenWeight):
+    """Linear layer whose weight is a frozen, encoded residual.
+
+    Takes the place of the ``base_layer`` of a PEFT ``lora.Linear``.
+
+    Parameters
+    ----------
+    partition
+        Shape of the stored matrix and its sharding: ``[out, in]``, or ``[in, out]`` with `input_first`.
+    residual
+        How the matrix is encoded.
+    compute_dtype
+        Inputs are cast to it and outputs have it; autocast, where enabled, overrides it.
+    input_first
+        The stored matrix is ``[in, out]`` (GPT-2's Conv1D).
+    """
+
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        partition: RowPartition,
+        residual: ResidualFormat,
+        *,
+        compute_dtype: torch.dtype,
+        input_first: bool = False,
+    ) -> None:
+        super().__init__(partition, residual, compute_dtype=compute_dtype)
+        self.input_first = input_first
+        self.out_features, self.in_features = partition.rows, partition.columns
+        if input_first:
+            self.in_features, self.out_features = self.out_features, self.in_features
+        self.register_parameter("bias", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in]`` of any floating type to ``[..., out]`` in the compute dtype."""
+        return self.multiplied(x, lambda x: _FrozenLinearFunction.apply(x, self, *self.stored()))
+
+    def multiplied(self, x: Tensor, multiply: Callable[[Tensor], Tensor]) -> Tensor:
+        """``multiply(x)`` in the dtype of the arithmetic, and the bias."""
+        device = x.device.type
+        autocast = torch.is_autocast_enabled(device)
+        x = x.to(torch.get_autocast_dtype(device) if autocast else self.compute_dtype)
+        with torch.autocast(device, enabled=False):
+            y = multiply(x)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, residual={self.residual}"
+
+
+class FrozenEmbedding(FrozenWeight):
+    """Embedding whose table ``[num_embeddings, embedding_dim]`` is a frozen, encoded residual.
+
+    Takes the place of the ``base_layer`` of a PEFT ``lora.Embedding``. Decodes the rows that it looks up and saves
+    nothing for backward: no gradient reaches it.
+
+    Parameters
+    ----------
+    partition, residual
+        See `FrozenWeight`.
+    compute_dtype
+        Of the output.
+    replaced
+        The embedding whose place it takes: plain, or one that multiplies its output by ``embed_scale``.
+    """
+
+    def __init__(
+        self, partition: RowPartition, residual: ResidualFormat, *, compute_dtype: torch.dtype, replaced: nn.Embedding
+    ) -> None:
+        super().__init__(partition, residual, compute_dtype=compute_dtype)
+        self.num_embeddings, self.embedding_dim = partition.rows, partition.columns
+        self.embed_scale: Tensor | None
+        # PEFT's layer looks A up with these
+        self.padding_idx, self.norm_type = replaced.padding_idx, replaced.norm_type
+        self.max_norm, self.scale_grad_by_freq, self.sparse = None, False, False
+        scale = getattr(replaced, "embed_scale", None)
+        if scale is not None:  # PEFT looks for it, and asks nothing about the weight where it is a tensor
+            scale = scale.detach() if isinstance(scale, Tensor) else torch.tensor(float(scale))
+        self.register_buffer("embed_scale", scale, persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """``[...]`` integer to ``[..., embedding_dim]`` in the compute dtype."""
+        with torch.no_grad():
+            rows = self.residual.decode_rows(
+                self.by_name(self.stored()), self.partition, ids.flatten().long(), self.compute_dtype
+            ).view(*ids.shape, self.embedding_dim)
+            return rows if self.embed_scale is None else rows * self.embed_scale.to(rows.dtype)
+
+
+class CoredLinear(nn.Module):
+    """``x R^T B^T``: takes the place of PEFT's ``lora_B`` where a core R is trained and B is frozen.
+
+    Parameters
+    ----------
+    weight
+        B, ``[out, r]``, partitioned.
+    core
+        R, ``[r, r]``, partitioned.
+    """
+
+    def __init__(self, weight: nn.Parameter, core: nn.Parameter) -> None:
+        super().__init__()
+        self.weight, self.core = weight, core
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(nn.functional.linear(x, self.core), self.weight)

@@ -1,0 +1,1 @@
+"""From a configuration and the headers of a checkpoint to a plan of what is read and decomposed."""

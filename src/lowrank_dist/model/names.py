@@ -1,0 +1,172 @@
+"""Names of a model to tensors of a checkpoint, as transformers maps them while loading.
+
+A checkpoint may lack or add the model's prefix, may name things as an earlier release of transformers did, and may hold
+the experts of a mixture one by one where the model has them fused. What transformers' conversion table only renames or
+stacks is found here; other conversions are refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lowrank_dist.storage.reader import FLOAT_DTYPES, PACKED_DTYPE, CheckpointReader, Piece
+
+ADAPTER = "default"
+
+# operations of transformers.core_model_loading that only stack: type, dimension
+_STACK = [("MergeModulelist", 0)]
+_STACK_AND_FUSE = [*_STACK, ("Concatenate", 1)]
+_FUSE = [("Concatenate", 0)]
+
+
+def plain_name(name: str) -> str:
+    """Name of a parameter as it was before PEFT's layers were put in."""
+    for inserted in (".base_layer", ".original_module", f".modules_to_save.{ADAPTER}"):
+        name = name.replace(inserted, "")
+    return name
+
+
+#: PEFT puts it before every name in an adapter file.
+PEFT_PREFIX = "base_model.model."
+
+
+def peft_name(name: str) -> str:
+    """PEFT's name, in an adapter file, of the backbone's parameter `name`."""
+    name = name.replace(f".modules_to_save.{ADAPTER}", "").replace(f".{ADAPTER}.", ".")
+    return PEFT_PREFIX + name.removesuffix(f".{ADAPTER}")
+
+
+def _shared_names(backbone: PreTrainedModel) -> dict[str, set[str]]:
+    """The other names, without those of PEFT's layers, of every parameter that is tied."""
+    names: dict[int, set[str]] = {}
+    for name, parameter in backbone.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(plain_name(name))
+    return {name: same - {name} for same in names.values() if len(same) > 1 for name in same}
+
+
+class CheckpointKeys:
+    """Where the parameters of a model are in a checkpoint.
+
+    Parameters
+    ----------
+    backbone
+        The model, with or without PEFT's layers.
+    reader
+        The checkpoint; fused parameters that it holds in parts are joined in it.
+    tied
+        Names of parameters that the checkpoint may hold under another name too
+        (`lowrank_dist.model.skeleton.untie_embeddings`).
+    """
+
+    def __init__(
+        self, backbone: PreTrainedModel, reader: CheckpointReader, tied: Mapping[str, str] | None = None
+    ) -> None:
+        self._backbone, self._reader = backbone, reader
+        self._prefix = f"{backbone.base_model_prefix}."
+        self._tied = _shared_names(backbone)
+        for pair in (tied or {}).items():
+            for name, other in (pair, pair[::-1]):
+                self._tied.setdefault(name, set()).add(other)
+        self._keys: dict[str, str] | None = None
+        self._refused: dict[str, str] = {}  # what conversion a parameter would need
+
+    def find(self, name: str) -> str | None:
+        """Name, for the reader, of the tensor that fills the model's parameter `name`; None where there is none.
+
+        A copy of a tied parameter (``modules_to_save``) is filled from where the others that it was tied to are.
+        """
+        name = plain_name(name)
+        return self._find(name) or next(filter(None, map(self._find, sorted(self._tied.get(name, ())))), None)
+
+    def holds(self, name: str) -> bool:
+        """Whether the checkpoint has the parameter `name` itself, not only the one it is tied to."""
+        return self._find(plain_name(name)) is not None
+
+    def _find(self, name: str) -> str | None:
+        for candidate in (name, self._prefix + name, name.removeprefix(self._prefix)):
+            if candidate in self._reader:
+                if len(self._reader.info(candidate).shape) < 3:
+                    return candidate
+                # transformers 5.23 converts some stacked experts without renaming them
+                converted = self._converted().get(name, candidate)
+                return None if name in self._refused else converted
+        return self._converted().get(name)
+
+    def check(self, name: str, key: str | None, parameter: Tensor) -> str | None:
+        """What is wrong with loading `parameter` from `key`, or None."""
+        shape, name = tuple(parameter.shape), plain_name(name)
+        if key is None and name in self._refused:
+            return f"{name} {list(shape)}: {self._refused[name]}"
+        if key is None:
+            near = [k for k in self._reader if k.rsplit(".", 2)[-2:] == name.rsplit(".", 2)[-2:]]
+            hint = f" (similar: {near[0]})" if near else ""
+            return f"{name} {list(shape)}: the checkpoint holds no such tensor{hint}"
+        info = self._reader.info(key)
+        if info.shape != shape:
+            return f"{name}: the model has shape {list(shape)}, the checkpoint {list(info.shape)}"
+        readable = [*FLOAT_DTYPES, *([PACKED_DTYPE] if self._reader.holds_residuals else [])]
+        if torch.is_floating_point(parameter) and info.dtype not in readable:
+            return f"{name}: the checkpoint stores {info.dtype}; only {', '.join(readable)} are read"
+        return None
+
+    def _converted(self) -> dict[str, str]:
+        """Tensors, for the reader, by the names that transformers' conversion table gives them."""
+        if self._keys is None:
+            self._keys = {}
+            self._convert(self._keys)
+        return self._keys
+
+    def _convert(self, keys: dict[str, str]) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
+
+        table = get_model_conversion_mapping(self._backbone)
+        converters = [entry for entry in table if isinstance(entry, WeightConverter)]
+        renamings = [entry for entry in table if not isinstance(entry, WeightConverter)]
+        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        shapes = {plain_name(n): tuple(p.shape) for n, p in self._backbone.named_parameters(remove_duplicate=False)}
+        shapes |= {plain_name(n): tuple(b.shape) for n, b in self._backbone.named_buffers()}
+        prefix = self._backbone.base_model_prefix or None
+        found: dict[str, dict[str | None, list[str]]] = {}
+        for key in sorted(self._reader, key=dot_natural_key):
+            name, pattern = rename_source_key(key, renamings, converters, prefix, shapes)
+            if name in shapes:
+                found.setdefault(name, {}).setdefault(pattern, []).append(key)
+        for name, sources in found.items():
+            converter = next((by_pattern[pattern] for pattern in sources if pattern is not None), None)
+            taken = self._take(name, sources, converter, shapes[name])
+            if taken is not None:
+                keys[name] = taken
+
+    def _take(
+        self, name: str, sources: Mapping[str | None, list[str]], converter: Any, shape: tuple[int, ...]
+    ) -> str | None:
+        """The tensor that parameter `name` is made of by `converter`; where it cannot be read, the reason is noted."""
+        first = next(iter(sources.values()))[0]
+        if converter is None:
+            return first
+        operations = [(type(operation).__name__, getattr(operation, "dim", None)) for operation in converter.operations]
+        parts = [[Piece(key=key) for key in sources[p]] for p in converter.source_patterns if p in sources]
+        if operations in (_STACK, _STACK_AND_FUSE) and len({len(part) for part in parts}) == 1:
+            # entry e of the parameter is [part 0 of e; part 1 of e; ...]
+            pieces = [piece for entry in zip(*parts, strict=True) for piece in entry]
+            self._reader.join_stack(name, pieces, len(parts[0]))
+            return name
+        if operations == _FUSE and len(converter.target_patterns) == 1:
+            self._reader.join(name, [piece for part in parts for piece in part])
+            return name
+        may_fit = operations == [("Transpose", None)] and converter.operations[0].check_dims
+        if may_fit and self._reader.info(first).shape == shape:
+            return first
+        steps = ", ".join(map(str, converter.operations))
+        self._refused[name] = (
+            f"transformers makes it while loading, of {first} and {sum(map(len, sources.values())) - 1} others "
+            f"({steps}); only renaming and stacking are done here. Load it with transformers and save it once with "
+            "`save_pretrained(directory, save_original_format=False)`"
+        )
+        return None

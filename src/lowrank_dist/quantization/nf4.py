@@ -1,0 +1,384 @@
+"""NF4: the 4-bit NormalFloat of QLoRA, encoded shard by shard with bitsandbytes' own kernels.
+
+Blocks of `block_size` consecutive elements share one absolute maximum. Because ranks hold whole blocks
+(`lowrank_dist.distributed.partition`), quantizing a shard gives the very bytes that quantizing the whole matrix gives.
+Double quantization stores the maxima themselves in 8 bits, 256 to a second-level block; a second-level block that
+straddles two ranks is made equal on both with one all-reduce.
+
+References
+----------
+T. Dettmers, A. Pagnoni, A. Holtzman, L. Zettlemoyer, "QLoRA: Efficient Finetuning of Quantized LLMs", NeurIPS 2023,
+section 3; arXiv:2305.14314.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_dist.distributed.exact_sum import exact_sum
+from lowrank_dist.distributed.group import ShardGroup
+from lowrank_dist.distributed.partition import FlatPartition, RowPartition
+from lowrank_dist.errors import InputError
+from lowrank_dist.quantization.format import (
+    Dense,
+    Encoded,
+    FileTensor,
+    Product,
+    ReadFile,
+    ResidualFormat,
+    Storage,
+    pad_rows,
+)
+
+NESTED_BLOCK = 256  # absolute maxima per second-level block, as in bitsandbytes' compress_statistics
+QUANT_STATE = ".quant_state.bitsandbytes__nf4"
+_STATE_BYTES = 256  # room for the JSON beside a weight, whose length depends on the digits of its numbers
+BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
+
+
+@cache
+def _bitsandbytes() -> ModuleType:
+    import bitsandbytes.functional
+
+    module: ModuleType = bitsandbytes.functional
+    return module
+
+
+@dataclass(frozen=True, kw_only=True)
+class NF4:
+    """Residual format: packed NF4 codes with block-wise absolute maxima (4.5 bits per weight; 4.127 double-quantized).
+
+    Parameters
+    ----------
+    block_size
+        Elements that share one absolute maximum.
+    double_quant
+        Quantize the absolute maxima to 8 bits too (QLoRA's double quantization; bitsandbytes'
+        ``compress_statistics``).
+
+    Notes
+    -----
+    Stored per rank, as bytes so that nothing casts them: ``weight_packed`` (two codes to a byte), ``weight_absmax``
+    (fp32, or one 8-bit code each) and, double-quantized, ``weight_nested`` (fp32: the offset, then the second-level
+    maxima of the whole matrix, cut evenly over the ranks).
+    """
+
+    block_size: int = 64
+    double_quant: bool = False
+
+    def __post_init__(self) -> None:
+        if self.block_size not in BLOCK_SIZES:
+            raise InputError(f"NF4: block_size={self.block_size} is not one of {BLOCK_SIZES}")
+
+    @property
+    def block(self) -> int:
+        return self.block_size
+
+    @property
+    def exact(self) -> bool:
+        return False
+
+    def storages(self, partition: RowPartition) -> dict[str, Storage]:
+        def of_bytes(units: int, per_rank: int, size: int) -> Storage:
+            return Storage(numel=units * size, shard_numel=per_rank * size, dtype=torch.uint8)
+
+        blocks, per_rank = partition.blocks, partition.blocks_per_rank
+        storages = {
+            "weight_packed": Storage(
+                numel=_packed_bytes(partition), shard_numel=per_rank * self.block_size // 2, dtype=torch.uint8
+            ),
+            "weight_absmax": of_bytes(blocks, per_rank, 1 if self.double_quant else 4),
+        }
+        if self.double_quant:
+            nested = _nested_partition(partition)
+            storages["weight_nested"] = of_bytes(nested.numel, nested.shard_numel, 4)
+        return storages
+
+    def encode(self, block: Tensor, partition: RowPartition, group: ShardGroup) -> Encoded:
+        """Quantize this rank's real rows, ``[m_p, n]`` fp32.
+
+        Returns
+        -------
+        Encoded
+            Byte shards, from which rows are dequantized when they are asked for. Double quantization issues two
+            all-reduces (`exact_sum`'s and one of ``ceil(m n / (256 block_size))`` fp32); plain NF4 none.
+        """
+        _bitsandbytes()
+        rows = pad_rows(block, partition)
+        if rows.shape[0] == 0:
+            packed = torch.empty(0, dtype=torch.uint8, device=block.device)
+            absmax = torch.empty(0, dtype=torch.float32, device=block.device)
+        else:
+            packed, absmax = torch.ops.bitsandbytes.quantize_4bit.default(rows, self.block_size, "nf4", torch.uint8)
+        shards = {"weight_packed": packed.flatten()}
+        if self.double_quant:
+            codes, nested = _quantize_absmax(absmax, partition, group)
+            first = group.rank * partition.blocks_per_rank
+            absmax = _dequantize_absmax(codes, nested, torch.arange(first, first + len(codes), device=codes.device))
+            start, stop = _nested_partition(partition).bounds(group.rank)
+            mine = torch.zeros(_nested_partition(partition).shard_numel, dtype=torch.float32, device=block.device)
+            mine[: stop - start] = nested[start:stop]
+            shards |= {"weight_absmax": codes, "weight_nested": mine.view(torch.uint8)}
+        else:
+            shards["weight_absmax"] = absmax.view(torch.uint8)
+        height, columns = block.shape
+
+        def decoded(some: slice) -> Tensor:
+            first, last, _ = some.indices(height)
+            # whole blocks: those at the ends may hold elements of other rows
+            start, stop = first * columns // self.block_size, -(-last * columns // self.block_size)
+            codes = shards["weight_packed"][start * self.block_size // 2 : stop * self.block_size // 2]
+            flat = (1, 2 * len(codes))
+            values = _dequantize(codes, absmax[start:stop], self.block_size, flat, torch.float32)
+            before = first * columns - start * self.block_size
+            return values[0, before : before + (last - first) * columns].view(last - first, columns)
+
+        return Encoded(shards=shards, rows=decoded)
+
+    def decode(
+        self, stored: Mapping[str, Tensor], partition: RowPartition, dtype: torch.dtype, product: Product | None = None
+    ) -> Tensor:
+        """See `ResidualFormat.decode`. By the Triton kernel where it runs (`has_kernel`), else by bitsandbytes."""
+        if self.has_kernel(partition, stored["weight_packed"].device):
+            return self.decode_with_kernel(stored, partition, dtype, product)
+        weight = self.decode_with_bitsandbytes(stored, partition, dtype)
+        return weight if product is None else weight.addmm_(*product)
+
+    def decode_with_bitsandbytes(
+        self, stored: Mapping[str, Tensor], partition: RowPartition, dtype: torch.dtype
+    ) -> Tensor:
+        """`decode` by the operators of bitsandbytes, without a product."""
+        _bitsandbytes()
+        if self.double_quant:
+            codes, nested = stored["weight_absmax"], stored["weight_nested"].view(torch.float32)
+            absmax = _dequantize_absmax(codes, nested, torch.arange(len(codes), device=codes.device))
+        else:
+            absmax = stored["weight_absmax"].view(torch.float32)
+        shape = (partition.padded_rows, partition.columns)
+        return _dequantize(stored["weight_packed"], absmax, self.block_size, shape, dtype)[: partition.rows]
+
+    def has_kernel(self, partition: RowPartition, device: torch.device) -> bool:
+        """Whether Triton can decode the matrix: rows of whole blocks, on CUDA or in Triton's interpreter."""
+        runs = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+        return runs and partition.columns % self.block_size == 0 and _has_triton()
+
+    def decode_with_kernel(
+        self, stored: Mapping[str, Tensor], partition: RowPartition, dtype: torch.dtype, product: Product | None = None
+    ) -> Tensor:
+        """`decode` by the Triton kernel, where `has_kernel`."""
+        from lowrank_dist.quantization.nf4_triton import decode
+
+        absmax, nested, device = stored["weight_absmax"], None, stored["weight_packed"].device
+        if self.double_quant:
+            nested = stored["weight_nested"].view(torch.float32)
+        else:
+            absmax = absmax.view(torch.float32)
+        return decode(
+            stored["weight_packed"],
+            absmax,
+            nested,
+            (_nf4_map(device), _dynamic_map(device)),
+            shape=(partition.rows, partition.columns),
+            block_size=self.block_size,
+            dtype=dtype,
+            product=product,
+        )
+
+    def decode_rows(
+        self, stored: Mapping[str, Tensor], partition: RowPartition, rows: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        _bitsandbytes()
+        size, columns = self.block_size, partition.columns
+        # A row may begin anywhere in a block, in steps of the common divisor.
+        per_row = -(-(size - math.gcd(size, columns) + columns) // size)
+        packed = stored["weight_packed"].view(-1, size // 2)
+        within = torch.arange(max(per_row * size, columns), device=rows.device)
+        blocks = (rows[:, None] * columns // size + within[:per_row]).clamp_(max=len(packed) - 1)
+        if self.double_quant:
+            absmax = _dequantize_absmax(
+                stored["weight_absmax"][blocks], stored["weight_nested"].view(torch.float32), blocks
+            )
+        else:
+            absmax = stored["weight_absmax"].view(torch.float32)[blocks]
+        shape = (len(rows) * per_row, size)
+        values = _dequantize(packed[blocks].flatten(), absmax.flatten(), size, shape, dtype).view(
+            len(rows), per_row * size
+        )
+        return values.gather(1, rows[:, None] * columns % size + within[:columns])
+
+    def files(self, partition: RowPartition, dtype: torch.dtype) -> dict[str, FileTensor]:
+        """The serialization of bitsandbytes' ``Linear4bit``: codes, maxima, code books, a JSON of the rest."""
+        uint8, fp32 = torch.uint8, torch.float32
+        blocks = partition.blocks
+        files = {
+            "": FileTensor(shape=(_packed_bytes(partition), 1), dtype=uint8),
+            ".absmax": FileTensor(shape=(blocks,), dtype=uint8 if self.double_quant else fp32),
+            ".quant_map": FileTensor(shape=(16,), dtype=fp32),
+            QUANT_STATE: FileTensor(shape=(_STATE_BYTES,), dtype=uint8),
+        }
+        if self.double_quant:
+            files[".nested_absmax"] = FileTensor(shape=(_nested_partition(partition).numel - 1,), dtype=fp32)
+            files[".nested_quant_map"] = FileTensor(shape=(256,), dtype=fp32)
+        return files
+
+    def to_files(
+        self, shards: Mapping[str, Tensor], partition: RowPartition, rank: int, dtype: torch.dtype
+    ) -> Iterator[tuple[str, int, Tensor]]:
+        first, last = partition.block_bounds(rank)
+        start = first * self.block_size // 2
+        stop = min(last * self.block_size // 2, _packed_bytes(partition))
+        yield "", start, shards["weight_packed"][: stop - start]
+        absmax = shards["weight_absmax"] if self.double_quant else shards["weight_absmax"].view(torch.float32)
+        yield ".absmax", first, absmax[: last - first]
+        state = {
+            "quant_type": "nf4",
+            "blocksize": self.block_size,
+            "dtype": str(dtype).removeprefix("torch."),
+            "shape": [partition.rows, partition.columns],
+        }
+        if self.double_quant:
+            start, stop = _nested_partition(partition).bounds(rank)
+            nested = shards["weight_nested"].view(torch.float32)[: stop - start]
+            yield ".nested_absmax", max(start - 1, 0), nested[1 if start == 0 else 0 :]
+            if rank == 0:  # whose shard begins with the offset
+                state |= {
+                    "nested_blocksize": NESTED_BLOCK,
+                    "nested_dtype": "float32",
+                    "nested_offset": float(nested[0]),
+                }
+                yield ".nested_quant_map", 0, _dynamic_map(torch.device("cpu"))
+        if rank == 0:
+            yield ".quant_map", 0, _nf4_map(torch.device("cpu"))
+            text = json.dumps(state).encode().ljust(_STATE_BYTES)  # JSON may end in spaces
+            yield QUANT_STATE, 0, torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+    def from_files(self, read: ReadFile, partition: RowPartition, rank: int) -> dict[str, Tensor]:
+        first, last = partition.block_bounds(rank)
+        storages = self.storages(partition)
+        start = first * self.block_size // 2
+        stop = min(last * self.block_size // 2, _packed_bytes(partition))
+        shards = {
+            "weight_packed": read("", start, stop),
+            "weight_absmax": read(".absmax", first, last).view(torch.uint8),
+        }
+        if self.double_quant:
+            start, stop = _nested_partition(partition).bounds(rank)
+            nested = read(".nested_absmax", max(start - 1, 0), max(stop - 1, 0))
+            if start == 0:
+                state = read_quant_state(read(QUANT_STATE, 0, None))
+                nested = torch.cat([torch.tensor([state["nested_offset"]], dtype=torch.float32), nested])
+            shards["weight_nested"] = nested.view(torch.uint8)
+        return {
+            name: torch.nn.functional.pad(shard, (0, storages[name].shard_numel - shard.numel()))
+            for name, shard in shards.items()
+        }
+
+
+def read_quant_state(values: Tensor) -> dict[str, Any]:
+    """The JSON that bitsandbytes keeps beside a 4-bit weight (``<weight>.quant_state.bitsandbytes__nf4``)."""
+    state: dict[str, Any] = json.loads(values.numpy().tobytes().decode())
+    return state
+
+
+def _packed_bytes(partition: RowPartition) -> int:
+    """Bytes of the codes of the whole matrix: those that fill up the last block are padding."""
+    return -(-partition.rows * partition.columns // 2)
+
+
+def _nested_partition(partition: RowPartition) -> FlatPartition:
+    """Even shards of ``[offset, second-level maxima]`` of the whole matrix."""
+    return FlatPartition(numel=1 + -(-partition.blocks // NESTED_BLOCK), world_size=partition.world_size)
+
+
+def _dequantize(packed: Tensor, absmax: Tensor, block_size: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    if 0 in shape:
+        return torch.empty(shape, dtype=dtype, device=packed.device)
+    # Blocks run over the flattened matrix: only rows of whole blocks may be handed over as rows.
+    flat = shape if shape[1] % block_size == 0 else (shape[0] * shape[1],)
+    out = torch.ops.bitsandbytes.dequantize_4bit.default(packed.view(-1, 1), absmax, block_size, "nf4", flat, dtype)
+    return out.view(shape)  # type: ignore[no-any-return]
+
+
+def _quantize_absmax(absmax: Tensor, partition: RowPartition, group: ShardGroup) -> tuple[Tensor, Tensor]:
+    """Second-level quantization of row-sharded absolute maxima.
+
+    Parameters
+    ----------
+    absmax
+        ``[blocks_per_rank]`` fp32, row-sharded; entries beyond the last real block are padding.
+
+    Returns
+    -------
+    codes
+        ``[blocks_per_rank]`` uint8, row-sharded; padding has code 0.
+    nested
+        ``[1 + ceil(blocks / 256)]`` fp32, replicated: the mean of all maxima (of their exact sum, so that it does not
+        depend on the world size), then the second-level maxima.
+    """
+    first, last = partition.block_bounds(group.rank)
+    real = absmax[: last - first]
+    offset = absmax.new_tensor([exact_sum(real, group) / partition.blocks])
+    centred = real - offset
+    second = torch.zeros(-(-partition.blocks // NESTED_BLOCK), dtype=torch.float32, device=absmax.device)
+    index = torch.arange(first, last, device=absmax.device) // NESTED_BLOCK
+    group.max(second.scatter_reduce_(0, index, centred.abs(), "amax"))
+
+    codes = torch.zeros(absmax.numel(), dtype=torch.uint8, device=absmax.device)
+    if last > first:
+        # Lay this rank's maxima into whole second-level blocks; slots of other ranks carry the block's maximum, so
+        # that the kernel finds the maximum of the whole block.
+        start, stop = first // NESTED_BLOCK, -(-last // NESTED_BLOCK)
+        whole = second[start:stop].repeat_interleave(NESTED_BLOCK)
+        mine = slice(first - start * NESTED_BLOCK, last - start * NESTED_BLOCK)
+        whole[mine] = centred
+        quantized, _ = torch.ops.bitsandbytes.quantize_blockwise.default(
+            whole, _dynamic_map(whole.device), NESTED_BLOCK
+        )
+        codes[: last - first] = quantized[mine]
+    return codes, torch.cat([offset, second])
+
+
+def _dequantize_absmax(codes: Tensor, nested: Tensor, blocks: Tensor) -> Tensor:
+    """fp32 absolute maxima of `codes`, which belong to `blocks` (same shape); padding repeats the last block."""
+    scale = nested[1:][(blocks // NESTED_BLOCK).clamp_(max=nested.numel() - 2)]
+    return _dynamic_map(codes.device)[codes.int()] * scale + nested[0]
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def _nf4_map(device: torch.device) -> Tensor:
+    return _bitsandbytes().get_4bit_type("nf4", device=device)  # type: ignore[no-any-return]
+
+
+@cache
+def _dynamic_map(device: torch.device) -> Tensor:
+    return _bitsandbytes().create_dynamic_map().to(device)  # type: ignore[no-any-return]
+
+
+def format_as_dict(residual: ResidualFormat) -> dict[str, Any]:
+    """A residual format for a manifest: the name and the options."""
+    if isinstance(residual, NF4):
+        return {"format": "nf4", "block_size": residual.block_size, "double_quant": residual.double_quant}
+    return {"format": "dense", "dtype": str(getattr(residual, "dtype", None)).removeprefix("torch.")}
+
+
+def format_from_dict(values: Mapping[str, Any]) -> ResidualFormat:
+    """What `format_as_dict` was given."""
+    if values["format"] == "nf4":
+        return NF4(block_size=values["block_size"], double_quant=values["double_quant"])
+    return Dense(dtype=getattr(torch, values["dtype"]))

@@ -1,0 +1,1 @@
+"""The published layout of PiSSA on disk: a residual model with its initial adapter beside it."""

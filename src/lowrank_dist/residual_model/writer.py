@@ -1,0 +1,314 @@
+"""Decomposed models under construction: files that all ranks fill together, and a journal of what is complete."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import Tensor
+
+from lowrank_dist import __version__
+from lowrank_dist.adapters.files import MANIFEST, RESIDUAL_STEM, WEIGHTS
+from lowrank_dist.decomposition.report import MatrixReport
+from lowrank_dist.decomposition.walk import (
+    DecomposedMatrix,
+    Walk,
+    factor_shapes,
+    parameter_shapes,
+    row_partition,
+)
+from lowrank_dist.distributed.partition import FlatPartition
+from lowrank_dist.layers.experts import StackedFactors
+from lowrank_dist.linalg import full_fp32
+from lowrank_dist.methods import initial_core
+from lowrank_dist.model.skeleton import Plan, PlannedMatrix, plain_name
+from lowrank_dist.quantization.format import FileTensor
+from lowrank_dist.quantization.nf4 import NF4
+from lowrank_dist.residual_model.reader import FROZEN_STEM, factor_keys, has_stock_layout, packed_name
+from lowrank_dist.storage.atomic import check_free, empty, exclusive, flush_directory, put_in_place, staging_of
+from lowrank_dist.storage.prefetch import check_finite
+from lowrank_dist.storage.reader import copy_other_files, write_json
+from lowrank_dist.storage.writer import TensorFiles, stored_dtype
+
+FORMAT = 2  # of the manifest and of what the fingerprint covers
+JOURNAL = "journal.jsonl"
+FLUSH_BYTES = 64 * 2**20  # of the source, between two entries of the journal
+COPY_BYTES = 64 * 2**20  # of a tensor that is copied as it is, at a time
+FROZEN = "frozen"  # among the shards of a matrix: B where it is not trained
+
+
+class DecomposedWriter:
+    """One decomposed model under construction: the result of a walk goes to disk, each rank its own part.
+
+    The directory is built beside its final place. What is complete is recorded in a journal after it has reached the
+    disk, so that a run that was killed goes on where it stopped; the rename at the end makes the whole visible at once.
+
+    Parameters
+    ----------
+    plan, walk
+        What is decomposed, and how.
+    output
+        The directory.
+    key
+        The `lowrank_dist.residual_model.create.fingerprint`.
+
+    Attributes
+    ----------
+    reports
+        Of the matrices that are complete, by name.
+    """
+
+    def __init__(self, plan: Plan, walk: Walk, output: Path, key: str) -> None:
+        self.plan, self.walk, self.output, self.key = plan, walk, output, key
+        self.reader, self.group, self.residual = walk.reader, walk.group, walk.residual
+        self.staging = staging_of(output)
+        self.reports: dict[str, MatrixReport] = {}
+        self._pending: list[MatrixReport] = []
+        self._error: Exception | None = None
+        # in 4 bits matrices have tensors of their own, a dense residual lies where its weight lay
+        adapted = {piece.key for planned in plan.matrices for piece in walk.reader.pieces(planned.key)}
+        self._others = [name for name in self.reader if name not in adapted]
+        dense = list(self.reader) if self.residual.exact else self._others
+        root = {name: FileTensor(shape=self.reader.info(name).shape, dtype=self._dtype(name)) for name in dense}
+        factors: dict[str, FileTensor] = {}
+        for planned in plan.matrices:
+            if not self.residual.exact:
+                partition = row_partition(planned, self.residual, 1)
+                files = self.residual.files(partition, self._dtype(planned.key))
+                root |= {packed_name(planned, self.reader) + suffix: tensor for suffix, tensor in files.items()}
+            for factor, shape in parameter_shapes(planned).items():
+                factors[factor_keys(planned)[factor]] = FileTensor(shape=shape, dtype=walk.factor_dtype)
+        self.stock = all(has_stock_layout(planned, self.residual, self.reader) for planned in plan.matrices)
+        self._stacks: dict[str, StackedFactors] = {}
+        self._of_stacks: dict[str, list[MatrixReport]] = {}
+        self.initial = self.staging / f"{str(walk.init).lower()}_init"
+        one_file: dict[str, Any] = {"max_bytes": sys.maxsize}
+        self._root = TensorFiles(self.staging, root, stem="model" if self.stock else RESIDUAL_STEM)
+        self._factors = TensorFiles(self.initial, factors, stem=Path(WEIGHTS).stem, **one_file)
+        self._files = [self._root, self._factors]
+        if walk.init.core is not None:
+            names = [factor_keys(planned)["lora_B"] for planned in plan.matrices]
+            frozen = {name: factors[name] for name in names}
+            self._frozen = TensorFiles(self.initial, frozen, stem=FROZEN_STEM, **one_file)
+            self._files.append(self._frozen)
+
+    def _dtype(self, name: str) -> torch.dtype:
+        return stored_dtype(name, self.reader.info(name))
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other runs out of the directory under construction; a lock dies with its process."""
+        with ExitStack() as stack:
+            for files in self._files:
+                stack.callback(files.close)
+            with self.group.shared_errors():
+                if self.group.rank == 0:
+                    stack.enter_context(exclusive(self.staging))
+            yield
+
+    def begin(self) -> None:
+        """Make the files, or find what a killed run has completed."""
+        found: list[dict[str, Any]] = []
+        with self.group.shared_errors():
+            if self.group.rank == 0:
+                found = self._journal()
+                if not found:
+                    self._create()
+        reports = self.group.broadcast_object(found[1:])
+        assert isinstance(reports, list)
+        reported = {entry["name"]: MatrixReport.from_dict(entry) for entry in reports}
+        lacking = {planned.layer for planned in self.plan.matrices if planned.name not in reported}
+        complete = [planned.name for planned in self.plan.matrices if planned.layer not in lacking]
+        self.reports = {name: reported[name] for name in complete}
+
+    def _journal(self) -> list[dict[str, Any]]:
+        """Entries of the journal of a run with the same fingerprint; the last line may have been cut by its death."""
+        path = self.staging / JOURNAL
+        if not path.is_file() or not all(files.exist() for files in self._files):
+            return []
+        entries = []
+        for line in path.read_text().splitlines():
+            try:
+                entries.append(json.loads(line))
+            except ValueError:
+                break
+        return entries if entries and entries[0] == {"fingerprint": self.key} else []
+
+    def _create(self) -> None:
+        empty(self.staging)
+        check_free(self.output, sum(files.nbytes for files in self._files))
+        self.initial.mkdir()
+        for files in self._files:
+            files.create()
+        (self.staging / JOURNAL).write_text(json.dumps({"fingerprint": self.key}) + "\n")
+        flush_directory(self.staging)
+
+    def matrices(self, decomposed: Iterable[DecomposedMatrix]) -> None:
+        """Write decomposed matrices as they come."""
+        for matrix in decomposed:
+            factors = self._stored_factors(matrix)
+            try:
+                self._residual(matrix)
+                if factors is not None:
+                    self._write_factors(matrix.planned, factors)
+            except OSError as error:
+                self._error = self._error or error
+            # experts that share factors are complete together
+            reports = self._of_stacks.setdefault(matrix.planned.layer, [])
+            reports.append(matrix.report)
+            if factors is not None:
+                self._pending += self._of_stacks.pop(matrix.planned.layer)
+            if sum(report.nbytes for report in self._pending) >= FLUSH_BYTES:
+                self._commit()
+            del matrix  # before the next one is decomposed
+        self._commit()
+
+    def _residual(self, matrix: DecomposedMatrix) -> None:
+        planned, reader = matrix.planned, self.reader
+        dtype = self._dtype(planned.key)
+        for suffix, start, values in self.residual.to_files(matrix.residual, matrix.partition, self.group.rank, dtype):
+            if not self.residual.exact:
+                self._root.write(packed_name(planned, reader) + suffix, start, values)
+                continue
+            for name, first, count in reader.places(planned.key, start, start + values.numel()):
+                self._root.write(name, first, values[:count])
+                values = values[count:]
+
+    def _stored_factors(self, matrix: DecomposedMatrix) -> dict[str, Tensor] | None:
+        """This rank's flat shards of A and B as files hold them; None while experts that share them are missing.
+
+        Collective: one all-gather of each factor of an expert.
+        """
+        planned, shards = matrix.planned, {}
+        for factor, shape in factor_shapes(planned).items():
+            start, stop = self._bounds(shape)
+            shards[factor] = matrix.factors[factor][: stop - start]
+        if self.walk.init.core is not None:
+            self._fold_core(planned, shards)
+        if planned.expert is None:
+            return shards
+        if planned.layer not in self._stacks:
+            self._stacks[planned.layer] = StackedFactors(
+                factor_shapes(planned), planned.experts, self.group, self.walk.factor_dtype
+            )
+        self._stacks[planned.layer].put(planned.expert, shards)
+        if len(self._of_stacks.get(planned.layer, [])) + 1 < planned.experts:
+            return None
+        return self._stacks.pop(planned.layer).shards
+
+    def _bounds(self, shape: Sequence[int]) -> tuple[int, int]:
+        """First and last element of this rank's part of a tensor that is cut evenly."""
+        return FlatPartition(numel=math.prod(shape), world_size=self.group.size).bounds(self.group.rank)
+
+    def _write_factors(self, planned: PlannedMatrix, shards: dict[str, Tensor]) -> None:
+        keys, starts = factor_keys(planned), {f: self._bounds(s)[0] for f, s in parameter_shapes(planned).items()}
+        for factor, start in starts.items():
+            self._factors.write(keys[factor], start, shards[factor])
+        if FROZEN in shards:
+            self._frozen.write(keys["lora_B"], starts["lora_B"], shards[FROZEN])
+
+    def _fold_core(self, planned: PlannedMatrix, shards: dict[str, Tensor]) -> None:
+        """Put ``B R`` in the place of B, which is kept beside it. One all-gather of B."""
+        shape = factor_shapes(planned)["lora_B"]
+        flat = FlatPartition(numel=math.prod(shape), world_size=self.group.size)
+        shards[FROZEN] = shards["lora_B"]
+        padded = shards[FROZEN].new_zeros(flat.shard_numel)
+        padded[: shards[FROZEN].numel()] = shards[FROZEN]
+        b = self.group.gather_equal(padded)[: flat.numel].view(shape)
+        core = initial_core(planned.key, planned.rank, self.walk.init.core or 0.0).to(b)
+        with full_fp32():
+            folded = b.float() @ core.float()
+        shards["lora_B"] = folded.to(b.dtype).flatten()[slice(*flat.bounds(self.group.rank))]
+
+    def _commit(self) -> None:
+        """Bring to disk what all ranks have written, then record it."""
+        try:
+            for files in self._files:
+                files.flush()
+        except OSError as error:
+            self._error = self._error or error
+        self.group.raise_together(self._error)
+        self.reports |= {report.name: report for report in self._pending}
+        if self.group.rank == 0 and self._pending:
+            with open(self.staging / JOURNAL, "a") as journal:
+                journal.writelines(json.dumps(report.as_dict()) + "\n" for report in self._pending)
+                journal.flush()
+                os.fsync(journal.fileno())
+        self._pending = []
+
+    def others(self) -> None:
+        """Copy everything that is not adapted, a flat range per rank, in bounded pieces."""
+        with self.group.shared_errors():
+            for name in self._others:
+                info = self.reader.info(name)
+                start, stop = self._bounds(info.shape)
+                step = COPY_BYTES // self._dtype(name).itemsize
+                for first in range(start, stop, step):
+                    values = self.reader.flat(name, first, min(first + step, stop))
+                    check_finite(name, values, first)
+                    self._root.write(name, first, values)
+                self.walk.advance(info.nbytes)
+        self._commit()
+
+    def finish(self, adapter: LoraConfig, base: str) -> None:
+        """Add what is not tensors and move the directory to its place."""
+        matrices = [self.reports[planned.name] for planned in self.plan.matrices]
+        manifest = {
+            "format": FORMAT,
+            "kind": "decomposed",
+            "lowrank_dist": __version__,
+            "fingerprint": self.key,
+            "base": base,
+            "method": str(self.walk.init),
+            "options": repr(self.walk.init),
+            "quantization": None if self.residual.exact else str(self.residual),
+            "starts_at_zero": self.walk.init.starts_at_zero,
+            "core": self.walk.init.core,
+            "factor_dtype": str(self.walk.factor_dtype).removeprefix("torch."),
+            "world_size": self.group.size,
+            "matrices": [report.as_dict() for report in matrices],
+        }
+        with self.group.shared_errors():
+            if self.group.rank == 0:
+                self._copy_small_files()
+                config = copy.deepcopy(adapter)
+                config.base_model_name_or_path, config.inference_mode = str(self.output), True
+                config.save_pretrained(str(self.initial))
+                write_json(self.staging / MANIFEST, manifest)
+                flush_directory(self.staging)
+                put_in_place(self.staging, self.output)
+                (self.output / JOURNAL).unlink()
+
+    def _copy_small_files(self) -> None:
+        """Configuration, tokenizer and licence of the source; what is quantized is said where transformers looks."""
+        copy_other_files(self.reader.directory, self.staging)
+        config_path = self.staging / "config.json"
+        if self.stock and isinstance(self.residual, NF4) and config_path.is_file():
+            config = json.loads(config_path.read_text())
+            first = self._dtype(self.plan.matrices[0].key)
+            kept = [
+                plain_name(name).rpartition(".")[0]
+                for parameter in self.plan.parameters
+                if parameter.key is not None and len(self.reader.info(parameter.key).shape) > 1
+                for name in parameter.names
+            ]
+            config["quantization_config"] = {
+                "quant_method": "bitsandbytes",
+                "load_in_4bit": True,
+                "load_in_8bit": False,
+                "bnb_4bit_quant_type": "nf4",
+                "bnb_4bit_use_double_quant": self.residual.double_quant,
+                "bnb_4bit_compute_dtype": str(first).removeprefix("torch."),
+                "bnb_4bit_quant_storage": "uint8",
+                "llm_int8_skip_modules": kept,
+            }
+            write_json(config_path, config)

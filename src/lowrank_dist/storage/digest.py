@@ -1,0 +1,121 @@
+"""A digest of a sharded tensor: the same however it is cut, of 128 bits, from sums that every rank takes for itself.
+
+The bytes of a tensor are numbers of 32 bits, ``w[b, o]`` with 2048 of them to a block b. With weights c and m, odd
+numbers of 64 bits from a generator, the two halves of the digest are ::
+
+    sum_b m[k, b] (sum_o c[o] w[b, o])  modulo 2^64,  k = 0, 1.
+
+Such a sum is linear in the bytes: a rank adds what it holds of a word, and the parts of all ranks add up. One word that
+differs always changes it (an odd number is invertible modulo 2^64, and words are shorter); several that differ leave it
+by chance, of 2^-33 at worst for weights drawn at random ([LK], theorem 3.1) and of 2^-64 as a rule. It finds accidents,
+not forgeries.
+
+References
+----------
+.. [LK] D. Lemire, O. Kaser, "Strongly universal string hashing is fast", The Computer Journal 57 (2014);
+   arXiv:1202.4961.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from lowrank_dist.distributed.group import ShardGroup
+from lowrank_dist.linalg import seed_from_name
+from lowrank_dist.quantization.format import Storage
+
+_WORD = 4  # bytes
+_BLOCK = 2048  # words
+# Bytes that are widened at a time: what the cache of a core holds, for every thread, or what keeps a device busy.
+_PIECE, _LARGE_PIECE = 2**18, 2**25
+
+
+def digest_sums(shards: Mapping[str, Tensor], storages: Mapping[str, Storage], rank: int) -> Tensor:
+    """This rank's part of the digest of tensors that are cut as `storages` say.
+
+    Parameters
+    ----------
+    shards
+        Flat shards of `rank` by name, in rank order parts of one tensor each; what is padding does not count.
+    storages
+        Their lengths.
+    rank
+        Whose shards they are.
+
+    Returns
+    -------
+    Tensor
+        ``[2]`` int64 on the device of the shards. Those of all ranks are to be added up; nothing is communicated.
+    """
+    device = next(iter(shards.values())).device
+    total = torch.zeros(2, dtype=torch.int64, device=device)
+    for name, storage in storages.items():
+        size, start = storage.dtype.itemsize, rank * storage.shard_numel
+        stop = min(start + storage.shard_numel, storage.numel)
+        if start < stop:
+            total += _sums(name, shards[name][: stop - start].view(torch.uint8), start * size)
+        if rank == 0:
+            total += _splitmix(_salts(name).to(device) - storage.numel * size)
+    return total
+
+
+def digests(sums: Sequence[Tensor], group: ShardGroup) -> list[str]:
+    """Digests of tensors, 32 hexadecimal digits each, from the `digest_sums` of all ranks. One all-reduce for all."""
+    if not sums:
+        return []
+    halves = group.sum(torch.stack(list(sums))).tolist()
+    return ["".join(f"{half % 2**64:016x}" for half in pair) for pair in halves]
+
+
+def _sums(name: str, data: Tensor, start: int) -> Tensor:
+    """Both sums of the bytes `data`, the first of which is byte `start` of the tensor `name`."""
+    device, width, stop = data.device, _BLOCK * _WORD, start + data.numel()
+    first, last = start // width, -(-stop // width)  # blocks
+    inner = torch.empty(last - first, dtype=torch.int64, device=device)
+    step = _PIECE * torch.get_num_threads() if device.type == "cpu" else _LARGE_PIECE
+    step = min(step // width, last - first)
+    piece = torch.zeros(step * width, dtype=torch.uint8, device=device)
+    products = torch.empty(step, _BLOCK, dtype=torch.int64, device=device)
+    for block in range(first, last, step):
+        position = block * width
+        low, high = max(position, start), min(position + step * width, stop)
+        if high - low < step * width:
+            piece.zero_()
+        piece[low - position : high - position] = data[low - start : high - start]
+        torch.mul(piece.view(torch.int32).view(step, _BLOCK), _inner_weights(device), out=products)
+        count = min(step, last - block)
+        inner[block - first : block - first + count] = products[:count].sum(1)
+    blocks = torch.arange(first, last, device=device)
+    return torch.stack([((_splitmix(salt + blocks) | 1) * inner).sum() for salt in _salts(name).to(device)])
+
+
+def _salts(name: str) -> Tensor:
+    """Two seeds, ``[2]`` int64, from the name of a tensor."""
+    return torch.tensor([seed_from_name(name, salt) for salt in range(2)])
+
+
+@cache
+def _inner_weights(device: torch.device) -> Tensor:
+    return _splitmix(torch.arange(_BLOCK, device=device)) | 1
+
+
+def _splitmix(index: Tensor) -> Tensor:
+    """Numbers ``index`` (int64) of the generator splitmix64; int64 arithmetic wraps."""
+    z = index * _signed(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z = (z ^ _shifted(z, shift)) * _signed(factor)
+    return z ^ _shifted(z, 31)
+
+
+def _shifted(z: Tensor, bits: int) -> Tensor:
+    """``z >> bits`` of the unsigned number."""
+    low: Tensor = (z >> bits) & (2 ** (64 - bits) - 1)
+    return low
+
+
+def _signed(number: int) -> int:
+    return number - 2**64 if number >= 2**63 else number

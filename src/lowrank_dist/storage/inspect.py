@@ -1,0 +1,388 @@
+"""What a directory holds, from its JSON files and the headers of its weights; no model is built, no weight is read.
+
+`inspect` gives a `Description`: what kind of thing it is, facts in the order in which they are to be read, and what is
+missing or damaged. A thing of a known kind is described even where parts of it are missing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from lowrank_dist.adapters.files import (
+    ADAPTER_DIR,
+    CONFIG,
+    ENCODED_DIR,
+    INITIAL_DIR,
+    LORA_DIR,
+    MANIFEST,
+    WEIGHTS,
+    residual_stem,
+)
+from lowrank_dist.quantization.nf4 import QUANT_STATE
+from lowrank_dist.storage.atomic import replaced_of, staging_of
+from lowrank_dist.storage.reader import INDEX_NAME, CheckpointError
+
+OTHER_WEIGHTS = ("*.bin", "*.gguf", "*.h5", "*.msgpack", "*.pt", "*.pth")
+
+
+@dataclass(kw_only=True)
+class Description:
+    """What is at a path.
+
+    Attributes
+    ----------
+    path, kind
+        Where, and what.
+    modified
+        When it was written, ISO 8601 in UTC.
+    nbytes
+        Bytes of all files in it.
+    facts
+        Names and values (numbers, strings, lists and dictionaries of them).
+    problems
+        What is missing or damaged; empty where it is complete.
+    contents
+        Descriptions of the things in it, newest first.
+    """
+
+    path: str
+    kind: str
+    modified: str
+    nbytes: int
+    facts: dict[str, Any] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    contents: list[Description] = field(default_factory=list)
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is missing or damaged."""
+        return not self.problems
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it, for JSON."""
+        return {**asdict(self), "complete": self.complete, "contents": [item.as_dict() for item in self.contents]}
+
+
+def inspect(path: str | os.PathLike[str]) -> Description:
+    """Describe a directory, or the snapshot of a hub id in the cache.
+
+    Raises
+    ------
+    CheckpointError
+        Where it is nothing that is known here; the message says what was looked for.
+    """
+    directory = _find(path)
+    found = _describe(directory)
+    if found is None:
+        contents = [item for child in directory.iterdir() if child.is_dir() and (item := _describe(child))]
+        if not contents:
+            raise CheckpointError(
+                f"{path}: holds no {MANIFEST}, no *_init/{CONFIG}, no {CONFIG}, no config.json with weights, and no "
+                "directory with one of these"
+            )
+        found = Description(path="", kind="directory", modified="", nbytes=0)
+        found.contents = sorted(contents, key=lambda item: item.modified, reverse=True)
+        found.modified, found.nbytes = found.contents[0].modified, sum(item.nbytes for item in contents)
+        found.problems = [f"{Path(item.path).name} is incomplete" for item in found.contents if not item.complete]
+    found.path = os.fspath(path)
+    if directory != Path(path):
+        found.facts["snapshot"] = str(directory)
+    return found
+
+
+def _find(path: str | os.PathLike[str]) -> Path:
+    directory, name = Path(path), os.fspath(path)
+    if directory.is_dir():
+        return directory
+    if directory.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or directory.exists():
+        raise CheckpointError(f"{path}: no directory")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError) as error:
+        raise CheckpointError(f"{path}: neither a directory nor a model in the hub's cache") from error
+
+
+def _describe(directory: Path) -> Description | None:
+    """What `directory` is; None where it is nothing that is known here."""
+    for kind, test, describe in _KINDS:
+        if test(directory):
+            files = [file for file in directory.rglob("*") if file.is_file()]
+            newest = max((file.stat().st_mtime for file in files), default=directory.stat().st_mtime)
+            found = Description(
+                path=str(directory),
+                kind=kind,
+                modified=datetime.fromtimestamp(newest, timezone.utc).isoformat(timespec="milliseconds"),
+                nbytes=sum(file.stat().st_size for file in files),
+            )
+            try:
+                describe(directory, found)
+            except (CheckpointError, KeyError, TypeError, AttributeError) as error:
+                found.problems.append(str(error) if isinstance(error, CheckpointError) else f"not as usual: {error!r}")
+            return found
+    return None
+
+
+# -- the kinds --------------------------------------------------------------------------------------------------------
+
+
+def _unfinished(directory: Path, found: Description) -> None:
+    """What a writer left when it died, or is writing now."""
+    target = _target_of(directory)
+    assert target is not None
+    if directory == replaced_of(target):
+        found.problems.append(f"was to be replaced by a new {target.name}")
+    else:
+        found.problems.append(f"{target.name} is being written, or its writer died")
+
+
+def _adapter_checkpoint(directory: Path, found: Description) -> None:
+    """What `AdapterCheckpoint` wrote."""
+    manifest, facts = _json(directory / MANIFEST), found.facts
+    facts |= _manifest_facts(manifest)
+    _add_adapter(directory / ADAPTER_DIR, found)
+    if manifest.get("method") == "LoRAXS":  # of the cores, which are folded into B
+        facts["trained parameters"] = sum(entry["rank"] ** 2 for entry in manifest["matrices"])
+    parts = [part for part in (ADAPTER_DIR, INITIAL_DIR, ENCODED_DIR, LORA_DIR) if (directory / part).is_dir()]
+    facts["bytes"] = {part: _size(directory / part) for part in parts}
+    for part in ("optimizer", "state"):
+        files = [path for path in directory.glob(f"{part}*") if path.is_file()]
+        if files:
+            facts["bytes"][part] = sum(path.stat().st_size for path in files)
+    facts["training can resume"] = "optimizer" in facts["bytes"]
+    lacking = [f"{name} is missing" for name in manifest.get("files", {}) if not (directory / name).is_file()]
+    for part in [LORA_DIR] + ([] if manifest.get("starts_at_zero") else [INITIAL_DIR]):
+        absent = [file for file in (CONFIG, WEIGHTS) if not (directory / part / file).is_file()]
+        lacking += [f"{part}/{file} is missing" for file in absent]
+    found.problems += dict.fromkeys(lacking)
+
+
+def _decomposed(directory: Path, found: Description) -> None:
+    """Residual and initial adapter."""
+    initial = [path.parent for path in sorted(directory.glob(f"*_init/{CONFIG}"))]
+    manifest, facts = _json(directory / MANIFEST) if (directory / MANIFEST).is_file() else {}, found.facts
+    facts |= _manifest_facts(manifest) or {"method": initial[0].name.removesuffix("_init")}
+    if len(initial) > 1:
+        found.problems.append(f"{len(initial)} initial adapters: {', '.join(path.name for path in initial)}")
+    _add_adapter(initial[0], found)
+    weights = Weights(directory, residual_stem(directory))
+    facts["residual"] = facts.pop("quantization", None) or ("NF4" if "NF4" in weights.parameters else "dense")
+    _add_weights(weights, found)
+    facts["bytes"] = {"residual": weights.nbytes, **{path.name: _size(path) for path in initial}}
+
+
+def _peft_adapter(directory: Path, found: Description) -> None:
+    """Any adapter that PEFT wrote; a LoRA that was converted has a manifest too."""
+    if (directory / MANIFEST).is_file():
+        found.facts |= _manifest_facts(_json(directory / MANIFEST))
+    _add_adapter(directory, found)
+
+
+def _model(directory: Path, found: Description) -> None:
+    """An ordinary Hugging Face checkpoint."""
+    config, facts = _json(directory / "config.json") if (directory / "config.json").is_file() else {}, found.facts
+    facts["architecture"] = ", ".join(config.get("architectures") or ["unknown"])
+    for key in ("model_type", "dtype", "torch_dtype", "tie_word_embeddings", "vocab_size"):
+        if key in config:
+            facts[key.removeprefix("torch_").replace("_", " ")] = config[key]
+    if "quantization_config" in config:
+        facts["quantization"] = config["quantization_config"].get("quant_method", "yes")
+    if not config:
+        found.problems.append("config.json is missing")
+    others = sorted(path.name for pattern in OTHER_WEIGHTS for path in directory.glob(pattern))
+    if others and not any(directory.glob("*.safetensors*")):
+        facts["weights"] = others
+        found.problems.append("no safetensors, which alone are read here")
+    else:
+        _add_weights(Weights(directory), found)
+
+
+def _target_of(directory: Path) -> Path | None:
+    """What a directory with a writer's name for unfinished things is to become."""
+    for suffix, name_of in ((".partial", staging_of), (".old", replaced_of)):
+        name = directory.name.removeprefix(".").removesuffix(suffix)
+        if name and directory == name_of(directory.with_name(name)):
+            return directory.with_name(name)
+    return None
+
+
+def _has_weights(directory: Path) -> bool:
+    if (directory / INDEX_NAME).is_file() or (directory / "model.safetensors").is_file():
+        return True
+    patterns = ("*.safetensors", *OTHER_WEIGHTS)
+    return (directory / "config.json").is_file() and any(any(directory.glob(pattern)) for pattern in patterns)
+
+
+# the first that fits
+_KINDS: list[tuple[str, Callable[[Path], bool], Callable[[Path, Description], None]]] = [
+    ("unfinished directory", lambda path: _target_of(path) is not None, _unfinished),
+    (
+        "checkpoint of an adapter",
+        lambda path: (path / MANIFEST).is_file() and (path / ADAPTER_DIR).is_dir(),
+        _adapter_checkpoint,
+    ),
+    ("decomposed model", lambda path: any(path.glob(f"*_init/{CONFIG}")), _decomposed),
+    ("PEFT adapter", lambda path: (path / CONFIG).is_file(), _peft_adapter),
+    ("model", _has_weights, _model),
+]
+
+
+# -- facts ------------------------------------------------------------------------------------------------------------
+
+
+def _manifest_facts(manifest: dict[str, Any]) -> dict[str, Any]:
+    keys = ("base", "method", "options", "quantization", "adapter_is_for", "step", "world_size")
+    facts = {key.replace("_", " "): manifest[key] for key in keys if manifest.get(key) is not None}
+    if manifest.get("matrices"):
+        facts["matrices"] = len(manifest["matrices"])
+    if "lowrank_dist" in manifest:
+        facts["written by"] = f"lowrank_dist {manifest['lowrank_dist']}"
+    return facts
+
+
+def _add_adapter(directory: Path, found: Description) -> None:
+    """Facts of an adapter that PEFT, or this package, wrote."""
+    config, facts = _json(directory / CONFIG), found.facts
+    if config.get("base_model_name_or_path"):
+        facts.setdefault("base", config["base_model_name_or_path"])  # what a manifest says goes before
+    facts["type"] = config.get("peft_type", "unknown")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if isinstance(rank, int) and isinstance(alpha, int | float) and rank > 0:
+        facts["rank"], facts["alpha"] = rank, alpha
+        rslora = bool(config.get("use_rslora"))
+        facts["scaling"] = alpha / (math.sqrt(rank) if rslora else rank)
+        if rslora:
+            facts["rsLoRA"] = True
+    for key in ("rank_pattern", "alpha_pattern", "target_modules", "target_parameters", "modules_to_save"):
+        if config.get(key):
+            facts[key.replace("_", " ")] = sorted(config[key]) if isinstance(config[key], list) else config[key]
+    try:
+        weights = Weights(directory, Path(WEIGHTS).stem)
+    except CheckpointError as error:
+        found.problems.append(f"{directory.name}: {error}")
+        return
+    found.problems += [f"{directory.name}: {problem}" for problem in weights.problems]
+    facts["trained parameters"] = sum(weights.parameters.values())
+    facts["adapter dtype"] = ", ".join(weights.parameters)
+    if weights.not_read:
+        facts["not read"] = weights.not_read
+
+
+def _add_weights(weights: Weights, found: Description) -> None:
+    found.problems += weights.problems
+    found.facts |= {
+        "parameters": sum(weights.parameters.values()),
+        "by dtype": dict(weights.parameters),
+        "files": len(weights.files),
+    }
+    if weights.not_read:
+        found.facts["not read"] = weights.not_read
+
+
+class Weights:
+    """What the headers of safetensors files say.
+
+    Parameters
+    ----------
+    directory, stem
+        ``<stem>.safetensors``, or else the files that ``<stem>.safetensors.index.json`` names.
+
+    Attributes
+    ----------
+    files : list of str
+        Names of the files that there should be.
+    parameters : Counter
+        Numbers by dtype, as far as files are there; those of 4-bit weights as ``NF4``, without what belongs to their
+        quantization.
+    nbytes : int
+        Of the files that are there.
+    not_read : str or None
+        Name of an index beside a single file, which is read in its place.
+    problems : list of str
+        Files that are missing, truncated or damaged, and tensors that they lack.
+
+    Raises
+    ------
+    CheckpointError
+        Where there are no such files, or the index is damaged.
+    """
+
+    def __init__(self, directory: Path, stem: str = "model") -> None:
+        index, single = directory / INDEX_NAME.replace("model", stem, 1), directory / f"{stem}.safetensors"
+        names: dict[str, set[str]] = {}
+        self.not_read = index.name if single.is_file() and index.is_file() else None
+        if single.is_file():  # as `CheckpointReader`
+            names[single.name] = set()
+        elif index.is_file():
+            for tensor, file in _json(index)["weight_map"].items():
+                names.setdefault(file, set()).add(tensor)
+        else:
+            raise CheckpointError(f"holds neither {index.name} nor {single.name}")
+        self.files, self.nbytes, self.problems = sorted(names), 0, list[str]()
+        tensors: dict[str, tuple[str, int]] = {}  # dtype, elements
+        for file in self.files:
+            path = directory / file
+            if not path.is_file():
+                self.problems.append(f"{file} is missing")
+                continue
+            self.nbytes += path.stat().st_size
+            try:
+                held = dict(_header(path))
+            except CheckpointError as error:
+                self.problems.append(str(error))
+                continue
+            tensors |= held
+            lacking = sorted(names[file] - held.keys())
+            if lacking:
+                self.problems.append(f"{file} lacks {lacking[0]}{f' and {len(lacking) - 1} more' * (len(lacking) > 1)}")
+        packed = {name.removesuffix(QUANT_STATE) for name in tensors if name.endswith(QUANT_STATE)}
+        self.parameters = Counter[str]()
+        for name, (dtype, numel) in tensors.items():
+            if name in packed:
+                self.parameters["NF4"] += 2 * numel
+            elif not any(part in packed for part in (name.rpartition(".")[0], name.removesuffix(QUANT_STATE))):
+                self.parameters[dtype] += numel
+
+
+def _header(path: Path) -> Iterator[tuple[str, tuple[str, int]]]:
+    """Name, dtype and number of elements of every tensor of a safetensors file."""
+    size = path.stat().st_size
+    with open(path, "rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        text = handle.read(min(length, size))
+    try:
+        header: dict[str, Any] = json.loads(text)
+        header.pop("__metadata__", None)
+        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{path.name}: {size} bytes, truncated or no safetensors file") from None
+    if size != end:
+        raise CheckpointError(f"{path.name} has {size} of {end} bytes")
+    for name, entry in header.items():
+        yield name, (entry["dtype"], math.prod(entry["shape"]))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"{path.name} is missing")
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path.name} is damaged ({error})") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path.name} is damaged (no JSON object)")
+    return values
+
+
+def _size(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())

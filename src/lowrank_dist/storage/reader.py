@@ -1,0 +1,394 @@
+"""Checkpoints on disk: a streaming reader of sharded safetensors; small writers."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lowrank_dist.errors import InputError
+
+log = logging.getLogger(__name__)
+
+INDEX_NAME = "model.safetensors.index.json"
+
+_Request = TypeVar("_Request")
+_Block = TypeVar("_Block")
+
+# what a directory with a model holds beside its weights: configuration, tokenizer, licence
+WEIGHT_FILES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+_FETCHED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*"]
+
+FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {**FLOAT_DTYPES, "F64": torch.float64, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16} | {
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+PACKED_DTYPE = "NF4"  # what the reader of a decomposed model says of 4-bit weights
+
+
+class CheckpointError(InputError):
+    """A checkpoint that cannot be read as it is; the message names the file, the tensor and the remedy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorInfo:
+    """What a checkpoint says of one tensor: its shape, its safetensors dtype (``BF16``, ...) and its size in bytes."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A part of a checkpoint: tensor `key`, or entry `index` of its first dimension."""
+
+    key: str
+    index: int | None = None
+
+
+@functools.cache
+def _warn_of_both(single: Path, index: Path) -> None:
+    """Say once, on rank 0, which of two sets of weights is read."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
+        log.warning("%s is read, as transformers does, and %s beside it is not; remove one of them", single, index.name)
+
+
+class CheckpointReader:
+    """Reads slices of the tensors of a safetensors checkpoint and counts the bytes it hands out.
+
+    Opens every file once and reads its header; tensor data is read only where asked for (memory-mapped).
+
+    Parameters
+    ----------
+    directory
+        Holds ``model.safetensors``, or ``model.safetensors.index.json`` and the files it names. Where both are there,
+        the single file is read, as transformers does, and rank 0 warns.
+    stem
+        Another first part of these names.
+
+    Attributes
+    ----------
+    holds_residuals : bool
+        Whether what it gives are residuals of decomposed matrices (`lowrank_dist.residual_model.reader`).
+    identity : bytes
+        What tells it from others beside its files.
+
+    Raises
+    ------
+    CheckpointError
+        Where no checkpoint is there, a file is missing or truncated, or the index names a tensor that its file
+        does not hold.
+    """
+
+    holds_residuals = False
+    identity = b""
+
+    def __init__(self, directory: str | os.PathLike[str], *, stem: str = "model") -> None:
+        self.directory = Path(directory)
+        single, index_name = f"{stem}.safetensors", INDEX_NAME.replace("model", stem, 1)
+        self.bytes_read = 0
+        self._files: dict[str, Any] = {}
+        self._file_of: dict[str, str] = {}
+        self._info: dict[str, TensorInfo] = {}
+        self._joined: dict[str, tuple[Piece, ...]] = {}
+        index_path = self.directory / index_name
+        if (self.directory / single).is_file():
+            if index_path.is_file():
+                _warn_of_both(self.directory / single, index_path)
+            self._file_of = dict.fromkeys(self._open(single).keys(), single)
+        elif index_path.is_file():
+            try:
+                self._file_of = dict(json.loads(index_path.read_text())["weight_map"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise CheckpointError(f"{index_path}: not a safetensors index: {error!r}; fetch it again") from error
+        else:
+            raise CheckpointError(
+                f"{self.directory}: holds neither {index_name} nor {single}; pass a directory or a hub id with "
+                "safetensors weights (convert others with `model.save_pretrained(directory)` of transformers)"
+            )
+        held = {file: set(self._open(file).keys()) for file in sorted(set(self._file_of.values()))}
+        for name, file in self._file_of.items():
+            if name not in held[file]:
+                raise CheckpointError(
+                    f"{index_path}: names tensor {name}, which {file} does not hold; fetch both again"
+                )
+
+    def _open(self, file: str) -> Any:
+        if file not in self._files:
+            path = self.directory / file
+            if not path.is_file():
+                raise CheckpointError(f"{path}: missing, though the index names it; fetch it again")
+            try:
+                self._files[file] = safe_open(path, framework="pt").__enter__()
+            except SafetensorError as error:
+                size = path.stat().st_size
+                raise CheckpointError(
+                    f"{path}: {size} bytes, truncated or corrupt ({error}); fetch it again"
+                ) from error
+        return self._files[file]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._file_of
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    @property
+    def files(self) -> list[Path]:
+        """The safetensors files, sorted."""
+        return [self.directory / file for file in sorted(set(self._file_of.values()))]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(self.stored(name).nbytes for name in self._file_of)
+
+    def join(self, name: str, pieces: Sequence[Piece]) -> None:
+        """Let `name` stand for `pieces`, matrices stacked along their rows, from now on.
+
+        What is joined is read like any other tensor, but belongs neither to the names nor to the bytes of the
+        checkpoint.
+
+        Raises
+        ------
+        CheckpointError
+            Where the pieces differ in width or dtype.
+        """
+        infos = [self.stored(piece.key) for piece in pieces]
+        shapes = [info.shape[0 if piece.index is None else 1 :] for piece, info in zip(pieces, infos, strict=True)]
+        for piece, info, shape in zip(pieces, infos, shapes, strict=True):
+            if len(shape) != 2 or shape[1] != shapes[0][1] or info.dtype != infos[0].dtype:
+                raise CheckpointError(
+                    f"{name}: {piece.key} {list(shape)} {info.dtype} does not go with {pieces[0].key} "
+                    f"{list(shapes[0])} {infos[0].dtype}; fetch the checkpoint again"
+                )
+        rows = sum(shape[0] for shape in shapes)
+        nbytes = sum(i.nbytes // (1 if p.index is None else i.shape[0]) for p, i in zip(pieces, infos, strict=True))
+        self._joined[name] = tuple(pieces)
+        self._info[name] = TensorInfo(shape=(rows, shapes[0][1]), dtype=infos[0].dtype, nbytes=nbytes)
+
+    def join_stack(self, name: str, pieces: Sequence[Piece], depth: int) -> None:
+        """Like `join`, for a ``[depth, rows, columns]`` tensor: as many pieces for every entry of its first dimension.
+
+        Raises
+        ------
+        CheckpointError
+            Where the pieces differ in width or dtype, or do not fill `depth` equal entries.
+        """
+        self.join(name, pieces)
+        info, each = self._info[name], len(pieces) // depth
+        heights = [self.stored(piece.key).shape[0] for piece in pieces]
+        if len(pieces) % depth or heights != heights[:each] * depth:
+            raise CheckpointError(f"{name}: {len(pieces)} tensors do not make {depth} equal ones; fetch them again")
+        shape = (depth, info.shape[0] // depth, info.shape[1])
+        self._info[name] = TensorInfo(shape=shape, dtype=info.dtype, nbytes=info.nbytes)
+
+    def join_as(self, other: CheckpointReader) -> None:
+        """Join what is joined in `other`, where the same tensors are here."""
+        for name, pieces in other._joined.items():
+            if all(piece.key in self._file_of for piece in pieces):
+                self._joined[name], self._info[name] = pieces, other._info[name]
+
+    def entry(self, name: str, index: int) -> str:
+        """Name of entry `index` of the ``[depth, rows, columns]`` tensor `name`, to be read as a matrix."""
+        entry = f"{name}[{index}]"
+        pieces: Sequence[Piece] = [Piece(key=name, index=index)]
+        if name in self._joined:
+            each = len(self._joined[name]) // self.stored(name).shape[0]
+            pieces = self._joined[name][index * each : (index + 1) * each]
+        self.join(entry, pieces)
+        return entry
+
+    def pieces(self, name: str) -> tuple[Piece, ...]:
+        """The tensors of the files that `name` stands for, in the order in which they are joined."""
+        return self._joined.get(name, (Piece(key=name),))
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape, dtype and size of the tensor that `name` stands for."""
+        return self.stored(name)
+
+    def stored(self, name: str) -> TensorInfo:
+        """Shape, dtype and size of `name` as the file holds it."""
+        if name not in self._info:
+            view = self._open(self._file_of[name]).get_slice(name)
+            shape, dtype = tuple(view.get_shape()), view.get_dtype()
+            bits = {"BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8}.get(dtype) or int("".join(filter(str.isdigit, dtype)))
+            numel = 1
+            for size in shape:
+                numel *= size
+            self._info[name] = TensorInfo(shape=shape, dtype=dtype, nbytes=numel * bits // 8)
+        return self._info[name]
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows ``start:stop`` of the first dimension, in the dtype of the file."""
+        if start >= stop:
+            shape = (0, *self.stored(name).shape[1:])
+            return torch.empty(shape, dtype=_DTYPES.get(self.stored(name).dtype, torch.float32))
+        if name in self._joined:
+            row = self.stored(name).shape[1:]
+            width = torch.Size(row).numel()
+            return self._flat_of_pieces(name, start * width, stop * width).view(-1, *row)
+        rows = self._load(name, start, stop)
+        self.bytes_read += rows.nbytes
+        return rows
+
+    def _load(self, name: str, start: int, stop: int, entry: int | None = None) -> Tensor:
+        """Rows ``start:stop`` of a tensor of the files, or of entry `entry` of its first dimension."""
+        view = self._open(self._file_of[name]).get_slice(name)
+        rows: Tensor = view[start:stop] if entry is None else view[entry, start:stop]
+        return rows
+
+    def flat(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements ``start:stop`` of the flattened tensor, in the dtype of the file.
+
+        Whole rows of the first dimension are read, so that the rows at both ends may be read by two ranks; only
+        the elements asked for are counted as read.
+        """
+        if name in self._joined:
+            return self._flat_of_pieces(name, start, stop)
+        shape = self.stored(name).shape
+        if not shape:
+            whole: Tensor = self._open(self._file_of[name]).get_tensor(name).reshape(1)
+            self.bytes_read += whole[start:stop].nbytes
+            return whole[start:stop]
+        width = max(1, self.stored(name).nbytes and torch.Size(shape[1:]).numel())
+        first, last = start // width, -(-stop // width)
+        before = self.bytes_read
+        part = self.rows(name, first, last).reshape(-1)[start - first * width : stop - first * width]
+        self.bytes_read = before + part.nbytes
+        return part
+
+    def _flat_of_pieces(self, name: str, start: int, stop: int) -> Tensor:
+        parts = []
+        for piece, low, high in self._within_pieces(name, start, stop):
+            if piece.index is None:
+                parts.append(self.flat(piece.key, low, high))
+                continue
+            width = self.stored(piece.key).shape[-1]
+            top, bottom = low // width, -(-high // width)
+            rows = self._load(piece.key, top, bottom, piece.index)
+            parts.append(rows.reshape(-1)[low - top * width : high - top * width])
+            self.bytes_read += parts[-1].nbytes
+        empty = torch.empty(0, dtype=FLOAT_DTYPES.get(self.stored(name).dtype, torch.float32))
+        return torch.cat(parts or [empty])
+
+    def _within_pieces(self, name: str, start: int, stop: int) -> Iterator[tuple[Piece, int, int]]:
+        """The pieces that elements ``start:stop`` of `name` lie in, and from where to where in each."""
+        first = 0
+        for piece in self.pieces(name):
+            numel = torch.Size(self.stored(piece.key).shape[0 if piece.index is None else 1 :]).numel()
+            low, high = max(start - first, 0), min(stop - first, numel)
+            first += numel
+            if low < high:
+                yield piece, low, high
+
+    def places(self, name: str, start: int, stop: int) -> Iterator[tuple[str, int, int]]:
+        """Where elements ``start:stop`` of `name` lie in the files: tensor, first element there, how many; in order."""
+        for piece, low, high in self._within_pieces(name, start, stop):
+            before = 0
+            if piece.index is not None:
+                before = piece.index * torch.Size(self.stored(piece.key).shape[1:]).numel()
+            yield piece.key, before + low, high - low
+
+    def close(self) -> None:
+        """Close the files."""
+        for handle in self._files.values():
+            handle.__exit__(None, None, None)
+        self._files.clear()
+
+
+def read_ahead(read: Callable[[_Request], _Block], requests: Iterable[_Request], *, depth: int = 1) -> Iterator[_Block]:
+    """``map(read, requests)`` with a thread that stays `depth` results ahead of the consumer.
+
+    Host memory holds at most ``depth + 1`` results beside the one in use. An error of `read` is raised where its
+    result would have been.
+    """
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as pool:
+        pending: deque[Future[_Block]] = deque()
+        try:
+            for request in requests:
+                pending.append(pool.submit(read, request))
+                if len(pending) > depth:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def resolve_checkpoint(
+    pretrained: str | os.PathLike[str], *, revision: str | None = None, option: str = "pretrained"
+) -> Path:
+    """Local directory of a checkpoint: `pretrained` itself, or the hub's cache after fetching what is missing.
+
+    On several ranks of a host call it on one rank first: the others then find the cache complete.
+
+    Parameters
+    ----------
+    pretrained
+        A directory or a hub id.
+    revision
+        Of a hub id.
+    option
+        What the user calls it, for messages.
+
+    Raises
+    ------
+    CheckpointError
+        Where it is no directory and cannot be fetched.
+    """
+    path = Path(pretrained)
+    if path.is_dir():
+        return path
+    looks_local = path.is_absolute() or str(pretrained).startswith((".", "~")) or str(pretrained).count("/") > 1
+    if looks_local:
+        raise CheckpointError(f"{option}={str(pretrained)!r}: no such directory")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(pretrained), revision=revision, allow_patterns=_FETCHED))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"{option}={str(pretrained)!r}: neither a directory nor a model the hub or its cache could give "
+            f"({type(error).__name__}: {error}); pass a local directory, or fetch it first with `hf download`"
+        ) from error
+
+
+def copy_other_files(source: Path, target: Path, *, leave: Sequence[str] = ()) -> None:
+    """Copy what a model's directory holds beside its weights (configuration, tokenizer, licence), but for `leave`."""
+    for path in source.iterdir():
+        if path.is_file() and not path.name.endswith(WEIGHT_FILES) and path.name not in leave:
+            shutil.copyfile(path, target / path.name)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Indented JSON with a final newline."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Contiguous CPU copies of `tensors` as one safetensors file (``format: pt``)."""
+    save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+        path,
+        metadata={"format": "pt", **(metadata or {})},
+    )

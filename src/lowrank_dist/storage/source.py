@@ -1,0 +1,118 @@
+"""Weights that are not files: whatever gives rows of named tensors can be decomposed and trained.
+
+`PiSSAStrategy(pretrained=...)` takes a `WeightSource` where it takes a directory. What reads checkpoints sees it as a
+`SourceReader`, so that partitions, experts, fingerprints and resumed runs are those of a checkpoint on disk.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lowrank_dist.storage.reader import FLOAT_DTYPES, CheckpointError, CheckpointReader, TensorInfo
+
+
+@runtime_checkable
+class WeightSource(Protocol):
+    """Gives rows of the tensors of a model."""
+
+    @property
+    def name(self) -> str:
+        """What it is called, in messages and in the files of adapters."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the values, but for the rounding of devices: a run is resumed only where it is that of its start."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every tensor by its name; each has a dimension at least."""
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows ``start:stop`` of the first dimension, ``start < stop``, on any device.
+
+        The values must not depend on the cut. Called from a thread, one call at a time; on CUDA its current stream is
+        not that of the decomposition.
+        """
+
+
+class SourceReader(CheckpointReader):
+    """A `WeightSource` as what reads checkpoints sees it.
+
+    Parameters
+    ----------
+    source
+        Gives the values.
+    """
+
+    def __init__(self, source: WeightSource) -> None:
+        # not the parent's, which looks for files
+        self.source, self.directory = source, Path(source.name)
+        self.identity = source.fingerprint.encode()
+        self.bytes_read = 0
+        self._info = dict(source.tensors)
+        self._file_of = dict.fromkeys(self._info, "")
+        self._files, self._joined = {}, {}
+
+    @property
+    def files(self) -> list[Path]:
+        return []
+
+    def _load(self, name: str, start: int, stop: int, entry: int | None = None) -> Tensor:
+        if entry is None:
+            return self.source.rows(name, start, stop)
+        return self.source.rows(name, entry, entry + 1)[0, start:stop]
+
+
+@dataclass(frozen=True)
+class ShapesOnly:
+    """Stands for the checkpoint of a model of which only the configuration is there: shapes, no values.
+
+    Parameters
+    ----------
+    backbone
+        The model on the meta device, without adapters.
+    """
+
+    backbone: PreTrainedModel
+
+    @property
+    def name(self) -> str:
+        return self.backbone.config._name_or_path or type(self.backbone).__name__
+
+    @property
+    def fingerprint(self) -> str:
+        return repr(sorted(self.tensors.items()))
+
+    @property
+    def tensors(self) -> dict[str, TensorInfo]:
+        return tensors_of(self.backbone)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        raise CheckpointError(f"{self.name}: only the shape of {name} is known; pass a checkpoint with weights")
+
+
+def tensors_of(backbone: PreTrainedModel, dtype: torch.dtype | None = None) -> dict[str, TensorInfo]:
+    """What a checkpoint of `backbone` holds, in `dtype` (default: that of its configuration, else bf16)."""
+    codes = {of_code: code for code, of_code in FLOAT_DTYPES.items()}
+    dtype = dtype or getattr(backbone.config, "dtype", None) or torch.bfloat16
+    return {
+        name: TensorInfo(
+            shape=tuple(parameter.shape), dtype=codes.get(dtype, "BF16"), nbytes=parameter.numel() * dtype.itemsize
+        )
+        for name, parameter in backbone.named_parameters()
+    }
+
+
+def open_reader(pretrained: str | os.PathLike[str] | WeightSource) -> CheckpointReader:
+    """The reader of a directory, or of a source."""
+    if isinstance(pretrained, str | os.PathLike):
+        return CheckpointReader(pretrained)
+    return SourceReader(pretrained)

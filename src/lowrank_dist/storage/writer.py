@@ -1,0 +1,184 @@
+"""Safetensors files that several processes fill together, each its own parts of every tensor.
+
+The shapes and dtypes of all tensors are known beforehand, hence their places in the files. One process writes headers
+and gives the files their length; then every process writes bytes at their offsets, and nobody has to hold, or to be
+sent, a whole tensor. The directory must be one that all processes see.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_dist.quantization.format import FileTensor
+from lowrank_dist.storage.reader import CheckpointError, TensorInfo, write_json
+
+MAX_BYTES = 5_000_000_000  # of one file; the size transformers cuts checkpoints at
+
+CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+DTYPES = {code: dtype for dtype, code in CODES.items()}
+
+
+def stored_dtype(name: str, info: TensorInfo) -> torch.dtype:
+    """Dtype of a tensor of a checkpoint, to be written again.
+
+    Raises
+    ------
+    CheckpointError
+        Where it is one that cannot be written.
+    """
+    if info.dtype not in DTYPES:
+        raise CheckpointError(f"{name}: stored as {info.dtype}; only {', '.join(DTYPES)} can be copied")
+    return DTYPES[info.dtype]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    file: str
+    offset: int
+    tensor: FileTensor
+
+
+class TensorFiles:
+    """Safetensors files under construction.
+
+    Parameters
+    ----------
+    directory
+        Where they are.
+    tensors
+        All tensors by name. The same on every process.
+    stem
+        ``<stem>.safetensors``, or ``<stem>-00001-of-0000N.safetensors`` and an index where one file would exceed
+        `max_bytes`.
+    max_bytes
+        Of one file; a larger tensor has a file of its own.
+
+    Raises
+    ------
+    ValueError
+        Where a tensor has a dtype that is not supported.
+    """
+
+    def __init__(
+        self, directory: Path, tensors: Mapping[str, FileTensor], *, stem: str = "model", max_bytes: int = MAX_BYTES
+    ) -> None:
+        self.directory = directory
+        self._places: dict[str, _Place] = {}
+        self._headers: dict[str, bytes] = {}
+        self._sizes: dict[str, int] = {}
+        self._open: dict[str, int] = {}
+        groups = _groups(tensors, max_bytes)
+        for number, names in enumerate(groups, start=1):
+            many = f"{stem}-{number:05d}-of-{len(groups):05d}.safetensors"
+            self._lay_out(f"{stem}.safetensors" if len(groups) == 1 else many, names, tensors)
+        self._index = f"{stem}.safetensors.index.json" if len(groups) > 1 else None
+
+    def _lay_out(self, file: str, names: list[str], tensors: Mapping[str, FileTensor]) -> None:
+        # readers map the file and view its bytes as numbers: wide types first, so that all are aligned
+        names = sorted(names, key=lambda name: -tensors[name].dtype.itemsize)
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name in names:
+            tensor = tensors[name]
+            if tensor.dtype not in CODES:
+                raise ValueError(f"{name}: {tensor.dtype} cannot be written; only {', '.join(map(str, CODES))} can")
+            start, end = end, end + tensor.numel * tensor.dtype.itemsize
+            header[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text = text.ljust(-(-len(text) // 8) * 8)
+        self._headers[file] = len(text).to_bytes(8, "little") + text
+        first = len(self._headers[file])
+        self._sizes[file] = first + end
+        for name in names:
+            self._places[name] = _Place(file=file, offset=first + header[name]["data_offsets"][0], tensor=tensors[name])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(self._sizes.values())
+
+    def create(self) -> None:
+        """Write headers and index and give every file its length, of zeros. One process only, before any writes."""
+        for file, header in self._headers.items():
+            with open(self.directory / file, "wb") as handle:
+                handle.write(header)
+                handle.truncate(self._sizes[file])
+        if self._index is not None:
+            tensors = [place.tensor for place in self._places.values()]
+            total = sum(tensor.numel * tensor.dtype.itemsize for tensor in tensors)
+            weight_map = {name: place.file for name, place in sorted(self._places.items())}
+            write_json(self.directory / self._index, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+    def exist(self) -> bool:
+        """Whether `create` was called on this directory for these very tensors."""
+        for file, header in self._headers.items():
+            path = self.directory / file
+            if not path.is_file() or path.stat().st_size != self._sizes[file]:
+                return False
+            with open(path, "rb") as handle:
+                if handle.read(len(header)) != header:
+                    return False
+        return True
+
+    def write(self, name: str, start: int, values: Tensor) -> None:
+        """Write the flat `values` from element `start` of tensor `name` on."""
+        place = self._places[name]
+        if values.dtype != place.tensor.dtype or not 0 <= start <= start + values.numel() <= place.tensor.numel:
+            raise ValueError(
+                f"{name} {list(place.tensor.shape)} {place.tensor.dtype}: {values.numel()} elements of {values.dtype} "
+                f"from element {start} on do not fit"
+            )
+        if values.numel() == 0:
+            return
+        if place.file not in self._open:
+            self._open[place.file] = os.open(self.directory / place.file, os.O_WRONLY)
+        flat: Any = values.detach().cpu().contiguous().view(torch.uint8).numpy()
+        data = memoryview(flat)
+        offset = place.offset + start * values.dtype.itemsize
+        while data:
+            written = os.pwrite(self._open[place.file], data, offset)
+            data, offset = data[written:], offset + written
+
+    def flush(self) -> None:
+        """Bring to disk what this process has written."""
+        for descriptor in self._open.values():
+            os.fdatasync(descriptor)
+
+    def close(self) -> None:
+        """Close the files."""
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._open.clear()
+
+
+def _groups(tensors: Mapping[str, FileTensor], max_bytes: int) -> list[list[str]]:
+    """Names of the tensors of every file, in the given order."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        nbytes = tensor.numel * tensor.dtype.itemsize
+        if groups[-1] and size + nbytes > max_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += nbytes
+    return groups

@@ -1,0 +1,1 @@
+"""Lightning: the strategy, the module, the optimizer, the command line of its Trainer."""

@@ -1,0 +1,142 @@
+"""The batches of a calibration pass that a Trainer's own training data give, read without a trace."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.connectors.data_connector import _process_dataloader
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch.utils._pytree import tree_map
+from torch.utils.data import DataLoader
+
+from lowrank_dist.calibration.measure import Calibration, Step, model_loss, step_name
+from lowrank_dist.errors import InputError
+
+
+@contextmanager
+def calibration_batches(trainer: Trainer, calibration: Calibration) -> Iterator[Iterator[Any]]:
+    """The batches of this rank, on its device: ``calibration.data``, or what training would begin with.
+
+    Training data are asked for as Lightning asks for them (the ``train_dataloader`` hook, or the loaders given to
+    ``fit``), and dealt out over the ranks as in training. A loader is read through an iterator of its own, and what
+    remembers the reading is put back at the end: Python's, NumPy's and torch's random states, the generators of loaders
+    and samplers, and the state of loaders that have a ``state_dict``. So training sees the data that it would see
+    without calibration, in the same order. An iterable data set that can be read only once is the exception: give
+    ``Calibration(data=...)`` beside it.
+
+    Parameters
+    ----------
+    trainer
+        In ``strategy.setup``: module and datamodule are set up, the loops are not.
+    calibration
+        Its `data` is looked at, nothing else.
+
+    Raises
+    ------
+    InputError
+        Where there are no training data, as in ``validate`` and ``test``.
+    """
+    strategy = trainer.strategy
+    with isolate_rng(), ExitStack() as stack:
+        if calibration.data is not None:
+            batches: Iterator[Any] = iter(calibration.data)
+        else:
+            loaders = _training_loaders(trainer)
+            for loader in loaders.flattened:
+                stack.enter_context(_put_back(loader))
+            apart = CombinedLoader(tree_map(_reader, loaders.iterables), loaders._mode)
+            stack.callback(apart.reset)  # ends its workers
+            batches = (batch for batch, _, _ in iter(apart))
+
+        def on_device() -> Iterator[Any]:
+            for batch in batches:
+                batch = strategy.precision_plugin.convert_input(batch)
+                yield strategy.batch_to_device(batch, strategy.root_device)
+
+        yield on_device()
+
+
+def _training_loaders(trainer: Trainer) -> CombinedLoader:
+    source = trainer.fit_loop._data_source
+    if trainer.state.fn != TrainerFn.FITTING or not source.is_defined():
+        raise InputError(
+            f"Trainer.{trainer.state.fn}: the initialisation looks at data, and there are no training data here; pass "
+            "PiSSAStrategy(calibration=Calibration(data=...)), or call fit first"
+        )
+    if trainer.fit_loop._combined_loader is not None:  # Trainer.estimated_stepping_batches was asked for before
+        return trainer.fit_loop._combined_loader
+    asked = source.dataloader()
+    loaders = asked if isinstance(asked, CombinedLoader) else CombinedLoader(asked, "max_size_cycle")
+    # A CombinedLoader may be the user's own object: what Lightning makes of its loaders is not put into it.
+    loaders = CombinedLoader(loaders.iterables, loaders._mode)
+    loaders.flattened = [
+        _process_dataloader(trainer, TrainerFn.FITTING, RunningStage.TRAINING, loader) for loader in loaders.flattened
+    ]
+    return loaders
+
+
+def _reader(loader: Any) -> Any:
+    """A loader of the same data; workers that persist stay with it and end with it."""
+    return copy.copy(loader) if isinstance(loader, DataLoader) else loader
+
+
+@contextmanager
+def _put_back(loader: Any) -> Iterator[None]:
+    """Leave the states that reading `loader` moves on as they were."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    holders = [loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
+    held = [getattr(holder, "generator", None) for holder in holders]
+    generators = [(one, one.get_state()) for one in held if isinstance(one, torch.Generator)]
+    stateful = callable(getattr(loader, "state_dict", None)) and callable(getattr(loader, "load_state_dict", None))
+    state = copy.deepcopy(loader.state_dict()) if stateful else None
+    try:
+        yield
+    finally:
+        for generator, before in generators:
+            generator.set_state(before)
+        if stateful:
+            loader.load_state_dict(state)
+
+
+def calibration_step(module: LightningModule, calibration: Calibration, autocast: torch.dtype | None) -> Step:
+    """What is run for every batch: ``calibration.step``, the module's own, or the loss of the backbone.
+
+    Parameters
+    ----------
+    module
+        May have a method ``calibration_step(batch) -> loss``.
+    calibration
+        Its `step` comes first.
+    autocast
+        Run it under autocast in this dtype; None: as it is.
+    """
+    own: Callable[[Any], Any] | None = getattr(module, "calibration_step", None)
+    if own is None or calibration.step is not None:
+        chosen = calibration.step or model_loss
+        return _Step(run=chosen, name=step_name(chosen), autocast=autocast)
+    return _Step(run=lambda _, batch: own(batch), name=step_name(own), autocast=autocast)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Step:
+    """A step under autocast; its text says what is run."""
+
+    run: Step
+    name: str
+    autocast: torch.dtype | None
+
+    def __call__(self, backbone: Any, batch: Any) -> Any:
+        device = next(backbone.parameters()).device.type
+        with torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None):
+            return self.run(backbone, batch)
+
+    def __str__(self) -> str:
+        return f"{self.name}, autocast: {self.autocast}"

@@ -1,0 +1,246 @@
+"""What Lightning asks a strategy about checkpoints, answered for sharded adapters.
+
+Lightning's own DeepSpeed strategy lets DeepSpeed write pickles, one per rank, for as many ranks. Here a checkpoint is a
+directory of safetensors and JSON (`lowrank_dist.checkpoints.layout`) that any number of ranks resumes from.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from lowrank_dist.checkpoints.layout import TrainingCheckpoint
+from lowrank_dist.checkpoints.resuming import load_optimizer, load_parameters
+from lowrank_dist.checkpoints.saving import Saver
+from lowrank_dist.checkpoints.state import OWN_STATE, decode_training_state, encode_training_state, restore_rng
+from lowrank_dist.checkpoints.writer import CheckpointWriter
+from lowrank_dist.distributed.gather_to_owner import gather_to_owners
+from lowrank_dist.distributed.group import ShardGroup
+from lowrank_dist.storage.reader import CheckpointError
+from lowrank_dist.zero3.optimizer import ShardedOptimizer
+from lowrank_dist.zero3.partition import is_partitioned, local_shard, whole_shape
+
+
+class CheckpointedStrategy(DeepSpeedStrategy):
+    """DeepSpeed at ZeRO stage 3 with checkpoints of trained parameters only.
+
+    A subclass calls `_checkpoints_with` once its model is sharded. Until then `_resumed` is the checkpoint that the
+    Trainer was given, or None.
+
+    Parameters
+    ----------
+    **options
+        Of `DeepSpeedStrategy`.
+    """
+
+    #: Data modules may ask: batches of a step that was not finished are trained on again after resuming.
+    resumes_whole_steps = True
+
+    def __init__(self, **options: Any) -> None:
+        options["exclude_frozen_parameters"] = True
+        super().__init__(stage=3, **options)
+        self._writer: CheckpointWriter | None = None
+        self._saver: Saver | None = None
+        self._background: list[Future[None]] | None = None
+        self._resumed: TrainingCheckpoint | None = None
+        self._resumed_state: dict[str, Any] = {}
+
+    def _checkpoints_with(self, writer: CheckpointWriter) -> None:
+        """Save and resume with `writer`, before an engine is made. Collective."""
+        self._writer, self._saver = writer, Saver(writer, self._timeout or timedelta(minutes=30))
+        self._load_parameters()
+
+    def _load_parameters(self) -> None:
+        if self._resumed is not None and self._writer is not None:
+            load_parameters(self._resumed, self._writer.trained, self._group)
+
+    def init_deepspeed(self) -> None:
+        super().init_deepspeed()
+        if self._trainer.state.fn == TrainerFn.FITTING:
+            self._load_training_state()
+        else:
+            self._forget_resumed()
+
+    def teardown(self) -> None:
+        self._forget_resumed()
+        if self._saver is not None:
+            self._saver.close()
+        super().teardown()
+
+    # -- saving -------------------------------------------------------------------------------------------------
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | os.PathLike[str], storage_options: Any | None = None
+    ) -> None:
+        """Write adapters and training state to the directory `filepath`; complete or absent. Collective.
+
+        Called by ``trainer.save_checkpoint``. What it holds: `lowrank_dist.checkpoints.layout`.
+
+        Raises
+        ------
+        OSError, InputError
+            On every rank, where it cannot be written; an older checkpoint at `filepath` is intact.
+        StateError
+            Where a callback, a schedule or the data module has a state that cannot be stored without pickle.
+        """
+        if storage_options is not None:
+            raise TypeError("PiSSAStrategy: storage_options are not supported, there is no CheckpointIO")
+        trainer, saver = self._trainer, self.saver
+        fitting = trainer.state.fn == TrainerFn.FITTING and "optimizer_states" in checkpoint
+        optimizer = ShardedOptimizer(self.deepspeed_engine.optimizer) if fitting else None
+        state = None
+        if optimizer is not None:
+            state = encode_training_state(checkpoint, optimizer, self.deepspeed_engine, self._group)
+        facts = {
+            "step": trainer.global_step,
+            "epoch": trainer.current_epoch,
+            "accumulate_grad_batches": trainer.accumulate_grad_batches,
+        }
+        save = saver.save(Path(self.broadcast(os.fspath(filepath))), optimizer, state=state, facts=facts)
+        if self._background is None:
+            save.result()
+        else:
+            self._background.append(save)
+
+    def save_adapter(self, directory: str | os.PathLike[str]) -> None:
+        """Write the adapter, its initial value and the converted LoRA; complete or absent. Collective.
+
+        Parameters
+        ----------
+        directory
+            To write; replaced where it exists. A checkpoint without training state.
+        """
+        self.save_checkpoint({}, directory)
+
+    def optimizer_state(self, optimizer: object) -> dict[str, Tensor]:
+        """Nothing: `save_checkpoint` takes it from the shards."""
+        return {}
+
+    @contextmanager
+    def background_saves(self) -> Iterator[list[Future[None]]]:
+        """Inside, ``trainer.save_checkpoint`` returns once the state is copied; files are written meanwhile.
+
+        Yields
+        ------
+        list of Future
+            Of the saves begun inside, as they are begun; their ``result()`` waits, and raises what went wrong.
+        """
+        self._background = []
+        try:
+            yield self._background
+        finally:
+            self._background = None
+
+    @property
+    def saver(self) -> Saver:
+        """Writes the checkpoints."""
+        if self._saver is None:
+            raise RuntimeError("PiSSAStrategy: there is no adapter before the model is set up (fit, validate or test)")
+        return self._saver
+
+    def remove_checkpoint(self, filepath: str | os.PathLike[str]) -> None:
+        """Remove a checkpoint, once those that are being written are complete."""
+        if self.is_global_zero:
+            self.saver.remove(Path(filepath))
+            self.saver.wait()
+
+    # -- resuming -----------------------------------------------------------------------------------------------
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """False, unlike the parent's: the residual is made from what the checkpoint holds."""
+        return False
+
+    def load_checkpoint(
+        self, checkpoint_path: str | os.PathLike[str], weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read and verify a checkpoint; the model is then made from it. No code in it is run. Collective.
+
+        Raises
+        ------
+        CheckpointError
+            On every rank: where it is none, is damaged, or holds no training state and the Trainer is to fit.
+        """
+        trainer, group = self._trainer, self._group
+        path = self.broadcast(os.fspath(checkpoint_path))
+        with group.shared_errors():
+            resumed = TrainingCheckpoint(path)
+            if trainer.state.fn == TrainerFn.FITTING and not resumed.has_training_state:
+                raise CheckpointError(
+                    f"ckpt_path={path!r} was saved with weights_only: there is nothing to resume from"
+                )
+        resumed.verify(group)
+        self._resumed = resumed
+        if not resumed.has_training_state:
+            return {"pytorch-lightning_version": lightning.__version__, "state_dict": {}}
+        with group.shared_errors():
+            state = decode_training_state(resumed, accumulate_grad_batches=trainer.accumulate_grad_batches)
+        self._resumed_state = state.pop(OWN_STATE)
+        return state
+
+    def _load_training_state(self) -> None:
+        if self._resumed is None:
+            return
+        assert self._writer is not None
+        state, engine = self._resumed_state, self.deepspeed_engine
+        load_optimizer(
+            self._resumed,
+            self._writer.trained,
+            ShardedOptimizer(engine.optimizer),
+            self._group,
+            steps=state["steps"],
+            settings=state["settings"],
+        )
+        for counter, value in state["engine"].items():
+            setattr(engine, counter, value)
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if self._resumed is not None:
+            restore_rng(self._resumed_state["rng"], self._group)
+        self._forget_resumed()
+
+    def _forget_resumed(self) -> None:
+        if self._resumed is not None:
+            self._resumed.close()
+        self._resumed, self._resumed_state = None, {}
+
+    def lightning_module_state_dict(self) -> dict[str, Tensor]:
+        """The trained parameters, whole, on rank 0; nothing of the frozen base. Collective.
+
+        Nothing while `background_saves`: the checkpoint has them from their owners.
+
+        Raises
+        ------
+        InputError
+            After an exception, where not all ranks come (`Saver.meet`): Lightning asks for it first in every save.
+        """
+        assert self.lightning_module is not None
+        if self._trainer.interrupted:
+            self.saver.meet(self._trainer.global_step)
+        if self._background is not None:
+            return {}
+        trained = [(n, p) for n, p in self.lightning_module.named_parameters() if p.requires_grad and is_partitioned(p)]
+        shapes = {name: whole_shape(parameter) for name, parameter in trained}
+        shards = ((name, local_shard(parameter), shapes[name].numel()) for name, parameter in trained)
+        return {name: whole.view(shapes[name]) for name, whole in gather_to_owners(shards, lambda _: 0, self._group)}
+
+    @property
+    def _trainer(self) -> Trainer:
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer
+
+    @property
+    def _group(self) -> ShardGroup:
+        return ShardGroup(device=self.root_device)

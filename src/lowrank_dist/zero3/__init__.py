@@ -1,0 +1,1 @@
+"""The only package that names DeepSpeed's internals."""

@@ -1,0 +1,153 @@
+"""A sharded model run without an engine, forward and backward: for passes before there is anything to train.
+
+Every decoder layer, and every other module that holds parameters, gathers them for its forward. With gradients it runs
+as one checkpointed function, which gathers them again for its backward. So one layer is gathered at a time, and between
+layers only their inputs are kept. Nothing is fetched ahead.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from lowrank_dist.zero3.partition import gathered, repeated_layers
+
+
+@contextmanager
+def inert(backbone: PreTrainedModel) -> Iterator[None]:
+    """No adapters, nothing trained, no dropout, no cache; all as before at the end."""
+    training = {module: module.training for module in backbone.modules()}
+    wanted = {parameter: parameter.requires_grad for parameter in backbone.parameters()}
+    configs = {id(config): config for config in (backbone.config, backbone.config.get_text_config())}
+    caches = [(config, config.use_cache) for config in configs.values() if hasattr(config, "use_cache")]
+    adapters = [module for module in backbone.modules() if isinstance(module, BaseTunerLayer)]
+    backbone.eval()
+    for adapter in adapters:
+        adapter.enable_adapters(False)
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    for config, _ in caches:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config, value in caches:
+            config.use_cache = value
+        for adapter in adapters:
+            adapter.enable_adapters(True)
+        for parameter, wants in wanted.items():
+            parameter.requires_grad_(wants)
+        for module, mode in training.items():
+            module.training = mode
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A module that gathers its parameters as a whole: a decoder layer, or another module's parameters of its own.
+
+    Attributes
+    ----------
+    module
+        Whose forward it is.
+    members
+        The modules whose parameters are gathered.
+    parameters
+        These, each once.
+    """
+
+    module: nn.Module
+    members: list[nn.Module]
+    parameters: list[nn.Parameter]
+
+
+def units_of(backbone: nn.Module) -> list[Unit]:
+    """The units that hold all parameters of `backbone` together."""
+    stacked = repeated_layers(backbone)
+    inside = {id(module) for layer in stacked for module in layer.modules()}
+    units = [Unit(layer, list(layer.modules()), list(layer.parameters())) for layer in stacked]
+    for module in backbone.modules():
+        own = list(module.parameters(recurse=False))
+        if own and id(module) not in inside:
+            units.append(Unit(module, [module], own))
+    return units
+
+
+@contextmanager
+def layer_by_layer(
+    backbone: nn.Module, *, before: Callable[[Unit], object], after: Callable[[Unit], object]
+) -> Iterator[None]:
+    """Inside, `backbone` runs with its parameters partitioned; collective, all ranks run it at the same time.
+
+    Parameters
+    ----------
+    backbone
+        Its ZeRO-3 parameters are gathered unit by unit, all-gathers in forward and again in backward.
+    before, after
+        Called around the forward of every unit, not when it is run again for its backward.
+    """
+    with ExitStack() as stack:
+        for unit in units_of(backbone):
+            stack.enter_context(_gathering(unit, before, after))
+        yield
+
+
+@contextmanager
+def _gathering(unit: Unit, before: Callable[[Unit], object], after: Callable[[Unit], object]) -> Iterator[None]:
+    """Give ``unit.module`` a forward that gathers, checkpointed where gradients are wanted."""
+    replaced = vars(unit.module).get("forward")
+    original = unit.module.forward
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _whole(unit):
+            return original(*args, **kwargs)
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        before(unit)
+        if torch.is_grad_enabled():
+            work = functools.partial(run, **kwargs)
+            output = checkpoint(work, *args, use_reentrant=False, preserve_rng_state=False)
+        else:
+            output = run(*args, **kwargs)
+        after(unit)
+        return output
+
+    unit.module.forward = forward
+    try:
+        yield
+    finally:
+        del unit.module.forward
+        if replaced is not None:
+            unit.module.forward = replaced
+
+
+@contextmanager
+def _whole(unit: Unit) -> Iterator[None]:
+    """Inside, the members of `unit` hold whole tensors in the place of their parameters.
+
+    Not the gathered parameters themselves: autograd and checkpointing would save those as objects, which are empty
+    again when the backward comes. These tensors live as long as somebody holds them, here until the unit's forward is
+    done, or its backward.
+    """
+    values: dict[nn.Parameter, torch.Tensor] = {}
+    if unit.parameters:
+        with gathered(unit.parameters):
+            values = {parameter: parameter.detach() for parameter in unit.parameters}
+    swapped = [(member._parameters, dict(member._parameters)) for member in unit.members]
+    for held, parameters in swapped:
+        held.update((name, values[p]) for name, p in parameters.items() if p is not None)  # type: ignore[misc]
+    del values
+    try:
+        yield
+    finally:
+        for held, parameters in swapped:
+            held.update(parameters)

@@ -1,0 +1,235 @@
+"""What `lowrank_dist.forecast` says, against what runs on 1 to 4 ranks really hold, send and write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from peft import LoraConfig
+from torch import Tensor
+
+from helpers.live import LiveMemory
+from helpers.models import save_checkpoint
+from helpers.ranks import run_ranks
+from helpers.traffic import Traffic
+from helpers.training import GLOBAL_BATCH, CausalLM, loader, make_strategy, make_trainer
+from lowrank_dist import NF4, LoftQ, LoRA, LoRAXS, PiSSA, PiSSAStrategy
+from lowrank_dist.cli.plan_model import with_adapters
+from lowrank_dist.forecast import Forecast, Job, Shapes, forecast
+from lowrank_dist.forecast.activations import measure_activations
+from lowrank_dist.quantization.format import Dense
+from lowrank_dist.training.strategy import PRECISIONS
+from lowrank_dist.zero3.partition import local_shard
+
+LENGTH = 16  # of the sequences of helpers.training
+
+CASES: dict[str, dict[str, Any]] = {
+    "qpissa": {"init": PiSSA(quantization_iterations=2), "quantization": NF4()},
+    "double": {"init": LoftQ(), "quantization": NF4(double_quant=True)},
+    "dense": {"init": PiSSA(), "quantization": None, "fp32_norms": True},
+    "core": {"init": LoRAXS(), "quantization": NF4()},
+    "head": {"init": LoRA(), "quantization": NF4(), "modules_to_save": ["lm_head"]},
+}
+# case, precision, ranks, live_layers
+RUNS = [
+    ("qpissa", "32-true", 1, 2),
+    ("double", "bf16-true", 2, 0),
+    ("dense", "bf16-mixed", 3, 0),
+    ("qpissa", "bf16-true", 4, 2),
+    ("core", "bf16-true", 2, 0),
+    ("head", "bf16-mixed", 2, 1),
+]
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("llama"), "llama", tie_word_embeddings=False, num_hidden_layers=3)
+
+
+def adapter(case: dict[str, Any]) -> LoraConfig | None:
+    if case["init"] is None:  # as a decomposed model says
+        return None
+    return LoraConfig(r=4, lora_alpha=4, target_modules="all-linear", modules_to_save=case.get("modules_to_save"))
+
+
+def nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def resident(backbone: Any, zero: Any) -> dict[str, int]:
+    """Bytes that a rank holds after a step, tensor by tensor, by the names of the forecast."""
+    kinds = {"weight_packed": "codes", "weight_absmax": "maxima", "weight_nested": "maxima", "weight_rows": "dense"}
+    found = dict.fromkeys(("codes", "maxima", "dense", "other", "trained"), 0)
+    for name, parameter in backbone.named_parameters():
+        kind = "trained" if parameter.requires_grad else kinds.get(name.rpartition(".")[2], "other")
+        found[kind] += nbytes(local_shard(parameter))
+    state = [v for of_group in zero.optimizer.state.values() for v in of_group.values() if isinstance(v, Tensor)]
+    return found | {
+        "gradients": nbytes(zero.grad_partitions_flat_buffer),
+        "masters": sum(map(nbytes, zero.fp32_partitioned_groups_flat)),
+        "moments": sum(nbytes(value) for value in state if value.ndim),
+    }
+
+
+class Steps(Callback):
+    """Where every step began among the collectives, and the gathered bytes that were alive in steps after the first."""
+
+    def __init__(self, traffic: Traffic) -> None:
+        self.traffic, self.begun, self.memory = traffic, [], None
+
+    def on_train_batch_start(self, trainer: Any, module: Any, *_: Any) -> None:
+        self.begun.append(len(self.traffic.calls))
+        if self.memory is None:
+            self.memory = LiveMemory(module).__enter__()
+
+    def a_step(self, name: str) -> dict[int, int]:
+        """Bytes of a collective by the size of the group, in the third step: from then on all are alike."""
+        return self.traffic.nbytes(name, calls=slice(self.begun[2], self.begun[3]))
+
+
+def strategy_of(pretrained: Path, case: dict[str, Any], live_layers: int = 0) -> PiSSAStrategy:
+    names = ("init", "quantization", "fp32_norms", "init_cache")
+    options = {name: case[name] for name in names if name in case}
+    return make_strategy(pretrained, adapter=adapter(case), live_layers=live_layers, **options)
+
+
+def measure(
+    pretrained: Path, case: dict[str, Any], precision: str, live_layers: int, directory: Path
+) -> tuple[dict[str, int], dict[int, int], dict[int, int], int]:
+    strategy = strategy_of(pretrained, case, live_layers)
+    steps, module = Steps(Traffic()), CausalLM(pretrained)
+    trainer = make_trainer(strategy, precision=precision, steps=4, callbacks=[steps])
+    trainer.fit(module, loader(trainer.global_rank, trainer.world_size, 4))
+    trainer.save_checkpoint(directory)
+    gathered, reduced = steps.a_step("all_gather_into_tensor"), steps.a_step("reduce_scatter_tensor")
+    return resident(module.model, strategy.deepspeed_engine.optimizer), gathered, reduced, steps.memory.peak_bytes
+
+
+def job_of(case: dict[str, Any], precision: str, live_layers: int, ranks: int) -> Job:
+    compute_dtype, factor_dtype = PRECISIONS[precision]
+    return Job(
+        nodes=1,
+        gpus_per_node=ranks,
+        batch_size=GLOBAL_BATCH // ranks,
+        length=LENGTH,
+        compute_dtype=compute_dtype,
+        factor_dtype=factor_dtype,
+        init=case["init"],
+        residual=case["quantization"] or Dense(dtype=compute_dtype),
+        fp32_norms=case.get("fp32_norms", False),
+        live_layers=live_layers,
+        on_gpu=False,
+    )
+
+
+def expected(pretrained: Path, case: dict[str, Any], job: Job) -> Forecast:
+    """As ``lowrank-dist plan`` makes it."""
+    return forecast(*with_adapters(strategy_of(pretrained, case), pretrained, job))
+
+
+@pytest.mark.parametrize(("name", "precision", "ranks", "live_layers"), RUNS)
+def test_bytes_are_those_of_the_run(
+    untied: Path, name: str, precision: str, ranks: int, live_layers: int, tmp_path: Path
+) -> None:
+    """Exact, but for gathered layers, which are bounded, and gathers that live_layers spares."""
+    case = CASES[name]
+    said = expected(untied, case, job_of(case, precision, live_layers, ranks))
+    for held, gathered, reduced, peak in run_ranks(
+        ranks, measure, untied, case, precision, live_layers, tmp_path / "checkpoint"
+    ):
+        assert held == said.memory.resident
+        if ranks == 1:
+            assert said.traffic.collectives == ()
+            assert said.memory.layers == said.memory.head == 0
+            continue
+        gather, reduce = said.traffic.collectives
+        assert reduced == {ranks: reduce.nbytes}
+        assert peak <= said.memory.layers + said.memory.head
+        if live_layers:
+            assert gather.nbytes / 2 < gathered[ranks] <= gather.nbytes
+        else:
+            assert gathered == {ranks: gather.nbytes}
+            assert peak >= 0.98 * max(said.memory.layers, said.memory.head)
+    assert written(tmp_path / "checkpoint") == said.checkpoint
+
+
+def written(checkpoint: Path) -> int:
+    """Bytes of its tensor files, without Lightning's state, which is small and not counted."""
+    files = (path for path in checkpoint.rglob("*.safetensors") if path.name != "state.safetensors")
+    return sum(path.stat().st_size for path in files)
+
+
+STORED: list[tuple[dict[str, Any], str, int]] = [
+    ({"init": PiSSA(quantization_iterations=2), "quantization": NF4(double_quant=True)}, "bf16-true", 2),
+    ({"init": LoRA(), "quantization": None}, "32-true", 3),
+]
+
+
+@pytest.mark.parametrize(("case", "precision", "ranks"), STORED, ids=["qpissa", "lora"])
+def test_decomposed_models_are_planned_as_they_are_stored(
+    untied: Path, case: dict[str, Any], precision: str, ranks: int, tmp_path: Path
+) -> None:
+    """A run that fills the cache, one that finds it filled, and one from its directory: all hold and write the same."""
+    cached = {**case, "init_cache": tmp_path / "cache"}
+    job = job_of(case, precision, 0, ranks)
+    filling = expected(untied, cached, job)
+    assert filling.job.fills_cache
+    runs = run_ranks(ranks, measure, untied, cached, precision, 0, tmp_path / "filling")
+    found = expected(untied, cached, job)
+    (directory,) = (tmp_path / "cache").glob("llama*")
+    stored = {"init": None, "quantization": None}
+    direct = expected(directory, stored, job)
+    runs += run_ranks(ranks, measure, directory, stored, precision, 0, tmp_path / "direct")
+    for said, checkpoint in ((filling, "filling"), (found, "direct"), (direct, "direct")):
+        assert (said.job.init is None) == (said is not filling)
+        for held, gathered, reduced, _ in runs:
+            assert held == said.memory.resident
+            gather, reduce = said.traffic.collectives
+            assert gathered == {ranks: gather.nbytes}
+            assert reduced == {ranks: reduce.nbytes}
+        assert written(tmp_path / checkpoint) == said.checkpoint
+    files = sum(path.stat().st_size for path in directory.rglob("*.safetensors"))
+    assert 0.9 * files < found.disk_reads == direct.disk_reads < files  # headers are not counted
+    assert filling.disk_reads > found.disk_reads
+
+
+class Saving(CausalLM):
+    """Adds up what autograd saves in the third step, but for parameters and logits; each storage once."""
+
+    saved = 0
+
+    def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+        kept: dict[int, Tensor] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            of_parameters = {p.untyped_storage().data_ptr() for p in self.parameters()}
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in {*kept, *of_parameters} and tensor.shape[-1:] != (256,):
+                kept[storage.data_ptr()] = tensor
+                self.saved += storage.nbytes() if index == 2 else 0
+            return tensor
+
+        (ids,) = batch
+        mask = torch.ones_like(ids)
+        mask[0, -1] = 0  # a padded batch: attention gets a mask
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            return self.model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss
+
+
+def measure_saved(pretrained: Path) -> int:
+    module = Saving(pretrained)
+    trainer = make_trainer(make_strategy(pretrained, gradient_checkpointing=False), steps=3)
+    trainer.fit(module, loader(trainer.global_rank, trainer.world_size, 3))
+    return module.saved
+
+
+def test_activations_are_what_autograd_saves(untied: Path) -> None:
+    """5 %: masks, and small tensors that kernels save for themselves."""
+    shapes = Shapes.of(untied, adapter(CASES["qpissa"]))
+    said = measure_activations(shapes.backbone, length=LENGTH, dtype=torch.float32).times(GLOBAL_BATCH // 2)
+    assert said.measured
+    for saved in run_ranks(2, measure_saved, untied):
+        assert sum(said.layers) + said.outside == pytest.approx(saved, rel=0.05)

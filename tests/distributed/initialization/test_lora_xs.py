@@ -1,0 +1,114 @@
+"""LoRA-XS: only the r x r matrices are trained, losses are those of a plain process, and what is saved is a LoRA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from peft.tuners.lora import Linear as LoraLinear
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from helpers.ranks import run_ranks
+from helpers.training import LR, STEPS, CausalLM, dense_state, loader, make_strategy, make_trainer, tokens
+from lowrank_dist import NF4, AdapterCheckpoint, LoRAXS, convert_checkpoint, merge_checkpoint
+from lowrank_dist.decomposition.walk import check_matrices
+from lowrank_dist.layers.frozen import CoredLinear
+from lowrank_dist.model.skeleton import ModelError
+from lowrank_dist.storage.inspect import inspect
+
+INIT = LoRAXS(core_std=1e-2)
+
+
+class Evaluated(CausalLM):
+    logits: Tensor
+
+    def on_train_end(self) -> None:
+        self.model.eval()
+        with torch.no_grad():
+            self.logits = self.model(input_ids=tokens()[0], use_cache=False).logits
+
+
+def train(pretrained: Path, output: Path, options: dict[str, Any]) -> dict[str, Any]:
+    strategy = make_strategy(pretrained, init=INIT, **options)
+    callback = AdapterCheckpoint(dirpath=output, filename="{step}", every_n_train_steps=STEPS)
+    trainer = make_trainer(strategy, callbacks=[callback], enable_checkpointing=True)
+    state: dict[str, Tensor] = {}
+
+    class Before(Evaluated):
+        def on_train_start(self) -> None:
+            state.update(dense_state(strategy))
+
+    module = Before(pretrained)
+    trainer.fit(module, loader(trainer.global_rank, trainer.world_size))
+    shapes = sorted(tuple(p.ds_shape) for p in module.parameters() if p.requires_grad)
+    return {"losses": module.losses, "state": state, "logits": module.logits, "trained": shapes}
+
+
+def train_plainly(pretrained: Path, state: dict[str, Tensor]) -> list[float]:
+    """The same weights, factors and cores in stock transformers + PEFT, one process."""
+    model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32)
+    inject_adapter_in_model(LoraConfig(r=4, lora_alpha=4, target_modules="all-linear"), model)
+    for layer in model.modules():
+        if isinstance(layer, LoraLinear):
+            layer.lora_B["default"] = CoredLinear(layer.lora_B["default"].weight, nn.Parameter(torch.zeros(4, 4)))
+    model.load_state_dict(state)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith(".core"))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR)
+    losses = []
+    for ids in tokens():
+        optimizer.zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("quantization", [None, NF4()], ids=str)
+def test_only_the_cores_are_trained_as_in_a_plain_process(
+    llama: Path, tmp_path: Path, world_size: int, quantization: Any
+) -> None:
+    result = run_ranks(world_size, train, llama, tmp_path, {"quantization": quantization})[0]
+    assert result["trained"] == [(4, 4)] * 14
+    state = result["state"]
+    cores = [tensor for name, tensor in state.items() if name.endswith(".core")]
+    assert 0.5e-2 < float(torch.stack(cores).std()) < 2e-2
+    assert result["losses"] == pytest.approx(train_plainly(llama, state), rel=1e-5)
+    assert result["losses"][-1] != pytest.approx(result["losses"][0], rel=1e-4)
+
+
+def test_the_saved_lora_fits_the_original_model(llama: Path, tmp_path: Path) -> None:
+    result = run_ranks(2, train, llama, tmp_path, {"quantization": None})[0]
+    directory = tmp_path / f"step={STEPS}" / "lora"
+    names = load_file(directory / "adapter_model.safetensors")
+    assert len(names) == 28
+    assert all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in names)
+    uniform = convert_checkpoint(directory.parent, tmp_path / "uniform", rank=4)
+    assert uniform.energy.least == pytest.approx(1, abs=1e-12)
+    for lora in (directory, uniform.path):
+        base = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+        model = PeftModel.from_pretrained(base, lora).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(model(input_ids=tokens()[0]).logits, result["logits"], rtol=1e-4, atol=1e-5)
+    checkpoint = tmp_path / f"step={STEPS}"
+    assert inspect(checkpoint).facts["trained parameters"] == 14 * 4 * 4
+    merged = AutoModelForCausalLM.from_pretrained(merge_checkpoint(checkpoint, tmp_path / "merged"))
+    with torch.no_grad():
+        torch.testing.assert_close(merged(input_ids=tokens()[0]).logits, result["logits"], rtol=1e-4, atol=1e-5)
+
+
+def test_embeddings_and_experts_are_refused() -> None:
+    from lowrank_dist.model.skeleton import Plan, PlannedMatrix
+
+    shape: dict[str, Any] = {"rows": 8, "columns": 8, "input_first": True, "rank": 2, "scaling": 1.0}
+    for kind in ("lookup", "wrapped"):
+        plan = Plan(matrices=[PlannedMatrix(layer="e", key="e.weight", **shape, **{kind: True})])
+        with pytest.raises(ModelError, match="linear layers only; drop it from the targets"):
+            check_matrices(plan, INIT)

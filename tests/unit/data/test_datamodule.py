@@ -1,0 +1,378 @@
+from __future__ import annotations
+
+import logging
+import sys
+from itertools import chain
+from pathlib import Path
+from types import SimpleNamespace
+
+import lightning as L
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from jsonargparse import ArgumentParser
+
+from helpers.sft import byte_level_tokenizer, write_jsonl
+from lowrank_dist.data.datamodule import ResumableLoader, SFTDataModule, ShardedSampler
+from lowrank_dist.data.sft import IGNORE_INDEX, Collator, TokenDataset
+
+
+def dataset_of(sizes):
+    return TokenDataset([torch.full((2, size), index, dtype=torch.int32) for index, size in enumerate(sizes)])
+
+
+def samplers(dataset, ranks, batch_size, **settings):
+    return [
+        ShardedSampler(dataset, batch_size=batch_size, num_replicas=ranks, rank=rank, **settings)
+        for rank in range(ranks)
+    ]
+
+
+# --------------------------------------------------------------------------------------------- sampler
+counts = st.tuples(st.integers(1, 60), st.integers(1, 5), st.integers(1, 5))  # items, ranks, batch size
+sizes_seed = st.integers(0, 5)
+
+
+@given(counts, st.booleans(), sizes_seed)
+def test_in_evaluation_every_item_counts_once(numbers, grouped, seed):
+    items, ranks, batch_size = numbers
+    dataset = dataset_of(torch.randint(1, 20, (items,), generator=torch.Generator().manual_seed(seed)).tolist())
+    shares = [list(s) for s in samplers(dataset, ranks, batch_size, shuffle=False, group_by_length=grouped)]
+    assert {len(share) for share in shares} == {-(-items // ranks)}
+    flat = [index for share in shares for index in share]
+    assert sorted(index for index in flat if index >= 0) == list(range(items))
+    assert sum(index < 0 for index in flat) < ranks
+
+
+@given(counts, st.booleans(), st.integers(0, 3))
+def test_in_training_ranks_share_every_epoch(numbers, grouped, epoch):
+    items, ranks, batch_size = numbers
+    dataset = dataset_of([1 + index % 7 for index in range(items)])
+    everyone = samplers(dataset, ranks, batch_size, shuffle=True, group_by_length=grouped, seed=3)
+    for sampler in everyone:
+        sampler.set_epoch(epoch)
+    shares = [list(sampler) for sampler in everyone]
+    assert {len(share) for share in shares} == {len(everyone[0])} == {-(-items // ranks)}
+    flat = [index for share in shares for index in share]
+    assert set(flat) == set(range(items))
+    assert len(flat) - items < ranks
+    assert shares == [list(sampler) for sampler in everyone]  # the same epoch has the same order
+
+
+@given(counts, st.booleans(), st.integers(1, 5), st.integers(0, 8))
+def test_an_epoch_continues_on_another_number_of_ranks(numbers, grouped, ranks_after, steps):
+    items, ranks, batch_size = numbers
+    dataset = dataset_of([1 + index % 7 for index in range(items)])
+    before = samplers(dataset, ranks, batch_size, shuffle=True, group_by_length=grouped)
+    loaders = [ResumableLoader(dataset, batch_size, sampler=s, collate_fn=Collator(0)) for s in before]
+    for loader in loaders:
+        loader.sampler.set_epoch(2)
+    seen = set()
+    for loader in loaders:
+        for _, batch in zip(range(steps), loader, strict=False):
+            seen |= set(batch["input_ids"].max(dim=1).values.tolist())
+    assert all(loader.state_dict() == loaders[0].state_dict() for loader in loaders)
+    after = samplers(dataset, ranks_after, batch_size, shuffle=True, group_by_length=grouped)
+    rest: list[int] = []
+    for sampler in after:
+        loader = ResumableLoader(dataset, batch_size, sampler=sampler, collate_fn=Collator(0))
+        loader.load_state_dict(loaders[0].state_dict())
+        sampler.set_epoch(2)  # as Lightning does, after it has loaded the state
+        rest += list(sampler)
+    if len(seen) == items:  # the epoch was over: it would begin anew
+        assert set(rest) == set(range(items))
+    else:
+        assert set(rest) | seen == set(range(items))
+        assert len(rest) - (items - len(seen)) < ranks_after  # nothing but the filling is seen twice
+    after[0].set_epoch(3)
+    assert after[0].start == 0
+    assert after[0].order_step_size == ranks_after * batch_size
+
+
+def test_the_order_depends_on_seed_and_epoch():
+    dataset = dataset_of([3] * 50)
+    orders = []
+    for seed, epoch in ((0, 0), (0, 1), (5, 0)):
+        (sampler,) = samplers(dataset, 1, 4, shuffle=True, seed=seed)
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
+def test_grouping_makes_steps_of_similar_lengths_and_begins_with_the_longest():
+    sizes = torch.randint(1, 200, (1000,), generator=torch.Generator().manual_seed(0)).tolist()
+    dataset, ranks, batch_size = dataset_of(sizes), 4, 4
+
+    def padded(grouped):
+        shares = [list(s) for s in samplers(dataset, ranks, batch_size, shuffle=True, group_by_length=grouped)]
+        starts = range(0, len(shares[0]), batch_size)
+        steps = [list(chain.from_iterable(share[at : at + batch_size] for share in shares)) for at in starts]
+        return sum(max(sizes[i] for i in step) * len(step) for step in steps), steps
+
+    random, _ = padded(False)
+    grouped, steps = padded(True)
+    # the tokens themselves are 0.54 of what random batches are padded to; grouping must come near
+    assert grouped < 0.62 * random
+    assert max(sizes) in {sizes[i] for i in steps[0]}
+    longest = [max(sizes[i] for i in step) for step in steps]
+    assert longest != sorted(longest, reverse=True)  # steps are shuffled
+
+
+# ------------------------------------------------------------------------------------------ DataModule
+RECORDS = [{"prompt": f"hello {index}", "completion": " world" * (1 + index % 5)} for index in range(23)]
+
+
+@pytest.fixture
+def tokenizer_dir(tmp_path: Path) -> str:
+    byte_level_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    return str(tmp_path / "tokenizer")
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> str:
+    return write_jsonl(tmp_path / "train.jsonl", RECORDS)
+
+
+def test_fit_and_validate_tokenize_once(tokenizer_dir, train):
+    data = SFTDataModule(tokenizer_dir, train, train, batch_size=4)
+    data.setup("fit")
+    first = data._sets["validation"]
+    data.setup("validate")
+    assert data._sets["validation"] is first
+    assert len(data.val_dataloader()) == 6
+    assert data.test_dataloader() == []
+    batch = next(iter(data.train_dataloader()))
+    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+    assert len(batch["labels"]) == 4
+    assert (batch["labels"] != IGNORE_INDEX).any(dim=1).all()
+
+
+def test_limits(tokenizer_dir, train):
+    data = SFTDataModule(tokenizer_dir, train, train, limit=5, eval_limit=3)
+    data.setup("fit")
+    assert (len(data._sets["train"]), len(data._sets["validation"])) == (5, 3)
+
+
+def test_packing_makes_fuller_rows(tokenizer_dir, train):
+    data = SFTDataModule(tokenizer_dir, train, batch_size=2, packing=True, max_length=64)
+    data.setup("fit")
+    dataset = data._sets["train"]
+    assert len(dataset) < len(RECORDS)
+    assert max(dataset.lengths) <= 64
+    assert set(next(iter(data.train_dataloader()))) == {"input_ids", "position_ids", "labels"}
+
+
+def test_long_examples_are_cut_and_hopeless_ones_dropped(tokenizer_dir, tmp_path, caplog):
+    tokenizer = byte_level_tokenizer()
+    records = [
+        {"prompt": "hello", "completion": " world"},
+        {"prompt": "hello", "completion": " world" * 100},
+        {"prompt": "hello" * 100, "completion": " world"},
+    ]
+    data = SFTDataModule(tokenizer_dir, write_jsonl(tmp_path / "long.jsonl", records), max_length=20)
+    with caplog.at_level(logging.WARNING):
+        data.setup("fit")
+    assert data._sets["train"].lengths[1] == 20
+    cut = data._sets["train"][1]
+    assert tokenizer.decode(cut["input_ids"]).startswith("hello world world")
+    assert cut["labels"][-1] == cut["input_ids"][-1] != tokenizer.eos_token_id
+    assert (
+        "2 of 3 examples are longer than max_length=20 and were cut; 1 of them had no response left and were dropped"
+        in caplog.text
+    )
+
+
+def test_nothing_left_is_an_error(tokenizer_dir, tmp_path):
+    path = write_jsonl(tmp_path / "long.jsonl", [{"prompt": "hello" * 100, "completion": " world"}])
+    with pytest.raises(ValueError, match=r"none of the 1 examples has a response token within max_length=20; raise"):
+        SFTDataModule(tokenizer_dir, path, max_length=20).setup("fit")
+
+
+def test_an_empty_file_is_an_error(tokenizer_dir, tmp_path):
+    path = write_jsonl(tmp_path / "empty.jsonl", [])
+    with pytest.raises(ValueError, match="holds no record"):
+        SFTDataModule(tokenizer_dir, path).setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"packing": True, "group_by_length": True}, "exclude each other"),
+        ({"max_length": 1}, "max_length=1 must be at least 2"),
+        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"limit": 0}, "limit=0 must be at least 1"),
+        ({"num_workers": -1}, "num_workers=-1 must be at least 0"),
+    ],
+)
+def test_settings_are_checked(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SFTDataModule("t", "x.jsonl", **settings)
+
+
+def test_missing_files_are_named(tokenizer_dir, train, tmp_path):
+    missing = SFTDataModule(tokenizer_dir, str(tmp_path / "no.jsonl"))
+    missing.prepare_data()  # runs on one rank only: says nothing
+    with pytest.raises(ValueError, match=r"train='.*no\.jsonl' does not exist"):
+        missing.setup("fit")
+    with pytest.raises(ValueError, match="is not a file; give the path of a Jinja file"):
+        SFTDataModule(tokenizer_dir, train, chat_template="no.jinja").setup("fit")
+    with pytest.raises(ValueError, match="validate needs data: set `validation`"):
+        SFTDataModule(tokenizer_dir, train).setup("validate")
+
+
+def test_a_chat_template_can_be_given(tokenizer_dir, tmp_path):
+    template = tmp_path / "chat.jinja"
+    template.write_text("{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}")
+    conversation = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "world"}]
+    path = write_jsonl(tmp_path / "chat.jsonl", [{"messages": conversation}])
+    data = SFTDataModule(tokenizer_dir, path, chat_template=str(template))
+    data.setup("fit")
+    text = byte_level_tokenizer().decode(data._sets["train"][0]["input_ids"])
+    assert text == "[user] hello\n[assistant] world\n<|im_end|>"
+
+
+def test_hub_ids_go_to_datasets(tokenizer_dir, monkeypatch):
+    calls = []
+
+    def load_dataset(*args, **kwargs):
+        calls.append((args, kwargs))
+        if kwargs["split"] == "nope":
+            raise ValueError("Unknown split nope")
+        return RECORDS[:4]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    data = SFTDataModule(tokenizer_dir, "org/set", subset="math", train_split="train[:4]")
+    data.prepare_data()
+    data.setup("fit")
+    assert calls == [(("org/set", "math"), {"split": "train[:4]"})] * 2
+    assert len(data._sets["train"]) == 4
+    with pytest.raises(ValueError, match=r"subset=None, split='nope'\) it cannot be loaded: Unknown split nope"):
+        SFTDataModule(tokenizer_dir, "org/set", train_split="nope").setup("fit")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    missing = SFTDataModule(tokenizer_dir, "org/set")
+    missing.prepare_data()
+    with pytest.raises(ImportError, match=r"pip install lowrank-dist\[datasets\]"):
+        missing.setup("fit")
+
+
+def test_the_command_line_documents_every_option(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    parser = ArgumentParser()
+    parser.add_class_arguments(SFTDataModule, "data")
+    undocumented = [a.dest for a in parser._actions if a.dest.startswith("data.") and not a.help]
+    assert undocumented == []
+    assert "--data.group_by_length" in parser.format_help()
+
+
+# ------------------------------------------------------------------------------------- under Lightning
+class Recorder(L.LightningModule):
+    """Writes down the items of every batch; a parameter is there for the sake of the loop."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen: list[list[int]] = []
+        self.validated: list[list[int]] = []
+
+    @staticmethod
+    def items(batch):
+        return [hash(tuple(row)) for row in batch["input_ids"][:, :6].tolist()]
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append(self.items(batch))
+        return self.weight**2
+
+    def validation_step(self, batch, batch_idx):
+        self.validated.append(self.items(batch))
+
+    def configure_optimizers(self):
+        assert self.trainer.estimated_stepping_batches  # creates the loader before the checkpoint is read
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Saver(L.Callback):
+    def __init__(self, directory):
+        self.directory = directory
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step % 2 == 0:
+            trainer.save_checkpoint(self.directory / f"{trainer.global_step}.ckpt")
+
+
+def fit(data, tmp_path, *, epochs=2, checkpoint=None, **settings):
+    module = Recorder()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        **settings,
+    )
+    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=False)
+    return module, trainer
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_run_resumes_in_the_middle_of_an_epoch(tokenizer_dir, train, tmp_path, grouped):
+    def data():
+        return SFTDataModule(tokenizer_dir, train, batch_size=4, group_by_length=grouped)
+
+    whole, trainer = fit(data(), tmp_path, callbacks=[Saver(tmp_path)])
+    assert isinstance(trainer.train_dataloader.sampler, ShardedSampler)  # not replaced
+    assert len(whole.seen) == 12
+    assert len({item for batch in whole.seen[:6] for item in batch}) == 23
+    assert whole.seen[:6] != whole.seen[6:]
+    for step in (2, 4, 8):
+        resumed, _ = fit(data(), tmp_path, checkpoint=tmp_path / f"{step}.ckpt")
+        assert resumed.seen == whole.seen[step:]
+
+
+def test_a_run_resumes_at_the_end_of_an_epoch(tokenizer_dir, train, tmp_path):
+    def data():
+        return SFTDataModule(tokenizer_dir, train, train, batch_size=4)
+
+    whole, trainer = fit(data(), tmp_path, epochs=2)
+    assert isinstance(trainer.val_dataloaders.sampler, ShardedSampler)
+    first, trainer = fit(data(), tmp_path, epochs=1)
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    second, _ = fit(data(), tmp_path, epochs=2, checkpoint=tmp_path / "end.ckpt")
+    assert first.seen + second.seen == whole.seen
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_checkpoint_may_be_read_after_the_iterator_was_made(tokenizer_dir, train, workers):
+    """The order under DeepSpeed, whose checkpoints are restored after `configure_optimizers` made the loader."""
+    before = SFTDataModule(tokenizer_dir, train, batch_size=4, num_workers=workers)
+    before.setup("fit")
+    loader = before.train_dataloader()
+    loader.sampler.set_epoch(3)
+    batches = iter(loader)
+    next(batches), next(batches)
+    state = before.state_dict()
+    rest = [batch["input_ids"].tolist() for batch in batches]
+    assert len(rest) == 4
+
+    after = SFTDataModule(tokenizer_dir, train, batch_size=4, num_workers=workers)
+    after.setup("fit")
+    loader = after.train_dataloader()
+    batches = iter(loader)
+    after.load_state_dict(state)
+    loader.sampler.set_epoch(3)
+    assert [batch["input_ids"].tolist() for batch in batches] == rest
+    loader.sampler.set_epoch(4)
+    assert len(list(loader)) == 6
+
+
+def test_workers_and_overfitting_work(tokenizer_dir, train, tmp_path):
+    alone, _ = fit(SFTDataModule(tokenizer_dir, train, batch_size=4), tmp_path, epochs=2)
+    data = SFTDataModule(tokenizer_dir, train, batch_size=4, num_workers=2)
+    assert fit(data, tmp_path, epochs=2)[0].seen == alone.seen
+    data = SFTDataModule(tokenizer_dir, train, batch_size=4)
+    with pytest.warns(UserWarning, match="requested to overfit"):
+        module, _ = fit(data, tmp_path, epochs=2, overfit_batches=1)
+    assert len(module.seen) == 2
+    assert module.seen[0] == module.seen[1]

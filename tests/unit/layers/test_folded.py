@@ -1,0 +1,202 @@
+"""Layers computed as one product against PEFT's own forward, and the Triton kernel against bitsandbytes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
+
+from lowrank_dist.distributed.group import ShardGroup
+from lowrank_dist.distributed.partition import RowPartition
+from lowrank_dist.layers.folded import FoldedLinear, fold_adapters
+from lowrank_dist.layers.frozen import FrozenLinear
+from lowrank_dist.quantization.format import Dense
+from lowrank_dist.quantization.nf4 import NF4
+
+IN, OUT, RANK = 128, 80, 4
+SINGLE = ShardGroup.single()
+
+
+def adapted(residual: Any, *, input_first: bool = False, dropout: float = 0.0, scaling: float = 1.5) -> Any:
+    """PEFT's layer, with a bias, over a frozen one."""
+    torch.manual_seed(0)
+    owner = nn.Module()
+    owner.linear = Conv1D(OUT, IN) if input_first else nn.Linear(IN, OUT)
+    options = {"fan_in_fan_out": input_first, "lora_dropout": dropout, "target_modules": ["linear"]}
+    inject_adapter_in_model(LoraConfig(r=RANK, lora_alpha=RANK * scaling, **options), owner)
+    layer = owner.linear
+    rows, columns = layer.base_layer.weight.shape
+    partition = RowPartition(rows=rows, columns=columns, world_size=1, block=residual.block)
+    frozen = FrozenLinear(partition, residual, compute_dtype=torch.float32, input_first=input_first)
+    for name, shard in residual.encode(torch.randn(rows, columns) / 10, partition, SINGLE).shards.items():
+        setattr(frozen, name, nn.Parameter(shard, requires_grad=False))
+    frozen.bias = nn.Parameter(torch.randn(OUT), requires_grad=False)
+    layer.base_layer = frozen
+    for factor in (layer.lora_A, layer.lora_B):
+        nn.init.normal_(factor["default"].weight, std=0.1)
+    return owner
+
+
+def outcome(layer: nn.Module, x: Tensor, run: Any = lambda layer, x: layer(x)) -> dict[str, Tensor]:
+    """Output and gradients."""
+    x = x.clone().requires_grad_()
+    y = run(layer, x)
+    trained = {name: p for name, p in layer.named_parameters() if p.requires_grad}
+    grads = torch.autograd.grad((y * torch.linspace(-1, 1, OUT)).sum(), [x, *trained.values()])
+    return {"y": y.detach(), **dict(zip(["x", *trained], grads, strict=True))}
+
+
+@pytest.mark.parametrize("residual", [NF4(), NF4(double_quant=True), Dense(dtype=torch.float32)], ids=str)
+@pytest.mark.parametrize("input_first", [False, True])
+def test_the_same_as_peft(residual: Any, input_first: bool) -> None:
+    """fp32: two sums in another order."""
+    owner, x = adapted(residual, input_first=input_first), torch.randn(3, 7, IN)
+    expected = outcome(owner.linear, x)
+    (layer,) = fold_adapters(owner, "always")
+    assert layer is owner.linear
+    stored = [p.clone() for p in layer.base_layer.stored()]
+    found = outcome(layer, x)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(found["y"], expected["y"])  # it was another computation
+    assert all(map(torch.equal, stored, layer.base_layer.stored()))
+
+
+def test_what_is_not_one_product_is_left_to_peft() -> None:
+    owner, x = adapted(NF4(), dropout=0.5), torch.randn(5, IN)
+    (layer,) = fold_adapters(owner, "always")
+    layer.folded = lambda _: pytest.fail("folded")
+    layer(x)  # dropout
+    layer.enable_adapters(False)
+    torch.testing.assert_close(layer(x), layer.base_layer(x))
+    layer.enable_adapters(True)
+    layer.eval()
+    with pytest.raises(pytest.fail.Exception):
+        layer(x)
+
+
+def test_the_faster_is_used_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times are as they come; the choice must be theirs, be made once for a shape, and survive checkpointing."""
+    owner, x = adapted(NF4()), torch.randn(40, IN)
+    expected = outcome(owner.linear, x)
+    (layer,) = fold_adapters(owner, "measured")
+    for run in (lambda layer, x: layer(x), lambda layer, x: checkpoint(layer, x, use_reentrant=False)):
+        torch.testing.assert_close(outcome(layer, x, run), expected, rtol=1e-5, atol=1e-5)
+    layer(torch.randn(64, IN))
+    found = layer.folding.found
+    assert list(found) == [(IN, OUT, RANK, 64)]
+    assert all(milliseconds > 0 for milliseconds in found[IN, OUT, RANK, 64])
+    for times in ((1.0, 2.0), (2.0, 1.0)):
+        found[IN, OUT, RANK, 64] = times
+        folded = []
+        monkeypatch.setattr(FoldedLinear, "folded", lambda layer, x, folded=folded: folded.append(layer))
+        layer(x)
+        assert bool(folded) == (times[1] < times[0])
+
+
+@pytest.mark.parametrize("other", [lambda b: nn.Sequential(b), lambda b: nn.Linear(b.in_features, b.out_features)])
+def test_layers_with_a_core_or_a_bias_stay_as_they_are(other: Any) -> None:
+    owner = adapted(NF4())
+    owner.linear.lora_B["default"] = other(owner.linear.lora_B["default"])
+    assert fold_adapters(owner, "always") == []
+
+
+def test_never() -> None:
+    assert fold_adapters(adapted(NF4()), "never") == []
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Executor]:
+    """A process in which Triton was imported with its interpreter chosen."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+        pool.submit(int).result()
+    with pool:
+        yield pool
+
+
+def decode_interpreted(shape: tuple[int, int], fmt: NF4, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """By bitsandbytes, by the kernel, by the kernel with a product of rank 20; and that product in fp64."""
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = shape
+    partition = RowPartition(rows=rows, columns=columns, world_size=3, block=fmt.block_size)
+    whole = RowPartition(rows=partition.padded_rows, columns=columns, world_size=1, block=fmt.block_size)
+    assert fmt.has_kernel(partition, torch.device("cpu"))
+    weight = torch.zeros(partition.padded_rows, columns)
+    weight[:rows] = torch.randn(shape, generator=generator)
+    stored = fmt.encode(weight, whole, SINGLE).shards
+    left, right = (torch.randn(of, generator=generator).to(dtype) for of in ((rows, 20), (columns, 20)))
+    product = left, right.mT
+    return (
+        fmt.decode_with_bitsandbytes(stored, partition, dtype),
+        fmt.decode_with_kernel(stored, partition, dtype),
+        fmt.decode(stored, partition, dtype, product),
+        product[0].double() @ product[1].double(),
+    )
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("shape", "block_size"), [((130, 640), 64), ((37, 192), 64), ((20, 512), 256)])
+def test_the_kernel_decodes_as_bitsandbytes_does(
+    interpreter: Executor, shape: tuple[int, int], block_size: int, dtype: torch.dtype, double_quant: bool
+) -> None:
+    """Bit for bit without a product; with one, a sum of 20 in fp32, rounded once.
+
+    Not in bf16, which Triton's interpreter does not multiply; tests/gpu has it.
+    """
+    fmt = NF4(block_size=block_size, double_quant=double_quant)
+    plain, alone, added, product = interpreter.submit(decode_interpreted, shape, fmt, dtype).result()
+    assert torch.equal(alone, plain)
+    assert alone.dtype == added.dtype == dtype
+    exact = plain.double() + product
+    # fp16: the plain values were rounded before, the sum was not
+    tolerance = {torch.float32: 2e-6, torch.float16: 2e-3}[dtype]
+    torch.testing.assert_close(added.double(), exact, rtol=tolerance, atol=tolerance)
+
+
+def compiled(capability: int, nested: bool, product: bool) -> tuple[str, int]:
+    """PTX of the kernel in bf16 for a CUDA capability, and the shared memory that it takes."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from lowrank_dist.quantization.nf4_triton import TILES, _decode_kernel
+
+    tile = dict(TILES[product])
+    options = {"num_warps": tile.pop("num_warps"), "enable_fp_fusion": False}
+    constants = {"BLOCK": 64, "GROUP": 64, "NESTED": nested, "PRODUCT": product, **tile}
+    pointers = {"packed": "*u8", "absmax": "*u8" if nested else "*fp32"}
+    pointers |= dict.fromkeys(("nested", "code_map", "absmax_map"), "*fp32")
+    pointers |= dict.fromkeys(("left", "right", "out"), "*bf16")
+    names = _decode_kernel.arg_names
+    signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in (*pointers, "rows", "columns")}
+    source = ASTSource(_decode_kernel, signature, {(names.index(n),): value for n, value in constants.items()}, aligned)
+    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return kernel.asm["ptx"], kernel.metadata.shared
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_kernel_compiles(capability: int, nested: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For A100 and H100, without a device: tensor cores multiply, stores are 16 bytes wide, no register is spilled."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # a home may not be writable
+    for product in (False, True):
+        ptx, shared = compiled(capability, nested, product)
+        assert ("wgmma" if capability == 90 else "mma.sync") in ptx or not product
+        assert ".local" not in ptx
+        assert set(re.findall(r"st\.global[.\w]*", ptx)) == {"st.global.v4.b32"}
+        assert shared <= 48 * 2**10  # what every device has

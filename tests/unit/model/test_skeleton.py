@@ -1,0 +1,221 @@
+"""Plans without ranks: what is refused, with its name and the remedy, and where parameters are found in checkpoints."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    conversion_mapping,
+)
+from transformers.core_model_loading import Chunk, WeightConverter
+
+from helpers.models import save_checkpoint
+from lowrank_dist.decomposition.schedule import Sharding
+from lowrank_dist.initialization.open import ModelRecipe
+from lowrank_dist.initialization.source import Resume
+from lowrank_dist.model.skeleton import ModelError, Plan, inject_adapter, meta_parameters, plan_walk, untie_embeddings
+from lowrank_dist.storage.reader import CheckpointError, CheckpointReader
+
+
+def skeleton(directory: Path, auto_class: Any = AutoModelForCausalLM) -> Any:
+    with meta_parameters():
+        model = auto_class.from_config(AutoConfig.from_pretrained(directory))
+    model.tie_weights()
+    return model
+
+
+def plan(directory: Path, *, untie: bool = False, model: Any = None, **adapter: Any) -> Plan:
+    model = model or skeleton(directory)
+    tied = untie_embeddings(model) if untie else {}
+    inject_adapter(model, LoraConfig(**{"r": 4, "lora_alpha": 4, **adapter}))
+    return plan_walk(model, CheckpointReader(directory), tied)
+
+
+def refused(directory: Path, *texts: str, **options: Any) -> None:
+    with pytest.raises(ModelError) as caught:
+        plan(directory, **options)
+    for text in texts:
+        assert text in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_tied_weights(llama: Path) -> None:
+    for target, other in (("lm_head", "model.embed_tokens"), ("embed_tokens", "lm_head")):
+        refused(llama, f"is tied to {other}.weight", "PiSSAStrategy(untie_embeddings=True)", target_modules=[target])
+    planned = plan(llama, untie=True, target_modules=["lm_head", "embed_tokens"])
+    assert [m.key for m in planned.matrices] == ["model.embed_tokens.weight"] * 2
+    assert [m.input_first for m in planned.matrices] == [True, False]
+    half = plan(llama, untie=True, target_modules=["embed_tokens"])
+    assert [p.key for p in half.parameters if "lm_head.weight" in p.names] == ["model.embed_tokens.weight"]
+
+
+def test_a_tied_weight_under_the_heads_name(llama: Path, tmp_path: Path) -> None:
+    """As transformers: whichever of the names is there."""
+    tensors = {}
+    for file in llama.glob("*.safetensors"):
+        tensors |= load_file(file)
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text((llama / "config.json").read_text())
+    for untie in (False, True):
+        planned = plan(tmp_path, untie=untie, target_modules=["q_proj"])
+        keys = {name: p.key for p in planned.parameters for name in p.names}
+        assert keys["lm_head.weight"] == keys["model.embed_tokens.weight"] == "lm_head.weight"
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("stored", ["model.embed_tokens.weight", "lm_head.weight"])
+@pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]])
+def test_copies_of_tied_weights(llama: Path, tmp_path: Path, saved: list[str], stored: str) -> None:
+    """Trained copies begin with the one tensor that is there, as PEFT's do."""
+    tensors = {name: tensor for file in llama.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    tensors[stored] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text((llama / "config.json").read_text())
+    planned = plan(tmp_path, target_modules=["q_proj"], modules_to_save=saved)
+    trained = [p for p in planned.parameters if p.trainable]
+    assert sorted(p.names[0].split(".modules_to_save")[0].split(".")[-1] for p in trained) == sorted(saved)
+    assert {p.key for p in trained} == {stored}
+    assert all(p.key is not None for p in planned.parameters)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_what_is_initialised_anew_is_said(tmp_path: Path, resumed: bool) -> None:
+    """One line for a new head, none where a checkpoint holds it."""
+    base = save_checkpoint(tmp_path, "bert", auto_class=AutoModelForMaskedLM)
+    adapter = LoraConfig(r=4, target_modules=["query"], modules_to_save=["pooler", "classifier"], task_type="SEQ_CLS")
+    lines: list[str] = []
+    opened = ModelRecipe(pretrained=str(base), adapter=adapter).open(
+        skeleton(base, AutoModelForSequenceClassification),
+        compute_dtype=torch.float32,
+        sharding=Sharding(),
+        announce=lines.append,
+        resume=Resume(checkpoint=base, source="") if resumed else None,
+    )
+    new = "bert.pooler.dense.weight, bert.pooler.dense.bias, classifier.weight, classifier.bias"
+    assert lines == [] if resumed else [f"{base} holds no {new}: initialised anew and trained"]
+    opened.source.close()
+
+
+def test_encoder_decoders_stay_tied(tmp_path: Path) -> None:
+    small = {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_heads": 4, "num_layers": 1, "vocab_size": 64}
+    base = save_checkpoint(tmp_path, "t5", auto_class=AutoModelForSeq2SeqLM, tie_word_embeddings=True, **small)
+    model = skeleton(base, AutoModelForSeq2SeqLM)
+    refused(base, "is an encoder-decoder", model=model, untie=True, target_modules=["q"])
+
+
+def test_embeddings_that_are_not_plain(tmp_path: Path) -> None:
+    opt = save_checkpoint(
+        tmp_path / "opt",
+        "opt",
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=64,
+        word_embed_proj_dim=32,
+        max_position_embeddings=32,
+    )
+    refused(opt, "embed_positions is a OPTLearnedPositionalEmbedding", "drop it", target_modules=["embed_positions"])
+    llama = save_checkpoint(tmp_path / "llama", "llama", tie_word_embeddings=False)
+    for option in ("max_norm", "sparse", "scale_grad_by_freq"):
+        model = skeleton(llama)
+        setattr(model.model.embed_tokens, option, 1)
+        text = f"model.embed_tokens is an embedding with {option}=1"
+        refused(llama, text, "drop it from target_modules", model=model, target_modules=["embed_tokens"])
+
+
+def test_parameters_that_cannot_be_taken_apart(tmp_path: Path) -> None:
+    mixtral = save_checkpoint(tmp_path / "mixtral", "mixtral")
+    down = {"target_modules": [], "target_parameters": ["experts.down_proj"]}
+    text = "rank=41 exceeds min(out, in)=40 of model.layers.0.mlp.experts.down_proj"
+    refused(mixtral, text, "drop it from target_parameters", r=41, **down)
+    refused(mixtral, "does not work with lora_dropout != 0", lora_dropout=0.1, **down)
+    llama = save_checkpoint(tmp_path / "llama", "llama", tie_word_embeddings=False)
+    embedding = {"target_modules": [], "target_parameters": ["embed_tokens.weight"]}
+    refused(llama, "model.embed_tokens.weight is the weight of an embedding", "use target_modules", **embedding)
+    one = save_checkpoint(tmp_path / "one", "gpt_oss", num_local_experts=1, num_experts_per_tok=1)
+    refused(one, "PEFT applies its adapter the wrong way round for a single expert", **down)
+
+
+def test_other_layers_and_variants(tmp_path: Path, llama: Path) -> None:
+    class WithConvolution(nn.Module):
+        pass
+
+    model = skeleton(llama)
+    with meta_parameters():
+        model.model.layers[0].conv = nn.Conv1d(4, 4, 2)
+    refused(
+        llama, "model.layers.0.conv is a Conv1d", "drop it from target_modules", model=model, target_modules=["conv"]
+    )
+    refused(llama, "ensure_weight_tying=True is not supported", target_modules=["q_proj"], ensure_weight_tying=True)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_experts_on_disk(tmp_path: Path, fused: bool) -> None:
+    """One by one or stacked: an expert's rows are its rows, read by any range, and its name is that of the model."""
+    base = save_checkpoint(tmp_path, "qwen3_moe", save_original_format=not fused)
+    reader, model = CheckpointReader(base), AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    skeleton_ = skeleton(base)
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    inject_adapter(skeleton_, LoraConfig(r=4, target_modules=[], target_parameters=names))
+    matrices = plan_walk(skeleton_, reader).matrices
+    assert len(matrices) == 2 * 2 * 6
+    before = reader.bytes_read
+    for planned in matrices:
+        assert planned.key == planned.name
+        whole = model.get_parameter(planned.name.partition("[")[0])[planned.expert]
+        assert (planned.rows, planned.columns) == whole.shape
+        cuts = [0, 3, 3, 21, planned.rows]
+        parts = [reader.rows(planned.key, a, b) for a, b in pairwise(cuts)]
+        assert torch.equal(torch.cat(parts), whole)
+    assert reader.bytes_read - before == sum(m.rows * m.columns * 4 for m in matrices)
+    plain = plan_walk(skeleton(base), reader).parameters
+    (stack,) = [p.key for p in plain if p.names == ("model.layers.1.mlp.experts.gate_up_proj",)]
+    whole = model.model.layers[1].mlp.experts.gate_up_proj
+    assert stack is not None
+    assert torch.equal(reader.flat(stack, 1000, 4321), whole.flatten()[1000:4321])
+    assert reader.nbytes == sum(reader.info(name).nbytes for name in reader)
+
+
+def test_experts_that_do_not_fit(tmp_path: Path) -> None:
+    base = save_checkpoint(tmp_path, "mixtral", max_shard_size="100MB")
+    tensors = load_file(base / "model.safetensors")
+    name = "model.layers.0.block_sparse_moe.experts.1.w1.weight"
+    for change, text in (
+        (lambda w: w[:, :-1].contiguous(), "experts.1.w1.weight [40, 63]"),
+        (lambda w: w.bfloat16(), "does not go with"),
+        (lambda w: w[:-1].contiguous(), "do not make 4 equal ones"),
+    ):
+        save_file(tensors | {name: change(tensors[name])}, base / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=text.replace("[", r"\[")):
+            plan(base, target_modules=["q_proj"])
+    del tensors[name]
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    refused(base, "model.layers.0.mlp.experts.gate_up_proj [4, 80, 64]", target_modules=["q_proj"])
+
+
+def test_conversions_that_are_more_than_stacking(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chunk = WeightConverter("self_attn.q_proj.weight", ["self_attn.a.weight", "self_attn.b.weight"], [Chunk(dim=0)])
+    monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda *_, **__: [chunk])
+    model = skeleton(llama)
+    with meta_parameters():
+        for layer in model.model.layers:
+            layer.self_attn.a, layer.self_attn.b = nn.Linear(64, 32, bias=False), nn.Linear(64, 32, bias=False)
+            del layer.self_attn.q_proj
+    text = (
+        "model.layers.0.self_attn.a.weight [32, 64]: transformers makes it while loading, of model.layers.0.self_attn"
+    )
+    refused(llama, text, "Chunk(dim=0", "save_original_format=False", model=model, target_modules=["v_proj"])

@@ -1,0 +1,74 @@
+"""Memory that is lent again and again: when it comes back, and when it must not."""
+
+from __future__ import annotations
+
+import gc
+import threading
+
+import torch
+
+from lowrank_dist.storage.buffers import Buffers
+
+CPU = torch.device("cpu")
+
+
+def test_memory_comes_back_once_nothing_lies_in_it() -> None:
+    buffers = Buffers(64, least=1)
+    first = buffers.empty((8, 8), CPU)
+    place = first.data_ptr()
+    view = first[2:].flatten()
+    del first
+    assert buffers.empty((8, 8), CPU).data_ptr() != place  # the view is still there
+    del view
+    both = [buffers.empty((4, 4), CPU) for _ in range(2)]
+    assert place in {tensor.data_ptr() for tensor in both}
+
+
+def test_a_view_keeps_its_values() -> None:
+    buffers = Buffers(6, least=1)
+    kept = buffers.empty((2, 3), CPU).fill_(7.0).flatten()[1:].to(torch.float32)  # no copy: the same dtype
+    for _ in range(5):
+        buffers.empty((2, 3), CPU).zero_()
+    assert kept.tolist() == [7.0] * 5
+
+
+def test_a_lent_tensor_is_like_any_other() -> None:
+    lent = Buffers(100, least=1).empty((7, 9), CPU)
+    assert lent.shape == (7, 9)
+    assert lent.dtype == torch.float32
+    assert lent.is_contiguous()
+    assert lent.data_ptr() % 64 == 0  # as torch allocates: a BLAS may round by alignment
+
+
+def test_what_is_too_large_or_small_is_not_lent() -> None:
+    buffers = Buffers(10, least=5)
+    for shape in ((2, 2), (3, 4), (0, 4)):
+        assert buffers.empty(shape, CPU).shape == shape
+    gc.collect()
+    assert buffers._spare == []
+    assert Buffers().empty((3000, 3000), CPU).shape == (3000, 3000)
+
+
+def test_few_buffers_are_kept() -> None:
+    buffers = Buffers(16, least=1)
+    several = [buffers.empty((4, 4), CPU) for _ in range(8)]
+    assert len({tensor.data_ptr() for tensor in several}) == 8
+    del several
+    assert len(buffers._spare) == 3
+
+
+def test_threads_may_share_them() -> None:
+    buffers, wrong = Buffers(1000, least=1), []
+
+    def use(number: int) -> None:
+        for _ in range(500):
+            tensor = buffers.empty((10, 100), CPU).fill_(number)
+            if not bool((tensor == number).all()):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=use, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong

@@ -1,0 +1,48 @@
+"""Blocks of rows, read in slabs: values, and where a NaN is said to be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lowrank_dist.storage.buffers import Buffers
+from lowrank_dist.storage.prefetch import _CACHED, RowRange, read_blocks
+from lowrank_dist.storage.reader import CheckpointError, CheckpointReader
+
+ROWS, COLUMNS = 700, 1024  # of several slabs
+CPU = torch.device("cpu")
+
+
+def saved(directory: Path, weight: torch.Tensor) -> CheckpointReader:
+    save_file({"weight": weight}, directory / "model.safetensors")
+    return CheckpointReader(directory)
+
+
+def ranges(*bounds: tuple[int, int]) -> list[RowRange]:
+    return [RowRange(key="weight", start=start, stop=stop) for start, stop in bounds]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_row_is_there(tmp_path: Path, dtype: torch.dtype) -> None:
+    weight = torch.randn(ROWS, COLUMNS).to(dtype)
+    reader, bounds = saved(tmp_path, weight), [(0, 650), (600, ROWS), (ROWS, ROWS), (3, 4)]
+    for lent in (Buffers(), Buffers(ROWS * COLUMNS, least=1)):
+        for block, (start, stop) in zip(read_blocks(reader, ranges(*bounds), lent, CPU), bounds, strict=True):
+            assert torch.equal(block.values, weight[start:stop].float())
+            assert block.spare == (dtype != torch.float32)  # else it is the mapped file
+            if block.spare:
+                block.values.fill_(torch.nan)  # what is read later does not see it
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_nan_is_named_by_its_place_in_the_matrix(tmp_path: Path, dtype: torch.dtype) -> None:
+    weight = torch.randn(ROWS, COLUMNS).to(dtype)
+    weight[620, 17] = torch.nan
+    assert (620 - 100) * COLUMNS > _CACHED  # not in the first slab
+    blocks = read_blocks(saved(tmp_path, weight), ranges((0, 100), (100, ROWS)), Buffers(), CPU)
+    assert torch.equal(next(blocks).values, weight[:100].float())
+    with pytest.raises(CheckpointError, match=r"weight: NaN or infinity at \[620, 17\]"):
+        next(blocks)
