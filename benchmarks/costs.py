@@ -14,8 +14,7 @@ from lowrank_dist.distributed.partition import RowPartition
 from lowrank_dist.forecast.startup import Host
 from lowrank_dist.quantization.format import ResidualFormat
 from lowrank_dist.quantization.nf4 import NF4
-from lowrank_dist.storage.prefetch import check_finite
-from lowrank_dist.storage.reader import CheckpointReader
+from lowrank_dist.storage.reader import CheckpointReader, check_finite
 
 
 def measure_host(checkpoint: Path, side: int) -> Host:

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lowrank_dist.model.skeleton import PlannedMatrix, build_skeleton, inject_adapter, plan_walk
+from lowrank_dist.model.plan import PlannedMatrix, plan_walk
+from lowrank_dist.model.skeleton import build_skeleton, inject_adapter
 from lowrank_dist.storage.reader import CheckpointReader
 
 Shapes = dict[str, tuple[int, int]]

@@ -13,7 +13,7 @@ from lowrank_dist.decomposition.schedule import Sharding
 from lowrank_dist.forecast.rates import Cluster
 from lowrank_dist.forecast.startup import Seconds, predict
 from lowrank_dist.methods import PiSSA
-from lowrank_dist.model.skeleton import PlannedMatrix
+from lowrank_dist.model.plan import PlannedMatrix
 from lowrank_dist.quantization.nf4 import NF4
 from lowrank_dist.storage.reader import CheckpointReader
 

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from lowrank_dist.decomposition.report import MatrixReport
 from lowrank_dist.decomposition.schedule import Sharding, plan_schedule
-from lowrank_dist.decomposition.walk import FACTORS, Walk, factor_shapes
+from lowrank_dist.decomposition.walk import FACTORS, Walk
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import RowPartition
 from lowrank_dist.linalg import randomized_svd
 from lowrank_dist.methods import Method, PiSSA
-from lowrank_dist.model.skeleton import PlannedMatrix
-from lowrank_dist.quantization.format import Dense, ResidualFormat
+from lowrank_dist.model.plan import PlannedMatrix
+from lowrank_dist.quantization.dense import Dense
+from lowrank_dist.quantization.format import ResidualFormat
 from lowrank_dist.storage.reader import CheckpointReader
 
 FP32 = Dense(dtype=torch.float32)
@@ -134,7 +135,7 @@ def _excess(matrix: PlannedMatrix, factors: Mapping[str, Tensor], job: Job, grou
     """Excess residual of one matrix, on rank 0; NaN elsewhere."""
     whole = {}
     for name in FACTORS:
-        shape = factor_shapes(matrix)[name]
+        shape = matrix.factor_shapes[name]
         whole[name] = group.gather_equal(factors[name])[: math.prod(shape)].view(shape)
     if group.rank:
         return math.nan

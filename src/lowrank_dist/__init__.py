@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from lowrank_dist._version import __version__ as __version__
 
 _EXPORTS = {
     "PiSSAStrategy": "lowrank_dist.training.strategy",

@@ -7,3 +7,11 @@ class InputError(ValueError):
 
 class RemoteError(InputError):
     """Another rank of the group refused the input; the text is that rank's own error."""
+
+
+class ModelError(InputError):
+    """A model or adapter configuration that cannot be trained as asked; the message names layer and remedy."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint that cannot be read as it is; the message names the file, the tensor and the remedy."""

@@ -14,8 +14,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lowrank_dist.adapters.files import ADAPTER_DIR, INITIAL_DIR, MANIFEST, write_adapter
+from lowrank_dist.adapters.files import write_adapter
 from lowrank_dist.model.names import plain_name
+from lowrank_dist.storage.layout import ADAPTER_DIR, INITIAL_DIR, MANIFEST
 from lowrank_dist.storage.reader import write_json
 
 

@@ -12,7 +12,7 @@ import yaml
 from lightning.pytorch.strategies import DDPStrategy
 
 from lowrank_dist import NF4, LoftQ, LoRA, PiSSA, PiSSAStrategy
-from lowrank_dist.cli.plan import parser, planned_run
+from lowrank_dist.cli.plan.command import parser, planned_run
 from lowrank_dist.training.fit_cli import fit_parser, instantiated, parse_fit
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,19 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lowrank_dist.storage.reader import CheckpointError, CheckpointReader, write_tensors
+from lowrank_dist.errors import CheckpointError
+from lowrank_dist.storage.layout import CONFIG, WEIGHTS, _read_json
+from lowrank_dist.storage.reader import CheckpointReader, write_tensors
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-
-ADAPTER_DIR = "adapter"  # trained A and B, for the residual
-INITIAL_DIR = "adapter_init"  # A_0 and B_0
-ENCODED_DIR = "adapter_encoded"  # factors that residuals were encoded from, where these are not A_0 and B_0
-LORA_DIR = "lora"  # converted, for the original model
-MANIFEST = "lowrank_dist.json"
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
-RESIDUAL_STEM = "residual"  # of the files at the root of decomposed models that stock transformers has no layout for
 
 
 def write_adapter(directory: Path, tensors: Mapping[str, Tensor], config: LoraConfig) -> None:
@@ -67,27 +59,6 @@ def read_adapter(directory: Path) -> tuple[dict[str, Tensor], LoraConfig]:
     """All of what `open_adapter` opens."""
     reader, config = open_adapter(directory)
     return {name: whole_tensor(reader, name) for name in reader}, config
-
-
-def residual_stem(directory: Path) -> str:
-    """First part of the names of the files at the root of a decomposed model."""
-    return RESIDUAL_STEM if any(directory.glob(f"{RESIDUAL_STEM}*.safetensors")) else "model"
-
-
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint directory."""
-    path = checkpoint / MANIFEST
-    if not path.is_file():
-        raise CheckpointError(f"{checkpoint}: holds no {MANIFEST}; pass a directory that AdapterCheckpoint wrote")
-    return _read_json(path)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); it is damaged") from error
-    return values
 
 
 def changed_config(config: LoraConfig, **changes: Any) -> LoraConfig:

@@ -24,15 +24,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lowrank_dist.adapters.files import (
-    ADAPTER_DIR,
-    INITIAL_DIR,
-    changed_config,
-    open_adapter,
-    read_manifest,
-    whole_tensor,
-)
-from lowrank_dist.storage.reader import CheckpointError
+from lowrank_dist.adapters.files import changed_config, open_adapter, whole_tensor
+from lowrank_dist.errors import CheckpointError
+from lowrank_dist.storage.layout import ADAPTER_DIR, INITIAL_DIR, read_manifest
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -8,8 +8,10 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from lowrank_dist.adapters.source import AdapterSource
-from lowrank_dist.model.names import PEFT_PREFIX, peft_name
-from lowrank_dist.model.skeleton import ModelError, Plan, plain_name, untie_embeddings
+from lowrank_dist.errors import ModelError
+from lowrank_dist.model.names import PEFT_PREFIX, peft_name, plain_name
+from lowrank_dist.model.plan import Plan
+from lowrank_dist.model.skeleton import untie_embeddings
 
 # PEFT 0.21 writes a head under modules_to_save, with save_embedding_layers, under these names too
 _DOUBLES = (".modules_to_save.", ".original_module.")

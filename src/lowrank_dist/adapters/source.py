@@ -8,16 +8,10 @@ from typing import Any
 
 from peft import LoraConfig
 
-from lowrank_dist.adapters.files import (
-    ADAPTER_DIR,
-    CONFIG,
-    INITIAL_DIR,
-    LORA_DIR,
-    MANIFEST,
-    open_adapter,
-    read_manifest,
-)
-from lowrank_dist.storage.reader import FLOAT_DTYPES, CheckpointError, CheckpointReader
+from lowrank_dist.adapters.files import open_adapter
+from lowrank_dist.errors import CheckpointError
+from lowrank_dist.storage.layout import ADAPTER_DIR, CONFIG, INITIAL_DIR, LORA_DIR, MANIFEST, read_manifest
+from lowrank_dist.storage.reader import FLOAT_DTYPES, CheckpointReader
 
 # initialisations of PEFT that leave the base as it is: the adapter is for the base
 _FOR_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")

@@ -23,7 +23,7 @@ from lowrank_dist.calibration.statistics import Covariances, Gradients, Measured
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import InputError
 from lowrank_dist.methods import Method
-from lowrank_dist.model.skeleton import PlannedMatrix
+from lowrank_dist.model.plan import PlannedMatrix
 from lowrank_dist.quantization.format import ResidualFormat
 from lowrank_dist.zero3.layerwise import inert, layer_by_layer
 

@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_dist.decomposition.walk import row_partition
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import RowPartition
-from lowrank_dist.errors import InputError
+from lowrank_dist.errors import InputError, ModelError
 from lowrank_dist.layers.frozen import FrozenLinear
 from lowrank_dist.linalg import all_finite, full_fp32
-from lowrank_dist.model.skeleton import ModelError, PlannedMatrix
+from lowrank_dist.model.plan import PlannedMatrix
 from lowrank_dist.quantization.format import ResidualFormat
 from lowrank_dist.zero3.layerwise import Unit
 
@@ -209,7 +208,7 @@ class Gradients(Measured):
         # Nothing is trained, yet the graph must begin somewhere.
         self.anchor = torch.zeros((), device=self.device, requires_grad=True)
         self.partitions = {
-            layer.name: row_partition(layer.planned, self.residual, self.group.size) for layer in self.layers
+            layer.name: layer.planned.row_partition(self.group.size, block=self.residual.block) for layer in self.layers
         }
 
     def observe(self, layer: AdaptedLayer, x: Tensor, y: Tensor) -> Tensor:

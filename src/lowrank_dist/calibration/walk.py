@@ -24,11 +24,12 @@ from lowrank_dist.calibration.measure import Calibration, Step, calibrate, draw,
 from lowrank_dist.calibration.statistics import Statistics
 from lowrank_dist.decomposition.walk import Batch, DecomposedMatrix, Walk
 from lowrank_dist.distributed.group import ShardGroup
-from lowrank_dist.errors import InputError
+from lowrank_dist.errors import InputError, ModelError
 from lowrank_dist.initialization.materialize import Materialized, materialize
 from lowrank_dist.methods import LoRA, Method
-from lowrank_dist.model.skeleton import ModelError, Plan, PlannedMatrix
-from lowrank_dist.quantization.format import Dense, ResidualFormat
+from lowrank_dist.model.plan import Plan, PlannedMatrix
+from lowrank_dist.quantization.dense import Dense
+from lowrank_dist.quantization.format import ResidualFormat
 from lowrank_dist.storage.reader import FLOAT_DTYPES, CheckpointReader, TensorInfo
 from lowrank_dist.zero3.partition import Partitioner, let_go, local_shard, to_device
 

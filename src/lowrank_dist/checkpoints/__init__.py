@@ -4,8 +4,8 @@ A checkpoint is a directory of safetensors and JSON, complete or absent; any num
 
 - `layout`: the parts of the directory, its manifest, its verification;
 - `codec`: what Lightning, callbacks and schedules know, without pickle;
-- `state`, `rng`: that state on its way in and out;
+- `state`: that state on its way in and out, random number generators included;
 - `writer`: every tensor by its owner, all owners at once;
-- `saving`, `background`: saves while training goes on;
+- `saving`: saves while training goes on;
 - `resuming`: back into a sharded model.
 """

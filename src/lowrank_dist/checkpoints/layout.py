@@ -27,10 +27,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lowrank_dist.adapters.files import ADAPTER_DIR, ENCODED_DIR, INITIAL_DIR, LORA_DIR, MANIFEST, WEIGHTS
 from lowrank_dist.checkpoints.codec import decode_state
 from lowrank_dist.distributed.group import ShardGroup
-from lowrank_dist.storage.reader import CheckpointError, CheckpointReader
+from lowrank_dist.errors import CheckpointError
+from lowrank_dist.storage.layout import ADAPTER_DIR, ENCODED_DIR, INITIAL_DIR, LORA_DIR, MANIFEST, WEIGHTS
+from lowrank_dist.storage.reader import CheckpointReader
 
 FORMAT = 2
 OPTIMIZER = "optimizer"

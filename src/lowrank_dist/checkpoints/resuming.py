@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_dist.adapters.files import ADAPTER_DIR
 from lowrank_dist.adapters.lora import CORE
 from lowrank_dist.checkpoints.layout import OPTIMIZER, TrainingCheckpoint
 from lowrank_dist.decomposition.report import MatrixReport
+from lowrank_dist.decomposition.restore import Resume
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import FlatPartition
-from lowrank_dist.initialization.source import Resume
+from lowrank_dist.errors import CheckpointError
 from lowrank_dist.model.names import peft_name
-from lowrank_dist.storage.reader import CheckpointError, CheckpointReader
+from lowrank_dist.storage.layout import ADAPTER_DIR
+from lowrank_dist.storage.reader import CheckpointReader
 from lowrank_dist.zero3.optimizer import MASTER, ShardedOptimizer
 from lowrank_dist.zero3.partition import local_shard, whole_shape
 

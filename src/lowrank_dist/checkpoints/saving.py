@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -14,7 +14,6 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from lowrank_dist.checkpoints.background import BackgroundJobs
 from lowrank_dist.checkpoints.writer import CheckpointWriter
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import InputError
@@ -130,3 +129,43 @@ def _warned(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         log.warning("%s: %s", what, error)
+
+
+class BackgroundJobs:
+    """Runs jobs in a thread, one after the other.
+
+    Jobs may communicate over a process group of their own: every rank must then submit the same jobs in the same order.
+    """
+
+    def __init__(self) -> None:
+        self._pool: ThreadPoolExecutor | None = None
+        self._pending: list[Future[None]] = []
+        self._failed = False
+
+    def submit(self, job: Callable[[], None], *, needs_success: bool = False) -> Future[None]:
+        """Run `job` after those submitted before; with `needs_success` only if the one before it ended well."""
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lowrank-dist-save")
+
+        def run() -> None:
+            if needs_success and self._failed:
+                return
+            self._failed = True
+            job()
+            self._failed = False
+
+        self._pending.append(self._pool.submit(run))
+        return self._pending[-1]
+
+    def wait(self) -> None:
+        """Wait until every job has ended, well or not: that their futures tell."""
+        while self._pending:
+            self._pending[0].exception()
+            self._pending.pop(0)
+
+    def close(self) -> None:
+        """Wait, and end the thread."""
+        self.wait()
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
+import random
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lowrank_dist.checkpoints.codec import encode_state
 from lowrank_dist.checkpoints.layout import TrainingCheckpoint
-from lowrank_dist.checkpoints.rng import rng_state, set_rng_state
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.zero3.optimizer import ShardedOptimizer
 
@@ -123,3 +124,24 @@ def restore_rng(states: list[dict[str, Any]], group: ShardGroup) -> None:
         log.info(
             "resumed on %d ranks instead of %d: random numbers (dropout) go on differently", group.size, len(states)
         )
+
+
+def rng_state() -> dict[str, Any]:
+    """State of Python's, NumPy's, torch's and, where there is a device, CUDA's generator."""
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(legacy=False),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Set what `rng_state` gave; CUDA's only where it was taken and there is a device."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -23,8 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lowrank_dist import __version__
-from lowrank_dist.adapters.files import ADAPTER_DIR, INITIAL_DIR, LORA_DIR, MANIFEST
+from lowrank_dist._version import __version__
 from lowrank_dist.adapters.lora import CORE, lora_config
 from lowrank_dist.checkpoints.contents import Contents, tensor_files
 from lowrank_dist.checkpoints.layout import (
@@ -39,9 +38,9 @@ from lowrank_dist.distributed.gather_to_owner import Parcel, assign_owners, deli
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.initialization.materialize import Materialized
 from lowrank_dist.model.names import peft_name
-from lowrank_dist.quantization.format import FileTensor
 from lowrank_dist.storage.atomic import check_free, empty, exclusive, flush_directory, put_in_place, staging_of
-from lowrank_dist.storage.reader import write_json
+from lowrank_dist.storage.layout import ADAPTER_DIR, INITIAL_DIR, LORA_DIR, MANIFEST
+from lowrank_dist.storage.reader import FileTensor, write_json
 from lowrank_dist.storage.writer import TensorFiles
 from lowrank_dist.zero3.optimizer import MASTER, ShardedOptimizer
 from lowrank_dist.zero3.partition import local_shard, whole_shape

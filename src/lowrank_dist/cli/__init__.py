@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from lowrank_dist import __version__
+from lowrank_dist._version import __version__
 from lowrank_dist.errors import InputError
 from lowrank_dist.training.fit_cli import TRAINER_COMMANDS, run_trainer
 
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             return run(argv[1:])
         if argv and argv[0] == "plan":
-            from lowrank_dist.cli.plan import run as run_plan
+            from lowrank_dist.cli.plan.command import run as run_plan
 
             return run_plan(argv[1:])
         if argv and argv[0] == "submit":

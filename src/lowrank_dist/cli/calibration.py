@@ -17,7 +17,7 @@ from lowrank_dist.data.datamodule import SFTDataModule
 from lowrank_dist.decomposition.walk import Walk
 from lowrank_dist.errors import InputError
 from lowrank_dist.methods import Method
-from lowrank_dist.model.skeleton import Plan
+from lowrank_dist.model.plan import Plan
 from lowrank_dist.zero3.partition import Partitioner, use_cpu_accelerator
 
 # of SFTDataModule: what is an option of the command itself, or is for training and evaluation only

@@ -6,10 +6,10 @@ import argparse
 
 import torch
 
-from lowrank_dist.adapters.files import MANIFEST
 from lowrank_dist.errors import InputError
 from lowrank_dist.export.convert import SERVED_RANKS, Conversion, convert_checkpoint
 from lowrank_dist.linalg.truncate import EnergyKept
+from lowrank_dist.storage.layout import MANIFEST
 
 
 def run(options: argparse.Namespace) -> int:

@@ -12,18 +12,20 @@ import torch
 from jsonargparse import ArgumentParser
 from peft import LoraConfig
 
-from lowrank_dist.adapters.files import MANIFEST
 from lowrank_dist.cli.calibration import add_calibration_options, calibration_pass, check_calibration
 from lowrank_dist.cli.ranks import first_on_host, launch, launched, local_ranks, shard_group
 from lowrank_dist.decomposition.report import MatrixReport, as_table
 from lowrank_dist.decomposition.schedule import Sharding
-from lowrank_dist.decomposition.walk import Walk, check_matrices, progress_bar
+from lowrank_dist.decomposition.walk import Walk, check_matrices
 from lowrank_dist.errors import InputError
 from lowrank_dist.methods import METHODS, Method, method_named
-from lowrank_dist.model.skeleton import build_skeleton, inject_adapter, plan_walk
-from lowrank_dist.quantization.format import Dense
+from lowrank_dist.model.plan import plan_walk
+from lowrank_dist.model.skeleton import build_skeleton, inject_adapter
+from lowrank_dist.progress import progress_bar
+from lowrank_dist.quantization.dense import Dense
 from lowrank_dist.quantization.nf4 import NF4
 from lowrank_dist.residual_model.create import decompose
+from lowrank_dist.storage.layout import MANIFEST
 from lowrank_dist.storage.reader import FLOAT_DTYPES, CheckpointReader, resolve_checkpoint
 
 QUANTIZED = {"qpissa": "pissa", "qlora": "lora"}  # names in use for a method with an NF4 residual

@@ -8,10 +8,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lowrank_dist.adapters.files import MANIFEST
 from lowrank_dist.decomposition.report import MatrixReport, as_table, layer_type
-from lowrank_dist.errors import InputError
-from lowrank_dist.storage.reader import CheckpointError, write_json
+from lowrank_dist.errors import CheckpointError, InputError
+from lowrank_dist.storage.layout import MANIFEST
+from lowrank_dist.storage.reader import write_json
 
 
 def run(options: argparse.Namespace) -> int:

@@ -9,26 +9,25 @@ same is what `check_digests` checks.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lowrank_dist.adapters.files import ENCODED_DIR, INITIAL_DIR, WEIGHTS
 from lowrank_dist.decomposition.report import MatrixReport
-from lowrank_dist.decomposition.walk import factor_shapes
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import RowPartition
 from lowrank_dist.distributed.reshard import whole_left
+from lowrank_dist.errors import CheckpointError
 from lowrank_dist.methods import Decomposition, Factors, Matrix, Method, subtracted, unchanged
 from lowrank_dist.methods.base import Work, residual_block
 from lowrank_dist.model.names import peft_name
-from lowrank_dist.model.skeleton import Plan, PlannedMatrix
+from lowrank_dist.model.plan import Plan, PlannedMatrix
 from lowrank_dist.quantization.format import ResidualFormat
-from lowrank_dist.storage.prefetch import check_finite
-from lowrank_dist.storage.reader import FLOAT_DTYPES, CheckpointError, CheckpointReader
+from lowrank_dist.storage.layout import ENCODED_DIR, INITIAL_DIR, WEIGHTS
+from lowrank_dist.storage.reader import FLOAT_DTYPES, CheckpointReader, check_finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +172,7 @@ class StoredFactors:
 
     def check(self, planned: PlannedMatrix, factor_dtype: torch.dtype) -> None:
         """Raise CheckpointError where the factors of `planned` are missing or do not fit."""
-        for factor, shape in factor_shapes(planned).items():
+        for factor, shape in planned.factor_shapes.items():
             name, experts = peft_name(planned.factor_names[factor]), planned.experts
             expected = (shape[0] * experts, shape[1]) if factor == "lora_A" else (shape[0], shape[1] * experts)
             if name not in self._reader:
@@ -263,3 +262,23 @@ def check_digests(found: Iterable[MatrixReport], stored: Mapping[str, MatrixRepo
 
 def _even(rows: int, group: ShardGroup) -> RowPartition:
     return RowPartition(rows=rows, columns=1, world_size=group.size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resume:
+    """What a checkpoint says of the frozen base that its run trained on.
+
+    Parameters
+    ----------
+    checkpoint
+        Directory with the factors, see `lowrank_dist.decomposition.restore.EarlierDecompositions`.
+    source
+        `lowrank_dist.residual_model.fingerprint.source_fingerprint` of what the run started from: the pretrained
+        checkpoint, or the decomposed model.
+    reports
+        What was measured on the matrices, by their names; they are not measured again.
+    """
+
+    checkpoint: Path
+    source: str
+    reports: Mapping[str, MatrixReport] = field(default_factory=dict)

@@ -27,7 +27,7 @@ from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import RowPartition
 from lowrank_dist.errors import InputError
 from lowrank_dist.methods.base import Method, Work
-from lowrank_dist.model.skeleton import PlannedMatrix
+from lowrank_dist.model.plan import PlannedMatrix
 from lowrank_dist.quantization.format import ResidualFormat
 
 MAX_BLOCK_BYTES = 2**27  # of one rank's fp32 rows of a matrix that a part of the ranks decomposes

@@ -8,26 +8,23 @@ Either way the ranks together read every byte once, and what comes out is the sa
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from lowrank_dist.decomposition.measure import Measure, measures_of, report_of
 from lowrank_dist.decomposition.report import MatrixReport
 from lowrank_dist.distributed.group import ShardGroup
-from lowrank_dist.distributed.partition import FlatPartition, RowPartition
+from lowrank_dist.distributed.partition import FlatPartition, RowPartition, Storage
 from lowrank_dist.distributed.reshard import redistribute, whole_left
-from lowrank_dist.linalg import full_fp32, seed_from_name, slabs, squared_norm
-from lowrank_dist.linalg.nuclear_norm import nuclear_norm
-from lowrank_dist.methods.base import Decomposition, Factors, Matrix, Method
-from lowrank_dist.model.skeleton import ModelError, Plan, PlannedMatrix
-from lowrank_dist.quantization.format import ResidualFormat, Storage
+from lowrank_dist.errors import ModelError
+from lowrank_dist.methods.base import Factors, Matrix, Method
+from lowrank_dist.model.plan import Plan, PlannedMatrix
+from lowrank_dist.quantization.format import ResidualFormat
 from lowrank_dist.storage.buffers import Buffers
 from lowrank_dist.storage.prefetch import RowBlock, RowRange, read_blocks
 from lowrank_dist.storage.reader import CheckpointReader
@@ -78,25 +75,6 @@ class DecomposedMatrix:
     factors: dict[str, Tensor]
     report: MatrixReport
     encoded_from: dict[str, Tensor] = field(default_factory=dict)
-
-
-def row_partition(planned: PlannedMatrix, residual: ResidualFormat, world_size: int) -> RowPartition:
-    """How the rows of a planned matrix are cut over `world_size` ranks."""
-    return RowPartition(rows=planned.rows, columns=planned.columns, world_size=world_size, block=residual.block)
-
-
-def factor_shapes(planned: PlannedMatrix) -> dict[str, tuple[int, int]]:
-    """Shapes of A and B under PEFT's names."""
-    outputs, inputs = planned.rows, planned.columns
-    if planned.input_first:
-        outputs, inputs = inputs, outputs
-    return {"lora_A": (planned.rank, inputs), "lora_B": (outputs, planned.rank)}
-
-
-def parameter_shapes(planned: PlannedMatrix) -> dict[str, tuple[int, int]]:
-    """Shapes of the parameters that hold A and B: those of all experts where these share them."""
-    (rank, inputs), (outputs, _) = factor_shapes(planned).values()
-    return {"lora_A": (rank * planned.experts, inputs), "lora_B": (outputs, rank * planned.experts)}
 
 
 def check_matrices(plan: Plan, init: Method) -> None:
@@ -159,6 +137,7 @@ class Walk:
         self.reader, self.group, self.init, self.residual = reader, group, init, residual
         self.factor_dtype, self.device = factor_dtype, device or torch.device("cpu")
         self.advance, self.statistics, self.known, self.thorough = advance, statistics, known or {}, thorough
+        self.measure = Measure(init, residual, thorough=thorough)
 
     def run(self, batches: Iterable[Batch]) -> Iterator[DecomposedMatrix]:
         """Decompose all matrices of `batches`. Collective: all ranks iterate to the end.
@@ -196,11 +175,11 @@ class Walk:
 
     def _measures_shape(self, batch: Batch) -> tuple[int, int]:
         """A row for every matrix of the rank that has most of `batch`: see `_decompose`; the spectrum."""
-        return len(batch.of_rank(0, self.group.size)), 1 + len(_MEASURES) + max(m.rank for m in batch.matrices)
+        return len(batch.of_rank(0, self.group.size)), 1 + measures_of(max(m.rank for m in batch.matrices))
 
     def _rows(self, batch: Batch, planned: PlannedMatrix) -> RowRange:
         """What this rank reads of a matrix."""
-        partition = row_partition(planned, self.residual, batch.group_size)
+        partition = planned.row_partition(batch.group_size, block=self.residual.block)
         start, stop = partition.bounds(self.group.rank % batch.group_size)
         return RowRange(key=planned.key, start=start, stop=stop)
 
@@ -211,7 +190,7 @@ class Walk:
 
         The first measure says whether there are factors besides A and B that the residual was encoded from.
         """
-        partition = row_partition(planned, self.residual, group.size)
+        partition = planned.row_partition(group.size, block=self.residual.block)
         matrix = Matrix(
             name=planned.key,
             block=block.values,
@@ -230,7 +209,7 @@ class Walk:
             buffers=buffers,
         )
         measured = planned.name not in self.known
-        norms = self._norms(matrix) if measured else {}  # while W is there
+        before = self.measure.before(matrix) if measured else {}
         decomposition = self.init.decompose(matrix, self.residual)
         shards = decomposition.residual.shards | self._factor_shards(planned, partition, decomposition.factors, group)
         if decomposition.encoded_from is not None:
@@ -238,8 +217,7 @@ class Walk:
             shards |= {_ENCODED_FROM[name]: shard for name, shard in further.items()}
         measures[0] = decomposition.encoded_from is not None
         if measured:
-            norms["error"] = self._error_norms(matrix, self._lacking(matrix, decomposition))
-            self._measure(matrix, decomposition, norms, measures[1:])
+            self.measure.after(matrix, decomposition, before, out=measures[1:])
         return shards
 
     def _factor_shards(
@@ -259,56 +237,6 @@ class Walk:
             shards[name] = shard.to(self.factor_dtype)
         return shards
 
-    def _norms(self, matrix: Matrix) -> dict[str, _Norms]:
-        """Of W, and of what plain quantization would lose, unless the residual is just that."""
-        norms = {"norm": _Norms(squared_norm(matrix.block))}
-        if not self.residual.exact and not self.init.starts_at_zero:
-            plain = self.residual.encode(matrix.block, matrix.partition, matrix.group)
-            norms["quantization_error"] = self._error_norms(matrix, lambda some: matrix.block[some] - plain.rows(some))
-        return norms
-
-    def _error_norms(self, matrix: Matrix, error: Callable[[slice], Tensor]) -> _Norms:
-        """Of an error, of which `error` gives some of this rank's rows."""
-        zero = matrix.block.new_zeros((), dtype=torch.float64)
-        square = sum((squared_norm(error(some)) for some in slabs(matrix.block)), zero)
-        if not self.thorough or self.residual.exact:
-            return _Norms(square)
-        # the same probes for both errors: what they miss cancels in the ratio
-        rows, seed = matrix.partition.rows, seed_from_name(matrix.name)
-        return _Norms(square, nuclear_norm(error(slice(None)), rows=rows, group=matrix.group, seed=seed))
-
-    def _lacking(self, matrix: Matrix, decomposition: Decomposition) -> Callable[[slice], Tensor]:
-        """Gives of some of this rank's rows what the model lacks at step 0."""
-        factors, kept, encoded_of = decomposition.factors, decomposition.residual, decomposition.encoded_of
-
-        def lacking(some: slice) -> Tensor:
-            if encoded_of is not None:
-                return encoded_of[some] - kept.rows(some)
-            error = matrix.block[some] - kept.rows(some)
-            if self.init.core is None:
-                with full_fp32():
-                    error.addmm_(factors.left[some], factors.right, alpha=-matrix.scaling)
-            return error
-
-        return lacking
-
-    def _measure(self, matrix: Matrix, decomposition: Decomposition, norms: dict[str, _Norms], out: Tensor) -> None:
-        """Fill `out` with the measures of one matrix, then its singular values. One all-reduce of squared norms."""
-        if not self.residual.exact:
-            norms.setdefault("quantization_error", norms["error"])
-        roots = matrix.group.sum(torch.stack([norm.square for norm in norms.values()])).sqrt().tolist()
-        found = {"quantization_error": 0.0, **dict(zip(norms, roots, strict=True))}
-        found |= {f"nuclear_{name}": norm.nuclear for name, norm in norms.items()}
-        svd = decomposition.svd
-        if svd is not None:
-            found |= {"sigma_1": float(svd.s[0]), "sigma_r": float(svd.s[-1]), "excess_residual": svd.estimate}
-            energy = float(svd.s.double().square().sum())
-            found["captured_energy"] = energy / found["norm"] ** 2 if found["norm"] else math.nan
-            out[len(_MEASURES) : len(_MEASURES) + matrix.rank] = svd.s
-        if not self.residual.exact:
-            found["ended_on"] = float(ENDS.index(decomposition.ended_on))
-        out[: len(_MEASURES)] = torch.tensor([found.get(name, math.nan) for name in _MEASURES])
-
     def _cut_anew(
         self, batch: Batch, shards: list[dict[str, Tensor]], measured: Tensor, started: float
     ) -> Iterator[DecomposedMatrix]:
@@ -326,7 +254,7 @@ class Walk:
             seconds = (time.monotonic() - started) / len(batch.matrices)
             yield DecomposedMatrix(
                 planned=planned,
-                partition=row_partition(planned, self.residual, self.group.size),
+                partition=planned.row_partition(self.group.size, block=self.residual.block),
                 residual={name: mine[name] for name in self._storages(planned, self.group.size)},
                 factors={name: mine[name] for name in FACTORS},
                 encoded_from={name: mine[key] for name, key in _ENCODED_FROM.items() if key in mine},
@@ -339,22 +267,13 @@ class Walk:
             )
 
     def _report(self, planned: PlannedMatrix, measured: Tensor) -> MatrixReport:
-        """What `_measure` found, or what is known."""
         if planned.name in self.known:
             return replace(self.known[planned.name], digest=None)
-        values = [value if math.isfinite(value) else None for value in measured.tolist()]
-        measures: dict[str, Any] = dict(zip(_MEASURES, values, strict=False))
-        if measures["ended_on"] is not None:
-            measures["ended_on"] = ENDS[int(measures["ended_on"])]
-        spectrum = values[len(_MEASURES) : len(_MEASURES) + planned.rank]
-        measures["singular_values"] = None if None in spectrum else spectrum
-        return MatrixReport(
-            name=planned.name, rows=planned.rows, columns=planned.columns, rank=planned.rank, **measures
-        )
+        return report_of(planned, measured)
 
     def _storages(self, planned: PlannedMatrix, size: int) -> dict[str, Storage]:
         """The tensors of the encoded residual as `size` ranks cut them."""
-        return dict(self.residual.storages(row_partition(planned, self.residual, size)))
+        return dict(self.residual.storages(planned.row_partition(size, block=self.residual.block)))
 
     def _layout(
         self, planned: PlannedMatrix, group_size: int, *, encoded_from: bool
@@ -363,7 +282,7 @@ class Walk:
         both = []
         for size in (group_size, self.group.size):
             storages = self._storages(planned, size)
-            for name, shape in factor_shapes(planned).items():
+            for name, shape in planned.factor_shapes.items():
                 flat = FlatPartition(numel=shape[0] * shape[1], world_size=size)
                 of_factor = Storage(numel=flat.numel, shard_numel=flat.shard_numel, dtype=self.factor_dtype)
                 storages[name] = of_factor
@@ -371,30 +290,3 @@ class Walk:
                     storages[_ENCODED_FROM[name]] = of_factor
             both.append(storages)
         return {name: (storage, both[1][name]) for name, storage in both[0].items()}
-
-
-ENDS = ("quantize", "decompose")
-_MEASURES = (
-    "norm",
-    "error",
-    "quantization_error",
-    "nuclear_error",
-    "nuclear_quantization_error",
-    "sigma_1",
-    "sigma_r",
-    "captured_energy",
-    "excess_residual",
-    "ended_on",
-)
-
-
-class _Norms(NamedTuple):
-    """Norms of a row-sharded matrix."""
-
-    square: Tensor  # this rank's part of the squared Frobenius norm, fp64
-    nuclear: float = math.nan  # of the whole matrix
-
-
-def progress_bar(total: int, *, show: bool, doing: str = "Decomposing") -> tqdm[Any]:
-    """Bytes of the checkpoint that are done, throughput and time left."""
-    return tqdm(total=total, unit="B", unit_scale=True, desc=doing, disable=not show)

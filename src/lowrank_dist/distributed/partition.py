@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
 
 @dataclass(frozen=True, kw_only=True)
 class FlatPartition:
@@ -96,3 +98,15 @@ class RowPartition:
         """Half-open range of the real quantization blocks of `rank`."""
         start = min(rank * self.blocks_per_rank, self.blocks)
         return start, min(start + self.blocks_per_rank, self.blocks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Storage:
+    """One stored tensor of a format: flat, `numel` elements of `dtype`, cut every `shard_numel` elements.
+
+    The last shards may end in padding, or be padding only.
+    """
+
+    numel: int
+    shard_numel: int
+    dtype: torch.dtype

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from lowrank_dist.distributed.group import ShardGroup
-from lowrank_dist.distributed.partition import RowPartition
-from lowrank_dist.quantization.format import Storage
+from lowrank_dist.distributed.partition import RowPartition, Storage
 
 _ALIGNMENT = 64  # bytes: what is received may be viewed as any dtype, and loaded in vectors
 

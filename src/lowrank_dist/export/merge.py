@@ -26,24 +26,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_dist.adapters.files import CONFIG, MANIFEST
 from lowrank_dist.adapters.source import AdapterSource, find_adapter
-from lowrank_dist.decomposition.walk import progress_bar
-from lowrank_dist.errors import InputError
+from lowrank_dist.errors import CheckpointError, InputError
 from lowrank_dist.export.merge_plan import MergedTensor, MergePlan, plan_merge
 from lowrank_dist.linalg import all_finite, full_fp32, squared_norm
 from lowrank_dist.model.names import peft_name
-from lowrank_dist.model.skeleton import PlannedMatrix
+from lowrank_dist.model.plan import PlannedMatrix
+from lowrank_dist.progress import progress_bar
 from lowrank_dist.residual_model.reader import initial_directory
 from lowrank_dist.storage.atomic import atomic_directory, check_free
-from lowrank_dist.storage.prefetch import check_finite
-from lowrank_dist.storage.reader import (
-    CheckpointError,
-    CheckpointReader,
-    copy_other_files,
-    resolve_checkpoint,
-    write_json,
-)
+from lowrank_dist.storage.layout import CONFIG, MANIFEST
+from lowrank_dist.storage.reader import CheckpointReader, check_finite, copy_other_files, resolve_checkpoint, write_json
 from lowrank_dist.storage.writer import MAX_BYTES, TensorFiles
 
 BLOCK_BYTES = 32 * 2**20  # of fp32 values at a time

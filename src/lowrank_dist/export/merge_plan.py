@@ -20,19 +20,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from lowrank_dist.adapters.match import match_adapter, untie_if_changed
 from lowrank_dist.adapters.source import AdapterSource
-from lowrank_dist.model.names import CheckpointKeys, peft_name
-from lowrank_dist.model.skeleton import (
-    ModelError,
-    Plan,
-    PlannedMatrix,
-    build_skeleton,
-    inject_adapter,
-    plain_name,
-    plan_walk,
-    read_config,
-)
-from lowrank_dist.quantization.format import FileTensor
-from lowrank_dist.storage.reader import CheckpointReader
+from lowrank_dist.errors import ModelError
+from lowrank_dist.model.names import CheckpointKeys, peft_name, plain_name
+from lowrank_dist.model.plan import Plan, PlannedMatrix, plan_walk
+from lowrank_dist.model.skeleton import build_skeleton, inject_adapter, read_config
+from lowrank_dist.storage.reader import CheckpointReader, FileTensor
 from lowrank_dist.storage.writer import stored_dtype
 
 # PEFT's task types, to the part of a name in transformers: the head is one that bases of another task lack

@@ -24,34 +24,27 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lowrank_dist.adapters.files import (
-    ADAPTER_DIR,
-    MANIFEST,
-    WEIGHTS,
-    changed_config,
-    open_adapter,
-    read_manifest,
-    whole_tensor,
-)
+from lowrank_dist.adapters.files import changed_config, open_adapter, whole_tensor
 from lowrank_dist.adapters.match import untie_if_changed
+from lowrank_dist.adapters.stacking import put_factor
 from lowrank_dist.decomposition.report import MatrixReport
 from lowrank_dist.decomposition.restore import EarlierDecompositions, StoredFactors
-from lowrank_dist.decomposition.walk import factor_shapes, progress_bar, row_partition
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.reshard import whole_left
-from lowrank_dist.errors import InputError
-from lowrank_dist.layers.experts import put_factor
+from lowrank_dist.errors import CheckpointError, InputError, ModelError
 from lowrank_dist.linalg import full_fp32, randomized_svd, seed_from_name, squared_norm
 from lowrank_dist.methods import Factors, Matrix
 from lowrank_dist.model.names import peft_name
-from lowrank_dist.model.skeleton import ModelError, PlannedMatrix, build_skeleton, inject_adapter, plan_walk
-from lowrank_dist.quantization.format import Encoded, FileTensor
+from lowrank_dist.model.plan import PlannedMatrix, plan_walk
+from lowrank_dist.model.skeleton import build_skeleton, inject_adapter
+from lowrank_dist.progress import progress_bar
+from lowrank_dist.quantization.format import Encoded
 from lowrank_dist.quantization.nf4 import NF4, format_from_dict
 from lowrank_dist.residual_model.reader import DecomposedModel
 from lowrank_dist.storage.atomic import atomic_directory
 from lowrank_dist.storage.digest import digest_sums, digests
-from lowrank_dist.storage.prefetch import check_finite
-from lowrank_dist.storage.reader import CheckpointError, CheckpointReader, resolve_checkpoint, write_json
+from lowrank_dist.storage.layout import ADAPTER_DIR, MANIFEST, WEIGHTS, read_manifest
+from lowrank_dist.storage.reader import CheckpointReader, FileTensor, check_finite, resolve_checkpoint, write_json
 from lowrank_dist.storage.writer import DTYPES, TensorFiles
 
 log = logging.getLogger(__name__)
@@ -330,7 +323,7 @@ class _Job:
         return residual, None if self.earlier.starts_at_zero else initial
 
     def _matrix(self, planned: PlannedMatrix) -> Matrix:
-        partition = row_partition(planned, self.format, self.group.size)
+        partition = planned.row_partition(self.group.size, block=self.format.block)
         with self.group.shared_errors():
             start, stop = partition.bounds(self.group.rank)
             block = self.reader.rows(planned.key, start, stop).float()
@@ -353,7 +346,7 @@ class _Job:
         """The file of the adapter, what is not fitted (`modules_to_save`) in it already. One rank only."""
         tensors: dict[str, FileTensor] = {}
         for planned in self.plan.matrices:
-            for factor, shape in factor_shapes(planned).items():
+            for factor, shape in planned.factor_shapes.items():
                 width = self.rank * planned.experts
                 of_rank = (width, shape[1]) if factor == "lora_A" else (shape[0], width)
                 tensors[peft_name(planned.factor_names[factor])] = FileTensor(shape=of_rank, dtype=self.dtype)

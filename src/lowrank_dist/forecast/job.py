@@ -11,23 +11,15 @@ import torch
 from peft import LoraConfig
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lowrank_dist.decomposition.walk import check_matrices, row_partition
-from lowrank_dist.distributed.partition import FlatPartition
-from lowrank_dist.errors import InputError
+from lowrank_dist.decomposition.walk import check_matrices
+from lowrank_dist.distributed.partition import FlatPartition, Storage
+from lowrank_dist.errors import CheckpointError, InputError
 from lowrank_dist.methods.base import Method
-from lowrank_dist.model.skeleton import (
-    ADAPTER,
-    Plan,
-    PlannedMatrix,
-    PlannedTensor,
-    build_skeleton,
-    inject_adapter,
-    plan_walk,
-    read_config,
-    untie_embeddings,
-)
-from lowrank_dist.quantization.format import ResidualFormat, Storage
-from lowrank_dist.storage.reader import CheckpointError, CheckpointReader
+from lowrank_dist.model.names import ADAPTER
+from lowrank_dist.model.plan import Plan, PlannedMatrix, PlannedTensor, plan_walk
+from lowrank_dist.model.skeleton import build_skeleton, inject_adapter, read_config, untie_embeddings
+from lowrank_dist.quantization.format import ResidualFormat
+from lowrank_dist.storage.reader import CheckpointReader
 from lowrank_dist.storage.source import ShapesOnly, SourceReader
 
 ShardWithin = Literal["world", "node"]
@@ -254,7 +246,7 @@ def core_name(planned: PlannedMatrix) -> str:
 def _of_residual(planned: PlannedMatrix, job: Job, ranks: int) -> Iterator[Parameter]:
     assert job.residual is not None
     kinds = {"weight_packed": "codes", "weight_absmax": "maxima", "weight_nested": "maxima"}
-    storages: dict[str, Storage] = dict(job.residual.storages(row_partition(planned, job.residual, ranks)))
+    storages: dict[str, Storage] = dict(job.residual.storages(planned.row_partition(ranks, block=job.residual.block)))
     for name, storage in storages.items():
         yield Parameter(
             kind=kinds.get(name, "dense"),

@@ -20,7 +20,7 @@ from lowrank_dist.decomposition.schedule import Machine, Sharding, plan_schedule
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.methods.base import Method, Work
 from lowrank_dist.methods.principal import PrincipalMethod
-from lowrank_dist.model.skeleton import PlannedMatrix
+from lowrank_dist.model.plan import PlannedMatrix
 from lowrank_dist.quantization.format import ResidualFormat
 from lowrank_dist.quantization.nf4 import NF4
 

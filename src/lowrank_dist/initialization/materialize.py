@@ -16,20 +16,21 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lowrank_dist.adapters.stacking import StackedFactors
 from lowrank_dist.decomposition.report import InitReport
-from lowrank_dist.decomposition.walk import DecomposedMatrix, factor_shapes, row_partition
+from lowrank_dist.decomposition.walk import DecomposedMatrix
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import FlatPartition
 from lowrank_dist.distributed.reshard import redistribute
-from lowrank_dist.layers.experts import AdaptedParameter, StackedFactors
+from lowrank_dist.layers.experts import AdaptedParameter
 from lowrank_dist.layers.frozen import CoredLinear, FrozenEmbedding, FrozenLinear, FrozenWeight
 from lowrank_dist.linalg import seed_from_name
 from lowrank_dist.methods import initial_core
-from lowrank_dist.model.skeleton import ADAPTER, Plan, PlannedMatrix, PlannedTensor, plain_name
+from lowrank_dist.model.names import ADAPTER, plain_name
+from lowrank_dist.model.plan import Plan, PlannedMatrix, PlannedTensor
 from lowrank_dist.quantization.format import ResidualFormat
 from lowrank_dist.storage.digest import digest_sums, digests
-from lowrank_dist.storage.prefetch import check_finite
-from lowrank_dist.storage.reader import CheckpointReader
+from lowrank_dist.storage.reader import CheckpointReader, check_finite
 from lowrank_dist.zero3.partition import Partitioner, local_shard, register_used_parameters, stored_bytes, whole_shape
 
 
@@ -82,7 +83,7 @@ def materialize(
     backbone
         Model skeleton; its parameters are replaced.
     plan
-        From `lowrank_dist.model.skeleton.plan_walk`.
+        From `lowrank_dist.model.plan.plan_walk`.
     reader
         The checkpoint; of it the parameters are read that are not adapted.
     partitioner
@@ -221,7 +222,7 @@ class _Filling:
         """
         if self.shared.size == self.group.size:
             return matrix
-        partition = row_partition(matrix.planned, self.residual, self.shared.size)
+        partition = matrix.planned.row_partition(self.shared.size, block=self.residual.block)
         held, wanted = self.residual.storages(matrix.partition), self.residual.storages(partition)
         layout = {name: (held[name], wanted[name]) for name in held}
         (shards,) = redistribute([matrix.residual], [layout], self.group.size, self.group, kept_by=self.shared.size)
@@ -334,7 +335,7 @@ class _Stack:
 
     def __init__(self, planned: PlannedMatrix, group: ShardGroup, dtype: torch.dtype) -> None:
         self.experts = planned.experts
-        self._factors = StackedFactors(factor_shapes(planned), planned.experts, group, dtype)
+        self._factors = StackedFactors(planned.factor_shapes, planned.experts, group, dtype)
         self._encoded_from: StackedFactors | None = None  # while all residuals are encoded from the factors
         self._residuals: dict[int, dict[str, Tensor]] = {}
 

@@ -12,14 +12,18 @@ import torch
 from peft import LoraConfig
 from transformers import PreTrainedModel
 
+from lowrank_dist.decomposition.restore import Resume
 from lowrank_dist.decomposition.schedule import Sharding
 from lowrank_dist.distributed.group import ShardGroup
-from lowrank_dist.initialization.source import PretrainedModel, Resume, open_source
+from lowrank_dist.errors import ModelError
+from lowrank_dist.initialization.source import PretrainedModel, open_source
 from lowrank_dist.initialization.starting_adapter import StartingAdapter
 from lowrank_dist.methods import LoRA, Method
-from lowrank_dist.model.skeleton import ModelError, Plan, inject_adapter, plain_name, plan_walk, untie_embeddings
+from lowrank_dist.model.names import plain_name
+from lowrank_dist.model.plan import Plan, plan_walk
+from lowrank_dist.model.skeleton import inject_adapter, untie_embeddings
 from lowrank_dist.quantization.format import ResidualFormat
-from lowrank_dist.residual_model.create import Calibrated
+from lowrank_dist.residual_model.fingerprint import Calibrated
 from lowrank_dist.residual_model.reader import DecomposedModel, starts_at_zero
 from lowrank_dist.storage.reader import resolve_checkpoint
 from lowrank_dist.storage.source import WeightSource

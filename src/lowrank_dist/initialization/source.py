@@ -9,45 +9,26 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from lowrank_dist.decomposition.report import MatrixReport
-from lowrank_dist.decomposition.restore import EarlierDecompositions, Restored
+from lowrank_dist.decomposition.restore import EarlierDecompositions, Restored, Resume
 from lowrank_dist.decomposition.schedule import Sharding, scheduled
 from lowrank_dist.decomposition.walk import DecomposedMatrix, Walk, check_matrices
 from lowrank_dist.distributed.group import ShardGroup
+from lowrank_dist.errors import ModelError
 from lowrank_dist.methods import Method, PiSSA
-from lowrank_dist.model.skeleton import ModelError, Plan, PlannedMatrix
-from lowrank_dist.quantization.format import Dense, ResidualFormat
-from lowrank_dist.residual_model.create import Calibrated, decompose, fingerprint, is_complete, source_fingerprint
+from lowrank_dist.model.plan import Plan, PlannedMatrix
+from lowrank_dist.quantization.dense import Dense
+from lowrank_dist.quantization.format import ResidualFormat
+from lowrank_dist.residual_model.create import decompose, is_complete
+from lowrank_dist.residual_model.fingerprint import Calibrated, fingerprint, source_fingerprint
 from lowrank_dist.residual_model.reader import DecomposedModel
 from lowrank_dist.storage.source import WeightSource, open_reader
-
-
-@dataclass(frozen=True, kw_only=True)
-class Resume:
-    """What a checkpoint says of the frozen base that its run trained on.
-
-    Parameters
-    ----------
-    checkpoint
-        Directory with the factors, see `lowrank_dist.decomposition.restore.EarlierDecompositions`.
-    source
-        `lowrank_dist.residual_model.create.source_fingerprint` of what the run started from: the pretrained checkpoint,
-        or the decomposed model.
-    reports
-        What was measured on the matrices, by their names; they are not measured again.
-    """
-
-    checkpoint: Path
-    source: str
-    reports: Mapping[str, MatrixReport] = field(default_factory=dict)
 
 
 class PretrainedModel:

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lowrank_dist.adapters.files import ADAPTER_DIR, LORA_DIR
 from lowrank_dist.adapters.match import match_adapter
 from lowrank_dist.adapters.source import find_adapter
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import FlatPartition
-from lowrank_dist.model.names import peft_name
-from lowrank_dist.model.skeleton import ModelError, Plan, plain_name
-from lowrank_dist.storage.prefetch import check_finite
-from lowrank_dist.storage.reader import CheckpointError, CheckpointReader
+from lowrank_dist.errors import CheckpointError, ModelError
+from lowrank_dist.model.names import peft_name, plain_name
+from lowrank_dist.model.plan import Plan
+from lowrank_dist.storage.layout import ADAPTER_DIR, LORA_DIR
+from lowrank_dist.storage.reader import CheckpointReader, check_finite
 from lowrank_dist.zero3.partition import local_shard, whole_shape
 
 

@@ -6,28 +6,18 @@ the same error.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import transformers
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import Embedding as LoraEmbedding
-from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.lora import LoraLayer, ParamWrapper
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lowrank_dist.errors import InputError
-from lowrank_dist.model.names import ADAPTER as ADAPTER
-from lowrank_dist.model.names import CheckpointKeys
-from lowrank_dist.model.names import plain_name as plain_name
-from lowrank_dist.storage.reader import CheckpointReader
+from lowrank_dist.errors import ModelError
+from lowrank_dist.model.names import ADAPTER
 
 _UNSUPPORTED_OPTIONS = {
     "use_dora": "its magnitude vector reads the dense weight in every step",
@@ -37,96 +27,6 @@ _UNSUPPORTED_OPTIONS = {
     "trainable_token_indices": "embedding rows are not sharded separately",
     "megatron_config": "tensor-parallel layers are sharded already",
 }
-
-
-class ModelError(InputError):
-    """A model or adapter configuration that cannot be trained as asked; the message names layer and remedy."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlannedMatrix:
-    """One adapted weight, or one of the matrices of a stacked one (the weight of one expert).
-
-    Attributes
-    ----------
-    layer
-        Name of the PEFT layer in the backbone.
-    key
-        Name of the weight in the checkpoint, as its reader knows it.
-    rows, columns
-        Shape as stored.
-    input_first
-        The weight is stored ``[in, out]`` (Conv1D, embeddings, some experts).
-    rank, scaling
-        Of its adapter.
-    parameter
-        Name of the weight in the base layer.
-    lookup
-        The layer looks rows up instead of multiplying by the matrix (embeddings).
-    wrapped
-        PEFT adapts the parameter, not the module that holds it (``target_parameters``).
-    expert, experts
-        Which matrix of the stack, of how many; None and 1 where the weight is a matrix.
-    """
-
-    layer: str
-    key: str
-    rows: int
-    columns: int
-    input_first: bool
-    rank: int
-    scaling: float
-    parameter: str = "weight"
-    lookup: bool = False
-    wrapped: bool = False
-    expert: int | None = None
-    experts: int = 1
-
-    @property
-    def name(self) -> str:
-        """For reports: the layer; for adapted parameters the parameter, and the expert in brackets."""
-        return self.weight if self.wrapped else self.layer
-
-    @property
-    def weight(self) -> str:
-        """Name of the weight in the model without adapters, the expert in brackets."""
-        return f"{plain_name(self.layer)}.{self.parameter}{'' if self.expert is None else f'[{self.expert}]'}"
-
-    @property
-    def factor_names(self) -> dict[str, str]:
-        """Names of the parameters that hold A (``lora_A``) and B (``lora_B``) in the backbone."""
-        if self.lookup:
-            return {f"lora_{x}": f"{self.layer}.lora_embedding_{x}.{ADAPTER}" for x in "AB"}
-        return {f"lora_{x}": f"{self.layer}.lora_{x}.{ADAPTER}.weight" for x in "AB"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlannedTensor:
-    """A parameter or persistent buffer that is loaded as it is.
-
-    Attributes
-    ----------
-    names
-        All its names in the backbone; more than one where it is tied.
-    key
-        Its name in the checkpoint, or None where the checkpoint lacks it and a fresh initialisation stands in (linear
-        layers of a new head under ``modules_to_save``).
-    trainable
-        Whether it is trained (copies under ``modules_to_save``).
-    """
-
-    names: tuple[str, ...]
-    key: str | None
-    trainable: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Everything the walk does, in order."""
-
-    matrices: list[PlannedMatrix] = field(default_factory=list)
-    parameters: list[PlannedTensor] = field(default_factory=list)
-    buffers: list[PlannedTensor] = field(default_factory=list)
 
 
 def meta_parameters() -> AbstractContextManager[None]:
@@ -274,171 +174,3 @@ def inject_adapter(backbone: PreTrainedModel, adapter: LoraConfig) -> None:
             f"LoraConfig.target_modules={adapter.target_modules!r} cannot be applied to {type(backbone).__name__}: "
             f"{error} Linear layers of this model: {', '.join(linears)}"
         ) from error
-
-
-def plan_walk(
-    backbone: PreTrainedModel,
-    reader: CheckpointReader,
-    tied: Mapping[str, str] | None = None,
-    *,
-    limit_rank: bool = True,
-) -> Plan:
-    """Match every parameter of an injected `backbone` with the checkpoint; refuse what cannot be done.
-
-    Parameters
-    ----------
-    backbone
-        On meta, adapters injected.
-    reader
-        The checkpoint.
-    tied
-        From `untie_embeddings`.
-    limit_rank
-        Refuse ranks above ``min(out, in)``: so many directions cannot be taken from a matrix. An adapter that is there
-        already may have them.
-
-    Raises
-    ------
-    ModelError
-        Naming the layers, their shapes and the remedy: unsupported layer types, tied or missing or misshapen weights,
-        ranks above ``min(out, in)``.
-    """
-    if getattr(backbone.config, "quantization_config", None) is not None and not reader.holds_residuals:
-        raise ModelError(f"{reader.directory} is quantized already; pass the checkpoint it was made from")
-    planner = _Planner(backbone, reader, CheckpointKeys(backbone, reader, tied), limit_rank)
-    planner.adapted_layers()
-    planner.other_parameters()
-    planner.persistent_buffers()
-    problems = planner.problems
-    if problems:
-        shown = "\n  ".join(problems[:5])
-        more = f"\n  ... and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ModelError(f"{type(backbone).__name__} cannot be set up from {reader.directory}:\n  {shown}{more}")
-    return planner.plan
-
-
-class _Planner:
-    """Builds a plan, and collects everything that stands against it."""
-
-    def __init__(
-        self, backbone: PreTrainedModel, reader: CheckpointReader, keys: CheckpointKeys, limit_rank: bool
-    ) -> None:
-        self.backbone, self.reader, self.keys, self.limit_rank = backbone, reader, keys, limit_rank
-        self.plan = Plan()
-        self.problems: list[str] = []
-        self._done: set[int] = set()  # parameters that belong to adapted layers
-        self._names: dict[int, list[str]] = {}
-        for name, parameter in backbone.named_parameters(remove_duplicate=False):
-            self._names.setdefault(id(parameter), []).append(name)
-
-    def adapted_layers(self) -> None:
-        for name, layer in self.backbone.named_modules():
-            if isinstance(layer, BaseTunerLayer):
-                base = layer.get_base_layer()
-                self._done |= {id(p) for p in layer.parameters()} - {id(p) for p in base.parameters()}
-                problem = self._adapted_layer(name, layer, base)
-                if problem is not None:
-                    self.problems.append(problem)
-
-    def _adapted_layer(self, name: str, layer: LoraLayer, base: nn.Module) -> str | None:
-        problem = _unsupported_layer(layer, base)
-        if problem is not None:
-            return f"{plain_name(name)}{problem}"
-        wrapped = isinstance(layer, ParamWrapper)
-        parameter = layer.parameter_name if wrapped else "weight"
-        weight, weight_name = getattr(base, parameter), f"{plain_name(name)}.{parameter}"
-        self._done.add(id(weight))
-        others = {plain_name(other) for other in self._names[id(weight)]} - {weight_name}
-        if others:
-            return (
-                f"{weight_name} is tied to {min(others)}; give each its own with PiSSAStrategy(untie_embeddings=True) "
-                f"or drop {plain_name(name)} from target_modules"
-            )
-        key = self.keys.find(weight_name)
-        problem = self.keys.check(weight_name, key, weight)
-        if problem is not None or key is None:
-            return problem
-        (rows, columns), rank = weight.shape[-2:], layer.r[ADAPTER]
-        if self.limit_rank and rank > min(rows, columns):
-            return (
-                f"rank={rank} exceeds min(out, in)={min(rows, columns)} of {weight_name if wrapped else name}; lower r "
-                f"(or rank_pattern) or drop it from {'target_parameters' if wrapped else 'target_modules'}"
-            )
-        lookup = isinstance(layer, LoraEmbedding)
-        stacked = weight.ndim == 3
-        for expert in range(len(weight)) if stacked else [None]:
-            self.plan.matrices.append(
-                PlannedMatrix(
-                    layer=name,
-                    key=key if expert is None else self.reader.entry(key, expert),
-                    rows=rows,
-                    columns=columns,
-                    input_first=getattr(base, "is_transposed", False)
-                    if stacked
-                    else isinstance(base, Conv1D) or lookup,
-                    rank=rank,
-                    scaling=layer.scaling[ADAPTER],
-                    parameter=parameter,
-                    lookup=lookup,
-                    wrapped=wrapped,
-                    expert=expert,
-                    experts=len(weight) if stacked else 1,
-                )
-            )
-        return None
-
-    def other_parameters(self) -> None:
-        wrappers = [n for n, m in self.backbone.named_modules() if isinstance(m, ModulesToSaveWrapper)]
-        may_be_new = tuple(f"{wrapper}." for wrapper in wrappers)
-        for name, parameter in self.backbone.named_parameters():
-            if id(parameter) in self._done:
-                continue
-            names = tuple(self._names[id(parameter)])
-            key = next((found for found in map(self.keys.find, names) if found is not None), None)
-            owner = self.backbone.get_submodule(name.rpartition(".")[0])
-            is_new = key is None and name.startswith(may_be_new) and isinstance(owner, nn.Linear)
-            problem = None if is_new else self.keys.check(name, key, parameter)
-            if problem is not None:
-                self.problems.append(problem)
-            self.plan.parameters.append(PlannedTensor(names=names, key=key, trainable=parameter.requires_grad))
-
-    def persistent_buffers(self) -> None:
-        persistent = self.backbone.state_dict(keep_vars=True)
-        for name, buffer in self.backbone.named_buffers():
-            if name in persistent and (key := self.keys.find(name)) is not None:
-                problem = self.keys.check(name, key, buffer)
-                if problem is not None:
-                    self.problems.append(problem)
-                self.plan.buffers.append(PlannedTensor(names=(name,), key=key))
-
-
-def _unsupported_layer(layer: BaseTunerLayer, base: nn.Module) -> str | None:
-    """Why a layer of PEFT cannot be set up over a sharded residual, to be put behind its name; or None."""
-    drop, kind = "; drop it from target_modules", type(base).__name__
-    if getattr(layer, "lora_variant", None):
-        return f": the variant {type(layer.lora_variant[ADAPTER]).__name__} of LoRA reads the dense weight; turn it off"
-    if isinstance(layer, ParamWrapper):
-        return _unsupported_parameter(layer, base)
-    if isinstance(layer, LoraEmbedding) and isinstance(base, nn.Embedding):
-        if type(base) is not nn.Embedding and not kind.endswith("ScaledWordEmbedding"):
-            return f" is a {kind}, whose own forward is not known here: only plain and scaled embeddings are" + drop
-        for option in ("max_norm", "sparse", "scale_grad_by_freq"):
-            if getattr(base, option):
-                return f" is an embedding with {option}={getattr(base, option)}, which is not supported" + drop
-        return None
-    if isinstance(layer, LoraLinear) and isinstance(base, nn.Linear | Conv1D):
-        return None
-    return f" is a {kind}: only Linear, Conv1D and Embedding layers and parameters are decomposed" + drop
-
-
-def _unsupported_parameter(layer: ParamWrapper, base: nn.Module) -> str | None:
-    """The same for a parameter under ``target_parameters``."""
-    name, weight = layer.parameter_name, layer.get_param()
-    drop = "; drop it from target_parameters"
-    if isinstance(base, nn.Embedding):
-        return f".{name} is the weight of an embedding, which a lookup cannot take apart{drop}, use target_modules"
-    if name in getattr(base, "parametrizations", ()):
-        return f".{name} is parametrized already{drop}"
-    if weight.ndim == 3 and len(weight) == 1 and getattr(base, "is_transposed", False):
-        return f".{name} {list(weight.shape)}: PEFT applies its adapter the wrong way round for a single expert{drop}"
-    return None

@@ -28,21 +28,14 @@ from torch import Tensor
 
 from lowrank_dist.distributed.exact_sum import exact_sum
 from lowrank_dist.distributed.group import ShardGroup
-from lowrank_dist.distributed.partition import FlatPartition, RowPartition
+from lowrank_dist.distributed.partition import FlatPartition, RowPartition, Storage
 from lowrank_dist.errors import InputError
-from lowrank_dist.quantization.format import (
-    Dense,
-    Encoded,
-    FileTensor,
-    Product,
-    ReadFile,
-    ResidualFormat,
-    Storage,
-    pad_rows,
-)
+from lowrank_dist.quantization.dense import Dense, pad_rows
+from lowrank_dist.quantization.format import Encoded, Product, ReadFile, ResidualFormat
+from lowrank_dist.storage.layout import QUANT_STATE
+from lowrank_dist.storage.reader import FileTensor
 
 NESTED_BLOCK = 256  # absolute maxima per second-level block, as in bitsandbytes' compress_statistics
-QUANT_STATE = ".quant_state.bitsandbytes__nf4"
 _STATE_BYTES = 256  # room for the JSON beside a weight, whose length depends on the digits of its numbers
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 

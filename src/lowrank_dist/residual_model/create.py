@@ -2,85 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 from peft import LoraConfig
 
-from lowrank_dist.adapters.files import MANIFEST
 from lowrank_dist.decomposition.schedule import Sharding, scheduled
 from lowrank_dist.decomposition.walk import Walk
-from lowrank_dist.distributed.group import ShardGroup
-from lowrank_dist.errors import InputError
-from lowrank_dist.model.skeleton import ModelError, Plan, PlannedMatrix
-from lowrank_dist.residual_model.writer import FORMAT, DecomposedWriter
-from lowrank_dist.storage.reader import CheckpointReader
-
-_SAMPLES, _SAMPLE_BYTES = 16, 2**16
-
-
-def source_fingerprint(reader: CheckpointReader, group: ShardGroup) -> str:
-    """Hexadecimal digest of the weights that a run starts from.
-
-    Of a `lowrank_dist.storage.source.WeightSource`, of the fingerprint that it gives. Of a checkpoint on disk, covers
-    names, sizes and headers of its safetensors files, and 16 samples of 64 KiB of each, evenly spread (hashing all of
-    it would cost a second read). Rank 0 computes it, the others are told. Collective.
-    """
-    return _told(lambda: _hashed_source(reader).hexdigest(), group)
-
-
-class Calibrated(Protocol):
-    """A walk that looks at data first (`lowrank_dist.calibration.walk.CalibrationPass`)."""
-
-    def fingerprint(self) -> str:
-        """Digest of the data, and of what is done with them. Collective."""
-
-    def walk(self, matrices: Sequence[PlannedMatrix]) -> Walk:
-        """What decomposes `matrices`, once the data have been looked at. Collective."""
-
-
-def fingerprint(walk: Walk, plan: Plan, calibrated: Calibrated | None = None) -> str:
-    """Hexadecimal digest of everything that a decomposed model depends on.
-
-    Of the source, what `source_fingerprint` covers. Of the settings: method, residual format, dtype of the factors, and
-    for every matrix rank and scaling; what `calibrated` looks at. Rank 0 computes it, the others are told. Collective.
-    """
-    data = [] if calibrated is None else [calibrated.fingerprint()]
-
-    def compute() -> str:
-        digest = _hashed_source(walk.reader)
-        matrices = [[m.name, m.key, m.rank, m.scaling] for m in plan.matrices]
-        settings = [FORMAT, repr(walk.init), repr(walk.residual), str(walk.factor_dtype), matrices, *data]
-        digest.update(json.dumps(settings).encode())
-        return digest.hexdigest()
-
-    return _told(compute, walk.group)
-
-
-def _told(compute: Callable[[], str], group: ShardGroup) -> str:
-    text = None
-    with group.shared_errors():
-        if group.rank == 0:
-            text = compute()
-    return str(group.broadcast_object(text))
-
-
-def _hashed_source(reader: CheckpointReader) -> hashlib._Hash:
-    digest = hashlib.sha256(reader.identity)
-    for path in reader.files:
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}:".encode())
-        with open(path, "rb") as handle:
-            header = int.from_bytes(handle.read(8), "little")
-            digest.update(handle.read(header))
-            for sample in range(_SAMPLES):
-                handle.seek(8 + header + max(0, size - 8 - header - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
-                digest.update(handle.read(_SAMPLE_BYTES))
-    return digest
+from lowrank_dist.errors import InputError, ModelError
+from lowrank_dist.model.plan import Plan
+from lowrank_dist.residual_model.fingerprint import Calibrated, fingerprint
+from lowrank_dist.residual_model.writer import DecomposedWriter
+from lowrank_dist.storage.layout import MANIFEST
 
 
 def decompose(
@@ -101,7 +36,7 @@ def decompose(
     Parameters
     ----------
     plan
-        From `lowrank_dist.model.skeleton.plan_walk`.
+        From `lowrank_dist.model.plan.plan_walk`.
     walk
         The checkpoint, the ranks that share the work (all must see `output`), and how matrices are decomposed.
     output

@@ -28,18 +28,18 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from lowrank_dist.adapters.files import CONFIG, MANIFEST, WEIGHTS, read_manifest, residual_stem
 from lowrank_dist.decomposition.report import MatrixReport
-from lowrank_dist.decomposition.walk import DecomposedMatrix, factor_shapes, parameter_shapes, row_partition
+from lowrank_dist.decomposition.walk import DecomposedMatrix
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import FlatPartition, RowPartition
+from lowrank_dist.errors import CheckpointError, ModelError
 from lowrank_dist.methods import Method
 from lowrank_dist.model.names import peft_name
-from lowrank_dist.model.skeleton import ModelError, Plan, PlannedMatrix
+from lowrank_dist.model.plan import Plan, PlannedMatrix
 from lowrank_dist.quantization.format import Encoded, ResidualFormat
-from lowrank_dist.quantization.nf4 import NF4, QUANT_STATE, read_quant_state
-from lowrank_dist.storage.prefetch import check_finite
-from lowrank_dist.storage.reader import PACKED_DTYPE, CheckpointError, CheckpointReader, TensorInfo, read_ahead
+from lowrank_dist.quantization.nf4 import NF4, read_quant_state
+from lowrank_dist.storage.layout import CONFIG, MANIFEST, QUANT_STATE, WEIGHTS, read_manifest, residual_stem
+from lowrank_dist.storage.reader import PACKED_DTYPE, CheckpointReader, TensorInfo, check_finite, read_ahead
 
 FROZEN_STEM = "frozen_factors"
 _OF_STACK = re.compile(r"(.+)\[(\d+)\]" + re.escape(QUANT_STATE))
@@ -232,7 +232,7 @@ class DecomposedModel:
             dtype = self.reader.info(planned.key).dtype
             if (dtype == PACKED_DTYPE) == self.residual.exact:
                 raise ModelError(f"{planned.layer}: the residual is stored as {dtype}, others as {self.residual}")
-            for factor, shape in parameter_shapes(planned).items():
+            for factor, shape in planned.parameter_shapes.items():
                 key = factor_keys(planned)[factor]
                 stored = self._initial.info(key).shape if key in self._initial else None
                 if stored != shape:
@@ -271,13 +271,13 @@ class DecomposedModel:
         stored = {entry["name"]: MatrixReport.from_dict(entry) for entry in self.manifest.get("matrices", [])}
 
         def read(planned: PlannedMatrix) -> DecomposedMatrix:
-            partition = row_partition(planned, residual, group.size)
+            partition = planned.row_partition(group.size, block=residual.block)
             report = stored.get(planned.name) or MatrixReport(
                 name=planned.name, rows=planned.rows, columns=planned.columns, rank=planned.rank
             )
 
             factors = {}
-            for factor, shape in factor_shapes(planned).items():
+            for factor, shape in planned.factor_shapes.items():
                 key = factor_keys(planned)[factor]
                 bounds = FlatPartition(numel=shape[0] * shape[1], world_size=group.size).bounds(group.rank)
                 factors[factor] = self._factor(planned, factor, bounds, stacks).to(device, factor_dtype)
@@ -309,7 +309,7 @@ class DecomposedModel:
                 stacks.clear()
                 stacks[key] = self._factors[factor].flat(key, start * experts, stop * experts)
             return stacks[key][expert::experts].clone()
-        before = expert * math.prod(factor_shapes(planned)[factor])
+        before = expert * math.prod(planned.factor_shapes[factor])
         return self._factors[factor].flat(key, before + start, before + stop)
 
     def residual_of(

@@ -16,27 +16,20 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from lowrank_dist import __version__
-from lowrank_dist.adapters.files import MANIFEST, RESIDUAL_STEM, WEIGHTS
+from lowrank_dist._version import __version__
+from lowrank_dist.adapters.stacking import StackedFactors
 from lowrank_dist.decomposition.report import MatrixReport
-from lowrank_dist.decomposition.walk import (
-    DecomposedMatrix,
-    Walk,
-    factor_shapes,
-    parameter_shapes,
-    row_partition,
-)
+from lowrank_dist.decomposition.walk import DecomposedMatrix, Walk
 from lowrank_dist.distributed.partition import FlatPartition
-from lowrank_dist.layers.experts import StackedFactors
 from lowrank_dist.linalg import full_fp32
 from lowrank_dist.methods import initial_core
-from lowrank_dist.model.skeleton import Plan, PlannedMatrix, plain_name
-from lowrank_dist.quantization.format import FileTensor
+from lowrank_dist.model.names import plain_name
+from lowrank_dist.model.plan import Plan, PlannedMatrix
 from lowrank_dist.quantization.nf4 import NF4
 from lowrank_dist.residual_model.reader import FROZEN_STEM, factor_keys, has_stock_layout, packed_name
 from lowrank_dist.storage.atomic import check_free, empty, exclusive, flush_directory, put_in_place, staging_of
-from lowrank_dist.storage.prefetch import check_finite
-from lowrank_dist.storage.reader import copy_other_files, write_json
+from lowrank_dist.storage.layout import MANIFEST, RESIDUAL_STEM, WEIGHTS
+from lowrank_dist.storage.reader import FileTensor, check_finite, copy_other_files, write_json
 from lowrank_dist.storage.writer import TensorFiles, stored_dtype
 
 FORMAT = 2  # of the manifest and of what the fingerprint covers
@@ -59,7 +52,7 @@ class DecomposedWriter:
     output
         The directory.
     key
-        The `lowrank_dist.residual_model.create.fingerprint`.
+        The `lowrank_dist.residual_model.fingerprint.fingerprint`.
 
     Attributes
     ----------
@@ -82,10 +75,10 @@ class DecomposedWriter:
         factors: dict[str, FileTensor] = {}
         for planned in plan.matrices:
             if not self.residual.exact:
-                partition = row_partition(planned, self.residual, 1)
+                partition = planned.row_partition(1, block=self.residual.block)
                 files = self.residual.files(partition, self._dtype(planned.key))
                 root |= {packed_name(planned, self.reader) + suffix: tensor for suffix, tensor in files.items()}
-            for factor, shape in parameter_shapes(planned).items():
+            for factor, shape in planned.parameter_shapes.items():
                 factors[factor_keys(planned)[factor]] = FileTensor(shape=shape, dtype=walk.factor_dtype)
         self.stock = all(has_stock_layout(planned, self.residual, self.reader) for planned in plan.matrices)
         self._stacks: dict[str, StackedFactors] = {}
@@ -189,7 +182,7 @@ class DecomposedWriter:
         Collective: one all-gather of each factor of an expert.
         """
         planned, shards = matrix.planned, {}
-        for factor, shape in factor_shapes(planned).items():
+        for factor, shape in planned.factor_shapes.items():
             start, stop = self._bounds(shape)
             shards[factor] = matrix.factors[factor][: stop - start]
         if self.walk.init.core is not None:
@@ -198,7 +191,7 @@ class DecomposedWriter:
             return shards
         if planned.layer not in self._stacks:
             self._stacks[planned.layer] = StackedFactors(
-                factor_shapes(planned), planned.experts, self.group, self.walk.factor_dtype
+                planned.factor_shapes, planned.experts, self.group, self.walk.factor_dtype
             )
         self._stacks[planned.layer].put(planned.expert, shards)
         if len(self._of_stacks.get(planned.layer, [])) + 1 < planned.experts:
@@ -210,7 +203,7 @@ class DecomposedWriter:
         return FlatPartition(numel=math.prod(shape), world_size=self.group.size).bounds(self.group.rank)
 
     def _write_factors(self, planned: PlannedMatrix, shards: dict[str, Tensor]) -> None:
-        keys, starts = factor_keys(planned), {f: self._bounds(s)[0] for f, s in parameter_shapes(planned).items()}
+        keys, starts = factor_keys(planned), {f: self._bounds(s)[0] for f, s in planned.parameter_shapes.items()}
         for factor, start in starts.items():
             self._factors.write(keys[factor], start, shards[factor])
         if FROZEN in shards:
@@ -218,7 +211,7 @@ class DecomposedWriter:
 
     def _fold_core(self, planned: PlannedMatrix, shards: dict[str, Tensor]) -> None:
         """Put ``B R`` in the place of B, which is kept beside it. One all-gather of B."""
-        shape = factor_shapes(planned)["lora_B"]
+        shape = planned.factor_shapes["lora_B"]
         flat = FlatPartition(numel=math.prod(shape), world_size=self.group.size)
         shards[FROZEN] = shards["lora_B"]
         padded = shards[FROZEN].new_zeros(flat.shard_numel)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_dist.checkpoints.layout import newest_checkpoint
+from lowrank_dist.errors import CheckpointError
 from lowrank_dist.slurm.options import SubmitError, SubmitOptions
-from lowrank_dist.storage.reader import CheckpointError
 
 _CHECKPOINT = "lowrank_dist.AdapterCheckpoint"
 _NODE_LOCAL = ("/tmp", "/var/tmp", "/dev/shm", "/run")

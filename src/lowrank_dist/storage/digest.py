@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from lowrank_dist.distributed.group import ShardGroup
+from lowrank_dist.distributed.partition import Storage
 from lowrank_dist.linalg import seed_from_name
-from lowrank_dist.quantization.format import Storage
 
 _WORD = 4  # bytes
 _BLOCK = 2048  # words

@@ -16,19 +16,20 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from lowrank_dist.adapters.files import (
+from lowrank_dist.errors import CheckpointError
+from lowrank_dist.storage.atomic import replaced_of, staging_of
+from lowrank_dist.storage.layout import (
     ADAPTER_DIR,
     CONFIG,
     ENCODED_DIR,
     INITIAL_DIR,
     LORA_DIR,
     MANIFEST,
+    QUANT_STATE,
     WEIGHTS,
     residual_stem,
 )
-from lowrank_dist.quantization.nf4 import QUANT_STATE
-from lowrank_dist.storage.atomic import replaced_of, staging_of
-from lowrank_dist.storage.reader import INDEX_NAME, CheckpointError
+from lowrank_dist.storage.reader import INDEX_NAME
 
 OTHER_WEIGHTS = ("*.bin", "*.gguf", "*.h5", "*.msgpack", "*.pt", "*.pth")
 

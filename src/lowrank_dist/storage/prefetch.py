@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lowrank_dist.linalg import all_finite, slabs
+from lowrank_dist.linalg import slabs
 from lowrank_dist.storage.buffers import Buffers
-from lowrank_dist.storage.reader import CheckpointError, CheckpointReader, read_ahead
+from lowrank_dist.storage.reader import CheckpointReader, check_finite, read_ahead
 
 # Elements that are widened and checked at a time on a CPU: they are in its cache still.
 _CACHED = 2**18
@@ -87,13 +87,3 @@ def read_blocks(
             block.values.record_stream(torch.cuda.current_stream(device))
         yield block
         del block  # before the one after the next is read
-
-
-def check_finite(key: str, values: Tensor, start: int) -> None:
-    """Raise CheckpointError if `values` (rows or elements of tensor `key` from `start` on) hold a NaN or infinity."""
-    if not all_finite(values):
-        bad = (~torch.isfinite(values)).nonzero()[0].tolist()
-        bad[0] += start
-        raise CheckpointError(
-            f"{key}: NaN or infinity at {bad}; the checkpoint is damaged or was saved from a diverged run"
-        )

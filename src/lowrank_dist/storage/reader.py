@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import math
 import os
 import shutil
 from collections import deque
@@ -20,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lowrank_dist.errors import InputError
+from lowrank_dist.errors import CheckpointError
+from lowrank_dist.linalg import all_finite
 
 log = logging.getLogger(__name__)
 
@@ -40,10 +42,6 @@ _DTYPES = {**FLOAT_DTYPES, "F64": torch.float64, "I64": torch.int64, "I32": torc
     "BOOL": torch.bool,
 }
 PACKED_DTYPE = "NF4"  # what the reader of a decomposed model says of 4-bit weights
-
-
-class CheckpointError(InputError):
-    """A checkpoint that cannot be read as it is; the message names the file, the tensor and the remedy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -392,3 +390,25 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         path,
         metadata={"format": "pt", **(metadata or {})},
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileTensor:
+    """Shape and dtype of a tensor of a safetensors file."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+def check_finite(key: str, values: Tensor, start: int) -> None:
+    """Raise CheckpointError if `values` (rows or elements of tensor `key` from `start` on) hold a NaN or infinity."""
+    if not all_finite(values):
+        bad = (~torch.isfinite(values)).nonzero()[0].tolist()
+        bad[0] += start
+        raise CheckpointError(
+            f"{key}: NaN or infinity at {bad}; the checkpoint is damaged or was saved from a diverged run"
+        )

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lowrank_dist.storage.reader import FLOAT_DTYPES, CheckpointError, CheckpointReader, TensorInfo
+from lowrank_dist.errors import CheckpointError
+from lowrank_dist.storage.reader import FLOAT_DTYPES, CheckpointReader, TensorInfo
 
 
 @runtime_checkable

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_dist.quantization.format import FileTensor
-from lowrank_dist.storage.reader import CheckpointError, TensorInfo, write_json
+from lowrank_dist.errors import CheckpointError
+from lowrank_dist.storage.reader import FileTensor, TensorInfo, write_json
 
 MAX_BYTES = 5_000_000_000  # of one file; the size transformers cuts checkpoints at
 

@@ -27,7 +27,7 @@ from lowrank_dist.checkpoints.state import OWN_STATE, decode_training_state, enc
 from lowrank_dist.checkpoints.writer import CheckpointWriter
 from lowrank_dist.distributed.gather_to_owner import gather_to_owners
 from lowrank_dist.distributed.group import ShardGroup
-from lowrank_dist.storage.reader import CheckpointError
+from lowrank_dist.errors import CheckpointError
 from lowrank_dist.zero3.optimizer import ShardedOptimizer
 from lowrank_dist.zero3.partition import is_partitioned, local_shard, whole_shape
 

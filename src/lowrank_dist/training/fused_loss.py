@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_dist.data.sft import IGNORE_INDEX
+from lowrank_dist.data.tokenizing import IGNORE_INDEX
 from lowrank_dist.errors import InputError
 
 

@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lowrank_dist.data.sft import IGNORE_INDEX
+from lowrank_dist.data.tokenizing import IGNORE_INDEX
 from lowrank_dist.training.fused_loss import FusedLoss
 from lowrank_dist.training.optim import OPTIMIZERS, OptimizerName, build_optimizer
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
 
 OptimizerName = Literal["adamw", "paged_adamw_32bit", "paged_adamw_8bit"]
 """Names of `transformers.TrainingArguments.optim` that `build_optimizer` knows."""
@@ -106,89 +105,3 @@ def _is_rank_zero() -> bool:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank() == 0
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
-
-
-# bitsandbytes' names for what torch.optim calls:
-_MOMENTS = {"state1": "exp_avg", "state2": "exp_avg_sq"}
-_BLOCK = 256  # of bitsandbytes' 8-bit optimizer state
-
-
-def expanded_state(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The per-element tensors of an optimizer's state of one parameter, in fp32.
-
-    Parameters
-    ----------
-    state
-        ``optimizer.state[parameter]`` of `torch.optim` or bitsandbytes (32-bit, or blockwise 8-bit).
-
-    Returns
-    -------
-    dict of Tensor
-        Flat, under the names of `torch.optim` (``exp_avg``, ``exp_avg_sq``, ...). 8-bit ones are dequantized copies,
-        others may share memory with `state`.
-    """
-    found = {}
-    for name, value in state.items():
-        if not isinstance(value, Tensor) or value.dim() == 0 or name.startswith(("qmap", "absmax")):
-            continue
-        if value.dtype == torch.uint8:
-            from bitsandbytes.functional import dequantize_blockwise
-
-            index = name.removeprefix("state")
-            absmax = state[f"absmax{index}"]
-            # paged state says that it is on the CPU
-            value = dequantize_blockwise(
-                value.to(absmax.device), absmax=absmax, code=state[f"qmap{index}"], blocksize=_BLOCK
-            )
-        found[_MOMENTS.get(name, name)] = value.detach().flatten().float()
-    return found
-
-
-def fill_state(
-    optimizer: torch.optim.Optimizer,
-    group: dict[str, Any],
-    parameter: Tensor,
-    moments: Mapping[str, Tensor],
-    steps: int,
-) -> None:
-    """Make `moments` the state of `parameter`, in the format of `optimizer`.
-
-    Parameters
-    ----------
-    optimizer
-        Of `torch.optim` or bitsandbytes; it may have no state yet.
-    group
-        The entry of ``optimizer.param_groups`` that the parameter belongs to.
-    parameter
-        The parameter.
-    moments
-        What `expanded_state` gave, maybe of another optimizer of the same family. 8-bit state is quantized again, which
-        is equal to 8-bit accuracy only: bitsandbytes' code for first moments reaches 1 but not -1, so that the scale of
-        a block shrinks where its largest entry is negative.
-    steps
-        Steps they have seen.
-    """
-    if not hasattr(optimizer, "init_state"):  # torch.optim, DeepSpeed
-        step = torch.tensor(float(steps)) if isinstance(optimizer, torch.optim.AdamW | torch.optim.Adam) else steps
-        shaped = {name: value.to(parameter).view_as(parameter) for name, value in moments.items()}
-        optimizer.state[parameter] = {"step": step, **shaped}
-        return
-    from bitsandbytes.functional import quantize_blockwise
-
-    # DeepSpeed empties the groups between steps; bitsandbytes looks its settings of a parameter up there
-    listed, group["params"] = group["params"], [parameter]
-    optimizer.init_state(group, parameter, optimizer.param_groups.index(group), 0)
-    group["params"] = listed
-    state = optimizer.state[parameter]
-    state["step"] = steps
-    for name, torch_name in _MOMENTS.items():
-        if name not in state or torch_name not in moments:
-            continue
-        if state[name].dtype != torch.uint8:
-            state[name].copy_(moments[torch_name].view_as(state[name]))
-            continue
-        number = name.removeprefix("state")
-        code = state[f"qmap{number}"]
-        packed, quantized = quantize_blockwise(moments[torch_name].to(code), code=code, blocksize=_BLOCK)
-        state[name].copy_(packed.view_as(state[name]))
-        state[f"absmax{number}"].copy_(quantized.absmax.view_as(state[f"absmax{number}"]))

@@ -28,19 +28,19 @@ from lowrank_dist.checkpoints.writer import CheckpointWriter
 from lowrank_dist.decomposition.report import InitReport
 from lowrank_dist.decomposition.restore import check_digests
 from lowrank_dist.decomposition.schedule import Sharding
-from lowrank_dist.decomposition.walk import progress_bar
 from lowrank_dist.distributed.group import ShardGroup
-from lowrank_dist.errors import InputError
+from lowrank_dist.errors import InputError, ModelError
 from lowrank_dist.initialization.materialize import Materialized, materialize
 from lowrank_dist.initialization.open import ModelRecipe, OpenedModel
 from lowrank_dist.initialization.source import PretrainedModel
 from lowrank_dist.initialization.trainable import make_trainable
 from lowrank_dist.layers.folded import FoldAdapters
 from lowrank_dist.methods import Method
-from lowrank_dist.model.skeleton import ModelError, find_backbone, meta_parameters
-from lowrank_dist.quantization.format import Dense
+from lowrank_dist.model.skeleton import find_backbone, meta_parameters
+from lowrank_dist.progress import progress_bar
+from lowrank_dist.quantization.dense import Dense
 from lowrank_dist.quantization.nf4 import NF4, format_as_dict
-from lowrank_dist.residual_model.create import source_fingerprint
+from lowrank_dist.residual_model.fingerprint import source_fingerprint
 from lowrank_dist.residual_model.reader import DecomposedModel
 from lowrank_dist.storage.source import WeightSource
 from lowrank_dist.training.calibration_batches import calibration_batches, calibration_step

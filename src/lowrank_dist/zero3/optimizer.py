@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from lowrank_dist.errors import InputError
-from lowrank_dist.training.optim import expanded_state, fill_state
 
 #: Name of the fp32 copy that the optimizer updates, beside the names of its moments.
 MASTER = "fp32"
@@ -106,3 +105,91 @@ class ShardedOptimizer:
                 _, start, numel = zero.grad_position[zero.get_param_id(parameter)]
                 parts.append((parameter, slice(start, start + numel)))
             yield flat, parts
+
+
+# bitsandbytes' names for what torch.optim calls:
+_MOMENTS = {"state1": "exp_avg", "state2": "exp_avg_sq"}
+
+
+_BLOCK = 256  # of bitsandbytes' 8-bit optimizer state
+
+
+def expanded_state(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The per-element tensors of an optimizer's state of one parameter, in fp32.
+
+    Parameters
+    ----------
+    state
+        ``optimizer.state[parameter]`` of `torch.optim` or bitsandbytes (32-bit, or blockwise 8-bit).
+
+    Returns
+    -------
+    dict of Tensor
+        Flat, under the names of `torch.optim` (``exp_avg``, ``exp_avg_sq``, ...). 8-bit ones are dequantized copies,
+        others may share memory with `state`.
+    """
+    found = {}
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or value.dim() == 0 or name.startswith(("qmap", "absmax")):
+            continue
+        if value.dtype == torch.uint8:
+            from bitsandbytes.functional import dequantize_blockwise
+
+            index = name.removeprefix("state")
+            absmax = state[f"absmax{index}"]
+            # paged state says that it is on the CPU
+            value = dequantize_blockwise(
+                value.to(absmax.device), absmax=absmax, code=state[f"qmap{index}"], blocksize=_BLOCK
+            )
+        found[_MOMENTS.get(name, name)] = value.detach().flatten().float()
+    return found
+
+
+def fill_state(
+    optimizer: torch.optim.Optimizer,
+    group: dict[str, Any],
+    parameter: Tensor,
+    moments: Mapping[str, Tensor],
+    steps: int,
+) -> None:
+    """Make `moments` the state of `parameter`, in the format of `optimizer`.
+
+    Parameters
+    ----------
+    optimizer
+        Of `torch.optim` or bitsandbytes; it may have no state yet.
+    group
+        The entry of ``optimizer.param_groups`` that the parameter belongs to.
+    parameter
+        The parameter.
+    moments
+        What `expanded_state` gave, maybe of another optimizer of the same family. 8-bit state is quantized again, which
+        is equal to 8-bit accuracy only: bitsandbytes' code for first moments reaches 1 but not -1, so that the scale of
+        a block shrinks where its largest entry is negative.
+    steps
+        Steps they have seen.
+    """
+    if not hasattr(optimizer, "init_state"):  # torch.optim, DeepSpeed
+        step = torch.tensor(float(steps)) if isinstance(optimizer, torch.optim.AdamW | torch.optim.Adam) else steps
+        shaped = {name: value.to(parameter).view_as(parameter) for name, value in moments.items()}
+        optimizer.state[parameter] = {"step": step, **shaped}
+        return
+    from bitsandbytes.functional import quantize_blockwise
+
+    # DeepSpeed empties the groups between steps; bitsandbytes looks its settings of a parameter up there
+    listed, group["params"] = group["params"], [parameter]
+    optimizer.init_state(group, parameter, optimizer.param_groups.index(group), 0)
+    group["params"] = listed
+    state = optimizer.state[parameter]
+    state["step"] = steps
+    for name, torch_name in _MOMENTS.items():
+        if name not in state or torch_name not in moments:
+            continue
+        if state[name].dtype != torch.uint8:
+            state[name].copy_(moments[torch_name].view_as(state[name]))
+            continue
+        number = name.removeprefix("state")
+        code = state[f"qmap{number}"]
+        packed, quantized = quantize_blockwise(moments[torch_name].to(code), code=code, blocksize=_BLOCK)
+        state[name].copy_(packed.view_as(state[name]))
+        state[f"absmax{number}"].copy_(quantized.absmax.view_as(state[f"absmax{number}"]))

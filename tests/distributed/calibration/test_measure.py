@@ -26,8 +26,10 @@ from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import RowPartition
 from lowrank_dist.errors import InputError
 from lowrank_dist.methods import Decomposition, LoRA, Matrix, Method
-from lowrank_dist.model.skeleton import build_skeleton, inject_adapter, plan_walk
-from lowrank_dist.quantization.format import Dense, ResidualFormat
+from lowrank_dist.model.plan import plan_walk
+from lowrank_dist.model.skeleton import build_skeleton, inject_adapter
+from lowrank_dist.quantization.dense import Dense
+from lowrank_dist.quantization.format import ResidualFormat
 from lowrank_dist.storage.reader import CheckpointReader
 from lowrank_dist.zero3 import layerwise
 from lowrank_dist.zero3.partition import Partitioner, gathered, use_cpu_accelerator, whole_shape

@@ -23,18 +23,20 @@ from lowrank_dist.adapters.files import write_adapter
 from lowrank_dist.calibration.measure import Calibration
 from lowrank_dist.calibration.walk import CalibrationPass
 from lowrank_dist.decomposition.report import MatrixReport
-from lowrank_dist.decomposition.restore import check_digests
+from lowrank_dist.decomposition.restore import Resume, check_digests
 from lowrank_dist.decomposition.schedule import Sharding
+from lowrank_dist.errors import CheckpointError
 from lowrank_dist.initialization.materialize import Materialized, materialize
-from lowrank_dist.initialization.source import PretrainedModel, Resume, open_source
+from lowrank_dist.initialization.source import PretrainedModel, open_source
 from lowrank_dist.layers.frozen import CoredLinear, FrozenWeight
 from lowrank_dist.methods import Factors, Matrix
 from lowrank_dist.model.names import peft_name
-from lowrank_dist.model.skeleton import build_skeleton, inject_adapter, plan_walk, untie_embeddings
-from lowrank_dist.quantization.format import Dense, Encoded
-from lowrank_dist.residual_model.create import source_fingerprint
+from lowrank_dist.model.plan import plan_walk
+from lowrank_dist.model.skeleton import build_skeleton, inject_adapter, untie_embeddings
+from lowrank_dist.quantization.dense import Dense
+from lowrank_dist.quantization.format import Encoded
+from lowrank_dist.residual_model.fingerprint import source_fingerprint
 from lowrank_dist.residual_model.reader import DecomposedModel
-from lowrank_dist.storage.reader import CheckpointError
 from lowrank_dist.zero3.partition import Partitioner, gathered, use_cpu_accelerator, whole_shape
 
 CONFIG = {

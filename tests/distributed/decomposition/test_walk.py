@@ -29,13 +29,13 @@ from helpers.models import CAUSAL_LMS, save_checkpoint
 from helpers.ranks import run_ranks, run_ranks_catching
 from helpers.training import STEPS, CausalLM, loader, make_strategy, make_trainer
 from lowrank_dist import NF4, LoftQ, LoRA, PiSSA
-from lowrank_dist.decomposition.walk import Batch, DecomposedMatrix, Walk, factor_shapes, row_partition
+from lowrank_dist.decomposition.walk import Batch, DecomposedMatrix, Walk
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import RowPartition
 from lowrank_dist.layers.frozen import FrozenLinear
 from lowrank_dist.methods.base import Matrix, residual_block
-from lowrank_dist.model.skeleton import PlannedMatrix
-from lowrank_dist.quantization.format import Dense
+from lowrank_dist.model.plan import PlannedMatrix
+from lowrank_dist.quantization.dense import Dense
 from lowrank_dist.storage.buffers import Buffers
 from lowrank_dist.storage.reader import CheckpointReader
 from lowrank_dist.zero3.partition import stored_bytes
@@ -162,7 +162,7 @@ def test_groups_of_ranks_take_turns(tmp_path: Path, group_size: int) -> None:
     parts = run_ranks(4, walk_in_turns, tmp_path, group_size)
     for planned in planned_matrices(tmp_path):
         together = run_ranks(4, decompose_rows, LoRA(), NF4(), planned.rows, planned.columns)
-        for name, storage in NF4().storages(row_partition(planned, NF4(), 4)).items():
+        for name, storage in NF4().storages(planned.row_partition(4, block=NF4().block)).items():
             cut = [part[planned.key].residual[name] for part in parts]
             whole = [shards[name] for _, _, shards, _ in together]
             assert [len(shard) for shard in cut] == [len(shard) for shard in whole]
@@ -237,7 +237,7 @@ def test_reported_norms_are_those_of_what_is_kept(
         residual = fmt.decode(stored, parts[0].partition, torch.float32).double()
         a, b = (
             torch.cat([part.factors[name] for part in parts])[: math.prod(shape)].view(shape).double()
-            for name, shape in factor_shapes(planned).items()
+            for name, shape in planned.factor_shapes.items()
         )
         w = weights[planned.key].double()
         assert report.norm == pytest.approx(float(w.norm()), rel=1e-6)

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from helpers.ranks import run_ranks
 from lowrank_dist.distributed.group import ShardGroup
-from lowrank_dist.distributed.partition import FlatPartition
+from lowrank_dist.distributed.partition import FlatPartition, Storage
 from lowrank_dist.distributed.reshard import redistribute
-from lowrank_dist.quantization.format import Storage
 
 DTYPES = {"codes": torch.uint8, "scales": torch.float32, "factor": torch.bfloat16}
 # elements of the items' tensors: fewer than ranks, none by blocks of 64 bytes, more than one item for a group of ranks

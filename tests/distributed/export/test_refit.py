@@ -16,9 +16,8 @@ from helpers.models import save_checkpoint
 from helpers.ranks import run_ranks, run_ranks_catching
 from helpers.training import STEPS, CausalLM, loader, make_strategy, make_trainer, tokens
 from lowrank_dist import NF4, AdapterCheckpoint, LoftQ, PiSSA
-from lowrank_dist.errors import InputError
+from lowrank_dist.errors import InputError, ModelError
 from lowrank_dist.export.refit import Refit, refit_checkpoint
-from lowrank_dist.model.skeleton import ModelError
 
 CASES: dict[str, dict[str, Any]] = {
     "qpissa": {"init": PiSSA(quantization_iterations=3)},

@@ -17,10 +17,10 @@ from helpers.ranks import run_ranks
 from helpers.traffic import Traffic
 from helpers.training import GLOBAL_BATCH, CausalLM, loader, make_strategy, make_trainer
 from lowrank_dist import NF4, LoftQ, LoRA, LoRAXS, PiSSA, PiSSAStrategy
-from lowrank_dist.cli.plan_model import with_adapters
+from lowrank_dist.cli.plan.model import with_adapters
 from lowrank_dist.forecast import Forecast, Job, Shapes, forecast
 from lowrank_dist.forecast.activations import measure_activations
-from lowrank_dist.quantization.format import Dense
+from lowrank_dist.quantization.dense import Dense
 from lowrank_dist.training.strategy import PRECISIONS
 from lowrank_dist.zero3.partition import local_shard
 

@@ -17,8 +17,8 @@ from helpers.ranks import run_ranks
 from helpers.training import LR, STEPS, CausalLM, dense_state, loader, make_strategy, make_trainer, tokens
 from lowrank_dist import NF4, AdapterCheckpoint, LoRAXS, convert_checkpoint, merge_checkpoint
 from lowrank_dist.decomposition.walk import check_matrices
+from lowrank_dist.errors import ModelError
 from lowrank_dist.layers.frozen import CoredLinear
-from lowrank_dist.model.skeleton import ModelError
 from lowrank_dist.storage.inspect import inspect
 
 INIT = LoRAXS(core_std=1e-2)
@@ -105,7 +105,7 @@ def test_the_saved_lora_fits_the_original_model(llama: Path, tmp_path: Path) -> 
 
 
 def test_embeddings_and_experts_are_refused() -> None:
-    from lowrank_dist.model.skeleton import Plan, PlannedMatrix
+    from lowrank_dist.model.plan import Plan, PlannedMatrix
 
     shape: dict[str, Any] = {"rows": 8, "columns": 8, "input_first": True, "rank": 2, "scaling": 1.0}
     for kind in ("lookup", "wrapped"):

@@ -20,8 +20,8 @@ from helpers.ranks import run_ranks, run_ranks_catching
 from lowrank_dist import NF4, PiSSA
 from lowrank_dist.decomposition.walk import Batch, Walk
 from lowrank_dist.distributed.group import ShardGroup
-from lowrank_dist.model.skeleton import PlannedMatrix
-from lowrank_dist.quantization.format import Dense
+from lowrank_dist.model.plan import PlannedMatrix
+from lowrank_dist.quantization.dense import Dense
 from lowrank_dist.storage.reader import CheckpointReader
 
 M_MMAP_THRESHOLD = -3  # of malloc.h

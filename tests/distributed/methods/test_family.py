@@ -16,7 +16,7 @@ from lowrank_dist.errors import InputError
 from lowrank_dist.linalg import trailing
 from lowrank_dist.linalg.trailing import multiply, row_blocks, trailing_svd
 from lowrank_dist.methods import Matrix, Method
-from lowrank_dist.quantization.format import Dense
+from lowrank_dist.quantization.dense import Dense
 
 # (out, in, r); with whole blocks of 64 elements per rank, the last ones leave ranks without rows. The first has an r
 # beyond one rank's rows.

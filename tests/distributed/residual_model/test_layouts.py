@@ -26,8 +26,9 @@ from lowrank_dist import NF4, LoRAXS, PiSSA, PiSSAStrategy
 from lowrank_dist.decomposition.schedule import Sharding
 from lowrank_dist.decomposition.walk import Walk
 from lowrank_dist.distributed.group import ShardGroup
-from lowrank_dist.model.skeleton import build_skeleton, inject_adapter, plan_walk
-from lowrank_dist.quantization.format import Dense
+from lowrank_dist.model.plan import plan_walk
+from lowrank_dist.model.skeleton import build_skeleton, inject_adapter
+from lowrank_dist.quantization.dense import Dense
 from lowrank_dist.residual_model.create import decompose
 from lowrank_dist.storage.atomic import staging_of
 from lowrank_dist.storage.inspect import inspect

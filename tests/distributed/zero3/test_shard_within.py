@@ -18,7 +18,7 @@ from lowrank_dist import NF4, AdapterCheckpoint, CorDA, LoRA, LoRAXS, PiSSA, PiS
 from lowrank_dist.forecast import Job, Shapes, forecast
 from lowrank_dist.forecast.job import parameters
 from lowrank_dist.forecast.traffic import traffic
-from lowrank_dist.quantization.format import Dense
+from lowrank_dist.quantization.dense import Dense
 from lowrank_dist.zero3.partition import local_shard
 
 NODES, CUT = 2, 5

@@ -17,11 +17,11 @@ from peft import LoraConfig
 from helpers.models import save_checkpoint
 from lowrank_dist import NF4, LoRA, PiSSA
 from lowrank_dist.cli import main
-from lowrank_dist.cli.plan import DOES_NOT_FIT, parser, planned_run
+from lowrank_dist.cli.plan.command import DOES_NOT_FIT, parser, planned_run
 from lowrank_dist.forecast import Forecast, Job, Shapes, forecast
 from lowrank_dist.forecast.job import parameters
 from lowrank_dist.forecast.traffic import traffic
-from lowrank_dist.quantization.format import Dense
+from lowrank_dist.quantization.dense import Dense
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 EIGHT = [f"--config={CONFIGS / 'base' / 'llama3-8b_8gpu.yaml'}", f"--config={CONFIGS / 'method' / 'qpissa.yaml'}"]

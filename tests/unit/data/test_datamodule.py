@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 
 from helpers.sft import byte_level_tokenizer, write_jsonl
-from lowrank_dist.data.datamodule import ResumableLoader, SFTDataModule, ShardedSampler
-from lowrank_dist.data.sft import IGNORE_INDEX, Collator, TokenDataset
+from lowrank_dist.data.datamodule import SFTDataModule
+from lowrank_dist.data.packing import Collator, TokenDataset
+from lowrank_dist.data.sampler import ResumableLoader, ShardedSampler
+from lowrank_dist.data.tokenizing import IGNORE_INDEX
 
 
 def dataset_of(sizes):

@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 from transformers.masking_utils import find_packed_sequence_indices
 
 from helpers.sft import CHATML, byte_level_tokenizer, sentencepiece_tokenizer
-from lowrank_dist.data.sft import IGNORE_INDEX, Collator, Encoder, Renderer, TokenDataset, pack, read_jsonl
+from lowrank_dist.data.packing import Collator, TokenDataset, pack
+from lowrank_dist.data.records import read_jsonl
+from lowrank_dist.data.rendering import Renderer
+from lowrank_dist.data.tokenizing import IGNORE_INDEX, Encoder
 
 CONVERSATION = [
     {"role": "system", "content": "Be short."},

@@ -21,7 +21,7 @@ from lowrank_dist.decomposition.schedule import (
 )
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import InputError
-from lowrank_dist.model.skeleton import PlannedMatrix
+from lowrank_dist.model.plan import PlannedMatrix
 
 
 class Ranks(ShardGroup):

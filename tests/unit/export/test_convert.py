@@ -21,9 +21,8 @@ from helpers.checkpoints import adapted, deltas, load_base, load_lora, make_chec
 from helpers.models import save_checkpoint
 from lowrank_dist.adapters.files import read_adapter, write_adapter
 from lowrank_dist.adapters.lora import lora_config, to_lora
-from lowrank_dist.errors import InputError
+from lowrank_dist.errors import CheckpointError, InputError
 from lowrank_dist.export.convert import convert_checkpoint
-from lowrank_dist.storage.reader import CheckpointError
 
 A, B = "base_model.model.x.lora_A.weight", "base_model.model.x.lora_B.weight"
 

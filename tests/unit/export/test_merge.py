@@ -31,12 +31,11 @@ from helpers.command import lowrank_dist
 from helpers.models import save_checkpoint
 from lowrank_dist import cli
 from lowrank_dist.adapters.files import read_adapter, write_adapter
-from lowrank_dist.errors import InputError
+from lowrank_dist.errors import CheckpointError, InputError, ModelError
 from lowrank_dist.export.convert import convert_checkpoint
 from lowrank_dist.export.merge import merge_checkpoint
-from lowrank_dist.model.skeleton import ModelError
 from lowrank_dist.storage.atomic import exclusive, staging_of
-from lowrank_dist.storage.reader import CheckpointError, CheckpointReader
+from lowrank_dist.storage.reader import CheckpointReader
 
 FP32, BF16 = torch.float32, torch.bfloat16
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from lowrank_dist import NF4
 from lowrank_dist.adapters.lora import to_lora
+from lowrank_dist.adapters.stacking import put_factor
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import FlatPartition, RowPartition
-from lowrank_dist.layers.experts import put_factor
-from lowrank_dist.quantization.format import Dense
+from lowrank_dist.quantization.dense import Dense
 
 EXPERTS, OUT, IN, RANK = 3, 7, 5, 2
 

@@ -20,7 +20,7 @@ from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import RowPartition
 from lowrank_dist.layers.folded import FoldedLinear, fold_adapters
 from lowrank_dist.layers.frozen import FrozenLinear
-from lowrank_dist.quantization.format import Dense
+from lowrank_dist.quantization.dense import Dense
 from lowrank_dist.quantization.nf4 import NF4
 
 IN, OUT, RANK = 128, 80, 4

@@ -34,7 +34,8 @@ from lowrank_dist.methods import (
     sharded,
 )
 from lowrank_dist.methods.base import residual_block
-from lowrank_dist.quantization.format import Dense, ResidualFormat
+from lowrank_dist.quantization.dense import Dense
+from lowrank_dist.quantization.format import ResidualFormat
 
 README = Path(__file__).parents[3] / "README.md"
 SINGLE = ShardGroup.single()

@@ -15,7 +15,7 @@ from lowrank_dist import NF4, LoftQ, LoRA, PiSSA
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import RowPartition
 from lowrank_dist.methods import Decomposition, Matrix
-from lowrank_dist.quantization.format import Dense
+from lowrank_dist.quantization.dense import Dense
 
 SINGLE = ShardGroup.single()
 

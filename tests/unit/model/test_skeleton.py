@@ -22,11 +22,13 @@ from transformers import (
 from transformers.core_model_loading import Chunk, WeightConverter
 
 from helpers.models import save_checkpoint
+from lowrank_dist.decomposition.restore import Resume
 from lowrank_dist.decomposition.schedule import Sharding
+from lowrank_dist.errors import CheckpointError, ModelError
 from lowrank_dist.initialization.open import ModelRecipe
-from lowrank_dist.initialization.source import Resume
-from lowrank_dist.model.skeleton import ModelError, Plan, inject_adapter, meta_parameters, plan_walk, untie_embeddings
-from lowrank_dist.storage.reader import CheckpointError, CheckpointReader
+from lowrank_dist.model.plan import Plan, plan_walk
+from lowrank_dist.model.skeleton import inject_adapter, meta_parameters, untie_embeddings
+from lowrank_dist.storage.reader import CheckpointReader
 
 
 def skeleton(directory: Path, auto_class: Any = AutoModelForCausalLM) -> Any:

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lowrank_dist.distributed.group import ShardGroup
+from lowrank_dist.distributed.partition import Storage
 from lowrank_dist.linalg import seed_from_name
-from lowrank_dist.quantization.format import Storage
 from lowrank_dist.storage.digest import digest_sums, digests
 
 SINGLE = ShardGroup.single()

@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from helpers.models import save_checkpoint
 from lowrank_dist import cli
+from lowrank_dist.errors import CheckpointError
 from lowrank_dist.storage.atomic import replaced_of, staging_of
 from lowrank_dist.storage.inspect import Description, inspect
-from lowrank_dist.storage.reader import CheckpointError
 
 
 @pytest.fixture(scope="module")

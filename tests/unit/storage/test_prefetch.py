@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from lowrank_dist.errors import CheckpointError
 from lowrank_dist.storage.buffers import Buffers
 from lowrank_dist.storage.prefetch import _CACHED, RowRange, read_blocks
-from lowrank_dist.storage.reader import CheckpointError, CheckpointReader
+from lowrank_dist.storage.reader import CheckpointReader
 
 ROWS, COLUMNS = 700, 1024  # of several slabs
 CPU = torch.device("cpu")

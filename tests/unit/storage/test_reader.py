@@ -13,14 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from helpers.ranks import run_ranks
-from lowrank_dist.storage.reader import (
-    INDEX_NAME,
-    CheckpointError,
-    CheckpointReader,
-    Piece,
-    read_ahead,
-    resolve_checkpoint,
-)
+from lowrank_dist.errors import CheckpointError
+from lowrank_dist.storage.reader import INDEX_NAME, CheckpointReader, Piece, read_ahead, resolve_checkpoint
 
 
 @pytest.fixture

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from lowrank_dist.distributed.partition import FlatPartition
-from lowrank_dist.quantization.format import FileTensor
-from lowrank_dist.storage.reader import CheckpointReader
+from lowrank_dist.storage.reader import CheckpointReader, FileTensor
 from lowrank_dist.storage.writer import TensorFiles
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int64, torch.bool]

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from helpers.ranks import run_ranks
 from helpers.sft import byte_level_tokenizer, tiny_llama, write_jsonl
 from lowrank_dist.data.datamodule import SFTDataModule
-from lowrank_dist.data.sft import IGNORE_INDEX, Collator, TokenDataset
+from lowrank_dist.data.packing import Collator, TokenDataset
+from lowrank_dist.data.tokenizing import IGNORE_INDEX
 from lowrank_dist.training.module import CausalLMModule
 
 QUIET = {

@@ -13,12 +13,12 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 
 import lowrank_dist
-from lowrank_dist.cli.plan_model import with_adapters
-from lowrank_dist.cli.plan_table import as_table
+from lowrank_dist.cli.plan.model import with_adapters
+from lowrank_dist.cli.plan.table import as_table
 from lowrank_dist.errors import InputError
 from lowrank_dist.forecast import Cluster, Forecast, Job, Shapes, forecast
 from lowrank_dist.methods import PiSSA
-from lowrank_dist.quantization.format import Dense
+from lowrank_dist.quantization.dense import Dense
 from lowrank_dist.storage.reader import resolve_checkpoint
 from lowrank_dist.training.fit_cli import instantiated, parse_fit
 from lowrank_dist.training.strategy import PRECISIONS, PiSSAStrategy

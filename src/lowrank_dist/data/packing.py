@@ -1,0 +1,135 @@
+"""Examples to batches: items in flat tensors, one example or one packed row each, and padding to one length."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lowrank_dist.data.tokenizing import IGNORE_INDEX
+
+PAD_TO_MULTIPLE_OF = 8
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Pack examples into rows of at most `capacity` tokens: best fit, longest first.
+
+    Parameters
+    ----------
+    lengths
+        Tokens of each example, none above `capacity`.
+    capacity
+        Tokens of a row.
+
+    Returns
+    -------
+    list of list of int
+        The examples of each row. Every example is in one row.
+
+    Notes
+    -----
+    O(n log n) in the number of examples; at most 11/9 of the optimal number of rows, and one.
+    """
+    rows: list[list[int]] = []
+    open_rows: dict[int, list[int]] = {}  # free tokens -> rows with exactly so many
+    free: list[int] = []  # the keys, sorted
+    for example in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        length = lengths[example]
+        if (slot := bisect_left(free, length)) < len(free):
+            left = free[slot]
+            row = open_rows[left].pop()
+            if not open_rows[left]:
+                del open_rows[left], free[slot]
+        else:
+            left, row = capacity, len(rows)
+            rows.append([])
+        rows[row].append(example)
+        if left > length:
+            if left - length not in open_rows:
+                insort(free, left - length)
+            open_rows.setdefault(left - length, []).append(row)
+    return rows
+
+
+class TokenDataset(Dataset[dict[str, Tensor]]):
+    """Tokenized examples in two flat tensors, one example or one packed row an item.
+
+    Parameters
+    ----------
+    examples
+        Token ids and labels of each example: int32, [2, length].
+    capacity
+        Pack examples into rows of at most so many tokens; None keeps one example an item.
+
+    Notes
+    -----
+    Item ``~i`` (negative) is item ``i`` with every label -100: a filler, which takes part in a step without counting.
+    """
+
+    def __init__(self, examples: Sequence[Tensor], capacity: int | None = None) -> None:
+        sizes = [example.shape[1] for example in examples]
+        self.rows = [[index] for index in range(len(sizes))] if capacity is None else pack(sizes, capacity)
+        self.packed = capacity is not None
+        order = list(chain.from_iterable(self.rows))
+        self.tokens, self.labels = torch.cat([examples[index] for index in order], dim=1)  # [total] each
+        self.sizes = [[sizes[index] for index in row] for row in self.rows]
+        self.lengths = [sum(row) for row in self.sizes]
+        self.offsets = [0, *torch.tensor(self.lengths).cumsum(0).tolist()]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Item `index`: `input_ids`, `labels` and, where packed, `position_ids`; each int64 of shape [length]."""
+        row = index if index >= 0 else ~index
+        part = slice(self.offsets[row], self.offsets[row + 1])
+        item = {"input_ids": self.tokens[part].long(), "labels": self.labels[part].long()}
+        if index < 0:
+            item["labels"].fill_(IGNORE_INDEX)
+        if self.packed:
+            item["position_ids"] = torch.cat([torch.arange(size) for size in self.sizes[row]])
+        return item
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Right-pads the items of a batch to one length, a multiple of 8.
+
+    Parameters
+    ----------
+    pad_token_id
+        Token of the padding, which no label asks for.
+
+    Notes
+    -----
+    A batch of single examples has an `attention_mask`. A packed batch has `position_ids` instead, starting again from 0
+    at every example and at the padding: transformers finds the borders there and keeps attention within them, but only
+    if it is given no `attention_mask` and no key-value cache. All values are int64 of shape [batch, length].
+    """
+
+    pad_token_id: int
+
+    def __call__(self, items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        longest = max(len(item["input_ids"]) for item in items)
+        shape = len(items), -(-longest // PAD_TO_MULTIPLE_OF) * PAD_TO_MULTIPLE_OF
+        packed = "position_ids" in items[0]
+        batch = {
+            "input_ids": torch.full(shape, self.pad_token_id),
+            "labels": torch.full(shape, IGNORE_INDEX),
+            ("position_ids" if packed else "attention_mask"): torch.zeros(shape, dtype=torch.int64),
+        }
+        for row, item in enumerate(items):
+            length = len(item["input_ids"])
+            batch["input_ids"][row, :length] = item["input_ids"]
+            batch["labels"][row, :length] = item["labels"]
+            if packed:
+                batch["position_ids"][row, :length] = item["position_ids"]
+                batch["position_ids"][row, length:] = torch.arange(shape[1] - length)
+            else:
+                batch["attention_mask"][row, :length] = 1
+        return batch

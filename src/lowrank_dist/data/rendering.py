@@ -1,0 +1,147 @@
+"""Records to text: columns and chat templates to segments, each trained on or not.
+
+Segments are tokenized one by one, so that a prompt has exactly the tokens it will have when the model is asked to
+answer it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+INSTRUCTION_PROMPT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{query}\n\n### Response:"
+)
+"""What a `query` is rendered with: the Alpaca prompt, as MetaMath and the PiSSA authors use it. The response follows
+after a space, which belongs to the response: vocabularies hold it in the token of the first word."""
+
+COLUMNS = "`messages` (with or without `completion`), `prompt` and `completion`, or `query` and `response`"
+
+Segments = list[tuple[str, bool]]
+"""Consecutive pieces of a text, and whether the model is trained to write each."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """Text of one example."""
+
+    segments: Segments
+    """Its pieces, in order; the last one is trained on."""
+    templated: bool
+    """Whether a chat template rendered it, special tokens included."""
+
+
+class Renderer:
+    """Turns records into segments.
+
+    Parameters
+    ----------
+    tokenizer
+        The tokenizer, for its chat template and end-of-sequence token.
+    chat_template
+        A Jinja template that replaces the tokenizer's, or None.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> None:
+        self.tokenizer = tokenizer
+        self.template = chat_template
+        added = (token.content for token in tokenizer.added_tokens_decoder.values())
+        self.markers = tuple(t for t in {*tokenizer.all_special_tokens, *added} if t and t == t.strip())
+
+    def examples(self, record: dict[str, Any], where: str) -> list[Example]:
+        """Return the examples a record holds: one, or one for each assistant turn (see `conversation`).
+
+        Raises
+        ------
+        ValueError
+            If no known columns are there, one holds something else than text, or the chat template cannot render it.
+        """
+        columns = set(record)
+        if "messages" in columns:
+            tools = record.get("tools") or None
+            messages = _messages(record["messages"], where)
+            if "completion" not in columns:
+                return [Example(segments, templated=True) for segments in self.conversation(messages, tools, where)]
+            prompt, response = self.chat(messages, tools, where, prompt=True), _text(record, "completion", where)
+        elif columns & {"prompt", "completion"}:
+            prompt, response = _text(record, "prompt", where), _text(record, "completion", where)
+        elif columns & {"query", "response"}:
+            prompt = INSTRUCTION_PROMPT.format(query=_text(record, "query", where))
+            response = " " + _text(record, "response", where)
+        else:
+            found = ", ".join(f"`{column}`" for column in sorted(columns)) or "none"
+            raise ValueError(f"{where}: columns found: {found}; valid choices: {COLUMNS}")
+        return [Example([(prompt, False), (response, True)], templated="messages" in columns)]
+
+    def conversation(self, messages: list[dict[str, Any]], tools: Any, where: str) -> list[Segments]:
+        """Segments of a conversation in which every assistant turn is trained on.
+
+        A turn's text is what the template adds when the turn is appended to the prompt that asks for it, up to and
+        including the last special token (what follows, as ChatML's newline, is never generated). Templates that
+        rewrite earlier turns (Qwen3 removes their reasoning) have no rendering that holds every turn as it was
+        generated; a conversation then becomes one example for each assistant turn.
+        """
+        turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        if not turns:
+            raise ValueError(f"{where}: `messages` has no assistant turn to train on, nor is there a `completion`")
+        if turns[0] == 0:
+            raise ValueError(f"{where}: `messages` begins with an assistant turn: there is no prompt before it")
+        whole = self.chat(messages, tools, where)
+        spans: list[tuple[str, str]] = []
+        for turn in turns:
+            prompt = self.chat(messages[:turn], tools, where, prompt=True)
+            rendered = self.chat(messages[: turn + 1], tools, where)
+            if not rendered.startswith(prompt):
+                raise ValueError(
+                    f"{where}: the chat template renders message {turn} differently from the prompt that asks for it "
+                    f"(prompt ends in {prompt[-40:]!r}); give a `chat_template` whose generation prompt is the "
+                    "beginning of the assistant turn, or use `messages` with a `completion`"
+                )
+            spans.append((prompt, self._until_last_marker(rendered, len(prompt))))
+        if not all(whole.startswith(rendered) for _, rendered in spans):
+            return [[(prompt, False), (rendered[len(prompt) :], True)] for prompt, rendered in spans]
+        segments: Segments = []
+        end = 0
+        for prompt, rendered in spans:
+            segments += [(whole[end : len(prompt)], False), (rendered[len(prompt) :], True)]
+            end = len(rendered)
+        return [segments]
+
+    def chat(self, messages: list[dict[str, Any]], tools: Any, where: str, *, prompt: bool = False) -> str:
+        """Text of `messages`, followed by the generation prompt if `prompt`."""
+        if self.template is None and self.tokenizer.chat_template is None:
+            raise ValueError(
+                f"{where}: `messages` need a chat template and the tokenizer {self.tokenizer.name_or_path!r} has none; "
+                "give `chat_template` (a .jinja file), or use the columns `prompt` and `completion`"
+            )
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                messages, tools=tools, chat_template=self.template, add_generation_prompt=prompt, tokenize=False
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+            raise ValueError(f"{where}: the chat template cannot render `messages`: {error}") from error
+        return text
+
+    def _until_last_marker(self, text: str, start: int) -> str:
+        body = text.rstrip()
+        return body if len(body) > start and body.endswith(self.markers) else text
+
+
+def _messages(value: Any, where: str) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or not value or not all(isinstance(m, dict) and "role" in m for m in value):
+        raise ValueError(f"{where}: `messages` must be a non-empty list of objects with `role` and `content`")
+    return value
+
+
+def _text(record: dict[str, Any], column: str, where: str) -> str:
+    if not isinstance(value := record.get(column), str):
+        found = ", ".join(f"`{name}`" for name in sorted(record))
+        kind = f"a {type(value).__name__}, not text" if column in record else "missing"
+        raise ValueError(f"{where}: `{column}` is {kind} (columns found: {found}); valid choices: {COLUMNS}")
+    return value

@@ -1,0 +1,86 @@
+"""Text to tokens and labels, segment by segment, so that a prompt has exactly the tokens it will have at generation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from lowrank_dist.data.rendering import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORE_INDEX = -100
+"""Label of a token that is not trained on."""
+
+
+class Encoder:
+    """Turns examples into token ids and labels.
+
+    Parameters
+    ----------
+    tokenizer
+        Any Hugging Face tokenizer with an end-of-sequence token.
+
+    Raises
+    ------
+    ValueError
+        If the tokenizer has no end-of-sequence token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"the tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token: a model trained with it would "
+                "never stop; set `eos_token` in its tokenizer_config.json"
+            )
+        self.tokenizer = tokenizer
+        bare, special = self._ids(["a"])[0], list(tokenizer("a")["input_ids"])
+        starts = (i for i in range(len(special)) if special[i : i + len(bare)] == bare)
+        self.prefix: list[int] = special[: next(starts, 0)]  # mostly [], or [bos]
+        # SentencePiece puts a space before the first word of whatever it is given. A segment that continues another
+        # one is therefore tokenized behind a newline, whose tokens are then removed.
+        self.anchor: list[int] = self._ids(["\n"])[0]
+        self.anchored = self._ids(["\na"])[0] != [*self.anchor, *bare]
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        ids: list[list[int]] = encoded["input_ids"]
+        return ids
+
+    def __call__(self, batch: Sequence[Example]) -> list[tuple[list[int], list[int]]]:
+        """Token ids and labels of each example of a batch, whole (see `max_length` of `SFTDataModule` for what is cut).
+
+        The label of a trained token is the token; every other label is -100, and so is an example's first, which
+        nothing before it predicts. The end-of-sequence token follows the last response unless that ends with it. What
+        the tokenizer puts in front of a text (bos, mostly) is put in front of an example that no template rendered.
+        """
+        ids = iter(self._segment_ids(batch))
+        encoded = []
+        for example in batch:
+            tokens: list[int] = []
+            labels: list[int] = []
+            for (_, trained), piece in zip(example.segments, islice(ids, len(example.segments)), strict=True):
+                if not tokens and not example.templated and piece[: len(self.prefix)] != self.prefix:
+                    piece = self.prefix + piece
+                tokens += piece
+                labels += piece if trained else [IGNORE_INDEX] * len(piece)
+            if not example.segments[-1][0].endswith(self.tokenizer.eos_token):
+                tokens.append(self.tokenizer.eos_token_id)
+                labels.append(self.tokenizer.eos_token_id)
+            labels[0] = IGNORE_INDEX
+            encoded.append((tokens, labels))
+        return encoded
+
+    def _segment_ids(self, batch: Sequence[Example]) -> list[list[int]]:
+        texts = [text for example in batch for text, _ in example.segments]
+        ids = self._ids(texts)
+        if self.anchored:
+            follows = [index > 0 for example in batch for index in range(len(example.segments))]
+            places = [place for place, follow in enumerate(follows) if follow]
+            for place, piece in zip(places, self._ids(["\n" + texts[place] for place in places]), strict=True):
+                # a text that begins with a newline may merge with the anchor, but has no first word to space
+                if piece[: len(self.anchor)] == self.anchor:
+                    ids[place] = piece[len(self.anchor) :]
+        return ids
