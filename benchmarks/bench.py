@@ -13,7 +13,7 @@ import models
 from costs import Host, measure_host
 from peers import PeftOutcome, measure_peft, time_peft
 from ranks import run_alone, run_ranks
-from walks import Job, Outcome, measure_walk, reports_of, time_walk
+from walks import Outcome, RunSpec, measure_walk, reports_of, time_walk
 
 from lowrank_dist.decomposition.report import MatrixReport
 
@@ -64,11 +64,11 @@ class Bench:
     settings: Settings
     _known: dict[Any, Any] = field(default_factory=dict)
 
-    def timed(self, job: Job, ranks: int) -> list[Outcome]:
+    def timed(self, job: RunSpec, ranks: int) -> list[Outcome]:
         """`job` on `ranks` processes, with excess residuals where its factors are leading triplets of W itself."""
         return self.walk(job, ranks, scored=getattr(job.method, "quantization_iterations", 1) == 1)
 
-    def walk(self, job: Job, ranks: int, *, scored: bool) -> list[Outcome]:
+    def walk(self, job: RunSpec, ranks: int, *, scored: bool) -> list[Outcome]:
         """`job` on `ranks` processes, by rank; `scored`: with the excess residuals."""
         best = self.best(job.checkpoint, job.rank) if scored else None
         s = self.settings
@@ -78,12 +78,12 @@ class Bench:
             lambda: run_ranks(ranks, measure_walk, job, s.repeats, s.budget, best),
         )
 
-    def reports(self, job: Job, ranks: int) -> list[MatrixReport]:
+    def reports(self, job: RunSpec, ranks: int) -> list[MatrixReport]:
         """What `job` reports, from one run that is not timed."""
         label = f"reports: {described(job)}"
         return self._once(label, ("reports", job, ranks), lambda: run_ranks(ranks, reports_of, job)[0])
 
-    def speed_ups(self, jobs: Sequence[Job], ranks: int, rounds: int) -> tuple[list[float], list[list[float]]]:
+    def speed_ups(self, jobs: Sequence[RunSpec], ranks: int, rounds: int) -> tuple[list[float], list[list[float]]]:
         """How many times as fast each of `jobs` is on `ranks` processes as the first on one, in every round.
 
         Before them, how many times as much `ranks` processes get done that have nothing to do with each other: what
@@ -103,7 +103,7 @@ class Bench:
         ceilings, faster = zip(*found, strict=True)
         return list(ceilings), [list(of_job) for of_job in zip(*faster, strict=True)]
 
-    def time_shares(self, jobs: Sequence[Job], inits: Sequence[str], rounds: int) -> dict[str, list[list[float]]]:
+    def time_shares(self, jobs: Sequence[RunSpec], inits: Sequence[str], rounds: int) -> dict[str, list[list[float]]]:
         """The share of the time of each of PEFT's `inits` that each of `jobs` takes on all ranks, in every round."""
         ranks, first = self.settings.ranks, jobs[0]
 
@@ -145,7 +145,7 @@ class Bench:
             lambda: run_ranks(ranks, measure_host, self.settings.model, side)[0],
         )
 
-    def layer(self, name: str, shapes: models.Shapes) -> Path:
+    def layer(self, name: str, shapes: models.ModelShapes) -> Path:
         """The synthetic checkpoint of one layer."""
         path = self.settings.scratch / name
         return self._once(f"writing {name}", path, lambda: models.save_layer(path, shapes))
@@ -168,7 +168,7 @@ class Bench:
         return self._known[key]
 
 
-def described(job: Job) -> str:
+def described(job: RunSpec) -> str:
     """What `job` does, without options that have their default values."""
     changed = [
         f"{f.name}={getattr(job.method, f.name)}"

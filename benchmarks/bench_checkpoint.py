@@ -22,7 +22,7 @@ import models
 from meters import MB, shown
 from ranks import preload, run_ranks
 from reporting import ROOT, header, table, write_report
-from saves import KINDS, Job, Kind, Start, Step, Trained, measure_saves, measure_start
+from saves import KINDS, Kind, RunSpec, Start, Step, Trained, measure_saves, measure_start
 
 from lowrank_dist.demo.assets import fetch_model
 
@@ -62,7 +62,7 @@ def main() -> None:
         scratch = Path(folder)
         model = models.save_tiny_model(scratch / "random-llama") if options.tiny else options.model
         model = model or fetch_model(options.cache)
-        job = Job(
+        job = RunSpec(
             model=model,
             rank=8 if options.tiny else options.rank,
             tokens=16 if options.tiny else options.tokens,
@@ -105,7 +105,7 @@ def _header(options: argparse.Namespace) -> str:
     return header("Checkpoints: measured", "bench_checkpoint.py", PACKAGES, machine, notes)
 
 
-def _measure(job: Job, options: argparse.Namespace, scratch: Path) -> Results:
+def _measure(job: RunSpec, options: argparse.Namespace, scratch: Path) -> Results:
     def ranks(what: str, size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         print(f"  {what} ...", file=sys.stderr, flush=True)
         return run_ranks(size, function, job, *args, group=True)
@@ -122,7 +122,7 @@ def _measure(job: Job, options: argparse.Namespace, scratch: Path) -> Results:
     return Results(trained=trained, fresh=fresh, resumed=resumed, elsewhere=elsewhere)
 
 
-def _saves(job: Job, ranks: int, results: Results) -> str:
+def _saves(job: RunSpec, ranks: int, results: Results) -> str:
     columns = [
         "",
         "stall, s",

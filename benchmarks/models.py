@@ -16,10 +16,10 @@ from lowrank_dist.model.plan import PlannedMatrix, plan_walk
 from lowrank_dist.model.skeleton import build_skeleton, inject_adapter
 from lowrank_dist.storage.reader import CheckpointReader
 
-Shapes = dict[str, tuple[int, int]]
+ModelShapes = dict[str, tuple[int, int]]
 
 
-def llama_layer(hidden: int, key_value: int, intermediate: int) -> Shapes:
+def llama_layer(hidden: int, key_value: int, intermediate: int) -> ModelShapes:
     """``[out, in]`` of the seven linears of a decoder layer."""
     return {
         "q_proj": (hidden, hidden),
@@ -58,7 +58,7 @@ def _hartley(matrix: Tensor, dim: int) -> Tensor:
     return (transformed.real - transformed.imag).div_(math.sqrt(matrix.shape[dim]))
 
 
-def save_layer(directory: Path, shapes: Shapes) -> Path:
+def save_layer(directory: Path, shapes: ModelShapes) -> Path:
     """A bf16 checkpoint of matrices with spectra i^-0.5."""
     directory.mkdir(parents=True)
     tensors = {

@@ -54,7 +54,7 @@ KINDS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class RunSpec:
     """What is trained: QPiSSA with NF4 on all linears of `model`, a random sequence of `tokens` per rank and step."""
 
     model: Path
@@ -116,7 +116,7 @@ class Strategy(PiSSAStrategy):
 class Sequences(Dataset):
     """Random tokens, the same ones at every step."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: RunSpec) -> None:
         self.ids = torch.randint(3, AutoConfig.from_pretrained(job.model).vocab_size, (job.tokens,))
 
     def __len__(self) -> int:
@@ -126,7 +126,7 @@ class Sequences(Dataset):
         return {"input_ids": self.ids, "labels": self.ids}
 
 
-def run_fit(job: Job, callback: L.Callback, checkpoint: Path | None = None) -> Strategy:
+def run_fit(job: RunSpec, callback: L.Callback, checkpoint: Path | None = None) -> Strategy:
     """Train until `callback` stops it."""
     warnings.simplefilter("ignore", UserWarning)  # no validation data, data that cannot be resumed, ...
     for noisy in ("DeepSpeed", "lightning.pytorch", "lightning.fabric", "torch.distributed"):
@@ -159,7 +159,7 @@ def run_fit(job: Job, callback: L.Callback, checkpoint: Path | None = None) -> S
 # -- saving -----------------------------------------------------------------------------------------------------------
 
 
-def measure_saves(job: Job, repeats: int, directory: Path) -> Trained:
+def measure_saves(job: RunSpec, repeats: int, directory: Path) -> Trained:
     """Train; save in every way by turns, with steps in between. The last checkpoint of each kind stays on disk."""
     callback = Saves(directory, repeats)
     run_fit(job, callback)
@@ -326,7 +326,7 @@ class Start:
     error: str
 
 
-def measure_start(job: Job, ours: Path | None, theirs: Path | None) -> Start:
+def measure_start(job: RunSpec, ours: Path | None, theirs: Path | None) -> Start:
     """Start fresh or from `ours`; after a step have DeepSpeed load `theirs`."""
     callback = _FirstStep(theirs)
     with ExitStack() as stack:

@@ -15,7 +15,7 @@ from peers import PeerError, PeftOutcome
 from ranks import run_alone, run_ranks
 from reporting import table, verdict
 from safetensors.torch import save_file
-from walks import FP32, Job, Outcome, SVDOutcome, measure_svd
+from walks import FP32, Outcome, RunSpec, SVDOutcome, measure_svd
 
 from lowrank_dist.methods import LoftQ, PiSSA
 from lowrank_dist.quantization.nf4 import NF4
@@ -54,18 +54,18 @@ def peft(bench: Bench) -> str:
     return "\n\n".join(lines[:2]) + "\n\n" + "\n".join(lines[2:])
 
 
-def model_jobs(bench: Bench) -> dict[str, Job]:
+def model_jobs(bench: Bench) -> dict[str, RunSpec]:
     """The walks of the model table."""
     s = bench.settings
     common: dict[str, Any] = {"checkpoint": s.model, "rank": s.rank}
-    jobs = {"ours, `PiSSA()`": Job(**common), "ours, `PiSSA()`, NF4": Job(**common, residual=NF4())}
+    jobs = {"ours, `PiSSA()`": RunSpec(**common), "ours, `PiSSA()`, NF4": RunSpec(**common, residual=NF4())}
     if not s.tiny:
         fast = {"oversampling": 5 * s.rank // 2, "power_iterations": 13}
         fine = {"oversampling": 4 * s.rank, "power_iterations": 19}
         for options in (fast, fine, {"tolerance": 1e-5}):
             label = ", ".join(f"{name}={value}" for name, value in options.items())
-            jobs[f"ours, `{label}`"] = Job(**common, method=PiSSA(**options))
-    jobs["ours, QPiSSA T = 5, NF4"] = Job(**common, method=PiSSA(quantization_iterations=5), residual=NF4())
+            jobs[f"ours, `{label}`"] = RunSpec(**common, method=PiSSA(**options))
+    jobs["ours, QPiSSA T = 5, NF4"] = RunSpec(**common, method=PiSSA(quantization_iterations=5), residual=NF4())
     return jobs
 
 
@@ -211,10 +211,10 @@ def layers(bench: Bench) -> str:
     return "\n\n".join(parts)
 
 
-def layer_job(bench: Bench, checkpoint: Path, ranks_per_matrix: int | None = None, **options: Any) -> Job:
+def layer_job(bench: Bench, checkpoint: Path, ranks_per_matrix: int | None = None, **options: Any) -> RunSpec:
     """The walk of the layer tables."""
     rank = bench.settings.layer_rank
-    return Job(checkpoint=checkpoint, rank=rank, ranks_per_matrix=ranks_per_matrix, method=PiSSA(**options))
+    return RunSpec(checkpoint=checkpoint, rank=rank, ranks_per_matrix=ranks_per_matrix, method=PiSSA(**options))
 
 
 def _layer_table(bench: Bench, name: str, checkpoint: Path, *, rounds: int, peers: bool) -> str:
@@ -295,7 +295,7 @@ def limit(bench: Bench) -> str:
     )
 
 
-def timed_walks(bench: Bench) -> list[tuple[str, Job, int]]:
+def timed_walks(bench: Bench) -> list[tuple[str, RunSpec, int]]:
     """The walks that other tables time: the model's, and the layer's on one rank and on several."""
     s = bench.settings
     walks = [
@@ -328,7 +328,7 @@ def reduction(bench: Bench) -> str:
         for rounds in (1, 5):
             cells = []
             for method in (PiSSA, LoftQ):
-                job = Job(
+                job = RunSpec(
                     checkpoint=s.model,
                     rank=rank,
                     method=method(quantization_iterations=rounds),

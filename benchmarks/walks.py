@@ -31,7 +31,7 @@ Keep = Callable[[PlannedMatrix, dict[str, Tensor]], object]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class RunSpec:
     """A walk over all matrices of a checkpoint."""
 
     checkpoint: Path
@@ -61,7 +61,7 @@ class Outcome:
 class _Runner:
     """Runs a job again and again; what comes out is dropped, but for the factors if they are wanted."""
 
-    def __init__(self, job: Job, group: ShardGroup) -> None:
+    def __init__(self, job: RunSpec, group: ShardGroup) -> None:
         self.job, self.group = job, group
         self.matrices = planned(job.checkpoint, CheckpointReader(job.checkpoint), job.rank)
 
@@ -90,7 +90,7 @@ class _Runner:
         reader.close()
 
 
-def measure_walk(job: Job, repeats: int, budget: float, best: Mapping[str, float] | None) -> Outcome:
+def measure_walk(job: RunSpec, repeats: int, budget: float, best: Mapping[str, float] | None) -> Outcome:
     """Time, memory and counts of a walk, and with `best` residuals the excess of each matrix (on rank 0)."""
     group = ShardGroup()
     with PeakMemory() as memory:
@@ -116,7 +116,7 @@ def measure_walk(job: Job, repeats: int, budget: float, best: Mapping[str, float
     )
 
 
-def time_walk(job: Job) -> float:
+def time_walk(job: RunSpec) -> float:
     """Seconds of one run on the slowest rank, after one to warm up."""
     group = ShardGroup()
     runner = _Runner(job, group)
@@ -124,14 +124,16 @@ def time_walk(job: Job) -> float:
     return repeat(lambda _: runner.run(), repeats=1, budget=math.inf, group=group)[0]
 
 
-def reports_of(job: Job) -> list[MatrixReport]:
+def reports_of(job: RunSpec) -> list[MatrixReport]:
     """What one run of a job reports."""
     runner = _Runner(job, ShardGroup())
     runner.run()
     return runner.reports
 
 
-def _excess(matrix: PlannedMatrix, factors: Mapping[str, Tensor], job: Job, group: ShardGroup, best: float) -> float:
+def _excess(
+    matrix: PlannedMatrix, factors: Mapping[str, Tensor], job: RunSpec, group: ShardGroup, best: float
+) -> float:
     """Excess residual of one matrix, on rank 0; NaN elsewhere."""
     whole = {}
     for name in FACTORS:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.gpu.trainers import WAYS, Job, Measured, in_fresh_process, save_model, train
+from benchmarks.gpu.trainers import WAYS, Measured, RunSpec, in_fresh_process, save_model, train
 from meters import fastest
 from models import MODELS_OF_CONFIGS
 from peft import LoraConfig, get_peft_model
@@ -24,7 +24,7 @@ OURS, OURS_FUSED, UNSHARDED, UNSHARDED_FUSED, PEER, CEILING = WAYS
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A model of random weights, and how it is trained; see `Job`."""
+    """A model of random weights, and how it is trained; see `RunSpec`."""
 
     name: str
     config: PretrainedConfig
@@ -61,7 +61,7 @@ def step_table(of: list[Case], device: torch.device, ways: Sequence[str] = tuple
     for case in of:
         flops = flops_of_step(case)
         with tempfile.TemporaryDirectory() as directory:
-            job = Job(
+            job = RunSpec(
                 name=case.name,
                 checkpoint=save_model(Path(directory) / "model", case.config, device.type),
                 tokens=case.tokens,

@@ -39,7 +39,7 @@ WARM_UP = 2  # steps
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class RunSpec:
     """What is trained, and how long.
 
     Attributes
@@ -132,7 +132,7 @@ class Meter:
 # ---- ours
 
 
-def train_ours(job: Job, *, fused: bool) -> Measured:
+def train_ours(job: RunSpec, *, fused: bool) -> Measured:
     """`PiSSAStrategy` on one rank; zero-start adapters, as the initialisation is not what is measured.
 
     `fused` adds adapters to the decoded weight where that is faster, and, on CUDA, takes the loss without logits.
@@ -159,7 +159,7 @@ def train_ours(job: Job, *, fused: bool) -> Measured:
 
 
 def one_rank_trainer(
-    job: Job, strategy: PiSSAStrategy, callbacks: list[L.Callback], *, max_steps: int = -1
+    job: RunSpec, strategy: PiSSAStrategy, callbacks: list[L.Callback], *, max_steps: int = -1
 ) -> L.Trainer:
     """Of one rank, as torchrun would start it, without logs and checkpoints of its own."""
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": "0"}
@@ -205,7 +205,7 @@ class Timing(L.Callback):
             self.meter.found.gathers = overlap(on_streams(self.profiled))
 
 
-def train_unsharded(job: Job, *, fused: bool) -> Measured:
+def train_unsharded(job: RunSpec, *, fused: bool) -> Measured:
     """Our layers without DeepSpeed: what sharding costs on one device is the difference."""
     model = get_peft_model(_load(job, job.device), job.adapter())
     residual, group = NF4(double_quant=True), ShardGroup.single()
@@ -225,7 +225,7 @@ def train_unsharded(job: Job, *, fused: bool) -> Measured:
 # ---- peers
 
 
-def train_bitsandbytes(job: Job) -> Measured:
+def train_bitsandbytes(job: RunSpec) -> Measured:
     """PEFT over ``load_in_4bit``."""
     config = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -236,19 +236,19 @@ def train_bitsandbytes(job: Job) -> Measured:
     return _loop(job, get_peft_model(_load(job, job.device, quantization_config=config), job.adapter()))
 
 
-def train_dense(job: Job) -> Measured:
+def train_dense(job: RunSpec) -> Measured:
     """PEFT's LoRA over the weights as they are."""
     return _loop(job, get_peft_model(_load(job, job.device), job.adapter()))
 
 
-def _load(job: Job, device: str, **options: Any) -> nn.Module:
+def _load(job: RunSpec, device: str, **options: Any) -> nn.Module:
     transformers_logging.disable_progress_bar()
     return AutoModelForCausalLM.from_pretrained(  # type: ignore[no-any-return]
         job.checkpoint, dtype=job.dtype, device_map={"": device}, **options
     )
 
 
-def _loop(job: Job, model: Any) -> Measured:
+def _loop(job: RunSpec, model: Any) -> Measured:
     """Steps as transformers' Trainer takes them with ``bf16=True``: autocast, gradient checkpointing, paged AdamW."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
@@ -269,7 +269,7 @@ def _loop(job: Job, model: Any) -> Measured:
     return meter.found
 
 
-WAYS: dict[str, Callable[[Job], Measured]] = {
+WAYS: dict[str, Callable[[RunSpec], Measured]] = {
     "ours": lambda job: train_ours(job, fused=False),
     "ours, adapters folded in where faster, loss without logits": lambda job: train_ours(job, fused=True),
     "ours without ZeRO-3": lambda job: train_unsharded(job, fused=False),
@@ -280,7 +280,7 @@ WAYS: dict[str, Callable[[Job], Measured]] = {
 SHORT = dict(zip(("ours", "fused", "unsharded", "unsharded-fused", "bitsandbytes", "dense"), WAYS, strict=True))
 
 
-def train(way: str, job: Job) -> Measured | str:
+def train(way: str, job: RunSpec) -> Measured | str:
     """`WAYS` by name, for a process of its own; a failure is an answer too, which costs no other row."""
     with contextlib.redirect_stdout(None):
         try:

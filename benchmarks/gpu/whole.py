@@ -15,7 +15,7 @@ from typing import Any
 import lightning as L
 import torch
 from benchmarks.gpu.step import Case, flops_of_step, matmul_rate
-from benchmarks.gpu.trainers import Job, Measured, Meter, Timing, in_fresh_process, one_rank_trainer
+from benchmarks.gpu.trainers import Measured, Meter, RunSpec, Timing, in_fresh_process, one_rank_trainer
 from models import MODELS_OF_CONFIGS
 from reporting import table
 from synthetic import SyntheticWeights
@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, LlamaConfig
 
 from lowrank_dist import NF4, AdapterCheckpoint, CausalLMModule, PiSSA, PiSSAStrategy, convert_checkpoint
-from lowrank_dist.forecast import Forecast, Shapes, forecast
-from lowrank_dist.forecast import Job as PlannedJob
+from lowrank_dist.forecast import Forecast, ModelShapes, forecast
+from lowrank_dist.forecast import RunSpec as PlannedJob
 
 RESIDUAL = NF4(double_quant=True)
 OPTIMIZER = "paged_adamw_8bit"
@@ -154,7 +154,7 @@ def run(of: Whole, rounds: int, device: str) -> tuple[Forecast, Outcome | str]:
         case, directory = of.run, Path(folder)
         case.config.architectures = ["LlamaForCausalLM"]
         case.config.save_pretrained(directory / "config")
-        job = Job(
+        job = RunSpec(
             name=case.name,
             checkpoint=directory / "config",
             tokens=case.tokens,
@@ -169,10 +169,10 @@ def run(of: Whole, rounds: int, device: str) -> tuple[Forecast, Outcome | str]:
             return planned, f"Out of memory: {str(error).splitlines()[0]}"
 
 
-def _planned(job: Job, rounds: int) -> Forecast:
+def _planned(job: RunSpec, rounds: int) -> Forecast:
     """As ``lowrank-dist plan`` has it."""
     init = PiSSA(quantization_iterations=rounds)
-    shapes = Shapes.of(job.checkpoint, job.adapter(), init=init)
+    shapes = ModelShapes.of(job.checkpoint, job.adapter(), init=init)
     return forecast(
         shapes,
         PlannedJob(
@@ -188,7 +188,7 @@ def _planned(job: Job, rounds: int) -> Forecast:
     )
 
 
-def _measured(of: Whole, job: Job, rounds: int, directory: Path) -> Outcome:
+def _measured(of: Whole, job: RunSpec, rounds: int, directory: Path) -> Outcome:
     found = Outcome()
     strategy = PiSSAStrategy(
         SyntheticWeights(config=of.run.config, device=job.device, dtype=job.dtype),

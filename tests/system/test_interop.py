@@ -88,7 +88,7 @@ class Recorded(CausalLM):
 
 
 def train(decomposed: Path, output: Path) -> tuple[Tensor, Tensor]:
-    """Start from a decomposed model; logits at step 0 and after training."""
+    """Start from a residual model; logits at step 0 and after training."""
     before = Recorded(decomposed)
     trainer = make_trainer(PiSSAStrategy(decomposed, show_progress=False))
     trainer.validate(before, loader(0, 1, 1), verbose=False)

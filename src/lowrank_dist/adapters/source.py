@@ -66,7 +66,7 @@ def find_adapter(directory: Path, *, for_residual: bool = False) -> AdapterSourc
     directory
         Where it is.
     for_residual
-        Whether a directory that PEFT wrote is for the residual of a decomposed model, instead of for the original.
+        Whether a directory that PEFT wrote is for the residual of a residual model, instead of for the original.
 
     Raises
     ------
@@ -107,7 +107,7 @@ def find_adapter(directory: Path, *, for_residual: bool = False) -> AdapterSourc
 
 
 def _refuse_parts(directory: Path) -> None:
-    """Refuse a part of a checkpoint, or of a decomposed model, that means nothing on the original model."""
+    """Refuse a part of a checkpoint, or of a residual model, that means nothing on the original model."""
     parent = directory.parent
     trained = directory.name == ADAPTER_DIR and (parent / MANIFEST).is_file()
     if (trained and not read_manifest(parent)["starts_at_zero"]) or directory.name.endswith("_init"):

@@ -219,7 +219,7 @@ def _add_to(digest: hashlib._Hash, value: Any) -> None:
     else:
         raise InputError(
             f"Calibration: a batch holds a {type(value).__name__}, of which no digest can be taken to tell whether a "
-            "decomposed model was made with the same data; give tensors, numbers and text, or leave out init_cache"
+            "residual model was made with the same data; give tensors, numbers and text, or leave out init_cache"
         )
 
 

@@ -31,7 +31,7 @@ from lowrank_dist.model.plan import Plan, PlannedMatrix
 from lowrank_dist.quantization.dense import Dense
 from lowrank_dist.quantization.format import ResidualFormat
 from lowrank_dist.storage.reader import FLOAT_DTYPES, CheckpointReader, TensorInfo
-from lowrank_dist.zero3.partition import Partitioner, let_go, local_shard, to_device
+from lowrank_dist.zero3.partition import Partitioner, local_shard, release, to_device
 
 
 class CalibrationPass:
@@ -248,5 +248,5 @@ def _replacing(backbone: nn.Module, decomposed: Iterable[DecomposedMatrix]) -> I
     """Let go of the weight of every matrix that is decomposed."""
     for matrix in decomposed:
         layer: Any = backbone.get_submodule(matrix.planned.layer)
-        let_go(layer.base_layer.stored())
+        release(layer.base_layer.stored())
         yield matrix

@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser(
         "inspect",
         help="say what a directory or a cached hub id holds",
-        description="Say what a checkpoint, decomposed model, adapter, model or directory of these holds. Headers are "
+        description="Say what a checkpoint, residual model, adapter, model or directory of these holds. Headers are "
         "read, no weights.",
     )
     inspect.add_argument("path", help="directory, or hub id in the cache")
@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         help="show what an initialisation did to every matrix",
         description="Print a table per layer type of what an initialisation measured.",
     )
-    report.add_argument("directory", help="decomposed model, checkpoint of AdapterCheckpoint, or JSON of InitReport")
+    report.add_argument("directory", help="residual model, checkpoint of AdapterCheckpoint, or JSON of InitReport")
     report.add_argument("--json", help="file to write the figures of every matrix to")
     report.add_argument("--picture", help="PNG to draw: heat maps layer x type, spectra")
     report.set_defaults(run=_report)

@@ -1,4 +1,4 @@
-"""``lowrank-dist decompose``: a checkpoint in, a decomposed model out."""
+"""``lowrank-dist decompose``: a checkpoint in, a residual model out."""
 
 from __future__ import annotations
 

@@ -26,11 +26,11 @@ def run(options: argparse.Namespace) -> int:
 
 
 def read_report(path: Path) -> list[MatrixReport]:
-    """The figures of a decomposed model, of an adapter checkpoint, or of a JSON file that `InitReport` wrote."""
+    """The figures of a residual model, of an adapter checkpoint, or of a JSON file that `InitReport` wrote."""
     file = path / MANIFEST if path.is_dir() else path
     if not file.is_file():
         raise CheckpointError(
-            f"{path}: holds no {MANIFEST}; pass a decomposed model, a directory that AdapterCheckpoint wrote, or the "
+            f"{path}: holds no {MANIFEST}; pass a residual model, a directory that AdapterCheckpoint wrote, or the "
             "JSON of InitReport"
         )
     try:

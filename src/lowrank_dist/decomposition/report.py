@@ -99,7 +99,7 @@ class MatrixReport:
 
 
 @dataclass(kw_only=True)
-class InitReport:
+class InitializationReport:
     """What the initialisation of a model measured.
 
     Attributes

@@ -31,7 +31,7 @@ from lowrank_dist.storage.reader import FLOAT_DTYPES, CheckpointReader, check_fi
 
 
 @dataclass(frozen=True, kw_only=True)
-class EarlierDecompositions:
+class StoredDecompositions:
     """The decompositions of an earlier run, from the factors that its checkpoint holds: the same bit for bit.
 
     Parameters
@@ -78,7 +78,7 @@ class EarlierDecompositions:
             if fitted and (self.encoded_from is None or not self.encoded_from.holds(planned.factor_names)):
                 raise CheckpointError(
                     f"{self.checkpoint}: the factors of {planned.name} were fitted to its residual, and {ENCODED_DIR}/ "
-                    "holds none that it was encoded from: the run started from a decomposed model; go on from that one "
+                    "holds none that it was encoded from: the run started from a residual model; go on from that one "
                     "(the same `pretrained`, or the same init_cache)"
                 )
 
@@ -108,7 +108,7 @@ class EarlierDecompositions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Restored(Method):
+class RestoredMethod(Method):
     """What another initialisation did in an earlier run: its decompositions are formed again.
 
     Gives them without what was measured; nothing depends on how matrices are shared.
@@ -122,7 +122,7 @@ class Restored(Method):
     """
 
     original: Method
-    earlier: EarlierDecompositions
+    earlier: StoredDecompositions
 
     def __str__(self) -> str:
         return str(self.original)
@@ -245,7 +245,7 @@ def check_digests(found: Iterable[MatrixReport], stored: Mapping[str, MatrixRepo
     Parameters
     ----------
     found
-        Reports of this run (`lowrank_dist.decomposition.report.InitReport.matrices`).
+        Reports of this run (`lowrank_dist.decomposition.report.InitializationReport.matrices`).
     stored
         Those of the earlier run, by the name of the matrix; matrices without a digest on either side are passed over.
     """
@@ -271,10 +271,10 @@ class Resume:
     Parameters
     ----------
     checkpoint
-        Directory with the factors, see `lowrank_dist.decomposition.restore.EarlierDecompositions`.
+        Directory with the factors, see `lowrank_dist.decomposition.restore.StoredDecompositions`.
     source
         `lowrank_dist.residual_model.fingerprint.source_fingerprint` of what the run started from: the pretrained
-        checkpoint, or the decomposed model.
+        checkpoint, or the residual model.
     reports
         What was measured on the matrices, by their names; they are not measured again.
     """

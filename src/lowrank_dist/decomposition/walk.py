@@ -166,7 +166,7 @@ class Walk:
                     with part.shared_errors() if batch.group_size < self.group.size else nullcontext():
                         shards.append(self._decompose(planned, block, part, measures, buffers))
                     del block
-            yield from self._cut_anew(batch, shards, measured, started)
+            yield from self._reshard(batch, shards, measured, started)
             del shards
             self.advance(sum(self.reader.info(planned.key).nbytes for planned in batch.matrices))
 
@@ -237,7 +237,7 @@ class Walk:
             shards[name] = shard.to(self.factor_dtype)
         return shards
 
-    def _cut_anew(
+    def _reshard(
         self, batch: Batch, shards: list[dict[str, Tensor]], measured: Tensor, started: float
     ) -> Iterator[DecomposedMatrix]:
         every, cut = measured, shards

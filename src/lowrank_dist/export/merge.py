@@ -131,7 +131,7 @@ def _find_base(adapter: AdapterSource, base: str | os.PathLike[str] | None, revi
         hint = "" if base else f" ({adapter.directory} names this base; pass base to say where it is now)"
         raise CheckpointError(f"{error}{hint}") from error
     if adapter.has_manifest and initial_directory(directory) is not None:
-        raise CheckpointError(f"{directory}: a decomposed model, and the adapter is for the original one; pass that")
+        raise CheckpointError(f"{directory}: a residual model, and the adapter is for the original one; pass that")
     return directory
 
 

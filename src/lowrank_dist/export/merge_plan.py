@@ -135,7 +135,7 @@ def plan_merge(adapter: AdapterSource, directory: Path, dtype: torch.dtype | Non
     if tied:
         config_changes["tie_word_embeddings"] = False
     plan = plan_walk(backbone, reader, tied, limit_rank=False)
-    planner = _Planner(adapter, reader, backbone, CheckpointKeys(backbone, reader, tied), dtype)
+    planner = _MergePlanBuilder(adapter, reader, backbone, CheckpointKeys(backbone, reader, tied), dtype)
     planner.changes(plan)
     planner.copies()
     return MergePlan(reader=reader, files=planner.files, tensors=planner.tensors, config_changes=config_changes)
@@ -184,7 +184,7 @@ def _class_name(adapter: LoraConfig, config: PretrainedConfig) -> str | None:
     return str(mapping[type(config)].__name__) if type(config) in mapping else None
 
 
-class _Planner:
+class _MergePlanBuilder:
     """Collects the tensors of the merged checkpoint."""
 
     def __init__(

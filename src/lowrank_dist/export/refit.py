@@ -8,7 +8,7 @@ taken (Eckart-Young)::
     D = M - base,   base = W, or Q(W) as bitsandbytes quantizes it on loading;   s' B' A' = SVD_K(D).
 
 The residual is formed again from W and the checkpoint's factors, bit for bit (`lowrank_dist.decomposition.restore`), or
-read from the decomposed model that the run began from; either way it must have the digest that the checkpoint knows.
+read from the residual model that the run began from; either way it must have the digest that the checkpoint knows.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lowrank_dist.adapters.files import changed_config, open_adapter, whole_tens
 from lowrank_dist.adapters.match import untie_if_changed
 from lowrank_dist.adapters.stacking import put_factor
 from lowrank_dist.decomposition.report import MatrixReport
-from lowrank_dist.decomposition.restore import EarlierDecompositions, StoredFactors
+from lowrank_dist.decomposition.restore import StoredDecompositions, StoredFactors
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.reshard import whole_left
 from lowrank_dist.errors import CheckpointError, InputError, ModelError
@@ -40,7 +40,7 @@ from lowrank_dist.model.skeleton import build_skeleton, inject_adapter
 from lowrank_dist.progress import progress_bar
 from lowrank_dist.quantization.format import Encoded
 from lowrank_dist.quantization.nf4 import NF4, format_from_dict
-from lowrank_dist.residual_model.reader import DecomposedModel
+from lowrank_dist.residual_model.reader import ResidualModel
 from lowrank_dist.storage.atomic import atomic_directory
 from lowrank_dist.storage.digest import digest_sums, digests
 from lowrank_dist.storage.layout import ADAPTER_DIR, MANIFEST, WEIGHTS, read_manifest
@@ -154,7 +154,7 @@ def refit_checkpoint(
     Notes
     -----
     Host memory of a rank: six row blocks in fp32 and the Krylov basis of K (`lowrank_dist.linalg.randomized_svd`); of
-    the output one matrix at a time, and B of all experts that share one; of a decomposed model one stored residual.
+    the output one matrix at a time, and B of all experts that share one; of a residual model one stored residual.
     Every byte of the base is read once.
     """
     group, device = group or ShardGroup(), device or torch.device("cpu")
@@ -163,10 +163,10 @@ def refit_checkpoint(
     if base not in ("original", "nf4"):
         raise InputError(f"base={base!r} is neither 'original' nor 'nf4'")
     with group.shared_errors():
-        job = _Job(Path(checkpoint), rank, base, group, device, dtype)
+        job = _Refit(Path(checkpoint), rank, base, group, device, dtype)
     if len(set(group.gather_objects(job.decomposed is None))) > 1:
         raise CheckpointError(
-            f"{job.manifest['pretrained']}: only some ranks see the decomposed model that the run began from; put it "
+            f"{job.manifest['pretrained']}: only some ranks see the residual model that the run began from; put it "
             "where all do"
         )
     output = Path(output).absolute()
@@ -192,7 +192,7 @@ def refit_checkpoint(
     return Refit(path=output, rank=rank, leftovers=leftovers, not_quantized=job.not_quantized)
 
 
-class _Job:
+class _Refit:
     """One checkpoint and the base that it is fitted to."""
 
     def __init__(
@@ -216,7 +216,7 @@ class _Job:
             self.target = self.format if isinstance(self.format, NF4) else NF4()
         self.trained, self.config = open_adapter(checkpoint / ADAPTER_DIR)
         self.factors = StoredFactors(checkpoint / ADAPTER_DIR)
-        self.earlier = EarlierDecompositions(checkpoint=checkpoint, starts_at_zero=self.manifest["starts_at_zero"])
+        self.earlier = StoredDecompositions(checkpoint=checkpoint, starts_at_zero=self.manifest["starts_at_zero"])
         directory = resolve_checkpoint(self.manifest["base"])
         self.reader = CheckpointReader(directory)
         backbone = build_skeleton(directory)
@@ -249,8 +249,8 @@ class _Job:
                     "give; use base='original'"
                 )
 
-    def _decomposed(self) -> DecomposedModel | None:
-        """The decomposed model that the run began from, if it did and it can be had."""
+    def _decomposed(self) -> ResidualModel | None:
+        """The residual model that the run began from, if it did and it can be had."""
         pretrained = self.manifest["pretrained"]
         try:
             directory = resolve_checkpoint(pretrained)
@@ -259,7 +259,7 @@ class _Job:
                 raise
             log.warning("What the run began from is not there, its residual is formed of the original: %s", error)
             return None
-        return DecomposedModel(directory, self.format) if DecomposedModel.is_at(directory) else None
+        return ResidualModel(directory, self.format) if ResidualModel.is_at(directory) else None
 
     def fit(self, planned: PlannedMatrix) -> tuple[dict[str, Tensor], Leftover]:
         """A' ``[K, in]`` and B' ``[out, K]``, replicated, on the CPU; and what is left over. Collective."""

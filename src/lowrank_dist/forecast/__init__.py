@@ -5,7 +5,7 @@ assumed rates of `Cluster`.
 """
 
 from lowrank_dist.forecast.forecast import Forecast, forecast
-from lowrank_dist.forecast.job import Job, Shapes
+from lowrank_dist.forecast.job import ModelShapes, RunSpec
 from lowrank_dist.forecast.rates import Cluster
 
-__all__ = ["Cluster", "Forecast", "Job", "Shapes", "forecast"]
+__all__ = ["Cluster", "Forecast", "ModelShapes", "RunSpec", "forecast"]

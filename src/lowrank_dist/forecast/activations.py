@@ -1,7 +1,8 @@
 """What autograd keeps between forward and backward, found by a forward pass on the meta device.
 
-Shapes are those of the real model, nothing is computed. Only tensors that are no parameters count, each storage once.
-The frozen layers of the real model save nothing but parameters, as a plain linear layer with a frozen weight does.
+Shapes are those of the real model, nothing is computed. Only tensors that are no parameters count, each storage
+once. The frozen layers of the real model save nothing but parameters, as a plain linear layer with a frozen weight
+does.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from lowrank_dist.checkpoints.contents import Contents, tensor_files
-from lowrank_dist.forecast.job import Job, Shapes, core_name, parameters
+from lowrank_dist.forecast.job import ModelShapes, RunSpec, core_name, parameters
 from lowrank_dist.methods import LoftQ
 from lowrank_dist.methods.principal import AlternatingMethod
 from lowrank_dist.model.names import peft_name
@@ -16,7 +16,7 @@ from lowrank_dist.model.names import peft_name
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def checkpoint_bytes(shapes: Shapes, job: Job) -> int:
+def checkpoint_bytes(shapes: ModelShapes, job: RunSpec) -> int:
     """Bytes of the tensor files of one checkpoint; configurations and manifest (kilobytes per matrix) come on top.
 
     At most: QPiSSA with several rounds writes the factors that the residual was encoded from only where a matrix ended
@@ -29,7 +29,7 @@ def checkpoint_bytes(shapes: Shapes, job: Job) -> int:
     return sum(part.nbytes for part in tensor_files(files, Path()).values())
 
 
-def _contents(shapes: Shapes, job: Job) -> Contents:
+def _contents(shapes: ModelShapes, job: RunSpec) -> Contents:
     core = None if job.init is None else job.init.core
     experts: dict[str, int] = {}
     factors: list[str] = []
@@ -59,14 +59,14 @@ def _contents(shapes: Shapes, job: Job) -> Contents:
     )
 
 
-def _encoded_differ(job: Job) -> bool:
-    """Whether residuals are encoded from other factors than A0 and B0; a decomposed model on disk needs none."""
+def _encoded_differ(job: RunSpec) -> bool:
+    """Whether residuals are encoded from other factors than A0 and B0; a residual model on disk needs none."""
     if job.fills_cache or job.residual is None or job.residual.exact:
         return False
     rounds = job.init.quantization_iterations if isinstance(job.init, AlternatingMethod) else 1
     return isinstance(job.init, LoftQ) or rounds > 1
 
 
-def _shape(shapes: Shapes, name: str) -> torch.Size:
+def _shape(shapes: ModelShapes, name: str) -> torch.Size:
     parameter: torch.Tensor = shapes.backbone.get_parameter(name)
     return parameter.shape

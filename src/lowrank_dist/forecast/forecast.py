@@ -9,7 +9,7 @@ from typing import Any
 from lowrank_dist.decomposition.schedule import Sharding
 from lowrank_dist.forecast.activations import measure_activations
 from lowrank_dist.forecast.checkpoint import checkpoint_bytes
-from lowrank_dist.forecast.job import Job, Shapes, parameters
+from lowrank_dist.forecast.job import ModelShapes, RunSpec, parameters
 from lowrank_dist.forecast.memory import Memory, memory
 from lowrank_dist.forecast.rates import Cluster
 from lowrank_dist.forecast.startup import Seconds, decomposed_bytes, predict
@@ -56,8 +56,8 @@ class Forecast:
     activations_measured
         Whether `Memory.recomputed` (`kept`, without gradient checkpointing) comes from the architecture itself.
     initialisation
-        Seconds of the walk, or of reading a decomposed model, on a GPU cluster; None where there is none, or no GPU.
-        ``write`` is that of a cache: the decomposed model is written, and read back.
+        Seconds of the walk, or of reading a residual model, on a GPU cluster; None where there is none, or no GPU.
+        ``write`` is that of a cache: the residual model is written, and read back.
     step
         Seconds of a step, likewise.
     disk_reads
@@ -70,7 +70,7 @@ class Forecast:
         Settings that would each make it fit, where it does not; of every one the mildest value.
     """
 
-    job: Job
+    job: RunSpec
     memory: Memory
     traffic: Traffic
     activations_measured: bool
@@ -116,7 +116,9 @@ class Forecast:
         }
 
 
-def forecast(shapes: Shapes, job: Job, *, limit: int | None = None, cluster: Cluster | None = None) -> Forecast:
+def forecast(
+    shapes: ModelShapes, job: RunSpec, *, limit: int | None = None, cluster: Cluster | None = None
+) -> Forecast:
     """What `job` takes. Nothing is read, sent or allocated.
 
     Parameters
@@ -131,7 +133,7 @@ def forecast(shapes: Shapes, job: Job, *, limit: int | None = None, cluster: Clu
     cluster = replace(cluster or Cluster(), node=job.gpus_per_node)
     activations = measure_activations(shapes.backbone, length=job.length, dtype=job.compute_dtype)
 
-    def needed(job: Job) -> Memory:
+    def needed(job: RunSpec) -> Memory:
         return memory(shapes, job, activations.times(job.batch_size))
 
     needs = needed(job)
@@ -153,7 +155,7 @@ def forecast(shapes: Shapes, job: Job, *, limit: int | None = None, cluster: Clu
     )
 
 
-def _alternatives(job: Job) -> Iterator[list[tuple[str, Job]]]:
+def _alternatives(job: RunSpec) -> Iterator[list[tuple[str, RunSpec]]]:
     """One setting changed, to every value that it can have, the mildest first; only nodes change the global batch."""
     if not job.gradient_checkpointing:
         yield [("gradient_checkpointing: true", replace(job, gradient_checkpointing=True))]
@@ -191,7 +193,7 @@ def _alternatives(job: Job) -> Iterator[list[tuple[str, Job]]]:
     ]
 
 
-def _disk_reads(shapes: Shapes, job: Job) -> int:
+def _disk_reads(shapes: ModelShapes, job: RunSpec) -> int:
     """Every byte once; what is neither decomposed nor trained once by every group that shares it."""
     if not job.adapts:
         return shapes.checkpoint_bytes * job.ranks  # transformers loads all of it in every rank
@@ -199,13 +201,13 @@ def _disk_reads(shapes: Shapes, job: Job) -> int:
     return shapes.checkpoint_bytes + repeated + (_cached_bytes(shapes, job) if job.fills_cache else 0)
 
 
-def _cached_bytes(shapes: Shapes, job: Job) -> int:
+def _cached_bytes(shapes: ModelShapes, job: RunSpec) -> int:
     """About: headers, and JSON beside 4-bit weights, are not counted."""
     assert job.residual is not None
     return round(decomposed_bytes(shapes.plan.matrices, job.residual)) + shapes.frozen_bytes
 
 
-def _initialisation(shapes: Shapes, job: Job, cluster: Cluster) -> Seconds | None:
+def _initialisation(shapes: ModelShapes, job: RunSpec, cluster: Cluster) -> Seconds | None:
     """Seconds of the walk, without a calibration pass where the method wants one."""
     if job.residual is None or not job.on_gpu:
         return None
@@ -231,7 +233,7 @@ def _initialisation(shapes: Shapes, job: Job, cluster: Cluster) -> Seconds | Non
     return seconds
 
 
-def _step_time(shapes: Shapes, job: Job, cluster: Cluster) -> StepTime:
+def _step_time(shapes: ModelShapes, job: RunSpec, cluster: Cluster) -> StepTime:
     """Two flops per weight and token in every pass; frozen weights have no gradients to compute."""
     passes = 2 + job.gradient_checkpointing  # forward, recomputation, and backward through the inputs
     active = getattr(shapes.backbone.config.get_text_config(), "num_experts_per_tok", None) or 1

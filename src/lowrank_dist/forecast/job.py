@@ -26,7 +26,7 @@ ShardWithin = Literal["world", "node"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shapes:
+class ModelShapes:
     """A model and what its adapter makes of it; nothing of it has memory.
 
     Attributes
@@ -45,7 +45,9 @@ class Shapes:
     frozen_bytes: int
 
     @classmethod
-    def of(cls, source: Path, adapter: LoraConfig | None, *, init: Method | None = None, untie: bool = False) -> Shapes:
+    def of(
+        cls, source: Path, adapter: LoraConfig | None, *, init: Method | None = None, untie: bool = False
+    ) -> ModelShapes:
         """Shapes of a checkpoint directory, of one without weights, or of the file of a model's configuration.
 
         Parameters
@@ -83,7 +85,7 @@ class Shapes:
     @classmethod
     def planned(
         cls, backbone: PreTrainedModel, plan: Plan, reader: CheckpointReader, *, nbytes: int | None = None
-    ) -> Shapes:
+    ) -> ModelShapes:
         """Shapes of a model that is filled from `reader` as `plan` says; `nbytes`: with the adapter beside it."""
         frozen = (tensor.key for tensor in plan.parameters if not tensor.trainable and tensor.key is not None)
         return cls(
@@ -95,7 +97,7 @@ class Shapes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class RunSpec:
     """What a run is, beside its shapes.
 
     Attributes
@@ -111,9 +113,9 @@ class Job:
     residual
         How the frozen part of a matrix is stored; None where every parameter is trained.
     starts_at_zero
-        Of a decomposed model: whether its residual is the original.
+        Of a residual model: whether its residual is the original.
     fills_cache
-        Whether the decomposed model is written to disk first, and read from there.
+        Whether the residual model is written to disk first, and read from there.
     stage
         Of ZeRO; 0: replicas (DDP).
     gradient_checkpointing, live_layers, fp32_norms, shard_within
@@ -218,7 +220,7 @@ class Parameter:
         return self.shard_bytes * self.ranks
 
 
-def parameters(shapes: Shapes, job: Job) -> Iterator[Parameter]:
+def parameters(shapes: ModelShapes, job: RunSpec) -> Iterator[Parameter]:
     """Every parameter of the model as `lowrank_dist.initialization.materialize` makes it, with padding."""
     frozen_ranks = job.shard_ranks if job.stage == 3 else 1
     trained_ranks = job.ranks if job.stage == 3 else 1
@@ -243,7 +245,7 @@ def core_name(planned: PlannedMatrix) -> str:
     return f"{planned.layer}.lora_B.{ADAPTER}.core"
 
 
-def _of_residual(planned: PlannedMatrix, job: Job, ranks: int) -> Iterator[Parameter]:
+def _of_residual(planned: PlannedMatrix, job: RunSpec, ranks: int) -> Iterator[Parameter]:
     assert job.residual is not None
     kinds = {"weight_packed": "codes", "weight_absmax": "maxima", "weight_nested": "maxima"}
     storages: dict[str, Storage] = dict(job.residual.storages(planned.row_partition(ranks, block=job.residual.block)))
@@ -257,7 +259,7 @@ def _of_residual(planned: PlannedMatrix, job: Job, ranks: int) -> Iterator[Param
         )
 
 
-def _other(shapes: Shapes, tensor: PlannedTensor, job: Job, ranks: int) -> Parameter:
+def _other(shapes: ModelShapes, tensor: PlannedTensor, job: RunSpec, ranks: int) -> Parameter:
     owner, _, leaf = tensor.names[0].rpartition(".")
     module = shapes.backbone.get_submodule(owner)
     dtype = job.compute_dtype

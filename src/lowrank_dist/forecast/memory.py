@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lowrank_dist.forecast.activations import Activations
-from lowrank_dist.forecast.job import Job, Parameter, Shapes, parameters
+from lowrank_dist.forecast.job import ModelShapes, Parameter, RunSpec, parameters
 from lowrank_dist.quantization.nf4 import NF4
 from lowrank_dist.zero3.partition import repeated_layers
 
@@ -85,7 +85,7 @@ class Memory:
         return max(self.phases.values())
 
 
-def memory(shapes: Shapes, job: Job, activations: Activations) -> Memory:
+def memory(shapes: ModelShapes, job: RunSpec, activations: Activations) -> Memory:
     """Bytes of one rank of `job`. All ranks hold as much: shards are padded to the same length."""
     every = list(parameters(shapes, job))
     trained = [p for p in every if p.kind == "trained"]
@@ -120,7 +120,7 @@ def memory(shapes: Shapes, job: Job, activations: Activations) -> Memory:
     )
 
 
-def _bucket(job: Job, trained: int) -> int:
+def _bucket(job: RunSpec, trained: int) -> int:
     """DDP has a second copy of all gradients; DeepSpeed's buffer takes no more than there are."""
     if job.stage == 0:
         return trained
@@ -128,7 +128,7 @@ def _bucket(job: Job, trained: int) -> int:
     return min(trained, (job.bucket or default) * job.factor_dtype.itemsize)
 
 
-def _gathered_layers(shapes: Shapes, job: Job, every: list[Parameter]) -> int:
+def _gathered_layers(shapes: ModelShapes, job: RunSpec, every: list[Parameter]) -> int:
     """`live_layers` counts elements of packed bytes and of factors alike, as DeepSpeed does."""
     if job.stage < 3:
         return 0
@@ -142,7 +142,7 @@ def _gathered_layers(shapes: Shapes, job: Job, every: list[Parameter]) -> int:
     return (job.live_layers + 1) * max(sizes, default=0)
 
 
-def _largest_other(shapes: Shapes, job: Job, every: list[Parameter]) -> int:
+def _largest_other(shapes: ModelShapes, job: RunSpec, every: list[Parameter]) -> int:
     if job.stage < 3:
         return 0
     inside = set(layer_prefixes(shapes))
@@ -150,7 +150,7 @@ def _largest_other(shapes: Shapes, job: Job, every: list[Parameter]) -> int:
     return max((p.gathered_bytes for p in outside), default=0)
 
 
-def layer_prefixes(shapes: Shapes) -> list[str]:
+def layer_prefixes(shapes: ModelShapes) -> list[str]:
     """Names of the repeated layers."""
     names = {id(module): name for name, module in shapes.backbone.named_modules()}
     return [names[id(layer)] for layer in repeated_layers(shapes.backbone)]
@@ -161,7 +161,7 @@ def _prefixes(name: str) -> list[str]:
     return [".".join(parts[:i]) for i in range(1, len(parts))]
 
 
-def _decoded(shapes: Shapes, job: Job) -> int:
+def _decoded(shapes: ModelShapes, job: RunSpec) -> int:
     if job.residual is None:
         return 0
     itemsize, largest = job.compute_dtype.itemsize, 0

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lowrank_dist.forecast.job import Job, Parameter, Shapes, parameters
+from lowrank_dist.forecast.job import ModelShapes, Parameter, RunSpec, parameters
 
 GATHERS = 2  # of every parameter, a batch
 
@@ -60,7 +60,7 @@ class Traffic:
         return sum(c.over_a_link for c in self.collectives if c.crosses)
 
 
-def traffic(shapes: Shapes, job: Job) -> Traffic:
+def traffic(shapes: ModelShapes, job: RunSpec) -> Traffic:
     """What a step of `job` communicates."""
     every = list(parameters(shapes, job))
     trained = [p for p in every if p.kind == "trained"]
@@ -82,5 +82,5 @@ def _whole(parameters: Iterable[Parameter]) -> int:
     return sum(p.gathered_bytes for p in parameters)
 
 
-def _collective(what: str, ranks: int, nbytes: int, job: Job) -> Collective:
+def _collective(what: str, ranks: int, nbytes: int, job: RunSpec) -> Collective:
     return Collective(what=what, ranks=ranks, nbytes=nbytes, crosses=ranks > job.gpus_per_node)

@@ -1,6 +1,6 @@
 """A model skeleton on meta and decomposed matrices in, a sharded trainable model out.
 
-Every rank keeps its shards of residuals and factors, as they come from the walk or from a decomposed model on disk, as
+Every rank keeps its shards of residuals and factors, as they come from the walk or from a residual model on disk, as
 its own ZeRO-3 partitions, and reads its part of every other parameter. No weight crosses the network, no rank holds a
 whole matrix, and the ranks together read every byte once.
 """
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowrank_dist.adapters.stacking import StackedFactors
-from lowrank_dist.decomposition.report import InitReport
+from lowrank_dist.decomposition.report import InitializationReport
 from lowrank_dist.decomposition.walk import DecomposedMatrix
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import FlatPartition
@@ -54,7 +54,7 @@ class Materialized:
         A0 and B0 nor none; CPU. Of experts that share a factor some may be those of A0 and B0.
     """
 
-    report: InitReport
+    report: InitializationReport
     initial: dict[str, Tensor]
     experts: dict[str, int]
     parameters: dict[str, str]
@@ -163,7 +163,7 @@ class _Filling:
         self.shared: ShardGroup = partitioner.frozen
         self.residual, self.compute_dtype, self.factor_dtype = residual, compute_dtype, factor_dtype
         self.core, self.advance = core, advance
-        self.report = InitReport()
+        self.report = InitializationReport()
         self.initial: dict[str, Tensor] = {}
         self.experts: dict[str, int] = {}
         self.parameter_names: dict[str, str] = {}

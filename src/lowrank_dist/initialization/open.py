@@ -16,7 +16,7 @@ from lowrank_dist.decomposition.restore import Resume
 from lowrank_dist.decomposition.schedule import Sharding
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import ModelError
-from lowrank_dist.initialization.source import PretrainedModel, open_source
+from lowrank_dist.initialization.source import PretrainedSource, open_source
 from lowrank_dist.initialization.starting_adapter import StartingAdapter
 from lowrank_dist.methods import LoRA, Method
 from lowrank_dist.model.names import plain_name
@@ -24,7 +24,7 @@ from lowrank_dist.model.plan import Plan, plan_walk
 from lowrank_dist.model.skeleton import inject_adapter, untie_embeddings
 from lowrank_dist.quantization.format import ResidualFormat
 from lowrank_dist.residual_model.fingerprint import Calibrated
-from lowrank_dist.residual_model.reader import DecomposedModel, starts_at_zero
+from lowrank_dist.residual_model.reader import ResidualModel, starts_at_zero
 from lowrank_dist.storage.reader import resolve_checkpoint
 from lowrank_dist.storage.source import WeightSource
 
@@ -47,7 +47,7 @@ class OpenedModel:
 
     backbone: PreTrainedModel
     plan: Plan
-    source: PretrainedModel | DecomposedModel
+    source: PretrainedSource | ResidualModel
     start: StartingAdapter | None
     resume: Resume | None
 
@@ -56,7 +56,7 @@ class OpenedModel:
         """Standard deviation of the trained matrices between frozen factors, where these are not given by `start`."""
         if self.start is not None:
             return None
-        return self.source.core if isinstance(self.source, DecomposedModel) else self.source.init.core
+        return self.source.core if isinstance(self.source, ResidualModel) else self.source.init.core
 
     @property
     def quantization(self) -> str | None:
@@ -72,15 +72,15 @@ class OpenedModel:
         advance: Callable[[int], object],
         calibrated: Calibrated | None = None,
     ) -> OpenedModel:
-        """The same model, to be filled from the cache where there is one; see `PretrainedModel.through_cache`."""
-        if not isinstance(self.source, PretrainedModel):
+        """The same model, to be filled from the cache where there is one; see `PretrainedSource.through_cache`."""
+        if not isinstance(self.source, PretrainedSource):
             return self
         source = self.source.through_cache(
             self.plan, group, factor_dtype, device=device, advance=advance, calibrated=calibrated
         )
         if source is self.source:
             return self
-        assert isinstance(source, DecomposedModel)
+        assert isinstance(source, ResidualModel)
         return replace(self, source=source, plan=source.plan_of(self.plan, self.source.reader))
 
     def check_start(self, group: ShardGroup) -> None:
@@ -133,7 +133,7 @@ class ModelRecipe:
         compute_dtype
             Dtype of a dense residual.
         sharding, announce, resume
-            See `lowrank_dist.initialization.source.PretrainedModel`.
+            See `lowrank_dist.initialization.source.PretrainedSource`.
 
         Raises
         ------
@@ -179,4 +179,4 @@ class ModelRecipe:
 
 
 def _is_decomposed(pretrained: Path | WeightSource) -> TypeGuard[Path]:
-    return isinstance(pretrained, Path) and DecomposedModel.is_at(pretrained)
+    return isinstance(pretrained, Path) and ResidualModel.is_at(pretrained)

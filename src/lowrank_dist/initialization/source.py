@@ -1,4 +1,4 @@
-"""Where decomposed matrices come from: a pretrained checkpoint that is decomposed now, or a decomposed model on disk.
+"""Where decomposed matrices come from: a pretrained checkpoint that is decomposed now, or a residual model on disk.
 
 `open_source` looks at the directory and gives one or the other; what fills a model need not know which. Where a run is
 resumed, the pretrained checkpoint is not decomposed: `lowrank_dist.decomposition.restore` takes the factors from its
@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from lowrank_dist.decomposition.restore import EarlierDecompositions, Restored, Resume
+from lowrank_dist.decomposition.restore import RestoredMethod, Resume, StoredDecompositions
 from lowrank_dist.decomposition.schedule import Sharding, scheduled
 from lowrank_dist.decomposition.walk import DecomposedMatrix, Walk, check_matrices
 from lowrank_dist.distributed.group import ShardGroup
@@ -27,11 +27,11 @@ from lowrank_dist.quantization.dense import Dense
 from lowrank_dist.quantization.format import ResidualFormat
 from lowrank_dist.residual_model.create import decompose, is_complete
 from lowrank_dist.residual_model.fingerprint import Calibrated, fingerprint, source_fingerprint
-from lowrank_dist.residual_model.reader import DecomposedModel
+from lowrank_dist.residual_model.reader import ResidualModel
 from lowrank_dist.storage.source import WeightSource, open_reader
 
 
-class PretrainedModel:
+class PretrainedSource:
     """A pretrained checkpoint that is decomposed on the way.
 
     Parameters
@@ -43,13 +43,13 @@ class PretrainedModel:
     base
         Name of the checkpoint as the user gave it.
     cache
-        Directory for decomposed models: the first run writes one there, see
+        Directory for residual models: the first run writes one there, see
         `lowrank_dist.residual_model.create.decompose`.
     sharding, announce
         How matrices are shared while they are decomposed; is told so. See
         `lowrank_dist.decomposition.schedule.scheduled`.
     resume
-        Of a run that is resumed: `init` becomes a `Restored`, and nothing is written to `cache`.
+        Of a run that is resumed: `init` becomes a `RestoredMethod`, and nothing is written to `cache`.
     """
 
     def __init__(
@@ -67,8 +67,8 @@ class PretrainedModel:
     ) -> None:
         self.reader, self.resume = open_reader(directory), resume
         if resume is not None:
-            earlier = EarlierDecompositions(checkpoint=resume.checkpoint, starts_at_zero=init.starts_at_zero)
-            init = Restored(original=init, earlier=earlier)
+            earlier = StoredDecompositions(checkpoint=resume.checkpoint, starts_at_zero=init.starts_at_zero)
+            init = RestoredMethod(original=init, earlier=earlier)
         self.adapter, self.init, self.residual, self.base, self.cache = adapter, init, residual, base, cache
         self.method, self.starts_at_zero, self.sharding = str(init), init.starts_at_zero, sharding
         self.announce = announce
@@ -96,7 +96,7 @@ class PretrainedModel:
             On every rank, if any rank finds a NaN or infinity or cannot read, or if the checkpoint of a run that is
             resumed lacks factors.
         """
-        if self.resume is not None and isinstance(self.init, Restored):
+        if self.resume is not None and isinstance(self.init, RestoredMethod):
             with group.shared_errors():
                 self.init.earlier.check_factors(plan, factor_dtype, self.resume.reports)
         walk = self._walk(group, factor_dtype, device, advance)
@@ -130,10 +130,10 @@ class PretrainedModel:
         device: torch.device | None = None,
         advance: Callable[[int], object] = lambda _: None,
         calibrated: Calibrated | None = None,
-    ) -> PretrainedModel | DecomposedModel:
-        """The decomposed model of this checkpoint in the cache, written first where it is not there. Collective.
+    ) -> PretrainedSource | ResidualModel:
+        """The residual model of this checkpoint in the cache, written first where it is not there. Collective.
 
-        Without a cache: this very source, nothing is communicated. Of a run that is resumed: the decomposed model if
+        Without a cache: this very source, nothing is communicated. Of a run that is resumed: the residual model if
         that is what the run started from, else this source. `calibrated`: see
         `lowrank_dist.residual_model.create.decompose`.
         """
@@ -156,12 +156,12 @@ class PretrainedModel:
         )
         self.close()
         with group.shared_errors():  # a shared file system may show it late to some
-            return DecomposedModel(directory, self.residual)
+            return ResidualModel(directory, self.residual)
 
     def _cache_key(
         self, walk: Walk, plan: Plan, cache: str | os.PathLike[str], calibrated: Calibrated | None = None
     ) -> tuple[str, Path]:
-        """Fingerprint of the decomposed model, and where it is to be. Collective."""
+        """Fingerprint of the residual model, and where it is to be. Collective."""
         key = fingerprint(walk, plan, calibrated)
         return key, Path(cache) / f"{self._cached_name}-{key[:12]}"
 
@@ -170,7 +170,7 @@ class PretrainedModel:
         return f"{self.reader.directory.name}-{self.method}"
 
     def in_cache(self, plan: Plan, factor_dtype: torch.dtype) -> Path | None:
-        """Directory of the decomposed model that `through_cache` would find complete; one process asks.
+        """Directory of the residual model that `through_cache` would find complete; one process asks.
 
         None for methods that look at data, which are part of what it is looked up by.
         """
@@ -180,18 +180,18 @@ class PretrainedModel:
         key, directory = self._cache_key(walk, plan, self.cache)
         return directory if is_complete(directory, key) else None
 
-    def _cached(self, cache: Path, group: ShardGroup, source: str) -> PretrainedModel | DecomposedModel:
-        """The decomposed model of the cache with the `source_fingerprint` `source`, else this source. Collective."""
+    def _cached(self, cache: Path, group: ShardGroup, source: str) -> PretrainedSource | ResidualModel:
+        """The residual model of the cache with the `source_fingerprint` `source`, else this source. Collective."""
         found: list[Path] = []
         with group.shared_errors():
             if group.rank == 0:
                 named_so = cache.glob(f"{glob.escape(self._cached_name)}-*")
-                found = sorted(path for path in named_so if DecomposedModel.is_at(path))
+                found = sorted(path for path in named_so if ResidualModel.is_at(path))
         directories = group.broadcast_object(found)
         assert isinstance(directories, list)
         for directory in directories:
             with group.shared_errors():
-                stored = DecomposedModel(directory, self.residual)
+                stored = ResidualModel(directory, self.residual)
             if source_fingerprint(stored.reader, group) == source:
                 self.close()
                 return stored
@@ -201,7 +201,7 @@ class PretrainedModel:
     def close(self) -> None:
         """Close the files."""
         self.reader.close()
-        if isinstance(self.init, Restored):
+        if isinstance(self.init, RestoredMethod):
             self.init.earlier.close()
 
 
@@ -217,8 +217,8 @@ def open_source(
     sharding: Sharding | None = None,
     announce: Callable[[str], object] = lambda _: None,
     resume: Resume | None = None,
-) -> PretrainedModel | DecomposedModel:
-    """The checkpoint, or the decomposed model, at `directory`.
+) -> PretrainedSource | ResidualModel:
+    """The checkpoint, or the residual model, at `directory`.
 
     Parameters
     ----------
@@ -227,25 +227,25 @@ def open_source(
     directory
         Where it is; or a source of weights, which is a checkpoint.
     adapter, init, quantization
-        What the user asked for; None: what a decomposed model says. A checkpoint needs an `adapter`; its default `init`
+        What the user asked for; None: what a residual model says. A checkpoint needs an `adapter`; its default `init`
         is PiSSA.
     compute_dtype
         Dtype of a dense residual.
     cache, sharding, announce, resume
-        See `PretrainedModel`.
+        See `PretrainedSource`.
 
     Raises
     ------
     ModelError
-        Where a decomposed model is not what was asked for.
+        Where a residual model is not what was asked for.
     """
-    if not isinstance(directory, Path) or not DecomposedModel.is_at(directory):
+    if not isinstance(directory, Path) or not ResidualModel.is_at(directory):
         if adapter is None:
             raise ModelError(
-                f"pretrained={pretrained!r} is no decomposed model: adapter=LoraConfig(...) must say what to decompose"
+                f"pretrained={pretrained!r} is no residual model: adapter=LoraConfig(...) must say what to decompose"
             )
         residual = Dense(dtype=compute_dtype) if quantization is None else quantization
-        return PretrainedModel(
+        return PretrainedSource(
             directory,
             adapter=adapter,
             init=init or PiSSA(),
@@ -256,7 +256,7 @@ def open_source(
             announce=announce,
             resume=resume,
         )
-    stored = DecomposedModel(directory, Dense(dtype=compute_dtype))
+    stored = ResidualModel(directory, Dense(dtype=compute_dtype))
     stored.check_settings(adapter=adapter, init=init, quantization=quantization)
     if adapter is not None:
         stored.adapter = adapter

@@ -29,7 +29,7 @@ class StartingAdapter:
     directory
         With ``adapter_config.json`` and ``adapter_model.safetensors``.
     for_residual
-        It was trained on the residual of a decomposed model; else it is a LoRA for the original model.
+        It was trained on the residual of a residual model; else it is a LoRA for the original model.
 
     Attributes
     ----------
@@ -48,7 +48,7 @@ class StartingAdapter:
             self._source.close()
             raise CheckpointError(
                 f"adapter={str(directory)!r}: a checkpoint of two adapters; pass its {LORA_DIR}/ to go on from there "
-                f"with the original model, its {ADAPTER_DIR}/ with the decomposed model that it began from, or resume "
+                f"with the original model, its {ADAPTER_DIR}/ with the residual model that it began from, or resume "
                 "with ckpt_path"
             )
         self.config = self._source.config

@@ -38,7 +38,7 @@ def full_fp32() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def tf32_is_at_hand(device: torch.device) -> bool:
+def has_tf32(device: torch.device) -> bool:
     """Whether `tf32_product` is anything else than a product in fp32."""
     return device.type == "cuda"
 

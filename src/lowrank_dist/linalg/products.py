@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lowrank_dist.distributed.group import ShardGroup
-from lowrank_dist.linalg.precision import slabs, squared_norm, tf32_is_at_hand, tf32_product
+from lowrank_dist.linalg.precision import has_tf32, slabs, squared_norm, tf32_product
 
 # Rows of W that a BLAS on a CPU takes at a time for W x: 16 vectors at 42 instead of 33 Gflop/s (14336 x 4096, one
 # thread), 32 at 56 instead of 47.
@@ -48,7 +48,7 @@ class RowSharded:
     def __init__(self, block: Tensor, rows: int, group: ShardGroup, *, tf32: bool = False) -> None:
         self.block, self.group = block, group
         self.tall, self.short = rows >= block.shape[1], min(rows, block.shape[1])
-        self.tf32 = tf32 and tf32_is_at_hand(block.device)
+        self.tf32 = tf32 and has_tf32(block.device)
         self._on_cpu = block.device.type == "cpu"
 
     def rows_of(self, right: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 
 from lowrank_dist.errors import InputError
 from lowrank_dist.methods.base import Decomposition, Factors, Matrix, quantization_error, residual_block
-from lowrank_dist.methods.principal import AlternatingMethod, told
+from lowrank_dist.methods.principal import AlternatingMethod, with_estimate_of
 from lowrank_dist.quantization.format import ResidualFormat
 
 
@@ -50,6 +50,6 @@ class LoftQ(AlternatingMethod):
             factors=factors,
             residual=encoded,
             ended_on="decompose",
-            svd=told(svd, first),
+            svd=with_estimate_of(svd, first),
             encoded_from=encoded_from,
         )

@@ -10,7 +10,7 @@ from lowrank_dist.errors import InputError
 from lowrank_dist.linalg import slabs, squared_norm
 from lowrank_dist.methods.assembly import subtracted
 from lowrank_dist.methods.base import Decomposition, Factors, Matrix, quantization_error, residual_block
-from lowrank_dist.methods.principal import AlternatingMethod, told
+from lowrank_dist.methods.principal import AlternatingMethod, with_estimate_of
 from lowrank_dist.quantization.format import Encoded, ResidualFormat
 
 
@@ -62,10 +62,10 @@ class PiSSA(AlternatingMethod):
                 factors=refitted,
                 residual=encoded,
                 ended_on="decompose",
-                svd=told(last, first),
+                svd=with_estimate_of(last, first),
                 encoded_from=factors,
             )
-        return Decomposition(factors=factors, residual=encoded, svd=told(svd, first))
+        return Decomposition(factors=factors, residual=encoded, svd=with_estimate_of(svd, first))
 
     @property
     def refinements(self) -> int:

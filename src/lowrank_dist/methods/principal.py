@@ -86,7 +86,7 @@ def balanced(svd: SVD, scaling: float) -> Factors:
     return Factors(left=svd.u * root, right=root[:, None] * svd.vh)
 
 
-def told(last: SVD, first: SVD) -> SVD:
+def with_estimate_of(last: SVD, first: SVD) -> SVD:
     """The `last` of several decompositions with the estimate of the `first`: refinements have none of their own."""
     return last._replace(iterations=first.iterations, estimate=first.estimate)
 

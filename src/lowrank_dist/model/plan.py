@@ -157,7 +157,7 @@ def plan_walk(
     """
     if getattr(backbone.config, "quantization_config", None) is not None and not reader.holds_residuals:
         raise ModelError(f"{reader.directory} is quantized already; pass the checkpoint it was made from")
-    planner = _Planner(backbone, reader, CheckpointKeys(backbone, reader, tied), limit_rank)
+    planner = _PlanBuilder(backbone, reader, CheckpointKeys(backbone, reader, tied), limit_rank)
     planner.adapted_layers()
     planner.other_parameters()
     planner.persistent_buffers()
@@ -169,7 +169,7 @@ def plan_walk(
     return planner.plan
 
 
-class _Planner:
+class _PlanBuilder:
     """Builds a plan, and collects everything that stands against it."""
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Decomposing a checkpoint into a decomposed model on disk, and the fingerprint that tells whether it is there."""
+"""Decomposing a checkpoint into a residual model on disk, and the fingerprint that tells whether it is there."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lowrank_dist.decomposition.walk import Walk
 from lowrank_dist.errors import InputError, ModelError
 from lowrank_dist.model.plan import Plan
 from lowrank_dist.residual_model.fingerprint import Calibrated, fingerprint
-from lowrank_dist.residual_model.writer import DecomposedWriter
+from lowrank_dist.residual_model.writer import ResidualModelWriter
 from lowrank_dist.storage.layout import MANIFEST
 
 
@@ -31,7 +31,7 @@ def decompose(
     key: str | None = None,
     calibrated: Calibrated | None = None,
 ) -> Path:
-    """Decompose a checkpoint and write the result as a decomposed model. Collective: all ranks of the walk call it.
+    """Decompose a checkpoint and write the result as a residual model. Collective: all ranks of the walk call it.
 
     Parameters
     ----------
@@ -78,7 +78,7 @@ def decompose(
                 f"{output}: exists, and is not this model decomposed with these settings; remove it, choose another "
                 "directory or pass overwrite"
             )
-    writer = DecomposedWriter(plan, walk, output, key)
+    writer = ResidualModelWriter(plan, walk, output, key)
     with writer.locked():
         writer.begin()
         remaining = [planned for planned in plan.matrices if planned.name not in writer.reports]
@@ -92,19 +92,19 @@ def decompose(
 
 
 def _check_layout(plan: Plan) -> None:
-    """Raise ModelError where a decomposed model cannot hold a matrix of `plan`."""
+    """Raise ModelError where a residual model cannot hold a matrix of `plan`."""
     shared = {parameter.key for parameter in plan.parameters}
     keys = [planned.key for planned in plan.matrices]
     for planned in plan.matrices:
         if planned.key in shared or keys.count(planned.key) > 1:
             raise ModelError(
-                f"{planned.name}: {planned.key} stands for another parameter too (untied), and a decomposed model "
+                f"{planned.name}: {planned.key} stands for another parameter too (untied), and a residual model "
                 "keeps names; or train without saving one (no init_cache)"
             )
 
 
 def is_complete(output: Path, key: str) -> bool:
-    """Whether `output` is a decomposed model with the `fingerprint` `key`."""
+    """Whether `output` is a residual model with the `fingerprint` `key`."""
     manifest = output / MANIFEST
     if not manifest.is_file():
         return False

@@ -23,7 +23,7 @@ def source_fingerprint(reader: CheckpointReader, group: ShardGroup) -> str:
     names, sizes and headers of its safetensors files, and 16 samples of 64 KiB of each, evenly spread (hashing all of
     it would cost a second read). Rank 0 computes it, the others are told. Collective.
     """
-    return _told(lambda: _hashed_source(reader).hexdigest(), group)
+    return computed_on_rank_0(lambda: _hashed_source(reader).hexdigest(), group)
 
 
 class Calibrated(Protocol):
@@ -37,7 +37,7 @@ class Calibrated(Protocol):
 
 
 def fingerprint(walk: Walk, plan: Plan, calibrated: Calibrated | None = None) -> str:
-    """Hexadecimal digest of everything that a decomposed model depends on.
+    """Hexadecimal digest of everything that a residual model depends on.
 
     Of the source, what `source_fingerprint` covers. Of the settings: method, residual format, dtype of the factors, and
     for every matrix rank and scaling; what `calibrated` looks at. Rank 0 computes it, the others are told. Collective.
@@ -51,10 +51,11 @@ def fingerprint(walk: Walk, plan: Plan, calibrated: Calibrated | None = None) ->
         digest.update(json.dumps(settings).encode())
         return digest.hexdigest()
 
-    return _told(compute, walk.group)
+    return computed_on_rank_0(compute, walk.group)
 
 
-def _told(compute: Callable[[], str], group: ShardGroup) -> str:
+def computed_on_rank_0(compute: Callable[[], str], group: ShardGroup) -> str:
+    """The text that `compute` returns on rank 0, on every rank; its error is raised on every rank. Collective."""
     text = None
     with group.shared_errors():
         if group.rank == 0:

@@ -1,4 +1,4 @@
-"""Decomposed models on disk: the residual at the root, the initial adapter beside it, read back by rows.
+"""Residual models on disk: the residual at the root, the initial adapter beside it, read back by rows.
 
 The layout is the one in which the authors of PiSSA publish: an ordinary checkpoint that holds the residual, dense or in
 bitsandbytes' own 4-bit serialization, and a directory ``pissa_init/`` (``loftq_init/``, ...) with a PEFT adapter that
@@ -46,7 +46,7 @@ _OF_STACK = re.compile(r"(.+)\[(\d+)\]" + re.escape(QUANT_STATE))
 
 
 def initial_directory(directory: Path) -> Path | None:
-    """The directory of the initial adapter inside a decomposed model (``*_init``), or None where there is none."""
+    """The directory of the initial adapter inside a residual model (``*_init``), or None where there is none."""
     found = sorted(path.parent for path in directory.glob(f"*_init/{CONFIG}"))
     if len(found) > 1:
         raise CheckpointError(
@@ -56,12 +56,12 @@ def initial_directory(directory: Path) -> Path | None:
 
 
 def starts_at_zero(directory: Path) -> bool:
-    """Whether the residual of a decomposed model is the original itself, maybe quantized."""
+    """Whether the residual of a residual model is the original itself, maybe quantized."""
     return bool(_manifest(directory).get("starts_at_zero", False))
 
 
 def _manifest(directory: Path) -> dict[str, Any]:
-    """What this package wrote beside a decomposed model; empty for models of other origin."""
+    """What this package wrote beside a residual model; empty for models of other origin."""
     return read_manifest(directory) if (directory / MANIFEST).is_file() else {}
 
 
@@ -82,7 +82,7 @@ def has_stock_layout(planned: PlannedMatrix, residual: ResidualFormat, source: C
 
 
 class ResidualReader(CheckpointReader):
-    """The root of a decomposed model: 4-bit weights have the shape of the matrix they stand for, and dtype ``NF4``.
+    """The root of a residual model: 4-bit weights have the shape of the matrix they stand for, and dtype ``NF4``.
 
     Stacks of matrices in 4 bits, which the files hold one by one, are there under the name of the stack too.
     """
@@ -121,8 +121,8 @@ class ResidualReader(CheckpointReader):
             raise CheckpointError(f"{key}: no quantization state of bitsandbytes ({error}); fetch it again") from error
 
 
-class DecomposedModel:
-    """A decomposed model on disk.
+class ResidualModel:
+    """A residual model on disk.
 
     Parameters
     ----------
@@ -150,14 +150,14 @@ class DecomposedModel:
     Raises
     ------
     CheckpointError
-        Where `directory` is no decomposed model or cannot be read.
+        Where `directory` is no residual model or cannot be read.
     """
 
     def __init__(self, directory: str | Path, dense: ResidualFormat) -> None:
         self.directory = Path(directory)
         initial = initial_directory(self.directory)
         if initial is None:
-            raise CheckpointError(f"{directory}: no decomposed model: it holds no *_init/{CONFIG}")
+            raise CheckpointError(f"{directory}: no residual model: it holds no *_init/{CONFIG}")
         self.reader = ResidualReader(self.directory)
         self._initial = CheckpointReader(initial, stem=Path(WEIGHTS).stem)
         try:
@@ -185,7 +185,7 @@ class DecomposedModel:
 
     @staticmethod
     def is_at(directory: Path) -> bool:
-        """Whether `directory` is the root of a decomposed model."""
+        """Whether `directory` is the root of a residual model."""
         return initial_directory(directory) is not None
 
     def _stored_format(self) -> ResidualFormat | None:
@@ -243,7 +243,7 @@ class DecomposedModel:
                     )
 
     def plan_of(self, plan: Plan, source: CheckpointReader) -> Plan:
-        """A plan that was made with `source`, in the names of this decomposed model of it."""
+        """A plan that was made with `source`, in the names of this residual model of it."""
         self.reader.join_as(source)
         if self.residual.exact:
             return plan

@@ -1,4 +1,4 @@
-"""Decomposed models under construction: files that all ranks fill together, and a journal of what is complete."""
+"""Residual models under construction: files that all ranks fill together, and a journal of what is complete."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ COPY_BYTES = 64 * 2**20  # of a tensor that is copied as it is, at a time
 FROZEN = "frozen"  # among the shards of a matrix: B where it is not trained
 
 
-class DecomposedWriter:
-    """One decomposed model under construction: the result of a walk goes to disk, each rank its own part.
+class ResidualModelWriter:
+    """One residual model under construction: the result of a walk goes to disk, each rank its own part.
 
     The directory is built beside its final place. What is complete is recorded in a journal after it has reached the
     disk, so that a run that was killed goes on where it stopped; the rename at the end makes the whole visible at once.

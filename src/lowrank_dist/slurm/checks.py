@@ -16,7 +16,7 @@ _NODE_LOCAL = ("/tmp", "/var/tmp", "/dev/shm", "/run")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
+class JobShape:
     """What a configuration asks for.
 
     Attributes
@@ -62,7 +62,7 @@ def accumulated(*, batches: int, nodes: int, devices: int) -> int:
     return batches // (nodes * devices)
 
 
-def check(options: SubmitOptions, settings: Any) -> Shape:
+def check(options: SubmitOptions, settings: Any) -> JobShape:
     """Compare options with the parsed settings of ``lowrank-dist fit``.
 
     Raises
@@ -98,7 +98,7 @@ def check(options: SubmitOptions, settings: Any) -> Shape:
     _check_requeue(trainer)
     root = Path(trainer.default_root_dir or ".").absolute()
     warnings = [*_check_paths(settings, options), *_check_root(root, options)]
-    return Shape(
+    return JobShape(
         nodes=nodes,
         devices=devices,
         accumulate=accumulate,

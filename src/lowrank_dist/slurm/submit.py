@@ -20,7 +20,7 @@ import submitit
 
 from lowrank_dist.cluster.attempts import AttemptLog
 from lowrank_dist.cluster.signals import StopSignals
-from lowrank_dist.slurm.checks import Shape, check, checkpoint_directories, newest_step
+from lowrank_dist.slurm.checks import JobShape, check, checkpoint_directories, newest_step
 from lowrank_dist.slurm.job import TrainingJob, requeue_script
 from lowrank_dist.slurm.options import SubmitError, SubmitOptions, point_overrides
 from lowrank_dist.training.fit_cli import parse_fit
@@ -44,7 +44,7 @@ class Submission:
     """
 
     options: SubmitOptions
-    shape: Shape
+    shape: JobShape
     folder: Path
     jobs: tuple[TrainingJob, ...]
     roots: tuple[Path, ...]

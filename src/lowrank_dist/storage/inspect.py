@@ -232,7 +232,7 @@ _KINDS: list[tuple[str, Callable[[Path], bool], Callable[[Path, Description], No
         lambda path: (path / MANIFEST).is_file() and (path / ADAPTER_DIR).is_dir(),
         _adapter_checkpoint,
     ),
-    ("decomposed model", lambda path: any(path.glob(f"*_init/{CONFIG}")), _decomposed),
+    ("residual model", lambda path: any(path.glob(f"*_init/{CONFIG}")), _decomposed),
     ("PEFT adapter", lambda path: (path / CONFIG).is_file(), _peft_adapter),
     ("model", _has_weights, _model),
 ]

@@ -29,11 +29,11 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 
 
-RESIDUAL_STEM = "residual"  # of the files at the root of decomposed models that stock transformers has no layout for
+RESIDUAL_STEM = "residual"  # of the files at the root of residual models that stock transformers has no layout for
 
 
 def residual_stem(directory: Path) -> str:
-    """First part of the names of the files at the root of a decomposed model."""
+    """First part of the names of the files at the root of a residual model."""
     return RESIDUAL_STEM if any(directory.glob(f"{RESIDUAL_STEM}*.safetensors")) else "model"
 
 

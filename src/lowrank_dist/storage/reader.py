@@ -41,7 +41,7 @@ _DTYPES = {**FLOAT_DTYPES, "F64": torch.float64, "I64": torch.int64, "I32": torc
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-PACKED_DTYPE = "NF4"  # what the reader of a decomposed model says of 4-bit weights
+PACKED_DTYPE = "NF4"  # what the reader of a residual model says of 4-bit weights
 
 
 @dataclass(frozen=True, kw_only=True)

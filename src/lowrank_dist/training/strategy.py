@@ -25,14 +25,14 @@ from lowrank_dist.calibration.measure import Calibration, check_options
 from lowrank_dist.calibration.walk import CalibrationPass
 from lowrank_dist.checkpoints.resuming import check_settings, check_source, earlier_run
 from lowrank_dist.checkpoints.writer import CheckpointWriter
-from lowrank_dist.decomposition.report import InitReport
+from lowrank_dist.decomposition.report import InitializationReport
 from lowrank_dist.decomposition.restore import check_digests
 from lowrank_dist.decomposition.schedule import Sharding
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import InputError, ModelError
 from lowrank_dist.initialization.materialize import Materialized, materialize
 from lowrank_dist.initialization.open import ModelRecipe, OpenedModel
-from lowrank_dist.initialization.source import PretrainedModel
+from lowrank_dist.initialization.source import PretrainedSource
 from lowrank_dist.initialization.trainable import make_trainable
 from lowrank_dist.layers.folded import FoldAdapters
 from lowrank_dist.methods import Method
@@ -41,7 +41,7 @@ from lowrank_dist.progress import progress_bar
 from lowrank_dist.quantization.dense import Dense
 from lowrank_dist.quantization.nf4 import NF4, format_as_dict
 from lowrank_dist.residual_model.fingerprint import source_fingerprint
-from lowrank_dist.residual_model.reader import DecomposedModel
+from lowrank_dist.residual_model.reader import ResidualModel
 from lowrank_dist.storage.source import WeightSource
 from lowrank_dist.training.calibration_batches import calibration_batches, calibration_step
 from lowrank_dist.training.checkpointing import CheckpointedStrategy
@@ -66,13 +66,13 @@ class PiSSAStrategy(CheckpointedStrategy):
     ----------
     pretrained
         Checkpoint to start from: a directory with safetensors, or a hub id; or a source of weights that are no files
-        (`lowrank_dist.storage.source.WeightSource`). It may be a decomposed model (from
+        (`lowrank_dist.storage.source.WeightSource`). It may be a residual model (from
         ``lowrank-dist decompose``, or one that the authors of PiSSA publish): then nothing is decomposed, and the
         three options below are what it says where they are left out.
     adapter
         PEFT's LoRA configuration (r, lora_alpha, target_modules, rank_pattern, use_rslora, ...). Or an adapter to go on
         from, a directory or a hub id: a LoRA for `pretrained`, which PEFT wrote or a checkpoint was converted to; of a
-        decomposed model, an adapter that was trained on its residual.
+        residual model, an adapter that was trained on its residual.
     init
         How adapters and residual are made from the weights: ``PiSSA(...)``, ``LoRA()``, ``LoftQ(...)``, ...
     quantization
@@ -81,7 +81,7 @@ class PiSSAStrategy(CheckpointedStrategy):
         How methods that look at data (``CorDA``, ``EVA``, ``LoRAGA``) see it; default ``Calibration()``: the first 8
         batches that each rank would train on.
     init_cache
-        Directory, seen by all ranks, for decomposed models: the first run with the same weights and settings writes
+        Directory, seen by all ranks, for residual models: the first run with the same weights and settings writes
         one there and starts from it, later runs start from it; a run that was killed goes on where it stopped. Of
         methods that look at data the batches are among the settings: each run reads them, the first looks at them.
     ranks_per_matrix
@@ -118,7 +118,7 @@ class PiSSAStrategy(CheckpointedStrategy):
 
     Attributes
     ----------
-    init_report : InitReport or None
+    init_report : InitializationReport or None
         What the walk measured, once the model is set up.
 
     Notes
@@ -184,7 +184,7 @@ class PiSSAStrategy(CheckpointedStrategy):
         self.pretrained = os.fspath(pretrained) if isinstance(pretrained, str | os.PathLike) else pretrained.name
         if self.weights is not None and init_cache is not None:
             raise ValueError(
-                f"PiSSAStrategy: init_cache={str(init_cache)!r} keeps decomposed models, which copy the configuration "
+                f"PiSSAStrategy: init_cache={str(init_cache)!r} keeps residual models, which copy the configuration "
                 f"and tokenizer beside the weights, and {self.pretrained} is a source of weights alone; leave it out"
             )
         self.adapter = adapter
@@ -198,7 +198,7 @@ class PiSSAStrategy(CheckpointedStrategy):
         self.show_progress = show_progress
         self.shard_within = shard_within
         self.fold_adapters = fold_adapters
-        self.init_report: InitReport | None = None
+        self.init_report: InitializationReport | None = None
         self._backbone: PreTrainedModel | None = None
         # ZeRO settings that the user has chosen are left alone; the command line passes all, mostly at their defaults.
         self._chosen = {key for key, value in deepspeed_options.items() if value != known[key].default}
@@ -216,7 +216,7 @@ class PiSSAStrategy(CheckpointedStrategy):
                 "PiSSAStrategy: parameters cannot be offloaded to 'nvme', only to 'cpu' (offload_parameters=True): "
                 "partitions are written in place"
             )
-        if init is not None and (self.weights is not None or not DecomposedModel.is_at(Path(self.pretrained))):
+        if init is not None and (self.weights is not None or not ResidualModel.is_at(Path(self.pretrained))):
             init.check(Dense(dtype=torch.float32) if quantization is None else quantization)
         self.calibration = calibration
         check_options(init, calibration, ranks_per_matrix=ranks_per_matrix)
@@ -470,7 +470,7 @@ class PiSSAStrategy(CheckpointedStrategy):
     ) -> Materialized:
         """Make the parameters of the model, from its source and the adapter to start from. Collective."""
         backbone, plan, source, group = opened.backbone, opened.plan, opened.source, partitioner.group
-        if calibrated is not None and isinstance(source, PretrainedModel):
+        if calibrated is not None and isinstance(source, PretrainedSource):
             result = calibrated.materialize()
         else:
             matrices = source.matrices(plan, group, self._factor_dtype, device=partitioner.device, advance=advance)
@@ -524,7 +524,7 @@ class PiSSAStrategy(CheckpointedStrategy):
     ) -> CalibrationPass | None:
         """The calibration pass, where one is due; `stack` leaves the training data and random states as they were."""
         source, module, calibration = opened.source, self.lightning_module, self.calibration or Calibration()
-        if not isinstance(source, PretrainedModel) or source.init.statistic is None:
+        if not isinstance(source, PretrainedSource) or source.init.statistic is None:
             return None
         assert module is not None
         with partitioner.group.shared_errors():

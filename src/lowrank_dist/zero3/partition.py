@@ -139,7 +139,7 @@ def stored_bytes(parameters: Iterable[Tensor]) -> int:
     return sum(local_shard(p).untyped_storage().nbytes() for p in parameters)
 
 
-def let_go(parameters: Iterable[Tensor]) -> None:
+def release(parameters: Iterable[Tensor]) -> None:
     """Give back the memory of partitioned parameters that are used no more.
 
     DeepSpeed's methods on a parameter refer to it: dropping it frees its partition only when cycles are collected.

@@ -32,7 +32,7 @@ BOTH = pytest.mark.parametrize("kind", [AdapterCheckpoint, ModelCheckpoint], ids
 Kind = type[ModelCheckpoint]
 
 
-class Told(Logger):
+class RecordingLogger(Logger):
     """Where and of how many complete checkpoints it was told."""
 
     name, version, save_dir = "told", 0, None
@@ -99,7 +99,7 @@ def save_in_all_ways(pretrained: Path, output: Path, kind: Kind, checkpoint: Pat
     often = kind(output / "often", "{epoch}", every_n_train_steps=3, save_top_k=-1, save_last=True)
     always = kind(output / "always", "{step}", train_time_interval=timedelta(0), save_top_k=-1)
     stopping = EarlyStopping("score", patience=3)
-    odd, logger, rates = Odd(), Told(), LearningRateMonitor()
+    odd, logger, rates = Odd(), RecordingLogger(), LearningRateMonitor()
     trainer = make_trainer(
         make_strategy(pretrained, **PLAIN),
         steps=STEPS if checkpoint else STEPS // 2,

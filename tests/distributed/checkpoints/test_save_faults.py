@@ -26,7 +26,7 @@ from lowrank_dist.storage.atomic import staging_of
 STEPS = 16
 
 
-class Told(Logger):
+class RecordingLogger(Logger):
     """Which checkpoints it was told of, and whether they were there."""
 
     name, version, save_dir = "told", 0, None
@@ -71,7 +71,7 @@ def train(
     module.last_step = die_in_step
     begun: list[int] = []
     module.on_train_start = lambda: begun.append(trainer.global_step)
-    logger = Told()
+    logger = RecordingLogger()
     trainer = make_trainer(
         make_strategy(pretrained, **(strategy or {"init": LoRA(), "quantization": None})),
         steps=steps,

@@ -27,7 +27,7 @@ from lowrank_dist.decomposition.restore import Resume, check_digests
 from lowrank_dist.decomposition.schedule import Sharding
 from lowrank_dist.errors import CheckpointError
 from lowrank_dist.initialization.materialize import Materialized, materialize
-from lowrank_dist.initialization.source import PretrainedModel, open_source
+from lowrank_dist.initialization.source import PretrainedSource, open_source
 from lowrank_dist.layers.frozen import CoredLinear, FrozenWeight
 from lowrank_dist.methods import Factors, Matrix
 from lowrank_dist.model.names import peft_name
@@ -36,7 +36,7 @@ from lowrank_dist.model.skeleton import build_skeleton, inject_adapter, untie_em
 from lowrank_dist.quantization.dense import Dense
 from lowrank_dist.quantization.format import Encoded
 from lowrank_dist.residual_model.fingerprint import source_fingerprint
-from lowrank_dist.residual_model.reader import DecomposedModel
+from lowrank_dist.residual_model.reader import ResidualModel
 from lowrank_dist.zero3.partition import Partitioner, gathered, use_cpu_accelerator, whole_shape
 
 CONFIG = {
@@ -88,14 +88,14 @@ def run(pretrained: Path, case: Case, resume: Resume | None = None, cache: Path 
     inject_adapter(backbone, config)
     plan = plan_walk(backbone, source.reader, tied)
     source.check(plan)
-    if isinstance(source, PretrainedModel):
+    if isinstance(source, PretrainedSource):
         source = source.through_cache(plan, group, case.factor_dtype)
     options: dict[str, Any] = {
         "residual": source.residual,
         "compute_dtype": FP32,
         "factor_dtype": case.factor_dtype,
     }
-    if isinstance(source, PretrainedModel) and source.init.statistic is not None:
+    if isinstance(source, PretrainedSource) and source.init.statistic is not None:
         batch = {"input_ids": torch.arange(2, 34).view(2, 16) + group.rank}
         result = CalibrationPass(
             backbone,
@@ -108,7 +108,7 @@ def run(pretrained: Path, case: Case, resume: Resume | None = None, cache: Path 
             **options,
         ).materialize()
     else:
-        core = source.init.core if isinstance(source, PretrainedModel) else None
+        core = source.init.core if isinstance(source, PretrainedSource) else None
         matrices = source.matrices(plan, group, case.factor_dtype)
         result = materialize(backbone, plan, source.reader, partitioner, matrices, core=core, **options)
     fingerprint = source_fingerprint(source.reader, group)
@@ -331,29 +331,29 @@ def test_a_decomposed_model_has_the_digests_of_the_walk(odd: Path, tmp_path: Pat
     walked = run_ranks(2, run, odd, case)[0]
     written = run_ranks(2, run, odd, case, None, tmp_path)[0]
     read = run_ranks(3, run, odd, case, None, tmp_path)[0]
-    assert [written["kind"], read["kind"]] == [DecomposedModel.__name__] * 2
+    assert [written["kind"], read["kind"]] == [ResidualModel.__name__] * 2
     assert digests_of(walked) == digests_of(written) == digests_of(read)
 
 
 def test_a_run_goes_on_from_what_it_started_from(odd: Path, tmp_path: Path) -> None:
-    """The decomposed model in the cache if that is what it was, else the pretrained weights; nothing is written."""
+    """The residual model in the cache if that is what it was, else the pretrained weights; nothing is written."""
     case = Case(PiSSA(quantization_iterations=2))
     cached = run_ranks(2, run, odd, case, None, tmp_path / "cache")[0]
     walked = run_ranks(1, run, odd, case)[0]
     assert cached["source"] != walked["source"]
     assert not cached["encoded"]
     assert walked["encoded"]
-    for first, kind in ((cached, DecomposedModel), (walked, PretrainedModel)):
+    for first, kind in ((cached, ResidualModel), (walked, PretrainedSource)):
         resume = save(tmp_path / kind.__name__, first)
         again = run_ranks(3, run, odd, case, resume, tmp_path / "cache")[0]
         assert again["kind"] == kind.__name__
         assert_the_same(again, first)
     again = run_ranks(2, run, odd, case, resume, tmp_path / "empty")[0]
-    assert again["kind"] == PretrainedModel.__name__
+    assert again["kind"] == PretrainedSource.__name__
     assert not (tmp_path / "empty").exists()
-    # without the decomposed model, what it was encoded from is not known
-    for _, error in run_ranks_catching(2, run, odd, case, save(tmp_path / "DecomposedModel", cached)):
-        assert "the run started from a decomposed model; go on from that one" in str(error)
+    # without the residual model, what it was encoded from is not known
+    for _, error in run_ranks_catching(2, run, odd, case, save(tmp_path / "ResidualModel", cached)):
+        assert "the run started from a residual model; go on from that one" in str(error)
 
 
 def test_factors_that_do_not_fit(odd: Path, tmp_path: Path) -> None:

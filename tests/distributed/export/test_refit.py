@@ -143,7 +143,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def decompose_and_train(base: Path, output: Path, kind: str) -> Tensor:
-    """QPiSSA, T = 3, double quantization; from a decomposed model on disk or through a cache of them."""
+    """QPiSSA, T = 3, double quantization; from a residual model on disk or through a cache of them."""
     options = {**CASES["qpissa"], "quantization": NF4(double_quant=True), "init_cache": output / "cache"}
     if kind == "cache":
         return train(base, output, {**options, "init": PiSSA()})

@@ -18,7 +18,7 @@ from helpers.traffic import Traffic
 from helpers.training import GLOBAL_BATCH, CausalLM, loader, make_strategy, make_trainer
 from lowrank_dist import NF4, LoftQ, LoRA, LoRAXS, PiSSA, PiSSAStrategy
 from lowrank_dist.cli.plan.model import with_adapters
-from lowrank_dist.forecast import Forecast, Job, Shapes, forecast
+from lowrank_dist.forecast import Forecast, ModelShapes, RunSpec, forecast
 from lowrank_dist.forecast.activations import measure_activations
 from lowrank_dist.quantization.dense import Dense
 from lowrank_dist.training.strategy import PRECISIONS
@@ -50,7 +50,7 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def adapter(case: dict[str, Any]) -> LoraConfig | None:
-    if case["init"] is None:  # as a decomposed model says
+    if case["init"] is None:  # as a residual model says
         return None
     return LoraConfig(r=4, lora_alpha=4, target_modules="all-linear", modules_to_save=case.get("modules_to_save"))
 
@@ -108,9 +108,9 @@ def measure(
     return resident(module.model, strategy.deepspeed_engine.optimizer), gathered, reduced, steps.memory.peak_bytes
 
 
-def job_of(case: dict[str, Any], precision: str, live_layers: int, ranks: int) -> Job:
+def job_of(case: dict[str, Any], precision: str, live_layers: int, ranks: int) -> RunSpec:
     compute_dtype, factor_dtype = PRECISIONS[precision]
-    return Job(
+    return RunSpec(
         nodes=1,
         gpus_per_node=ranks,
         batch_size=GLOBAL_BATCH // ranks,
@@ -125,7 +125,7 @@ def job_of(case: dict[str, Any], precision: str, live_layers: int, ranks: int) -
     )
 
 
-def expected(pretrained: Path, case: dict[str, Any], job: Job) -> Forecast:
+def expected(pretrained: Path, case: dict[str, Any], job: RunSpec) -> Forecast:
     """As ``lowrank-dist plan`` makes it."""
     return forecast(*with_adapters(strategy_of(pretrained, case), pretrained, job))
 
@@ -228,7 +228,7 @@ def measure_saved(pretrained: Path) -> int:
 
 def test_activations_are_what_autograd_saves(untied: Path) -> None:
     """5 %: masks, and small tensors that kernels save for themselves."""
-    shapes = Shapes.of(untied, adapter(CASES["qpissa"]))
+    shapes = ModelShapes.of(untied, adapter(CASES["qpissa"]))
     said = measure_activations(shapes.backbone, length=LENGTH, dtype=torch.float32).times(GLOBAL_BATCH // 2)
     assert said.measured
     for saved in run_ranks(2, measure_saved, untied):

@@ -245,7 +245,7 @@ def test_an_embedding_saved_along_in_another_dtype(base_dtype: str, dtype: str, 
 
 
 def decompose_and_save(base: Path, output: Path) -> None:
-    """A decomposed model in `output`/cache, and checkpoints of a PiSSA that began from it and of a LoRA."""
+    """A residual model in `output`/cache, and checkpoints of a PiSSA that began from it and of a LoRA."""
     fit(base, steps=1, quantization=None, init_cache=output / "cache")
     _, trainer = fit(base, steps=1, quantization=None, init=LoRA())
     trainer.save_checkpoint(output / "lora")

@@ -76,4 +76,4 @@ def test_bad_options_end_in_one_message(
 def test_a_report_of_nothing(tmp_path: Path) -> None:
     done = lowrank_dist("report", tmp_path)
     assert done.returncode == 1
-    assert "holds no lowrank_dist.json; pass a decomposed model" in done.stderr
+    assert "holds no lowrank_dist.json; pass a residual model" in done.stderr

@@ -1,4 +1,4 @@
-"""Decomposed models: written by 1 to 4 ranks, killed and resumed, read by stock peft and by the strategy."""
+"""Residual models: written by 1 to 4 ranks, killed and resumed, read by stock peft and by the strategy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decomposed models of methods that look at data: keyed by the data, the same as in place, continued when killed."""
+"""Residual models of methods that look at data: keyed by the data, the same as in place, continued when killed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decomposed models of every kind of weight and method: read back they are the model that was decomposed in place.
+"""Residual models of every kind of weight and method: read back they are the model that was decomposed in place.
 
 Stock transformers + peft load those that they have a layout for; the others are refused there by the name of the file.
 """
@@ -178,7 +178,7 @@ def test_lora_xs_keeps_what_is_trained_apart(llama: Path, tmp_path: Path) -> Non
 
 
 def cores_trained(base: Path, output: Path, case: Case) -> list[list[float]]:
-    """Losses of a run from the original and of one from the decomposed model; only r x r matrices are trained."""
+    """Losses of a run from the original and of one from the residual model; only r x r matrices are trained."""
     losses = []
     options = {"adapter": adapter_of(case), "init": case.init, "quantization": None}
     for pretrained, given in ((base, options), (output, dict.fromkeys(options))):

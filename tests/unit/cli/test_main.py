@@ -16,7 +16,8 @@ from peft import LoraConfig
 import lowrank_dist
 from helpers.checkpoints import make_checkpoint
 from lowrank_dist import cli
-from lowrank_dist.cli import decompose, plan, submit
+from lowrank_dist.cli import decompose, submit
+from lowrank_dist.cli.plan import command as plan
 from lowrank_dist.methods import METHODS
 
 COMMANDS = {"fit", "validate", "test", "plan", "submit", "decompose", "convert", "merge", "inspect", "report", "demo"}

@@ -18,7 +18,7 @@ from helpers.models import save_checkpoint
 from lowrank_dist import NF4, LoRA, PiSSA
 from lowrank_dist.cli import main
 from lowrank_dist.cli.plan.command import DOES_NOT_FIT, parser, planned_run
-from lowrank_dist.forecast import Forecast, Job, Shapes, forecast
+from lowrank_dist.forecast import Forecast, ModelShapes, RunSpec, forecast
 from lowrank_dist.forecast.job import parameters
 from lowrank_dist.forecast.traffic import traffic
 from lowrank_dist.quantization.dense import Dense
@@ -43,7 +43,7 @@ PUBLISHED = {  # parameters, as the models' pages on the hub say
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_models_kept_with_the_configs_have_the_published_size(name: str) -> None:
-    shapes = Shapes.of(CONFIGS / "models" / f"{name}.json", None)
+    shapes = ModelShapes.of(CONFIGS / "models" / f"{name}.json", None)
     assert {path.stem for path in (CONFIGS / "models").iterdir()} == set(PUBLISHED)
     assert sum(p.numel() for p in shapes.backbone.parameters()) == PUBLISHED[name]
     assert shapes.checkpoint_bytes == 2 * PUBLISHED[name]
@@ -52,18 +52,20 @@ def test_models_kept_with_the_configs_have_the_published_size(name: str) -> None
 def test_a_directory_goes_before_what_is_kept_with_the_configs(tmp_path: Path) -> None:
     """Its own headers count: a checkpoint in fp32 is twice as large as one in bf16."""
     directory = save_checkpoint(tmp_path / "Meta-Llama-3-8B", "llama", tie_word_embeddings=False)
-    nbytes = Shapes.of(directory, None).checkpoint_bytes
+    nbytes = ModelShapes.of(directory, None).checkpoint_bytes
     init_args = "--trainer.strategy.init_args.pretrained"
     found = plan(*EIGHT, f"{init_args}={directory}", "--trainer.strategy.init_args.adapter.init_args.r=4")
-    assert found.disk_reads == nbytes == sum(4 * p.numel() for p in Shapes.of(directory, None).backbone.parameters())
+    assert (
+        found.disk_reads == nbytes == sum(4 * p.numel() for p in ModelShapes.of(directory, None).backbone.parameters())
+    )
 
 
 def test_an_index_without_weights_is_enough(tmp_path: Path) -> None:
     directory = save_checkpoint(tmp_path / "model", "llama")
-    with_weights = Shapes.of(directory, LINEARS)
+    with_weights = ModelShapes.of(directory, LINEARS)
     for path in directory.glob("*.safetensors"):
         path.unlink()
-    without = Shapes.of(directory, LINEARS)
+    without = ModelShapes.of(directory, LINEARS)
     assert (directory / "model.safetensors.index.json").is_file()
     assert [(m.name, m.rows, m.columns) for m in without.plan.matrices] == [
         (m.name, m.rows, m.columns) for m in with_weights.plan.matrices
@@ -75,7 +77,7 @@ def test_a_damaged_checkpoint_is_not_passed_over(tmp_path: Path) -> None:
     directory = save_checkpoint(tmp_path / "model", "llama")
     next(iter(directory.glob("*.safetensors"))).unlink()
     with pytest.raises(ValueError, match="missing, though the index names it"):
-        Shapes.of(directory, LINEARS)
+        ModelShapes.of(directory, LINEARS)
 
 
 def test_unknown_models_are_named(capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,8 +163,8 @@ def test_a_decomposed_model_is_read_and_other_settings_are_refused(
 
 
 @pytest.fixture(scope="module")
-def shapes(tmp_path_factory: pytest.TempPathFactory) -> Shapes:
-    return Shapes.of(save_checkpoint(tmp_path_factory.mktemp("model"), "llama"), LINEARS)
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> ModelShapes:
+    return ModelShapes.of(save_checkpoint(tmp_path_factory.mktemp("model"), "llama"), LINEARS)
 
 
 JOBS: dict[str, Any] = {"init": PiSSA(), "residual": NF4(), "on_gpu": False}
@@ -177,11 +179,11 @@ JOBS: dict[str, Any] = {"init": PiSSA(), "residual": NF4(), "on_gpu": False}
     within=st.sampled_from(["world", "node"]),
 )
 def test_padding_is_all_that_sharding_adds(
-    shapes: Shapes, nodes: int, gpus: int, batch: int, residual: Any, within: Any
+    shapes: ModelShapes, nodes: int, gpus: int, batch: int, residual: Any, within: Any
 ) -> None:
     """Over all ranks no kind of parameter shrinks, and each parameter grows by less than a row or block a rank."""
     options = JOBS | {"residual": residual, "batch_size": batch, "shard_within": within}
-    job = Job(nodes=nodes, gpus_per_node=gpus, **options)
+    job = RunSpec(nodes=nodes, gpus_per_node=gpus, **options)
     alone = {(p.kind, p.name, p.dtype): p for p in parameters(shapes, replace(job, nodes=1, gpus_per_node=1))}
     for p in parameters(shapes, job):
         least = alone[(p.kind, p.name, p.dtype)].shard_numel if p.kind != "maxima" else 0
@@ -191,13 +193,13 @@ def test_padding_is_all_that_sharding_adds(
 
 @pytest.mark.parametrize(("tied", "untie", "expected"), [(True, False, 1), (True, True, 2), (False, False, 2)])
 def test_a_head_that_is_tied_counts_once(tmp_path: Path, tied: bool, untie: bool, expected: int) -> None:
-    shapes = Shapes.of(save_checkpoint(tmp_path, "llama", tie_word_embeddings=tied), LINEARS, untie=untie)
-    names = [p.name for p in parameters(shapes, Job(nodes=1, gpus_per_node=1, **JOBS))]
+    shapes = ModelShapes.of(save_checkpoint(tmp_path, "llama", tie_word_embeddings=tied), LINEARS, untie=untie)
+    names = [p.name for p in parameters(shapes, RunSpec(nodes=1, gpus_per_node=1, **JOBS))]
     assert len([name for name in names if "lm_head" in name or "embed_tokens" in name]) == expected
 
 
-def test_within_a_node_only_adapters_cross_nodes(shapes: Shapes) -> None:
-    world = Job(nodes=2, gpus_per_node=2, **JOBS)
+def test_within_a_node_only_adapters_cross_nodes(shapes: ModelShapes) -> None:
+    world = RunSpec(nodes=2, gpus_per_node=2, **JOBS)
     node = replace(world, shard_within="node")
     trained = sum(p.gathered_bytes for p in parameters(shapes, node) if p.kind == "trained")
     crossing = [c for c in traffic(shapes, node).collectives if c.crosses]
@@ -205,8 +207,8 @@ def test_within_a_node_only_adapters_cross_nodes(shapes: Shapes) -> None:
     assert traffic(shapes, node).into_node < traffic(shapes, world).into_node
 
 
-def test_gradient_checkpointing_trades_memory_for_time(shapes: Shapes) -> None:
-    job = Job(nodes=1, gpus_per_node=2, batch_size=8, **JOBS | {"on_gpu": True})
+def test_gradient_checkpointing_trades_memory_for_time(shapes: ModelShapes) -> None:
+    job = RunSpec(nodes=1, gpus_per_node=2, batch_size=8, **JOBS | {"on_gpu": True})
     kept, recomputed = (
         forecast(shapes, replace(job, gradient_checkpointing=checkpointing)) for checkpointing in (False, True)
     )
@@ -219,8 +221,8 @@ def test_gradient_checkpointing_trades_memory_for_time(shapes: Shapes) -> None:
 def test_a_mixture_of_experts_is_estimated(tmp_path: Path) -> None:
     """Its forward looks at values, which the meta device does not have; one parameter holds all experts of a layer."""
     adapter = LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
-    shapes = Shapes.of(save_checkpoint(tmp_path, "mixtral"), adapter)
-    found = forecast(shapes, Job(nodes=1, gpus_per_node=2, **JOBS | {"init": LoRA()}))
+    shapes = ModelShapes.of(save_checkpoint(tmp_path, "mixtral"), adapter)
+    found = forecast(shapes, RunSpec(nodes=1, gpus_per_node=2, **JOBS | {"init": LoRA()}))
     assert not found.activations_measured
     assert found.memory.recomputed > 0
     experts = [p for p in parameters(shapes, found.job) if p.kind == "codes" and "experts" in p.name]
@@ -230,4 +232,4 @@ def test_a_mixture_of_experts_is_estimated(tmp_path: Path) -> None:
 @pytest.mark.parametrize("field", ["nodes", "batch_size", "accumulate"])
 def test_counts_must_be_positive(field: str) -> None:
     with pytest.raises(ValueError, match=f"{field}=0 must be at least 1"):
-        Job(**{"nodes": 1, "gpus_per_node": 1, **JOBS, field: 0})
+        RunSpec(**{"nodes": 1, "gpus_per_node": 1, **JOBS, field: 0})

@@ -442,7 +442,7 @@ def test_parts_that_are_for_a_residual(pair: tuple[Path, Path], tmp_path: Path) 
     decomposed = shutil.copytree(pair[0], tmp_path / "decomposed")
     shutil.copytree(pair[1], decomposed / "pissa_init")
     refused(CheckpointError, decomposed / "pissa_init", tmp_path / "out", "for a residual", base=pair[0])
-    refused(CheckpointError, checkpoint, tmp_path / "out", "a decomposed model", base=decomposed)
+    refused(CheckpointError, checkpoint, tmp_path / "out", "a residual model", base=decomposed)
     # what PEFT trained on the residual belongs there
     merged = merge_checkpoint(pair[1], tmp_path / "merged", base=decomposed)
     torch.testing.assert_close(logits(load(merged)), logits(load_peft(*pair)), rtol=1e-5, atol=1e-5)

@@ -27,7 +27,7 @@ def in_tf32(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         sizes.append(len(left))
         return to_tf32(left) @ to_tf32(right)
 
-    monkeypatch.setattr(products, "tf32_is_at_hand", lambda device: True)
+    monkeypatch.setattr(products, "has_tf32", lambda device: True)
     monkeypatch.setattr(products, "tf32_product", product)
     return sizes
 
@@ -53,7 +53,7 @@ def test_the_subspace_forgives_tf32(
     svd = decompose(w, rank)
     assert len(in_tf32) > 16
     with pytest.MonkeyPatch.context() as plainly:
-        plainly.setattr(products, "tf32_is_at_hand", lambda device: False)
+        plainly.setattr(products, "has_tf32", lambda device: False)
         exact = decompose(w, rank)
     assert excess(w, svd) < excess(w, exact) + bound
     # what the residual is formed from is of fp32: orthonormal, and U S the product of W with V

@@ -166,7 +166,7 @@ def test_a_decomposed_model(base: Path, tmp_path: Path, bits: int) -> None:
     model.save_pretrained(tmp_path)
     parameters = save_adapter(base, tmp_path / "pissa_init")
     found = inspect(tmp_path)
-    assert (found.kind, found.complete) == ("decomposed model", True)
+    assert (found.kind, found.complete) == ("residual model", True)
     facts = found.facts
     assert (facts["method"], facts["rank"], facts["trained parameters"]) == ("pissa", 4, parameters)
     assert facts["residual"] == ("NF4" if bits == 4 else "dense")

@@ -16,7 +16,7 @@ import lowrank_dist
 from lowrank_dist.cli.plan.model import with_adapters
 from lowrank_dist.cli.plan.table import as_table
 from lowrank_dist.errors import InputError
-from lowrank_dist.forecast import Cluster, Forecast, Job, Shapes, forecast
+from lowrank_dist.forecast import Cluster, Forecast, ModelShapes, RunSpec, forecast
 from lowrank_dist.methods import PiSSA
 from lowrank_dist.quantization.dense import Dense
 from lowrank_dist.storage.reader import resolve_checkpoint
@@ -99,7 +99,7 @@ def planned_run(options: argparse.Namespace, of_fit: Sequence[str]) -> Forecast:
         source = _source(strategy.pretrained, strategy.revision, options.model_config, beside)
         shapes, job = with_adapters(strategy, source, job)
     else:
-        shapes = Shapes.of(_source(settings.model.pretrained, None, options.model_config, beside), None)
+        shapes = ModelShapes.of(_source(settings.model.pretrained, None, options.model_config, beside), None)
     limit = round((options.gpu_memory - options.reserve) * 1e9) if job.on_gpu else None
     cluster = Cluster(
         flops=options.tflops * 1e12, bandwidth=(options.bandwidth_within * 1e9, options.bandwidth_between * 1e9)
@@ -107,7 +107,7 @@ def planned_run(options: argparse.Namespace, of_fit: Sequence[str]) -> Forecast:
     return forecast(shapes, job, limit=limit, cluster=cluster)
 
 
-def _job(settings: Any, strategy: Any) -> Job:
+def _job(settings: Any, strategy: Any) -> RunSpec:
     trainer, data, precision = settings.trainer, settings.data, str(settings.trainer.precision)
     if precision not in PRECISIONS:
         raise InputError(f"plan: precision={precision!r} is not supported; use one of {', '.join(PRECISIONS)}")
@@ -145,8 +145,8 @@ def _job(settings: Any, strategy: Any) -> Job:
         }
     elif options.get("stage") and compute_dtype == torch.bfloat16:
         options["factor_dtype"] = torch.bfloat16  # DeepSpeed's engine casts the model
-    job = Job(**options)
-    return Job(**options, steps=_steps(trainer, data.limit, job.global_batch))
+    job = RunSpec(**options)
+    return RunSpec(**options, steps=_steps(trainer, data.limit, job.global_batch))
 
 
 def _deepspeed_options(strategy: DeepSpeedStrategy) -> dict[str, Any]:

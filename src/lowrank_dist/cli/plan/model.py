@@ -9,20 +9,20 @@ from peft import LoraConfig
 
 from lowrank_dist.decomposition.schedule import Sharding
 from lowrank_dist.errors import InputError
-from lowrank_dist.forecast import Job, Shapes
+from lowrank_dist.forecast import ModelShapes, RunSpec
 from lowrank_dist.initialization.open import ModelRecipe, OpenedModel
-from lowrank_dist.initialization.source import PretrainedModel
+from lowrank_dist.initialization.source import PretrainedSource
 from lowrank_dist.initialization.starting_adapter import StartingAdapter
 from lowrank_dist.methods import LoRA
 from lowrank_dist.model.skeleton import build_skeleton, read_config
-from lowrank_dist.residual_model.reader import DecomposedModel
+from lowrank_dist.residual_model.reader import ResidualModel
 from lowrank_dist.training.strategy import PiSSAStrategy
 
 
-def with_adapters(strategy: PiSSAStrategy, source: Path, job: Job) -> tuple[Shapes, Job]:
+def with_adapters(strategy: PiSSAStrategy, source: Path, job: RunSpec) -> tuple[ModelShapes, RunSpec]:
     """Shapes of the model at `source`, and `job` with what it starts from.
 
-    Where the weights are there, everything that the set-up of a run refuses is refused; a decomposed model is planned
+    Where the weights are there, everything that the set-up of a run refuses is refused; a residual model is planned
     as it is stored, and one that ``init_cache`` holds complete as what the run will read.
 
     Raises
@@ -55,36 +55,38 @@ def with_adapters(strategy: PiSSAStrategy, source: Path, job: Job) -> tuple[Shap
             opened.start.close()
 
 
-def _of_weights(opened: OpenedModel, source: PretrainedModel | DecomposedModel, job: Job) -> tuple[Shapes, Job]:
-    if isinstance(source, DecomposedModel):
+def _of_weights(
+    opened: OpenedModel, source: PretrainedSource | ResidualModel, job: RunSpec
+) -> tuple[ModelShapes, RunSpec]:
+    if isinstance(source, ResidualModel):
         return _of_decomposed(opened, source, job)
     cached = source.in_cache(opened.plan, job.factor_dtype)
     if cached is not None:
-        stored = DecomposedModel(cached, source.residual)
+        stored = ResidualModel(cached, source.residual)
         try:
             plan = stored.plan_of(opened.plan, source.reader)
             return _of_decomposed(replace(opened, plan=plan), stored, job)
         finally:
             stored.close()
-    shapes = Shapes.planned(opened.backbone, opened.plan, source.reader)
+    shapes = ModelShapes.planned(opened.backbone, opened.plan, source.reader)
     return shapes, replace(job, init=source.init, residual=source.residual, fills_cache=source.cache is not None)
 
 
-def _of_decomposed(opened: OpenedModel, stored: DecomposedModel, job: Job) -> tuple[Shapes, Job]:
-    shapes = Shapes.planned(opened.backbone, opened.plan, stored.reader, nbytes=stored.nbytes)
+def _of_decomposed(opened: OpenedModel, stored: ResidualModel, job: RunSpec) -> tuple[ModelShapes, RunSpec]:
+    shapes = ModelShapes.planned(opened.backbone, opened.plan, stored.reader, nbytes=stored.nbytes)
     return shapes, replace(job, init=None, residual=stored.residual, starts_at_zero=stored.starts_at_zero)
 
 
 def _of_dimensions(
-    strategy: PiSSAStrategy, adapter: LoraConfig | str | Path | None, source: Path, job: Job
-) -> tuple[Shapes, Job]:
+    strategy: PiSSAStrategy, adapter: LoraConfig | str | Path | None, source: Path, job: RunSpec
+) -> tuple[ModelShapes, RunSpec]:
     if adapter is None:
         raise InputError("plan: the strategy has no adapter: adapter=LoraConfig(...) must say what to decompose")
     if not isinstance(adapter, LoraConfig):
         start = StartingAdapter(Path(adapter), for_residual=False)
         start.close()
         adapter, job = start.config, replace(job, init=LoRA())
-    shapes = Shapes.of(source, adapter, init=job.init, untie=strategy.untie_embeddings)
+    shapes = ModelShapes.of(source, adapter, init=job.init, untie=strategy.untie_embeddings)
     return shapes, replace(job, fills_cache=strategy.init_cache is not None)
 
 
