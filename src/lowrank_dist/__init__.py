@@ -1,20 +1,26 @@
-"""Low-rank adaptation of models too big for one machine: PiSSA and its kin under Lightning and DeepSpeed ZeRO-3."""
+"""Low-rank adaptation of models too big for one machine: PiSSA and its kin under Lightning and DeepSpeed ZeRO-3.
+
+Public are the names below and the modules `lowrank_dist.methods`, `lowrank_dist.quantization`, `lowrank_dist.linalg`,
+`lowrank_dist.storage`, `lowrank_dist.export`, `lowrank_dist.callbacks` and `lowrank_dist.errors`, with what they list
+in ``__all__``. Everything else is private and may change with any version.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from lowrank_dist._lazy import lazy_exports
 from lowrank_dist._version import __version__ as __version__
 
 _EXPORTS = {
     "PiSSAStrategy": "lowrank_dist.training.strategy",
-    "AdapterCheckpoint": "lowrank_dist.callbacks",
-    "HealthCheck": "lowrank_dist.callbacks",
-    "InitReport": "lowrank_dist.callbacks",
-    "LossHistory": "lowrank_dist.callbacks",
-    "Preemption": "lowrank_dist.callbacks",
-    "NF4": "lowrank_dist.quantization.nf4",
+    "CausalLMModule": "lowrank_dist.training.module",
+    "SFTDataModule": "lowrank_dist.data.datamodule",
+    "NF4": "lowrank_dist.quantization",
     "Calibration": "lowrank_dist.calibration.measure",
+    "WeightSource": "lowrank_dist.storage",
+    "Method": "lowrank_dist.methods",
+    "register": "lowrank_dist.methods",
     "PiSSA": "lowrank_dist.methods",
     "LoRA": "lowrank_dist.methods",
     "LoftQ": "lowrank_dist.methods",
@@ -24,11 +30,18 @@ _EXPORTS = {
     "EVA": "lowrank_dist.methods",
     "LoRAGA": "lowrank_dist.methods",
     "LoRAXS": "lowrank_dist.methods",
-    "register": "lowrank_dist.methods",
-    "SFTDataModule": "lowrank_dist.data.datamodule",
-    "CausalLMModule": "lowrank_dist.training.module",
-    "convert_checkpoint": "lowrank_dist.export.convert",
-    "merge_checkpoint": "lowrank_dist.export.merge",
+    "AdapterCheckpoint": "lowrank_dist.callbacks",
+    "HealthCheck": "lowrank_dist.callbacks",
+    "InitReport": "lowrank_dist.callbacks",
+    "LossHistory": "lowrank_dist.callbacks",
+    "Preemption": "lowrank_dist.callbacks",
+    "convert_checkpoint": "lowrank_dist.export",
+    "refit_checkpoint": "lowrank_dist.export",
+    "merge_checkpoint": "lowrank_dist.export",
+    "inspect": "lowrank_dist.storage.inspect",
+    "InputError": "lowrank_dist.errors",
+    "ModelError": "lowrank_dist.errors",
+    "CheckpointError": "lowrank_dist.errors",
 }
 
 __all__ = ["__version__", *_EXPORTS]
@@ -41,27 +54,28 @@ if TYPE_CHECKING:
     from lowrank_dist.callbacks import LossHistory as LossHistory
     from lowrank_dist.callbacks import Preemption as Preemption
     from lowrank_dist.data.datamodule import SFTDataModule as SFTDataModule
-    from lowrank_dist.export.convert import convert_checkpoint as convert_checkpoint
-    from lowrank_dist.export.merge import merge_checkpoint as merge_checkpoint
+    from lowrank_dist.errors import CheckpointError as CheckpointError
+    from lowrank_dist.errors import InputError as InputError
+    from lowrank_dist.errors import ModelError as ModelError
+    from lowrank_dist.export import convert_checkpoint as convert_checkpoint
+    from lowrank_dist.export import merge_checkpoint as merge_checkpoint
+    from lowrank_dist.export import refit_checkpoint as refit_checkpoint
     from lowrank_dist.methods import EVA as EVA
     from lowrank_dist.methods import CorDA as CorDA
     from lowrank_dist.methods import LoftQ as LoftQ
     from lowrank_dist.methods import LoRA as LoRA
     from lowrank_dist.methods import LoRAGA as LoRAGA
     from lowrank_dist.methods import LoRAXS as LoRAXS
+    from lowrank_dist.methods import Method as Method
     from lowrank_dist.methods import MiLoRA as MiLoRA
     from lowrank_dist.methods import OLoRA as OLoRA
     from lowrank_dist.methods import PiSSA as PiSSA
     from lowrank_dist.methods import register as register
-    from lowrank_dist.quantization.nf4 import NF4 as NF4
+    from lowrank_dist.quantization import NF4 as NF4
+    from lowrank_dist.storage import WeightSource as WeightSource
+    from lowrank_dist.storage.inspect import inspect as inspect
     from lowrank_dist.training.module import CausalLMModule as CausalLMModule
     from lowrank_dist.training.strategy import PiSSAStrategy as PiSSAStrategy
 
-
-def __getattr__(name: str) -> Any:
-    """Import the heavy halves (lightning, deepspeed, bitsandbytes) only when they are asked for."""
-    if name in _EXPORTS:
-        import importlib
-
-        return getattr(importlib.import_module(_EXPORTS[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# lightning, deepspeed and bitsandbytes are imported only by who asks for what needs them
+__getattr__ = lazy_exports(__name__, _EXPORTS)

@@ -1,5 +1,7 @@
 """What users can put right: errors whose text says all they need, and whose traceback says nothing more."""
 
+__all__ = ["CheckpointError", "InputError", "ModelError", "RemoteError"]
+
 
 class InputError(ValueError):
     """Input that cannot be used as it is; the message names the rule, the offender with its numbers, and the remedy."""

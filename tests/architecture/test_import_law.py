@@ -28,7 +28,7 @@ quantization model
 storage
 linalg zero3 cluster
 distributed
-errors progress _version
+errors progress _lazy _version
 """
 LEVELS = {name: level for level, names in enumerate(LAW.split("\n")) for name in names.split()}
 #: These stand beside the others: what they import, and who imports them.

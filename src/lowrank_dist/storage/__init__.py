@@ -1,1 +1,6 @@
 """Bytes on disk: checkpoints read by rows and written in place, without mathematics."""
+
+from lowrank_dist.storage.reader import CheckpointReader, TensorInfo, resolve_checkpoint
+from lowrank_dist.storage.source import WeightSource
+
+__all__ = ["CheckpointReader", "TensorInfo", "WeightSource", "resolve_checkpoint"]
