@@ -15,7 +15,7 @@ from helpers import training
 from helpers.models import save_checkpoint
 from helpers.ranks import run_ranks
 from lowrank_dist import NF4, LoRA
-from lowrank_dist.forecast import Job, Shapes, forecast
+from lowrank_dist.forecast import ModelShapes, RunSpec, forecast
 from lowrank_dist.training.optim import build_optimizer
 
 pytestmark = [
@@ -88,7 +88,7 @@ def test_memory_stays_within_the_forecast(medium: Path) -> None:
     """
     for live_layers in (0, 2):
         held, peak = run_ranks(1, allocated, medium, live_layers)[0]
-        job = Job(
+        job = RunSpec(
             nodes=1,
             gpus_per_node=1,
             batch_size=training.GLOBAL_BATCH,
@@ -99,7 +99,7 @@ def test_memory_stays_within_the_forecast(medium: Path) -> None:
             residual=NF4(double_quant=True),
             live_layers=live_layers,
         )
-        expected = forecast(Shapes.of(medium, ADAPTER, init=LoRA()), job).memory
+        expected = forecast(ModelShapes.of(medium, ADAPTER, init=LoRA()), job).memory
         slack = 8e6
         assert held == pytest.approx(expected.stays + expected.bucket, rel=0.05, abs=slack)
         assert peak <= expected.peak + slack

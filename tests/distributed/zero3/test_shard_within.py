@@ -15,7 +15,7 @@ from helpers.ranks import run_ranks, run_ranks_catching
 from helpers.traffic import Traffic
 from helpers.training import STEPS, CausalLM, loader, make_strategy, make_trainer
 from lowrank_dist import NF4, AdapterCheckpoint, CorDA, LoRA, LoRAXS, PiSSA, PiSSAStrategy
-from lowrank_dist.forecast import Job, Shapes, forecast
+from lowrank_dist.forecast import ModelShapes, RunSpec, forecast
 from lowrank_dist.forecast.job import parameters
 from lowrank_dist.forecast.traffic import traffic
 from lowrank_dist.quantization.dense import Dense
@@ -80,7 +80,7 @@ def test_the_same_losses_and_adapters_alone_between_nodes(
     pretrained = save_checkpoint(tmp_path_factory.mktemp("experts"), "mixtral") if adapter is EXPERTS else llama
     world = run_ranks(ranks, train, pretrained, "world", adapter, options)
     node = run_ranks(ranks, train, pretrained, "node", adapter, options)
-    job = Job(
+    job = RunSpec(
         nodes=NODES,
         gpus_per_node=ranks // NODES,
         compute_dtype=torch.float32,
@@ -90,7 +90,7 @@ def test_the_same_losses_and_adapters_alone_between_nodes(
         shard_within="node",
         on_gpu=False,
     )
-    shapes = Shapes.of(pretrained, LoraConfig(**adapter), init=options["init"])
+    shapes = ModelShapes.of(pretrained, LoraConfig(**adapter), init=options["init"])
     said = {c.what: c.nbytes for c in traffic(shapes, job).collectives if c.crosses}
     frozen = sum(p.shard_bytes for p in parameters(shapes, job) if p.kind != "trained")
     for (losses, held, read, step), (others, held_by_world, _, step_of_world) in zip(node, world, strict=True):
