@@ -31,7 +31,6 @@ from lowrank_dist.storage.layout import ADAPTER_DIR, INITIAL_DIR, read_manifest
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-CORE = ".core"  # LoRA-XS: the trained matrix between frozen factors
 A_NAMES = (".lora_A.weight", ".lora_embedding_A")
 B_NAMES = (".lora_B.weight", ".lora_embedding_B")
 
@@ -80,15 +79,6 @@ def to_lora(
         else:
             converted[name] = torch.cat([tensor, -start], dim=1)
     return converted
-
-
-def fold_cores(adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The LoRA that stands for factors with a core between them: ``B R`` in the place of B and R."""
-    folded = {name: tensor for name, tensor in adapter.items() if not name.endswith(CORE)}
-    for name in adapter.keys() - folded.keys():
-        b, core = name.removesuffix(CORE) + ".weight", adapter[name]
-        folded[b] = (adapter[b].float() @ core.float()).to(core.dtype)
-    return folded
 
 
 def lora_config(config: LoraConfig) -> LoraConfig:

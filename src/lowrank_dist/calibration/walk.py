@@ -198,6 +198,7 @@ class CalibrationPass:
             residual=self.residual,
             compute_dtype=self.compute_dtype,
             factor_dtype=self.factor_dtype,
+            layout=self.init.layout,
         )
         gc.collect()  # ZeRO-3 parameters are cycles
         return result

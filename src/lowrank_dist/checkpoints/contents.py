@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lowrank_dist.adapters.lora import CORE, fold_cores, to_lora
+from lowrank_dist.adapters.lora import to_lora
 from lowrank_dist.checkpoints.layout import OPTIMIZER, PARTS
+from lowrank_dist.model.factor_layout import FactorLayout
 from lowrank_dist.model.names import peft_name
 from lowrank_dist.storage.layout import ADAPTER_DIR, ENCODED_DIR, INITIAL_DIR, LORA_DIR
 from lowrank_dist.storage.reader import FileTensor
@@ -26,11 +27,13 @@ class Contents:
     Attributes
     ----------
     shapes, dtypes
-        Of the trained parameters, and of frozen factors around a trained core, by name in the backbone.
+        Of the trained parameters, and of the factors that are frozen, by name in the backbone.
     trained
         Names of the trained ones.
     initial, encoded
         Names of the factors whose initial values, and whose values that the residual was encoded from, are written.
+    layout
+        What the parameters are.
     experts
         How many experts share a factor, by PEFT's name, where it is more than one.
     starts_at_zero
@@ -41,6 +44,7 @@ class Contents:
     dtypes: Mapping[str, torch.dtype]
     trained: Sequence[str]
     initial: Sequence[str]
+    layout: FactorLayout
     encoded: Sequence[str] = ()
     experts: Mapping[str, int] = field(default_factory=dict)
     starts_at_zero: bool = False
@@ -48,13 +52,17 @@ class Contents:
     def parts(
         self, values: Mapping[str, Tensor], initial: Mapping[str, Tensor], encoded: Mapping[str, Tensor]
     ) -> dict[str, dict[str, Tensor]]:
-        """Tensors of every adapter file under PEFT's names, from those of whole layers; on meta too."""
-        adapter = fold_cores({peft_name(name): tensor for name, tensor in values.items()})
+        """Tensors of every adapter file under PEFT's names, from those of whole layers; on meta too.
+
+        Under their own names, beside the optimizer's, the trained ones that no adapter file holds.
+        """
+        adapter = self.layout.adapter(values)
         start = {peft_name(name): tensor for name, tensor in initial.items()}
         parts = {ADAPTER_DIR: adapter, INITIAL_DIR: start}
         parts[LORA_DIR] = adapter if self.starts_at_zero else to_lora(adapter, start, self.experts)
         if self.encoded:
             parts[ENCODED_DIR] = {peft_name(name): tensor for name, tensor in encoded.items()}
+        parts[OPTIMIZER] = {name: tensor for name, tensor in values.items() if self.layout.kept_beside(name)}
         return parts
 
     def files(
@@ -76,14 +84,12 @@ class Contents:
         tensors = self.parts(
             meta, {name: meta[name] for name in self.initial}, {name: meta[name] for name in self.encoded}
         )
-        if states is not None:
-            tensors[OPTIMIZER] = {}
+        if states is None:
+            del tensors[OPTIMIZER]
+        else:
             for name in self.trained if optimized is None else optimized:
                 kinds = [*states, *([] if self.dtypes[name] == torch.float32 else [MASTER])]
                 tensors[OPTIMIZER] |= {f"{name}.{kind}": meta[name].float() for kind in kinds}
-            for name in self.trained:
-                if name.endswith(CORE):  # folded into B in the adapter
-                    tensors[OPTIMIZER][name] = meta[name]
         return {
             part: {name: FileTensor(shape=tuple(t.shape), dtype=t.dtype) for name, t in sorted(of_part.items())}
             for part, of_part in tensors.items()

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_dist.adapters.lora import CORE
 from lowrank_dist.checkpoints.layout import OPTIMIZER, TrainingCheckpoint
 from lowrank_dist.decomposition.report import MatrixReport
 from lowrank_dist.decomposition.restore import Resume
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import FlatPartition
 from lowrank_dist.errors import CheckpointError
+from lowrank_dist.model.factor_layout import FactorLayout
 from lowrank_dist.model.names import peft_name
 from lowrank_dist.storage.layout import ADAPTER_DIR
 from lowrank_dist.storage.reader import CheckpointReader
@@ -22,7 +22,9 @@ from lowrank_dist.zero3.optimizer import MASTER, ShardedOptimizer
 from lowrank_dist.zero3.partition import local_shard, whole_shape
 
 
-def load_parameters(checkpoint: TrainingCheckpoint, trained: Mapping[str, Tensor], group: ShardGroup) -> None:
+def load_parameters(
+    checkpoint: TrainingCheckpoint, trained: Mapping[str, Tensor], layout: FactorLayout, group: ShardGroup
+) -> None:
     """Overwrite this rank's partitions of `trained` parameters with their values in `checkpoint`.
 
     Before an engine of DeepSpeed is made, whose fp32 copies begin from them. Collective.
@@ -41,8 +43,7 @@ def load_parameters(checkpoint: TrainingCheckpoint, trained: Mapping[str, Tensor
                 f"{len(trained)} (the first that one of them lacks: {odd}); resume with the same adapter"
             )
         for name, parameter in trained.items():
-            # the adapter file has B R in the place of B, where a core R is trained
-            part, key = (OPTIMIZER, name) if name.endswith(CORE) else (ADAPTER_DIR, peft_name(name))
+            part, key = (OPTIMIZER, name) if layout.kept_beside(name) else (ADAPTER_DIR, peft_name(name))
             if part not in checkpoint.manifest["hashes"]:
                 raise CheckpointError(f"{checkpoint.directory}: holds no {name}: it was saved with weights_only")
             shard = _own_range(checkpoint, part, key, whole_shape(parameter), group)

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowrank_dist._version import __version__
-from lowrank_dist.adapters.lora import CORE, lora_config
+from lowrank_dist.adapters.lora import lora_config
 from lowrank_dist.checkpoints.contents import Contents, tensor_files
 from lowrank_dist.checkpoints.layout import (
     FORMAT,
@@ -108,11 +108,11 @@ class CheckpointWriter:
         parameters = dict(backbone.named_parameters())
         self._names = {id(parameter): name for name, parameter in parameters.items() if parameter.requires_grad}
         self.trained = {name: parameters[name] for name in self._names.values()}
-        # the frozen factors around a trained core belong to the adapter too
+        # factors that are frozen belong to the adapter too
         self._frozen = {name: parameters[name] for name in materialized.initial if name not in self.trained}
         self._config = copy.deepcopy(config)
         self._config.base_model_name_or_path, self._config.inference_mode = base, True
-        self._group, self._starts_at_zero = group, starts_at_zero
+        self._group, self._starts_at_zero, self.layout = group, starts_at_zero, materialized.layout
         experts = {peft_name(name): count for name, count in materialized.experts.items()}
         self._shapes = {name: whole_shape(p) for name, p in (self.trained | self._frozen).items()}
         self._dtypes = {name: p.dtype for name, p in (self.trained | self._frozen).items()}
@@ -130,6 +130,7 @@ class CheckpointWriter:
             dtypes=self._dtypes,
             trained=list(self.trained),
             initial=list(materialized.initial),
+            layout=self.layout,
             encoded=list(materialized.encoded_from),
             experts=experts,
             starts_at_zero=starts_at_zero,
@@ -294,9 +295,6 @@ class CheckpointWriter:
         for part, tensors in self._contents.parts(values, own, encoded).items():
             for name, tensor in tensors.items():
                 write(part, name, tensor)
-        for name in values:
-            if name.endswith(CORE):
-                write(OPTIMIZER, name, values[name])
 
     def _finish(
         self,

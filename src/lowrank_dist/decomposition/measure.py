@@ -128,7 +128,7 @@ class Measure:
             if encoded_of is not None:
                 return encoded_of[rows] - kept.rows(rows)
             error = matrix.block[rows] - kept.rows(rows)
-            if self.init.core is None:
+            if self.init.layout.adds_product:
                 with full_fp32():
                     error.addmm_(factors.left[rows], factors.right, alpha=-matrix.scaling)
             return error

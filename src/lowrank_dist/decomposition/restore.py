@@ -23,6 +23,7 @@ from lowrank_dist.distributed.reshard import whole_left
 from lowrank_dist.errors import CheckpointError
 from lowrank_dist.methods import Decomposition, Factors, Matrix, Method, subtracted, unchanged
 from lowrank_dist.methods.base import Work, residual_block
+from lowrank_dist.model.factor_layout import FactorLayout
 from lowrank_dist.model.names import peft_name
 from lowrank_dist.model.plan import Plan, PlannedMatrix
 from lowrank_dist.quantization.format import ResidualFormat
@@ -132,8 +133,8 @@ class RestoredMethod(Method):
         return self.original.starts_at_zero
 
     @property
-    def core(self) -> float | None:
-        return self.original.core
+    def layout(self) -> FactorLayout:
+        return self.original.layout
 
     def objection(self, *, rows: int, columns: int, rank: int, lookup: bool, wrapped: bool) -> str | None:
         return self.original.objection(rows=rows, columns=columns, rank=rank, lookup=lookup, wrapped=wrapped)

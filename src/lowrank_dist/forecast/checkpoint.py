@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from lowrank_dist.checkpoints.contents import Contents, tensor_files
-from lowrank_dist.forecast.job import ModelShapes, RunSpec, core_name, parameters
+from lowrank_dist.forecast.job import ModelShapes, RunSpec, parameters
 from lowrank_dist.methods import LoftQ
 from lowrank_dist.methods.principal import AlternatingMethod
 from lowrank_dist.model.names import peft_name
@@ -30,19 +30,19 @@ def checkpoint_bytes(shapes: ModelShapes, job: RunSpec) -> int:
 
 
 def _contents(shapes: ModelShapes, job: RunSpec) -> Contents:
-    core = None if job.init is None else job.init.core
+    layout = job.layout
     experts: dict[str, int] = {}
+    frozen: set[str] = set()
     factors: list[str] = []
-    cores: dict[str, tuple[int, ...]] = {}
+    further: dict[str, tuple[int, ...]] = {}
     for planned in shapes.plan.matrices:
         if planned.expert in (None, 0):  # experts share their factors
             factors += planned.factor_names.values()
             if planned.experts > 1:
                 experts |= dict.fromkeys(map(peft_name, planned.factor_names.values()), planned.experts)
-            if core is not None:
-                cores[core_name(planned)] = (planned.rank, planned.rank)
-    all_shapes = {name: tuple(_shape(shapes, name)) for name in factors} | cores
-    frozen = set() if core is None else set(factors)
+            frozen |= {name for factor, name in planned.factor_names.items() if factor not in layout.trained}
+            further |= layout.parameter_shapes(planned)
+    all_shapes = {name: tuple(_shape(shapes, name)) for name in factors} | further
     trained = [name for name in all_shapes if name not in frozen]
     for tensor in shapes.plan.parameters:
         if tensor.trainable:
@@ -53,6 +53,7 @@ def _contents(shapes: ModelShapes, job: RunSpec) -> Contents:
         dtypes=dict.fromkeys(all_shapes, job.factor_dtype),
         trained=trained,
         initial=factors,
+        layout=layout,
         encoded=factors if _encoded_differ(job) else (),
         experts=experts,
         starts_at_zero=job.starts_at_zero if job.init is None else job.init.starts_at_zero,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from lowrank_dist.decomposition.walk import check_matrices
 from lowrank_dist.distributed.partition import FlatPartition, Storage
 from lowrank_dist.errors import CheckpointError, InputError
 from lowrank_dist.methods.base import Method
-from lowrank_dist.model.names import ADAPTER
+from lowrank_dist.model.factor_layout import FactorLayout, TrainedFactors
 from lowrank_dist.model.plan import Plan, PlannedMatrix, PlannedTensor, plan_walk
 from lowrank_dist.model.skeleton import build_skeleton, inject_adapter, read_config, untie_embeddings
 from lowrank_dist.quantization.format import ResidualFormat
@@ -167,6 +168,11 @@ class RunSpec:
         return self.residual is not None
 
     @property
+    def layout(self) -> FactorLayout:
+        """What of an update is trained."""
+        return TrainedFactors() if self.init is None else self.init.layout
+
+    @property
     def ranks(self) -> int:
         """All of them."""
         return self.nodes * self.gpus_per_node
@@ -224,25 +230,19 @@ def parameters(shapes: ModelShapes, job: RunSpec) -> Iterator[Parameter]:
     """Every parameter of the model as `lowrank_dist.initialization.materialize` makes it, with padding."""
     frozen_ranks = job.shard_ranks if job.stage == 3 else 1
     trained_ranks = job.ranks if job.stage == 3 else 1
-    core = None if job.init is None else job.init.core
     for planned in shapes.plan.matrices:
         if planned.expert not in (None, 0):  # experts share their parameters
             continue
         yield from _of_residual(planned, job, frozen_ranks)
         factors = {name: shapes.backbone.get_parameter(name).numel() for name in planned.factor_names.values()}
-        kinds = dict.fromkeys(factors, "trained" if core is None else "other")
-        if core is not None:
-            factors[core_name(planned)], kinds[core_name(planned)] = planned.rank**2, "trained"
+        kinds = {n: "trained" if f in job.layout.trained else "other" for f, n in planned.factor_names.items()}
+        for name, shape in job.layout.parameter_shapes(planned).items():
+            factors[name], kinds[name] = math.prod(shape), "trained"
         for name, numel in factors.items():
             shard = FlatPartition(numel=numel, world_size=trained_ranks).shard_numel
             yield Parameter(kind=kinds[name], name=name, shard_numel=shard, ranks=trained_ranks, dtype=job.factor_dtype)
     for tensor in shapes.plan.parameters:
         yield _other(shapes, tensor, job, trained_ranks if tensor.trainable else frozen_ranks)
-
-
-def core_name(planned: PlannedMatrix) -> str:
-    """Name of the trained matrix between frozen factors."""
-    return f"{planned.layer}.lora_B.{ADAPTER}.core"
 
 
 def _of_residual(planned: PlannedMatrix, job: RunSpec, ranks: int) -> Iterator[Parameter]:

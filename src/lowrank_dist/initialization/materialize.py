@@ -23,9 +23,9 @@ from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import FlatPartition
 from lowrank_dist.distributed.reshard import redistribute
 from lowrank_dist.layers.experts import AdaptedParameter
-from lowrank_dist.layers.frozen import CoredLinear, FrozenEmbedding, FrozenLinear, FrozenWeight
+from lowrank_dist.layers.frozen import ExtendedLinear, FrozenEmbedding, FrozenLinear, FrozenWeight
 from lowrank_dist.linalg import seed_from_name
-from lowrank_dist.methods import initial_core
+from lowrank_dist.model.factor_layout import FactorLayout, TrainedFactors
 from lowrank_dist.model.names import ADAPTER, plain_name
 from lowrank_dist.model.plan import Plan, PlannedMatrix, PlannedTensor
 from lowrank_dist.quantization.format import ResidualFormat
@@ -52,6 +52,8 @@ class Materialized:
     encoded_from
         This rank's shards of the factors that the residual was encoded from, by parameter name, where these are neither
         A0 and B0 nor none; CPU. Of experts that share a factor some may be those of A0 and B0.
+    layout
+        What the parameters of the adapter are.
     """
 
     report: InitializationReport
@@ -59,6 +61,7 @@ class Materialized:
     experts: dict[str, int]
     parameters: dict[str, str]
     encoded_from: dict[str, Tensor]
+    layout: FactorLayout
 
 
 def materialize(
@@ -72,7 +75,7 @@ def materialize(
     compute_dtype: torch.dtype,
     factor_dtype: torch.dtype,
     fp32_norms: bool = False,
-    core: float | None = None,
+    layout: FactorLayout | None = None,
     digest: bool = True,
     advance: Callable[[int], object] = lambda _: None,
 ) -> Materialized:
@@ -98,8 +101,8 @@ def materialize(
         Dtype of A and B.
     fp32_norms
         Keep the weights of normalisation layers in fp32; their outputs are cast to `compute_dtype`.
-    core
-        Freeze A and B and train an ``r x r`` matrix between them, drawn with this standard deviation.
+    layout
+        What of an update is trained; None: A and B.
     digest
         Whether to take digests of the encoded residuals, for the report. One all-reduce for all of them.
     advance
@@ -111,7 +114,8 @@ def materialize(
         On every rank, if any rank finds a NaN or infinity or cannot read.
     """
     started = time.monotonic()
-    filling = _Filling(backbone, reader, partitioner, residual, compute_dtype, factor_dtype, core, advance)
+    layout = layout or TrainedFactors()
+    filling = _Filling(backbone, reader, partitioner, residual, compute_dtype, factor_dtype, layout, advance)
     sums = []
     for matrix in decomposed:
         if digest:
@@ -141,6 +145,7 @@ def materialize(
         experts=filling.experts,
         parameters=filling.parameter_names,
         encoded_from=filling.encoded_from,
+        layout=layout,
     )
 
 
@@ -155,14 +160,14 @@ class _Filling:
         residual: ResidualFormat,
         compute_dtype: torch.dtype,
         factor_dtype: torch.dtype,
-        core: float | None,
+        layout: FactorLayout,
         advance: Callable[[int], object],
     ) -> None:
         self.backbone, self.reader, self.partitioner = backbone, reader, partitioner
         self.group: ShardGroup = partitioner.group
         self.shared: ShardGroup = partitioner.frozen
         self.residual, self.compute_dtype, self.factor_dtype = residual, compute_dtype, factor_dtype
-        self.core, self.advance = core, advance
+        self.layout, self.advance = layout, advance
         self.report = InitializationReport()
         self.initial: dict[str, Tensor] = {}
         self.experts: dict[str, int] = {}
@@ -202,13 +207,12 @@ class _Filling:
         else:
             layer.base_layer = frozen
         for factor, name in planned.factor_names.items():
-            self.factor(name, factors[factor])
+            self.factor(name, factors[factor], trained=factor in self.layout.trained)
             if encoded_from:
                 padded = torch.zeros_like(self.initial[name])
                 padded[: encoded_from[factor].numel()] = encoded_from[factor]
                 self.encoded_from[name] = padded
-        if self.core is not None:
-            self.put_core(layer, planned)
+        self.further(layer, planned)
         if planned.lookup:
             # Not in a module with a forward of its own, unlike the factors of linear layers.
             register_used_parameters(
@@ -252,25 +256,26 @@ class _Filling:
         linear.bias = layer.base_layer.bias  # on meta until its own turn
         return linear
 
-    def factor(self, name: str, shard: Tensor) -> None:
-        """Make this rank's `shard` of a factor a parameter, trained unless there is a core, and keep its value."""
+    def factor(self, name: str, shard: Tensor, *, trained: bool) -> None:
+        """Make this rank's `shard` of a factor a parameter, and keep its value."""
         owner, _, leaf = name.rpartition(".")
         module, whole = self.backbone.get_submodule(owner), self.backbone.get_parameter(name)
         parameter = self.partitioner.parameter(
-            whole_shape(whole), self.factor_dtype, shard.to(self.factor_dtype), requires_grad=self.core is None
+            whole_shape(whole), self.factor_dtype, shard.to(self.factor_dtype), requires_grad=trained
         )
         setattr(module, leaf, parameter)
         self.initial[name] = local_shard(parameter).detach().to("cpu", copy=True)
 
-    def put_core(self, layer: Any, planned: PlannedMatrix) -> None:
-        """Put a trained core, the same whatever the number of ranks, in front of a frozen B."""
-        core = initial_core(planned.key, planned.rank, self.core or 0.0).flatten()
-        mine = slice(*FlatPartition(numel=core.numel(), world_size=self.group.size).bounds(self.group.rank))
-        shard = core[mine].to(self.partitioner.device, self.factor_dtype)
-        parameter = self.partitioner.parameter(
-            (planned.rank, planned.rank), self.factor_dtype, shard, requires_grad=True
-        )
-        layer.lora_B[ADAPTER] = CoredLinear(layer.lora_B[ADAPTER].weight, parameter)
+    def further(self, layer: Any, planned: PlannedMatrix) -> None:
+        """Put the parameters that the layout has beside A and B, the same whatever the number of ranks, beside B."""
+        parameters = {}
+        for name, value in self.layout.initial(planned).items():
+            mine = slice(*FlatPartition(numel=value.numel(), world_size=self.group.size).bounds(self.group.rank))
+            shard = value.flatten()[mine].to(self.partitioner.device, self.factor_dtype)
+            shape = tuple(value.shape)
+            parameters[name] = self.partitioner.parameter(shape, self.factor_dtype, shard, requires_grad=True)
+        if parameters:
+            layer.lora_B[ADAPTER] = ExtendedLinear(self.layout, layer.lora_B[ADAPTER].weight, parameters)
 
     # -- everything else ----------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from lowrank_dist.errors import ModelError
 from lowrank_dist.initialization.source import PretrainedSource, open_source
 from lowrank_dist.initialization.starting_adapter import StartingAdapter
 from lowrank_dist.methods import LoRA, Method
+from lowrank_dist.model.factor_layout import FactorLayout, TrainedFactors
 from lowrank_dist.model.names import plain_name
 from lowrank_dist.model.plan import Plan, plan_walk
 from lowrank_dist.model.skeleton import inject_adapter, untie_embeddings
@@ -52,11 +53,9 @@ class OpenedModel:
     resume: Resume | None
 
     @property
-    def core(self) -> float | None:
-        """Standard deviation of the trained matrices between frozen factors, where these are not given by `start`."""
-        if self.start is not None:
-            return None
-        return self.source.core if isinstance(self.source, ResidualModel) else self.source.init.core
+    def layout(self) -> FactorLayout:
+        """What of an update is trained; `start` is a LoRA."""
+        return self.source.layout if self.start is None else TrainedFactors()
 
     @property
     def quantization(self) -> str | None:

@@ -70,7 +70,8 @@ class PretrainedSource:
             earlier = StoredDecompositions(checkpoint=resume.checkpoint, starts_at_zero=init.starts_at_zero)
             init = RestoredMethod(original=init, earlier=earlier)
         self.adapter, self.init, self.residual, self.base, self.cache = adapter, init, residual, base, cache
-        self.method, self.starts_at_zero, self.sharding = str(init), init.starts_at_zero, sharding
+        self.method, self.starts_at_zero, self.layout = str(init), init.starts_at_zero, init.layout
+        self.sharding = sharding
         self.announce = announce
         self.statistics: Callable[[PlannedMatrix], Tensor] | None = None
 

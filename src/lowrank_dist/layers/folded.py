@@ -139,7 +139,7 @@ class FoldedLinear(LoraLinear):
 def fold_adapters(backbone: nn.Module, when: FoldAdapters) -> list[FoldedLinear]:
     """Turn PEFT's layers over frozen ones into `FoldedLinear`, in place.
 
-    All but embeddings, experts, and those where B is more than a matrix (a core, a bias).
+    All but embeddings, experts, and those where B is more than a matrix (further parameters, a bias).
     """
     if when == "never":
         return []

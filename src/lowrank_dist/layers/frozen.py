@@ -8,13 +8,14 @@ saving a view or a decoded copy instead would keep every layer gathered until it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowrank_dist.distributed.partition import RowPartition
+from lowrank_dist.model.factor_layout import FactorLayout
 from lowrank_dist.quantization.format import ResidualFormat
 
 
@@ -163,20 +164,24 @@ class FrozenEmbedding(FrozenWeight):
             return rows if self.embed_scale is None else rows * self.embed_scale.to(rows.dtype)
 
 
-class CoredLinear(nn.Module):
-    """``x R^T B^T``: takes the place of PEFT's ``lora_B`` where a core R is trained and B is frozen.
+class ExtendedLinear(nn.Module):
+    """``x f(B)^T``: takes the place of PEFT's ``lora_B`` where the layout has parameters beside A and B.
 
     Parameters
     ----------
+    layout
+        What f is.
     weight
         B, ``[out, r]``, partitioned.
-    core
-        R, ``[r, r]``, partitioned.
+    further
+        The further parameters of `layout`, partitioned; they become parameters of the module under their names.
     """
 
-    def __init__(self, weight: nn.Parameter, core: nn.Parameter) -> None:
+    def __init__(self, layout: FactorLayout, weight: nn.Parameter, further: Mapping[str, nn.Parameter]) -> None:
         super().__init__()
-        self.weight, self.core = weight, core
+        self.layout, self.weight = layout, weight
+        for name, parameter in further.items():
+            self.register_parameter(name, parameter)
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(nn.functional.linear(x, self.core), self.weight)
+        return self.layout.multiply(x, self.weight, {name: getattr(self, name) for name in self.layout.further})

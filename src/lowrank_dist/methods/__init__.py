@@ -1,6 +1,6 @@
 """Initialisations: how a pretrained matrix is split into trainable factors and a frozen residual."""
 
-from lowrank_dist.methods.assembly import initial_core, layer_shape, sharded, subtracted, unchanged
+from lowrank_dist.methods.assembly import layer_shape, sharded, subtracted, unchanged
 from lowrank_dist.methods.base import Decomposition, Factors, Matrix, Method
 from lowrank_dist.methods.corda import CorDA
 from lowrank_dist.methods.eva import EVA
@@ -38,7 +38,6 @@ __all__ = [
     "MiLoRA",
     "OLoRA",
     "PiSSA",
-    "initial_core",
     "layer_shape",
     "method_named",
     "register",

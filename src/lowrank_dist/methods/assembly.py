@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from lowrank_dist.linalg import SVD, seed_from_name
+from lowrank_dist.linalg import SVD
 from lowrank_dist.methods.base import Decomposition, Factors, Matrix, residual_block
 from lowrank_dist.quantization.format import ResidualFormat
 
@@ -37,12 +36,6 @@ def sharded(matrix: Matrix, a: Tensor, b: Tensor) -> Factors:
     start, stop = matrix.partition.bounds(matrix.group.rank)
     device = matrix.block.device
     return Factors(left=left[start:stop].to(device), right=right.to(device))
-
-
-def initial_core(name: str, rank: int, std: float) -> Tensor:
-    """The trained core of weight `name` at step 0, ``[r, r]`` fp32 from ``N(0, std^2)``; the same on every rank."""
-    generator = torch.Generator().manual_seed(seed_from_name(f"{name}:core"))
-    return torch.randn(rank, rank, generator=generator) * std
 
 
 def subtracted(matrix: Matrix, factors: Factors, residual: ResidualFormat, *, svd: SVD | None = None) -> Decomposition:

@@ -13,6 +13,7 @@ from torch import Tensor
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import RowPartition
 from lowrank_dist.linalg import SVD, minus_product, slabs
+from lowrank_dist.model.factor_layout import FactorLayout, TrainedFactors
 from lowrank_dist.quantization.format import Encoded, ResidualFormat
 from lowrank_dist.storage.buffers import Buffers
 
@@ -174,9 +175,9 @@ class Method(ABC):
         return False
 
     @property
-    def core(self) -> float | None:
-        """Where only an ``r x r`` matrix between the factors is trained: its standard deviation at step 0."""
-        return None
+    def layout(self) -> FactorLayout:
+        """What of the update is trained, and what stands for it in files."""
+        return TrainedFactors()
 
     def work(self, rows: int, columns: int, rank: int) -> Work:
         """What `decompose` costs on a ``rows x columns`` matrix; the default knows of ``W - scaling B A`` only."""

@@ -8,6 +8,7 @@ from lowrank_dist.errors import InputError
 from lowrank_dist.methods.assembly import unchanged
 from lowrank_dist.methods.base import Decomposition, Factors, Matrix
 from lowrank_dist.methods.principal import PrincipalMethod
+from lowrank_dist.model.factor_layout import FactorLayout, TrainedCore
 from lowrank_dist.quantization.format import ResidualFormat
 
 
@@ -44,8 +45,8 @@ class LoRAXS(PrincipalMethod):
         return True
 
     @property
-    def core(self) -> float | None:
-        return self.core_std
+    def layout(self) -> FactorLayout:
+        return TrainedCore(std=self.core_std)
 
     def objection(self, *, rows: int, columns: int, rank: int, lookup: bool, wrapped: bool) -> str | None:
         if lookup or wrapped:

@@ -8,13 +8,15 @@ stacks is found here; other conversions are refused by name.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from lowrank_dist.storage.reader import FLOAT_DTYPES, PACKED_DTYPE, CheckpointReader, Piece
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ADAPTER = "default"
 

@@ -12,6 +12,8 @@ from peft import LoraConfig
 from lowrank_dist.decomposition.schedule import Sharding, scheduled
 from lowrank_dist.decomposition.walk import Walk
 from lowrank_dist.errors import InputError, ModelError
+from lowrank_dist.methods import Method
+from lowrank_dist.model.factor_layout import stored_layout
 from lowrank_dist.model.plan import Plan
 from lowrank_dist.residual_model.fingerprint import Calibrated, fingerprint
 from lowrank_dist.residual_model.writer import ResidualModelWriter
@@ -65,10 +67,11 @@ def decompose(
     InputError
         On every rank: another directory is in the way, another run is writing, the disk is too small.
     ModelError
-        Where a matrix is of a weight that stands for another parameter too.
+        Where a matrix is of a weight that stands for another parameter too, or the method has a layout of factors that
+        `lowrank_dist.model.factor_layout.stored_layout` does not know.
     """
     output, group = Path(output).absolute(), walk.group
-    _check_layout(plan)
+    _check_layout(plan, walk.init)
     key = key or fingerprint(walk, plan, calibrated)
     if group.broadcast_object(is_complete(output, key)):
         return output
@@ -91,8 +94,13 @@ def decompose(
     return output
 
 
-def _check_layout(plan: Plan) -> None:
-    """Raise ModelError where a residual model cannot hold a matrix of `plan`."""
+def _check_layout(plan: Plan, init: Method) -> None:
+    """Raise ModelError where a residual model cannot hold a matrix of `plan`, or cannot say what is trained."""
+    if stored_layout(init.layout.facts()) != init.layout:
+        raise ModelError(
+            f"{init}: the manifest of a residual model has no entry for {init.layout}; train without saving one (no "
+            "init_cache)"
+        )
     shared = {parameter.key for parameter in plan.parameters}
     keys = [planned.key for planned in plan.matrices]
     for planned in plan.matrices:

@@ -34,6 +34,7 @@ from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import FlatPartition, RowPartition
 from lowrank_dist.errors import CheckpointError, ModelError
 from lowrank_dist.methods import Method
+from lowrank_dist.model.factor_layout import stored_layout
 from lowrank_dist.model.names import peft_name
 from lowrank_dist.model.plan import Plan, PlannedMatrix
 from lowrank_dist.quantization.format import Encoded, ResidualFormat
@@ -144,8 +145,8 @@ class ResidualModel:
     base, method, starts_at_zero
         The pretrained model (for which converted adapters are), the initialisation, and whether the residual is W;
         where there is no manifest, what the initial adapter says.
-    core : float or None
-        Standard deviation at step 0 of the trained matrix between frozen factors, where there is one.
+    layout : FactorLayout
+        What of its updates is trained.
 
     Raises
     ------
@@ -173,9 +174,9 @@ class ResidualModel:
         self.base: str = self.manifest.get("base") or config.base_model_name_or_path or str(directory)
         self.method: str = self.manifest.get("method") or initial.name.removesuffix("_init")
         self.starts_at_zero: bool = self.manifest.get("starts_at_zero", False)
-        self.core: float | None = self.manifest.get("core")
+        self.layout = stored_layout(self.manifest)
         self._factors = {"lora_A": self._initial, "lora_B": self._initial}
-        if self.core is not None:
+        if self.layout.folds:
             self._factors["lora_B"] = CheckpointReader(initial, stem=FROZEN_STEM)
 
     @property

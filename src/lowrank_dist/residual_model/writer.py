@@ -22,7 +22,6 @@ from lowrank_dist.decomposition.report import MatrixReport
 from lowrank_dist.decomposition.walk import DecomposedMatrix, Walk
 from lowrank_dist.distributed.partition import FlatPartition
 from lowrank_dist.linalg import full_fp32
-from lowrank_dist.methods import initial_core
 from lowrank_dist.model.names import plain_name
 from lowrank_dist.model.plan import Plan, PlannedMatrix
 from lowrank_dist.quantization.nf4 import NF4
@@ -36,7 +35,7 @@ FORMAT = 2  # of the manifest and of what the fingerprint covers
 JOURNAL = "journal.jsonl"
 FLUSH_BYTES = 64 * 2**20  # of the source, between two entries of the journal
 COPY_BYTES = 64 * 2**20  # of a tensor that is copied as it is, at a time
-FROZEN = "frozen"  # among the shards of a matrix: B where it is not trained
+BESIDE = "beside"  # among the shards of a matrix: B where the adapter holds something else
 
 
 class ResidualModelWriter:
@@ -88,11 +87,12 @@ class ResidualModelWriter:
         self._root = TensorFiles(self.staging, root, stem="model" if self.stock else RESIDUAL_STEM)
         self._factors = TensorFiles(self.initial, factors, stem=Path(WEIGHTS).stem, **one_file)
         self._files = [self._root, self._factors]
-        if walk.init.core is not None:
+        self.layout = walk.init.layout
+        if self.layout.folds:
             names = [factor_keys(planned)["lora_B"] for planned in plan.matrices]
-            frozen = {name: factors[name] for name in names}
-            self._frozen = TensorFiles(self.initial, frozen, stem=FROZEN_STEM, **one_file)
-            self._files.append(self._frozen)
+            beside = {name: factors[name] for name in names}
+            self._beside = TensorFiles(self.initial, beside, stem=FROZEN_STEM, **one_file)
+            self._files.append(self._beside)
 
     def _dtype(self, name: str) -> torch.dtype:
         return stored_dtype(name, self.reader.info(name))
@@ -185,8 +185,8 @@ class ResidualModelWriter:
         for factor, shape in planned.factor_shapes.items():
             start, stop = self._bounds(shape)
             shards[factor] = matrix.factors[factor][: stop - start]
-        if self.walk.init.core is not None:
-            self._fold_core(planned, shards)
+        if self.layout.folds:
+            self._fold(planned, shards)
         if planned.expert is None:
             return shards
         if planned.layer not in self._stacks:
@@ -206,21 +206,21 @@ class ResidualModelWriter:
         keys, starts = factor_keys(planned), {f: self._bounds(s)[0] for f, s in planned.parameter_shapes.items()}
         for factor, start in starts.items():
             self._factors.write(keys[factor], start, shards[factor])
-        if FROZEN in shards:
-            self._frozen.write(keys["lora_B"], starts["lora_B"], shards[FROZEN])
+        if BESIDE in shards:
+            self._beside.write(keys["lora_B"], starts["lora_B"], shards[BESIDE])
 
-    def _fold_core(self, planned: PlannedMatrix, shards: dict[str, Tensor]) -> None:
-        """Put ``B R`` in the place of B, which is kept beside it. One all-gather of B."""
+    def _fold(self, planned: PlannedMatrix, shards: dict[str, Tensor]) -> None:
+        """Put what the layout makes of B in its place, and B beside it. One all-gather of B."""
         shape = planned.factor_shapes["lora_B"]
         flat = FlatPartition(numel=math.prod(shape), world_size=self.group.size)
-        shards[FROZEN] = shards["lora_B"]
-        padded = shards[FROZEN].new_zeros(flat.shard_numel)
-        padded[: shards[FROZEN].numel()] = shards[FROZEN]
+        shards[BESIDE] = shards["lora_B"]
+        padded = shards[BESIDE].new_zeros(flat.shard_numel)
+        padded[: shards[BESIDE].numel()] = shards[BESIDE]
         b = self.group.gather_equal(padded)[: flat.numel].view(shape)
-        core = initial_core(planned.key, planned.rank, self.walk.init.core or 0.0).to(b)
+        further = {name: value.to(b) for name, value in self.layout.initial(planned).items()}
         with full_fp32():
-            folded = b.float() @ core.float()
-        shards["lora_B"] = folded.to(b.dtype).flatten()[slice(*flat.bounds(self.group.rank))]
+            folded = self.layout.folded(b, further)
+        shards["lora_B"] = folded.flatten()[slice(*flat.bounds(self.group.rank))]
 
     def _commit(self) -> None:
         """Bring to disk what all ranks have written, then record it."""
@@ -265,7 +265,7 @@ class ResidualModelWriter:
             "options": repr(self.walk.init),
             "quantization": None if self.residual.exact else str(self.residual),
             "starts_at_zero": self.walk.init.starts_at_zero,
-            "core": self.walk.init.core,
+            **self.layout.facts(),
             "factor_dtype": str(self.walk.factor_dtype).removeprefix("torch."),
             "world_size": self.group.size,
             "matrices": [report.as_dict() for report in matrices],

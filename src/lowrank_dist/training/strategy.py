@@ -487,7 +487,7 @@ class PiSSAStrategy(CheckpointedStrategy):
                     compute_dtype=self._compute_dtype,
                     factor_dtype=self._factor_dtype,
                     fp32_norms=self.fp32_norms,
-                    core=opened.core,
+                    layout=opened.layout,
                     advance=advance,
                 )
         if opened.start is not None:

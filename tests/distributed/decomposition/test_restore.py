@@ -28,7 +28,7 @@ from lowrank_dist.decomposition.schedule import Sharding
 from lowrank_dist.errors import CheckpointError
 from lowrank_dist.initialization.materialize import Materialized, materialize
 from lowrank_dist.initialization.source import PretrainedSource, open_source
-from lowrank_dist.layers.frozen import CoredLinear, FrozenWeight
+from lowrank_dist.layers.frozen import ExtendedLinear, FrozenWeight
 from lowrank_dist.methods import Factors, Matrix
 from lowrank_dist.model.names import peft_name
 from lowrank_dist.model.plan import plan_walk
@@ -108,16 +108,15 @@ def run(pretrained: Path, case: Case, resume: Resume | None = None, cache: Path 
             **options,
         ).materialize()
     else:
-        core = source.init.core if isinstance(source, PretrainedSource) else None
         matrices = source.matrices(plan, group, case.factor_dtype)
-        result = materialize(backbone, plan, source.reader, partitioner, matrices, core=core, **options)
+        result = materialize(backbone, plan, source.reader, partitioner, matrices, layout=source.layout, **options)
     fingerprint = source_fingerprint(source.reader, group)
     source.close()
     return {
         "stored": stored(backbone),
         "factors": whole_factors(backbone, result, result.initial, group),
         "encoded": whole_factors(backbone, result, result.encoded_from, group),
-        "cores": {n: m.core.ds_tensor.clone() for n, m in backbone.named_modules() if isinstance(m, CoredLinear)},
+        "cores": {n: m.core.ds_tensor.clone() for n, m in backbone.named_modules() if isinstance(m, ExtendedLinear)},
         "reports": {report.name: report for report in result.report.matrices},
         "source": fingerprint,
         "kind": type(source).__name__,

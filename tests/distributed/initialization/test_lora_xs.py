@@ -18,7 +18,7 @@ from helpers.training import LR, STEPS, CausalLM, dense_state, loader, make_stra
 from lowrank_dist import NF4, AdapterCheckpoint, LoRAXS, convert_checkpoint, merge_checkpoint
 from lowrank_dist.decomposition.walk import check_matrices
 from lowrank_dist.errors import ModelError
-from lowrank_dist.layers.frozen import CoredLinear
+from lowrank_dist.layers.frozen import ExtendedLinear
 from lowrank_dist.storage.inspect import inspect
 
 INIT = LoRAXS(core_std=1e-2)
@@ -55,7 +55,8 @@ def train_plainly(pretrained: Path, state: dict[str, Tensor]) -> list[float]:
     inject_adapter_in_model(LoraConfig(r=4, lora_alpha=4, target_modules="all-linear"), model)
     for layer in model.modules():
         if isinstance(layer, LoraLinear):
-            layer.lora_B["default"] = CoredLinear(layer.lora_B["default"].weight, nn.Parameter(torch.zeros(4, 4)))
+            b, core = layer.lora_B["default"].weight, nn.Parameter(torch.zeros(4, 4))
+            layer.lora_B["default"] = ExtendedLinear(INIT.layout, b, {"core": core})
     model.load_state_dict(state)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.endswith(".core"))

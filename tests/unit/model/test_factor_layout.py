@@ -1,0 +1,91 @@
+"""Layouts of factors: the module and the files compute with one f(B), and manifests give every layout back."""
+
+from __future__ import annotations
+
+import inspect
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lowrank_dist import LoRAXS
+from lowrank_dist.layers.frozen import ExtendedLinear
+from lowrank_dist.model import factor_layout
+from lowrank_dist.model.factor_layout import FactorLayout, TrainedCore, TrainedFactors, stored_layout
+from lowrank_dist.model.plan import PlannedMatrix
+
+PLANNED = PlannedMatrix(
+    layer="model.q", key="model.q.weight", rows=12, columns=8, input_first=False, rank=3, scaling=1.0
+)
+LAYOUTS: list[FactorLayout] = [TrainedFactors(), TrainedCore(std=0.5)]
+
+
+def test_all_layouts_are_tested() -> None:
+    classes = [cls for _, cls in inspect.getmembers(factor_layout, inspect.isclass) if not inspect.isabstract(cls)]
+    assert {type(layout) for layout in LAYOUTS} == {cls for cls in classes if issubclass(cls, FactorLayout)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_module_and_files_have_one_b(layout: FactorLayout) -> None:
+    generator = torch.Generator().manual_seed(0)
+    b, x = torch.randn(12, 3, generator=generator), torch.randn(5, 3, generator=generator)
+    further = layout.initial(PLANNED)
+    module = ExtendedLinear(layout, nn.Parameter(b), {name: nn.Parameter(value) for name, value in further.items()})
+    torch.testing.assert_close(module(x).detach(), x @ layout.folded(b, further).mT)
+    assert layout.folded(b, further).shape == b.shape
+    assert layout.folds == bool(further)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_what_is_announced_is_what_there_is(layout: FactorLayout) -> None:
+    shapes = {name: tuple(value.shape) for name, value in layout.initial(PLANNED).items()}
+    assert layout.shapes(PLANNED) == shapes
+    assert tuple(shapes) == layout.further
+    names = [f"model.q.lora_B.default.{name}" for name in shapes]
+    assert layout.parameter_shapes(PLANNED) == dict(zip(names, shapes.values(), strict=True))
+    for name, value in layout.initial(PLANNED).items():  # not of the process
+        assert torch.equal(layout.initial(PLANNED)[name], value)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_manifests_give_it_back(layout: FactorLayout) -> None:
+    assert stored_layout({"base": "a", **layout.facts()}) == layout
+
+
+def test_models_of_other_origin_have_a_and_b() -> None:
+    assert stored_layout({}) == TrainedFactors()
+
+
+def test_the_core_is_drawn_with_its_deviation() -> None:
+    planned = PlannedMatrix(layer="q", key="q.weight", rows=512, columns=512, input_first=False, rank=256, scaling=1.0)
+    core = LoRAXS(core_std=1e-3).layout.initial(planned)["core"]
+    assert float(core.std()) == pytest.approx(1e-3, rel=5 / math.sqrt(2 * 256**2))  # 5 deviations of the estimate
+
+
+def parameters_of(*layers: str) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    shapes = {"lora_A.default.weight": (3, 8), "lora_B.default.weight": (12, 3), "lora_B.default.core": (3, 3)}
+    return {
+        f"{layer}.{name}": torch.randn(shape, generator=generator) for layer in layers for name, shape in shapes.items()
+    }
+
+
+def test_adapters_hold_b_times_the_core_of_each_layer() -> None:
+    parameters = parameters_of("model.q", "model.k")
+    other = {"head.modules_to_save.default.core": torch.ones(2)}  # of a module that is trained whole
+    adapter = TrainedCore(std=1.0).adapter(parameters | other)
+    assert torch.equal(adapter.pop("base_model.model.head.core"), other["head.modules_to_save.default.core"])
+    assert len(adapter) == 4
+    for layer in ("model.q", "model.k"):
+        a, b, core = (
+            parameters[f"{layer}.lora_{end}"] for end in ("A.default.weight", "B.default.weight", "B.default.core")
+        )
+        assert torch.equal(adapter[f"base_model.model.{layer}.lora_A.weight"], a)
+        torch.testing.assert_close(adapter[f"base_model.model.{layer}.lora_B.weight"], b @ core)
+
+
+def test_what_no_adapter_holds_is_kept_beside() -> None:
+    names = [*parameters_of("model.q"), "head.modules_to_save.default.core"]
+    assert list(filter(TrainedCore(std=1.0).kept_beside, names)) == ["model.q.lora_B.default.core"]
+    assert not any(map(TrainedFactors().kept_beside, names))
