@@ -102,7 +102,7 @@ def test_heavy_libraries_stay_at_home() -> None:
             assert package_of(path) in HOMES.get(library, {package_of(path)}), f"{path.name} imports {library}"
 
 
-@pytest.mark.parametrize("module", ["lowrank_dist", "lowrank_dist.errors"])
+@pytest.mark.parametrize("module", ["lowrank_dist", "lowrank_dist.errors", "lowrank_dist.cli"])
 def test_importing_the_package_imports_nothing_heavy(module: str) -> None:
     program = f"import {module}, sys; print([m for m in sys.argv[1:] if m in sys.modules])"
     heavy = [*HOMES, "torch", "transformers", "peft"]

@@ -10,8 +10,9 @@ from peft import LoraConfig
 
 from lowrank_dist.adapters.files import open_adapter
 from lowrank_dist.errors import CheckpointError
+from lowrank_dist.storage.dtypes import FLOAT_DTYPES
 from lowrank_dist.storage.layout import ADAPTER_DIR, CONFIG, INITIAL_DIR, LORA_DIR, MANIFEST, read_manifest
-from lowrank_dist.storage.reader import FLOAT_DTYPES, CheckpointReader
+from lowrank_dist.storage.reader import CheckpointReader
 
 # initialisations of PEFT that leave the base as it is: the adapter is for the base
 _FOR_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")

@@ -30,7 +30,8 @@ from lowrank_dist.methods import LoRA, Method
 from lowrank_dist.model.plan import Plan, PlannedMatrix
 from lowrank_dist.quantization.dense import Dense
 from lowrank_dist.quantization.format import ResidualFormat
-from lowrank_dist.storage.reader import FLOAT_DTYPES, CheckpointReader, TensorInfo
+from lowrank_dist.storage.dtypes import FLOAT_DTYPES
+from lowrank_dist.storage.reader import CheckpointReader, TensorInfo
 from lowrank_dist.zero3.partition import Partitioner, local_shard, release, to_device
 
 

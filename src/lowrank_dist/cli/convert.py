@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 import torch
 
 from lowrank_dist.errors import InputError
 from lowrank_dist.export.convert import SERVED_RANKS, Conversion, convert_checkpoint
 from lowrank_dist.linalg.truncate import EnergyKept
+from lowrank_dist.storage.dtypes import NAMED_DTYPES
 from lowrank_dist.storage.layout import MANIFEST
 
 
-def run(options: argparse.Namespace) -> int:
-    """Run ``lowrank-dist convert``. Returns the exit status."""
-    dtype = getattr(torch, options.dtype) if options.dtype else None
+def run(argv: Sequence[str]) -> int:
+    """Run ``lowrank-dist convert``; `argv` without the command's name. Returns the exit status."""
+    options = parser().parse_args(argv)
+    dtype = None if options.dtype is None else NAMED_DTYPES[options.dtype]
     if options.base is not None:
-        return _refit(options, dtype)
+        return _refit(options, dtype, argv)
     done = convert_checkpoint(options.checkpoint, options.output, rank=options.rank, dtype=dtype, progress=True)
     print(done.path)
     if done.energy is not None:
@@ -26,8 +29,35 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _refit(options: argparse.Namespace, dtype: torch.dtype | None) -> int:
-    """Run ``lowrank-dist convert --base``."""
+def parser() -> argparse.ArgumentParser:
+    """The options of ``lowrank-dist convert``."""
+    parser = argparse.ArgumentParser(
+        prog="lowrank-dist convert",
+        description="Write the LoRA ([A; A0], [B | -B0], rank 2r) that stands for a checkpoint's adapter on the "
+        "original model, or the nearest one of a lower rank; stock PEFT loads it.",
+    )
+    parser.add_argument("checkpoint", help="directory that AdapterCheckpoint wrote")
+    parser.add_argument("--output", required=True, help="directory to write; replaced where it exists")
+    parser.add_argument(
+        "--rank", type=int, help="truncate every module to this rank, by singular values (default: exact, rank 2r)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=list(NAMED_DTYPES),
+        help="of the written factors (default: that of the checkpoint's)",
+    )
+    parser.add_argument(
+        "--base",
+        choices=["original", "nf4"],
+        help="with --rank: fit the LoRA to what the trained model computes, quantization included, on this base: the "
+        "original model, or it as transformers loads it in NF4",
+    )
+    parser.add_argument("--devices", type=int, default=1, help="with --base: ranks to start on this host")
+    return parser
+
+
+def _refit(options: argparse.Namespace, dtype: torch.dtype | None, argv: Sequence[str]) -> int:
+    """Run ``lowrank-dist convert --base``; `argv` is what `options` were parsed from."""
     # what an exact or truncated conversion has no need of
     from lowrank_dist.cli.ranks import launch, launched, shard_group
     from lowrank_dist.export.refit import refit_checkpoint
@@ -35,9 +65,7 @@ def _refit(options: argparse.Namespace, dtype: torch.dtype | None) -> int:
     if options.rank is None:
         raise InputError("--base fits a LoRA of a rank of your choice: give --rank")
     if options.devices > 1 and not launched():
-        argv = ["convert", options.checkpoint, "--output", options.output, "--rank", str(options.rank)]
-        argv += ["--base", options.base, *(["--dtype", options.dtype] if options.dtype else [])]
-        return launch(argv, options.devices)
+        return launch(["convert", *argv], options.devices)
     with shard_group("auto") as (group, device):
         done = refit_checkpoint(
             options.checkpoint,

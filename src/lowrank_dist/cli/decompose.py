@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from jsonargparse import ArgumentParser
 from peft import LoraConfig
 
@@ -25,17 +24,18 @@ from lowrank_dist.progress import progress_bar
 from lowrank_dist.quantization.dense import Dense
 from lowrank_dist.quantization.nf4 import NF4
 from lowrank_dist.residual_model.create import decompose
+from lowrank_dist.storage.dtypes import FLOAT_DTYPES, NAMED_DTYPES
 from lowrank_dist.storage.layout import MANIFEST
-from lowrank_dist.storage.reader import FLOAT_DTYPES, CheckpointReader, resolve_checkpoint
+from lowrank_dist.storage.reader import CheckpointReader, resolve_checkpoint
 
 QUANTIZED = {"qpissa": "pissa", "qlora": "lora"}  # names in use for a method with an NF4 residual
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+FACTOR_DTYPES = [name for name in NAMED_DTYPES if name != "float16"]
 
 
 def run(argv: Sequence[str]) -> int:
     """Run ``lowrank-dist decompose``; `argv` without the command's name. Returns the exit status."""
     name = _method_of(argv)
-    options = _parser(name).parse_args(list(argv))
+    options = parser(name).parse_args(list(argv))
     if options.devices > 1 and not launched():
         return launch(["decompose", *argv], options.devices)
     quantized = options.quantization == "nf4" or (options.quantization is None and name in (*QUANTIZED, "loftq"))
@@ -68,7 +68,7 @@ def run(argv: Sequence[str]) -> int:
                 group,
                 init=init,
                 residual=residual,
-                factor_dtype=DTYPES[options.factor_dtype] if options.factor_dtype else source_dtype,
+                factor_dtype=NAMED_DTYPES[options.factor_dtype] if options.factor_dtype else source_dtype,
                 device=device,
                 advance=bar.update,
                 thorough=options.thorough,
@@ -107,7 +107,8 @@ def _method(name: str) -> type[Method]:
     return method_named(QUANTIZED.get(name, name))
 
 
-def _parser(method: str) -> ArgumentParser:
+def parser(method: str) -> ArgumentParser:
+    """The options of ``lowrank-dist decompose --method METHOD``, those of the method among them."""
     parser = ArgumentParser(
         prog="lowrank-dist decompose",
         description="Decompose a checkpoint and write the residual, and the initial adapter beside it, as a model that "
@@ -134,7 +135,7 @@ def _parser(method: str) -> ArgumentParser:
         help="format of the residual (default: nf4 for qpissa, qlora and loftq, else none: the checkpoint's dtype)",
     )
     parser.add_class_arguments(NF4, "nf4")
-    parser.add_argument("--factor_dtype", choices=list(DTYPES), help="of A and B (default: the checkpoint's)")
+    parser.add_argument("--factor_dtype", choices=FACTOR_DTYPES, help="of A and B (default: the checkpoint's)")
     parser.add_argument(
         "--thorough", action="store_true", help="report nuclear norms and excess residuals too; takes longer"
     )

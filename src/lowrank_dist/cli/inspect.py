@@ -5,17 +5,31 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lowrank_dist.storage.inspect import Description, inspect
 
 
-def run(options: argparse.Namespace) -> int:
-    """Run ``lowrank-dist inspect``. Returns the exit status."""
+def run(argv: Sequence[str]) -> int:
+    """Run ``lowrank-dist inspect``; `argv` without the command's name. Returns the exit status."""
+    options = parser().parse_args(argv)
     found = inspect(options.path)
     print(json.dumps(found.as_dict(), indent=2) if options.json else as_table(found))
     return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of ``lowrank-dist inspect``."""
+    parser = argparse.ArgumentParser(
+        prog="lowrank-dist inspect",
+        description="Say what a checkpoint, residual model, adapter, model or directory of these holds. Headers are "
+        "read, no weights.",
+    )
+    parser.add_argument("path", help="directory, or hub id in the cache")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
 
 
 def as_table(found: Description) -> str:

@@ -3,28 +3,47 @@
 from __future__ import annotations
 
 import argparse
-
-import torch
+from collections.abc import Sequence
 
 from lowrank_dist.errors import InputError
-from lowrank_dist.export.merge import merge_checkpoint
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+from lowrank_dist.storage.dtypes import NAMED_DTYPES
 
 
-def run(options: argparse.Namespace) -> int:
-    """Run ``lowrank-dist merge``. Returns the exit status."""
+def run(argv: Sequence[str]) -> int:
+    """Run ``lowrank-dist merge``; `argv` without the command's name. Returns the exit status."""
+    options = parser().parse_args(argv)
     if not 0 < options.max_shard_size < float("inf"):
         raise InputError(f"--max-shard-size {options.max_shard_size} must be a positive number of GB")
+    from lowrank_dist.export.merge import merge_checkpoint  # takes seconds to import
+
     output = merge_checkpoint(
         options.checkpoint,
         options.output,
         base=options.base,
         revision=options.revision,
-        dtype=None if options.dtype is None else DTYPES[options.dtype],
+        dtype=None if options.dtype is None else NAMED_DTYPES[options.dtype],
         max_file_bytes=int(options.max_shard_size * 1e9),
         overwrite=options.overwrite,
         show_progress=True,
     )
     print(output)
     return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of ``lowrank-dist merge``."""
+    parser = argparse.ArgumentParser(
+        prog="lowrank-dist merge",
+        description="Write the original model with an adapter merged into it, as an ordinary Hugging Face checkpoint. "
+        "Memory for some blocks of rows is enough, whatever the model.",
+    )
+    parser.add_argument("checkpoint", help="directory that AdapterCheckpoint, convert or PEFT (LoRA) wrote")
+    parser.add_argument("--output", required=True, help="directory to write; complete or absent")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is at --output")
+    parser.add_argument("--base", help="directory or hub id of the original model (default: what the checkpoint names)")
+    parser.add_argument("--revision", help="revision of a hub id")
+    parser.add_argument("--dtype", choices=list(NAMED_DTYPES), help="of the output (default: that of the base)")
+    parser.add_argument(
+        "--max-shard-size", type=float, default=5.0, metavar="GB", help="of one file (default: %(default)s)"
+    )
+    return parser

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from lowrank_dist.storage.layout import MANIFEST
 from lowrank_dist.storage.reader import write_json
 
 
-def run(options: argparse.Namespace) -> int:
-    """Run ``lowrank-dist report``. Returns the exit status."""
+def run(argv: Sequence[str]) -> int:
+    """Run ``lowrank-dist report``; `argv` without the command's name. Returns the exit status."""
+    options = parser().parse_args(argv)
     matrices = read_report(Path(options.directory))
     print(as_table(matrices))
     if options.json is not None:
@@ -23,6 +25,18 @@ def run(options: argparse.Namespace) -> int:
     if options.picture is not None:
         print(draw(matrices, Path(options.picture)))
     return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of ``lowrank-dist report``."""
+    parser = argparse.ArgumentParser(
+        prog="lowrank-dist report",
+        description="Print a table per layer type of what an initialisation measured.",
+    )
+    parser.add_argument("directory", help="residual model, checkpoint of AdapterCheckpoint, or JSON of InitReport")
+    parser.add_argument("--json", help="file to write the figures of every matrix to")
+    parser.add_argument("--picture", help="PNG to draw: heat maps layer x type, spectra")
+    return parser
 
 
 def read_report(path: Path) -> list[MatrixReport]:

@@ -16,7 +16,7 @@ _DEFAULTS = SubmitOptions.__dataclass_fields__
 
 def run(argv: Sequence[str]) -> int:
     """Run ``lowrank-dist submit``; `argv` without the command's name. Returns the exit status."""
-    given, overrides = _parser().parse_known_args(list(argv))
+    given, overrides = parser().parse_known_args(list(argv))
     actions = {name: vars(given).pop(name) for name in ("dry_run", "follow")}
     options: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()
@@ -44,7 +44,8 @@ def run(argv: Sequence[str]) -> int:
     return max(follow(submission, job) for job in jobs) if actions["follow"] else 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The options of ``lowrank-dist submit``."""
     parser = argparse.ArgumentParser(
         prog="lowrank-dist submit",
         allow_abbrev=False,

@@ -27,8 +27,9 @@ from lowrank_dist.model.factor_layout import FactorLayout
 from lowrank_dist.model.names import peft_name
 from lowrank_dist.model.plan import Plan, PlannedMatrix
 from lowrank_dist.quantization.format import ResidualFormat
+from lowrank_dist.storage.dtypes import FLOAT_DTYPES
 from lowrank_dist.storage.layout import ENCODED_DIR, INITIAL_DIR, WEIGHTS
-from lowrank_dist.storage.reader import FLOAT_DTYPES, CheckpointReader, check_finite
+from lowrank_dist.storage.reader import CheckpointReader, check_finite
 
 
 @dataclass(frozen=True, kw_only=True)

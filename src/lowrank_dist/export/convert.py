@@ -22,9 +22,10 @@ from lowrank_dist.adapters.lora import ExactLora, LoraModule
 from lowrank_dist.errors import CheckpointError, InputError
 from lowrank_dist.linalg.truncate import EnergyKept, energy_kept, singular_values, truncate
 from lowrank_dist.storage.atomic import atomic_directory
+from lowrank_dist.storage.dtypes import DTYPES
 from lowrank_dist.storage.layout import ADAPTER_DIR, INITIAL_DIR, MANIFEST, WEIGHTS
 from lowrank_dist.storage.reader import FileTensor, write_json
-from lowrank_dist.storage.writer import DTYPES, TensorFiles
+from lowrank_dist.storage.writer import TensorFiles
 
 # vLLM's --max-lora-rank, the size of its buffers, is one of these; an adapter's rank may be smaller, but is the same
 # for all modules

@@ -43,9 +43,10 @@ from lowrank_dist.quantization.nf4 import NF4, format_from_dict
 from lowrank_dist.residual_model.reader import ResidualModel
 from lowrank_dist.storage.atomic import atomic_directory
 from lowrank_dist.storage.digest import digest_sums, digests
+from lowrank_dist.storage.dtypes import DTYPES
 from lowrank_dist.storage.layout import ADAPTER_DIR, MANIFEST, WEIGHTS, read_manifest
 from lowrank_dist.storage.reader import CheckpointReader, FileTensor, check_finite, resolve_checkpoint, write_json
-from lowrank_dist.storage.writer import DTYPES, TensorFiles
+from lowrank_dist.storage.writer import TensorFiles
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lowrank_dist.storage.reader import FLOAT_DTYPES, PACKED_DTYPE, CheckpointReader, Piece
+from lowrank_dist.storage.dtypes import FLOAT_DTYPES
+from lowrank_dist.storage.reader import PACKED_DTYPE, CheckpointReader, Piece
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lowrank_dist.errors import CheckpointError
 from lowrank_dist.linalg import all_finite
+from lowrank_dist.storage.dtypes import DTYPES
 
 log = logging.getLogger(__name__)
 
@@ -35,12 +36,6 @@ _Block = TypeVar("_Block")
 WEIGHT_FILES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 _FETCHED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*"]
 
-FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_DTYPES = {**FLOAT_DTYPES, "F64": torch.float64, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16} | {
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 PACKED_DTYPE = "NF4"  # what the reader of a residual model says of 4-bit weights
 
 
@@ -228,17 +223,14 @@ class CheckpointReader:
             view = self._open(self._file_of[name]).get_slice(name)
             shape, dtype = tuple(view.get_shape()), view.get_dtype()
             bits = {"BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8}.get(dtype) or int("".join(filter(str.isdigit, dtype)))
-            numel = 1
-            for size in shape:
-                numel *= size
-            self._info[name] = TensorInfo(shape=shape, dtype=dtype, nbytes=numel * bits // 8)
+            self._info[name] = TensorInfo(shape=shape, dtype=dtype, nbytes=math.prod(shape) * bits // 8)
         return self._info[name]
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows ``start:stop`` of the first dimension, in the dtype of the file."""
         if start >= stop:
             shape = (0, *self.stored(name).shape[1:])
-            return torch.empty(shape, dtype=_DTYPES.get(self.stored(name).dtype, torch.float32))
+            return torch.empty(shape, dtype=DTYPES.get(self.stored(name).dtype, torch.float32))
         if name in self._joined:
             row = self.stored(name).shape[1:]
             width = torch.Size(row).numel()
@@ -284,7 +276,7 @@ class CheckpointReader:
             rows = self._load(piece.key, top, bottom, piece.index)
             parts.append(rows.reshape(-1)[low - top * width : high - top * width])
             self.bytes_read += parts[-1].nbytes
-        empty = torch.empty(0, dtype=FLOAT_DTYPES.get(self.stored(name).dtype, torch.float32))
+        empty = torch.empty(0, dtype=DTYPES.get(self.stored(name).dtype, torch.float32))
         return torch.cat(parts or [empty])
 
     def _within_pieces(self, name: str, start: int, stop: int) -> Iterator[tuple[Piece, int, int]]:

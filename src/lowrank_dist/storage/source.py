@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from lowrank_dist.errors import CheckpointError
-from lowrank_dist.storage.reader import FLOAT_DTYPES, CheckpointReader, TensorInfo
+from lowrank_dist.storage.dtypes import FLOAT_DTYPES
+from lowrank_dist.storage.reader import CheckpointReader, TensorInfo
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

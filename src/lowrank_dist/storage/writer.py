@@ -18,23 +18,10 @@ import torch
 from torch import Tensor
 
 from lowrank_dist.errors import CheckpointError
+from lowrank_dist.storage.dtypes import CODES, DTYPES
 from lowrank_dist.storage.reader import FileTensor, TensorInfo, write_json
 
 MAX_BYTES = 5_000_000_000  # of one file; the size transformers cuts checkpoints at
-
-CODES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-DTYPES = {code: dtype for dtype, code in CODES.items()}
 
 
 def stored_dtype(name: str, info: TensorInfo) -> torch.dtype:

@@ -31,6 +31,7 @@ from helpers.command import lowrank_dist
 from helpers.models import save_checkpoint
 from lowrank_dist import cli
 from lowrank_dist.adapters.files import read_adapter, write_adapter
+from lowrank_dist.cli import merge as command
 from lowrank_dist.errors import CheckpointError, InputError, ModelError
 from lowrank_dist.export.convert import convert_checkpoint
 from lowrank_dist.export.merge import merge_checkpoint
@@ -556,5 +557,5 @@ def test_sizes_that_are_none(
 
 
 def test_the_default_size_is_that_of_transformers() -> None:
-    options = cli._parser().parse_args(["merge", "x", "--output", "y"])
+    options = command.parser().parse_args(["x", "--output", "y"])
     assert options.max_shard_size * 1e9 == merge.MAX_BYTES

@@ -16,11 +16,11 @@ from peft import LoraConfig
 import lowrank_dist
 from helpers.checkpoints import make_checkpoint
 from lowrank_dist import cli
-from lowrank_dist.cli import decompose, submit
+from lowrank_dist.cli import convert, decompose, demo, inspect, merge, report, submit
+from lowrank_dist.cli.commands import COMMANDS
 from lowrank_dist.cli.plan import command as plan
 from lowrank_dist.methods import METHODS
-
-COMMANDS = {"fit", "validate", "test", "plan", "submit", "decompose", "convert", "merge", "inspect", "report", "demo"}
+from lowrank_dist.training.fit_cli import TRAINER_COMMANDS, run_trainer
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -35,13 +35,12 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 
 def own_parsers() -> dict[str, argparse.ArgumentParser]:
     """The parsers of the commands that are not LightningCLI's."""
-    (commands,) = (a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction))
-    assert set(commands.choices) == COMMANDS
-    assert {choice.dest for choice in commands._choices_actions if choice.help} == COMMANDS
-    elsewhere = {*cli.TRAINER_COMMANDS, "decompose", "plan", "submit"}
-    own = {name: parser for name, parser in commands.choices.items() if name not in elsewhere}
-    own |= {"plan": plan.parser(), "submit": submit._parser()}
-    return own | {f"decompose --method {method}": decompose._parser(method) for method in METHODS}
+    modules = {"convert": convert, "demo": demo, "inspect": inspect, "merge": merge, "plan": plan}
+    modules |= {"report": report, "submit": submit}
+    assert {*modules, "decompose", *TRAINER_COMMANDS} == COMMANDS.keys()
+    own = {name: module.parser() for name, module in modules.items()}
+    assert {name: parser.prog for name, parser in own.items()} == {name: f"lowrank-dist {name}" for name in own}
+    return own | {f"decompose --method {method}": decompose.parser(method) for method in METHODS}
 
 
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,7 +55,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     assert (status, error) == (0, "")
     assert "--help" in output
     expected = ["--config", "--trainer.strategy", "--model.lr", "--data.train"]
-    assert all(option in output for option in expected) or command not in cli.TRAINER_COMMANDS
+    assert all(option in output for option in expected) or command not in TRAINER_COMMANDS
 
 
 def test_own_options_are_documented() -> None:
@@ -65,10 +64,10 @@ def test_own_options_are_documented() -> None:
         assert [a.dest for a in parser._actions if not a.help] == [], name
 
 
-@pytest.mark.parametrize("command", sorted(cli.TRAINER_COMMANDS))
+@pytest.mark.parametrize("command", sorted(TRAINER_COMMANDS))
 def test_options_of_model_and_data_are_documented(command: str) -> None:
     with patch.object(sys, "argv", ["lowrank-dist", command]):
-        parser = capture_parser(cli.run_trainer, [command])
+        parser = capture_parser(run_trainer, [command])
     options = parser._subcommands_action.choices[command]._actions
     ours = {a.dest: a.help for a in options if a.dest.startswith(("model.", "data."))}
     assert {"model.lr", "model.optimizer", "data.train", "data.packing"} <= set(ours)

@@ -1,0 +1,87 @@
+"""The commands of ``lowrank-dist``, and its entry point.
+
+The module of a command is imported when the command is asked for, so that everything else answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pkgutil import resolve_name
+
+from lowrank_dist._version import __version__
+from lowrank_dist.errors import InputError
+from lowrank_dist.training.fit_cli import TRAINER_COMMANDS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """One command.
+
+    Attributes
+    ----------
+    help
+        Its line of ``lowrank-dist --help``.
+    run
+        ``module:function``: takes the arguments, parses them itself and returns the exit status.
+    takes_name
+        Whether these arguments begin with the command's name.
+    """
+
+    help: str
+    run: str
+    takes_name: bool = False
+
+
+COMMANDS = {
+    name: Command(help=text, run="lowrank_dist.training.fit_cli:run_trainer", takes_name=True)
+    for name, text in TRAINER_COMMANDS.items()
+} | {
+    "plan": Command(
+        help="say what a run takes, and whether it fits, before anything runs", run="lowrank_dist.cli.plan.command:run"
+    ),
+    "submit": Command(help="run fit as a job on a SLURM cluster", run="lowrank_dist.cli.submit:run"),
+    "decompose": Command(
+        help="write residual and initial adapter as a model of their own", run="lowrank_dist.cli.decompose:run"
+    ),
+    "convert": Command(
+        help="write the LoRA for the original model that a checkpoint's adapter stands for",
+        run="lowrank_dist.cli.convert:run",
+    ),
+    "merge": Command(
+        help="write the original model with a checkpoint's adapter merged into it", run="lowrank_dist.cli.merge:run"
+    ),
+    "inspect": Command(help="say what a directory or a cached hub id holds", run="lowrank_dist.cli.inspect:run"),
+    "report": Command(help="show what an initialisation did to every matrix", run="lowrank_dist.cli.report:run"),
+    "demo": Command(
+        help="QPiSSA on a small real model with 2 CPU ranks, converted and checked with stock PEFT",
+        run="lowrank_dist.cli.demo:run",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``lowrank-dist``; `argv` without the program's name. Returns the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] not in COMMANDS:
+        parser().parse_args(argv[:1])  # exits: help, the version, or what is wrong
+    name, command = argv[0], COMMANDS[argv[0]]
+    try:
+        return int(resolve_name(command.run)(argv if command.takes_name else argv[1:]))
+    except InputError as error:
+        print(f"lowrank-dist {name}: {error}", file=sys.stderr)
+        return 1
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser that knows the names of the commands, and none of their options."""
+    parser = argparse.ArgumentParser(
+        prog="lowrank-dist", description="Distributed low-rank adaptation under Lightning and DeepSpeed ZeRO-3."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        commands.add_parser(name, help=command.help, add_help=False)
+    return parser

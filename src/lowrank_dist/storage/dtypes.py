@@ -1,0 +1,25 @@
+"""The dtypes that are read and written, by their codes in safetensors headers and by their names in options."""
+
+from __future__ import annotations
+
+import torch
+
+#: By the code that a safetensors header has for them: what is read, copied and written.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+#: The other way round.
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+#: Those of weights that are decomposed, merged or adapted.
+FLOAT_DTYPES = {code: DTYPES[code] for code in ("F32", "F16", "BF16")}
+#: The same by the names that options have for them: ``float32``, ...
+NAMED_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES.values()}
