@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lowrank_dist.errors import CheckpointError
-from lowrank_dist.storage.layout import CONFIG, WEIGHTS, _read_json
+from lowrank_dist.storage.layout import CONFIG, WEIGHTS, read_json
 from lowrank_dist.storage.reader import CheckpointReader, write_tensors
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def open_adapter(directory: Path) -> tuple[CheckpointReader, LoraConfig]:
     for file in (CONFIG, WEIGHTS):
         if not (directory / file).is_file():
             raise CheckpointError(f"{directory}: holds no {file}; pass a directory that an adapter was saved to")
-    values = _read_json(directory / CONFIG)
+    values = read_json(directory / CONFIG)
     try:
         config = LoraConfig.from_peft_type(**values)
     except (ValueError, TypeError, KeyError) as error:

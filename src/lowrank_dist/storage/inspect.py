@@ -6,11 +6,10 @@ missing or damaged. A thing of a known kind is described even where parts of it 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -27,9 +26,10 @@ from lowrank_dist.storage.layout import (
     MANIFEST,
     QUANT_STATE,
     WEIGHTS,
+    read_json,
     residual_stem,
 )
-from lowrank_dist.storage.reader import INDEX_NAME
+from lowrank_dist.storage.reader import INDEX_NAME, open_file, resolve_checkpoint
 
 OTHER_WEIGHTS = ("*.bin", "*.gguf", "*.h5", "*.msgpack", "*.pt", "*.pth")
 
@@ -80,7 +80,7 @@ def inspect(path: str | os.PathLike[str]) -> Description:
     CheckpointError
         Where it is nothing that is known here; the message says what was looked for.
     """
-    directory = _find(path)
+    directory = resolve_checkpoint(path, option="path", fetch=False)
     found = _describe(directory)
     if found is None:
         contents = [item for child in directory.iterdir() if child.is_dir() and (item := _describe(child))]
@@ -99,21 +99,6 @@ def inspect(path: str | os.PathLike[str]) -> Description:
     return found
 
 
-def _find(path: str | os.PathLike[str]) -> Path:
-    directory, name = Path(path), os.fspath(path)
-    if directory.is_dir():
-        return directory
-    if directory.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or directory.exists():
-        raise CheckpointError(f"{path}: no directory")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, local_files_only=True))
-    except (HFValidationError, LocalEntryNotFoundError) as error:
-        raise CheckpointError(f"{path}: neither a directory nor a model in the hub's cache") from error
-
-
 def _describe(directory: Path) -> Description | None:
     """What `directory` is; None where it is nothing that is known here."""
     for kind, test, describe in _KINDS:
@@ -129,7 +114,8 @@ def _describe(directory: Path) -> Description | None:
             try:
                 describe(directory, found)
             except (CheckpointError, KeyError, TypeError, AttributeError) as error:
-                found.problems.append(str(error) if isinstance(error, CheckpointError) else f"not as usual: {error!r}")
+                known = isinstance(error, CheckpointError)
+                found.problems.append(_within(directory, error) if known else f"not as usual: {error!r}")
             return found
     return None
 
@@ -149,7 +135,7 @@ def _unfinished(directory: Path, found: Description) -> None:
 
 def _adapter_checkpoint(directory: Path, found: Description) -> None:
     """What `AdapterCheckpoint` wrote."""
-    manifest, facts = _json(directory / MANIFEST), found.facts
+    manifest, facts = read_json(directory / MANIFEST), found.facts
     facts |= _manifest_facts(manifest)
     _add_adapter(directory / ADAPTER_DIR, found)
     if manifest.get("method") == "LoRAXS":  # of the cores, which are folded into B
@@ -171,7 +157,7 @@ def _adapter_checkpoint(directory: Path, found: Description) -> None:
 def _decomposed(directory: Path, found: Description) -> None:
     """Residual and initial adapter."""
     initial = [path.parent for path in sorted(directory.glob(f"*_init/{CONFIG}"))]
-    manifest, facts = _json(directory / MANIFEST) if (directory / MANIFEST).is_file() else {}, found.facts
+    manifest, facts = read_json(directory / MANIFEST) if (directory / MANIFEST).is_file() else {}, found.facts
     facts |= _manifest_facts(manifest) or {"method": initial[0].name.removesuffix("_init")}
     if len(initial) > 1:
         found.problems.append(f"{len(initial)} initial adapters: {', '.join(path.name for path in initial)}")
@@ -185,13 +171,13 @@ def _decomposed(directory: Path, found: Description) -> None:
 def _peft_adapter(directory: Path, found: Description) -> None:
     """Any adapter that PEFT wrote; a LoRA that was converted has a manifest too."""
     if (directory / MANIFEST).is_file():
-        found.facts |= _manifest_facts(_json(directory / MANIFEST))
+        found.facts |= _manifest_facts(read_json(directory / MANIFEST))
     _add_adapter(directory, found)
 
 
 def _model(directory: Path, found: Description) -> None:
     """An ordinary Hugging Face checkpoint."""
-    config, facts = _json(directory / "config.json") if (directory / "config.json").is_file() else {}, found.facts
+    config, facts = read_json(directory / "config.json") if (directory / "config.json").is_file() else {}, found.facts
     facts["architecture"] = ", ".join(config.get("architectures") or ["unknown"])
     for key in ("model_type", "dtype", "torch_dtype", "tie_word_embeddings", "vocab_size"):
         if key in config:
@@ -253,7 +239,7 @@ def _manifest_facts(manifest: dict[str, Any]) -> dict[str, Any]:
 
 def _add_adapter(directory: Path, found: Description) -> None:
     """Facts of an adapter that PEFT, or this package, wrote."""
-    config, facts = _json(directory / CONFIG), found.facts
+    config, facts = read_json(directory / CONFIG), found.facts
     if config.get("base_model_name_or_path"):
         facts.setdefault("base", config["base_model_name_or_path"])  # what a manifest says goes before
     facts["type"] = config.get("peft_type", "unknown")
@@ -325,7 +311,7 @@ class Weights:
         if single.is_file():  # as `CheckpointReader`
             names[single.name] = set()
         elif index.is_file():
-            for tensor, file in _json(index)["weight_map"].items():
+            for tensor, file in read_json(index)["weight_map"].items():
                 names.setdefault(file, set()).add(tensor)
         else:
             raise CheckpointError(f"holds neither {index.name} nor {single.name}")
@@ -338,9 +324,9 @@ class Weights:
                 continue
             self.nbytes += path.stat().st_size
             try:
-                held = dict(_header(path))
+                held = _header(path)
             except CheckpointError as error:
-                self.problems.append(str(error))
+                self.problems.append(_within(directory, error))
                 continue
             tensors |= held
             lacking = sorted(names[file] - held.keys())
@@ -355,34 +341,16 @@ class Weights:
                 self.parameters[dtype] += numel
 
 
-def _header(path: Path) -> Iterator[tuple[str, tuple[str, int]]]:
-    """Name, dtype and number of elements of every tensor of a safetensors file."""
-    size = path.stat().st_size
-    with open(path, "rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        text = handle.read(min(length, size))
-    try:
-        header: dict[str, Any] = json.loads(text)
-        header.pop("__metadata__", None)
-        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{path.name}: {size} bytes, truncated or no safetensors file") from None
-    if size != end:
-        raise CheckpointError(f"{path.name} has {size} of {end} bytes")
-    for name, entry in header.items():
-        yield name, (entry["dtype"], math.prod(entry["shape"]))
+def _header(path: Path) -> dict[str, tuple[str, int]]:
+    """Dtype and number of elements of every tensor of a safetensors file."""
+    with open_file(path) as file:
+        views = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no dictionary)
+        return {name: (view.get_dtype(), math.prod(view.get_shape())) for name, view in views.items()}
 
 
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise CheckpointError(f"{path.name} is missing")
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path.name} is damaged ({error})") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path.name} is damaged (no JSON object)")
-    return values
+def _within(directory: Path, error: Exception) -> str:
+    """What `error` says, with the names of files as they are in `directory`."""
+    return str(error).replace(f"{directory}{os.sep}", "")
 
 
 def _size(directory: Path) -> int:

@@ -42,14 +42,25 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / MANIFEST
     if not path.is_file():
         raise CheckpointError(f"{checkpoint}: holds no {MANIFEST}; pass a directory that AdapterCheckpoint wrote")
-    return _read_json(path)
+    return read_json(path)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises
+    ------
+    CheckpointError
+        Where the file is missing, or holds anything else.
+    """
     try:
-        values: dict[str, Any] = json.loads(path.read_text())
+        values = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing") from error
     except ValueError as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); it is damaged") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: holds no JSON object; it is damaged")
     return values
 
 

@@ -128,13 +128,7 @@ class CheckpointReader:
             path = self.directory / file
             if not path.is_file():
                 raise CheckpointError(f"{path}: missing, though the index names it; fetch it again")
-            try:
-                self._files[file] = safe_open(path, framework="pt").__enter__()
-            except SafetensorError as error:
-                size = path.stat().st_size
-                raise CheckpointError(
-                    f"{path}: {size} bytes, truncated or corrupt ({error}); fetch it again"
-                ) from error
+            self._files[file] = open_file(path).__enter__()
         return self._files[file]
 
     def __contains__(self, name: object) -> bool:
@@ -324,8 +318,23 @@ def read_ahead(read: Callable[[_Request], _Block], requests: Iterable[_Request],
                 future.cancel()
 
 
+def open_file(path: Path) -> Any:
+    """A safetensors file whose header was read and fits its length; a context manager, see ``safetensors.safe_open``.
+
+    Raises
+    ------
+    CheckpointError
+        Where it is truncated or damaged.
+    """
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        size = path.stat().st_size
+        raise CheckpointError(f"{path}: {size} bytes, truncated or corrupt ({error}); fetch it again") from error
+
+
 def resolve_checkpoint(
-    pretrained: str | os.PathLike[str], *, revision: str | None = None, option: str = "pretrained"
+    pretrained: str | os.PathLike[str], *, revision: str | None = None, option: str = "pretrained", fetch: bool = True
 ) -> Path:
     """Local directory of a checkpoint: `pretrained` itself, or the hub's cache after fetching what is missing.
 
@@ -339,6 +348,8 @@ def resolve_checkpoint(
         Of a hub id.
     option
         What the user calls it, for messages.
+    fetch
+        Fetch what is missing; else the cache is taken as it is.
 
     Raises
     ------
@@ -349,13 +360,16 @@ def resolve_checkpoint(
     if path.is_dir():
         return path
     looks_local = path.is_absolute() or str(pretrained).startswith((".", "~")) or str(pretrained).count("/") > 1
-    if looks_local:
+    if looks_local or path.exists():
         raise CheckpointError(f"{option}={str(pretrained)!r}: no such directory")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(pretrained), revision=revision, allow_patterns=_FETCHED))
+        found = snapshot_download(
+            str(pretrained), revision=revision, allow_patterns=_FETCHED, local_files_only=not fetch
+        )
+        return Path(found)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"{option}={str(pretrained)!r}: neither a directory nor a model the hub or its cache could give "
