@@ -9,7 +9,8 @@ from itertools import chain
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.nn import functional as F
+from torch.utils.data import Dataset, default_collate
 
 from lowrank_dist.data.tokenizing import IGNORE_INDEX
 
@@ -110,26 +111,26 @@ class Collator:
     A batch of single examples has an `attention_mask`. A packed batch has `position_ids` instead, starting again from 0
     at every example and at the padding: transformers finds the borders there and keeps attention within them, but only
     if it is given no `attention_mask` and no key-value cache. All values are int64 of shape [batch, length].
+
+    `DataCollatorForSeq2Seq` of transformers pads no `position_ids`, and takes a tokenizer, which must have a padding
+    token and pads on the side that it chooses; `DataCollatorWithFlattening` makes one row of a batch.
     """
 
     pad_token_id: int
 
     def __call__(self, items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         longest = max(len(item["input_ids"]) for item in items)
-        shape = len(items), -(-longest // PAD_TO_MULTIPLE_OF) * PAD_TO_MULTIPLE_OF
-        packed = "position_ids" in items[0]
-        batch = {
-            "input_ids": torch.full(shape, self.pad_token_id),
-            "labels": torch.full(shape, IGNORE_INDEX),
-            ("position_ids" if packed else "attention_mask"): torch.zeros(shape, dtype=torch.int64),
-        }
-        for row, item in enumerate(items):
-            length = len(item["input_ids"])
-            batch["input_ids"][row, :length] = item["input_ids"]
-            batch["labels"][row, :length] = item["labels"]
-            if packed:
-                batch["position_ids"][row, :length] = item["position_ids"]
-                batch["position_ids"][row, length:] = torch.arange(shape[1] - length)
-            else:
-                batch["attention_mask"][row, :length] = 1
+        length = -(-longest // PAD_TO_MULTIPLE_OF) * PAD_TO_MULTIPLE_OF
+        batch: dict[str, Tensor] = default_collate([self._padded(item, length) for item in items])
         return batch
+
+    def _padded(self, item: dict[str, Tensor], length: int) -> dict[str, Tensor]:
+        tokens = item["input_ids"]
+        missing = length - len(tokens)
+        row = {
+            "input_ids": F.pad(tokens, (0, missing), value=self.pad_token_id),
+            "labels": F.pad(item["labels"], (0, missing), value=IGNORE_INDEX),
+        }
+        if "position_ids" in item:
+            return row | {"position_ids": torch.cat([item["position_ids"], torch.arange(missing)])}
+        return row | {"attention_mask": F.pad(torch.ones_like(tokens), (0, missing))}

@@ -14,7 +14,6 @@ from lightning.pytorch.trainer.connectors.data_connector import _process_dataloa
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
 from lowrank_dist.calibration.measure import Calibration, Step, model_loss, step_name
@@ -52,7 +51,8 @@ def calibration_batches(trainer: Trainer, calibration: Calibration) -> Iterator[
             loaders = _training_loaders(trainer)
             for loader in loaders.flattened:
                 stack.enter_context(_put_back(loader))
-            apart = CombinedLoader(tree_map(_reader, loaders.iterables), loaders._mode)
+            apart = CombinedLoader(loaders.iterables, loaders._mode)
+            apart.flattened = [_reader(loader) for loader in loaders.flattened]
             stack.callback(apart.reset)  # ends its workers
             batches = (batch for batch, _, _ in iter(apart))
 
