@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lowrank_dist.distributed.group import LOW_LATENCY
+
 # Imported once, in a server process that does nothing else; every measured process forks from it.
 _CONTEXT = multiprocessing.get_context("forkserver")
 _PRELOADED = [
@@ -77,6 +79,7 @@ def _rank(
     torch.manual_seed(0)
     if not grouped:
         rank, world_size = 0, 1
+    os.environ.setdefault(LOW_LATENCY, "1")  # ranks have their cores for themselves
     # what torchrun sets: Lightning then takes the processes as they are
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     os.environ.update({name: str(value) for name, value in places.items()}, TORCHELASTIC_RUN_ID="benchmark")

@@ -18,11 +18,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lowrank_dist.errors import RemoteError
+from lowrank_dist.errors import InputError, RemoteError
 
-# Seconds for which a rank on a CPU asks again and again whether a collective has ended, before it sleeps: virtual cores
-# are given back when idle, and ranks that wake up late are late at the next collective too
-# (`benchmarks/bench_collectives.py`).
+LOW_LATENCY = "LOWRANK_DIST_LOW_LATENCY"
+"""Environment variable: with ``1``, ranks on CPUs take more of their cores so that collectives end sooner.
+
+A rank then waits awake for a collective (`ShardGroup`'s ``_run``), and the threads of gloo get another scheduling class
+(`_let_gloo_take_turns`). Neither is done unless asked for; `benchmarks/bench_collectives.py` measures both ways.
+"""
+
+# Seconds for which a rank that waits awake asks again and again whether a collective has ended, before it sleeps:
+# virtual cores are given back when idle, and ranks that wake up late are late at the next collective too.
 _AWAKE = 0.1
 
 
@@ -35,6 +41,11 @@ class ShardGroup:
         A ``torch.distributed`` group; None is the default group where one is initialised, else a group of one.
     device
         Device on which the small tensors of `raise_together` live (the device of the group's backend).
+
+    Raises
+    ------
+    InputError
+        Where the environment variable ``LOWRANK_DIST_LOW_LATENCY`` is neither 1 nor 0.
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None = None, device: torch.device | None = None) -> None:
@@ -44,7 +55,8 @@ class ShardGroup:
         self.size: int = dist.get_world_size(process_group) if self._distributed else 1
         self.device = device or torch.device("cpu")
         self._parts: dict[int, ShardGroup] = {}
-        if self.size > 1:
+        self._waits_awake = _asks_for_low_latency()
+        if self.size > 1 and self._waits_awake:
             _let_gloo_take_turns()
 
     @classmethod
@@ -52,7 +64,7 @@ class ShardGroup:
         """A group of one rank, whatever the process belongs to: no call of it communicates."""
         group = cls.__new__(cls)
         group._group, group._distributed, group.rank, group.size = None, False, 0, 1
-        group.device, group._parts = torch.device("cpu"), {}
+        group.device, group._parts, group._waits_awake = torch.device("cpu"), {}, False
         return group
 
     @property
@@ -207,13 +219,13 @@ class ShardGroup:
         self.raise_together(error)
 
     def _run(self, collective: Callable[..., dist.Work], tensor: Tensor, *further: object, **options: object) -> None:
-        """Run a collective to its end: on CPUs awake for a while, since a rank that sleeps wakes up late.
+        """Run a collective to its end: with `LOW_LATENCY` on CPUs awake for a while, since who sleeps wakes up late.
 
         Gloo's threads and other processes get the core whenever they ask for it. On devices the stream waits, not the
         rank.
         """
         work = collective(tensor, *further, group=self._group, async_op=True, **options)
-        if tensor.device.type == "cpu":
+        if self._waits_awake and tensor.device.type == "cpu":
             until = time.monotonic() + _AWAKE
             while not work.is_completed() and time.monotonic() < until:
                 os.sched_yield()
@@ -221,6 +233,13 @@ class ShardGroup:
 
     def _global(self, rank: int) -> int:
         return rank if self._group is None else dist.get_global_rank(self._group, rank)
+
+
+def _asks_for_low_latency() -> bool:
+    value = os.environ.get(LOW_LATENCY, "0")
+    if value not in ("0", "1"):
+        raise InputError(f"{LOW_LATENCY}={value!r} must be 1, or 0, or not set")
+    return value == "1"
 
 
 def _let_gloo_take_turns() -> None:
