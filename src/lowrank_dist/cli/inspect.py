@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lowrank_dist.cli.units import size
 from lowrank_dist.storage.inspect import Description, inspect
 
 
@@ -48,7 +49,7 @@ def as_table(found: Description) -> str:
             step = f"step {item.facts['step']}" if "step" in item.facts else ""
             state = "" if item.complete else "incomplete: " + "; ".join(item.problems)
             cells = [f"{name:<{columns[0]}}", f"{item.kind:<{columns[1]}}", _seconds(item.modified)]
-            lines.append("  " + "  ".join([*cells, f"{_bytes(item.nbytes):>10}", step, state]).rstrip())
+            lines.append("  " + "  ".join([*cells, f"{size(item.nbytes):>10}", step, state]).rstrip())
     return "\n".join(lines)
 
 
@@ -61,7 +62,7 @@ def _value(name: str, value: Any) -> str:
         count = Counter(str(item).rpartition(".")[2] for item in value)
         return ", ".join(name if times == 1 else f"{name} ({times} times)" for name, times in count.items())
     if name == "bytes":
-        return _bytes(value)
+        return size(value)
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.6g}" if isinstance(value, float) else str(value)
@@ -69,10 +70,3 @@ def _value(name: str, value: Any) -> str:
 
 def _seconds(iso: str) -> str:
     return iso.partition(".")[0].replace("T", " ") + " UTC"
-
-
-def _bytes(count: int) -> str:
-    for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if count >= factor:
-            return f"{count / factor:.2f} {unit}"
-    return f"{count} B"

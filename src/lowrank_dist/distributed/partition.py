@@ -75,11 +75,6 @@ class RowPartition:
         return self.rows_per_rank * self.world_size
 
     @property
-    def padded_numel(self) -> int:
-        """Elements of all ranks together, padding included."""
-        return self.padded_rows * self.columns
-
-    @property
     def blocks(self) -> int:
         """Quantization blocks that hold at least one real element."""
         return -(-self.rows * self.columns // self.block)

@@ -23,7 +23,7 @@ def test_rows_are_covered_once_in_order(rows: int, columns: int, world_size: int
 def test_ranks_hold_whole_blocks(rows: int, columns: int, world_size: int, block: int) -> None:
     partition = RowPartition(rows=rows, columns=columns, world_size=world_size, block=block)
     assert partition.rows_per_rank * columns % block == 0
-    assert partition.padded_numel == partition.blocks_per_rank * block * world_size
+    assert partition.padded_rows * columns == partition.blocks_per_rank * block * world_size
     bounds = [partition.block_bounds(rank) for rank in range(world_size)]
     assert [index for start, stop in bounds for index in range(start, stop)] == list(range(partition.blocks))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from lowrank_dist.cli.units import size
 from lowrank_dist.forecast import Forecast
 from lowrank_dist.forecast.memory import RESIDENT
 
@@ -107,11 +108,3 @@ def _rest(found: Forecast) -> Iterator[str]:
 
 def _line(text: str, nbytes: int) -> str:
     return f"  {text:<54}{size(nbytes):>12}"
-
-
-def size(nbytes: float) -> str:
-    """Bytes with a decimal unit."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if nbytes >= scale:
-            return f"{nbytes / scale:.2f} {unit}"
-    return f"{nbytes:.0f} B"
