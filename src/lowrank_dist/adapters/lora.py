@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from lowrank_dist.adapters.files import changed_config, open_adapter, whole_tensor
 from lowrank_dist.errors import CheckpointError
+from lowrank_dist.model.stacking import concat_a, concat_b, join_a, join_b, split_a, split_b
 from lowrank_dist.storage.layout import ADAPTER_DIR, INITIAL_DIR, read_manifest
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ def to_lora(
     initial
         ``A_0`` and ``B_0`` under the same names.
     experts
-        How many experts share a tensor, by name, where it is more than one: ``[experts * r, in]`` with one expert after
-        the other, ``[out, r * experts]`` with the experts interleaved, as PEFT lays them out.
+        How many experts share a tensor, by name, where it is more than one; in PEFT's layout
+        (`lowrank_dist.model.stacking`).
 
     Returns
     -------
@@ -74,10 +74,9 @@ def to_lora(
                 f"{name} {list(tensor.shape)}: its initial value {found}; adapter and adapter_init must be of one run"
             )
         if name.endswith(A_NAMES):
-            stacks = [t.reshape((experts or {}).get(name, 1), -1, t.shape[1]) for t in (tensor, start)]
-            converted[name] = torch.cat(stacks, dim=1).flatten(0, 1)
+            converted[name] = concat_a([tensor, start], (experts or {}).get(name, 1))
         else:
-            converted[name] = torch.cat([tensor, -start], dim=1)
+            converted[name] = concat_b([tensor, -start])
     return converted
 
 
@@ -108,7 +107,7 @@ class LoraModule:
     scaling
         Of the product of its factors.
     experts
-        How many matrices the factors are for, in the layout of `to_lora`.
+        How many matrices the factors are for; in the layout of `lowrank_dist.model.stacking`.
     """
 
     name: str
@@ -125,14 +124,12 @@ class LoraModule:
 
     def split(self, a: Tensor, b: Tensor) -> list[tuple[Tensor, Tensor]]:
         """``[rank, in]`` and ``[out, rank]`` of every matrix, from ``[experts * rank, in], [out, rank * experts]``."""
-        every_a = a.view(self.experts, -1, a.shape[1]).unbind()
-        every_b = b.view(b.shape[0], -1, self.experts).unbind(dim=2)
-        return list(zip(every_a, every_b, strict=True))
+        return list(zip(split_a(a, self.experts), split_b(b, self.experts), strict=True))
 
     def join(self, factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """What `split` takes apart."""
         every_a, every_b = zip(*factors, strict=True)
-        return torch.cat(every_a), torch.stack(every_b, dim=2).flatten(1)
+        return join_a(every_a), join_b(every_b)
 
 
 class ExactLora:

@@ -26,6 +26,7 @@ from lowrank_dist.methods.base import Work, residual_block
 from lowrank_dist.model.factor_layout import FactorLayout
 from lowrank_dist.model.names import peft_name
 from lowrank_dist.model.plan import Plan, PlannedMatrix
+from lowrank_dist.model.stacking import FactorReader, positions
 from lowrank_dist.quantization.format import ResidualFormat
 from lowrank_dist.storage.dtypes import FLOAT_DTYPES
 from lowrank_dist.storage.layout import ENCODED_DIR, INITIAL_DIR, WEIGHTS
@@ -166,7 +167,7 @@ class StoredFactors:
 
     def __init__(self, directory: Path) -> None:
         self._reader = CheckpointReader(directory, stem=Path(WEIGHTS).stem)
-        self._stacked: tuple[tuple[str, int, int], Tensor] | None = None  # rows of B that several experts share
+        self._of_experts = FactorReader()
 
     def holds(self, factor_names: Mapping[str, str]) -> bool:
         """Whether the factors with these names in the model are there."""
@@ -174,9 +175,8 @@ class StoredFactors:
 
     def check(self, planned: PlannedMatrix, factor_dtype: torch.dtype) -> None:
         """Raise CheckpointError where the factors of `planned` are missing or do not fit."""
-        for factor, shape in planned.factor_shapes.items():
-            name, experts = peft_name(planned.factor_names[factor]), planned.experts
-            expected = (shape[0] * experts, shape[1]) if factor == "lora_A" else (shape[0], shape[1] * experts)
+        for factor, expected in planned.parameter_shapes.items():
+            name = peft_name(planned.factor_names[factor])
             if name not in self._reader:
                 raise CheckpointError(
                     f"{self._reader.directory}: holds no {name}, which the adapter wants; resume with the adapter "
@@ -219,26 +219,22 @@ class StoredFactors:
     def _rows(self, matrix: Matrix, factor: str, partition: RowPartition) -> Tensor:
         """This rank's rows of one factor of one matrix, in the dtype of the file."""
         name, (start, stop) = peft_name(matrix.factor_names[factor]), partition.bounds(matrix.group.rank)
-        expert, experts = matrix.expert
-        if factor == "lora_A":  # one expert after the other
-            rows = self._read(name, start + expert * matrix.rank, stop + expert * matrix.rank)
-        elif experts == 1:
-            rows = self._read(name, start, stop)
-        else:  # interleaved
-            if self._stacked is None or self._stacked[0] != (name, start, stop):
-                self._stacked = (name, start, stop), self._read(name, start, stop)
-            rows = self._stacked[1][:, expert::experts]
-        return rows.to(matrix.block.device)
+        inputs = matrix.partition.rows if matrix.input_first else matrix.partition.columns
+        width = inputs if factor == "lora_A" else matrix.rank
+        where = positions(factor, partition.rows * width, *matrix.expert)[start * width : stop * width]
+        return self._of_experts.read(self._flat, name, where).view(-1, width).to(matrix.block.device)
 
-    def _read(self, name: str, start: int, stop: int) -> Tensor:
-        rows = self._reader.rows(name, start, stop)
-        check_finite(name, rows, start)
-        return rows
+    def _flat(self, name: str, start: int, stop: int) -> Tensor:
+        """Whole rows of a tensor, flattened: elements ``start:stop``."""
+        width = self._reader.info(name).shape[1]
+        rows = self._reader.rows(name, start // width, stop // width)
+        check_finite(name, rows, start // width)
+        return rows.flatten()
 
     def close(self) -> None:
         """Close the file."""
         self._reader.close()
-        self._stacked = None
+        self._of_experts.clear()
 
 
 def check_digests(found: Iterable[MatrixReport], stored: Mapping[str, MatrixReport]) -> None:

@@ -21,6 +21,7 @@ from lowrank_dist.adapters.files import changed_config, whole_tensor
 from lowrank_dist.adapters.lora import ExactLora, LoraModule
 from lowrank_dist.errors import CheckpointError, InputError
 from lowrank_dist.linalg.truncate import EnergyKept, energy_kept, singular_values, truncate
+from lowrank_dist.model.stacking import stacked_shapes
 from lowrank_dist.storage.atomic import atomic_directory
 from lowrank_dist.storage.dtypes import DTYPES
 from lowrank_dist.storage.layout import ADAPTER_DIR, INITIAL_DIR, MANIFEST, WEIGHTS
@@ -186,9 +187,11 @@ def _layout(lora: ExactLora, rank: int | None, dtype: torch.dtype | None) -> dic
         name: FileTensor(shape=lora.trained.info(name).shape, dtype=_stored_dtype(lora, name)) for name in lora.trained
     }
     for module in lora.modules:
-        a, b, width = tensors[module.a], tensors[module.b], (rank or module.rank) * module.experts
-        tensors[module.a] = FileTensor(shape=(width, a.shape[1]), dtype=dtype or a.dtype)
-        tensors[module.b] = FileTensor(shape=(b.shape[0], width), dtype=dtype or b.dtype)
+        a, b, width = tensors[module.a], tensors[module.b], rank or module.rank
+        of_one = {"lora_A": (width, a.shape[1]), "lora_B": (b.shape[0], width)}
+        shapes = stacked_shapes(of_one, module.experts)
+        tensors[module.a] = FileTensor(shape=shapes["lora_A"], dtype=dtype or a.dtype)
+        tensors[module.b] = FileTensor(shape=shapes["lora_B"], dtype=dtype or b.dtype)
     return dict(sorted(tensors.items()))
 
 

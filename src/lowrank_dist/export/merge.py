@@ -32,6 +32,7 @@ from lowrank_dist.export.merge_plan import MergedTensor, MergePlan, plan_merge
 from lowrank_dist.linalg import all_finite, full_fp32, squared_norm
 from lowrank_dist.model.names import peft_name
 from lowrank_dist.model.plan import PlannedMatrix
+from lowrank_dist.model.stacking import concat_a, concat_b, split_a, split_b
 from lowrank_dist.progress import progress_bar
 from lowrank_dist.residual_model.reader import initial_directory
 from lowrank_dist.storage.atomic import atomic_directory, check_free
@@ -220,13 +221,13 @@ class _Merge:
         if self._factors_of is None or self._factors_of[0] != planned.layer:
             a, b = [], []
             for part, sign in zip(self.adapter.parts, (1, -1), strict=False):
-                # PEFT's layout: A one expert after the other, the columns of B interleaved
                 a_part, b_part = (self._factor(part, name) for name in planned.factor_names.values())
-                a.append(a_part.view(planned.experts, -1, a_part.shape[1]))
-                b.append(sign * b_part.view(len(b_part), -1, planned.experts))
-            self._factors_of = (planned.layer, torch.cat(a, dim=1), torch.cat(b, dim=1))
-        _, a_stack, b_stack = self._factors_of
-        a_one, b_one = a_stack[planned.expert or 0], b_stack[:, :, planned.expert or 0]
+                a.append(a_part)
+                b.append(sign * b_part)
+            every_a = split_a(concat_a(a, planned.experts), planned.experts)
+            self._factors_of = (planned.layer, every_a, split_b(concat_b(b), planned.experts))
+        _, every_a, every_b = self._factors_of
+        a_one, b_one = every_a[planned.expert or 0], every_b[planned.expert or 0]
         return (a_one.mT, b_one.mT) if planned.input_first else (b_one, a_one)
 
     @staticmethod

@@ -17,7 +17,7 @@ import logging
 import os
 import sys
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from lowrank_dist.adapters.files import changed_config, open_adapter, whole_tensor
 from lowrank_dist.adapters.match import untie_if_changed
-from lowrank_dist.adapters.stacking import put_factor
 from lowrank_dist.decomposition.report import MatrixReport
 from lowrank_dist.decomposition.restore import StoredDecompositions, StoredFactors
 from lowrank_dist.distributed.group import ShardGroup
@@ -37,6 +36,7 @@ from lowrank_dist.methods import Factors, Matrix
 from lowrank_dist.model.names import peft_name
 from lowrank_dist.model.plan import PlannedMatrix, plan_walk
 from lowrank_dist.model.skeleton import build_skeleton, inject_adapter
+from lowrank_dist.model.stacking import positions, put_factor
 from lowrank_dist.progress import progress_bar
 from lowrank_dist.quantization.format import Encoded
 from lowrank_dist.quantization.nf4 import NF4, format_from_dict
@@ -347,10 +347,8 @@ class _Refit:
         """The file of the adapter, what is not fitted (`modules_to_save`) in it already. One rank only."""
         tensors: dict[str, FileTensor] = {}
         for planned in self.plan.matrices:
-            for factor, shape in planned.factor_shapes.items():
-                width = self.rank * planned.experts
-                of_rank = (width, shape[1]) if factor == "lora_A" else (shape[0], width)
-                tensors[peft_name(planned.factor_names[factor])] = FileTensor(shape=of_rank, dtype=self.dtype)
+            for factor, shape in replace(planned, rank=self.rank).parameter_shapes.items():
+                tensors[peft_name(planned.factor_names[factor])] = FileTensor(shape=shape, dtype=self.dtype)
         others = [name for name in self.trained if name not in tensors]
         for name in others:
             info = self.trained.info(name)
@@ -364,16 +362,17 @@ class _Refit:
     def write(self, files: TensorFiles, planned: PlannedMatrix, factors: dict[str, Tensor]) -> None:
         """Put the factors of one matrix into the file; those of stacked experts once all are there. One rank only."""
         expert, experts = planned.expert or 0, planned.experts
-        names = {factor: peft_name(name) for factor, name in planned.factor_names.items()}
-        a, b = factors["lora_A"].flatten(), factors["lora_B"].flatten()
-        files.write(names["lora_A"], expert * a.numel(), a)
-        if experts > 1:
+        for factor, name in planned.factor_names.items():
+            values = factors[factor].flatten()
+            where = positions(factor, values.numel(), expert, experts)
+            if where.step == 1:
+                files.write(peft_name(name), where.start, values)
+                continue
             if expert == 0:
-                self._stack = b.new_empty(experts * b.numel())
-            put_factor(self._stack, 0, b, expert, experts, interleaved=True)
-            b = self._stack
-        if expert == experts - 1:
-            files.write(names["lora_B"], 0, b)
+                self._stack = values.new_empty(experts * values.numel())
+            put_factor(self._stack, 0, values, where)
+            if expert == experts - 1:
+                files.write(peft_name(name), 0, self._stack)
 
     def finish(self, staging: Path, leftovers: list[Leftover]) -> None:
         """Configuration and manifest. One rank only."""

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lowrank_dist.adapters.stacking import StackedFactors
 from lowrank_dist.decomposition.report import InitializationReport
 from lowrank_dist.decomposition.walk import DecomposedMatrix
 from lowrank_dist.distributed.group import ShardGroup
@@ -28,6 +27,7 @@ from lowrank_dist.linalg import seed_from_name
 from lowrank_dist.model.factor_layout import FactorLayout, TrainedFactors
 from lowrank_dist.model.names import ADAPTER, plain_name
 from lowrank_dist.model.plan import Plan, PlannedMatrix, PlannedTensor
+from lowrank_dist.model.stacking import StackedFactors
 from lowrank_dist.quantization.format import ResidualFormat
 from lowrank_dist.storage.digest import digest_sums, digests
 from lowrank_dist.storage.reader import CheckpointReader, check_finite

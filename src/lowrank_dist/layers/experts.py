@@ -5,8 +5,7 @@ of that forward they are there as ordinary dense tensors ``W_e + scaling * B_e A
 gradient to A and B. Under gradient checkpointing the experts of one layer are dense at a time, in the forward and again
 in the backward, where their gradient is as large once more; without it those of every layer stay until its backward.
 
-The layout of the factors is PEFT's: A is ``[experts * r, in]``, one expert after the other; B is ``[out, r * experts]``
-with the experts interleaved, column ``j * experts + e`` for direction j of expert e.
+The layout of the factors is PEFT's, see `lowrank_dist.model.stacking`.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from lowrank_dist.distributed.partition import RowPartition
 from lowrank_dist.layers.frozen import FrozenWeight
+from lowrank_dist.model.stacking import split_a, split_b
 from lowrank_dist.quantization.format import ResidualFormat
 
 
@@ -84,8 +84,7 @@ class AdaptedParameter(FrozenWeight):
         a, b = self.lora_A[self.adapter].weight, self.lora_B[self.adapter].weight
         with torch.no_grad():
             weight = self.decode_stack()
-        count = len(weight)
-        a, b = a.view(count, -1, a.shape[1]), b.view(b.shape[0], -1, count).permute(2, 0, 1)
+        a, b = split_a(a, len(weight)), split_b(b, len(weight))
         left, right = (a.mT, b.mT) if self.input_first else (b, a)
         with torch.autocast(weight.device.type, enabled=False):
             weight = weight.baddbmm_(left.to(weight.dtype), right.to(weight.dtype), alpha=self.scaling)

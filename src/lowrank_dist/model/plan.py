@@ -23,6 +23,7 @@ from lowrank_dist.errors import ModelError
 from lowrank_dist.model.names import ADAPTER as ADAPTER
 from lowrank_dist.model.names import CheckpointKeys
 from lowrank_dist.model.names import plain_name as plain_name
+from lowrank_dist.model.stacking import stacked_shapes
 from lowrank_dist.storage.reader import CheckpointReader
 
 
@@ -91,8 +92,7 @@ class PlannedMatrix:
     @property
     def parameter_shapes(self) -> dict[str, tuple[int, int]]:
         """Shapes of the parameters that hold A and B: of all experts together where these share them."""
-        (rank, inputs), (outputs, _) = self.factor_shapes.values()
-        return {"lora_A": (rank * self.experts, inputs), "lora_B": (outputs, rank * self.experts)}
+        return stacked_shapes(self.factor_shapes, self.experts)
 
     def row_partition(self, world_size: int, *, block: int) -> RowPartition:
         """How the rows are cut over `world_size` ranks that hold whole blocks of `block` elements."""

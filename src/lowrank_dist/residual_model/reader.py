@@ -37,6 +37,7 @@ from lowrank_dist.methods import Method
 from lowrank_dist.model.factor_layout import stored_layout
 from lowrank_dist.model.names import peft_name
 from lowrank_dist.model.plan import Plan, PlannedMatrix
+from lowrank_dist.model.stacking import FactorReader, positions
 from lowrank_dist.quantization.format import Encoded, ResidualFormat
 from lowrank_dist.quantization.nf4 import NF4, read_quant_state
 from lowrank_dist.storage.layout import CONFIG, MANIFEST, QUANT_STATE, WEIGHTS, read_manifest, residual_stem
@@ -268,7 +269,7 @@ class ResidualModel:
             On every rank, if any rank cannot read or finds a NaN or infinity.
         """
         device, residual = device or torch.device("cpu"), self.residual
-        stacks: dict[str, Tensor] = {}  # this rank's part of the B of the stack that is being read
+        factor_reader = FactorReader()
         stored = {entry["name"]: MatrixReport.from_dict(entry) for entry in self.manifest.get("matrices", [])}
 
         def read(planned: PlannedMatrix) -> DecomposedMatrix:
@@ -280,9 +281,11 @@ class ResidualModel:
             factors = {}
             for factor, shape in planned.factor_shapes.items():
                 key = factor_keys(planned)[factor]
-                bounds = FlatPartition(numel=shape[0] * shape[1], world_size=group.size).bounds(group.rank)
-                factors[factor] = self._factor(planned, factor, bounds, stacks).to(device, factor_dtype)
-                check_finite(key, factors[factor], bounds[0])
+                flat = FlatPartition(numel=math.prod(shape), world_size=group.size)
+                start, stop = flat.bounds(group.rank)
+                where = positions(factor, flat.numel, planned.expert or 0, planned.experts)[start:stop]
+                factors[factor] = factor_reader.read(self._factors[factor].flat, key, where).to(device, factor_dtype)
+                check_finite(key, factors[factor], start)
             shards = self._shards(planned, partition, group.rank)
             return DecomposedMatrix(
                 planned=planned,
@@ -298,20 +301,6 @@ class ResidualModel:
                 matrix = next(matrices)
             yield matrix
             advance(self.reader.stored(planned.key).nbytes)
-
-    def _factor(
-        self, planned: PlannedMatrix, factor: str, bounds: tuple[int, int], stacks: dict[str, Tensor]
-    ) -> Tensor:
-        """Elements `bounds` of a factor of one matrix, flat. Those of experts alternate in B, which is read once."""
-        key, experts, expert = factor_keys(planned)[factor], planned.experts, planned.expert or 0
-        start, stop = bounds
-        if experts > 1 and factor == "lora_B":
-            if key not in stacks:
-                stacks.clear()
-                stacks[key] = self._factors[factor].flat(key, start * experts, stop * experts)
-            return stacks[key][expert::experts].clone()
-        before = expert * math.prod(planned.factor_shapes[factor])
-        return self._factors[factor].flat(key, before + start, before + stop)
 
     def residual_of(
         self, planned: PlannedMatrix, partition: RowPartition, group: ShardGroup, device: torch.device

@@ -17,13 +17,13 @@ from peft import LoraConfig
 from torch import Tensor
 
 from lowrank_dist._version import __version__
-from lowrank_dist.adapters.stacking import StackedFactors
 from lowrank_dist.decomposition.report import MatrixReport
 from lowrank_dist.decomposition.walk import DecomposedMatrix, Walk
 from lowrank_dist.distributed.partition import FlatPartition
 from lowrank_dist.linalg import full_fp32
 from lowrank_dist.model.names import plain_name
 from lowrank_dist.model.plan import Plan, PlannedMatrix
+from lowrank_dist.model.stacking import StackedFactors
 from lowrank_dist.quantization.nf4 import NF4
 from lowrank_dist.residual_model.reader import FROZEN_STEM, factor_keys, has_stock_layout, packed_name
 from lowrank_dist.storage.atomic import check_free, empty, exclusive, flush_directory, put_in_place, staging_of
