@@ -191,21 +191,15 @@ class Walk:
         The first measure says whether there are factors besides A and B that the residual was encoded from.
         """
         partition = planned.row_partition(group.size, block=self.residual.block)
-        matrix = Matrix(
-            name=planned.key,
-            block=block.values,
-            spare=block.spare,
+        matrix = Matrix.of(
+            planned,
+            block.values,
+            group,
             partition=partition,
-            group=group,
-            rank=planned.rank,
-            scaling=planned.scaling,
-            input_first=planned.input_first,
-            lookup=planned.lookup,
             factor_dtype=self.factor_dtype,
+            spare=block.spare,
             statistic=None if self.statistics is None else self.statistics(planned),
             thorough=self.thorough,
-            factor_names=planned.factor_names,
-            expert=(planned.expert or 0, planned.experts),
             buffers=buffers,
         )
         measured = planned.name not in self.known

@@ -329,19 +329,7 @@ class _Refit:
             start, stop = partition.bounds(self.group.rank)
             block = self.reader.rows(planned.key, start, stop).float()
             check_finite(planned.key, block, start)
-        return Matrix(
-            name=planned.key,
-            block=block.to(self.device),
-            partition=partition,
-            group=self.group,
-            rank=planned.rank,
-            scaling=planned.scaling,
-            input_first=planned.input_first,
-            lookup=planned.lookup,
-            factor_dtype=torch.float32,
-            factor_names=planned.factor_names,
-            expert=(planned.expert or 0, planned.experts),
-        )
+        return Matrix.of(planned, block.to(self.device), self.group, partition=partition, factor_dtype=torch.float32)
 
     def files(self, staging: Path) -> TensorFiles:
         """The file of the adapter, what is not fitted (`modules_to_save`) in it already. One rank only."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from lowrank_dist.linalg import SVD, minus_product, slabs
 from lowrank_dist.model.factor_layout import FactorLayout, TrainedFactors
 from lowrank_dist.quantization.format import Encoded, ResidualFormat
 from lowrank_dist.storage.buffers import Buffers
+
+if TYPE_CHECKING:  # it imports peft and transformers
+    from lowrank_dist.model.plan import PlannedMatrix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +80,47 @@ class Matrix:
     factor_names: Mapping[str, str] = field(default_factory=dict)
     expert: tuple[int, int] = (0, 1)
     buffers: Buffers = field(default_factory=Buffers)
+
+    @classmethod
+    def of(
+        cls,
+        planned: PlannedMatrix,
+        block: Tensor,
+        group: ShardGroup,
+        *,
+        partition: RowPartition,
+        factor_dtype: torch.dtype,
+        spare: bool = False,
+        statistic: Tensor | None = None,
+        thorough: bool = False,
+        buffers: Buffers | None = None,
+    ) -> Matrix:
+        """The matrix of a plan, of which this rank holds the rows `block`; nothing is copied or communicated.
+
+        Parameters
+        ----------
+        planned
+            Which; says all that the other parameters, which are those of `Matrix`, do not.
+        block
+            ``[m_p, n]`` fp32, row-sharded over `group` as `partition` says.
+        """
+        return cls(
+            name=planned.key,
+            block=block,
+            spare=spare,
+            partition=partition,
+            group=group,
+            rank=planned.rank,
+            scaling=planned.scaling,
+            input_first=planned.input_first,
+            lookup=planned.lookup,
+            factor_dtype=factor_dtype,
+            statistic=statistic,
+            thorough=thorough,
+            factor_names=planned.factor_names,
+            expert=(planned.expert or 0, planned.experts),
+            buffers=Buffers() if buffers is None else buffers,
+        )
 
     def empty(self) -> Tensor:
         """An uninitialized matrix like `block`, ``[m_p, n]`` fp32."""
