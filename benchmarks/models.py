@@ -12,8 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lowrank_dist.model.plan import PlannedMatrix, plan_walk
-from lowrank_dist.model.skeleton import build_skeleton, inject_adapter
+from lowrank_dist.model.plan import PlannedMatrix, open_plan
 from lowrank_dist.storage.reader import CheckpointReader
 
 ModelShapes = dict[str, tuple[int, int]]
@@ -85,9 +84,7 @@ def save_tiny_model(directory: Path) -> Path:
 def planned(directory: Path, reader: CheckpointReader, rank: int) -> list[PlannedMatrix]:
     """All linears of a model; all tensors of a checkpoint without a configuration."""
     if (directory / "config.json").is_file():
-        backbone = build_skeleton(directory)
-        inject_adapter(backbone, LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear"))
-        return plan_walk(backbone, reader).matrices
+        return open_plan(reader, LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear")).plan.matrices
     return matrices({name.removesuffix(".weight"): reader.info(name).shape for name in sorted(reader)}, rank)  # type: ignore[misc]
 
 

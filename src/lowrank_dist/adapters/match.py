@@ -11,14 +11,13 @@ from lowrank_dist.adapters.source import AdapterSource
 from lowrank_dist.errors import ModelError
 from lowrank_dist.model.names import PEFT_PREFIX, peft_name, plain_name
 from lowrank_dist.model.plan import Plan
-from lowrank_dist.model.skeleton import untie_embeddings
 
 # PEFT 0.21 writes a head under modules_to_save, with save_embedding_layers, under these names too
 _DOUBLES = (".modules_to_save.", ".original_module.")
 
 
-def untie_if_changed(backbone: PreTrainedModel, tensors: Iterable[str]) -> dict[str, str]:
-    """`untie_embeddings` where an adapter with these tensors changes a tied embedding: PEFT changes one of the two."""
+def changes_tied(backbone: PreTrainedModel, tensors: Iterable[str]) -> bool:
+    """Whether an adapter with these tensors changes a tied embedding: PEFT changes one of the two, so they part."""
     names: dict[int, list[str]] = {}
     for name, parameter in backbone.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -26,7 +25,7 @@ def untie_if_changed(backbone: PreTrainedModel, tensors: Iterable[str]) -> dict[
     changed = {plain_name(key.removeprefix(PEFT_PREFIX)) for key in tensors}
     # of ...lm_head.lora_A.weight the part before the factor, of ...lm_head.weight the part before the leaf
     changed = {name.partition(".lora_")[0] if ".lora_" in name else name.rpartition(".")[0] for name in changed}
-    return untie_embeddings(backbone) if tied & changed else {}
+    return bool(tied & changed)
 
 
 def match_adapter(adapter: AdapterSource, backbone: PreTrainedModel, plan: Plan, base: Path) -> dict[str, str]:

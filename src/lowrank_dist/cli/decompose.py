@@ -18,8 +18,7 @@ from lowrank_dist.decomposition.schedule import Sharding
 from lowrank_dist.decomposition.walk import Walk, check_matrices
 from lowrank_dist.errors import InputError
 from lowrank_dist.methods import METHODS, Method, method_named
-from lowrank_dist.model.plan import plan_walk
-from lowrank_dist.model.skeleton import build_skeleton, inject_adapter
+from lowrank_dist.model.plan import open_plan
 from lowrank_dist.progress import progress_bar
 from lowrank_dist.quantization.dense import Dense
 from lowrank_dist.quantization.nf4 import NF4
@@ -51,12 +50,10 @@ def run(argv: Sequence[str]) -> int:
             if first_on_host():  # of a hub id, one rank of each host fetches what is missing
                 resolve_checkpoint(options.pretrained, revision=options.revision)
         with group.shared_errors():
-            directory = resolve_checkpoint(options.pretrained, revision=options.revision)
-            reader = CheckpointReader(directory)
-            backbone = build_skeleton(directory)
+            reader = CheckpointReader(resolve_checkpoint(options.pretrained, revision=options.revision))
             adapter = _adapter(options)
-            inject_adapter(backbone, adapter)
-            plan = plan_walk(backbone, reader)
+            opened = open_plan(reader, adapter)
+            plan = opened.plan
             source_dtype = FLOAT_DTYPES[reader.info(plan.matrices[0].key).dtype]
             residual = NF4(**vars(options.nf4)) if quantized else Dense(dtype=source_dtype)
             init.check(residual)
@@ -82,7 +79,7 @@ def run(argv: Sequence[str]) -> int:
                 sharding=Sharding(ranks_per_matrix=options.ranks_per_matrix, ranks_per_node=local_ranks()),
                 announce=bar.write,
                 overwrite=options.overwrite,
-                calibrated=calibration_pass(options, backbone, plan, walk, source_dtype) if looks else None,
+                calibrated=calibration_pass(options, opened.backbone, plan, walk, source_dtype) if looks else None,
             )
         if group.rank == 0:
             entries = json.loads((output / MANIFEST).read_text())["matrices"]

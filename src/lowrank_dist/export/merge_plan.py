@@ -18,12 +18,12 @@ import transformers
 from peft import LoraConfig
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lowrank_dist.adapters.match import match_adapter, untie_if_changed
+from lowrank_dist.adapters.match import changes_tied, match_adapter
 from lowrank_dist.adapters.source import AdapterSource
 from lowrank_dist.errors import ModelError
 from lowrank_dist.model.names import CheckpointKeys, peft_name, plain_name
-from lowrank_dist.model.plan import Plan, PlannedMatrix, plan_walk
-from lowrank_dist.model.skeleton import build_skeleton, inject_adapter, read_config
+from lowrank_dist.model.plan import Plan, PlannedMatrix, open_plan
+from lowrank_dist.model.skeleton import build_skeleton, read_config
 from lowrank_dist.storage.reader import CheckpointReader, FileTensor
 from lowrank_dist.storage.writer import stored_dtype
 
@@ -121,22 +121,21 @@ def plan_merge(adapter: AdapterSource, directory: Path, dtype: torch.dtype | Non
     backbone, config_changes = _skeleton(adapter, directory)
     if dtype is not None:
         config_changes["dtype"] = str(dtype).removeprefix("torch.")
+    untie = changes_tied(backbone, adapter.trained)
     try:
-        tied = untie_if_changed(backbone, adapter.trained)
         with warnings.catch_warnings():
             # PEFT 0.21 says so of patterns that match parameters, and applies them
             warnings.filterwarnings("ignore", message="The following .*_pattern keys did not match any targeted module")
-            inject_adapter(backbone, adapter.config)
+            opened = open_plan(reader, adapter.config, backbone=backbone, untie=untie, limit_rank=False)
     except ModelError as error:
         raise ModelError(
-            f"{adapter.directory} cannot be merged into {directory}: {error} (PEFT's merge_and_unload may do what is "
-            "not supported here)"
+            f"{adapter.directory} cannot be merged into {directory} (PEFT's merge_and_unload may do what is not "
+            f"supported here): {error}"
         ) from error
-    if tied:
+    if opened.tied:
         config_changes["tie_word_embeddings"] = False
-    plan = plan_walk(backbone, reader, tied, limit_rank=False)
-    planner = _MergePlanBuilder(adapter, reader, backbone, CheckpointKeys(backbone, reader, tied), dtype)
-    planner.changes(plan)
+    planner = _MergePlanBuilder(adapter, reader, backbone, CheckpointKeys(backbone, reader, opened.tied), dtype)
+    planner.changes(opened.plan)
     planner.copies()
     return MergePlan(reader=reader, files=planner.files, tensors=planner.tensors, config_changes=config_changes)
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_dist.adapters.files import changed_config, open_adapter, whole_tensor
-from lowrank_dist.adapters.match import untie_if_changed
+from lowrank_dist.adapters.match import changes_tied
 from lowrank_dist.decomposition.report import MatrixReport
 from lowrank_dist.decomposition.restore import StoredDecompositions, StoredFactors
 from lowrank_dist.distributed.group import ShardGroup
@@ -34,8 +34,8 @@ from lowrank_dist.errors import CheckpointError, InputError, ModelError
 from lowrank_dist.linalg import full_fp32, randomized_svd, seed_from_name, squared_norm
 from lowrank_dist.methods import Factors, Matrix
 from lowrank_dist.model.names import peft_name
-from lowrank_dist.model.plan import PlannedMatrix, plan_walk
-from lowrank_dist.model.skeleton import build_skeleton, inject_adapter
+from lowrank_dist.model.plan import PlannedMatrix, open_plan, plan_walk
+from lowrank_dist.model.skeleton import build_skeleton
 from lowrank_dist.model.stacking import positions, put_factor
 from lowrank_dist.progress import progress_bar
 from lowrank_dist.quantization.format import Encoded
@@ -224,9 +224,9 @@ class _Refit:
         self.config.init_lora_weights = True
         head = [name for name, module in backbone.named_modules() if module is backbone.get_output_embeddings()]
         linears = {name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)}
-        tied = untie_if_changed(backbone, self.trained)
-        inject_adapter(backbone, self.config)
-        self.plan = plan_walk(backbone, self.reader, tied, limit_rank=False)
+        untie = changes_tied(backbone, self.trained)
+        opened = open_plan(self.reader, self.config, backbone=backbone, untie=untie, limit_rank=False)
+        self.plan = opened.plan
         self.dense = {planned.layer for planned in self.plan.matrices if planned.lookup or planned.wrapped} | {*head}
         fitted = {planned.layer for planned in self.plan.matrices} - self.dense
         self.not_quantized = sorted(linears - fitted) if base == "nf4" else []
@@ -234,7 +234,7 @@ class _Refit:
         self.decomposed = self._decomposed()
         self.stored: dict[str, PlannedMatrix] = {}  # what its files call the matrices
         if self.decomposed is not None:
-            plan = plan_walk(backbone, self.decomposed.reader, tied, limit_rank=False)
+            plan = plan_walk(backbone, self.decomposed.reader, opened.tied, limit_rank=False)
             self.stored = {planned.name: planned for planned in plan.matrices}
         if self.decomposed is None and not self.earlier.starts_at_zero:
             self.earlier.check_factors(self.plan, torch.float32, self.reports)

@@ -10,15 +10,15 @@ from typing import Literal
 
 import torch
 from peft import LoraConfig
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lowrank_dist.decomposition.walk import check_matrices
 from lowrank_dist.distributed.partition import FlatPartition, Storage
 from lowrank_dist.errors import CheckpointError, InputError
 from lowrank_dist.methods.base import Method
 from lowrank_dist.model.factor_layout import FactorLayout, TrainedFactors
-from lowrank_dist.model.plan import Plan, PlannedMatrix, PlannedTensor, plan_walk
-from lowrank_dist.model.skeleton import build_skeleton, inject_adapter, read_config, untie_embeddings
+from lowrank_dist.model.plan import Plan, PlannedMatrix, PlannedTensor, open_plan
+from lowrank_dist.model.skeleton import build_skeleton
 from lowrank_dist.quantization.format import ResidualFormat
 from lowrank_dist.storage.reader import CheckpointReader
 from lowrank_dist.storage.source import ShapesOnly, SourceReader
@@ -65,18 +65,14 @@ class ModelShapes:
         ModelError
             As the set-up of a run would.
         """
-        config: PretrainedConfig = read_config(source)
-        backbone = build_skeleton(source, config)
+        backbone = build_skeleton(source)
         try:
             reader = CheckpointReader(source)
         except CheckpointError:
             if any(source.glob("*.safetensors")):
                 raise
             reader = SourceReader(ShapesOnly(backbone))
-        tied = untie_embeddings(backbone) if untie else {}
-        if adapter is not None:
-            inject_adapter(backbone, adapter)
-        plan = plan_walk(backbone, reader, tied)
+        plan = open_plan(reader, adapter, backbone=backbone, untie=untie).plan
         if init is not None:
             check_matrices(plan, init)
         shapes = cls.planned(backbone, plan, reader)

@@ -21,8 +21,7 @@ from lowrank_dist.initialization.starting_adapter import StartingAdapter
 from lowrank_dist.methods import LoRA, Method
 from lowrank_dist.model.factor_layout import FactorLayout, TrainedFactors
 from lowrank_dist.model.names import plain_name
-from lowrank_dist.model.plan import Plan, plan_walk
-from lowrank_dist.model.skeleton import inject_adapter, untie_embeddings
+from lowrank_dist.model.plan import Plan, open_plan
 from lowrank_dist.quantization.format import ResidualFormat
 from lowrank_dist.residual_model.fingerprint import Calibrated
 from lowrank_dist.residual_model.reader import ResidualModel, starts_at_zero
@@ -156,9 +155,9 @@ class ModelRecipe:
             announce=announce,
             resume=resume,
         )
-        tied = untie_embeddings(backbone) if self.untie_embeddings else {}
-        inject_adapter(backbone, source.adapter)
-        plan = plan_walk(backbone, source.reader, tied, limit_rank=start is None)
+        plan = open_plan(
+            source.reader, source.adapter, backbone=backbone, untie=self.untie_embeddings, limit_rank=start is None
+        ).plan
         source.check(plan)
         fresh = list(dict.fromkeys(plain_name(t.names[0]) for t in plan.parameters if t.key is None and t.trainable))
         if fresh and start is None and resume is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from peft import LoraConfig
 from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer, ParamWrapper
@@ -23,6 +24,7 @@ from lowrank_dist.errors import ModelError
 from lowrank_dist.model.names import ADAPTER as ADAPTER
 from lowrank_dist.model.names import CheckpointKeys
 from lowrank_dist.model.names import plain_name as plain_name
+from lowrank_dist.model.skeleton import build_skeleton, inject_adapter, untie_embeddings
 from lowrank_dist.model.stacking import stacked_shapes
 from lowrank_dist.storage.reader import CheckpointReader
 
@@ -126,6 +128,61 @@ class Plan:
     matrices: list[PlannedMatrix] = field(default_factory=list)
     parameters: list[PlannedTensor] = field(default_factory=list)
     buffers: list[PlannedTensor] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedModel:
+    """A model of which nothing is in memory, the adapter's layers in it, and what is to fill it.
+
+    Attributes
+    ----------
+    backbone
+        On meta, adapters injected.
+    tied
+        From `untie_embeddings`; empty where nothing was untied.
+    plan
+        Of `backbone`.
+    """
+
+    backbone: PreTrainedModel
+    tied: Mapping[str, str]
+    plan: Plan
+
+
+def open_plan(
+    reader: CheckpointReader,
+    adapter: LoraConfig | None,
+    *,
+    backbone: PreTrainedModel | None = None,
+    untie: bool = False,
+    limit_rank: bool = True,
+) -> PlannedModel:
+    """Put an adapter's layers into a model on meta and match it with a checkpoint: everything before weights are read.
+
+    Parameters
+    ----------
+    reader
+        The checkpoint.
+    adapter
+        PEFT's configuration; None: the model as it is.
+    backbone
+        A skeleton, which is changed; None: the one that the checkpoint's ``config.json`` names.
+    untie
+        Give a tied head a weight of its own first.
+    limit_rank
+        See `plan_walk`.
+
+    Raises
+    ------
+    ModelError
+        As `build_skeleton`, `untie_embeddings`, `inject_adapter` and `plan_walk` do.
+    """
+    backbone = build_skeleton(reader.directory) if backbone is None else backbone
+    tied = untie_embeddings(backbone) if untie else {}
+    if adapter is not None:
+        inject_adapter(backbone, adapter)
+    plan = plan_walk(backbone, reader, tied, limit_rank=limit_rank)
+    return PlannedModel(backbone=backbone, tied=tied, plan=plan)
 
 
 def plan_walk(

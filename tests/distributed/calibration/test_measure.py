@@ -26,8 +26,7 @@ from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import RowPartition
 from lowrank_dist.errors import InputError
 from lowrank_dist.methods import Decomposition, LoRA, Matrix, Method
-from lowrank_dist.model.plan import plan_walk
-from lowrank_dist.model.skeleton import build_skeleton, inject_adapter
+from lowrank_dist.model.plan import open_plan
 from lowrank_dist.quantization.dense import Dense
 from lowrank_dist.quantization.format import ResidualFormat
 from lowrank_dist.storage.reader import CheckpointReader
@@ -84,9 +83,9 @@ def part(batch: Mapping[str, Tensor], rank: int, world_size: int) -> dict[str, T
 def skeleton(pretrained: Path, targets: Any = "all-linear") -> tuple[Any, ...]:
     use_cpu_accelerator()
     partitioner = Partitioner(CONFIG)
-    backbone, reader = build_skeleton(pretrained), CheckpointReader(pretrained)
-    inject_adapter(backbone, LoraConfig(r=2, lora_alpha=4, target_modules=targets))
-    return backbone, plan_walk(backbone, reader), reader, partitioner
+    reader = CheckpointReader(pretrained)
+    opened = open_plan(reader, LoraConfig(r=2, lora_alpha=4, target_modules=targets))
+    return opened.backbone, opened.plan, reader, partitioner
 
 
 def sharded(pretrained: Path, statistic: str, padded: bool, options: dict[str, Any], residual: Any) -> dict[str, Any]:

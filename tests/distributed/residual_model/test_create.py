@@ -27,8 +27,7 @@ from lowrank_dist import NF4, LoftQ, LoRA, PiSSA, PiSSAStrategy
 from lowrank_dist.decomposition.schedule import Sharding
 from lowrank_dist.decomposition.walk import Walk
 from lowrank_dist.distributed.group import ShardGroup
-from lowrank_dist.model.plan import plan_walk
-from lowrank_dist.model.skeleton import build_skeleton, inject_adapter
+from lowrank_dist.model.plan import open_plan
 from lowrank_dist.quantization.dense import Dense
 from lowrank_dist.residual_model.create import decompose
 from lowrank_dist.storage.atomic import staging_of
@@ -46,10 +45,8 @@ def write(
 ) -> int:
     """Decompose `pretrained` into `output` on the ranks of the test; returns the bytes that this rank has read."""
     options = options or {}
-    backbone, reader = build_skeleton(pretrained), CheckpointReader(pretrained)
-    config = adapter(**options.get("adapter", {}))
-    inject_adapter(backbone, config)
-    plan = plan_walk(backbone, reader)
+    reader, config = CheckpointReader(pretrained), adapter(**options.get("adapter", {}))
+    plan = open_plan(reader, config).plan
     walk = Walk(reader, ShardGroup(), init=init or PiSSA(), residual=residual or NF4(), factor_dtype=FP32)
     decompose(
         plan, walk, output, adapter=config, base=str(pretrained), sharding=options.get("sharding"),

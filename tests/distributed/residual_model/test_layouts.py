@@ -26,8 +26,7 @@ from lowrank_dist import NF4, LoRAXS, PiSSA, PiSSAStrategy
 from lowrank_dist.decomposition.schedule import Sharding
 from lowrank_dist.decomposition.walk import Walk
 from lowrank_dist.distributed.group import ShardGroup
-from lowrank_dist.model.plan import plan_walk
-from lowrank_dist.model.skeleton import build_skeleton, inject_adapter
+from lowrank_dist.model.plan import open_plan
 from lowrank_dist.quantization.dense import Dense
 from lowrank_dist.residual_model.create import decompose
 from lowrank_dist.storage.atomic import staging_of
@@ -73,9 +72,8 @@ def adapter_of(case: Case) -> LoraConfig:
 
 def write(base: Path, output: Path, case: Case, residual: Any, ranks_per_matrix: int | None = None) -> int:
     """Decompose; the bytes that this rank has read."""
-    backbone, reader, config = build_skeleton(base), CheckpointReader(base), adapter_of(case)
-    inject_adapter(backbone, config)
-    plan = plan_walk(backbone, reader)
+    reader, config = CheckpointReader(base), adapter_of(case)
+    plan = open_plan(reader, config).plan
     walk = Walk(reader, ShardGroup(), init=case.init, residual=residual or Dense(dtype=FP32), factor_dtype=FP32)
     sharding = Sharding(ranks_per_matrix=ranks_per_matrix)
     decompose(plan, walk, output, adapter=config, base=str(base), sharding=sharding)

@@ -26,8 +26,8 @@ from lowrank_dist.decomposition.restore import Resume
 from lowrank_dist.decomposition.schedule import Sharding
 from lowrank_dist.errors import CheckpointError, ModelError
 from lowrank_dist.initialization.open import ModelRecipe
-from lowrank_dist.model.plan import Plan, plan_walk
-from lowrank_dist.model.skeleton import inject_adapter, meta_parameters, untie_embeddings
+from lowrank_dist.model.plan import Plan, open_plan
+from lowrank_dist.model.skeleton import meta_parameters
 from lowrank_dist.storage.reader import CheckpointReader
 
 
@@ -39,10 +39,8 @@ def skeleton(directory: Path, auto_class: Any = AutoModelForCausalLM) -> Any:
 
 
 def plan(directory: Path, *, untie: bool = False, model: Any = None, **adapter: Any) -> Plan:
-    model = model or skeleton(directory)
-    tied = untie_embeddings(model) if untie else {}
-    inject_adapter(model, LoraConfig(**{"r": 4, "lora_alpha": 4, **adapter}))
-    return plan_walk(model, CheckpointReader(directory), tied)
+    config = LoraConfig(**{"r": 4, "lora_alpha": 4, **adapter})
+    return open_plan(CheckpointReader(directory), config, backbone=model, untie=untie).plan
 
 
 def refused(directory: Path, *texts: str, **options: Any) -> None:
@@ -170,10 +168,8 @@ def test_experts_on_disk(tmp_path: Path, fused: bool) -> None:
     """One by one or stacked: an expert's rows are its rows, read by any range, and its name is that of the model."""
     base = save_checkpoint(tmp_path, "qwen3_moe", save_original_format=not fused)
     reader, model = CheckpointReader(base), AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    skeleton_ = skeleton(base)
     names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    inject_adapter(skeleton_, LoraConfig(r=4, target_modules=[], target_parameters=names))
-    matrices = plan_walk(skeleton_, reader).matrices
+    matrices = open_plan(reader, LoraConfig(r=4, target_modules=[], target_parameters=names)).plan.matrices
     assert len(matrices) == 2 * 2 * 6
     before = reader.bytes_read
     for planned in matrices:
@@ -184,7 +180,7 @@ def test_experts_on_disk(tmp_path: Path, fused: bool) -> None:
         parts = [reader.rows(planned.key, a, b) for a, b in pairwise(cuts)]
         assert torch.equal(torch.cat(parts), whole)
     assert reader.bytes_read - before == sum(m.rows * m.columns * 4 for m in matrices)
-    plain = plan_walk(skeleton(base), reader).parameters
+    plain = open_plan(reader, None).plan.parameters
     (stack,) = [p.key for p in plain if p.names == ("model.layers.1.mlp.experts.gate_up_proj",)]
     whole = model.model.layers[1].mlp.experts.gate_up_proj
     assert stack is not None
