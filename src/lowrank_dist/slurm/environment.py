@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
-import struct
 import sys
 import tempfile
 import time
@@ -14,9 +12,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
+import psutil
+
 from lowrank_dist.cluster.allocation import Allocation
 
-_SIOCGIFADDR = 0x8915  # of linux/sockios.h: the address of an interface
 _STALE = 3600  # seconds after which a lock of a build is nobody's
 
 
@@ -57,15 +56,8 @@ def interface_to(host: str) -> str | None:
         except OSError:
             return None
         address = probe.getsockname()[0]
-        for _, name in socket.if_nameindex():
-            request = struct.pack("256s", name.encode()[:15])
-            try:
-                answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)
-            except OSError:  # it has no IPv4 address
-                continue
-            if socket.inet_ntoa(answer[20:24]) == address:
-                return name
-    return None
+    names = (name for name, found in psutil.net_if_addrs().items() if address in (one.address for one in found))
+    return next(names, None)
 
 
 def extension_cache(*, owner: bool) -> Path:

@@ -7,11 +7,11 @@ memory. There is nothing to page on a CPU, so `torch.optim.AdamW` is used there,
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 OptimizerName = Literal["adamw", "paged_adamw_32bit", "paged_adamw_8bit"]
 """Names of `transformers.TrainingArguments.optim` that `build_optimizer` knows."""
@@ -82,13 +82,12 @@ def build_optimizer(
     if name == "adamw":
         return torch.optim.AdamW(params, **settings)
     if device.type != "cuda":
-        if _is_rank_zero():
-            log.warning(
-                "optimizer=%s needs a CUDA device and this run trains on %s: torch.optim.AdamW is used instead, its "
-                "state unpaged and in the dtype of the parameters",
-                name,
-                device.type,
-            )
+        _report(
+            "optimizer=%s needs a CUDA device and this run trains on %s: torch.optim.AdamW is used instead, its state "
+            "unpaged and in the dtype of the parameters",
+            name,
+            device.type,
+        )
         return torch.optim.AdamW(params, **settings)
     try:
         import bitsandbytes.optim
@@ -101,7 +100,6 @@ def build_optimizer(
     return optimizer
 
 
-def _is_rank_zero() -> bool:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank() == 0
-    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
+@rank_zero_only
+def _report(message: str, *values: object) -> None:
+    log.warning(message, *values)

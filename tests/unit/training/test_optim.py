@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lowrank_dist.training import optim
 from lowrank_dist.training.optim import OPTIMIZERS, build_optimizer
@@ -32,7 +33,7 @@ def test_paged_falls_back_off_cuda_and_says_so_once(name, caplog):
 
 
 def test_other_ranks_say_nothing(caplog, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
     build_optimizer(parameters(), name="paged_adamw_8bit", lr=0.1, device=torch.device("cpu"))
     assert not caplog.records
 
