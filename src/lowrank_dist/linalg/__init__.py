@@ -1,7 +1,7 @@
 """Linear algebra of row-sharded matrices: orthonormalization and the leading singular triplets.
 
-Everything is computed in true fp32, Gram matrices that orthonormalize in fp64; on CUDA the power loop is in tf32. What
-a rank decides from data, rank 0 decides for all.
+Everything is computed in true fp32, except that Gram matrices for orthonormalization are in fp64 and the power loop on
+CUDA is in tf32. Rank 0 takes every decision that depends on data, and broadcasts it.
 """
 
 from lowrank_dist.linalg.krylov import SVD, randomized_svd, seed_from_name

@@ -1,4 +1,4 @@
-"""The nuclear norm of a row-sharded matrix: exact where that is cheap, else estimated.
+"""The nuclear norm of a row-sharded matrix: exact for a small short side, else estimated.
 
 References
 ----------
@@ -15,12 +15,12 @@ from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.linalg import full_fp32
 from lowrank_dist.linalg.trailing import own_rows, short_gram
 
-EXACT_SIDE = 768  # up to here all singular values cost less than probing
+EXACT_SIDE = 768  # up to this short side, computing all singular values is cheaper than the estimate
 _PROBES, _STEPS = 16, 24
 
 
 def nuclear_norm(block: Tensor, *, rows: int, group: ShardGroup, seed: int) -> float:
-    """Sum of the singular values of a row-sharded matrix.
+    """Compute the sum of the singular values of a row-sharded matrix.
 
     Parameters
     ----------
@@ -36,11 +36,12 @@ def nuclear_norm(block: Tensor, *, rows: int, group: ShardGroup, seed: int) -> f
     Returns
     -------
     float
-        Exact to ``1e-7 sigma_1 min(m, n)`` where the short side is at most 768 (a reduce of its fp64 Gram matrix); else
-        the estimate of stochastic Lanczos quadrature with 16 probes of 24 steps: ``2 * 16 * 24 * 2 m_p n`` flops and
-        24 all-reduces of ``16 x n`` (and smaller ones). On matrices with sides from 1024 on, Gaussian and with spectra
-        i^-0.5, its standard error was 0.4 to 1.4 %; that of the reduction of a quantization error, with the same
-        probes for both norms, 0.4 to 1.3 percentage points.
+        The norm, replicated. It is exact to ``1e-7 sigma_1 min(m, n)`` if the short side is at most 768, by one reduce
+        of its fp64 Gram matrix. Otherwise it is the estimate of stochastic Lanczos quadrature with 16 probes of 24
+        steps, by ``2 * 16 * 24 * 2 m_p n`` flops and 24 all-reduces of ``16 x n`` (and smaller ones). Its standard
+        error was 0.4 to 1.4 % on matrices with sides of at least 1024, Gaussian and with spectra i^-0.5. The standard
+        error of the reduction of a quantization error, with the same probes for both norms, was 0.4 to 1.3 percentage
+        points.
     """
     short = min(rows, block.shape[1])
     if short <= EXACT_SIDE:
@@ -52,11 +53,11 @@ def nuclear_norm(block: Tensor, *, rows: int, group: ShardGroup, seed: int) -> f
 
 
 def _quadrature(block: Tensor, rows: int, group: ShardGroup, seed: int) -> float:
-    """Stochastic Lanczos quadrature of ``tr((W^T W)^(1/2))``, or of ``tr((W W^T)^(1/2))`` where rows are short."""
+    """Stochastic Lanczos quadrature of ``tr((W^T W)^(1/2))``, or ``tr((W W^T)^(1/2))`` if rows are the short side."""
     tall, short = rows >= block.shape[1], min(rows, block.shape[1])
     generator = torch.Generator().manual_seed(seed)
     probes = torch.randint(0, 2, (_PROBES, short), generator=generator).float() * 2 - 1
-    if not tall:  # vectors of the short side are sharded, and so are their inner products
+    if not tall:  # vectors of the short side are sharded, hence their inner products are partial sums
         first, stop = own_rows(block, group)
         probes = probes[:, first:stop]
     basis = (probes / short**0.5).to(block.device)[:, None]  # [probes, steps, short]
@@ -73,7 +74,7 @@ def _quadrature(block: Tensor, rows: int, group: ShardGroup, seed: int) -> float
             last = basis[:, -1]
             product = operate(last)
             diagonal.append(summed((product * last).sum(dim=1)))
-            for _ in range(2):  # full reorthogonalization: the quadrature must not see an eigenvalue twice
+            for _ in range(2):  # full reorthogonalization, so that the quadrature counts no eigenvalue twice
                 overlap = summed(torch.einsum("psn,pn->ps", basis, product))
                 product = product - torch.einsum("psn,ps->pn", basis, overlap)
             length = summed(product.square().sum(dim=1)).sqrt()

@@ -1,4 +1,4 @@
-"""Orthonormalization of row-sharded vectors: CholeskyQR2 in fp64 Grams, TSQR where that breaks down.
+"""Orthonormalization of row-sharded vectors: CholeskyQR2 with fp64 Gram matrices, TSQR where that breaks down.
 
 References
 ----------
@@ -19,15 +19,15 @@ from lowrank_dist.distributed.group import ShardGroup
 # One pass of CholeskyQR leaves an orthogonality error of condition * 6e-8. For k equally long orthogonal vectors
 # ||L|| ||L^-1|| is k; up to this multiple of k one pass is enough.
 _ONE_PASS = 10.0
-# A second pass repairs what the first left while that stays well below 1 [CQR]; beyond this condition number the
-# Householder route takes over.
+# A second pass corrects the orthogonality error of the first as long as that is well below 1 [CQR]. Householder TSQR is
+# used from this condition number on.
 _MAX_CONDITION = 1e5
-# Columns that are widened to fp64 at a time: on a CPU those that stay in a cache, on a device so many that it has work.
+# Columns that are widened to fp64 at a time: few enough for the cache of a CPU, enough to occupy a device.
 _PANEL, _DEVICE_PANEL = 2048, 2**16
 
 
 def orthonormalize(y: Tensor, group: ShardGroup) -> tuple[Tensor, Tensor]:
-    """Thin QR of a row-sharded tall matrix: CholeskyQR with fp64 Grams, once or twice, TSQR where that breaks down.
+    """Compute the thin QR of a row-sharded tall matrix by CholeskyQR with fp64 Gram matrices, or TSQR.
 
     Parameters
     ----------
@@ -39,22 +39,37 @@ def orthonormalize(y: Tensor, group: ShardGroup) -> tuple[Tensor, Tensor]:
     Returns
     -------
     q
-        ``[m_p, k]`` fp32, row-sharded, orthonormal columns also where `y` is rank-deficient or zero.
+        ``[m_p, k]`` fp32, row-sharded. Its columns are orthonormal even if `y` is rank-deficient or zero.
     r
         ``[k, k]`` fp64, upper triangular, replicated, ``q @ r = y``.
 
+    See Also
+    --------
+    randomized_svd : Leading singular triplets of a row-sharded matrix.
+
     Notes
     -----
-    A reduce + broadcast pair of ``k x k`` fp64 per pass ([CQR]): one if ``||R|| ||R^-1||`` shows that `y` is
-    well-conditioned, two otherwise; a third, of ``P x k x k``, if `y` is too ill-conditioned for Cholesky ([TSQR]).
-    Rank 0 factors and broadcasts, so that all ranks decide alike.
+    Every pass of CholeskyQR issues a reduce + broadcast pair of ``k x k`` fp64 ([CQR]). One pass is enough if
+    ``||R|| ||R^-1||`` shows that `y` is well-conditioned; otherwise there are two. If `y` is too ill-conditioned for
+    Cholesky, TSQR follows with another pair, of ``P x k x k`` ([TSQR]). Rank 0 factors and broadcasts, so that all
+    ranks decide alike.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from lowrank_dist.distributed.group import ShardGroup
+    >>> from lowrank_dist.linalg import orthonormalize
+    >>> y = torch.tensor([[3.0, 1.0], [4.0, 0.0], [0.0, 1.0]])
+    >>> q, r = orthonormalize(y, ShardGroup.single())
+    >>> torch.allclose(q.T @ q, torch.eye(2), atol=1e-6), torch.allclose(q @ r.float(), y, atol=1e-5)
+    (True, True)
     """
     q, lower = orthonormal_rows(y.mT, group)
     return q.mT.contiguous(), lower.mT
 
 
 def orthonormal_rows(y: Tensor, group: ShardGroup) -> tuple[Tensor, Tensor]:
-    """`orthonormalize` for vectors as rows: ``[k, m_p]`` to ``q [k, m_p]`` and ``l [k, k]`` with ``l @ q = y``."""
+    """`orthonormalize` for vectors as rows: from ``[k, m_p]``, ``q [k, m_p]`` and ``l [k, k]`` with ``l @ q = y``."""
     q, lower, condition = _cholesky_qr(y, group)
     if _ONE_PASS * len(y) <= condition < _MAX_CONDITION:
         q, rest, condition = _cholesky_qr(q, group)
@@ -63,7 +78,7 @@ def orthonormal_rows(y: Tensor, group: ShardGroup) -> tuple[Tensor, Tensor]:
 
 
 def _cholesky_qr(y: Tensor, group: ShardGroup) -> tuple[Tensor, Tensor, float]:
-    """One pass: rows that are more nearly orthonormal, their factor, and its condition number, NaN where it broke."""
+    """One pass: the rows, closer to orthonormal, their factor, and its condition number (NaN if Cholesky failed)."""
     k = len(y)
     packed = torch.empty(2 * k, k, dtype=torch.float64, device=y.device)
     group.reduce_once(gram(y, y), packed, _cholesky)
@@ -72,7 +87,7 @@ def _cholesky_qr(y: Tensor, group: ShardGroup) -> tuple[Tensor, Tensor, float]:
 
 
 def gram(x: Tensor, y: Tensor) -> Tensor:
-    """``x @ y.T`` in fp64 for vectors as rows; widens a panel of columns at a time."""
+    """``x @ y.T`` in fp64 for vectors as rows; only a panel of columns is widened at a time."""
     total = torch.zeros(x.shape[0], y.shape[0], dtype=torch.float64, device=x.device)
     panel = _PANEL if x.device.type == "cpu" else _DEVICE_PANEL
     for first in range(0, y.shape[1], panel):
@@ -82,13 +97,36 @@ def gram(x: Tensor, y: Tensor) -> Tensor:
 
 
 def row_signs(vectors: Tensor) -> Tensor:
-    """Signs that make the largest entry of every row of `vectors`, ``[k, n]``, positive: ``[k, 1]``, never zero."""
+    """Compute the signs that make the entry of largest magnitude in every row positive.
+
+    Parameters
+    ----------
+    vectors
+        ``[k, n]``, replicated: nothing is communicated.
+
+    Returns
+    -------
+    Tensor
+        ``[k, 1]`` of 1 and -1 in the dtype of `vectors`; 1 for a row of zeros.
+
+    See Also
+    --------
+    randomized_svd : Fixes the signs of the singular vectors with it.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from lowrank_dist.linalg import row_signs
+    >>> row_signs(torch.tensor([[1.0, -3.0], [2.0, -1.0]]))
+    tensor([[-1.],
+            [ 1.]])
+    """
     signs = vectors.gather(1, vectors.abs().argmax(dim=1, keepdim=True)).sign()
     return torch.where(signs == 0, 1, signs)
 
 
 def _cholesky(gram: Tensor) -> Tensor:
-    """``[L; L^-1]``, or NaNs where the Gram matrix has no Cholesky factor."""
+    """``[L; L^-1]``, or NaNs if the Gram matrix has no Cholesky factor."""
     lower, info = torch.linalg.cholesky_ex(gram)
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     both = torch.cat([lower, torch.linalg.solve_triangular(lower, eye, upper=False)])

@@ -1,17 +1,18 @@
-"""Trailing singular triplets of a row-sharded matrix, and every rank's rows in turn.
+"""Trailing singular triplets of a row-sharded matrix, and iteration over the rows of all ranks.
 
-Randomized subspace iteration finds the large end of a spectrum; the small end is the large end of an inverse. Here it
-is taken from the Gram matrix G of the short side of W, in fp64: G has the squared singular values of W, so what fp64
-resolves of it (down to ``1e-8 sigma_1`` in sigma) is what fp32 weights hold.
+Randomized subspace iteration finds the large end of a spectrum; the small end is the large end of an inverse. Trailing
+triplets are computed from the Gram matrix G of the short side of W, in fp64. G has the squared singular values of W, so
+fp64 resolves sigma down to ``1e-8 sigma_1``, which is the precision of fp32 weights.
 
 Notation: W is ``m x n``, sharded by rows over P ranks, ``s = min(m, n)``, ``k = 2 rank + 16``.
 
-- Flops: ``2 m n s / P`` per rank for G. Rank 0 then takes about ``10 s^3`` for all eigenvectors where s is small or k
-  a good part of it; beyond, ``s^3 / 3`` for one Cholesky factorization and ``4 s^2 k`` per inverse iteration.
-- Memory: ``s x s`` fp64 on every rank (512 MiB for s = 8192), on rank 0 a few of them while it solves. Where rows are
-  the short side, one peer's row block besides.
-- Collectives: one reduce of ``s x s`` fp64 and a broadcast of ``s x rank`` fp64; the QR and the ``rank x rank`` SVD of
-  `randomized_svd`. Where rows are the short side, the row blocks of all ranks, one at a time, before.
+- Flops: ``2 m n s / P`` per rank for G. Rank 0 then takes about ``10 s^3`` for all eigenvectors if s is small or k is a
+  large part of s. Otherwise it takes ``s^3 / 3`` for one Cholesky factorization and ``4 s^2 k`` per inverse iteration.
+- Memory: ``s x s`` fp64 on every rank (512 MiB for s = 8192), and a few of these on rank 0 during the solution. Where
+  rows are the short side, one peer's row block in addition.
+- Collectives: where rows are the short side, first the row blocks of all ranks, one at a time. Then one reduce of
+  ``s x s`` fp64 and a broadcast of ``s x rank`` fp64, and those of the QR and the ``rank x rank`` SVD in
+  `randomized_svd`.
 
 References
 ----------
@@ -34,35 +35,35 @@ _CHUNK = 1024
 # All eigenvectors cost about as much as 16 inverse iterations with k = s / 6.
 _DENSE_SIDE = 1024
 _DENSE_SHARE = 6
-# Directions carried along beyond 2 rank: with a handful of vectors the iteration would stop before it has converged.
+# Vectors beyond 2 rank. With only a handful of vectors the iteration would stop before it has converged.
 _EXTRA = 16
-# The sum of the wanted eigenvalues falls at every iteration; it stops once it falls by less than this share. Gaussian
-# matrices twice as tall as wide take 8 to 18 iterations and are left with an excess of 2e-5 to 2e-4 (r = 1 to 128),
-# square ones 3 to 6 and weights of SmolLM2-135M 3 to 9, with less than 7e-5.
+# The sum of the wanted eigenvalues decreases at every iteration, which ends once the relative decrease is below this
+# value. Gaussian matrices twice as tall as wide take 8 to 18 iterations and end with an excess of 2e-5 to 2e-4 (r = 1
+# to 128). Square ones take 3 to 6 and weights of SmolLM2-135M 3 to 9, with an excess below 7e-5.
 _TOLERANCE = 1e-4
 _MAX_ITERATIONS = 30
 
 
 def row_blocks(block: Tensor, group: ShardGroup) -> Iterator[tuple[int, Tensor]]:
-    """Every rank's rows in turn, on all ranks: memory for one peer's block, never for the whole matrix.
+    """Iterate over the rows of all ranks, on all ranks, with memory for one peer's block at a time.
 
     Parameters
     ----------
     block
         This rank's rows, ``[m_p, n]``, row-sharded in rank order; zero rows are allowed.
     group
-        The ranks that hold the rows. All of them run through the iterator together, to its end.
+        The ranks that hold the rows. All of them must iterate to the end.
 
     Yields
     ------
     start
         Index of the first row.
     rows
-        ``[m_q, n]``, replicated, to be read only; ranks without rows are skipped.
+        ``[m_q, n]``, replicated, read-only. Ranks without rows are skipped.
 
     Notes
     -----
-    One all-reduce of P integers, then a broadcast of ``m_q x n`` by every rank.
+    One all-reduce of P integers, then a broadcast of ``m_q x n`` from every rank that has rows.
     """
     if group.size == 1:
         yield 0, block
@@ -76,16 +77,16 @@ def row_blocks(block: Tensor, group: ShardGroup) -> Iterator[tuple[int, Tensor]]
 
 
 def multiply(left: Tensor, right: Tensor, group: ShardGroup) -> Tensor:
-    """Product of two row-sharded matrices in true fp32, sharded like `left`.
+    """Multiply two row-sharded matrices in true fp32; the product is sharded like `left`.
 
     Parameters
     ----------
     left
         This rank's rows, ``[a_p, b]`` fp32.
     right
-        This rank's rows, ``[b_p, c]`` fp32; its rows may be cut elsewhere than those of `left`.
+        This rank's rows, ``[b_p, c]`` fp32; they may be sharded differently from those of `left`.
     group
-        The ranks that hold the rows of both. The collectives are those of `row_blocks` for `right`.
+        The ranks that hold the rows of both. Issues the collectives of `row_blocks` for `right`.
 
     Returns
     -------
@@ -100,18 +101,18 @@ def multiply(left: Tensor, right: Tensor, group: ShardGroup) -> Tensor:
 
 
 def trailing_svd(block: Tensor, rank: int, *, rows: int, group: ShardGroup, seed: int) -> SVD:
-    """Smallest `rank` singular triplets of a row-sharded matrix, among its ``min(m, n)``.
+    """Compute the smallest `rank` of the ``min(m, n)`` singular triplets of a row-sharded matrix.
 
     Parameters
     ----------
     block
         This rank's rows, ``[m_p, n]`` fp32; zero rows are allowed.
     rank
-        Triplets wanted, at most ``min(m, n)``.
+        Number of triplets, at most ``min(m, n)``.
     rows
         m, the rows of all ranks together.
     group
-        The ranks that hold the rows. Costs and collectives: see the module's docstring.
+        The ranks that hold the rows. The module's docstring states costs and collectives.
     seed
         Seed of the Gaussian start of the inverse iteration; the same on every rank (`seed_from_name`).
 
@@ -119,7 +120,7 @@ def trailing_svd(block: Tensor, rank: int, *, rows: int, group: ShardGroup, seed
     -------
     SVD
         ``u`` ``[m_p, rank]`` row-sharded, ``s`` ``[rank]`` and ``vh`` ``[rank, n]`` replicated, all fp32; ``s``
-        descending, as the last columns of a whole SVD. The largest entry of every row of ``vh`` is positive.
+        descending, like the last columns of a full SVD. The largest entry of every row of ``vh`` is positive.
 
     Raises
     ------
@@ -128,10 +129,10 @@ def trailing_svd(block: Tensor, rank: int, *, rows: int, group: ShardGroup, seed
 
     Notes
     -----
-    Singular values come out with an absolute error of about ``1e-7 sigma_1``, the rounding of fp32 weights. ``u`` and
-    ``vh`` are orthonormal to fp32 rounding in any case. Where W is rank-deficient, they hold some orthonormal basis of
-    its null spaces, and any is right; which one depends on rounding, hence on the world size. Vectors of nearly equal
-    singular values turn among each other likewise; their span does not.
+    Singular values have an absolute error of about ``1e-7 sigma_1``, the rounding of fp32 weights. ``u`` and ``vh`` are
+    orthonormal to fp32 rounding in any case. If W is rank-deficient they contain an orthonormal basis of its null
+    spaces, which is arbitrary and depends on rounding, hence on the world size. Vectors of nearly equal singular values
+    are arbitrary within their span in the same way; the span itself is determined.
     """
     columns = block.shape[1]
     short = min(rows, columns)
@@ -144,7 +145,7 @@ def trailing_svd(block: Tensor, rank: int, *, rows: int, group: ShardGroup, seed
     with full_fp32():
         if columns == short:
             right = basis.float()
-            # fp64: rounding errors of fp32 are a share of sigma_1, and what is left over may be far smaller
+            # fp64, because rounding errors of fp32 are proportional to sigma_1 and the image may be far smaller.
             image = torch.cat([wide @ basis for wide in _widened(block)])
             left, middle = orthonormalize(image.float(), group)
         else:
@@ -161,7 +162,7 @@ def trailing_svd(block: Tensor, rank: int, *, rows: int, group: ShardGroup, seed
 def _rotated(left: Tensor, middle: Tensor, right: Tensor, group: ShardGroup) -> SVD:
     """SVD of ``left @ middle @ right^T`` from orthonormal `left` (row-sharded) and `right` (replicated).
 
-    The ``r x r`` SVD of `middle` is taken on rank 0. One broadcast of ``2 r + 1`` rows.
+    Rank 0 computes the ``r x r`` SVD of `middle`. One broadcast of ``2 r + 1`` rows.
     """
     r = middle.shape[0]
     small = torch.empty(2 * r + 1, r, dtype=torch.float64, device=middle.device)
@@ -191,7 +192,7 @@ def _row_counts(block: Tensor, group: ShardGroup) -> list[int]:
 
 
 def _widened(tensor: Tensor, dim: int = 0) -> Iterator[Tensor]:
-    """A matrix in fp64, a slab of rows (or columns) at a time; one empty slab where there are none."""
+    """A matrix in fp64, a slab of rows (or columns) at a time; one empty slab for an empty matrix."""
     side = tensor.shape[dim]
     for start in range(0, max(side, 1), _CHUNK):
         yield tensor.narrow(dim, start, min(_CHUNK, side - start)).double()
@@ -200,8 +201,8 @@ def _widened(tensor: Tensor, dim: int = 0) -> Iterator[Tensor]:
 def short_gram(block: Tensor, rows: int, group: ShardGroup) -> Tensor:
     """This rank's part of the Gram matrix of the short side, ``[min(m, n)] * 2`` fp64, to be summed over the ranks.
 
-    Nothing is communicated where columns are the short side (``W^T W``); else (``W W^T``) every rank's rows go round,
-    see `row_blocks`.
+    Nothing is communicated where columns are the short side (``W^T W``). Otherwise (``W W^T``) every rank receives the
+    rows of all ranks; see `row_blocks`.
     """
     return _column_gram(block) if block.shape[1] <= rows else _row_gram(block, rows, group)
 
@@ -246,10 +247,10 @@ def _smallest_eigenvectors(gram: Tensor, rank: int, seed: int) -> Tensor:
 
 
 def _shifted_cholesky(gram: Tensor) -> Tensor:
-    """Cholesky factor of ``G + shift I``; the shift is about the rounding of G, as little as lets it succeed.
+    """Cholesky factor of ``G + shift I``; the shift starts at about the rounding of G and grows until it succeeds.
 
-    Eigenvalues below the shift converge as if they were equal to it: singular values below about ``1e-6 sigma_1`` are
-    found together, as a null space is.
+    Eigenvalues below the shift converge as if they were equal to it. Singular values below about ``1e-6 sigma_1`` are
+    therefore found together, like a null space.
     """
     diagonal = gram.diagonal()
     shift = gram.shape[0] * torch.finfo(gram.dtype).eps * diagonal.mean()

@@ -1,16 +1,16 @@
-"""Truncation of a low-rank update to a lower rank: optimal, and from its factors alone.
+"""Optimal truncation of a low-rank update to a lower rank, from its factors alone.
 
 With thin QR factorisations ``B = Q_B R_B`` and ``A^T = Q_A R_A`` the update is ::
 
-    s B A = Q_B (s R_B R_A^T) Q_A^T,
+    s B A = Q_B (s R_B R_A^T) Q_A^T.
 
-so that its singular values are those of the small matrix in the middle, and its singular vectors those of that matrix,
-turned by ``Q_B`` and ``Q_A``. The leading K of them make the nearest matrix of rank K, in the Frobenius, the spectral
-and every other unitarily invariant norm (C. Eckart, G. Young, 1936; L. Mirsky, 1960), and what is lost is the tail:
-``||s B A - B' A'||_F^2 = sum_{i > K} sigma_i^2``. The update itself, ``out x in``, is never formed.
+Its singular values are those of the small matrix in the middle. Its singular vectors are those of that matrix,
+multiplied by ``Q_B`` and ``Q_A``. The leading K triplets give the nearest matrix of rank K, in the Frobenius, the
+spectral and every other unitarily invariant norm (C. Eckart, G. Young, 1936; L. Mirsky, 1960). The truncation loses the
+tail: ``||s B A - B' A'||_F^2 = sum_{i > K} sigma_i^2``. The update itself, ``out x in``, is never formed.
 
-Pure functions on CPU tensors. Everything is computed in fp64: ``B A - B_0 A_0`` of a converted adapter is a small
-difference of products that are much larger.
+The functions are pure and take CPU tensors. Everything is computed in fp64, because ``B A - B_0 A_0`` of a converted
+adapter is a small difference of much larger products.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Truncated:
-    """The nearest update of rank at most `rank`, and the spectrum it was cut from.
+    """The nearest update of rank at most `rank`, and the spectrum before truncation.
 
     Attributes
     ----------
     a, b
         ``[rank, in]`` and ``[out, rank]`` fp64. The singular values are split evenly: row i of `a` and column i of `b`
-        have the norm ``sqrt(sigma_i)``. Zero from the rank of the update on.
+        have the norm ``sqrt(sigma_i)``. Rows and columns beyond the rank of the update are zero.
     singular_values
-        All ``min(r, in, out)`` of the update, descending, fp64.
+        All ``min(r, in, out)`` singular values of the update, descending, fp64.
     """
 
     a: Tensor
@@ -42,14 +42,14 @@ class Truncated:
 
 @dataclass(frozen=True, kw_only=True)
 class EnergyKept:
-    """What a truncation keeps of several updates: the sum of the squared singular values kept over that of all.
+    """Share of the energy (the sum of squared singular values) that a truncation keeps of several updates.
 
     Attributes
     ----------
     overall
-        Of all updates together.
+        Share kept of all updates together.
     matrices
-        Of every one, by name. An update that is zero loses nothing and counts as 1.
+        Share kept of every update, by name. A zero update loses nothing and counts as 1.
     """
 
     overall: float
@@ -57,26 +57,26 @@ class EnergyKept:
 
     @property
     def least_of(self) -> str:
-        """Name of the update that loses most."""
+        """Name of the update that loses the largest share."""
         return min(self.matrices, key=lambda name: self.matrices[name])
 
     @property
     def least(self) -> float:
-        """What is kept of that one."""
+        """Share kept of the update `least_of`."""
         return self.matrices[self.least_of]
 
 
 def truncate(a: Tensor, b: Tensor, rank: int, *, scaling: float = 1.0) -> Truncated:
-    """The nearest matrix of rank at most `rank` to ``scaling * b @ a``, as a product of two factors.
+    """Compute the nearest matrix of rank at most `rank` to ``scaling * b @ a``, as a product of two factors.
 
     Parameters
     ----------
     a, b
         ``[r, in]`` and ``[out, r]``, any floating dtype. r may exceed `in` and `out`.
     rank
-        At least 1; beyond the rank of the update the factors are filled up with zeros.
+        At least 1. Beyond the rank of the update the factors are padded with zeros.
     scaling
-        Folded into the factors.
+        Multiplies the update and is absorbed into the new factors.
 
     Notes
     -----
@@ -101,7 +101,7 @@ def singular_values(a: Tensor, b: Tensor, *, scaling: float = 1.0) -> Tensor:
 
 
 def energy_kept(spectra: Mapping[str, Tensor], rank: int) -> EnergyKept:
-    """What truncation to `rank` keeps of updates with these singular values (descending), by name."""
+    """Share of energy that truncation to `rank` keeps of updates with these singular values (descending), by name."""
     squares = {name: values.double().square() for name, values in spectra.items()}
     kept = {name: float(square[:rank].sum()) for name, square in squares.items()}
     total = {name: float(square.sum()) for name, square in squares.items()}
