@@ -1,4 +1,4 @@
-"""The dense residual format: values as they are, sharded by rows."""
+"""The dense residual format: floating-point values, sharded by rows."""
 
 from __future__ import annotations
 
@@ -16,12 +16,28 @@ from lowrank_dist.storage.reader import FileTensor
 
 @dataclass(frozen=True, kw_only=True)
 class Dense:
-    """The residual as it is, rounded to `dtype` and sharded by rows.
+    """Residual format: values rounded to `dtype` and sharded by rows.
 
     Parameters
     ----------
     dtype
         Floating-point type of the stored values.
+
+    See Also
+    --------
+    lowrank_dist.quantization.nf4.NF4 : Stores 4 bits a weight.
+    lowrank_dist.quantization.format.ResidualFormat : What a format implements.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from lowrank_dist.distributed.group import ShardGroup
+    >>> from lowrank_dist.distributed.partition import RowPartition
+    >>> from lowrank_dist.quantization.dense import Dense
+    >>> residual, partition = Dense(dtype=torch.bfloat16), RowPartition(rows=3, columns=4, world_size=1)
+    >>> encoded = residual.encode(torch.ones(3, 4), partition, ShardGroup.single())
+    >>> residual.decode(encoded.shards, partition, torch.float32).shape
+    torch.Size([3, 4])
     """
 
     dtype: torch.dtype
@@ -70,6 +86,6 @@ class Dense:
 
 
 def pad_rows(block: Tensor, partition: RowPartition) -> Tensor:
-    """``[m_p, n]`` real rows, followed by zeros up to ``[rows_per_rank, n]``."""
+    """Append rows of zeros to ``[m_p, n]`` real rows, up to ``[rows_per_rank, n]``."""
     missing = partition.rows_per_rank - block.shape[0]
     return block if missing == 0 else torch.nn.functional.pad(block, (0, 0, 0, missing))

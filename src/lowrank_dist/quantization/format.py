@@ -1,8 +1,9 @@
-"""Residual formats: how the frozen part of a decomposed matrix is stored, sharded and read back.
+"""The protocol of residual formats: how the residual of a decomposed matrix is stored, sharded and decoded.
 
-A format turns this rank's rows of the residual into named flat shards, says how long each shard is, and decodes
-the gathered (or local) shards again. The walk, the ZeRO-3 partition and the layer know nothing else about it, so
-a new format is one class. `Dense` below keeps the values; `lowrank_dist.quantization.nf4.NF4` packs them into 4 bits.
+A format encodes this rank's rows of the residual as named flat shards, states the length of every shard, and decodes
+gathered (or local) shards. The walk, the ZeRO-3 partition and the layers know nothing else about a format, so a new
+format is one class. `lowrank_dist.quantization.dense.Dense` stores floating-point values,
+`lowrank_dist.quantization.nf4.NF4` packs them into 4 bits.
 """
 
 from __future__ import annotations
@@ -21,15 +22,19 @@ from lowrank_dist.storage.reader import FileTensor
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """This rank's shards of a stored residual.
+    """This rank's shards of an encoded residual.
 
     Attributes
     ----------
     shards
-        Flat tensors by name, each exactly as long as `ResidualFormat.storages` says.
+        Flat tensors by name, each exactly as long as `ResidualFormat.storages` states.
     rows
-        ``rows(some)``: what the shards stand for in a slice of this rank's real rows, ``[k, n]`` fp32; may be a view
-        of what was encoded.
+        ``rows(some)`` decodes a slice of this rank's real rows, ``[k, n]`` fp32. The result may be a view of the
+        encoded values.
+
+    See Also
+    --------
+    ResidualFormat.encode : Returns it.
     """
 
     shards: dict[str, Tensor]
@@ -37,28 +42,50 @@ class Encoded:
 
     @property
     def decoded(self) -> Tensor:
-        """What the shards stand for: ``[m_p, n]`` fp32, all of this rank's real rows."""
+        """All of this rank's real rows, decoded: ``[m_p, n]`` fp32."""
         return self.rows(slice(None))
 
 
-#: ``[m, r]`` and ``[r, n]``.
+#: Factors ``[m, r]`` and ``[r, n]`` of a product.
 Product = tuple[Tensor, Tensor]
 
-#: ``read(suffix, start, stop)``: elements ``start:stop`` of the flattened file tensor ``<weight's name><suffix>``;
-#: None: to its end.
+#: ``read(suffix, start, stop)`` reads elements ``start:stop`` of the flattened file tensor ``<weight's name><suffix>``.
+#: A `stop` of None means its end.
 ReadFile = Callable[[str, int, int | None], Tensor]
 
 
 class ResidualFormat(Protocol):
-    """How a residual is stored. Implementations are frozen dataclasses without state."""
+    """How a residual is stored. Implementations are frozen dataclasses without state.
+
+    See Also
+    --------
+    lowrank_dist.quantization.dense.Dense : Floating-point values.
+    lowrank_dist.quantization.nf4.NF4 : 4-bit NormalFloat.
+
+    Examples
+    --------
+    Every format states the storages of a matrix, here over two ranks:
+
+    >>> import torch
+    >>> from lowrank_dist.distributed.partition import RowPartition
+    >>> from lowrank_dist.quantization.dense import Dense
+    >>> from lowrank_dist.quantization.nf4 import NF4
+    >>> for residual in (Dense(dtype=torch.bfloat16), NF4()):
+    ...     partition = RowPartition(rows=128, columns=64, world_size=2, block=residual.block)
+    ...     for name, storage in residual.storages(partition).items():
+    ...         print(name, storage.numel, storage.shard_numel, storage.dtype)
+    weight_rows 8192 4096 torch.bfloat16
+    weight_packed 4096 2048 torch.uint8
+    weight_absmax 512 256 torch.uint8
+    """
 
     @property
     def block(self) -> int:
-        """Consecutive elements that are encoded together; ranks hold whole blocks."""
+        """Number of consecutive elements that are encoded together; ranks hold whole blocks."""
 
     @property
     def exact(self) -> bool:
-        """Whether decoding gives back the encoded values up to rounding to a floating-point type."""
+        """Whether decoding returns the encoded values up to rounding to a floating-point type."""
 
     def storages(self, partition: RowPartition) -> dict[str, Storage]:
         """Names, lengths and dtypes of the shards of a matrix partitioned by `partition`."""
@@ -71,21 +98,21 @@ class ResidualFormat(Protocol):
     ) -> Tensor:
         """Decode the gathered storages of all ranks to the ``[m, n]`` matrix in `dtype`; nothing is communicated.
 
-        With `product`, two factors of that dtype, ``left @ right`` is added.
+        `product`, two factors in the same dtype, is multiplied out and added.
         """
 
     def decode_rows(
         self, stored: Mapping[str, Tensor], partition: RowPartition, rows: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        """``decode(stored, partition, dtype)[rows]`` for row numbers ``[k]`` int64, without decoding the others."""
+        """``decode(stored, partition, dtype)[rows]`` for row numbers ``[k]`` int64, decoding only these rows."""
 
     def files(self, partition: RowPartition, dtype: torch.dtype) -> dict[str, FileTensor]:
-        """The tensors that stand for a matrix of a checkpoint in `dtype` on disk, by suffix to the weight's name."""
+        """The tensors on disk for a matrix of a model in `dtype`, by the suffix that follows the weight's name."""
 
     def to_files(
         self, shards: Mapping[str, Tensor], partition: RowPartition, rank: int, dtype: torch.dtype
     ) -> Iterator[tuple[str, int, Tensor]]:
-        """What `rank` contributes to `files`: suffix, first element, flat values. All ranks together fill them."""
+        """This rank's part of `files`: suffix, first element, flat values. The parts of all ranks make up the files."""
 
     def from_files(self, read: ReadFile, partition: RowPartition, rank: int) -> dict[str, Tensor]:
-        """The shards of `rank`, exactly as long as `storages` says, from `files`."""
+        """Read the shards of `rank` from `files`, each exactly as long as `storages` states."""

@@ -1,9 +1,9 @@
-"""NF4: the 4-bit NormalFloat of QLoRA, encoded shard by shard with bitsandbytes' own kernels.
+"""NF4: the 4-bit NormalFloat of QLoRA, encoded shard by shard with the kernels of bitsandbytes.
 
-Blocks of `block_size` consecutive elements share one absolute maximum. Because ranks hold whole blocks
-(`lowrank_dist.distributed.partition`), quantizing a shard gives the very bytes that quantizing the whole matrix gives.
-Double quantization stores the maxima themselves in 8 bits, 256 to a second-level block; a second-level block that
-straddles two ranks is made equal on both with one all-reduce.
+Blocks of `block_size` consecutive elements share one absolute maximum. Ranks hold whole blocks
+(`lowrank_dist.distributed.partition`), so quantizing a shard gives the same bytes as quantizing the whole matrix.
+Double quantization stores the maxima themselves in 8 bits, 256 to a second-level block. One all-reduce makes the
+maximum of a second-level block that spans two ranks equal on both.
 
 References
 ----------
@@ -36,7 +36,7 @@ from lowrank_dist.storage.layout import QUANT_STATE
 from lowrank_dist.storage.reader import FileTensor
 
 NESTED_BLOCK = 256  # absolute maxima per second-level block, as in bitsandbytes' compress_statistics
-_STATE_BYTES = 256  # room for the JSON beside a weight, whose length depends on the digits of its numbers
+_STATE_BYTES = 256  # fixed size of the JSON beside a weight, whose own length depends on the digits of its numbers
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -55,16 +55,46 @@ class NF4:
     Parameters
     ----------
     block_size
-        Elements that share one absolute maximum.
+        Number of elements that share one absolute maximum.
     double_quant
         Quantize the absolute maxima to 8 bits too (QLoRA's double quantization; bitsandbytes'
         ``compress_statistics``).
 
+    Raises
+    ------
+    InputError
+        If `block_size` is not one of 64, 128, 256, 512, 1024, 2048 and 4096.
+
+    See Also
+    --------
+    lowrank_dist.quantization.dense.Dense : Stores floating-point values.
+    lowrank_dist.quantization.format.ResidualFormat : What a format implements.
+
     Notes
     -----
-    Stored per rank, as bytes so that nothing casts them: ``weight_packed`` (two codes to a byte), ``weight_absmax``
-    (fp32, or one 8-bit code each) and, double-quantized, ``weight_nested`` (fp32: the offset, then the second-level
-    maxima of the whole matrix, cut evenly over the ranks).
+    Every rank stores bytes, so that no cast of the model changes them: ``weight_packed`` (two codes to a byte),
+    ``weight_absmax`` (fp32, or one 8-bit code each) and, if double-quantized, ``weight_nested`` (fp32: the offset, then
+    the second-level maxima of the whole matrix, sharded evenly over the ranks).
+
+    Examples
+    --------
+    As an option of the strategy:
+
+    >>> from lowrank_dist import NF4
+    >>> NF4(double_quant=True)
+    NF4(block_size=64, double_quant=True)
+
+    Encode and decode a matrix on a single rank:
+
+    >>> import torch
+    >>> from lowrank_dist.distributed.group import ShardGroup
+    >>> from lowrank_dist.distributed.partition import RowPartition
+    >>> residual, w = NF4(), torch.linspace(-1, 1, 32 * 64).view(32, 64)
+    >>> partition = RowPartition(rows=32, columns=64, world_size=1, block=residual.block)
+    >>> encoded = residual.encode(w, partition, ShardGroup.single())
+    >>> decoded = residual.decode(encoded.shards, partition, torch.float32)
+    >>> decoded.shape, bool((decoded - w).abs().max() < 0.16)
+    (torch.Size([32, 64]), True)
     """
 
     block_size: int = 64
@@ -104,8 +134,8 @@ class NF4:
         Returns
         -------
         Encoded
-            Byte shards, from which rows are dequantized when they are asked for. Double quantization issues two
-            all-reduces (`exact_sum`'s and one of ``ceil(m n / (256 block_size))`` fp32); plain NF4 none.
+            Byte shards; `Encoded.rows` dequantizes rows from them on every call. Double quantization issues two
+            all-reduces (that of `exact_sum` and one of ``ceil(m n / (256 block_size))`` fp32), plain NF4 none.
         """
         _bitsandbytes()
         rows = pad_rows(block, partition)
@@ -129,7 +159,7 @@ class NF4:
 
         def decoded(some: slice) -> Tensor:
             first, last, _ = some.indices(height)
-            # whole blocks: those at the ends may hold elements of other rows
+            # Whole blocks are decoded; the first and the last may hold elements of other rows.
             start, stop = first * columns // self.block_size, -(-last * columns // self.block_size)
             codes = shards["weight_packed"][start * self.block_size // 2 : stop * self.block_size // 2]
             flat = (1, 2 * len(codes))
@@ -142,7 +172,7 @@ class NF4:
     def decode(
         self, stored: Mapping[str, Tensor], partition: RowPartition, dtype: torch.dtype, product: Product | None = None
     ) -> Tensor:
-        """See `ResidualFormat.decode`. By the Triton kernel where it runs (`has_kernel`), else by bitsandbytes."""
+        """Decode with the Triton kernel if it runs (`has_kernel`), else with bitsandbytes; see `ResidualFormat`."""
         if self.has_kernel(partition, stored["weight_packed"].device):
             return self.decode_with_kernel(stored, partition, dtype, product)
         weight = self.decode_with_bitsandbytes(stored, partition, dtype)
@@ -151,7 +181,7 @@ class NF4:
     def decode_with_bitsandbytes(
         self, stored: Mapping[str, Tensor], partition: RowPartition, dtype: torch.dtype
     ) -> Tensor:
-        """`decode` by the operators of bitsandbytes, without a product."""
+        """`decode` with the operators of bitsandbytes, without a product."""
         _bitsandbytes()
         if self.double_quant:
             codes, nested = stored["weight_absmax"], stored["weight_nested"].view(torch.float32)
@@ -162,14 +192,14 @@ class NF4:
         return _dequantize(stored["weight_packed"], absmax, self.block_size, shape, dtype)[: partition.rows]
 
     def has_kernel(self, partition: RowPartition, device: torch.device) -> bool:
-        """Whether Triton can decode the matrix: rows of whole blocks, on CUDA or in Triton's interpreter."""
+        """Whether Triton can decode the matrix: rows consist of whole blocks, on CUDA or in Triton's interpreter."""
         runs = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
         return runs and partition.columns % self.block_size == 0 and _has_triton()
 
     def decode_with_kernel(
         self, stored: Mapping[str, Tensor], partition: RowPartition, dtype: torch.dtype, product: Product | None = None
     ) -> Tensor:
-        """`decode` by the Triton kernel, where `has_kernel`."""
+        """`decode` with the Triton kernel; requires `has_kernel`."""
         from lowrank_dist.quantization.nf4_triton import decode
 
         absmax, nested, device = stored["weight_absmax"], None, stored["weight_packed"].device
@@ -193,7 +223,7 @@ class NF4:
     ) -> Tensor:
         _bitsandbytes()
         size, columns = self.block_size, partition.columns
-        # A row may begin anywhere in a block, in steps of the common divisor.
+        # A row may begin within a block, at any multiple of the common divisor.
         per_row = -(-(size - math.gcd(size, columns) + columns) // size)
         packed = stored["weight_packed"].view(-1, size // 2)
         within = torch.arange(max(per_row * size, columns), device=rows.device)
@@ -211,7 +241,7 @@ class NF4:
         return values.gather(1, rows[:, None] * columns % size + within[:columns])
 
     def files(self, partition: RowPartition, dtype: torch.dtype) -> dict[str, FileTensor]:
-        """The serialization of bitsandbytes' ``Linear4bit``: codes, maxima, code books, a JSON of the rest."""
+        """The serialization of bitsandbytes' ``Linear4bit``: codes, maxima, code books, and a JSON for the rest."""
         uint8, fp32 = torch.uint8, torch.float32
         blocks = partition.blocks
         files = {
@@ -244,7 +274,7 @@ class NF4:
             start, stop = _nested_partition(partition).bounds(rank)
             nested = shards["weight_nested"].view(torch.float32)[: stop - start]
             yield ".nested_absmax", max(start - 1, 0), nested[1 if start == 0 else 0 :]
-            if rank == 0:  # whose shard begins with the offset
+            if rank == 0:  # its shard begins with the offset
                 state |= {
                     "nested_blocksize": NESTED_BLOCK,
                     "nested_dtype": "float32",
@@ -279,13 +309,13 @@ class NF4:
 
 
 def read_quant_state(values: Tensor) -> dict[str, Any]:
-    """The JSON that bitsandbytes keeps beside a 4-bit weight (``<weight>.quant_state.bitsandbytes__nf4``)."""
+    """Parse the JSON that bitsandbytes keeps beside a 4-bit weight (``<weight>.quant_state.bitsandbytes__nf4``)."""
     state: dict[str, Any] = json.loads(values.numpy().tobytes().decode())
     return state
 
 
 def _packed_bytes(partition: RowPartition) -> int:
-    """Bytes of the codes of the whole matrix: those that fill up the last block are padding."""
+    """Bytes of the codes of the whole matrix, without those that pad the last block."""
     return -(-partition.rows * partition.columns // 2)
 
 
@@ -297,7 +327,7 @@ def _nested_partition(partition: RowPartition) -> FlatPartition:
 def _dequantize(packed: Tensor, absmax: Tensor, block_size: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     if 0 in shape:
         return torch.empty(shape, dtype=dtype, device=packed.device)
-    # Blocks run over the flattened matrix: only rows of whole blocks may be handed over as rows.
+    # Blocks run over the flattened matrix, so it is passed as rows only if they consist of whole blocks.
     flat = shape if shape[1] % block_size == 0 else (shape[0] * shape[1],)
     out = torch.ops.bitsandbytes.dequantize_4bit.default(packed.view(-1, 1), absmax, block_size, "nf4", flat, dtype)
     return out.view(shape)  # type: ignore[no-any-return]
@@ -316,8 +346,12 @@ def _quantize_absmax(absmax: Tensor, partition: RowPartition, group: ShardGroup)
     codes
         ``[blocks_per_rank]`` uint8, row-sharded; padding has code 0.
     nested
-        ``[1 + ceil(blocks / 256)]`` fp32, replicated: the mean of all maxima (of their exact sum, so that it does not
-        depend on the world size), then the second-level maxima.
+        ``[1 + ceil(blocks / 256)]`` fp32, replicated: the mean of all maxima, then the second-level maxima. The mean is
+        that of the exact sum, so that it does not depend on the world size.
+
+    Notes
+    -----
+    Two all-reduces: that of `exact_sum` and one of ``ceil(blocks / 256)`` fp32.
     """
     first, last = partition.block_bounds(group.rank)
     real = absmax[: last - first]
@@ -329,7 +363,7 @@ def _quantize_absmax(absmax: Tensor, partition: RowPartition, group: ShardGroup)
 
     codes = torch.zeros(absmax.numel(), dtype=torch.uint8, device=absmax.device)
     if last > first:
-        # Lay this rank's maxima into whole second-level blocks; slots of other ranks carry the block's maximum, so
+        # Place this rank's maxima in whole second-level blocks. The slots of other ranks hold the block's maximum, so
         # that the kernel finds the maximum of the whole block.
         start, stop = first // NESTED_BLOCK, -(-last // NESTED_BLOCK)
         whole = second[start:stop].repeat_interleave(NESTED_BLOCK)
@@ -343,7 +377,7 @@ def _quantize_absmax(absmax: Tensor, partition: RowPartition, group: ShardGroup)
 
 
 def _dequantize_absmax(codes: Tensor, nested: Tensor, blocks: Tensor) -> Tensor:
-    """fp32 absolute maxima of `codes`, which belong to `blocks` (same shape); padding repeats the last block."""
+    """Decode `codes` of the absolute maxima of `blocks` (same shape) to fp32; padding uses the last second level."""
     scale = nested[1:][(blocks // NESTED_BLOCK).clamp_(max=nested.numel() - 2)]
     return _dynamic_map(codes.device)[codes.int()] * scale + nested[0]
 
@@ -364,14 +398,14 @@ def _dynamic_map(device: torch.device) -> Tensor:
 
 
 def format_as_dict(residual: ResidualFormat) -> dict[str, Any]:
-    """A residual format for a manifest: the name and the options."""
+    """Describe a residual format for a manifest, by its name and its options."""
     if isinstance(residual, NF4):
         return {"format": "nf4", "block_size": residual.block_size, "double_quant": residual.double_quant}
     return {"format": "dense", "dtype": str(getattr(residual, "dtype", None)).removeprefix("torch.")}
 
 
 def format_from_dict(values: Mapping[str, Any]) -> ResidualFormat:
-    """What `format_as_dict` was given."""
+    """The residual format that `format_as_dict` described."""
     if values["format"] == "nf4":
         return NF4(block_size=values["block_size"], double_quant=values["double_quant"])
     return Dense(dtype=getattr(torch, values["dtype"]))

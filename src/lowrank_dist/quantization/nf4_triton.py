@@ -1,12 +1,12 @@
-"""NF4 decoded in one pass over memory, in Triton, with the adapter's product added on the way.
+"""Triton kernel that decodes NF4 in one pass over memory and adds the adapter's product in the same pass.
 
-bitsandbytes reads the codes and writes the weight; double-quantized maxima take four passes over them before that, and
-``W + s B A`` two more over the weight. Here a program decodes a tile, its maxima with it, adds its part of the product,
-accumulated in fp32, and writes the tile once: with 4.5 bits read and 16 written per weight, the write is what it
-costs.
+bitsandbytes reads the codes and writes the weight. Double-quantized maxima take four passes over the maxima before
+that, and ``W + s B A`` two more over the weight. This kernel decodes a tile together with its maxima, adds the tile's
+part of the product, accumulated in fp32, and writes the tile once. It reads 4.5 bits and writes 16 per weight, so the
+write determines its time.
 
-Imported on use only: Triton comes with CUDA builds of torch. ``TRITON_INTERPRET=1`` in the environment, before the
-first import of Triton, runs it on the CPU, slowly.
+The module is imported on use only, because Triton comes with CUDA builds of torch. With ``TRITON_INTERPRET=1`` in the
+environment before the first import of Triton, the kernel runs on the CPU, slowly.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: Of the kernel, alone and with a product: the fastest of 8 and of 14 on an H200 (28672 x 8192, r = 128, bf16, doubly
-#: quantized: 0.17 and 0.44 ms; bitsandbytes takes 0.39, a product added to what it wrote 0.41 more).
+#: Tiles without and with a product: the fastest of 8 and of 14 on an H200. For 28672 x 8192, r = 128, bf16 and double
+#: quantization they take 0.17 and 0.44 ms; bitsandbytes takes 0.39 ms, and adding a product to its result 0.41 ms more.
 TILES = (
     {"BM": 8, "BN": 512, "BK": 32, "num_warps": 4},
     {"BM": 64, "BN": 128, "BK": 32, "num_warps": 4},
@@ -35,27 +35,27 @@ def decode(
     dtype: torch.dtype,
     product: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Decode an NF4 matrix, and add a product of two thin ones to it.
+    """Decode an NF4 matrix and optionally add a product of two thin matrices.
 
     Parameters
     ----------
     packed
         Flat uint8, two codes to a byte, the first in the upper half.
     absmax
-        ``[blocks]`` fp32; or uint8 codes, with `nested`.
+        ``[blocks]`` fp32, or uint8 codes if `nested` is given.
     nested
         fp32: the offset of the double-quantized maxima, then the maximum of every 256 of them.
     maps
-        Values of the 16 codes and of the 256 codes of maxima, fp32.
+        Values of the 16 codes of weights and of the 256 codes of maxima, fp32.
     shape
         ``m, n``; n must be a multiple of `block_size`.
     block_size
-        Elements that share a maximum.
+        Number of elements that share a maximum.
     dtype
-        Of the result: fp32, bf16 or fp16. Sums are in fp32 and rounded once.
+        fp32, bf16 or fp16, the dtype of the result. Sums are in fp32 and rounded once.
     product
-        Left ``[m, r]`` and right ``[r, n]`` factor, both of one dtype, any strides. Multiplied in that dtype (fp32
-        without tf32), accumulated in fp32.
+        Left ``[m, r]`` and right ``[r, n]`` factor, both of one dtype, any strides. They are multiplied in that dtype
+        (fp32 without tf32) and accumulated in fp32.
 
     Returns
     -------
@@ -84,7 +84,7 @@ def decode(
         NESTED=nested is not None,
         PRODUCT=product is not None,
         GROUP=min(block_size, tile["BN"]),
-        enable_fp_fusion=False,  # maxima are multiplied and added as bitsandbytes does
+        enable_fp_fusion=False,  # maxima are rounded between product and sum, as in bitsandbytes
         **tile,
     )
     return out
@@ -115,9 +115,9 @@ def _decode_kernel(
     BK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """One ``BM x BN`` tile, as ``[BM, BN / GROUP, GROUP]``: a group is a block, or what the tile holds of one.
+    """Decode one ``BM x BN`` tile, as ``[BM, BN / GROUP, GROUP]``: a group is a block or the tile's part of one.
 
-    A maximum is looked up once for its group, and everything that lies in a row is known to be aligned.
+    Every maximum is looked up once for its group, and all elements of a row are known to be aligned.
     """
     row = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     group = tl.program_id(1) * (BN // GROUP) + tl.arange(0, BN // GROUP)
