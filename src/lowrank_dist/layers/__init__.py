@@ -1,1 +1,1 @@
-"""What computes in a training step: frozen layers, stacks of experts, folded adapters."""
+"""Layers that compute in a training step: frozen layers, stacks of experts, folded adapters."""

@@ -1,9 +1,10 @@
-"""Adapted parameters, stacks of experts' weights above all: what PEFT's ``ParamWrapper`` does over an encoded residual.
+"""Adapted parameters, mostly stacks of experts' weights: PEFT's ``ParamWrapper`` over an encoded residual.
 
-A mixture of experts keeps ``[experts, rows, columns]`` parameters and asks for them whole in its forward. For the time
-of that forward they are there as ordinary dense tensors ``W_e + scaling * B_e A_e``, in the compute dtype, with a
-gradient to A and B. Under gradient checkpointing the experts of one layer are dense at a time, in the forward and again
-in the backward, where their gradient is as large once more; without it those of every layer stay until its backward.
+A mixture of experts keeps ``[experts, rows, columns]`` parameters and uses them whole in its forward. During that
+forward they are ordinary dense tensors ``W_e + scaling * B_e A_e``, in the compute dtype, with a gradient to A and B.
+Under gradient checkpointing only the experts of one layer are dense at a time, in the forward and again in the
+backward, where their gradient takes as much memory again. Without it the experts of every layer stay dense until its
+backward.
 
 The layout of the factors is PEFT's, see `lowrank_dist.model.stacking`.
 """
@@ -22,26 +23,26 @@ from lowrank_dist.quantization.format import ResidualFormat
 
 
 class AdaptedParameter(FrozenWeight):
-    """Takes the place of a PEFT ``lora.ParamWrapper``, children's names included.
+    """Replaces a PEFT ``lora.ParamWrapper`` and keeps the names of its children.
 
     Parameters
     ----------
     partition
         Shape and sharding of one matrix of the stack.
     residual
-        How it is encoded. Storages hold, rank by rank, the shards of all matrices one after the other.
+        How it is encoded. Storages hold, rank by rank, the concatenated shards of all matrices.
     compute_dtype
         Dtype of the dense parameter.
     wrapper
-        The layer whose place it takes; gives its factors and the module it wraps.
+        The layer that it replaces; provides the factors and the wrapped module.
     adapter
         Name of the adapter.
     parameter
-        Name of the adapted parameter, which is taken off its module.
+        Name of the adapted parameter, which is deleted from its module.
     experts
-        Matrices in the stack; None where the parameter is a matrix.
+        Number of matrices in the stack; None if the parameter is a single matrix.
     input_first
-        Matrices are ``[in, out]``.
+        Whether matrices are ``[in, out]``.
     """
 
     def __init__(
@@ -64,14 +65,14 @@ class AdaptedParameter(FrozenWeight):
         delattr(self._owner(), parameter)
 
     def _owner(self) -> nn.Module:
-        """The module that had the parameter: wrappers of several parameters of one module are nested."""
+        """The module that had the parameter, below any nested wrappers of its other parameters."""
         module = self.base_layer
         while isinstance(module, AdaptedParameter) or hasattr(module, "parameter_name"):
             module = module.base_layer
         return module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the wrapped module computes with the adapted parameter."""
+        """Run the wrapped module with the adapted parameter."""
         owner = self._owner()
         setattr(owner, self.parameter, self.dense())
         try:
@@ -80,7 +81,7 @@ class AdaptedParameter(FrozenWeight):
             delattr(owner, self.parameter)
 
     def dense(self) -> Tensor:
-        """The adapted parameter, ``[experts, rows, columns]`` or ``[rows, columns]``, in the compute dtype."""
+        """Compute the adapted parameter, ``[experts, rows, columns]`` or ``[rows, columns]``, in the compute dtype."""
         a, b = self.lora_A[self.adapter].weight, self.lora_B[self.adapter].weight
         with torch.no_grad():
             weight = self.decode_stack()
@@ -91,7 +92,7 @@ class AdaptedParameter(FrozenWeight):
         return weight if self.experts is not None else weight[0]
 
     def decode_stack(self) -> Tensor:
-        """The residuals, ``[experts or 1, rows, columns]`` in the compute dtype, from the gathered storages."""
+        """Decode the gathered storages: residuals ``[experts or 1, rows, columns]`` in the compute dtype."""
         count, partition = self.experts or 1, self.partition
         shards = {
             name: storage.view(partition.world_size, count, -1) for name, storage in self.by_name(self.stored()).items()

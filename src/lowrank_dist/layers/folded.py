@@ -1,12 +1,13 @@
 """Adapted linear layers as one product: the adapter is added to the decoded weight, ``y = x (W + s B A)^T``.
 
-PEFT computes ``x W^T + s (x A^T) B^T``: the second term costs ``2 r (in + out)`` flops a token in products that are
-bound by memory, and reads and writes y three times more. Added to the decoded weight it costs ``2 r in out`` flops and
-nothing a token, once in forward and once in backward, and no pass over memory where the decoding kernel does it. Which
-is faster depends on shape and tokens. The sum is rounded to the compute dtype, as the decoded weight is either way.
+PEFT computes ``x W^T + s (x A^T) B^T``. The second term costs ``2 r (in + out)`` flops a token in memory-bound
+products, and reads and writes y three more times. Added to the decoded weight, the adapter costs ``2 r in out`` flops
+once in forward and once in backward, and nothing per token. It costs no pass over memory if the decoding kernel adds
+it. Which way is faster depends on shape and tokens. The sum is rounded to the compute dtype, as the decoded weight is
+in both ways.
 
-``W + s B A`` is not kept: backward forms it again. What is saved are x and the parameters, as in
-`lowrank_dist.layers.frozen`, for the same reason.
+``W + s B A`` is not kept: backward computes it again. The Function saves x and the parameters, as in
+`lowrank_dist.layers.frozen` and for the same reason.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from lowrank_dist.layers.frozen import FrozenLinear
 
 FoldAdapters = Literal["never", "always", "measured"]
-"""When adapters are added to the decoded weight; see `Folding`."""
+"""Whether adapters are added to the decoded weight; see `Folding`."""
 
 log = logging.getLogger(__name__)
 
-_REPEATS = 3  # timed runs of each way
+_REPEATS = 3  # timed runs, separate and folded
 
 
 class _FoldedFunction(torch.autograd.Function):
@@ -57,7 +58,7 @@ class _FoldedFunction(torch.autograd.Function):
 def _summed(
     base: FrozenLinear, stored: tuple[Tensor, ...], a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype
 ) -> Tensor:
-    """``(W + s B A)^T``, ``[in, out]``, a view where rows are outputs."""
+    """``(W + s B A)^T``, ``[in, out]``; a view where rows are outputs."""
     left, right = (a.mT, b.mT) if base.input_first else (b, a)
     product = (scaling * left).to(dtype), right.to(dtype)
     weight = base.residual.decode(base.by_name(stored), base.partition, dtype, product)
@@ -65,19 +66,19 @@ def _summed(
 
 
 class Folding:
-    """Decides for the layers of a model which are computed as one product.
+    """Decides which layers of a model are computed as one product.
 
     Parameters
     ----------
     when
-        ``"always"``; or ``"measured"``: the first time that a shape is used with a number of tokens (up to the next
-        power of two), forward and backward are timed both ways on the rank's own device, and the faster is used from
-        then on. Ranks may find differently; their results differ by rounding.
+        ``"always"``, or ``"measured"``. If measured, forward and backward are timed both ways on the rank's own device
+        the first time that a shape is used with a number of tokens (rounded up to a power of two), and the faster way
+        is used from then on. Ranks may decide differently; their results then differ by rounding.
 
     Attributes
     ----------
     found : dict
-        Milliseconds by (in, out, r, tokens): separate, folded.
+        Milliseconds of the separate and the folded way, by (in, out, r, tokens).
     """
 
     def __init__(self, when: Literal["always", "measured"]) -> None:
@@ -99,16 +100,16 @@ class Folding:
 
 
 class FoldedLinear(LoraLinear):
-    """PEFT's LoRA layer over a `FrozenLinear` that computes residual and adapter as one product where that is the same.
+    """PEFT's LoRA layer over a `FrozenLinear` that computes residual and adapter as one product if that is equivalent.
 
-    Where it is not (dropout while training, disabled or several adapters, a variant such as DoRA) PEFT's own forward
-    is used.
+    Otherwise (dropout in training mode, disabled or several adapters, a variant such as DoRA) it uses PEFT's own
+    forward.
     """
 
     folding: Folding
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """``[..., in]`` to ``[..., out]`` in the compute dtype."""
+        """Map ``[..., in]`` to ``[..., out]`` in the compute dtype."""
         if args or kwargs or not self.is_one_product() or not self.folding.folds(self, x):
             return super().forward(x, *args, **kwargs)
         return self.folded(x)
@@ -119,7 +120,7 @@ class FoldedLinear(LoraLinear):
         return adapter
 
     def is_one_product(self) -> bool:
-        """Whether the adapter can be added to the weight now."""
+        """Whether the adapter can currently be added to the weight."""
         if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
             return False
         adapter: str = self.only_adapter
@@ -129,7 +130,7 @@ class FoldedLinear(LoraLinear):
         )
 
     def folded(self, x: Tensor) -> Tensor:
-        """The layer as one product."""
+        """Compute the layer as one product."""
         adapter = self.only_adapter
         base: FrozenLinear = self.base_layer
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
@@ -139,7 +140,7 @@ class FoldedLinear(LoraLinear):
 def fold_adapters(backbone: nn.Module, when: FoldAdapters) -> list[FoldedLinear]:
     """Turn PEFT's layers over frozen ones into `FoldedLinear`, in place.
 
-    All but embeddings, experts, and those where B is more than a matrix (further parameters, a bias).
+    Embeddings, experts, and layers whose B is more than a matrix (further parameters, a bias) are left as they are.
     """
     if when == "never":
         return []
@@ -157,13 +158,13 @@ def fold_adapters(backbone: nn.Module, when: FoldAdapters) -> list[FoldedLinear]
 
 
 def _measure(layer: FoldedLinear, x: Tensor) -> tuple[float, float]:
-    """Milliseconds of forward and backward, separate and folded. The parameters must be there, as in a forward."""
+    """Milliseconds of forward and backward, separate and folded. The parameters must be gathered, as in a forward."""
     separate: Callable[[Tensor], Tensor] = super(FoldedLinear, layer).forward
     trained = [p for p in layer.parameters() if p.requires_grad]
 
     def run(forward: Callable[[Tensor], Tensor]) -> float:
         inputs = x.detach().requires_grad_()
-        # activation checkpointing counts what is saved inside it
+        # Hides the saved tensors from activation checkpointing, which counts those saved inside it.
         with torch.enable_grad(), saved_tensors_hooks(lambda t: t, lambda t: t):
             started = _now(x.device)
             y = forward(inputs)
@@ -174,7 +175,7 @@ def _measure(layer: FoldedLinear, x: Tensor) -> tuple[float, float]:
     for repeat in range(_REPEATS + 1):
         for folded, forward in ((False, separate), (True, layer.folded)):
             seconds = run(forward)
-            if repeat > 0:  # the first compiles and allocates
+            if repeat > 0:  # the first run compiles and allocates
                 times[folded].append(seconds)
     return 1e3 * min(times[False]), 1e3 * min(times[True])
 

@@ -1,9 +1,9 @@
 """Layers over an encoded, row-sharded, frozen weight: `FrozenLinear`, one autograd Function, and `FrozenEmbedding`.
 
-The trade-off of the linear layer: the weight is decoded twice per step (forward and backward) and never kept. What the
-Function saves for backward decides memory under ZeRO-3: it saves the stored *Parameter objects*. DeepSpeed frees their
-data after the forward, gathers it again before the backward, and the saved Parameter then shows the gathered bytes;
-saving a view or a decoded copy instead would keep every layer gathered until its backward.
+The trade-off of the linear layer: the weight is decoded twice per step (forward and backward) and never kept. Memory
+under ZeRO-3 depends on what the Function saves for backward: it saves the stored *Parameter objects*. DeepSpeed frees
+their data after the forward and gathers it again before the backward, when the saved Parameter refers to the gathered
+bytes. Saving a view or a decoded copy instead would keep every layer gathered until its backward.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lowrank_dist.quantization.format import ResidualFormat
 
 
 class _FrozenLinearFunction(torch.autograd.Function):
-    """``x W^T`` (or ``x W`` where rows are inputs) for a frozen encoded W; the gradient flows to x only."""
+    """``x W^T`` (or ``x W`` where rows are inputs) for a frozen encoded W; only x gets a gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: FrozenLinear, *stored: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ class _FrozenLinearFunction(torch.autograd.Function):
 class FrozenWeight(nn.Module):
     """A frozen, encoded matrix.
 
-    The parameters named by the residual format are registered by the walk, one flat tensor each.
+    The parameters that the residual format names are None at first. The walk registers them, one flat tensor each.
 
     Parameters
     ----------
@@ -59,15 +59,15 @@ class FrozenWeight(nn.Module):
             self.register_parameter(name, None)
 
     def stored(self) -> list[Tensor]:
-        """The parameters that hold the encoded weight: the objects themselves, never views (see the module's notes)."""
+        """The parameters that hold the encoded weight, never views of them (see the module's docstring)."""
         return [self._parameters[name] for name in self.stored_names]  # type: ignore[misc]
 
     def decode(self, stored: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
-        """The stored matrix in `dtype`, from its gathered storages."""
+        """Decode the matrix in `dtype` from its gathered storages."""
         return self.residual.decode(self.by_name(stored), self.partition, dtype)
 
     def by_name(self, stored: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Storages by the names that the format gives them."""
+        """The storages by their names in the residual format."""
         return dict(zip(self.stored_names, stored, strict=True))
 
     def extra_repr(self) -> str:
@@ -77,7 +77,7 @@ class FrozenWeight(nn.Module):
 class FrozenLinear(FrozenWeight):
     """Linear layer whose weight is a frozen, encoded residual.
 
-    Takes the place of the ``base_layer`` of a PEFT ``lora.Linear``.
+    It replaces the ``base_layer`` of a PEFT ``lora.Linear``.
 
     Parameters
     ----------
@@ -86,7 +86,7 @@ class FrozenLinear(FrozenWeight):
     residual
         How the matrix is encoded.
     compute_dtype
-        Inputs are cast to it and outputs have it; autocast, where enabled, overrides it.
+        Inputs are cast to this dtype and outputs have it. Autocast overrides it where enabled.
     input_first
         The stored matrix is ``[in, out]`` (GPT-2's Conv1D).
     """
@@ -109,11 +109,11 @@ class FrozenLinear(FrozenWeight):
         self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., in]`` of any floating type to ``[..., out]`` in the compute dtype."""
+        """Map ``[..., in]`` of any floating dtype to ``[..., out]`` in the compute dtype."""
         return self.multiplied(x, lambda x: _FrozenLinearFunction.apply(x, self, *self.stored()))
 
     def multiplied(self, x: Tensor, multiply: Callable[[Tensor], Tensor]) -> Tensor:
-        """``multiply(x)`` in the dtype of the arithmetic, and the bias."""
+        """Compute ``multiply(x)`` in the compute dtype, or that of autocast where enabled, and add the bias."""
         device = x.device.type
         autocast = torch.is_autocast_enabled(device)
         x = x.to(torch.get_autocast_dtype(device) if autocast else self.compute_dtype)
@@ -128,17 +128,17 @@ class FrozenLinear(FrozenWeight):
 class FrozenEmbedding(FrozenWeight):
     """Embedding whose table ``[num_embeddings, embedding_dim]`` is a frozen, encoded residual.
 
-    Takes the place of the ``base_layer`` of a PEFT ``lora.Embedding``. Decodes the rows that it looks up and saves
-    nothing for backward: no gradient reaches it.
+    It replaces the ``base_layer`` of a PEFT ``lora.Embedding``. It decodes the rows that it looks up and saves nothing
+    for backward, because no gradient reaches it.
 
     Parameters
     ----------
     partition, residual
         See `FrozenWeight`.
     compute_dtype
-        Of the output.
+        Dtype of the output.
     replaced
-        The embedding whose place it takes: plain, or one that multiplies its output by ``embed_scale``.
+        The embedding that it replaces: a plain one, or one that multiplies its output by ``embed_scale``.
     """
 
     def __init__(
@@ -147,16 +147,16 @@ class FrozenEmbedding(FrozenWeight):
         super().__init__(partition, residual, compute_dtype=compute_dtype)
         self.num_embeddings, self.embedding_dim = partition.rows, partition.columns
         self.embed_scale: Tensor | None
-        # PEFT's layer looks A up with these
+        # PEFT's layer passes these to the lookup in A.
         self.padding_idx, self.norm_type = replaced.padding_idx, replaced.norm_type
         self.max_norm, self.scale_grad_by_freq, self.sparse = None, False, False
         scale = getattr(replaced, "embed_scale", None)
-        if scale is not None:  # PEFT looks for it, and asks nothing about the weight where it is a tensor
+        if scale is not None:  # PEFT reads it, and does not access the weight if it is a tensor
             scale = scale.detach() if isinstance(scale, Tensor) else torch.tensor(float(scale))
         self.register_buffer("embed_scale", scale, persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """``[...]`` integer to ``[..., embedding_dim]`` in the compute dtype."""
+        """Map ``[...]`` integer ids to ``[..., embedding_dim]`` in the compute dtype."""
         with torch.no_grad():
             rows = self.residual.decode_rows(
                 self.by_name(self.stored()), self.partition, ids.flatten().long(), self.compute_dtype
