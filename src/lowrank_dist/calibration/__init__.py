@@ -1,1 +1,1 @@
-"""What methods that look at data see of them."""
+"""Statistics of the data for methods that look at data, and the pass that measures them."""

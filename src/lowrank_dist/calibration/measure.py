@@ -1,9 +1,10 @@
-"""Calibration: what a method wants to know of the data before it decomposes, measured on a model no rank can hold.
+"""Calibration: the statistics that a method needs before it decomposes, measured on a model too large for one rank.
 
-Memory of the statistics, fp32, over all ranks (each holds 1/P): ``4 in^2`` bytes for every distinct input of an adapted
-layer (q, k, v see the same one, gate and up too), or ``4 in out`` for every gradient. LLaMA-3-70B, all linear layers:
-80 x (3 x 8192^2 + 28672^2) x 4 bytes = 328 GB of covariances, or 68.5e9 x 4 bytes = 274 GB of gradients, beside the 137
-GB of its bf16 weights; on 32 GPUs 10.2 or 8.6 GB each. They go, matrix by matrix, as the weights are decomposed.
+The statistics take, in fp32 over all ranks (each holds 1/P), ``4 in^2`` bytes for every distinct input of an adapted
+layer (q, k and v share one input, as do gate and up), or ``4 in out`` bytes for every gradient. For all linear layers
+of LLaMA-3-70B, covariances take 80 x (3 x 8192^2 + 28672^2) x 4 bytes = 328 GB, gradients 68.5e9 x 4 bytes = 274 GB, in
+addition to 137 GB of bf16 weights; on 32 GPUs 10.2 or 8.6 GB each. They are freed matrix by matrix as the weights are
+decomposed.
 """
 
 from __future__ import annotations
@@ -37,26 +38,47 @@ IGNORED_LABEL = -100
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """How a calibration pass is run. Every rank runs its own batches; the statistic is over those of all ranks.
+    """Options of a calibration pass. Every rank runs its own batches; the statistic covers those of all ranks.
 
     Parameters
     ----------
     batches
-        Batches of every rank; fewer, on all ranks, where one has fewer.
+        Number of batches per rank. If a rank has fewer, all ranks run that many.
     data
-        The batches: an iterable that gives every rank its own part, on any device. None: what the Trainer would train
-        on first.
+        The batches: an iterable that gives every rank its own part, on any device. Default: the batches that the
+        Trainer would train on first.
     step
-        ``step(backbone, batch) -> loss``, run once per batch by every rank; for a covariance it may return nothing.
-        None: ``module.calibration_step(batch)`` where the LightningModule has one, else ``backbone(**batch).loss``,
-        which wants batches that are dicts, with labels where a gradient is measured.
+        ``step(backbone, batch) -> loss``, run once per batch by every rank; it may return nothing for a covariance.
+        Default: ``module.calibration_step(batch)`` if the LightningModule has one, else ``backbone(**batch).loss``,
+        which requires batches that are dicts, with labels if a gradient is measured.
     positions : {"attended", "labelled", "all"}
-        Which positions of the sequences count in a covariance. attended: those that the batch's ``attention_mask``
-        holds, all where it has none. labelled: of these, those whose label is not -100. all: padding too. PEFT's EVA is
-        "labelled"; its CorDA is "all", on examples without padding. Layers whose inputs are not laid out as the mask
-        is (``[batch, length, in]`` or ``[batch * length, in]``) count all that they get.
+        Positions of the sequences that count in a covariance. "attended": those that the batch's ``attention_mask``
+        marks, or all without a mask. "labelled": the attended positions whose label is not -100. "all": padding too.
+        PEFT's EVA uses "labelled"; its CorDA uses "all", on examples without padding. Layers whose inputs are laid out
+        differently from the mask (neither ``[batch, length, in]`` nor ``[batch * length, in]``) count all positions.
     offload
         Keep the statistics in host memory.
+
+    Raises
+    ------
+    InputError
+        If `batches` is below 1 or `positions` is unknown.
+
+    See Also
+    --------
+    lowrank_dist.CorDA : Initialisation from the covariance of a layer's inputs.
+    lowrank_dist.EVA : Initialisation from the covariance of a layer's inputs.
+    lowrank_dist.LoRAGA : Initialisation from the gradient of the weight.
+
+    Examples
+    --------
+    >>> from lowrank_dist import Calibration
+    >>> Calibration(batches=16, positions="labelled")
+    Calibration(batches=16, data=None, step=None, positions='labelled', offload=False)
+
+    A loss of one's own, for batches that the model does not take as keyword arguments:
+
+    >>> calibration = Calibration(step=lambda model, batch: model(input_ids=batch[0], labels=batch[1]).loss)
     """
 
     batches: int = 8
@@ -69,19 +91,21 @@ class Calibration:
         if self.batches < 1:
             raise InputError(f"Calibration: batches={self.batches} must be at least 1")
         if self.positions not in get_args(Positions):
-            raise InputError(f"Calibration: positions={self.positions!r} is none of {', '.join(get_args(Positions))}")
+            raise InputError(
+                f"Calibration: positions={self.positions!r} is not one of {', '.join(get_args(Positions))}"
+            )
 
 
 def check_options(init: Method | None, calibration: Calibration | None, **others: object) -> None:
-    """Raise InputError where a method and a `calibration` do not fit, or a set option of `others` with calibration.
+    """Raise InputError if `calibration` does not apply to the method, or if an option of `others` excludes calibration.
 
-    `others` may be ``ranks_per_matrix`` (a statistic is cut over all ranks).
+    `others` may contain ``ranks_per_matrix``, because a statistic is sharded over all ranks.
     """
     looks = init is not None and init.statistic is not None
     if calibration is not None and not looks:
         raise InputError(
-            f"calibration={calibration} has no effect: {init or 'the default initialisation'} looks at no data; leave "
-            "it out, or choose CorDA(), EVA() or LoRAGA()"
+            f"calibration={calibration} has no effect: {init or 'the default initialisation'} does not look at data; "
+            "leave it out, or choose CorDA(), EVA() or LoRAGA()"
         )
     for option, value in others.items():
         if looks and value is not None:
@@ -102,56 +126,58 @@ def calibrate(
 ) -> Statistics:
     """Run batches through a sharded `backbone` and measure `statistic` of its adapted layers. Collective.
 
-    The layers' residuals must stand for the weights themselves. Adapters are switched off, the model is in evaluation
-    mode (no dropout), nothing is cached, and all that is put back at the end; no parameter gets a gradient.
+    The layers' residuals must be the weights themselves. During the pass, adapters are disabled, the model is in
+    evaluation mode (no dropout) and nothing is cached; all of this is restored at the end. No parameter gets a
+    gradient.
 
     covariance: ``C = X^T X / tokens`` over the positions that count in the batches of all ranks (CorDA,
-    arXiv:2406.05223, section 3). Each rank forms its ``X^T X`` in fp32, some columns at a time
-    (`lowrank_dist.calibration.statistics.TRANSIENT_BYTES`), and a reduce-scatter brings the rows to their owners, layer
-    by layer. Layers that get the same tensor share one covariance.
+    arXiv:2406.05223, section 3). Each rank computes its ``X^T X`` in fp32, some columns at a time
+    (`lowrank_dist.calibration.statistics.TRANSIENT_BYTES`), and a reduce-scatter sends the rows to their owners, layer
+    by layer. Layers with the same input tensor share one covariance.
 
-    gradient: ``G = dL/dW``, L the mean over batches and ranks of the loss, as the weights are stored. When the backward
-    comes to a layer, each rank forms ``dY^T X`` (``X^T dY`` where rows are inputs) and a reduce-scatter brings the rows
-    to their owners: at no time is there a whole gradient of more than one layer, as in LoRA-GA (arXiv:2407.05000,
-    algorithm 1), and none is kept whole.
+    gradient: ``G = dL/dW`` in the layout of the stored weights, where L is the mean loss over batches and ranks. When
+    the backward reaches a layer, each rank computes ``dY^T X`` (``X^T dY`` where rows are inputs) and a reduce-scatter
+    sends the rows to their owners. As in LoRA-GA (arXiv:2407.05000, algorithm 1), the whole gradient of at most one
+    layer exists at a time; none is kept whole.
 
     Parameters
     ----------
     backbone
-        From `materialize`, its parameters partitioned over `group`.
+        Model from `materialize`, its parameters partitioned over `group`.
     matrices
         The adapted weights, ``plan.matrices``.
     batches
-        Of this rank, on the device of the model.
+        Batches of this rank, on the device of the model.
     statistic : {"covariance", "gradient"}
         What to measure.
     group
         The ranks.
     residual
-        Format that the weights will be decomposed for: gradients are cut as their rows will be (`row_partition`).
+        Format that the weights will be decomposed for; gradients are sharded like their rows (`row_partition`).
     calibration
-        Options; ``data`` is not looked at.
+        Options; ``data`` is ignored.
     step
-        Stands in for ``calibration.step``.
+        Overrides ``calibration.step``.
     device
         Where the statistics are computed, and kept unless ``calibration.offload``.
 
     Returns
     -------
     Statistics
-        Gives this rank's rows: ``[in_p, in]`` (`RowPartition` of in x in, block 1) or as the matrix's own, fp32.
+        This rank's rows, fp32: ``[in_p, in]`` of a covariance (`RowPartition` of in x in, block 1), or the matrix's own
+        rows of a gradient.
 
     Raises
     ------
     ModelError
-        On every rank: for adapted layers that are not linear, or that a batch passes by.
+        On every rank, for adapted layers that are not linear or that a batch does not reach.
     InputError
-        On every rank: without a batch, for batches without labels, for statistics with a NaN or infinity.
+        On every rank, without a batch, for batches without labels, and for statistics with a NaN or infinity.
 
     Notes
     -----
-    One all-reduce of a flag per batch and per decoder layer, beside those above and the all-gathers of the weights:
-    an error on one rank is raised on all. Not so an error inside a layer.
+    One all-reduce of a flag per batch and per decoder layer, in addition to the reduce-scatters above and the
+    all-gathers of the weights. It raises the error of one rank on all ranks, except an error inside a layer.
     """
     calibration, device = calibration or Calibration(), device or torch.device("cpu")
     home = torch.device("cpu") if calibration.offload else device
@@ -165,7 +191,7 @@ def calibrate(
         stack.enter_context(layer_by_layer(backbone, before=measured.unit_starts, after=measured.unit_ends))
         stack.enter_context(measured.watching())
         stack.enter_context(torch.set_grad_enabled(statistic == "gradient"))
-        for batch in _agreed(batches, calibration.batches, group):
+        for batch in _equally_many(batches, calibration.batches, group):
             measured.positions = _positions(batch, calibration.positions)
             loss = step(backbone, batch)
             if statistic == "gradient":
@@ -177,22 +203,24 @@ def calibrate(
     if count == 0:
         raise InputError(
             "Calibration: there is no batch on at least one rank; give the training set at least one batch per rank, "
-            "or Calibration(data=...)"
+            "or pass Calibration(data=...)"
         )
     if count < calibration.batches:
-        _log.warning("Calibration: %d of batches=%d; a rank has no more", count, calibration.batches)
+        _log.warning("Calibration: ran %d of batches=%d; a rank has no more", count, calibration.batches)
     return measured.finish(count)
 
 
 def draw(batches: Iterable[Any], most: int, group: ShardGroup) -> tuple[list[Any], str]:
-    """The first `most` batches of this rank, no more than every rank has, and a digest of those of all. Collective.
+    """Take up to `most` batches of this rank and compute a digest of the batches of all ranks. Collective.
+
+    All ranks take equally many batches. One object all-gather, besides an all-reduce of a flag for every batch.
 
     Raises
     ------
     InputError
-        On every rank, for batches that hold anything but tensors, numbers and text.
+        On every rank, for batches with anything but tensors, numbers and text.
     """
-    drawn = list(_agreed(batches, most, group))
+    drawn = list(_equally_many(batches, most, group))
     with group.shared_errors():
         digest = hashlib.sha256()
         _add_to(digest, drawn)
@@ -201,7 +229,7 @@ def draw(batches: Iterable[Any], most: int, group: ShardGroup) -> tuple[list[Any
 
 
 def _add_to(digest: hashlib._Hash, value: Any) -> None:
-    """Add what a batch holds, and how, to `digest`."""
+    """Add the content and the structure of a batch to `digest`."""
     if isinstance(value, Tensor):
         digest.update(f"{value.dtype}{list(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -218,20 +246,20 @@ def _add_to(digest: hashlib._Hash, value: Any) -> None:
         digest.update(repr(value).encode() + b";")
     else:
         raise InputError(
-            f"Calibration: a batch holds a {type(value).__name__}, of which no digest can be taken to tell whether a "
-            "residual model was made with the same data; give tensors, numbers and text, or leave out init_cache"
+            f"Calibration: a batch contains a {type(value).__name__}, which cannot be hashed to check whether a "
+            "residual model was made with the same data; use tensors, numbers and text, or leave out init_cache"
         )
 
 
 def step_name(step: Callable[..., Any] | None) -> str:
-    """What is run for a batch, for a fingerprint: the name of a function, or what an object says of itself."""
+    """Name the step for a fingerprint: the qualified name of a function, or the text form of another object."""
     if step is None:
         return step_name(model_loss)
     return f"{step.__module__}.{step.__qualname__}" if hasattr(step, "__qualname__") else str(step)
 
 
 def model_loss(backbone: Any, batch: Any) -> Any:
-    """``backbone(**batch).loss``, or None where there is none.
+    """Compute ``backbone(**batch).loss``; None if the output has no loss.
 
     Raises
     ------
@@ -240,8 +268,8 @@ def model_loss(backbone: Any, batch: Any) -> Any:
     """
     if not isinstance(batch, Mapping):
         raise InputError(
-            f"Calibration: a batch is a {type(batch).__name__}, and only dicts can be given to the model as they are; "
-            "pass Calibration(step=lambda model, batch: ...)"
+            f"Calibration: a batch is a {type(batch).__name__}, but only dicts can be passed to the model as keyword "
+            "arguments; pass Calibration(step=lambda model, batch: ...)"
         )
     return getattr(backbone(**batch), "loss", None)
 
@@ -249,17 +277,19 @@ def model_loss(backbone: Any, batch: Any) -> Any:
 def _check_loss(loss: Any) -> None:
     if not (isinstance(loss, Tensor) and loss.requires_grad):
         raise InputError(
-            f"Calibration: a batch gave {'None' if loss is None else type(loss).__name__}, no loss that depends on the "
-            "adapted layers; add labels to the batches, or pass Calibration(step=lambda model, batch: ...)"
+            f"Calibration: the step returned {'None' if loss is None else type(loss).__name__}, not a loss that "
+            "depends on the adapted layers; add labels to the batches, or pass Calibration(step=lambda model, batch: "
+            "...)"
         )
     if not bool(torch.isfinite(loss).all()):
         raise InputError(
-            f"Calibration: the loss of a batch is {loss.tolist()}; does every batch have a label to learn?"
+            f"Calibration: the loss of a batch is {loss.tolist()}; check that every batch has a label other than "
+            f"{IGNORED_LABEL}"
         )
 
 
 def _positions(batch: Any, rule: Positions) -> Tensor | None:
-    """Positions of `batch` that count, [batch, length] bool; None for all."""
+    """Positions of `batch` that count, ``[batch, length]`` bool; None if all count."""
     if rule == "all" or not isinstance(batch, Mapping):
         return None
     mask = batch.get("attention_mask")
@@ -271,8 +301,8 @@ def _positions(batch: Any, rule: Positions) -> Tensor | None:
     return counted
 
 
-def _agreed(batches: Iterable[Any], most: int, group: ShardGroup) -> Iterator[Any]:
-    """At most `most` batches, and no more than every rank has."""
+def _equally_many(batches: Iterable[Any], most: int, group: ShardGroup) -> Iterator[Any]:
+    """At most `most` batches, and no more than the rank with the fewest has."""
     iterator = iter(batches)
     for _ in range(most):
         with group.shared_errors():

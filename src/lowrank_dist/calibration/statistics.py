@@ -1,4 +1,4 @@
-"""Statistics of adapted layers: formed in fp32 on every rank, brought to the owners of their rows layer by layer."""
+"""Statistics of adapted layers: computed in fp32 on every rank and sent to the owners of their rows layer by layer."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from lowrank_dist.model.plan import PlannedMatrix
 from lowrank_dist.quantization.format import ResidualFormat
 from lowrank_dist.zero3.layerwise import Unit
 
-TRANSIENT_BYTES = 2**28  # of a product before its rows go to their owners
+TRANSIENT_BYTES = 2**28  # size of a product before its rows are sent to their owners
 
 
 class Statistics:
-    """This rank's rows of the statistics by matrix; lets go of each when the last matrix that wants it has asked.
+    """This rank's rows of the statistics by matrix. A statistic is freed once its last matrix has fetched it.
 
     Parameters
     ----------
     values
         fp32 tensors by name.
     source
-        Which of them each layer has.
+        Name in `values` of the statistic of every layer.
     device
-        Where they are wanted.
+        Device on which statistics are returned.
     """
 
     def __init__(self, values: dict[str, Tensor], source: Mapping[str, str], device: torch.device) -> None:
@@ -49,7 +49,7 @@ class Statistics:
 
 @dataclass(frozen=True)
 class AdaptedLayer:
-    """An adapted weight and the layer that holds it, frozen."""
+    """An adapted weight and the frozen layer that holds it."""
 
     planned: PlannedMatrix
     frozen: FrozenLinear
@@ -60,21 +60,21 @@ class AdaptedLayer:
 
 
 def adapted_layers(backbone: nn.Module, matrices: Sequence[PlannedMatrix]) -> list[AdaptedLayer]:
-    """The frozen layers of `matrices`; ModelError where one is not linear."""
+    """The frozen layers of `matrices`; raises ModelError if one is not linear."""
     found = []
     for planned in matrices:
         frozen = getattr(backbone.get_submodule(planned.layer), "base_layer", None)
         if not isinstance(frozen, FrozenLinear):
             raise ModelError(
-                f"{planned.layer} is a {type(frozen).__name__}: calibration measures linear layers only; drop it from "
-                "target_modules or choose a method that looks at no data"
+                f"{planned.layer} is a {type(frozen).__name__}, but calibration measures linear layers only; drop it "
+                "from target_modules, or choose a method that does not look at data"
             )
         found.append(AdaptedLayer(planned, frozen))
     return found
 
 
 class Measured(ABC):
-    """What hooks on the adapted layers collect; subclasses say what."""
+    """Collects a statistic by hooks on the adapted layers; subclasses define which."""
 
     def __init__(
         self,
@@ -92,12 +92,12 @@ class Measured(ABC):
         self.reached: set[str] = set()
 
     def unit_starts(self, unit: Unit) -> None:
-        """Called before the forward of a unit, never in backward."""
-        self.reached.clear()  # a recomputation reaches layers too
+        """Handle the start of a unit's forward; not called in backward."""
+        self.reached.clear()  # the recomputation in a backward adds layers too
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Inside, the forwards of the adapted layers are observed."""
+        """Observe the forwards of the adapted layers inside the context."""
         with ExitStack() as stack:
             for layer in self.layers:
 
@@ -109,28 +109,28 @@ class Measured(ABC):
 
     @abstractmethod
     def observe(self, layer: AdaptedLayer, x: Tensor, y: Tensor) -> Tensor | None:
-        """Forward hook of a frozen layer; what it returns takes the place of `y`."""
+        """Forward hook of a frozen layer; a returned tensor replaces `y`."""
 
     def unit_ends(self, unit: Unit) -> None:
-        """Called on all ranks when the forward of a unit is done, never in backward."""
+        """Handle the end of a unit's forward, on all ranks; not called in backward."""
         members = {id(member) for member in unit.members}
         layers = [layer for layer in self.layers if id(layer.frozen) in members]
         if layers:
             self.unit_measured(layers)
 
     def unit_measured(self, layers: list[AdaptedLayer]) -> None:
-        """Called on all ranks when the forward of a unit that holds `layers` is done."""
+        """Handle the end of the forward of a unit that contains `layers`, on all ranks."""
         with self.group.shared_errors():
             for layer in layers:
                 if layer.name not in self.reached:
                     raise ModelError(
                         f"{layer.name} got no input from a calibration batch; drop it from target_modules, or choose a "
-                        "method that looks at no data"
+                        "method that does not look at data"
                     )
 
     @abstractmethod
     def finish(self, batches: int) -> Statistics:
-        """The statistics, once all `batches` have run. Collective."""
+        """Return the statistics after all `batches` have run. Collective."""
 
     def add(self, name: str, left: Tensor, right: Tensor, partition: RowPartition) -> None:
         """Add this rank's rows of ``left^T right``, summed over the ranks, to statistic `name`."""
@@ -144,8 +144,8 @@ class Measured(ABC):
             for name, value in self.values.items():
                 if not all_finite(value):
                     raise InputError(
-                        f"Calibration: the statistic of {name} holds a NaN or infinity; calibrate on other data, or in "
-                        "precision 32-true"
+                        f"Calibration: the statistic of {name} contains a NaN or infinity; calibrate on other data, or "
+                        "in precision 32-true"
                     )
 
 
@@ -154,7 +154,7 @@ class Covariances(Measured):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.inputs: dict[str, list[Tensor]] = {}  # of the decoder layer at work
+        self.inputs: dict[str, list[Tensor]] = {}  # of the current decoder layer
         self.tokens: dict[str, int] = {}
 
     def observe(self, layer: AdaptedLayer, x: Tensor, y: Tensor) -> None:
@@ -166,7 +166,7 @@ class Covariances(Measured):
         for layer in layers:
             source = self.source.setdefault(layer.name, self._same_input(layer, layers))
             if source != layer.name:
-                self._still_shared(layer.name, source)
+                self._check_still_shared(layer.name, source)
                 continue
             inputs = layer.frozen.in_features
             partition = RowPartition(rows=inputs, columns=inputs, world_size=self.group.size)
@@ -177,23 +177,26 @@ class Covariances(Measured):
         self.inputs.clear()
 
     def _same_input(self, layer: AdaptedLayer, layers: list[AdaptedLayer]) -> str:
-        """The first of `layers` that got the very tensors that `layer` got."""
+        """Name of the first of `layers` whose inputs are the same tensor objects as those of `layer`."""
         return next(other.name for other in layers if self._identical(other.name, layer.name))
 
     def _identical(self, one: str, other: str) -> bool:
         a, b = self.inputs[one], self.inputs[other]
         return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
 
-    def _still_shared(self, name: str, source: str) -> None:
+    def _check_still_shared(self, name: str, source: str) -> None:
         if not self._identical(name, source):
-            raise ModelError(f"{name} and {source} have the same input in one calibration batch and not in another")
+            raise ModelError(
+                f"{name} and {source} have the same input in one calibration batch but not in another; drop one of "
+                "them from target_modules, or choose a method that does not look at data"
+            )
 
     def finish(self, batches: int) -> Statistics:
         tokens = torch.tensor([self.tokens[name] for name in self.values], dtype=torch.float64, device=self.device)
         for (name, value), count in zip(self.values.items(), self.group.sum(tokens).tolist(), strict=True):
             if count == 0:
                 raise InputError(
-                    f"Calibration: none of the positions that {name} saw counts; take other data or positions='all'"
+                    f"Calibration: no position of the inputs of {name} counts; use other data, or positions='all'"
                 )
             value /= count
         self.check_finite()
@@ -205,7 +208,7 @@ class Gradients(Measured):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        # Nothing is trained, yet the graph must begin somewhere.
+        # No parameter requires a gradient, so the graph needs another leaf.
         self.anchor = torch.zeros((), device=self.device, requires_grad=True)
         self.partitions = {
             layer.name: layer.planned.row_partition(self.group.size, block=self.residual.block) for layer in self.layers
@@ -236,9 +239,9 @@ class Gradients(Measured):
 
 
 class _Watch(torch.autograd.Function):
-    """The identity on a layer's output, whose backward shows the layer's input and the gradient of its output.
+    """The identity on a layer's output; its backward passes the layer's input and the output's gradient to `show`.
 
-    The input is saved for backward, not held: under checkpointing it is recomputed.
+    The input is a saved tensor, so under activation checkpointing it is recomputed instead of kept.
     """
 
     @staticmethod
@@ -263,20 +266,20 @@ def add_product(
     into: Tensor,
     transient_bytes: int = TRANSIENT_BYTES,
 ) -> None:
-    """``into += `` this rank's rows of ``sum over ranks of left^T right``, in true fp32.
+    """Add this rank's rows of the sum over ranks of ``left^T right`` to `into`, in true fp32. Collective.
 
     Parameters
     ----------
     left, right
-        ``[t, m]`` and ``[t, n]`` of any floating type; every rank's own, t differs.
+        ``[t, m]`` and ``[t, n]`` of any floating dtype, different on every rank; t may differ.
     partition
-        Of the ``m x n`` product.
+        Partition of the ``m x n`` product.
     group
         The ranks.
     into
-        ``[m_p, n]`` fp32, row-sharded; on any device.
+        ``[m_p, n]`` fp32, row-sharded, on any device.
     transient_bytes
-        The product is formed some columns at a time, in about so many bytes: one reduce-scatter each.
+        Approximate size of the product's columns that are computed at a time; each such part issues one reduce-scatter.
     """
     width = max(1, transient_bytes // (4 * partition.padded_rows))
     with full_fp32(), torch.no_grad(), torch.autocast(left.device.type, enabled=False):
@@ -289,7 +292,7 @@ def add_product(
 
 
 def select_positions(x: Tensor, positions: Tensor | None) -> Tensor:
-    """Inputs ``[..., in]`` that count, ``[t, in]``; all where they are not laid out as `positions`, [batch, length]."""
+    """Select the inputs at `positions`, ``[batch, length]``, from ``[..., in]``: ``[t, in]``; all if layouts differ."""
     if positions is not None:
         if x.shape[:-1] == positions.shape:
             return x[positions]

@@ -1,7 +1,7 @@
 """The walk for methods that look at data.
 
-The checkpoint is read once, into a sharded model that computes with the original weights. A calibration pass runs
-through it. Then the weights are decomposed from the ranks' own shards of it: the bytes read are those of the walk
+The pretrained weights are read once, into a sharded model that computes with them. A calibration pass runs through this
+model. Then the weights are decomposed from each rank's own shards of the model, so the bytes read are those of the walk
 without calibration.
 """
 
@@ -36,39 +36,41 @@ from lowrank_dist.zero3.partition import Partitioner, local_shard, release, to_d
 
 
 class CalibrationPass:
-    """A calibration pass over a sharded model, and the walk that makes use of it; all ranks of the group call it.
+    """A calibration pass over a sharded model, and the walk that uses its statistics; all ranks of the group call it.
 
-    Three passes: the walk with the weights as they are (in the checkpoint's own dtype, so that nothing is lost) and a
-    zero adapter; `calibrate`; the walk again with `init`, over the ranks' shards of the first. All ranks share every
-    matrix.
+    There are three passes: the walk with the original weights (in their dtype on disk, hence without loss) and a zero
+    adapter; `calibrate`; and the walk with `init`, over the ranks' shards of the first. All ranks share every matrix.
 
     Parameters
     ----------
     backbone, plan, reader, partitioner, residual, compute_dtype, factor_dtype, fp32_norms
-        As `materialize` takes them.
+        See `materialize`.
     batches
-        Of this rank, on the device of the partitioner; at most ``calibration.batches`` are taken, after the first pass
-        or by `fingerprint`.
+        Batches of this rank, on the device of the partitioner. At most ``calibration.batches`` are taken, after the
+        first pass or by `fingerprint`.
     calibration
         Options.
     init
         The method; its `statistic` is measured.
     step
-        Stands in for ``calibration.step``.
+        Overrides ``calibration.step``.
     advance
-        Called with bytes that are done, in all twice those of the adapted weights and once those of the others.
+        Called with the number of bytes done since the last call: in total, twice the bytes of the adapted weights and
+        once those of the others.
     thorough
-        As `Walk` takes it.
+        See `Walk`.
 
     Attributes
     ----------
     ran : bool
-        Whether `backbone` holds the weights already.
+        Whether `backbone` already holds the weights.
 
     Raises
     ------
-    InputError, ModelError
-        For methods that look at no data, and for adapted weights that are not those of linear layers.
+    InputError
+        For methods that do not look at data.
+    ModelError
+        For adapted weights that do not belong to linear layers.
     """
 
     def __init__(
@@ -94,24 +96,24 @@ class CalibrationPass:
         self.compute_dtype, self.factor_dtype, self.fp32_norms = compute_dtype, factor_dtype, fp32_norms
         self.step, self.advance, self.thorough, self.ran = step, advance, thorough, False
         if init.statistic is None:
-            raise InputError(f"{init} looks at no data; leave out the calibration")
+            raise InputError(f"{init} does not look at data; leave out the calibration")
         for planned in plan.matrices:
             if planned.lookup or planned.wrapped:
                 raise ModelError(
-                    f"{planned.name}: {init} wants the {init.statistic} of every adapted weight, and calibration "
+                    f"{planned.name}: {init} needs the {init.statistic} of every adapted weight, but calibration "
                     "measures linear layers only; drop it from target_modules and target_parameters"
                 )
 
     def fingerprint(self) -> str:
-        """Hexadecimal digest of what the statistics depend on beside the weights. Collective.
+        """Compute a hexadecimal digest of everything but the weights that the statistics depend on. Collective.
 
-        Covers the batches of all ranks, in their order, the configuration of the model, the arithmetic, the positions
-        that count, and the name of what is run for every batch (not its code). The batches are read, and kept.
+        It covers the batches of all ranks in their order, the configuration of the model, the arithmetic, the positions
+        that count, and the name of the step (not its code). The batches are read and kept.
 
         Raises
         ------
         InputError
-            On every rank, for batches that hold anything but tensors, numbers and text.
+            On every rank, for batches with anything but tensors, numbers and text.
         """
         self.batches, drawn = draw(self.batches, self.calibration.batches, self.partitioner.group)
         config = {key: value for key, value in self.backbone.config.to_dict().items() if key not in _VOLATILE}
@@ -120,20 +122,20 @@ class CalibrationPass:
         return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
     def statistics(self, matrices: Sequence[PlannedMatrix] | None = None) -> Statistics:
-        """What `init` wants to know of `matrices` (default: all): the first two passes. Collective.
+        """Measure the statistics of `matrices` (default: all) for `init` by the first two passes. Collective.
 
-        The backbone then holds the weights as they are, sharded, in the checkpoint's own dtype.
+        The backbone then holds the original weights, sharded, in their dtype on disk.
         """
         plan, reader, partitioner = self.plan, self.reader, self.partitioner
-        whole = _Whole(dtype=_lossless(plan, reader), cut_as=self.residual.block)
-        walk = self._walk_with(reader, init=LoRA(), residual=whole)
+        original = _AlignedDense(dtype=_lossless_dtype(plan, reader), alignment=self.residual.block)
+        walk = self._walk_with(reader, init=LoRA(), residual=original)
         materialize(
             self.backbone,
             plan,
             reader,
             partitioner,
-            walk.run(_by_all(plan, partitioner.group)),
-            residual=whole,
+            walk.run(_shared_by_all(plan, partitioner.group)),
+            residual=original,
             compute_dtype=self.compute_dtype,
             factor_dtype=self.factor_dtype,
             fp32_norms=self.fp32_norms,
@@ -156,7 +158,7 @@ class CalibrationPass:
         )
 
     def walk(self, matrices: Sequence[PlannedMatrix] | None = None) -> Walk:
-        """The walk that decomposes `matrices` (default: all), after the passes before it. Collective."""
+        """Run the first two passes and return the walk that decomposes `matrices` (default: all). Collective."""
         statistics = self.statistics(matrices)
         shards = _ShardReader(self.backbone, self.plan, self.reader, self.partitioner.group)
         walk = self._walk_with(cast(CheckpointReader, shards), init=self.init, residual=self.residual)
@@ -175,24 +177,24 @@ class CalibrationPass:
         )
 
     def materialize(self) -> Materialized:
-        """`materialize` with `init`; the report's seconds are those of all passes. Collective.
+        """Run all passes and `materialize` with `init`; the report's seconds cover all passes. Collective.
 
         Raises
         ------
         CheckpointError, ModelError, InputError
-            On every rank, see `materialize` and `calibrate`.
+            On every rank; see `materialize` and `calibrate`.
         """
         started = time.monotonic()
         walk = self.walk()
-        result = self.fill(self.plan, self.reader, walk.run(_by_all(self.plan, self.partitioner.group)))
+        result = self.fill(self.plan, self.reader, walk.run(_shared_by_all(self.plan, self.partitioner.group)))
         result.report.seconds = time.monotonic() - started
         return result
 
     def fill(self, plan: Plan, reader: CheckpointReader, decomposed: Iterable[DecomposedMatrix]) -> Materialized:
-        """`materialize` the matrices of `plan` in the place of the weights that the pass has left. Collective."""
+        """`materialize` the matrices of `plan`, replacing the original weights that the pass has left. Collective."""
         result = materialize(
             self.backbone,
-            replace(plan, parameters=[], buffers=[]),  # they stay
+            replace(plan, parameters=[], buffers=[]),  # the first pass has loaded them
             reader,
             self.partitioner,
             _replacing(self.backbone, decomposed),
@@ -201,36 +203,36 @@ class CalibrationPass:
             factor_dtype=self.factor_dtype,
             layout=self.init.layout,
         )
-        gc.collect()  # ZeRO-3 parameters are cycles
+        gc.collect()  # ZeRO-3 parameters are in reference cycles
         return result
 
 
 _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "quantization_config", "use_cache")
 
 
-def _by_all(plan: Plan, group: ShardGroup) -> list[Batch]:
+def _shared_by_all(plan: Plan, group: ShardGroup) -> list[Batch]:
     return [Batch(group_size=group.size, matrices=(planned,)) for planned in plan.matrices]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Whole(Dense):
-    """The weight itself, its rows cut as another format will cut them."""
+class _AlignedDense(Dense):
+    """The original weight, its rows sharded like those of a format with blocks of `alignment` elements."""
 
-    cut_as: int
+    alignment: int
 
     @property
     def block(self) -> int:
-        return self.cut_as
+        return self.alignment
 
 
-def _lossless(plan: Plan, reader: CheckpointReader) -> torch.dtype:
-    """The smallest dtype that holds every adapted weight exactly."""
+def _lossless_dtype(plan: Plan, reader: CheckpointReader) -> torch.dtype:
+    """The smallest dtype that represents every adapted weight exactly."""
     dtypes = {FLOAT_DTYPES[reader.info(planned.key).dtype] for planned in plan.matrices}
     return functools.reduce(torch.promote_types, dtypes)
 
 
 class _ShardReader:
-    """What the walk asks of a reader, from this rank's shards of a model whose residuals are the weights."""
+    """The part of a reader that the walk uses, over this rank's shards of a model whose residuals are the weights."""
 
     def __init__(self, backbone: nn.Module, plan: Plan, reader: CheckpointReader, group: ShardGroup) -> None:
         self._frozen = {planned.key: backbone.get_submodule(planned.layer) for planned in plan.matrices}
@@ -247,7 +249,7 @@ class _ShardReader:
 
 
 def _replacing(backbone: nn.Module, decomposed: Iterable[DecomposedMatrix]) -> Iterator[DecomposedMatrix]:
-    """Let go of the weight of every matrix that is decomposed."""
+    """Free the original weight of every decomposed matrix."""
     for matrix in decomposed:
         layer: Any = backbone.get_submodule(matrix.planned.layer)
         release(layer.base_layer.stored())

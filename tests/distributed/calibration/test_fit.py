@@ -250,11 +250,11 @@ def test_without_training_data(llama: Path) -> None:
 
 
 def test_options_that_do_not_fit(llama: Path) -> None:
-    with pytest.raises(InputError, match=r"PiSSA looks at no data"):
+    with pytest.raises(InputError, match=r"PiSSA does not look at data"):
         make_strategy(llama, init=PiSSA(), calibration=Calibration())
     with pytest.raises(InputError, match=r"ranks_per_matrix=2 cannot be used with EVA"):
         make_strategy(llama, init=EVA(), ranks_per_matrix=2)
     with pytest.raises(InputError, match=r"batches=0 must be at least 1"):
         Calibration(batches=0)
-    with pytest.raises(InputError, match=r"positions='some' is none of attended, labelled, all"):
+    with pytest.raises(InputError, match=r"positions='some' is not one of attended, labelled, all"):
         Calibration(positions="some")  # type: ignore[arg-type]

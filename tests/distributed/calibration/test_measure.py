@@ -344,9 +344,9 @@ def broken(batches: list[Any], rank: int) -> Iterator[Any]:
         ("no batch on rank 1", "there is no batch on at least one rank"),
         ("no labels", "add labels to the batches"),
         ("lists", "a batch is a list"),
-        ("nothing counts", "none of the positions that model.layers.0.self_attn.q_proj saw counts"),
+        ("nothing counts", "no position of the inputs of model.layers.0.self_attn.q_proj counts"),
         ("nothing to learn", "the loss of a batch is nan"),
-        ("infinity", "holds a NaN or infinity"),
+        ("infinity", "contains a NaN or infinity"),
         ("reading fails on rank 1", "the disk is gone"),
         ("a layer is passed by", "model.layers.1.mlp.gate_proj got no input"),
     ],
@@ -370,4 +370,4 @@ def with_an_embedding(pretrained: Path) -> str:
 
 def test_embeddings_are_refused_before_anything_is_read(tmp_path: Path) -> None:
     message = run_ranks(1, with_an_embedding, save_checkpoint(tmp_path, "llama"))[0]
-    assert message.startswith("0 bytes read: model.embed_tokens: Recorder wants the covariance of every adapted weight")
+    assert message.startswith("0 bytes read: model.embed_tokens: Recorder needs the covariance of every adapted weight")

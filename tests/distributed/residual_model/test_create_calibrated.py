@@ -252,7 +252,7 @@ def test_tensors_differ_in_value_shape_and_dtype() -> None:
     assert len({digest(batch) for batch in batches}) == len(batches)
     assert digest(batches[0]) == digest([{"input_ids": ids.clone()}])
     assert digest([1, 2, 3], most=2) == digest([1, 2])
-    with pytest.raises(InputError, match="a batch holds a ndarray, of which no digest can be taken"):
+    with pytest.raises(InputError, match="a batch contains a ndarray, which cannot be hashed"):
         digest([np.zeros(2)])
 
 
