@@ -1,1 +1,1 @@
-"""The ranks that share work, and the arithmetic of shards; knows no model."""
+"""Shard groups, their collectives, and the arithmetic of shards; independent of any model."""

@@ -1,7 +1,8 @@
-"""Whole tensors on one rank each: how shards that all ranks hold are brought together for writing.
+"""Gathering of sharded tensors, each on one rank, for writing.
 
-Every tensor has an owner; the ranks own about equally many bytes. Shards travel to the owners in all-to-alls: a rank
-sends each of its shards once, 16 MiB at a time, and receives only what it owns (P times as much where it owns all).
+Every tensor has an owner; the ranks own about equally many bytes. All-to-alls send shards to the owners. A rank sends
+each of its shards once, 16 MiB at a time, and receives only the tensors that it owns (P times as many bytes if it owns
+them all).
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from torch import Tensor
 
 from lowrank_dist.distributed.group import ShardGroup
 
-BATCH_BYTES = 2**24  # of a rank's own shards that travel at a time
+BATCH_BYTES = 2**24  # bytes of a rank's own shards that are sent at a time
 
 
 def assign_owners(sizes: Mapping[str, int], world_size: int) -> dict[str, int]:
-    """Which rank owns what: the largest first, each to the rank that owns least so far (the lowest of equal ones).
+    """Assign tensors to ranks, the largest first, each to the rank that owns the fewest bytes (the lowest of equals).
 
-    At most 4/3 of an even distribution in bytes (R. L. Graham, "Bounds on multiprocessing timing anomalies", 1969).
+    No rank owns more than 4/3 of the best distribution in bytes (R. L. Graham, "Bounds on multiprocessing timing
+    anomalies", 1969).
     """
     owned = [0] * world_size
     owners = {}
@@ -33,16 +35,16 @@ def assign_owners(sizes: Mapping[str, int], world_size: int) -> dict[str, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class Parcel:
-    """A rank's shards of some tensors, copied, end to end in the order of the ranks that own the tensors.
+    """Copies of a rank's shards of some tensors, concatenated in the order of the ranks that own the tensors.
 
     Attributes
     ----------
     packed
-        Bytes; CPU, or the device of the group that is to carry them.
+        Flat uint8, on the CPU or the device of the group that sends them.
     lengths
-        Of what goes to each rank, bytes.
+        Number of bytes for each rank.
     owned
-        Name, dtype, elements of the whole and bytes of a shard: of the tensors that this rank owns.
+        Name, dtype, elements of the whole tensor and bytes of a shard, for the tensors that this rank owns.
     """
 
     packed: Tensor
@@ -58,20 +60,21 @@ def pack_for_owners(
     device: torch.device,
     batch_bytes: int = BATCH_BYTES,
 ) -> Iterator[Parcel]:
-    """Copies of shards, ready to be sent. Communicates nothing.
+    """Copy shards into parcels that are ready to be sent. Communicates nothing.
 
     Parameters
     ----------
     shards
-        Name, this rank's flat shard (equally long on every rank, padding included) and the elements of the whole.
+        Name, this rank's flat shard (equally long on every rank, padding included) and number of elements of the whole
+        tensor.
     owner
-        Gives the rank that wants a tensor, by name.
+        Returns the rank that owns a tensor, by name.
     group
         The ranks that hold the shards.
     device
-        Where the copies are kept.
+        Device of the copies.
     batch_bytes
-        Of a parcel (a single larger shard alone).
+        Largest size of a parcel; a shard larger than this has its own.
     """
     batch: list[tuple[str, Tensor, int]] = []
     size = 0
@@ -86,16 +89,16 @@ def pack_for_owners(
 
 
 def deliver(parcels: Iterable[Parcel], group: ShardGroup) -> Iterator[tuple[str, Tensor]]:
-    """Whole flat tensors on their owners. Collective: all ranks iterate to the end, over parcels of the same tensors.
+    """Send parcels and yield whole tensors on their owners. Collective.
 
-    One all-to-all per parcel, which is then let go of.
+    All ranks must iterate to the end, over parcels of the same tensors. One all-to-all per parcel, which is then freed.
 
     Yields
     ------
     name
-        Of a tensor that this rank owns.
+        Name of a tensor that this rank owns.
     whole
-        Flat, on the CPU, a copy.
+        A flat copy on the CPU.
     """
     for parcel in parcels:
         received = group.exchange(
@@ -109,7 +112,7 @@ def deliver(parcels: Iterable[Parcel], group: ShardGroup) -> Iterator[tuple[str,
                 row.copy_(part[start : start + nbytes])
             yield name, whole.view(-1).view(dtype)[:numel]
             start += nbytes
-        received = []  # before the next of its size
+        received = []  # freed before the next exchange allocates as much
 
 
 def gather_to_owners(
@@ -124,7 +127,7 @@ def _parcel(
 ) -> Parcel:
     packed = torch.empty(sum(shard.nbytes for _, shard, _ in batch), dtype=torch.uint8, device=device)
     lengths, owned, start = [0] * group.size, [], 0
-    for name, shard, numel in sorted(batch, key=lambda entry: owner(entry[0])):  # stable
+    for name, shard, numel in sorted(batch, key=lambda entry: owner(entry[0])):  # stable: one order on all ranks
         packed[start : start + shard.nbytes].copy_(shard.contiguous().view(torch.uint8))
         start += shard.nbytes
         lengths[owner(name)] += shard.nbytes

@@ -1,7 +1,7 @@
-"""The shard group: the P ranks that together hold every tensor once, and the few collectives the walk needs.
+"""The shard group: the P ranks that together hold every tensor once, and the few collectives that the walk needs.
 
-P is not necessarily the world: the residual may be sharded within a node and replicated across nodes, so every
-function that communicates takes a `ShardGroup` and asks nothing else about the world.
+P is not necessarily the world size, because the residual may be sharded within a node and replicated across nodes.
+Every function that communicates therefore takes a `ShardGroup` and uses nothing else of the world.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class ShardGroup:
     Parameters
     ----------
     process_group
-        A ``torch.distributed`` group; None is the default group where one is initialised, else a group of one.
+        A ``torch.distributed`` group. None means the default group if one is initialised, else a group of one rank.
     device
         Device on which the small tensors of `raise_together` live (the device of the group's backend).
 
@@ -61,7 +61,7 @@ class ShardGroup:
 
     @classmethod
     def single(cls) -> ShardGroup:
-        """A group of one rank, whatever the process belongs to: no call of it communicates."""
+        """A group of this rank alone, also within a larger world; none of its methods communicate."""
         group = cls.__new__(cls)
         group._group, group._distributed, group.rank, group.size = None, False, 0, 1
         group.device, group._parts, group._waits_awake = torch.device("cpu"), {}, False
@@ -69,7 +69,7 @@ class ShardGroup:
 
     @property
     def process_group(self) -> dist.ProcessGroup:
-        """As ``torch.distributed`` and DeepSpeed know it; of a `single` group, one made for it."""
+        """The group of ``torch.distributed``, for DeepSpeed; a `single` group creates one of this rank."""
         if self._group is not None:
             return self._group
         if self._distributed:
@@ -78,15 +78,18 @@ class ShardGroup:
         return made
 
     def split(self, size: int) -> ShardGroup:
-        """The group of `size` consecutive ranks that this rank belongs to; they call it together.
+        """Return the group of `size` consecutive ranks that this rank belongs to; all of these ranks must call it.
 
         Raises
         ------
         ValueError
-            Where `size` does not divide the ranks of this group.
+            If `size` does not divide the number of ranks of this group.
         """
         if size < 1 or self.size % size:
-            raise ValueError(f"groups of {size} ranks do not divide the {self.size} ranks of the shard group")
+            raise ValueError(
+                f"groups of {size} ranks do not divide the {self.size} ranks of the shard group; choose a divisor of "
+                f"{self.size}"
+            )
         if size == self.size:
             return self
         if size == 1:
@@ -99,21 +102,21 @@ class ShardGroup:
         return self._parts[size]
 
     def exchange(self, outgoing: Tensor, lengths: list[int], sizes: list[int]) -> list[Tensor]:
-        """Send every rank its part of `outgoing` and receive what every rank sends here. One all-to-all.
+        """Send every rank its part of `outgoing` and receive a part from every rank. One all-to-all.
 
         Parameters
         ----------
         outgoing
-            What is sent, flat uint8, end to end in rank order; it is not copied here.
+            Flat uint8, the parts concatenated in rank order; it is not copied.
         lengths
-            Bytes of it for every rank.
+            Number of bytes for every rank.
         sizes
-            Bytes that every rank sends to this one.
+            Number of bytes from every rank.
 
         Returns
         -------
         list of Tensor
-            The flat uint8 tensors received, in rank order.
+            The received flat uint8 tensors, in rank order.
         """
         if self.size == 1:
             return [outgoing]
@@ -128,7 +131,7 @@ class ShardGroup:
         return tensor
 
     def sum_rows(self, tensor: Tensor) -> Tensor:
-        """This rank's ``[rows, n]`` of the sum of `tensor` ``[P * rows, n]`` over the ranks. One reduce-scatter."""
+        """Sum `tensor` ``[P * rows, n]`` over the ranks; return this rank's ``[rows, n]``. One reduce-scatter."""
         if self.size == 1:
             return tensor
         rows = tensor.new_empty(tensor.shape[0] // self.size, *tensor.shape[1:])
@@ -144,8 +147,8 @@ class ShardGroup:
     def once(self, out: Tensor, compute: Callable[[], Tensor]) -> Tensor:
         """Run `compute` on rank 0 only and broadcast its result into `out` (its shape and dtype). One broadcast.
 
-        Solving small problems on one rank keeps data-dependent decisions identical everywhere, also on hosts
-        whose LAPACKs round differently.
+        Solving small problems on one rank keeps data-dependent decisions identical on all ranks, even if the LAPACKs of
+        their hosts round differently.
         """
         if self.rank == 0:
             out.copy_(compute())
@@ -154,13 +157,16 @@ class ShardGroup:
         return out
 
     def reduce_once(self, partial: Tensor, out: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
-        """Sum `partial` (same shape on every rank; overwritten) on rank 0, then `once`. One reduce, one broadcast."""
+        """Sum `partial` (same shape on every rank; overwritten) on rank 0, then call `once` with ``compute(partial)``.
+
+        One reduce, one broadcast.
+        """
         if self.size > 1:
             self._run(dist.reduce, partial, dst=self._global(0))
         return self.once(out, lambda: compute(partial))
 
     def broadcast(self, tensor: Tensor, source: int) -> Tensor:
-        """Overwrite `tensor` (same shape everywhere) with that of rank `source`, in place. One broadcast."""
+        """Overwrite `tensor` (same shape on every rank) with that of rank `source`, in place. One broadcast."""
         if self.size > 1:
             self._run(dist.broadcast, tensor, src=self._global(source))
         return tensor
@@ -174,7 +180,7 @@ class ShardGroup:
         return every
 
     def broadcast_object(self, value: object) -> object:
-        """Rank 0's `value`, on every rank (pickled: trusted peers only)."""
+        """Return rank 0's `value` on every rank (pickled: trusted peers only). One object broadcast."""
         if self.size == 1:
             return value
         box = [value]
@@ -182,7 +188,10 @@ class ShardGroup:
         return box[0]
 
     def gather_objects(self, value: object) -> list[Any]:
-        """Every rank's `value`, in rank order, on every rank (pickled: trusted peers only). One object all-gather."""
+        """Return all ranks' values, in rank order, on every rank (pickled: trusted peers only).
+
+        One object all-gather.
+        """
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -190,10 +199,10 @@ class ShardGroup:
         return values
 
     def raise_together(self, error: Exception | None) -> None:
-        """Raise on every rank if any rank has an error, so that none is left waiting in a collective.
+        """Raise on every rank if any rank has an error, so that no rank waits in a collective for ever.
 
-        The rank that has an error raises its own; the others raise a `RemoteError` that carries the text of the
-        first. One all-reduce of a flag; one object all-gather if the flag is up.
+        A rank with an error raises its own. The other ranks raise a `RemoteError` with the text of the first. One
+        all-reduce of a flag, and one object all-gather if the flag is set.
         """
         if self.size > 1:
             flag = torch.tensor([0 if error is None else 1], dtype=torch.int32, device=self.device)
@@ -202,7 +211,7 @@ class ShardGroup:
             reports = self.gather_objects(None if error is None else (type(error).__name__, str(error)))
             if error is None:
                 failed = [(r, report) for r, report in enumerate(reports) if report is not None]
-                # the cause, not what its word made of a rank of a smaller group
+                # Prefers the cause to a RemoteError that it has caused on a rank of a smaller group.
                 rank, report = min(failed, key=lambda one: one[1][0] == RemoteError.__name__)
                 raise RemoteError(f"rank {rank}: {report[0]}: {report[1]}")
         if error is not None:
@@ -210,7 +219,10 @@ class ShardGroup:
 
     @contextmanager
     def shared_errors(self) -> Iterator[None]:
-        """Run a part that does not communicate; what any rank raises there is raised on all of them at its end."""
+        """Raise an exception of any rank inside the context on all ranks at its end; nothing inside may communicate.
+
+        Issues the collectives of `raise_together`.
+        """
         error: Exception | None = None
         try:
             yield

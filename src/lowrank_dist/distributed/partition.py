@@ -1,8 +1,8 @@
 """Shard arithmetic: which rows, elements and blocks of a tensor belong to which rank.
 
-A ZeRO-3 partition is a contiguous ``1/P`` of the flattened tensor. For a row-major matrix whose row count is
-padded to a multiple of ``P``, that partition is a block of whole rows: `RowPartition` describes it and is the
-only place that knows about padding. Tensors that are not decomposed are cut wherever ``numel / P`` falls:
+A ZeRO-3 partition is a contiguous ``1/P`` of the flattened tensor. If the number of rows of a row-major matrix is
+padded to a multiple of ``P``, its partition is a block of whole rows. `RowPartition` describes it and is the only place
+that knows about padding. Tensors that are not decomposed are sharded at multiples of ``ceil(numel / P)`` elements, by
 `FlatPartition`.
 """
 
@@ -21,9 +21,9 @@ class FlatPartition:
     Parameters
     ----------
     numel
-        Elements of the whole tensor.
+        Number of elements of the whole tensor.
     world_size
-        Ranks of the shard group, P.
+        Number of ranks of the shard group, P.
     """
 
     numel: int
@@ -31,11 +31,11 @@ class FlatPartition:
 
     @property
     def shard_numel(self) -> int:
-        """Elements held by each rank, padding included: ``ceil(numel / P)``."""
+        """Number of elements on each rank, padding included: ``ceil(numel / P)``."""
         return -(-self.numel // self.world_size)
 
     def bounds(self, rank: int) -> tuple[int, int]:
-        """Half-open range of real elements of `rank`; empty for ranks that hold only padding."""
+        """Half-open range of the real elements of `rank`; empty for ranks that hold only padding."""
         start = min(rank * self.shard_numel, self.numel)
         return start, min(start + self.shard_numel, self.numel)
 
@@ -44,18 +44,18 @@ class FlatPartition:
 class RowPartition:
     """Row blocks of an ``m x n`` row-major matrix over P ranks, aligned to quantization blocks.
 
-    Rows per rank are rounded up so that every rank holds whole blocks of `block` consecutive elements of the
-    flattened matrix: the bytes of a block-wise quantizer then do not depend on the world size. Ranks beyond the
-    last real row hold zero padding only.
+    Rows per rank are rounded up so that every rank holds whole blocks of `block` consecutive elements of the flattened
+    matrix. The bytes of a block-wise quantizer then do not depend on the world size. Ranks beyond the last real row
+    hold only zero padding.
 
     Parameters
     ----------
     rows, columns
         Shape of the whole matrix, ``m x n``.
     world_size
-        Ranks of the shard group, P.
+        Number of ranks of the shard group, P.
     block
-        Elements per quantization block; 1 for formats that have none.
+        Number of elements per quantization block; 1 for formats without blocks.
     """
 
     rows: int
@@ -65,27 +65,27 @@ class RowPartition:
 
     @property
     def rows_per_rank(self) -> int:
-        """Rows held by each rank, padding included."""
+        """Number of rows on each rank, padding included."""
         quantum = self.block // math.gcd(self.block, self.columns)
         return -(-self.rows // (self.world_size * quantum)) * quantum
 
     @property
     def padded_rows(self) -> int:
-        """Rows of all ranks together, padding included."""
+        """Number of rows of all ranks together, padding included."""
         return self.rows_per_rank * self.world_size
 
     @property
     def blocks(self) -> int:
-        """Quantization blocks that hold at least one real element."""
+        """Number of quantization blocks with at least one real element."""
         return -(-self.rows * self.columns // self.block)
 
     @property
     def blocks_per_rank(self) -> int:
-        """Quantization blocks held by each rank, padding included."""
+        """Number of quantization blocks on each rank, padding included."""
         return self.rows_per_rank * self.columns // self.block
 
     def bounds(self, rank: int) -> tuple[int, int]:
-        """Half-open range of real rows of `rank`; empty for ranks that hold only padding."""
+        """Half-open range of the real rows of `rank`; empty for ranks that hold only padding."""
         start = min(rank * self.rows_per_rank, self.rows)
         return start, min(start + self.rows_per_rank, self.rows)
 
@@ -97,9 +97,9 @@ class RowPartition:
 
 @dataclass(frozen=True, kw_only=True)
 class Storage:
-    """One stored tensor of a format: flat, `numel` elements of `dtype`, cut every `shard_numel` elements.
+    """One flat tensor of an encoded residual: `numel` elements of `dtype`, in shards of `shard_numel` elements.
 
-    The last shards may end in padding, or be padding only.
+    The last shards may end in padding or consist of padding only.
     """
 
     numel: int

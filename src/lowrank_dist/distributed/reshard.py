@@ -1,4 +1,4 @@
-"""Sharded tensors cut anew for other ranks, and rows put together."""
+"""Resharding of tensors for other ranks, and all-gathering of rows."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import RowPartition, Storage
 
-_ALIGNMENT = 64  # bytes: what is received may be viewed as any dtype, and loaded in vectors
+_ALIGNMENT = 64  # bytes; received values can then be viewed as any dtype and loaded into vector registers
 
 
 def whole_left(left: Tensor, partition: RowPartition, group: ShardGroup) -> Tensor:
-    """Rows of all ranks of a row-sharded factor: ``[m, r]``, replicated. One all-gather."""
+    """All-gather a row-sharded factor ``[m_p, r]``: ``[m, r]``, replicated. One all-gather."""
     padded = left.new_zeros(partition.rows_per_rank, left.shape[1])
     padded[: left.shape[0]] = left
     return group.gather_equal(padded)[: partition.rows]
@@ -29,33 +29,34 @@ def redistribute(
     *,
     kept_by: int | None = None,
 ) -> list[dict[str, Tensor]]:
-    """Cut tensors that parts of the ranks hold anew for all ranks, or for every part of other parts. One all-to-all.
+    """Reshard items, each sharded over a group of `group_size` ranks, to groups of `kept_by` ranks. One all-to-all.
 
     Parameters
     ----------
     shards
-        This rank's flat shards of the tensors of its items: of items ``rank // group_size``, and so on in steps of
-        ``P / group_size``, of `layouts`.
+        This rank's flat shards of the tensors of its items. Its items are those of `layouts` at ``rank // group_size``
+        and every ``P / group_size`` from there.
     layouts
-        For every item and name: the storage over its `group_size` ranks and the one over `kept_by` ranks.
+        For every item and name, the storage over `group_size` ranks and the one over `kept_by` ranks.
     group_size
-        Consecutive ranks that share an item; every such group holds its items alone.
+        Number of consecutive ranks that share an item before. No other rank holds the item.
     group
-        All ranks.
+        All ranks, P.
     kept_by
-        So many consecutive ranks each hold all tensors together afterwards; None: all ranks.
+        Number of consecutive ranks that together hold all items afterwards; every such group holds them all. Default:
+        all ranks.
 
     Returns
     -------
     list of dict
-        For every item this rank's flat shards over `kept_by` ranks, padding included. Those that one rank sent whole
-        lie in what was received in this one exchange: who keeps few of them for long had better keep copies.
+        For every item, this rank's flat shards over `kept_by` ranks, padding included. A shard that came whole from
+        another rank is a view of the receive buffer and keeps all of it in memory: copy a few that are kept for long.
     """
     kept = group.size if kept_by is None else kept_by
     me, step = group.rank, group.size // group_size
 
     def pieces(source: int, target: int) -> list[_Piece]:
-        """What `source` holds of what `target` keeps, in the order in which it is sent."""
+        """The pieces on `source` that `target` keeps, in the order in which they are sent."""
         found = []
         for item in range(source // group_size, len(layouts), step):
             for name, (held, wanted) in layouts[item].items():
@@ -101,7 +102,7 @@ def redistribute(
         first = piece.start - me % kept * wanted.shard_numel
         of_item[piece.name][first : first + values.numel()] = values
 
-    for piece in pieces(me, me):  # a copy, which does not keep the rest of the shard alive
+    for piece in pieces(me, me):  # copied, so that the rest of the shard can be freed
         keep(piece, of_shard(piece), as_it_is=False)
     for data, some in zip(received, incoming, strict=True):
         for piece, values in zip(some, torch.split(data, [nbytes(piece) for piece in some]), strict=True):
