@@ -1,1 +1,1 @@
-"""The job that this process runs in: what it was allocated, which signals it gets, whether its ranks are well."""
+"""The job that this process runs in: its allocation, its signals, its attempts and the health of its nodes."""

@@ -1,4 +1,4 @@
-"""The allocation that this process runs in, as the environment tells: SLURM's, or submitit's on one machine."""
+"""The allocation that this process runs in, read from the environment of SLURM, or of submitit on one machine."""
 
 from __future__ import annotations
 
@@ -8,21 +8,27 @@ import subprocess
 from dataclasses import dataclass
 from functools import cached_property
 
-#: With which a task asks submitit's controller on one machine to start the job again.
+#: Exit status by which a task asks submitit's controller on one machine to start the job again.
 LOCAL_REQUEUE_STATUS = 144
 
-_TIMEOUT = 60  # seconds, of a command of SLURM
+_TIMEOUT = 60  # seconds for a SLURM command
 
 
 @dataclass(frozen=True, kw_only=True)
 class Allocation:
-    """Nodes and tasks of a job, and this task's place among them.
+    """The nodes and tasks of a job, and the position of this task.
 
     Attributes
     ----------
     job_id
-        As commands of SLURM take it: ``A_T`` for task T of array A. (The raw number of one of an array's tasks is that
-        of the whole array.)
+        The id for SLURM commands: ``A_T`` for task T of array A, because the raw number of one of the tasks is also
+        that of the whole array.
+    rank, ranks
+        Number of this task, and of all tasks.
+    local_rank
+        Number of this task on its node.
+    node, nodes
+        Number of this node, and of all nodes.
     restarts
         How often the job was requeued.
     on_slurm
@@ -40,7 +46,7 @@ class Allocation:
 
     @classmethod
     def current(cls) -> Allocation | None:
-        """That of this process; None where it is no task of a job."""
+        """The allocation of this process; None if it is not a task of a job."""
         env = os.environ
         if "SUBMITIT_LOCAL_JOB_ID" in env:
             ranks = int(env["SUBMITIT_LOCAL_NTASKS"])
@@ -82,14 +88,14 @@ class Allocation:
         return self.hosts[self.node]
 
     def requeue(self) -> int:
-        """Ask for the job to be started again; one task calls it. Returns the status that all are to exit with."""
+        """Request that the job be started again, from one task. Returns the exit status for all tasks."""
         if not self.on_slurm:
             return LOCAL_REQUEUE_STATUS
         _run("scontrol", "requeue", self.job_id)
         return 0
 
     def is_preempted(self) -> bool:
-        """Whether SLURM is about to preempt the job (sites that send SIGTERM for it, and no signal of its own)."""
+        """Whether SLURM is about to preempt the job, for sites that announce preemption only by SIGTERM."""
         if not self.on_slurm:
             return False
         shown = _run("scontrol", "show", "job", self.job_id)

@@ -1,4 +1,4 @@
-"""The attempts of a job: how far each came and how it ended, so that one that fails the same way twice is stopped."""
+"""The log of a job's attempts: how far each got and how it ended, to stop a job that fails twice at the same step."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class AttemptLog:
     Parameters
     ----------
     folder
-        Of the job's logs, seen by all nodes.
+        Folder of the job's logs, visible to all nodes.
     job_id
-        Of the job.
+        Id of the job.
 
     Notes
     -----
-    An attempt without an ``end`` has failed, whatever killed it. Lines are appended in one write each.
+    An attempt without an ``end`` counts as failed, whatever ended it. Every line is appended in one write.
     """
 
     def __init__(self, folder: str | os.PathLike[str], job_id: str) -> None:
@@ -42,7 +42,7 @@ class AttemptLog:
         Raises
         ------
         RepeatedFailureError
-            Where the last two failed at the same step; the job is then marked as stopped.
+            If the last two attempts failed at the same step. The job is then marked as stopped.
         """
         events = self.events()
         unfinished = bool(events) and events[-1]["event"] != "end"
@@ -54,28 +54,28 @@ class AttemptLog:
             self.stop()
             where = "before its first step" if step is None else f"after step {step}"
             raise RepeatedFailureError(
-                f"the job failed twice in a row {where} and is not started again; {self._reasons(events)}; the whole "
-                f"of it: the logs in {self.path.parent}. Submit it again when the cause is gone: it goes on from the "
-                "newest checkpoint"
+                f"the job failed twice in a row {where} and is not started again; {self._reason(events)}; see the logs "
+                f"in {self.path.parent}. Submit the job again when the cause is removed; it resumes from the newest "
+                "checkpoint"
             )
         self._step.unlink(missing_ok=True)
         self._append(event="begin", **facts)
 
     def progress(self, step: int) -> None:
-        """Record that `step` steps are done. Rank 0, every step: some bytes, not flushed."""
+        """Record that `step` steps are done. Rank 0 calls it at every step: it writes some bytes without a flush."""
         if self._descriptor is None:
             self._descriptor = os.open(self._step, os.O_WRONLY | os.O_CREAT, 0o600)
         os.pwrite(self._descriptor, f"{step:12d}\n".encode(), 0)
 
     def error(self, *, node: str, rank: int, error: BaseException) -> None:
-        """Record what a rank was ended by. Any rank."""
+        """Record the error that ended a rank. Any rank."""
         text = f"{type(error).__name__}: {error}"
         self._append(event="error", node=node, rank=rank, error=text[:2000])
 
     def end(self, outcome: str) -> None:
-        """Record that this attempt has ended in order: ``finished``, ``requeued``, ``stopped``. Rank 0.
+        """Record the regular end of this attempt: ``finished``, ``requeued`` or ``stopped``. Rank 0.
 
-        One that has finished is not to be requeued, even if a process dies while it ends.
+        A finished job is also marked as not to be requeued, in case a process dies during its shutdown.
         """
         if outcome == "finished":
             self.stop()
@@ -86,12 +86,12 @@ class AttemptLog:
         self._stopped.touch(mode=0o600)
 
     def was_cancelled(self) -> bool:
-        """Whether the last attempt saved and ended because it was told to."""
+        """Whether the last attempt saved and ended on request, without the job being marked as stopped."""
         events = self.events()
         return bool(events) and events[-1].get("outcome") == "stopped" and not self._stopped.exists()
 
     def events(self) -> list[dict[str, Any]]:
-        """All lines; one that a dying process has cut short is left out."""
+        """All complete lines; one that a dying process has truncated is skipped."""
         events = []
         for line in self.path.read_text().splitlines() if self.path.exists() else []:
             try:
@@ -116,11 +116,12 @@ class AttemptLog:
         return event
 
     @staticmethod
-    def _reasons(events: list[dict[str, Any]]) -> str:
-        """The errors of the last attempt, the first of them first."""
+    def _reason(events: list[dict[str, Any]]) -> str:
+        """The first error of the last attempt, in words."""
         begun = max(i for i, event in enumerate(events) if event["event"] == "begin")
         errors = [event for event in events[begun:] if event["event"] == "error"]
         if not errors:
-            return "no rank could say why (killed, or its node lost)"
+            return "no rank recorded an error (it was killed, or its node was lost)"
         first = errors[0]
-        return f"the last time rank {first['rank']} on {first['node']} ended first: {first['error'].splitlines()[0]}"
+        text = first["error"].splitlines()[0]
+        return f"rank {first['rank']} on {first['node']} failed first in the last attempt: {text}"

@@ -1,4 +1,4 @@
-"""Whether all nodes are fit for a job, before hours are spent: devices, memory, network, software, disk."""
+"""Health check of all nodes before a job runs for hours: devices, memory, network, software, disk."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from lowrank_dist.distributed.group import ShardGroup
 
 PACKAGES = ("torch", "deepspeed", "lightning", "transformers", "peft", "bitsandbytes", "safetensors", "lowrank-dist")
 
-_MATRIX = 1024  # rows of the product that every device computes
-_ROUNDS = 3
-_SLOW = 0.5  # of the median
-_FREE = 0.8  # of the median; less is held by another process
-_VISIBLE = 10.0  # seconds after which a file of another node must have appeared (NFS caches directories)
+_MATRIX = 1024  # side of the matrices that every device multiplies
+_ROUNDS = 3  # timed all-reduces, of which the fastest counts
+_SLOW = 0.5  # share of the median bandwidth below which a node is slow
+_FREE = 0.8  # share of the median free memory below which another process occupies the device
+_VISIBLE = 10.0  # seconds within which a file of another node must appear (NFS caches directories)
 
 
 class HealthError(RuntimeError):
-    """Nodes that cannot be used, by name. Another allocation may do: a job is requeued."""
+    """Unusable nodes, by name. A job is then requeued, because another allocation may work."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankHealth:
-    """What a rank found out by itself."""
+    """The health of a rank as found by the rank itself."""
 
     host: str
     rank: int
@@ -45,14 +45,14 @@ class RankHealth:
 
 @dataclass(frozen=True, kw_only=True)
 class NodeHealth:
-    """What is known of a node.
+    """The health of a node.
 
     Attributes
     ----------
     within
-        Bytes per second that an all-reduce gets through between its ranks (algorithm bandwidth); None of one rank.
+        Algorithm bandwidth of an all-reduce between the ranks of the node, in bytes per second; None for one rank.
     between
-        Likewise with the next node, one rank each; None of one node.
+        Algorithm bandwidth of an all-reduce with the next node, one rank each, in bytes per second; None for one node.
     """
 
     host: str
@@ -64,14 +64,16 @@ class NodeHealth:
 
 @dataclass(frozen=True, kw_only=True)
 class HealthReport:
-    """What the check found.
+    """The result of the check.
 
     Attributes
     ----------
+    nodes
+        Health of every node.
     problems
-        A line for each thing that keeps the job from running, with its node.
+        A line for every reason why the job cannot run, with its node.
     warnings
-        Nodes much slower than the others.
+        A line for every node that is much slower than the others.
     """
 
     nodes: tuple[NodeHealth, ...]
@@ -79,7 +81,7 @@ class HealthReport:
     warnings: tuple[str, ...]
 
     def as_table(self) -> str:
-        """A line for each node."""
+        """Format a table with a line for each node."""
         lines = [f"{'node':<20} {'ranks':>5} {'least free':>11} {'all-reduce within':>18} {'with next node':>15}"]
         for node in self.nodes:
             lines.append(
@@ -89,7 +91,7 @@ class HealthReport:
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, object]:
-        """For JSON."""
+        """Convert to a dict for JSON."""
         return asdict(self)
 
 
@@ -98,30 +100,35 @@ def _speed(value: float | None) -> str:
 
 
 def check_health(group: ShardGroup, device: torch.device, directory: Path, *, host: str) -> HealthReport:
-    """Check every node of the job. Collective over all ranks; the same report on every rank.
+    """Check every node of the job. Collective over all ranks.
 
-    Issues object all-gathers, and on groups of the ranks of a node, then of two nodes at a time, all-reduces of 64 MiB
-    (4 MiB on CPUs).
+    Issues object all-gathers, and all-reduces of 64 MiB (4 MiB on CPUs) between the ranks of each node, then between
+    two nodes at a time.
 
     Parameters
     ----------
     group
         All ranks.
     device
-        Of this rank.
+        Device of this rank.
     directory
-        For checkpoints: what one rank writes there all others must see. Made where it is not there.
+        Directory for checkpoints. It is created if missing, and all ranks must see the files of each other in it.
     host
         Name of this rank's node.
+
+    Returns
+    -------
+    HealthReport
+        The same report on every rank.
     """
     ranks: list[RankHealth] = group.gather_objects(_own_health(group.rank, device, host))
     by_host: dict[str, list[RankHealth]] = {}
     for rank in ranks:
         by_host.setdefault(rank.host, []).append(rank)
     problems = [f"{rank.host} (rank {rank.rank}): {rank.problem}" for rank in ranks if rank.problem]
-    problems += _differing_versions(by_host) + _short_of_memory(ranks)
-    if not problems:  # what follows would hang on a broken device
-        problems += _unshared(group, directory, ranks)
+    problems += _differing_versions(by_host) + _occupied_devices(ranks)
+    if not problems:  # the following collectives would hang on a broken device
+        problems += _hosts_without(group, directory, ranks)
     within: dict[str, float] = {}
     between: dict[str, float] = {}
     if not problems and group.size > 1:
@@ -145,13 +152,13 @@ def _own_health(rank: int, device: torch.device, host: str) -> RankHealth:
     try:
         ones = torch.ones(_MATRIX, _MATRIX, device=device)
         if float((ones @ ones).sum()) != float(_MATRIX**3):
-            problem = f"{device} computes wrongly: the product of two matrices of ones is not what it is"
+            problem = f"{device} computes wrong results: the product of two matrices of ones is incorrect"
         if device.type == "cuda":
             free = torch.cuda.mem_get_info(device)[0]
         else:
             free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except RuntimeError as error:
-        problem = f"{device} does not answer: {str(error).splitlines()[0]}"
+        problem = f"{device} does not work: {str(error).splitlines()[0]}"
     return RankHealth(
         host=host, rank=rank, device=str(device), free_bytes=free, versions=dict(_versions()), problem=problem
     )
@@ -167,7 +174,7 @@ def _versions() -> Iterable[tuple[str, str]]:
 
 
 def _differing_versions(by_host: dict[str, list[RankHealth]]) -> list[str]:
-    """Hosts whose packages are not those of most ranks."""
+    """Problems of hosts whose package versions differ from those of most ranks."""
     problems = []
     everyone = [rank for on_node in by_host.values() for rank in on_node]
     for package in everyone[0].versions:
@@ -179,8 +186,8 @@ def _differing_versions(by_host: dict[str, list[RankHealth]]) -> list[str]:
     return problems
 
 
-def _short_of_memory(ranks: Sequence[RankHealth]) -> list[str]:
-    """GPUs with much less free memory than the others: another process holds it."""
+def _occupied_devices(ranks: Sequence[RankHealth]) -> list[str]:
+    """Problems of GPUs with much less free memory than the others, which another process occupies."""
     usual = median(rank.free_bytes for rank in ranks)
     return [
         f"{rank.host} (rank {rank.rank}): {rank.free_bytes / 2**30:.1f} GiB free on {rank.device}, elsewhere "
@@ -190,8 +197,8 @@ def _short_of_memory(ranks: Sequence[RankHealth]) -> list[str]:
     ]
 
 
-def _unshared(group: ShardGroup, directory: Path, ranks: Sequence[RankHealth]) -> list[str]:
-    """Hosts that do not see what rank 0 writes to `directory`."""
+def _hosts_without(group: ShardGroup, directory: Path, ranks: Sequence[RankHealth]) -> list[str]:
+    """Problems of hosts that do not see a file that rank 0 writes to `directory`."""
     token = group.broadcast_object(secrets.token_hex(8))
     path = directory / f".shared-{token}"
     failed: object = None
@@ -217,9 +224,9 @@ def _unshared(group: ShardGroup, directory: Path, ranks: Sequence[RankHealth]) -
 def _bandwidths(
     group: ShardGroup, device: torch.device, ranks: dict[str, list[int]], nbytes: int
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """By host, within it and with the next one; a pair of nodes at a time, so that each is measured alone."""
+    """Bandwidth within every host and with the next one, by host; pairs of nodes are measured one at a time."""
     hosts = list(ranks)
-    # every rank makes every group, in the same order
+    # Every rank must create every group, in the same order.
     inside = {host: dist.new_group(members) for host, members in ranks.items() if len(members) > 1}
     pairs = [(host, hosts[(i + 1) % len(hosts)]) for i, host in enumerate(hosts)][: len(hosts) if len(hosts) > 2 else 1]
     across = {} if len(hosts) == 1 else {a: dist.new_group([ranks[a][0], ranks[b][0]]) for a, b in pairs}
@@ -230,7 +237,7 @@ def _bandwidths(
     for a, b in pairs if across else []:
         if group.rank in (ranks[a][0], ranks[b][0]):
             measured[1][a] = _all_reduce_speed(across[a], device, nbytes)
-        group.gather_objects(None)  # the next pair starts when this one is done
+        group.gather_objects(None)  # a barrier: the next pair starts when this one is done
     within: dict[str, float] = {}
     between: dict[str, float] = {}
     for own_within, own_between in group.gather_objects(measured):
@@ -247,7 +254,7 @@ def _bandwidths(
 def _all_reduce_speed(part: dist.ProcessGroup, device: torch.device, nbytes: int) -> float:
     data = torch.zeros(nbytes // 4, device=device)
     best = float("inf")
-    for _ in range(_ROUNDS + 1):  # the first connects
+    for _ in range(_ROUNDS + 1):  # the first also connects the ranks
         _wait(device)
         began = time.perf_counter()
         dist.all_reduce(data, group=part)
@@ -262,9 +269,9 @@ def _wait(device: torch.device) -> None:
 
 
 def slow_nodes(nodes: Sequence[NodeHealth]) -> list[str]:
-    """Nodes with less than half the median bandwidth, where there are three or more to compare.
+    """Describe the nodes with less than half the median bandwidth, if at least three can be compared.
 
-    Between nodes, one is named where both its connections are slow.
+    Between nodes, a node is slow if both its connections are.
     """
     found = []
     within = [node.within for node in nodes if node.within is not None]

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: remembered by the rank that gets them, acted upon by all ranks between two steps."""
+"""Signals that request a run to stop: the rank that receives one records it, all ranks act on it between two steps."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any, ClassVar
 
 
 class Request(enum.IntEnum):
-    """What a signal asks for; of several the highest counts."""
+    """The request of a signal; the highest of several counts."""
 
     NONE = 0
-    #: SIGTERM: save. SLURM decides whether the job comes back.
+    #: SIGTERM: save and stop. SLURM decides whether the job is requeued.
     STOP = 1
-    #: SIGUSR2, sent ahead of the time limit or of preemption: save and requeue.
+    #: SIGUSR2, sent before the time limit or preemption: save and requeue.
     REQUEUE = 2
 
 
 class StopSignals:
-    """Handlers that set a flag and do nothing else: a collective inside a handler would wait for ever."""
+    """Signal handlers that only set a flag, because a collective inside a handler would wait for ever."""
 
     REQUESTS: ClassVar[dict[signal.Signals, Request]] = {signal.SIGTERM: Request.STOP, signal.SIGUSR2: Request.REQUEUE}
 
@@ -29,13 +29,13 @@ class StopSignals:
         self._kept = False
 
     def arm(self, *, keep: bool = False) -> None:
-        """Take the signals over, also from those who have taken them over since.
+        """Install the handlers; a repeated call also replaces handlers installed in the meantime.
 
         Parameters
         ----------
         keep
-            `disarm` gives nothing back: the process is there for one run, and a signal that comes after it must not
-            reach the handlers from before.
+            Make `disarm` keep the handlers. A process of a single run needs this, because a signal after the run must
+            not reach the previous handlers.
         """
         self._kept = self._kept or keep
         if threading.current_thread() is not threading.main_thread():
@@ -45,7 +45,7 @@ class StopSignals:
             self._before.setdefault(number, before)
 
     def disarm(self) -> None:
-        """Give the signals back to those who had them first, and forget what was asked for."""
+        """Restore the handlers that were installed before the first `arm`, and reset the request."""
         self.request = Request.NONE
         if self._kept:
             return
@@ -54,7 +54,7 @@ class StopSignals:
         self._before = {}
 
     def ignore(self) -> None:
-        """Let the process come to its end whatever is sent; Python itself would put the fatal defaults back before."""
+        """Ignore the signals until the process ends; Python would restore the fatal defaults during its shutdown."""
         if threading.current_thread() is threading.main_thread():
             for number in self.REQUESTS:
                 signal.signal(number, signal.SIG_IGN)
@@ -63,5 +63,5 @@ class StopSignals:
         self.request = max(self.request, self.REQUESTS[signal.Signals(number)])
 
 
-#: The signals of this process. A job arms them before its heavy imports, the callback once Lightning has set its own.
+#: The signal handlers of this process. A job arms them before its heavy imports, the callback after Lightning's own.
 SIGNALS = StopSignals()
