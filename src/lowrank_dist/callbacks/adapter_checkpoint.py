@@ -22,8 +22,8 @@ from lowrank_dist.errors import InputError
 from lowrank_dist.storage.atomic import restore_replaced, sweep
 from lowrank_dist.training.strategy import PiSSAStrategy
 
-#: What `ModelCheckpoint` knows of saved checkpoints, and says before they are complete.
-_KNOWN = (
+#: State of `ModelCheckpoint` about saved checkpoints. Lightning sets it before the files are complete.
+_BOOKKEEPING = (
     "best_k_models",
     "best_model_path",
     "best_model_score",
@@ -39,39 +39,63 @@ log = logging.getLogger(__name__)
 
 
 class AdapterCheckpoint(ModelCheckpoint):
-    """Write the adapter, the LoRA it converts to and the state of training; nothing of the frozen base.
+    """Save the adapter, the converted LoRA and the training state, without the frozen base.
 
-    Every checkpoint is a directory, complete or absent, of safetensors and JSON:
+    A checkpoint is a directory of safetensors and JSON files. It is either complete or absent. It contains:
 
     - ``adapter/``: the trained factors, a PEFT adapter for the *residual*;
     - ``adapter_init/``: the factors before training;
     - ``lora/``: the converted LoRA, of rank 2r, a PEFT adapter for the *original* model;
-    - ``optimizer.safetensors``, ``state.json``, ``state.safetensors``: what training goes on from (not with
+    - ``optimizer.safetensors``, ``state.json``, ``state.safetensors``: the training state (not with
       ``save_weights_only``);
-    - ``lowrank_dist.json``: settings, step, per matrix what quantization left over, hashes.
+    - ``lowrank_dist.json``: settings, step, quantization error per matrix, hashes.
 
-    ``trainer.fit(..., ckpt_path=DIR)`` resumes on any number of ranks; ``ckpt_path="last"`` takes the newest complete
-    one in `dirpath`. The last step of a fit is saved too, whatever the interval (unless ``save_top_k=0`` or a
-    ``monitor`` decides). Where gradients are accumulated, saves wait for the end of the step. With
-    ``save_on_exception``, an exception that not all ranks raise is saved nothing on: the others cannot take part.
+    ``trainer.fit(..., ckpt_path=DIR)`` resumes on any number of ranks. ``ckpt_path="last"`` resumes from the newest
+    complete checkpoint in `dirpath`. The last step of a fit is also saved, whatever the interval, unless
+    ``save_top_k=0`` or a ``monitor`` decides. Under gradient accumulation a save waits for the end of the step. With
+    ``save_on_exception``, an exception raised on only some ranks triggers no save, because a save needs all ranks.
 
-    Takes the arguments of `lightning.pytorch.callbacks.ModelCheckpoint` (``dirpath``, ``every_n_train_steps``,
-    ``monitor``, ``save_top_k``, ``save_last``, ...) with the same meaning, and two more.
+    The class takes the arguments of `lightning.pytorch.callbacks.ModelCheckpoint` (``dirpath``,
+    ``every_n_train_steps``, ``monitor``, ``save_top_k``, ``save_last``, ...) with the same meaning, and two more.
 
     Parameters
     ----------
     background
-        Write files while training goes on; a step is held up only while the state is copied. Old checkpoints are
-        removed, links made and loggers told once the new one is complete.
+        Write files while training goes on; a step waits only while the state is copied. Old checkpoints are removed,
+        links are made and loggers are notified once the new checkpoint is complete.
     on_save_error
-        A save that fails (a full disk) leaves the checkpoints before it intact. ``"stop"``: training ends with the
-        error, at the next save or at the end. ``"continue"``: it goes on with a warning. Either way the callback knows
-        only checkpoints that are complete (``best_model_path``, ...), and none is removed in favour of a failed one.
+        What to do when a save fails (for instance on a full disk). ``"stop"``: training ends with the error, at the
+        next save or at the end. ``"continue"``: training goes on with a warning. In both cases earlier checkpoints
+        stay intact, the attributes of the callback (``best_model_path``, ...) name only complete checkpoints, and no
+        checkpoint is removed in favour of the failed one.
+
+    Attributes
+    ----------
+    save_seconds : float or None
+        Seconds that the last save took, from the snapshot to the complete checkpoint. None before the first save.
 
     Raises
     ------
     MisconfigurationException
-        At set-up, where the trainer's strategy is not `PiSSAStrategy`.
+        If `on_save_error` is neither ``"stop"`` nor ``"continue"``. At set-up, if the trainer's strategy is not
+        `PiSSAStrategy`.
+
+    See Also
+    --------
+    Preemption : Saves through this callback when SLURM ends or preempts the job.
+    lowrank_dist.convert_checkpoint : Writes another LoRA from a checkpoint.
+    lowrank_dist.merge_checkpoint : Merges the adapter of a checkpoint into the pretrained weights.
+
+    Examples
+    --------
+    Save every 200 optimizer steps and keep all checkpoints:
+
+    >>> from lowrank_dist import AdapterCheckpoint
+    >>> callback = AdapterCheckpoint(filename="{step}", every_n_train_steps=200, save_top_k=-1)
+    >>> callback.background, callback.on_save_error
+    (True, 'stop')
+
+    Pass it to ``Trainer(strategy=PiSSAStrategy(...), callbacks=[callback])``.
     """
 
     FILE_EXTENSION = ""
@@ -81,12 +105,11 @@ class AdapterCheckpoint(ModelCheckpoint):
     ) -> None:
         super().__init__(*args, **kwargs)
         if on_save_error not in ("stop", "continue"):
-            raise MisconfigurationException(f"on_save_error={on_save_error!r} is none of 'stop', 'continue'")
+            raise MisconfigurationException(f"on_save_error={on_save_error!r} must be 'stop' or 'continue'")
         self.background, self.on_save_error = background, on_save_error
-        #: Seconds from the snapshot to the complete checkpoint, of the last save; None before.
         self.save_seconds: float | None = None
         self._save: Future[None] | None = None
-        self._untold = False
+        self._loggers_pending = False
         self._before: dict[str, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -105,7 +128,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         if not trainer.fit_loop._should_accumulate():  # gradients of an unfinished step would be lost
             super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
         if self._save is not None and self._save.done() and self._save.exception() is None:
-            self._tell_loggers(trainer)
+            self._notify_loggers(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
@@ -119,23 +142,24 @@ class AdapterCheckpoint(ModelCheckpoint):
             if self._save is not None:
                 self._settle(trainer)
             if self._should_save_on_exception(trainer):
-                _saver(trainer).meet(trainer.global_step)  # before metrics are brought together, too
+                _saver(trainer).meet(trainer.global_step)  # also before the collectives that reduce metrics
                 super().on_exception(trainer, pl_module, exception)
                 self._settle(trainer)
-        except (OSError, InputError) as error:  # `exception` is what the user must see
+        except (OSError, InputError) as error:  # not raised: it would hide `exception` from the user
             log.warning("No checkpoint was saved after the %s: %s", type(exception).__name__, error)
 
     def save_now(self, trainer: Trainer) -> None:
-        """Save this step, whatever the interval, and wait until it is complete. At the end of a step; collective.
+        """Save this step, whatever the interval, and wait until the checkpoint is complete. Collective.
 
-        Where a ``monitor`` or ``save_top_k=0`` decides what is kept, it is written beside those, as ``preempted``.
+        Call it at the end of an optimizer step. If a ``monitor`` or ``save_top_k=0`` decides which checkpoints are
+        kept, this one is written beside them as ``preempted``.
         """
         if self._last_global_step_saved != trainer.global_step:
             candidates = self._monitor_candidates(trainer)
             if self.monitor is None and self.save_top_k != 0:
                 self._save_topk_checkpoint(trainer, candidates)
             else:
-                with self._undone_if_failed(trainer):
+                with self._rolled_back_on_failure(trainer):
                     self._save_checkpoint(trainer, os.path.join(self.dirpath or "", "preempted"))
             self._save_last_checkpoint(trainer, candidates)
         self._settle(trainer)
@@ -143,23 +167,26 @@ class AdapterCheckpoint(ModelCheckpoint):
     # -- how ----------------------------------------------------------------------------------------------------
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
-        with self._undone_if_failed(trainer):
+        with self._rolled_back_on_failure(trainer):
             super()._save_topk_checkpoint(trainer, monitor_candidates)
 
     def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         if not self.save_last:
             return
         if self.save_last == "link" and self._last_checkpoint_saved and self.save_top_k != 0:
-            super()._save_last_checkpoint(trainer, monitor_candidates)  # made when what it leads to is complete
+            super()._save_last_checkpoint(trainer, monitor_candidates)  # `_link_checkpoint` waits for the save
             return
-        with self._undone_if_failed(trainer):
+        with self._rolled_back_on_failure(trainer):
             super()._save_last_checkpoint(trainer, monitor_candidates)
 
     @contextmanager
-    def _undone_if_failed(self, trainer: Trainer) -> Iterator[None]:
-        """What is on disk must be known before Lightning chooses names and what to remove."""
+    def _rolled_back_on_failure(self, trainer: Trainer) -> Iterator[None]:
+        """Restore Lightning's bookkeeping if the save inside fails.
+
+        The previous save ends first: Lightning chooses names, and which checkpoints to remove, from what is on disk.
+        """
         self._settle(trainer)
-        self._before = {name: getattr(self, name) for name in _KNOWN}
+        self._before = {name: getattr(self, name) for name in _BOOKKEEPING}
         self._before["best_k_models"] = dict(self.best_k_models)
         try:
             yield
@@ -175,12 +202,12 @@ class AdapterCheckpoint(ModelCheckpoint):
             trainer.save_checkpoint(filepath, self.save_weights_only)
         (self._save,) = saves
         self._save.add_done_callback(lambda _: setattr(self, "save_seconds", time.monotonic() - began))
-        self._untold = True
+        self._loggers_pending = True
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath
 
     def _settle(self, trainer: Trainer) -> None:
-        """Wait for what is being written; then loggers are told, or the error, the same on all ranks, is dealt with."""
+        """Wait for the save in progress, then notify loggers or handle the error, which is the same on all ranks."""
         if self._save is None:
             return
         save, self._save = self._save, None
@@ -190,20 +217,20 @@ class AdapterCheckpoint(ModelCheckpoint):
         except (OSError, InputError) as error:
             self._failed(error)
         else:
-            self._tell_loggers(trainer)
+            self._notify_loggers(trainer)
 
     def _failed(self, error: Exception) -> None:
         vars(self).update(self._before)
-        self._untold = False
+        self._loggers_pending = False
         if self.on_save_error == "stop":
             raise error
-        log.warning("A checkpoint could not be saved, training goes on: %s", error)
+        log.warning("A checkpoint could not be saved; training goes on: %s", error)
 
-    def _tell_loggers(self, trainer: Trainer) -> None:
-        if self._untold and trainer.is_global_zero:
+    def _notify_loggers(self, trainer: Trainer) -> None:
+        if self._loggers_pending and trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.after_save_checkpoint(proxy(self))
-        self._untold = False
+        self._loggers_pending = False
 
     @staticmethod
     def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:

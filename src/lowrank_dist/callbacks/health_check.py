@@ -1,4 +1,4 @@
-"""The nodes are checked before the model is set up."""
+"""A check of the nodes before the model is set up."""
 
 from __future__ import annotations
 
@@ -18,19 +18,31 @@ log = logging.getLogger(__name__)
 
 
 class HealthCheck(Callback):
-    """Check devices, memory, network, package versions and the shared file system, and name the node that is not fit.
+    """Check devices, memory, network, package versions and the shared file system, and name unfit nodes.
 
-    Runs before the model is set up: seconds, before hours are spent. Prints a line for each node.
+    The check takes seconds and runs before the model is set up. It prints one line per node. Collective.
 
     Attributes
     ----------
     report : HealthReport or None
-        What was found.
+        Findings of the check; None before `setup`.
 
     Raises
     ------
     HealthError
-        From `setup`, on every rank.
+        From `setup`, on every rank, if a node is unfit.
+
+    See Also
+    --------
+    Preemption : Saves and requeues a job that SLURM stops.
+
+    Examples
+    --------
+    >>> from lightning import Trainer
+    >>> from lowrank_dist import HealthCheck
+    >>> trainer = Trainer(accelerator="cpu", logger=False, callbacks=[HealthCheck()])
+
+    ``lowrank-dist submit`` adds the callback to every job.
     """
 
     def __init__(self) -> None:
@@ -46,7 +58,7 @@ class HealthCheck(Callback):
         self.report = check_health(ShardGroup(device=device), device, Path(trainer.default_root_dir), host=host)
         rank_zero_info(self.report.as_table())
         if self.report.problems:
-            raise HealthError("nodes that are not fit for the job: " + "; ".join(self.report.problems))
+            raise HealthError("nodes that are unfit for the job: " + "; ".join(self.report.problems))
         if trainer.is_global_zero:
             for warning in self.report.warnings:
                 log.warning("A slow node: %s", warning)

@@ -1,4 +1,4 @@
-"""What the initialisation did, on the screen and as JSON."""
+"""The report of the initialisation, on the screen and as JSON."""
 
 from __future__ import annotations
 
@@ -19,18 +19,31 @@ class InitReport(Callback):
     ----------
     path
         JSON file to write, with one entry per matrix; relative to the trainer's ``default_root_dir``. None: only print.
+
+    See Also
+    --------
+    LossHistory : Writes the losses of a run.
+
+    Examples
+    --------
+    >>> from lowrank_dist import InitReport
+    >>> InitReport("init_report.json").path
+    'init_report.json'
+
+    Pass it to ``Trainer(callbacks=[...])`` beside a `lowrank_dist.PiSSAStrategy`. Under other strategies it does
+    nothing.
     """
 
     def __init__(self, path: str | None = None) -> None:
         super().__init__()
         self.path = path
-        self._told: Any = None
+        self._reported: Any = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         report = getattr(trainer.strategy, "init_report", None)
-        if report is None or report is self._told:
+        if report is None or report is self._reported:
             return
-        self._told = report
+        self._reported = report
         rank_zero_info(as_table(report.matrices))
         if self.path is not None and trainer.is_global_zero:
             path = Path(trainer.default_root_dir, self.path)

@@ -11,16 +11,34 @@ from lowrank_dist.storage.reader import write_json
 
 
 class LossHistory(Callback):
-    """Record ``train_loss`` of every step and ``val_loss`` of every validation, also of the sanity check before step 1.
+    """Record ``train_loss`` of every step and ``val_loss`` of every validation, including the sanity check.
 
-    With ``num_sanity_val_steps=-1`` the first validation entry is the loss at step 0 on the whole set, which shows
-    whether the initialisation left the model what it was.
+    With ``num_sanity_val_steps=-1`` the first validation entry is the loss on the whole validation set before step 1.
+    It shows whether the initialisation preserved the model.
 
     Parameters
     ----------
     path
         JSON file, relative to the trainer's ``default_root_dir``, written at the end of every validation and of the
         fit: ``{"train": [{"step", "loss"}, ...], "validation": [...]}``.
+
+    Attributes
+    ----------
+    history : dict
+        The same, in memory. A resumed run continues the curve of the checkpoint.
+
+    See Also
+    --------
+    InitReport : Writes the report of the initialisation.
+
+    Examples
+    --------
+    >>> from lightning import Trainer
+    >>> from lowrank_dist import LossHistory
+    >>> losses = LossHistory("history.json")
+    >>> trainer = Trainer(accelerator="cpu", logger=False, num_sanity_val_steps=-1, callbacks=[losses])
+    >>> losses.history
+    {'train': [], 'validation': []}
     """
 
     def __init__(self, path: str) -> None:
@@ -31,7 +49,7 @@ class LossHistory(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not trainer.fit_loop._should_accumulate():  # else it would be written under the step before
+        if not trainer.fit_loop._should_accumulate():  # within a step, `global_step` is still the previous one
             self._record("train", "train_loss", trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -45,7 +63,7 @@ class LossHistory(Callback):
         return {"history": {part: list(entries) for part, entries in self.history.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.history = state_dict["history"]  # a resumed run goes on with the curve of the run before
+        self.history = state_dict["history"]
 
     def _record(self, part: str, metric: str, trainer: Trainer) -> None:
         value = trainer.callback_metrics.get(metric)

@@ -1,4 +1,4 @@
-"""Preemption and time limits: save between two steps, requeue, leave."""
+"""Preemption and time limits: save between two steps, requeue, exit."""
 
 from __future__ import annotations
 
@@ -24,29 +24,45 @@ log = logging.getLogger(__name__)
 class Preemption(Callback):
     """Save and requeue the job when SLURM announces preemption or the end of its time.
 
-    SIGUSR2 (``#SBATCH --signal=USR2@SECONDS``) sets a flag on the ranks that get it. After every optimizer step all
-    ranks agree on it (one all-reduce of an integer over gloo); if it is up anywhere, they save through
-    `AdapterCheckpoint` together, rank 0 requeues the job, and all exit. SIGTERM saves too, and requeues only where
-    SLURM is preempting the job: after ``scancel`` it stays cancelled. ``ckpt_path="last"`` goes on from there.
+    SIGUSR2 (``#SBATCH --signal=USR2@SECONDS``) sets a flag on the ranks that receive it. After every optimizer step
+    all ranks agree on the flag (one all-reduce of an integer over gloo). If any rank has set it, all ranks save through
+    `AdapterCheckpoint`, rank 0 requeues the job, and all exit. SIGTERM also saves, but requeues only if SLURM is
+    preempting the job: after ``scancel`` the job stays cancelled. The requeued job resumes with ``ckpt_path="last"``.
 
     Parameters
     ----------
     grace_seconds
-        Between the signal and the end (the ``SECONDS`` above, or the partition's ``GraceTime``). A warning says when a
-        step and a save, as measured, take longer. None: not checked.
+        Seconds between the signal and the end of the job (the ``SECONDS`` above, or the partition's ``GraceTime``). A
+        warning is logged if the longest step and the last save together took longer. None: no check.
     attempts
-        Folder of the job's logs, for the record of its attempts; None: none is kept.
+        Folder of the job's logs, where its attempts are recorded. None: no record.
 
     Raises
     ------
     MisconfigurationException
-        At set-up: where Lightning would requeue too (``SLURMEnvironment(auto_requeue=True)``, its default under SLURM),
-        or nothing is there that saves.
+        At set-up, if Lightning would requeue too (``SLURMEnvironment(auto_requeue=True)``, its default under SLURM),
+        if the callbacks contain no `AdapterCheckpoint`, or if that has ``save_weights_only=True``.
+
+    See Also
+    --------
+    AdapterCheckpoint : Writes the checkpoints.
+    HealthCheck : Checks the nodes before training.
 
     Notes
     -----
-    Nothing is saved during validation or before the first step: the signal is acted upon at the next step, if that
-    comes in time.
+    Nothing is saved during validation or before the first step. A signal that arrives then takes effect at the end of
+    the next step, if the job still runs.
+
+    Examples
+    --------
+    >>> from lightning.pytorch.plugins.environments import SLURMEnvironment
+    >>> from lowrank_dist import AdapterCheckpoint, Preemption
+    >>> plugin = SLURMEnvironment(auto_requeue=False)
+    >>> callbacks = [AdapterCheckpoint(every_n_train_steps=200), Preemption(grace_seconds=300)]
+
+    Pass them to ``Trainer(strategy=PiSSAStrategy(...), plugins=plugin, callbacks=callbacks)`` and call
+    ``trainer.fit(..., ckpt_path="last")``. ``lowrank-dist submit`` adds the plugin, this callback and ``ckpt_path`` to
+    every job.
     """
 
     def __init__(self, *, grace_seconds: float | None = None, attempts: str | None = None) -> None:
@@ -80,7 +96,7 @@ class Preemption(Callback):
         SIGNALS.arm()
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        SIGNALS.arm()  # Lightning's handler of SIGTERM, set since, broadcasts
+        SIGNALS.arm()  # since `setup` Lightning has set its own SIGTERM handler, which broadcasts
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         SIGNALS.arm()
@@ -111,7 +127,7 @@ class Preemption(Callback):
             SIGNALS.disarm()
 
     def _leave(self, trainer: Trainer, request: Request) -> None:
-        """Save, requeue, exit: all ranks at the same step."""
+        """Save, requeue and exit, all ranks at the same step. Collective."""
         self._checkpoint(trainer).save_now(trainer)
         allocation, status = Allocation.current(), 0
         with self._group.shared_errors():
@@ -134,8 +150,8 @@ class Preemption(Callback):
         if needed > self.grace_seconds:
             self._warned = True
             log.warning(
-                "The grace period of %.0f s is too short: a step took %.1f s and a save %.1f s. What was trained since "
-                "the last checkpoint would be lost; ask for more, as `submit --grace %d` does.",
+                "The grace period of %.0f s is too short: a step took %.1f s and a save %.1f s. Training since the "
+                "last checkpoint would be lost; ask for a longer one, for example with `submit --grace %d`.",
                 self.grace_seconds,
                 self._longest_step,
                 saving,
