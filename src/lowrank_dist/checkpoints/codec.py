@@ -1,9 +1,9 @@
-"""Trainer state as JSON and plain tensors: what loads it runs no code.
+"""Trainer state as JSON and plain tensors, so that loading it runs no code.
 
-JSON holds what it can hold as it is. What else Lightning, its callbacks and schedulers put into a checkpoint becomes
-an object with one key, ``{"$tuple": [...]}``; tensors go to a safetensors file and leave their name behind,
-``{"$tensor": "12"}``.
-A type that is not listed here cannot be stored: the error says where it stands.
+Values that JSON supports are stored unchanged. Other types that Lightning, its callbacks and schedulers put into a
+checkpoint become an object with one key, such as ``{"$tuple": [...]}``. Tensors go to a safetensors file and are
+replaced by their name there, ``{"$tensor": "12"}``.
+A type that is not listed here cannot be stored; the error names its place in the state.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dty
 
 
 class StateError(InputError):
-    """State that cannot be stored without pickle, or a stored one that cannot be read."""
+    """State that cannot be stored without pickle, or stored state that cannot be read."""
 
 
 def encode_state(state: Any, *, where: str = "", lossy: bool = False, first: int = 0) -> tuple[Any, dict[str, Tensor]]:
@@ -38,35 +38,35 @@ def encode_state(state: Any, *, where: str = "", lossy: bool = False, first: int
         Any nesting of dictionaries, lists, tuples, sets, numbers, strings, bytes, tensors, NumPy arrays and scalars,
         paths, dtypes, devices and time deltas.
     where
-        What it is, for errors.
+        Name of the state, for errors.
     lossy
-        Put the ``repr`` in the place of objects of other types (hyper-parameters, which nothing is restored from).
+        Replace objects of other types by their ``repr`` (for hyper-parameters, from which nothing is restored).
     first
         Number that names the first tensor.
 
     Returns
     -------
     value
-        For `json.dumps`.
+        JSON value for `json.dumps`.
     tensors
-        By the names that `value` refers to; on the CPU, contiguous.
+        Contiguous CPU tensors by the names that `value` refers to.
 
     Raises
     ------
     StateError
-        At an object of another type, with its place.
+        If `state` contains an object of another type and `lossy` is False. The message names its place.
     """
     encoder = _Encoder(lossy, first)
     return encoder.encode(state, where), encoder.tensors
 
 
 def decode_state(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The state that `encode_state` was given.
+    """Invert `encode_state`.
 
     Raises
     ------
     StateError
-        Where `value` is nothing that `encode_state` writes.
+        If `value` was not written by `encode_state`.
     """
     if isinstance(value, list):
         return [decode_state(item, tensors) for item in value]
@@ -76,7 +76,7 @@ def decode_state(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if not marks:
         return {key: decode_state(item, tensors) for key, item in value.items()}
     if len(value) != 1 or marks[0] not in _DECODERS:
-        raise StateError(f"{', '.join(value)}: no mark of a stored type; written by a newer version?")
+        raise StateError(f"{', '.join(value)}: not the mark of a stored type; a newer version may have written it")
     ((mark, content),) = value.items()
     if mark == "$tensor":
         return tensors[content]
@@ -122,7 +122,7 @@ class _Encoder:
         return {"$tensor": name}
 
 
-# type, mark, what is encoded in its place; the first that matches
+# (type, mark, function that gives the content to encode); the first matching type counts
 _ENCODERS: list[tuple[Any, str, Callable[[Any], Any]]] = [
     (torch.Size, "$tuple", list),
     (tuple, "$tuple", list),

@@ -1,4 +1,4 @@
-"""Which tensors the parts of a checkpoint hold: their names, shapes and dtypes, before there are any values."""
+"""Tensors in the parts of a checkpoint: their names, shapes and dtypes, before any values exist."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class Contents:
     layout
         What the parameters are.
     experts
-        How many experts share a factor, by PEFT's name, where it is more than one.
+        How many experts share a factor, by PEFT's name; only factors of more than one expert.
     starts_at_zero
-        The adapter is a LoRA for the base as it is.
+        Whether the adapter is a LoRA for the unmodified base.
     """
 
     shapes: Mapping[str, Sequence[int]]
@@ -73,9 +73,9 @@ class Contents:
         Parameters
         ----------
         states
-            That the optimizer has of a parameter; None: nothing of it is written.
+            Names of the optimizer's states of a parameter. None: no optimizer state is written.
         optimized
-            Names of the parameters that it has; None: all that are trained.
+            Names of the parameters in the optimizer. None: all trained parameters.
         """
         meta = {
             name: torch.empty(tuple(shape), dtype=self.dtypes[name], device="meta")

@@ -1,17 +1,17 @@
-"""A checkpoint of a training run on disk: its parts, its manifest, and whether what is there is what was written.
+"""A checkpoint of a training run on disk: its parts, its manifest and its verification.
 
 ::
 
     step=100/
         adapter/                    trained A and B: a PEFT adapter for the residual
-        adapter_init/               A_0 and B_0, likewise
-        adapter_encoded/            what the residual was encoded from, where that is neither W nor W - s B_0 A_0
+        adapter_init/               A_0 and B_0 in the same format
+        adapter_encoded/            A_e and B_e: the residual encodes W - s B_e A_e (only if other than A_0, B_0 or 0)
         lora/                       converted: a PEFT adapter for the original model
         optimizer.safetensors       <parameter>.exp_avg, ...: moments in full shape, fp32; <parameter>.fp32: masters
         state.json, state.safetensors   loops, callbacks, schedules, position in the data, random number generators
         lowrank_dist.json           manifest, written last: settings, step, fingerprints, a SHA-256 of everything
 
-Everything is safetensors or JSON: reading it runs no code. The frozen residual is not there; it is rebuilt from the
+Everything is safetensors or JSON: reading it runs no code. The frozen residual is not stored; it is rebuilt from the
 pretrained weights and compared with the digests in the manifest.
 """
 
@@ -37,7 +37,7 @@ FORMAT = 2
 OPTIMIZER = "optimizer"
 STATE = "state"
 
-#: Directory inside the checkpoint and stem of the files of every part that consists of tensors.
+#: Directory inside the checkpoint, and stem of the file names, of every part that consists of tensors.
 PARTS = {
     ADAPTER_DIR: (ADAPTER_DIR, Path(WEIGHTS).stem),
     INITIAL_DIR: (INITIAL_DIR, Path(WEIGHTS).stem),
@@ -79,7 +79,7 @@ class TrainingCheckpoint:
     Parameters
     ----------
     directory
-        What `lowrank_dist.callbacks.AdapterCheckpoint` or ``trainer.save_checkpoint`` wrote.
+        Directory that `lowrank_dist.callbacks.AdapterCheckpoint` or ``trainer.save_checkpoint`` wrote.
 
     Attributes
     ----------
@@ -89,7 +89,7 @@ class TrainingCheckpoint:
     Raises
     ------
     CheckpointError
-        Where it is none, or its manifest is damaged.
+        If the directory is not a checkpoint of this format, or its manifest is damaged.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -107,18 +107,18 @@ class TrainingCheckpoint:
         if self.manifest.get("kind") != "checkpoint" or self.manifest.get("format") != FORMAT:
             found = f"format {self.manifest.get('format')!r} of kind {self.manifest.get('kind')!r}"
             raise CheckpointError(
-                f"ckpt_path={str(directory)!r}: {found}, where format {FORMAT} of kind 'checkpoint' is wanted; it "
-                "holds no state to resume from, or another version wrote it"
+                f"ckpt_path={str(directory)!r}: {found}, but resuming needs format {FORMAT} of kind 'checkpoint'; pass "
+                "a checkpoint that this version wrote"
             )
         if self.manifest.get("seal") != _seal(self.manifest):
             raise CheckpointError(
-                f"{path}: damaged: its content is not what was written; resume from another checkpoint"
+                f"{path}: damaged: its content differs from what was written; resume from another checkpoint"
             )
         self._readers: dict[str, CheckpointReader] = {}
 
     @property
     def has_training_state(self) -> bool:
-        """Whether training can go on from it; False where it was saved with ``weights_only``."""
+        """Whether training can resume from the checkpoint; False if it was saved with ``weights_only``."""
         return OPTIMIZER in self.manifest["hashes"]
 
     def part(self, name: str) -> CheckpointReader:
@@ -129,18 +129,18 @@ class TrainingCheckpoint:
         return self._readers[name]
 
     def state(self) -> dict[str, Any]:
-        """What Lightning calls the checkpoint: loops, callbacks, schedules, ... Decoded, no code is run."""
+        """Lightning's checkpoint dictionary (loops, callbacks, schedules, ...). Decoding it runs no code."""
         tensors = load_file(self.directory / f"{STATE}.safetensors")
         state: dict[str, Any] = decode_state(json.loads((self.directory / f"{STATE}.json").read_text()), tensors)
         return state
 
     def verify(self, group: ShardGroup) -> None:
-        """Read everything once and compare it with its hashes, each rank a part. Collective.
+        """Read everything once, each rank its share, and compare it with the hashes. Collective.
 
         Raises
         ------
         CheckpointError
-            On every rank: the file, the tensor, and what to do.
+            On every rank if a hash differs. The message names the file and the tensor.
         """
         work = [*self._files(), *self._tensors()]
         with group.shared_errors():
@@ -178,7 +178,7 @@ class TrainingCheckpoint:
 
 
 def newest_checkpoint(directory: str | Path) -> Path | None:
-    """The complete checkpoint of the highest step in `directory`, or None. Damaged ones are passed over."""
+    """The complete checkpoint of the highest step in `directory`, or None. Damaged checkpoints are skipped."""
     found: list[tuple[int, float, Path]] = []
     for path in Path(directory).glob(f"*/{MANIFEST}"):
         if path.parent.name.startswith("."):

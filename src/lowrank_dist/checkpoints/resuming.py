@@ -87,7 +87,7 @@ def _own_range(checkpoint: TrainingCheckpoint, part: str, key: str, shape: torch
     reader: CheckpointReader = checkpoint.part(part)
     stored = reader.stored(key).shape if key in reader else None
     if stored != tuple(shape):
-        what = "is not there" if stored is None else f"has shape {list(stored)}"
+        what = "is missing" if stored is None else f"has shape {list(stored)}"
         raise CheckpointError(
             f"{checkpoint.directory}: {key} {list(shape)} {what} in {part}; resume with the adapter, the model and the "
             "strategy's options of the run that wrote it"
@@ -96,7 +96,7 @@ def _own_range(checkpoint: TrainingCheckpoint, part: str, key: str, shape: torch
 
 
 def earlier_run(checkpoint: TrainingCheckpoint) -> Resume:
-    """What the residual is to be formed from again."""
+    """Files and reports from which the residual is formed again."""
     reports = (MatrixReport.from_dict(entry) for entry in checkpoint.manifest["matrices"])
     return Resume(
         checkpoint=checkpoint.directory,
@@ -106,7 +106,7 @@ def earlier_run(checkpoint: TrainingCheckpoint) -> Resume:
 
 
 def check_settings(checkpoint: TrainingCheckpoint, **settings: object) -> None:
-    """Raise CheckpointError where a setting is not the manifest's; before anything is decomposed."""
+    """Raise CheckpointError if a setting differs from the manifest. Called before anything is decomposed."""
     for name, value in settings.items():
         if checkpoint.manifest[name] != value:
             raise CheckpointError(
@@ -116,11 +116,11 @@ def check_settings(checkpoint: TrainingCheckpoint, **settings: object) -> None:
 
 
 def check_source(checkpoint: TrainingCheckpoint, fingerprint: str) -> None:
-    """Raise CheckpointError where the pretrained weights are not those that the run began from."""
+    """Raise CheckpointError if the pretrained weights are not those that the run started from."""
     before = checkpoint.manifest["pretrained_fingerprint"]
     if before != fingerprint:
         raise CheckpointError(
-            f"{checkpoint.directory}: the pretrained weights have changed since it was written (it began from "
+            f"{checkpoint.directory}: the pretrained weights have changed since it was written (it started from "
             f"{checkpoint.manifest['pretrained']!r}, fingerprint {before[:12]}, now "
             f"{fingerprint[:12]}); resume with the weights of the first run"
         )

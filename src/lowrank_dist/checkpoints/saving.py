@@ -1,4 +1,4 @@
-"""Saves of a running training: snapshots between two steps, files in the background."""
+"""Saves during training: snapshots between two steps, files in the background."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from lowrank_dist.errors import InputError
 from lowrank_dist.storage.atomic import remove_directory
 from lowrank_dist.zero3.optimizer import ShardedOptimizer
 
-#: How long a rank that failed waits for the others to fail too, before it gives up saving.
+#: How long a rank on which an exception was raised waits for the others to raise it too before it gives up saving.
 MEETING = timedelta(seconds=30)
 
 log = logging.getLogger(__name__)
 
 
 class Saver:
-    """Saves checkpoints one after the other, in order with the removal of old ones.
+    """Saves checkpoints and removes old ones, one after the other.
 
     Parameters
     ----------
     writer
-        Of the model.
+        Writer of the model's checkpoints.
     timeout
-        After which a rank no longer waits for the others while files are written.
+        How long a rank waits for the others while files are written.
 
     Notes
     -----
-    Files are written over a gloo group of their own, so that its collectives never meet those of training.
-    Construction and `save` are collective. Whether a save succeeded its future tells, the same on every rank.
+    Saves communicate over a gloo group of their own, so that their collectives do not mix with those of training.
+    Construction and `save` are collective. The future of a save has the same outcome on every rank.
     """
 
     def __init__(self, writer: CheckpointWriter, timeout: timedelta) -> None:
         group = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
-        # a timeout belongs to a group: every operation of this one gives up early
+        # gloo's timeout belongs to the group; this one has a short timeout of its own
         meeting = dist.new_group(backend="gloo", timeout=MEETING) if dist.is_initialized() else None
         self._writer, self._jobs = writer, BackgroundJobs()
         self._group, self._meeting = ShardGroup(group), ShardGroup(meeting)
@@ -57,19 +57,19 @@ class Saver:
         state: tuple[Any, dict[str, Tensor]] | None,
         facts: Mapping[str, Any],
     ) -> Future[None]:
-        """Take a snapshot and begin to write it; see `CheckpointWriter`. Waits for the save before, if need be.
+        """Wait for the previous save, take a snapshot and begin to write it (see `CheckpointWriter`). Collective.
 
         Returns
         -------
         Future
-            Done once the checkpoint is complete, or is not to be: ``result()`` then raises the OSError or InputError.
+            Done once the checkpoint is complete or has failed; ``result()`` then raises the OSError or InputError.
         """
         self.wait()
         taken = self._writer.snapshot(optimizer, state=state, facts=facts)
         return self._jobs.submit(lambda: self._writer.write(taken, directory, self._group))
 
     def remove(self, directory: Path) -> None:
-        """Remove a checkpoint once the saves before have ended, unless the last of them failed. One rank calls it."""
+        """Remove a checkpoint after the earlier saves, unless the job before failed. Called by one rank."""
 
         def remove() -> None:
             with _warned(f"{directory} could not be removed"):
@@ -78,7 +78,7 @@ class Saver:
         self._jobs.submit(remove, needs_success=True)
 
     def link(self, directory: Path, link: Path) -> None:
-        """Make `link` a symbolic link to `directory`, likewise."""
+        """Make `link` a symbolic link to `directory` after the earlier saves, unless the job before failed."""
 
         def make() -> None:
             with _warned(f"{link} could not be made"):
@@ -92,39 +92,39 @@ class Saver:
         self._jobs.submit(make, needs_success=True)
 
     def wait(self) -> None:
-        """Wait until nothing is being written, removed or linked any more."""
+        """Wait until all saves, removals and links have ended."""
         self._jobs.wait()
 
     def meet(self, step: int) -> None:
-        """Make sure that a run which an exception has ended can still be saved. Collective, if the others come.
+        """Check that every rank can take part in a save after an exception. Collective with a timeout.
 
-        After an exception on one rank the others may be waiting for it in the middle of a step: a collective save
-        would wait for them as they do for it.
+        If only one rank raised the exception, the others may wait for it in a collective of the step. A save would then
+        deadlock.
 
         Raises
         ------
         InputError
-            Where not every rank comes within `MEETING`, or not all after the same step.
+            If not every rank calls this within `MEETING`, or the ranks call it with different steps.
         """
         self.wait()
         try:
             steps = self._meeting.gather_objects(step)
-        except RuntimeError as error:  # of gloo: too late, or gone
+        except RuntimeError as error:  # gloo raises it on a timeout and on a lost connection
             raise InputError(
                 f"the exception was not raised on all ranks within {MEETING.total_seconds():g} s, and a checkpoint "
-                "needs them all; resume from the one before"
+                "needs all ranks; resume from the previous checkpoint"
             ) from error
         if len(set(steps)) > 1:
-            raise InputError(f"the ranks were ended after different steps: {steps}; resume from the checkpoint before")
+            raise InputError(f"the ranks ended after different steps: {steps}; resume from the previous checkpoint")
 
     def close(self) -> None:
-        """Wait, and end the thread."""
+        """Wait for all jobs and end the thread."""
         self._jobs.close()
 
 
 @contextmanager
 def _warned(what: str) -> Iterator[None]:
-    """Other ranks know nothing of it: an error here must not end one rank alone."""
+    """Turn an OSError into a warning: only this rank does the work, and the error must not end it alone."""
     try:
         yield
     except OSError as error:
@@ -134,7 +134,7 @@ def _warned(what: str) -> Iterator[None]:
 class BackgroundJobs:
     """Runs jobs in a thread, one after the other.
 
-    Jobs may communicate over a process group of their own: every rank must then submit the same jobs in the same order.
+    Jobs may communicate over a process group of their own. Every rank must then submit the same jobs in the same order.
     """
 
     def __init__(self) -> None:
@@ -143,7 +143,7 @@ class BackgroundJobs:
         self._failed = False
 
     def submit(self, job: Callable[[], None], *, needs_success: bool = False) -> Future[None]:
-        """Run `job` after those submitted before; with `needs_success` only if the one before it ended well."""
+        """Run `job` after all earlier jobs; with `needs_success` only if the job before it succeeded."""
         if self._pool is None:
             self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lowrank-dist-save")
 
@@ -158,13 +158,13 @@ class BackgroundJobs:
         return self._pending[-1]
 
     def wait(self) -> None:
-        """Wait until every job has ended, well or not: that their futures tell."""
+        """Wait until every job has ended. Raises nothing: the futures hold the errors."""
         while self._pending:
             self._pending[0].exception()
             self._pending.pop(0)
 
     def close(self) -> None:
-        """Wait, and end the thread."""
+        """Wait for all jobs and end the thread."""
         self.wait()
         if self._pool is not None:
             self._pool.shutdown()

@@ -1,4 +1,4 @@
-"""What Lightning, the optimizer and the engine know beside the model's tensors, into a checkpoint and back."""
+"""State of Lightning, the optimizer and the engine beside the model's tensors, into a checkpoint and back."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lowrank_dist.checkpoints.layout import TrainingCheckpoint
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.zero3.optimizer import ShardedOptimizer
 
-#: Key of what is added to Lightning's dictionary.
+#: Key of this package's entry in Lightning's dictionary.
 OWN_STATE = "lowrank_dist"
 
 _ELSEWHERE = {"state_dict", "optimizer_states"}
@@ -27,21 +27,24 @@ log = logging.getLogger(__name__)
 def encode_training_state(
     checkpoint: dict[str, Any], optimizer: ShardedOptimizer, engine: Any, group: ShardGroup
 ) -> tuple[Any, dict[str, Tensor]]:
-    """JSON and tensors of a training run's state.
+    """JSON value and tensors of a training run's state.
+
+    One object all-gather over `group` collects the states of all ranks' random number generators.
 
     Parameters
     ----------
     checkpoint
         Lightning's dictionary. Its weights and optimizer states are left out.
     optimizer, engine
-        Of DeepSpeed.
+        DeepSpeed's optimizer and engine.
     group
-        All ranks. One object all-gather: of every rank's random number generators.
+        All ranks.
 
     Raises
     ------
     StateError
-        On every rank, at an object that only pickle could store. Hyper-parameters become their ``repr`` then.
+        On every rank, if an object can only be stored by pickle. Such objects among the hyper-parameters raise
+        nothing; their ``repr`` is stored.
     """
     own = {
         "steps": optimizer.steps,
@@ -58,13 +61,13 @@ def encode_training_state(
 
 
 def decode_training_state(checkpoint: TrainingCheckpoint, *, accumulate_grad_batches: int) -> dict[str, Any]:
-    """Lightning's dictionary, its progress counted in batches of this run.
+    """Lightning's dictionary, with its progress counted in batches of this run.
 
-    Progress is a number of optimizer steps; how many batches that are depends on how many each rank accumulates. With
-    another number of ranks or another batch size, and `accumulate_grad_batches` such that the global batch is the same,
-    the steps are the same ones. The last step of an epoch may have fewer batches. Batches of a step that an exception
-    has cut short are not counted. What was saved in a hook at the end of an epoch goes on with the next epoch: as it
-    stands, Lightning would train one more batch of the ended one where ``max_steps`` is set.
+    Progress is a number of optimizer steps. The number of batches per step depends on `accumulate_grad_batches`. On
+    another number of ranks, or with another batch size, the steps stay the same if `accumulate_grad_batches` keeps the
+    global batch. The last step of an epoch may have fewer batches. Batches of a step that an exception interrupted are
+    not counted. A checkpoint saved in a hook at the end of an epoch resumes with the next epoch: Lightning would
+    otherwise train one more batch of the finished epoch if ``max_steps`` is set.
     """
     state = checkpoint.state()
     before, now = checkpoint.manifest["accumulate_grad_batches"], accumulate_grad_batches
@@ -82,9 +85,10 @@ def decode_training_state(checkpoint: TrainingCheckpoint, *, accumulate_grad_bat
 
 
 def _count_whole_steps(progress: dict[str, Any], before: int, now: int, *, epoch_ended: bool) -> None:
-    """Lightning's batch progress, in place: from `before` batches of a step to `now`, without those of no whole step.
+    """Convert Lightning's batch progress, in place, from `before` batches per step to `now`; drop unfinished steps.
 
-    What a hook at the end of a batch saves is processed but not completed, from which Lightning knows where it stands.
+    In a checkpoint saved by a hook at the end of a batch, that batch is processed but not completed. Lightning resumes
+    by this difference, so it is kept.
     """
 
     def converted(batches: int) -> int:
@@ -101,7 +105,7 @@ def _count_whole_steps(progress: dict[str, Any], before: int, now: int, *, epoch
 
 
 def _move_to(progress: dict[str, Any], current: int, *, total: int | None = None) -> None:
-    """Set all counts of Lightning's progress, in place; `total` moves with `current` where it is not given."""
+    """Set all counts of Lightning's progress, in place; by default `total` moves as far as `current`."""
     for name in progress["current"]:
         moved = progress["total"][name] + current - progress["current"][name]
         progress["total"][name] = moved if total is None else total
@@ -109,10 +113,10 @@ def _move_to(progress: dict[str, Any], current: int, *, total: int | None = None
 
 
 def restore_rng(states: list[dict[str, Any]], group: ShardGroup) -> None:
-    """Set this rank's random number generators as they were.
+    """Restore this rank's random number generators.
 
-    On another number of ranks they are seeded anew, from rank 0's and the rank: runs with dropout go on validly, not
-    identically.
+    On another number of ranks, torch's generator is seeded from rank 0's state and the rank. A run with dropout then
+    continues with valid, but different, random numbers.
     """
     if len(states) == group.size:
         set_rng_state(states[group.rank])
@@ -127,7 +131,7 @@ def restore_rng(states: list[dict[str, Any]], group: ShardGroup) -> None:
 
 
 def rng_state() -> dict[str, Any]:
-    """State of Python's, NumPy's, torch's and, where there is a device, CUDA's generator."""
+    """States of the generators of Python, NumPy, torch and, if CUDA is initialized, the current CUDA device."""
     state: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": np.random.get_state(legacy=False),
@@ -139,7 +143,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Set what `rng_state` gave; CUDA's only where it was taken and there is a device."""
+    """Restore the result of `rng_state`; CUDA's state only if it was recorded and CUDA is available."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])

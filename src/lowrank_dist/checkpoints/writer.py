@@ -1,8 +1,9 @@
-"""Writes checkpoints: every tensor by its owner, all owners at once into the same files, complete or absent.
+"""Writes checkpoints. Every tensor has an owner rank; all owners write at once into the same files.
 
 A save has two parts. `CheckpointWriter.snapshot` runs between two steps: every rank copies its own shards to the host.
-`CheckpointWriter.write` sends the copies to their owners, one all-to-all per 16 MiB of a rank's shards, converts,
-hashes, writes and flushes them; it may run in another thread, over a process group of its own, while training goes on.
+`CheckpointWriter.write` sends the copies to their owners, one all-to-all per 16 MiB of a rank's shards. The owners
+convert, hash, write and flush them. It may run in another thread, over a process group of its own, during training.
+A checkpoint is either complete or absent.
 """
 
 from __future__ import annotations
@@ -48,21 +49,21 @@ from lowrank_dist.zero3.partition import local_shard, whole_shape
 
 @dataclass(kw_only=True)
 class Snapshot:
-    """What one rank holds of one checkpoint; nothing of it changes as training goes on.
+    """One rank's part of a checkpoint, copied so that training cannot change it.
 
     Attributes
     ----------
     parcels
-        Copies of this rank's shards, on the CPU: of all states that the optimizer has, and of the trained parameters
-        that it has not.
+        Copies of this rank's shards, on the CPU: all states in the optimizer, and trained parameters that are not in
+        the optimizer.
     states
-        Names of the state that the optimizer has of a parameter, beside its fp32 copy.
+        Names of the optimizer's states of a parameter, beside its fp32 copy.
     optimized
-        Names of the parameters that it has.
+        Names of the parameters in the optimizer.
     state
         Lightning's checkpoint without weights, encoded (`lowrank_dist.checkpoints.codec`). None: weights only.
     facts
-        For the manifest: step, epoch, ...
+        Entries for the manifest: step, epoch, ...
     """
 
     parcels: deque[Parcel]
@@ -82,14 +83,14 @@ class CheckpointWriter:
     config
         PEFT configuration of the adapter.
     materialized
-        What the walk left: initial factors and measurements. Its factors move to their owners here: one all-to-all per
-        16 MiB of shards, after which `materialized` holds them no more.
+        Result of the walk: initial factors and measurements. The constructor moves the factors to their owners, one
+        all-to-all per 16 MiB of shards, and removes them from `materialized`.
     group
         The ranks that share the model.
     base
-        Checkpoint that the model was made from; becomes ``base_model_name_or_path``.
+        Pretrained model; becomes ``base_model_name_or_path``.
     starts_at_zero
-        The adapter is a LoRA for `base` as it is.
+        Whether the adapter is a LoRA for the unmodified `base`.
     facts
         Further entries of the manifest: method, quantization, fingerprint of the base, ...
     """
@@ -145,7 +146,7 @@ class CheckpointWriter:
             "starts_at_zero": starts_at_zero,
             "adapter_is_for": "the base" if starts_at_zero else "the residual",
             "experts": experts,
-            # under target_parameters PEFT nests layers, whose names in the file do not say what they adapt
+            # under target_parameters PEFT nests layers, so that names in the file do not identify the parameter
             "parameters": {peft_name(name): weight for name, weight in materialized.parameters.items()},
             "world_size": group.size,
             "trained": sorted(self.trained),
@@ -165,9 +166,9 @@ class CheckpointWriter:
         state: tuple[Any, dict[str, Tensor]] | None = None,
         facts: Mapping[str, Any] | None = None,
     ) -> Snapshot:
-        """Copy this rank's shards of what a checkpoint needs to the host. Communicates nothing.
+        """Copy this rank's shards that a checkpoint needs to the host. No communication.
 
-        Host memory of a rank: its shards of the adapters or, with an optimizer, of their fp32 copies and moments.
+        A rank needs host memory for its shards of the adapters or, with an optimizer, of their fp32 copies and moments.
         """
         kinds: dict[str, None] = {}
         optimized: dict[str, None] = {}
@@ -200,21 +201,21 @@ class CheckpointWriter:
     # -- writing ------------------------------------------------------------------------------------------------
 
     def write(self, taken: Snapshot, directory: Path, group: ShardGroup) -> None:
-        """Write a snapshot to `directory`, replacing what is there; complete or absent. Collective over `group`.
+        """Write a snapshot to `directory`, replacing an existing one. Collective over `group`.
 
         Parameters
         ----------
         taken
-            From `snapshot`; its parcels are let go of as they are sent.
+            Result of `snapshot`; its parcels are freed as they are sent.
         directory
-            On a file system that all ranks see.
+            Directory on a file system that all ranks see.
         group
-            The ranks of the snapshot, in the same order; its collectives must not run beside others of the group.
+            The ranks of the snapshot, in the same order. No other collective of the group may run at the same time.
 
         Raises
         ------
         OSError, InputError
-            On every rank; what was at `directory` before is still there.
+            On every rank if writing fails; an existing `directory` is then unchanged.
         """
         staging, locked = staging_of(directory), False
         with ExitStack() as stack:
@@ -239,14 +240,14 @@ class CheckpointWriter:
                         self._finish(taken, staging, contents, everyone)
                         put_in_place(staging, directory)
             except BaseException:
-                if locked:  # else it is another run's
+                if locked:  # otherwise the directory belongs to another run
                     shutil.rmtree(staging, ignore_errors=True)
                 raise
 
     def _laid_out_for(self, taken: Snapshot) -> dict[str, dict[str, FileTensor]]:
-        """What the files of tensors hold, by part; the same on every rank.
+        """Names, shapes and dtypes of the tensors by part; the same on every rank.
 
-        Worked out once: operations on meta tensors are Python, which a training thread would have to wait for.
+        The result is cached: operations on meta tensors hold the GIL, and the training thread would wait for it.
         """
         key = None if taken.state is None else (taken.states, taken.optimized)
         if key not in self._laid_out:
@@ -263,7 +264,7 @@ class CheckpointWriter:
     def _tensors(
         self, taken: Snapshot, files: Mapping[str, TensorFiles], group: ShardGroup
     ) -> dict[str, dict[str, str]]:
-        """Write what this rank owns as it arrives; the hashes by part and name. Collective, also where it raises."""
+        """Write this rank's own tensors as they arrive; return hashes by part and name. Collective, also on error."""
         hashes: dict[str, dict[str, str]] = {part: {} for part in files}
 
         def write(part: str, name: str, tensor: Tensor) -> None:
@@ -287,7 +288,7 @@ class CheckpointWriter:
         return hashes
 
     def _layer(self, values: dict[str, Tensor], write: Callable[[str, str, Tensor], None]) -> None:
-        """Write the trained values of one layer, all of them, and what is made of them."""
+        """Write one layer's tensors of every part, given all of its trained values."""
         unit = _unit(next(iter(values)))
         values |= {name: self._initial[name] for name in self._frozen if _unit(name) == unit}
         own = {name: self._initial[name] for name in values if name in self._initial}
@@ -303,7 +304,7 @@ class CheckpointWriter:
         contents: Mapping[str, Mapping[str, FileTensor]],
         everyone: list[dict[str, dict[str, str]]],
     ) -> None:
-        """What one rank writes for all: configurations, training state, the manifest last."""
+        """Write the configurations, the training state and, last, the manifest. Called by rank 0."""
         for part, config in ((ADAPTER_DIR, self._config), (INITIAL_DIR, self._config), (LORA_DIR, self._lora_config())):
             config.save_pretrained(str(staging / part))
         hashes: dict[str, dict[str, str]] = {}
@@ -311,8 +312,8 @@ class CheckpointWriter:
             for part, found in one.items():
                 hashes.setdefault(part, {}).update(found)
         lacking = [name for part, tensors in contents.items() for name in tensors if name not in hashes[part]]
-        if lacking:  # never; but it would be zeros that nothing else notices
-            raise RuntimeError(f"{lacking[0]} and {len(lacking) - 1} more tensors were laid out and not written")
+        if lacking:  # a bug; the file would hold zeros that no later check finds
+            raise RuntimeError(f"{lacking[0]} and {len(lacking) - 1} more tensors were planned but not written")
         if taken.state is not None:
             value, tensors = taken.state
             (staging / f"{STATE}.json").write_text(json.dumps(value, allow_nan=False))
@@ -340,9 +341,9 @@ def _consumed(parcels: deque[Parcel]) -> Iterator[Parcel]:
 
 @contextmanager
 def _to_the_end(arriving: Iterator[Any]) -> Iterator[Iterator[Any]]:
-    """Whatever the body raises, its collectives run to their end first: the other ranks are in them.
+    """Run the remaining collectives before an exception of the body leaves: the other ranks wait in them.
 
-    Not where a collective itself has failed: the group is then of no use to any rank.
+    If a collective itself has failed, nothing remains to run: the group is then unusable on every rank.
     """
     try:
         yield arriving
@@ -362,7 +363,7 @@ def _name_and_kind(key: str) -> tuple[str, str]:
 
 
 def _unit(name: str) -> str:
-    """What is written together: all trained tensors of a layer."""
+    """Name of the layer of a factor, whose tensors are written together; other parameters stand for themselves."""
     for mark in (".lora_A", ".lora_B", ".lora_embedding_A", ".lora_embedding_B"):
         if mark in name:
             return name.partition(mark)[0]

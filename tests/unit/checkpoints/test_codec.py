@@ -74,7 +74,7 @@ def test_an_object_is_refused_with_its_place() -> None:
 
 
 def test_marks_of_another_version_are_refused() -> None:
-    with pytest.raises(StateError, match=r"\$pickle: no mark of a stored type"):
+    with pytest.raises(StateError, match=r"\$pickle: not the mark of a stored type"):
         decode_state({"$pickle": "gASV"}, {})
 
 
