@@ -1,6 +1,6 @@
-"""What a run takes before it starts: memory, communication, time, disk; from shapes and settings alone.
+"""Memory, communication, time and disk that a run needs, computed from shapes and settings before it starts.
 
-Bytes of parameters, gradients and optimizer state are exact. Transient memory is an upper bound, seconds rest on the
+Bytes of parameters, gradients and optimizer state are exact. Transient memory is an upper bound. Seconds rest on the
 assumed rates of `Cluster`.
 """
 

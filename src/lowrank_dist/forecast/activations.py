@@ -1,8 +1,7 @@
-"""What autograd keeps between forward and backward, found by a forward pass on the meta device.
+"""Memory that autograd keeps between forward and backward, measured by a forward pass on the meta device.
 
-Shapes are those of the real model, nothing is computed. Only tensors that are no parameters count, each storage
-once. The frozen layers of the real model save nothing but parameters, as a plain linear layer with a frozen weight
-does.
+The shapes are those of the real model; nothing is computed. Parameters do not count, and each storage counts once. The
+frozen layers of the real model save only parameters, like a plain linear layer with a frozen weight.
 """
 
 from __future__ import annotations
@@ -31,18 +30,18 @@ class Activations:
     Attributes
     ----------
     inputs
-        Of the repeated layers: what gradient checkpointing keeps.
+        Inputs of the repeated layers, which gradient checkpointing keeps.
     layers
-        Everything that each repeated layer saves, in their order.
+        Everything that each repeated layer saves, in order.
     outside
-        What is saved outside of them, but for logits and loss.
+        Tensors saved outside the repeated layers, without logits and loss.
     logits
         Logits, their fp32 copy, the log-probabilities and the gradients of both, at the peak of the loss.
     fused
-        The same where the loss is taken in chunks (`lowrank_dist.training.fused_loss`): logits of a chunk, and the
-        gradient of the hidden states.
+        The same for a loss in chunks (`lowrank_dist.training.fused_loss`): logits of a chunk, and the gradient of the
+        hidden states.
     measured
-        False where the architecture does not run on the meta device and `layers` is an estimate.
+        False if the architecture does not run on the meta device and `layers` is an estimate.
     """
 
     inputs: int
@@ -53,7 +52,7 @@ class Activations:
     measured: bool
 
     def times(self, batch_size: int) -> Activations:
-        """Those of a batch of so many: everything grows with it."""
+        """Activations of a batch of `batch_size` sequences; all of them are proportional to it."""
         return Activations(
             inputs=batch_size * self.inputs,
             layers=tuple(batch_size * nbytes for nbytes in self.layers),
@@ -70,7 +69,8 @@ def measure_activations(backbone: PreTrainedModel, *, length: int, dtype: torch.
     Parameters
     ----------
     backbone
-        Causal language model on the meta device, adapters injected or everything trainable. It is not changed.
+        Causal language model on the meta device, with injected adapters or with all parameters trainable. It is not
+        modified.
     """
     text, layers = backbone.config.get_text_config(), repeated_layers(backbone)
     inputs = len(layers) * length * text.hidden_size * dtype.itemsize
@@ -88,19 +88,19 @@ def measure_activations(backbone: PreTrainedModel, *, length: int, dtype: torch.
         NotImplementedError,
         TypeError,
         ValueError,
-    ):  # a forward that asks for values, or other inputs
+    ):  # the forward needs values, which meta tensors lack, or other inputs
         estimate = _BYTES_PER_UNIT * length * text.hidden_size * dtype.itemsize // 2
         return Activations(inputs=inputs, layers=(estimate,) * len(layers), outside=0, **loss, measured=False)
 
 
 def fused_chunk(tokens: int, hidden: int, vocabulary: int) -> int:
-    """Tokens whose logits liger-kernel has at a time: bytes as of the hidden states, to the next power of two."""
+    """Tokens in a chunk of liger-kernel: its logits are as large as all hidden states, up to the next power of two."""
     chunks = -(-vocabulary // hidden)
     return min(tokens, 1 << (-(-tokens // chunks) - 1).bit_length())
 
 
 class _Saved:
-    """Runs a copy of a model on meta and sorts what is saved by the layer that saves it."""
+    """Runs a copy of a model on the meta device and counts saved bytes by the layer that saves them."""
 
     def __init__(self, backbone: PreTrainedModel, dtype: torch.dtype) -> None:
         self.model: Any = copy.deepcopy(backbone)
@@ -124,7 +124,8 @@ class _Saved:
             layer.register_forward_hook(self._leave)
         self.kept = {parameter.untyped_storage()._cdata: parameter for parameter in self.model.parameters()}
         ids = torch.zeros(1, length, dtype=torch.long, device="meta")
-        mask = torch.ones(1, 1, length, length, dtype=torch.bool, device="meta")  # made: none is looked into
+        # a given 4-d mask is used as it is; transformers would read values to make one
+        mask = torch.ones(1, 1, length, length, dtype=torch.bool, device="meta")
         with torch.autograd.graph.saved_tensors_hooks(self._count, lambda tensor: tensor), _FusedAttention():
             self.model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False)
         return tuple(self.bytes.get(index, 0) for index in range(len(self.layers))), self.bytes.get(None, 0)
@@ -142,13 +143,13 @@ class _Saved:
         storage = tensor.untyped_storage()
         of_loss = self.current is None and tensor.ndim and tensor.shape[-1] == self.vocabulary
         if storage._cdata not in self.kept and not of_loss:
-            self.kept[storage._cdata] = tensor  # alive, so that its storage's address is not given away again
+            self.kept[storage._cdata] = tensor  # keeps the storage alive, so that its address is not reused
             self.bytes[self.current] = self.bytes.get(self.current, 0) + storage.nbytes()
         return tensor
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Inside, scaled dot-product attention saves what its fused kernels save, not the attention matrix."""
+    """While active, scaled dot-product attention saves the tensors of its fused kernels, not the attention matrix."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

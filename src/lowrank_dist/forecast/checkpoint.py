@@ -17,10 +17,11 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def checkpoint_bytes(shapes: ModelShapes, job: RunSpec) -> int:
-    """Bytes of the tensor files of one checkpoint; configurations and manifest (kilobytes per matrix) come on top.
+    """Bytes of the tensor files of one checkpoint, without configurations and manifest (kilobytes per matrix).
 
-    At most: QPiSSA with several rounds writes the factors that the residual was encoded from only where a matrix ended
-    on a decomposition, which all but few do. Without adapters: Lightning's, with fp32 copies and moments.
+    An upper bound: QPiSSA with several rounds writes the factors that the residual was encoded from only for matrices
+    that ended on a decomposition, which are nearly all. Without adapters the checkpoint is Lightning's, with fp32
+    copies and moments.
     """
     if not job.adapts:
         every = [(math.prod(_shape(shapes, p.name)), p.dtype.itemsize) for p in parameters(shapes, job)]
@@ -61,7 +62,7 @@ def _contents(shapes: ModelShapes, job: RunSpec) -> Contents:
 
 
 def _encoded_differ(job: RunSpec) -> bool:
-    """Whether residuals are encoded from other factors than A0 and B0; a residual model on disk needs none."""
+    """Whether residuals are encoded from other factors than A0 and B0. Runs from a residual model do not encode."""
     if job.fills_cache or job.residual is None or job.residual.exact:
         return False
     rounds = job.init.quantization_iterations if isinstance(job.init, AlternatingMethod) else 1

@@ -1,4 +1,4 @@
-"""Everything that is known of a run before it starts, and which settings would make it fit."""
+"""The forecast of a run, and the settings that would make it fit."""
 
 from __future__ import annotations
 
@@ -34,40 +34,43 @@ class StepTime:
 
     @property
     def least(self) -> float:
-        """Where communication is hidden as far as it can be."""
+        """Time of a step that hides as much communication as possible."""
         return max(self.compute, self.communicate)
 
     @property
     def most(self) -> float:
-        """Where none of it is."""
+        """Time of a step that hides no communication."""
         return self.compute + self.communicate
 
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """What a run takes.
+    """Predicted needs of a run.
 
     Attributes
     ----------
     job
         The run.
-    memory, traffic
-        Of one rank; of one step.
+    memory
+        Memory of one rank.
+    traffic
+        Communication of one step.
     activations_measured
-        Whether `Memory.recomputed` (`kept`, without gradient checkpointing) comes from the architecture itself.
+        Whether `Memory.recomputed` (`kept`, without gradient checkpointing) was measured on the architecture. False:
+        it is an estimate.
     initialisation
-        Seconds of the walk, or of reading a residual model, on a GPU cluster; None where there is none, or no GPU.
-        ``write`` is that of a cache: the residual model is written, and read back.
+        Seconds of the walk, or of reading a residual model, on a GPU cluster. None without adapters or without GPUs.
+        ``write`` is the time to write the residual model to a cache and to read it back.
     step
-        Seconds of a step, likewise.
+        Seconds of one step on a GPU cluster. None without GPUs.
     disk_reads
-        Bytes of the checkpoint that all ranks together read at the start.
+        Bytes that all ranks together read at the start: the pretrained weights and, if one is written, the cache.
     checkpoint
-        Bytes of every checkpoint that is written.
+        Bytes of each checkpoint that the run writes.
     limit
-        Bytes that a rank's device has for the run; None: not known.
+        Bytes of a rank's device available to the run. None: unknown.
     remedies
-        Settings that would each make it fit, where it does not; of every one the mildest value.
+        Settings, if the run does not fit, each of which alone would make it fit; of each the mildest value.
     """
 
     job: RunSpec
@@ -83,11 +86,11 @@ class Forecast:
 
     @property
     def fits(self) -> bool | None:
-        """Whether the peak is below the limit; None where there is no limit."""
+        """Whether the peak is within the limit; None without a limit."""
         return None if self.limit is None else self.memory.peak <= self.limit
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; bytes and seconds."""
+        """Values for JSON, in bytes and seconds."""
         job = self.job
         start, step = self.initialisation, self.step
         return {
@@ -119,16 +122,18 @@ class Forecast:
 def forecast(
     shapes: ModelShapes, job: RunSpec, *, limit: int | None = None, cluster: Cluster | None = None
 ) -> Forecast:
-    """What `job` takes. Nothing is read, sent or allocated.
+    """Predict the needs of a run. Reads, sends and allocates nothing.
 
     Parameters
     ----------
     shapes
-        Of the model.
+        Shapes of the model.
+    job
+        Settings of the run.
     limit
-        Bytes that a device has for the run.
+        Bytes of a device available to the run. None: unknown.
     cluster
-        Assumed rates, for seconds.
+        Assumed rates, from which seconds are computed.
     """
     cluster = replace(cluster or Cluster(), node=job.gpus_per_node)
     activations = measure_activations(shapes.backbone, length=job.length, dtype=job.compute_dtype)
@@ -156,7 +161,7 @@ def forecast(
 
 
 def _alternatives(job: RunSpec) -> Iterator[list[tuple[str, RunSpec]]]:
-    """One setting changed, to every value that it can have, the mildest first; only nodes change the global batch."""
+    """For each setting, jobs with its other values, the mildest first. Only more nodes change the global batch."""
     if not job.gradient_checkpointing:
         yield [("gradient_checkpointing: true", replace(job, gradient_checkpointing=True))]
     halved = [job.batch_size >> halvings for halvings in range(1, 64) if not job.batch_size % 2**halvings]
@@ -177,7 +182,7 @@ def _alternatives(job: RunSpec) -> Iterator[list[tuple[str, RunSpec]]]:
         yield [
             (f"live_layers: {layers}", replace(job, live_layers=layers)) for layers in reversed(range(job.live_layers))
         ]
-    if job.init is not None:  # else the format is that of the files
+    if job.init is not None:  # without it, the files on disk determine the format
         if isinstance(job.residual, NF4) and not job.residual.double_quant:
             smaller = replace(job, residual=replace(job.residual, double_quant=True))
             yield [("quantization: NF4 with double_quant: true", smaller)]
@@ -194,7 +199,7 @@ def _alternatives(job: RunSpec) -> Iterator[list[tuple[str, RunSpec]]]:
 
 
 def _disk_reads(shapes: ModelShapes, job: RunSpec) -> int:
-    """Every byte once; what is neither decomposed nor trained once by every group that shares it."""
+    """Bytes read at the start: every byte once, but undecomposed frozen parameters once per shard group."""
     if not job.adapts:
         return shapes.checkpoint_bytes * job.ranks  # transformers loads all of it in every rank
     repeated = shapes.frozen_bytes * (job.ranks // job.shard_ranks - 1)
@@ -202,13 +207,13 @@ def _disk_reads(shapes: ModelShapes, job: RunSpec) -> int:
 
 
 def _cached_bytes(shapes: ModelShapes, job: RunSpec) -> int:
-    """About: headers, and JSON beside 4-bit weights, are not counted."""
+    """Approximate bytes of a cache, without headers and without the JSON beside 4-bit weights."""
     assert job.residual is not None
     return round(decomposed_bytes(shapes.plan.matrices, job.residual)) + shapes.frozen_bytes
 
 
 def _initialisation(shapes: ModelShapes, job: RunSpec, cluster: Cluster) -> Seconds | None:
-    """Seconds of the walk, without a calibration pass where the method wants one."""
+    """Seconds of the walk, without the calibration pass that some methods need."""
     if job.residual is None or not job.on_gpu:
         return None
     read = cluster.read_rate(job.ranks)
@@ -234,7 +239,7 @@ def _initialisation(shapes: ModelShapes, job: RunSpec, cluster: Cluster) -> Seco
 
 
 def _step_time(shapes: ModelShapes, job: RunSpec, cluster: Cluster) -> StepTime:
-    """Two flops per weight and token in every pass; frozen weights have no gradients to compute."""
+    """Time of a step from two flops per weight and token in every pass; frozen weights need no gradients."""
     passes = 2 + job.gradient_checkpointing  # forward, recomputation, and backward through the inputs
     active = getattr(shapes.backbone.config.get_text_config(), "num_experts_per_tok", None) or 1
     used = {m.name: min(1.0, active / m.experts) for m in shapes.plan.matrices}  # the share of tokens that it sees
@@ -252,6 +257,6 @@ def _step_time(shapes: ModelShapes, job: RunSpec, cluster: Cluster) -> StepTime:
     if isinstance(job.residual, NF4):
         moved = sum(m.rows * m.columns for m in shapes.plan.matrices) * (job.compute_dtype.itemsize + 0.5)
         seconds += passes * moved / cluster.memory_rate
-    # an all-reduce of so many bytes is a reduce-scatter and a gather of them: each takes half of its time
+    # the rates are those of an all-reduce, which is a reduce-scatter and a gather; each takes half of its time
     communicate = sum(c.nbytes / (2 * cluster.bandwidth[c.crosses]) for c in traffic(shapes, job).collectives)
     return StepTime(compute=job.accumulate * seconds, communicate=communicate)

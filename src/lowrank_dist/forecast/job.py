@@ -1,4 +1,4 @@
-"""A training job as far as its cost is concerned: a model of which only shapes are known, and the settings of a run."""
+"""A training job for the forecast: the shapes of a model and the settings of a run."""
 
 from __future__ import annotations
 
@@ -28,16 +28,18 @@ ShardWithin = Literal["world", "node"]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShapes:
-    """A model and what its adapter makes of it; nothing of it has memory.
+    """A model with injected adapters, without memory for its tensors.
 
     Attributes
     ----------
     backbone
-        On the meta device, adapters injected.
+        Model on the meta device, with injected adapters.
     plan
         Adapted matrices and other parameters.
-    checkpoint_bytes, frozen_bytes
-        Of what it starts from, all of it; of its parameters that are neither adapted nor trained.
+    checkpoint_bytes
+        Bytes of the pretrained or residual model on disk, all tensors.
+    frozen_bytes
+        Bytes on disk of the parameters that are neither adapted nor trained.
     """
 
     backbone: PreTrainedModel
@@ -49,21 +51,23 @@ class ModelShapes:
     def of(
         cls, source: Path, adapter: LoraConfig | None, *, init: Method | None = None, untie: bool = False
     ) -> ModelShapes:
-        """Shapes of a checkpoint directory, of one without weights, or of the file of a model's configuration.
+        """Shapes of a pretrained model.
 
         Parameters
         ----------
+        source
+            Directory of the model, with or without weights, or the file of its configuration.
         adapter
             PEFT's configuration; None: every parameter is trained.
         init
-            Its objections to matrices are raised.
+            Method whose requirements on matrices are checked. None: no check.
         untie
             Give a tied head a weight of its own.
 
         Raises
         ------
         ModelError
-            As the set-up of a run would.
+            Wherever the set-up of a run would raise it.
         """
         backbone = build_skeleton(source)
         try:
@@ -83,7 +87,10 @@ class ModelShapes:
     def planned(
         cls, backbone: PreTrainedModel, plan: Plan, reader: CheckpointReader, *, nbytes: int | None = None
     ) -> ModelShapes:
-        """Shapes of a model that is filled from `reader` as `plan` says; `nbytes`: with the adapter beside it."""
+        """Shapes of a model that is filled from `reader` according to `plan`.
+
+        `nbytes` replaces the reader's number of bytes, for instance to include an adapter in other files.
+        """
         frozen = (tensor.key for tensor in plan.parameters if not tensor.trainable and tensor.key is not None)
         return cls(
             backbone=backbone,
@@ -95,38 +102,38 @@ class ModelShapes:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSpec:
-    """What a run is, beside its shapes.
+    """Settings of a run.
 
     Attributes
     ----------
     nodes, gpus_per_node
-        Ranks are their product.
+        Their product is the number of ranks.
     batch_size, length, accumulate
-        Sequences of a rank's batch, their longest length, batches of a step.
+        Sequences in a rank's batch, tokens of the longest sequence, batches per step.
     compute_dtype, factor_dtype
-        Of frozen parameters and arithmetic; of trained parameters.
+        Dtype of frozen parameters and arithmetic; dtype of trained parameters.
     init
-        How matrices are decomposed; None where they are read decomposed, or every parameter is trained.
+        Method that decomposes the matrices. None: a residual model is read, or every parameter is trained.
     residual
-        How the frozen part of a matrix is stored; None where every parameter is trained.
+        Format of the frozen residuals. None: every parameter is trained.
     starts_at_zero
-        Of a residual model: whether its residual is the original.
+        For a residual model: whether its residual is the original weight.
     fills_cache
-        Whether the residual model is written to disk first, and read from there.
+        Whether the residual model is first written to disk and then read from there.
     stage
-        Of ZeRO; 0: replicas (DDP).
+        ZeRO stage; 0: replicas (DDP).
     gradient_checkpointing, live_layers, fp32_norms, shard_within
-        As `PiSSAStrategy` has them.
+        Options of `PiSSAStrategy`.
     optimizer, fused_cross_entropy
-        As `CausalLMModule` has them.
+        Options of `CausalLMModule`.
     offload_optimizer, offload_parameters
         Whether optimizer state and partitions are in host memory.
     bucket
-        Elements of gradients that are reduced at a time; None: as the strategy chooses.
+        Elements of gradients reduced at a time. None: the strategy's default.
     steps
-        Optimizer steps of the run, where that is known.
+        Optimizer steps of the run. None: unknown.
     on_gpu
-        Whether it is to run on GPUs, to which the assumed rates apply.
+        Whether the run uses GPUs, to which the assumed rates apply.
     """
 
     nodes: int
@@ -160,7 +167,7 @@ class RunSpec:
 
     @property
     def adapts(self) -> bool:
-        """Whether adapters are trained; else every parameter is."""
+        """Whether adapters are trained. False: every parameter is trained."""
         return self.residual is not None
 
     @property
@@ -170,22 +177,22 @@ class RunSpec:
 
     @property
     def ranks(self) -> int:
-        """All of them."""
+        """Number of all ranks."""
         return self.nodes * self.gpus_per_node
 
     @property
     def shard_ranks(self) -> int:
-        """Ranks that together hold the frozen parameters once."""
+        """Size of a shard group, whose ranks together hold the frozen parameters once."""
         return self.gpus_per_node if self.shard_within == "node" else self.ranks
 
     @property
     def tokens(self) -> int:
-        """Of a rank's batch, at most."""
+        """Upper bound of the tokens in a rank's batch."""
         return self.batch_size * self.length
 
     @property
     def global_batch(self) -> int:
-        """Sequences of a step."""
+        """Sequences per step."""
         return self.batch_size * self.ranks * self.accumulate
 
 
@@ -198,11 +205,11 @@ class Parameter:
     kind
         ``codes``, ``maxima``, ``dense``, ``other``, ``trained``.
     name
-        In the backbone; the layer, for storages of a residual.
+        Name in the backbone; for storages of a residual, the name of the layer.
     shard_numel, ranks
-        Elements of a rank, padding included, and the ranks that share it.
+        Elements of a rank's shard, padding included, and the number of ranks that share the parameter.
     dtype
-        Of an element.
+        Dtype of the elements.
     """
 
     kind: str
@@ -213,17 +220,17 @@ class Parameter:
 
     @property
     def shard_bytes(self) -> int:
-        """On one rank."""
+        """Bytes of one rank's shard."""
         return self.shard_numel * self.dtype.itemsize
 
     @property
     def gathered_bytes(self) -> int:
-        """Whole, with padding."""
+        """Bytes of the gathered parameter, padding included."""
         return self.shard_bytes * self.ranks
 
 
 def parameters(shapes: ModelShapes, job: RunSpec) -> Iterator[Parameter]:
-    """Every parameter of the model as `lowrank_dist.initialization.materialize` makes it, with padding."""
+    """Every parameter of the model as `lowrank_dist.initialization.materialize` creates it, with padding."""
     frozen_ranks = job.shard_ranks if job.stage == 3 else 1
     trained_ranks = job.ranks if job.stage == 3 else 1
     for planned in shapes.plan.matrices:

@@ -1,4 +1,4 @@
-"""Bytes of one rank: what stays (exact, padding included) and what comes and goes within a step (at most)."""
+"""Memory of one rank: resident bytes (exact, padding included) and transient bytes of a step (an upper bound)."""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ class Memory:
     Attributes
     ----------
     resident
-        By kind (`RESIDENT`); on the device unless it is offloaded.
+        Bytes by kind (`RESIDENT`), on the device unless offloaded.
     offloaded
-        Kinds of `resident` that are in host memory.
+        Kinds of `resident` in host memory.
     bucket
-        Gradients on their way to their owners.
+        Buffer in which gradients are reduced.
     layers
-        Gathered decoder layers, at most: the one in use and those ahead.
+        Gathered decoder layers, at most: the layer in use and the prefetched ones.
     head
-        The largest other parameter, gathered (the head, the embedding).
+        The largest other gathered parameter (the head, the embedding).
     decoded
         The largest dequantized matrix; for adapted experts all of a layer and their gradients.
     kept, recomputed, logits
-        Activations: what is kept until the backward, what one layer's backward makes again, logits and loss.
+        Activations: those kept until the backward, those recomputed in one layer's backward, logits and loss.
     step
-        What the optimizer's step needs beside its state.
+        Temporary memory of the optimizer's step beside its state.
     host
-        In host memory: initial factors, the copy that a checkpoint is written from, and what is offloaded.
+        Host memory: initial factors, the copy from which a checkpoint is written, and offloaded kinds.
     """
 
     resident: Mapping[str, int]
@@ -66,12 +66,12 @@ class Memory:
 
     @property
     def stays(self) -> int:
-        """On the device, all the time."""
+        """Resident bytes on the device."""
         return sum(nbytes for kind, nbytes in self.resident.items() if kind not in self.offloaded)
 
     @property
     def phases(self) -> dict[str, int]:
-        """On the device at most, by what happens."""
+        """Upper bounds of the bytes on the device, by phase of a step."""
         base = self.stays + self.bucket
         return {
             "logits and loss": base + self.head + self.layers + self.kept + self.logits,
@@ -81,12 +81,12 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """On the device, at most."""
+        """Upper bound of the bytes on the device."""
         return max(self.phases.values())
 
 
 def memory(shapes: ModelShapes, job: RunSpec, activations: Activations) -> Memory:
-    """Bytes of one rank of `job`. All ranks hold as much: shards are padded to the same length."""
+    """Memory of one rank of `job`. It is the same for all ranks, since shards are padded to the same length."""
     every = list(parameters(shapes, job))
     trained = [p for p in every if p.kind == "trained"]
     count = sum(p.shard_numel for p in trained)
@@ -103,7 +103,7 @@ def memory(shapes: ModelShapes, job: RunSpec, activations: Activations) -> Memor
     )
     kept = activations.inputs if job.gradient_checkpointing else sum(activations.layers)
     copied = 0
-    if job.adapts:  # initial factors, and the state that a checkpoint is written from
+    if job.adapts:  # initial factors, and the copied state from which a checkpoint is written
         copied = resident["trained"] + sum(resident[kind] for kind in ("trained", "masters", "moments"))
     return Memory(
         resident=resident,
@@ -121,7 +121,7 @@ def memory(shapes: ModelShapes, job: RunSpec, activations: Activations) -> Memor
 
 
 def _bucket(job: RunSpec, trained: int) -> int:
-    """DDP has a second copy of all gradients; DeepSpeed's buffer takes no more than there are."""
+    """Bytes of the reduction buffer: a copy of all gradients in DDP, at most all gradients in DeepSpeed."""
     if job.stage == 0:
         return trained
     default = 50_000_000 if job.adapts else _DS_BUCKET
@@ -129,7 +129,10 @@ def _bucket(job: RunSpec, trained: int) -> int:
 
 
 def _gathered_layers(shapes: ModelShapes, job: RunSpec, every: list[Parameter]) -> int:
-    """`live_layers` counts elements of packed bytes and of factors alike, as DeepSpeed does."""
+    """Gathered bytes of the layer in use and of `live_layers` more, each counted as the largest layer.
+
+    Packed bytes and factors count alike, because DeepSpeed's limits count elements of any dtype.
+    """
     if job.stage < 3:
         return 0
     prefixes = layer_prefixes(shapes)
@@ -137,7 +140,7 @@ def _gathered_layers(shapes: ModelShapes, job: RunSpec, every: list[Parameter]) 
     index = {prefix: i for i, prefix in enumerate(prefixes)}
     for p in every:
         layer = next((prefix for prefix in _prefixes(p.name) if prefix in index), None)
-        if layer is not None and p.ranks > 1:  # else they are their own shards
+        if layer is not None and p.ranks > 1:  # on one rank a shard is the parameter and is not gathered
             sizes[index[layer]] += p.gathered_bytes
     return (job.live_layers + 1) * max(sizes, default=0)
 
@@ -167,7 +170,7 @@ def _decoded(shapes: ModelShapes, job: RunSpec) -> int:
     itemsize, largest = job.compute_dtype.itemsize, 0
     for planned in shapes.plan.matrices:
         elements = planned.rows * planned.columns * planned.experts
-        if planned.wrapped:  # the parameter itself, and its gradient, are dense while the layer computes
+        if planned.wrapped:  # PEFT needs the dense parameter, and its gradient, while the layer computes
             largest = max(largest, 2 * elements * itemsize)
         elif isinstance(job.residual, NF4) and not planned.lookup:
             maxima = 4 * elements // job.residual.block_size if job.residual.double_quant else 0

@@ -1,4 +1,4 @@
-"""Figures of a GPU cluster that nobody has measured yet: what seconds are computed from. Bytes need none of them."""
+"""Assumed rates of a GPU cluster, from which seconds are computed. They are not measured; bytes do not need them."""
 
 from __future__ import annotations
 
@@ -11,28 +11,32 @@ from lowrank_dist.quantization.format import ResidualFormat
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """Assumed rates; all of them for one GPU, or for one node of `node` GPUs.
+    """Assumed rates, each for one GPU or for one node of `node` GPUs.
 
     Parameters
     ----------
     node
-        GPUs of a node.
+        GPUs per node.
     flops
-        Of training: bf16 products, flop/s.
+        flop/s of bf16 products in training.
     memory_rate
         bytes/s of the GPU's memory.
     gemm
-        fp32 flop/s (no tf32) of products as thin as the ones of the SVD.
+        fp32 flop/s (no tf32) of products as thin as those of the SVD.
     lapack
         flop/s of a symmetric eigenvalue problem, as 10 D^3: latency-bound, 512 x 512 in some 25 ms.
     encode
         Elements/s of forming, quantizing and measuring a residual.
-    disk, rows
-        bytes/s of a node's storage, and of one rank that turns bf16 rows into checked fp32 on one core.
+    disk
+        bytes/s of reading from a node's storage.
+    rows
+        bytes/s at which one rank converts bf16 rows to fp32 and checks them, on one core.
     written
-        bytes/s to a node's storage.
-    latency, bandwidth
-        All-reduce of a small tensor in seconds; bytes/s of a large one. Within a node, and across nodes.
+        bytes/s of writing to a node's storage.
+    latency
+        Seconds of an all-reduce of a small tensor, within a node and across nodes.
+    bandwidth
+        bytes/s of an all-reduce of a large tensor, within a node and across nodes.
     """
 
     node: int = 8
@@ -48,7 +52,7 @@ class Cluster:
     bandwidth: tuple[float, float] = (100e9, 20e9)
 
     def host(self, ranks: int, residual: ResidualFormat) -> Host:
-        """What one of `ranks` ranks does during the walk."""
+        """Rates of one of `ranks` ranks during the walk."""
         sizes = {min(self.node, ranks), ranks}
         machine = Machine(
             flops=self.gemm,
@@ -65,11 +69,11 @@ class Cluster:
         )
 
     def read_rate(self, ranks: int) -> float:
-        """bytes/s at which `ranks` ranks together read a checkpoint."""
+        """bytes/s at which `ranks` ranks together read pretrained weights."""
         return min(-(-ranks // self.node) * self.disk, ranks * self.rows)
 
     def write_rate(self, ranks: int) -> float:
-        """bytes/s at which they write."""
+        """bytes/s at which `ranks` ranks together write."""
         return -(-ranks // self.node) * self.written
 
     def __str__(self) -> str:

@@ -1,13 +1,13 @@
-"""A cost model of the walk: what reading, products, small problems, collectives, quantization and writing take.
+"""A cost model of the walk: reading, products, eigenvalue problems, collectives, quantization and writing.
 
-A batch of the schedule takes as long as its slowest matrix. For a matrix over s ranks::
+A batch of the schedule takes as long as its slowest group of ranks. For a matrix over s ranks::
 
     products     Method.work: sharded / s and replicated flops at the GEMM rate
     small        10 D^3 flops of every D x D eigenvalue problem, at the LAPACK rate of one rank
     communicate  collectives x latency + bytes / bandwidth over s ranks
     encode       elements / s for every pass that quantizes and measures
 
-The next block is read meanwhile; writing comes after: in memory = max(read, the rest), total = that + write.
+Blocks are read ahead, and writing comes after: in memory = max(read, the rest), total = in memory + write.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from lowrank_dist.model.plan import PlannedMatrix
 from lowrank_dist.quantization.format import ResidualFormat
 from lowrank_dist.quantization.nf4 import NF4
 
-OTHER_COLLECTIVES = 4  # of a matrix, outside of its decomposition: two checks for errors, norms, measures
-NF4_COLLECTIVES = 3  # of an encoding with double quantization
+OTHER_COLLECTIVES = 4  # per matrix, outside its decomposition: two checks for errors, norms, measurements
+NF4_COLLECTIVES = 3  # per encoding with double quantization
 
 
 @dataclass(frozen=True, kw_only=True)
 class Host:
-    """What one rank does while all of them work, and how they communicate; the slowest rank counts.
+    """Rates of one rank while all ranks work, and of their communication; those of the slowest rank.
 
     Attributes
     ----------
     machine
-        The planner's figures: products, latency and bandwidth of all-reduces.
+        Rates of the schedule's cost model: products, latency and bandwidth of all-reduces.
     gemm
         flop/s of a large square fp32 product.
     lapack
         flop/s of a symmetric eigenvalue problem of 512 x 512, counted as 10 D^3.
     raw_read
-        bytes/s of reading files, as many as are in the page cache.
+        bytes/s of reading files, which may be in the page cache.
     read
-        bytes/s of rows of a checkpoint that become fp32 and are checked for NaN.
+        bytes/s of reading rows of pretrained weights, converting them to fp32 and checking them for NaN.
     encode
         elements/s of forming, encoding and measuring a residual, by format.
     """
@@ -90,9 +90,9 @@ def predict(
     read: float,
     write: float = math.inf,
 ) -> Seconds:
-    """Seconds of a walk over bf16 `matrices`; `read` and `write` are the bytes/s of all ranks together."""
+    """Predict the seconds of a walk over bf16 `matrices`; `read` and `write` are bytes/s of all ranks together."""
     group = ShardGroup.single()
-    group.size = ranks  # only its size is asked for: the machine is given
+    group.size = ranks  # with a given machine, `plan_schedule` needs only the size
     schedule = plan_schedule(matrices, method, residual, group, sharding=sharding, machine=host.machine)
     elements = sum(m.rows * m.columns for m in matrices)
     total = Seconds(read=2 * elements / read, write=decomposed_bytes(matrices, residual) / write)
@@ -106,13 +106,13 @@ def predict(
 
 
 def decomposed_bytes(matrices: Sequence[PlannedMatrix], residual: ResidualFormat) -> float:
-    """Of decomposed matrices on disk: residuals and 2-byte factors."""
+    """Bytes of decomposed matrices on disk: residuals and 2-byte factors."""
     elements = sum(m.rows * m.columns for m in matrices)
     return elements * residual_bytes(residual) + sum(2 * m.rank * (m.rows + m.columns) for m in matrices)
 
 
 def residual_bytes(residual: ResidualFormat) -> float:
-    """Bytes of an element on disk."""
+    """Bytes of one residual element on disk."""
     return 4.127 / 8 if isinstance(residual, NF4) else 2
 
 
@@ -120,9 +120,10 @@ def _matrix_seconds(matrix: PlannedMatrix, method: Method, residual: ResidualFor
     work = method.work(matrix.rows, matrix.columns, matrix.rank)
     elements, small = matrix.rows * matrix.columns, sum(10.0 * d**3 for d in dimensions(matrix, method))
     decompositions = 1 + _refinements(method)
-    sharded = work.sharded_flops + 2.0 * elements * matrix.rank * (decompositions + 1)  # residuals, and the measures
+    # one product B A for each residual, and one for the measurements
+    sharded = work.sharded_flops + 2.0 * elements * matrix.rank * (decompositions + 1)
     replicated = max(0.0, work.replicated_flops - small)
-    encodings = 1 if residual.exact else _rounds(method) + 1  # that of W itself is measured too
+    encodings = 1 if residual.exact else _rounds(method) + 1  # W is encoded once more to measure its error
     others = OTHER_COLLECTIVES + (0 if residual.exact else NF4_COLLECTIVES * encodings)
     messages = Work(collectives=work.collectives + others, reduced_bytes=work.reduced_bytes)
     return Seconds(
@@ -134,7 +135,7 @@ def _matrix_seconds(matrix: PlannedMatrix, method: Method, residual: ResidualFor
 
 
 def dimensions(matrix: PlannedMatrix, method: Method) -> list[int]:
-    """Sizes of the eigenvalue problems of a matrix, one per decomposition; none where there is no SVD."""
+    """Sizes of the eigenvalue problems of a matrix, one per decomposition; empty for methods without an SVD."""
     if not isinstance(method, PrincipalMethod):
         return []
     short, tall = min(matrix.rows, matrix.columns), matrix.rows >= matrix.columns

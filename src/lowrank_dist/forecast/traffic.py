@@ -1,9 +1,9 @@
 """Bytes that one step communicates, within nodes and between them.
 
-ZeRO-3 gathers every parameter for the forward and again for the backward (recomputation under gradient checkpointing
-finds it gathered), and scatters sums of gradients, once for every batch that is accumulated. `live_layers` spares the
-last layers the second gather; that is not counted. A ring over P ranks moves ``(P - 1) / P`` of the gathered bytes over
-each of its links, one of which leads into every node.
+ZeRO-3 gathers every parameter for the forward and again for the backward, and reduce-scatters gradients, once for every
+accumulated batch. Recomputation under gradient checkpointing finds the parameters gathered. `live_layers` saves the
+second gather of the last layers; this is not counted. A ring over P ranks moves ``(P - 1) / P`` of the gathered bytes
+over each of its links, one of which leads into every node.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from dataclasses import dataclass
 
 from lowrank_dist.forecast.job import ModelShapes, Parameter, RunSpec, parameters
 
-GATHERS = 2  # of every parameter, a batch
+GATHERS = 2  # of every parameter per batch
 
 
 @dataclass(frozen=True, kw_only=True)
 class Collective:
-    """What one step sends through collectives over the same number of ranks.
+    """All collectives of one kind in one step, over the same number of ranks.
 
     Attributes
     ----------
     what
         ``gather`` or ``reduce``.
     ranks
-        Of the group.
+        Number of ranks in the group.
     nbytes
-        Of the whole tensors, padding included, all batches of the step together.
+        Bytes of the whole tensors, padding included, of all batches of the step together.
     crosses
         Whether the group has ranks on more than one node.
     """
@@ -39,7 +39,7 @@ class Collective:
 
     @property
     def over_a_link(self) -> int:
-        """Bytes that a ring sends over each of its links: from every rank, and into every node that it crosses."""
+        """Bytes that a ring sends over each of its links: from every rank, and into every node of the ring."""
         return self.nbytes * (self.ranks - 1) // self.ranks
 
 
@@ -51,17 +51,17 @@ class Traffic:
 
     @property
     def per_rank(self) -> int:
-        """Bytes that every rank sends to its neighbour, on its own node as a rule."""
+        """Bytes that every rank sends to its neighbour, which is usually on the same node."""
         return sum(c.over_a_link for c in self.collectives)
 
     @property
     def into_node(self) -> int:
-        """Bytes that come into every node from another one."""
+        """Bytes that every node receives from another node."""
         return sum(c.over_a_link for c in self.collectives if c.crosses)
 
 
 def traffic(shapes: ModelShapes, job: RunSpec) -> Traffic:
-    """What a step of `job` communicates."""
+    """Collectives of one step of `job`."""
     every = list(parameters(shapes, job))
     trained = [p for p in every if p.kind == "trained"]
     found = []
