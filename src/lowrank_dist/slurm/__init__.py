@@ -1,4 +1,4 @@
-"""Jobs on a cluster: what is submitted, checked beforehand, and run by every task."""
+"""Jobs on a cluster: their options, the checks before submission, and the program of every task."""
 
 from lowrank_dist.slurm.job import TrainingJob
 from lowrank_dist.slurm.options import SubmitError, SubmitOptions

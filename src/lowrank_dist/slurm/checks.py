@@ -1,4 +1,4 @@
-"""A job's options against its configuration, before anything is submitted."""
+"""Checks of a job's options against its configuration, before anything is submitted."""
 
 from __future__ import annotations
 
@@ -17,18 +17,24 @@ _NODE_LOCAL = ("/tmp", "/var/tmp", "/dev/shm", "/run")
 
 @dataclass(frozen=True, kw_only=True)
 class JobShape:
-    """What a configuration asks for.
+    """Resources that a configuration requests.
 
     Attributes
     ----------
     nodes, devices
-        Of the configuration: with `accumulate` they fix the global batch.
+        ``trainer.num_nodes`` and ``trainer.devices``; with `accumulate` they fix the global batch.
+    accumulate
+        ``trainer.accumulate_grad_batches``.
+    on_gpu
+        Whether the job needs GPUs.
     counts
-        Numbers of nodes that the job may get.
+        Numbers of nodes on which the job may run.
     root
         ``trainer.default_root_dir``.
+    has_timeout
+        Whether the strategy takes a timeout for collectives that the configuration leaves at its default.
     warnings
-        What may be wrong, but need not be.
+        Possible mistakes that do not prevent submission.
     """
 
     nodes: int
@@ -42,22 +48,22 @@ class JobShape:
 
     @property
     def batches(self) -> int:
-        """Batches of a step, over all ranks."""
+        """Batches per step, over all ranks."""
         return self.nodes * self.devices * self.accumulate
 
 
 def accumulated(*, batches: int, nodes: int, devices: int) -> int:
-    """Batches that each of ``nodes * devices`` ranks accumulates so that a step has `batches` of them.
+    """Batches that each of ``nodes * devices`` ranks accumulates in a step of `batches` batches.
 
     Raises
     ------
     SubmitError
-        Where they cannot be dealt out evenly.
+        If `batches` is not a multiple of the number of ranks.
     """
     if batches % (nodes * devices):
         raise SubmitError(
-            f"a step of {batches} batches cannot be dealt out to {nodes} nodes of {devices} ranks; nodes x ranks must "
-            "divide it: change --min-nodes, or batch_size and accumulate_grad_batches"
+            f"a step of {batches} batches cannot be split evenly over {nodes} nodes of {devices} ranks; nodes x ranks "
+            "must divide it: change --min-nodes, or batch_size and accumulate_grad_batches"
         )
     return batches // (nodes * devices)
 
@@ -68,7 +74,7 @@ def check(options: SubmitOptions, settings: Any) -> JobShape:
     Raises
     ------
     SubmitError
-        At the first thing that would make the job fail or train something else.
+        For the first option that would make the job fail or change what it trains.
     """
     trainer = settings.trainer
     devices, nodes = _devices(trainer.devices), int(trainer.num_nodes)
@@ -78,14 +84,14 @@ def check(options: SubmitOptions, settings: Any) -> JobShape:
     ):
         if given is not None and given != value:
             raise SubmitError(
-                f"{option} {given}, but trainer.{key} is {value} in {options.job_name}: the global batch would be "
-                f"another one; say --trainer.{key}={given} if it shall (and adapt trainer.accumulate_grad_batches or "
+                f"{option} {given}, but trainer.{key} is {value} in {options.job_name}: the global batch would change; "
+                f"if you want that, pass --trainer.{key}={given} (and adapt trainer.accumulate_grad_batches or "
                 "data.batch_size)"
             )
     if options.cluster == "local" and nodes > 1:
         raise SubmitError(
-            f"--cluster local is one machine, but trainer.num_nodes is {nodes}; say --trainer.num_nodes=1 "
-            f"--trainer.devices={nodes * devices}, or as many as there is room for"
+            f"--cluster local is one machine, but trainer.num_nodes is {nodes}; pass --trainer.num_nodes=1 "
+            f"--trainer.devices={nodes * devices}, or fewer devices if the machine is too small"
         )
     accumulate = int(trainer.accumulate_grad_batches or 1)
     least = options.min_nodes or nodes
@@ -115,7 +121,8 @@ def _devices(value: Any) -> int:
         return int(value)
     except (TypeError, ValueError):
         raise SubmitError(
-            f"trainer.devices is {value!r}: a job needs the number of ranks of a node; say --trainer.devices=8"
+            f"trainer.devices is {value!r}, but a job needs the number of ranks per node; pass, for example, "
+            "--trainer.devices=8"
         ) from None
 
 
@@ -125,7 +132,7 @@ def _on_gpu(accelerator: Any) -> bool:
     if accelerator == "cpu":
         return False
     raise SubmitError(
-        f"trainer.accelerator is {accelerator!r}: this machine may not be what the nodes are; say gpu or cpu"
+        f"trainer.accelerator is {accelerator!r}, but the nodes may differ from this machine; choose gpu or cpu"
     )
 
 
@@ -138,7 +145,7 @@ def _saving(trainer: Any) -> list[Any]:
 
 
 def checkpoint_directories(settings: Any) -> list[Path]:
-    """Those that the configuration names itself."""
+    """Directories of checkpoints that the configuration sets explicitly (``dirpath``)."""
     named = (part.init_args.get("dirpath") for part in _saving(settings.trainer))
     return [Path(str(directory)).absolute() for directory in named if directory]
 
@@ -147,7 +154,7 @@ def _check_checkpoints(options: SubmitOptions, trainer: Any) -> None:
     saving = _saving(trainer)
     if not saving:
         raise SubmitError(
-            f"{options.job_name} has no {_CHECKPOINT}: a preempted job would begin anew; add it to trainer.callbacks"
+            f"{options.job_name} has no {_CHECKPOINT}: a preempted job would start over; add it to trainer.callbacks"
         )
     arguments, limit = saving[0].init_args, timedelta(minutes=options.minutes)
     interval = arguments.get("train_time_interval")
@@ -156,8 +163,8 @@ def _check_checkpoints(options: SubmitOptions, trainer: Any) -> None:
         interval = timedelta(seconds=steps * options.seconds_per_step)
     if interval is not None and interval >= limit:
         raise SubmitError(
-            f"a checkpoint every {interval} and --time {options.time}: without a signal (a dead node) nothing would be "
-            "saved; shorten the interval, or give it more time"
+            f"a checkpoint every {interval} and --time {options.time}: a job that ends without a signal (a dead node) "
+            "would have saved nothing; shorten the interval, or raise --time"
         )
 
 
@@ -166,13 +173,13 @@ def _check_requeue(trainer: Any) -> None:
     for plugin in plugins:
         if _class_path(plugin).endswith("SLURMEnvironment") and plugin.init_args.get("auto_requeue", True):
             raise SubmitError(
-                "trainer.plugins has a SLURMEnvironment with auto_requeue on: the job requeues itself; set "
-                "auto_requeue: false, or leave the plugin out"
+                "trainer.plugins has a SLURMEnvironment with auto_requeue on, but submit already requeues the job; set "
+                "auto_requeue: false, or remove the plugin"
             )
 
 
 def _check_paths(settings: Any, options: SubmitOptions) -> list[str]:
-    """Everything that looks like a path must be there; hub ids cannot be looked at from here."""
+    """Raise SubmitError for a missing path and return warnings. Hub ids are not checked."""
     strategy = getattr(settings.trainer.strategy, "init_args", {})
     named = {
         "trainer.strategy.pretrained": strategy.get("pretrained"),
@@ -190,18 +197,18 @@ def _check_paths(settings: Any, options: SubmitOptions) -> list[str]:
         text = str(value)
         looks_local = text.startswith(("/", ".", "~")) or text.count("/") > 1 or text.endswith(".jsonl")
         if looks_local and not path.exists():
-            raise SubmitError(f"{key}={value}: there is no {path}; give a path that every node sees, or a hub id")
+            raise SubmitError(f"{key}={value}: {path} does not exist; give a path that every node sees, or a hub id")
         if options.cluster == "slurm" and path.exists() and _node_local(path):
-            warnings.append(f"{key}={value} is on a file system that other nodes do not see, as it seems")
+            warnings.append(f"{key}={value} seems to be on a file system that other nodes cannot see")
     return sorted(set(warnings))
 
 
 def _check_root(root: Path, options: SubmitOptions) -> list[str]:
     existing = next(path for path in (root, *root.parents) if path.exists())
     if not existing.is_dir():
-        raise SubmitError(f"trainer.default_root_dir={root}: {existing} is no directory")
+        raise SubmitError(f"trainer.default_root_dir={root}: {existing} is not a directory; choose another path")
     if options.cluster == "slurm" and _node_local(existing):
-        return [f"trainer.default_root_dir={root} is on a file system that other nodes do not see, as it seems"]
+        return [f"trainer.default_root_dir={root} seems to be on a file system that other nodes cannot see"]
     return []
 
 
@@ -215,7 +222,7 @@ def _has_timeout(strategy: Any) -> bool:
 
 
 def newest_step(root: Path) -> int | None:
-    """The step that a job in `root` would go on from, where it has checkpoints in the usual place."""
+    """The step from which a job in `root` would resume; None without a checkpoint in the default directory."""
     from lowrank_dist.checkpoints.layout import TrainingCheckpoint
 
     newest = newest_checkpoint(root / "checkpoints")

@@ -1,4 +1,4 @@
-"""The environment of a task: rendezvous, network interface, caches, and logs that say where a line is from."""
+"""The environment of a task: rendezvous, network interface, caches, and a node and rank prefix on log lines."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ import psutil
 
 from lowrank_dist.cluster.allocation import Allocation
 
-_STALE = 3600  # seconds after which a lock of a build is nobody's
+_STALE = 3600  # seconds after which the lock of a build counts as abandoned
 
 
 def set_up(allocation: Allocation) -> None:
-    """Set what torch, NCCL, gloo and DeepSpeed read, unless the user has; before any of them is imported."""
+    """Set environment variables of torch, NCCL, gloo and DeepSpeed, unless the user has set them.
+
+    Must be called before any of these is imported.
+    """
     env = os.environ
     if allocation.on_slurm:
         env.setdefault("MASTER_ADDR", allocation.hosts[0])
-    else:  # as torchrun sets it
+    else:  # the variables that torchrun sets
         for name in [name for name in env if name.startswith("SLURM_")]:
             del env[name]
         rank, ranks = str(allocation.rank), str(allocation.ranks)
@@ -49,7 +52,7 @@ def _peer(allocation: Allocation) -> str:
 
 
 def interface_to(host: str) -> str | None:
-    """Name of the interface that leads to `host`; None where it cannot be told."""
+    """Name of the network interface that leads to `host`; None if it cannot be determined."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((host, 9))  # sends nothing: the kernel chooses a route
@@ -61,18 +64,18 @@ def interface_to(host: str) -> str | None:
 
 
 def extension_cache(*, owner: bool) -> Path:
-    """Directory of this node for operators that DeepSpeed compiles, once for all ranks and jobs of the user.
+    """Directory on this node for operators that DeepSpeed compiles, shared by all ranks and jobs of the user.
 
     Parameters
     ----------
     owner
-        Remove locks that a killed build has left: later ones would wait for ever.
+        Whether this rank removes the locks of killed builds, for which later builds would wait forever.
     """
     versions = f"torch{version('torch')}-deepspeed{version('deepspeed')}-py{sys.version_info[0]}.{sys.version_info[1]}"
     cache = Path(tempfile.gettempdir(), f"lowrank_dist-{os.getuid()}", versions)
     cache.mkdir(parents=True, exist_ok=True, mode=0o700)
     if cache.parent.stat().st_uid != os.getuid():
-        return Path(tempfile.mkdtemp(prefix="lowrank_dist-"))  # another's: nothing is compiled into it
+        return Path(tempfile.mkdtemp(prefix="lowrank_dist-"))  # another user's directory cannot be trusted
     if owner:
         for lock in cache.glob("*/lock"):
             if time.time() - lock.stat().st_mtime > _STALE:
@@ -81,7 +84,7 @@ def extension_cache(*, owner: bool) -> Path:
 
 
 class PrefixedStream:
-    """A text stream whose lines begin with where they are from."""
+    """A text stream that puts a prefix before every line."""
 
     def __init__(self, stream: TextIO, prefix: str) -> None:
         self._stream, self._prefix, self._at_start = stream, prefix, True
@@ -97,8 +100,8 @@ class PrefixedStream:
 
 
 def prefix_output(allocation: Allocation) -> None:
-    """Let every line that Python writes from here on begin with node and rank."""
-    # DeepSpeed 0.19 calls torch.distributed by names that torch 2.13 renamed: a line of the log for every call
+    """Prefix every later line of Python's stdout and stderr with node and rank."""
+    # DeepSpeed 0.19 calls functions that torch 2.13 renamed; every call would write a line to the log
     warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)
     prefix = f"[{allocation.host} {allocation.rank}] "
     sys.stdout, sys.stderr = PrefixedStream(sys.stdout, prefix), PrefixedStream(sys.stderr, prefix)

@@ -1,4 +1,4 @@
-"""The job: what every task runs."""
+"""The program that every task of a job runs."""
 
 from __future__ import annotations
 
@@ -15,26 +15,28 @@ from lowrank_dist.cluster.signals import SIGNALS
 from lowrank_dist.errors import InputError
 from lowrank_dist.slurm.environment import prefix_output, set_up
 
-#: Exit status of a job that is not to be requeued (EX_CONFIG of sysexits.h).
+#: Exit status of a job that must not be requeued (EX_CONFIG of sysexits.h).
 STOPPED = 78
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingJob:
-    """``lowrank-dist fit`` as a task of a job: environment, callbacks, the record of attempts. Called by every task.
+    """``lowrank-dist fit`` as a task of a job, with its environment, callbacks and record of attempts.
+
+    Every task calls the object.
 
     Attributes
     ----------
     config, overrides
-        Of ``lowrank-dist fit``.
+        Configuration files and further arguments of ``lowrank-dist fit``.
     folder
-        Of the job's logs and records, seen by all nodes.
+        Folder of the job's logs and records, visible on all nodes.
     batches
-        Of a step, over all ranks; as many are accumulated as that takes on the nodes that the job has got.
+        Batches per step, over all ranks. The number of accumulated batches follows from the allocated nodes.
     grace
-        Seconds between the signal and the end.
+        Seconds between the signal and the end of the job.
     timeout
-        Minutes after which a collective is given up; None leaves the strategy's.
+        Minutes after which a collective times out. None: the strategy's value.
     health_check
         Check nodes and network before the model is set up.
     """
@@ -53,13 +55,13 @@ class TrainingJob:
         Raises
         ------
         SystemExit
-            With `STOPPED` where starting it again would not help; with 0 (on one machine `LOCAL_REQUEUE_STATUS`) where
-            the job is requeued.
+            With `STOPPED` if starting again would not help; with 0 (on one machine `LOCAL_REQUEUE_STATUS`) if the job
+            is requeued.
         """
-        SIGNALS.arm(keep=True)  # in the place of submitit's handlers, which requeue without a checkpoint
+        SIGNALS.arm(keep=True)  # replaces submitit's handlers, which requeue without a checkpoint
         allocation = Allocation.current()
         if allocation is None:
-            raise InputError("this is no task of a job; submit it with `lowrank-dist submit`, or start it with srun")
+            raise InputError("not a task of a job; submit it with `lowrank-dist submit`, or start it with srun")
         set_up(allocation)
         prefix_output(allocation)
         attempts = AttemptLog(self.folder, allocation.job_id)
@@ -73,7 +75,7 @@ class TrainingJob:
         except Exception as error:
             attempts.error(node=allocation.host, rank=allocation.rank, error=error)
             raise
-        SIGNALS.ignore()  # the end of the time may come before that of the process
+        SIGNALS.ignore()  # the signal of the time limit may arrive while the process exits
         if allocation.rank == 0:
             attempts.end("finished")
 
@@ -93,7 +95,7 @@ class TrainingJob:
         raise SystemExit(STOPPED)
 
     def arguments(self, allocation: Allocation) -> list[str]:
-        """Arguments of ``lowrank-dist``, for the nodes that the job has got."""
+        """Arguments of ``lowrank-dist`` for the allocated nodes."""
         from lowrank_dist.slurm.checks import accumulated
 
         devices = allocation.ranks // allocation.nodes
@@ -118,7 +120,7 @@ class TrainingJob:
         return arguments
 
     def checkpoint(self) -> Any:
-        """For submitit, whose handler may run before `__call__`: the job as it is."""
+        """Return the unchanged job to submitit, whose handler may run before `__call__`."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
@@ -134,9 +136,9 @@ def _clock(minutes: float) -> str:
 
 
 def requeue_script(folder: str) -> list[str]:
-    """Shell commands after ``srun``: a job that failed, and was neither cancelled nor stopped, starts again.
+    """Shell commands that follow ``srun`` and requeue a failed job that was neither cancelled nor stopped.
 
-    SLURM itself requeues after the loss of a node and after preemption, not after the loss of a process.
+    SLURM itself requeues after the loss of a node and after preemption, but not after the loss of a process.
     """
     return [
         "status=$?",
@@ -145,7 +147,7 @@ def requeue_script(folder: str) -> list[str]:
         f'if [ $status -ne 0 ] && [ ! -e {_quoted(folder)}/"$job".stopped ] && '
         '[ "$(squeue --noheader --jobs="$job" --format=%T)" = RUNNING ]; then',
         '    echo "srun ended with status $status: requeueing job $job"',
-        '    scontrol requeue "$job" && sleep 60  # it ends here',
+        '    scontrol requeue "$job" && sleep 60  # SLURM kills this script meanwhile',
         "fi",
         "exit $status",
     ]
@@ -163,10 +165,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     parser = argparse.ArgumentParser(prog="python -m lowrank_dist.slurm", allow_abbrev=False, description=main.__doc__)
     parser.add_argument("--config", required=True, action="append")
-    parser.add_argument("--folder", required=True, help="for the record of attempts; seen by all nodes")
-    parser.add_argument("--batches", type=int, required=True, help="of a step, over all ranks")
-    parser.add_argument("--grace", type=float, default=300, help="seconds of #SBATCH --signal=USR2@SECONDS")
-    parser.add_argument("--timeout", type=float, default=15, help="minutes, of a collective")
+    parser.add_argument("--folder", required=True, help="folder for the record of attempts, visible on all nodes")
+    parser.add_argument("--batches", type=int, required=True, help="batches per step, over all ranks")
+    parser.add_argument("--grace", type=float, default=300, help="the SECONDS of #SBATCH --signal=USR2@SECONDS")
+    parser.add_argument("--timeout", type=float, default=15, help="minutes after which a collective times out")
     options, overrides = parser.parse_known_args(argv)
     os.makedirs(options.folder, mode=0o700, exist_ok=True)
     options.config = tuple(options.config)

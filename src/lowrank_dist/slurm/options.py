@@ -1,4 +1,4 @@
-"""What can be said about a job, and what of it is wrong by itself."""
+"""Options of a job, and the checks that need no configuration."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Cluster = Literal["slurm", "local"]
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<fields>\d+(?::\d+){0,2})")
 _ADAPTER = "trainer.strategy.init_args.adapter.init_args"
 
-#: Short names of what is swept most; the scaling alpha / r stays what it is in `rank`.
+#: Short names of common sweep keys. `rank` sets r and lora_alpha alike, so that alpha / r is 1 at every point.
 SWEEP_KEYS = {"lr": ("model.lr",), "rank": (f"{_ADAPTER}.r", f"{_ADAPTER}.lora_alpha")}
 
 
 class SubmitError(InputError):
-    """A job that would fail, or not do what is asked for."""
+    """A job that would fail, or would not do what the user requested."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,32 +30,39 @@ class SubmitOptions:
     Attributes
     ----------
     config
-        YAML files of ``lowrank-dist fit``, later ones over earlier ones.
+        YAML files of ``lowrank-dist fit``; later files override earlier ones.
     overrides
-        Arguments of ``lowrank-dist fit`` after it, such as ``--model.lr=1e-4``.
+        Further arguments of ``lowrank-dist fit``, such as ``--model.lr=1e-4``.
     cluster
-        ``slurm``; ``local``: the same job as processes of this machine.
+        ``slurm``, or ``local`` to run the same job as processes on this machine.
     nodes, gpus_per_node
-        Must be the configuration's ``num_nodes`` and ``devices`` where given: they fix the global batch.
+        If given, they must equal the configuration's ``num_nodes`` and ``devices``, which fix the global batch.
     min_nodes
-        Start, and start again after a requeue, on fewer nodes too; more batches are then accumulated for a step, so
-        that it stays the same.
+        Smallest number of nodes on which the job may start, also after a requeue. On fewer nodes each rank accumulates
+        more batches, so that the global batch stays the same.
+    cpus_per_task, mem_gb
+        CPU cores of a rank; memory of a node in GB.
+    partition, account, qos, constraint, exclude
+        Options of sbatch with the same names.
+    name
+        Name of the job. None: the names of the configuration files.
     time
-        Limit, as SLURM writes it: ``MINUTES``, ``HH:MM:SS``, ``D-HH:MM:SS``, ...
+        Time limit in SLURM's notation: ``MINUTES``, ``HH:MM:SS``, ``D-HH:MM:SS``, ...
     grace
-        Seconds between SIGUSR2 and the end of the time: for a step and a save.
+        Seconds between SIGUSR2 and the time limit; a step and a save must fit into them.
     collective_timeout
-        Minutes after which a collective that hangs ends the job (DeepSpeedStrategy's ``timeout``).
+        Minutes after which a hanging collective ends the job (DeepSpeedStrategy's ``timeout``).
     seconds_per_step
-        If known: the checkpoint interval is compared with the time limit.
+        Seconds of one step, if known; used to compare the checkpoint interval with the time limit.
     sweep
-        ``KEY=VALUE,VALUE,...``; a job array over all combinations. ``lr``, ``rank`` (with lora_alpha) or any key.
+        ``KEY=VALUE,VALUE,...`` for a job array over all combinations. The key is ``lr``, ``rank`` (which also sets
+        lora_alpha) or any key of the configuration.
     array_parallelism
-        Jobs of the array at a time.
+        Largest number of jobs of the array that run at the same time.
     sbatch
         Any other option of sbatch, as ``NAME=VALUE``.
     setup
-        Shell commands before the job (``module load ...``).
+        Shell commands that run before the job (``module load ...``).
     """
 
     config: tuple[str, ...]
@@ -92,8 +99,8 @@ class SubmitOptions:
             raise SubmitError(f"--grace {self.grace}: sbatch takes at most 65535 s")
         if self.grace >= 60 * self.minutes:
             raise SubmitError(
-                f"--grace {self.grace} s is no shorter than --time {self.time} ({self.minutes} min): the job would be "
-                "told to stop when it starts; give it more time, or a shorter grace period"
+                f"--grace {self.grace} s must be shorter than --time {self.time} ({self.minutes} min), or the signal "
+                "to stop would arrive at the start; raise --time or lower --grace"
             )
         for option in self.sbatch:
             if not re.fullmatch(r"[a-z][a-z-]*(=.+)?", option):
@@ -102,17 +109,17 @@ class SubmitOptions:
 
     @property
     def job_name(self) -> str:
-        """What the job is called."""
+        """Name of the job."""
         return self.name or "-".join(Path(path).stem for path in self.config)
 
     @property
     def minutes(self) -> int:
-        """The time limit; seconds count as a minute, as for SLURM.
+        """The time limit in minutes; seconds are rounded up to a minute, as SLURM does.
 
         Raises
         ------
         SubmitError
-            Where `time` is not a time.
+            If `time` is not in SLURM's notation or is zero.
         """
         match = _TIME.fullmatch(self.time)
         if match is None:
@@ -126,12 +133,12 @@ class SubmitOptions:
             hours, (minutes, seconds) = 0, fields + [0] * (2 - len(fields))
         total = (int(match["days"] or 0) * 24 + hours) * 60 + minutes + (seconds > 0)
         if total == 0:
-            raise SubmitError(f"--time {self.time}: that is no time at all")
+            raise SubmitError(f"--time {self.time} must be positive")
         return total
 
     @property
     def points(self) -> list[dict[str, str]]:
-        """The jobs of a sweep, each with what it is called by; one empty point where there is none."""
+        """Points of the sweep as mappings from key to value; a single empty mapping without a sweep."""
         axes = []
         for axis in self.sweep:
             key, _, values = axis.partition("=")

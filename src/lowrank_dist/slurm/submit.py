@@ -36,11 +36,11 @@ class Submission:
     Attributes
     ----------
     options, shape
-        What was asked for, and what the configuration says.
+        Options of the job, and the resources that its configuration requests.
     folder
-        Logs, pickles and records of the attempts: of this submission alone, so that nothing stale is read.
+        Folder for logs, pickles and records of attempts. It is new for every submission, so that no stale file is read.
     jobs, roots
-        One, or those of a sweep; and the ``default_root_dir`` of each.
+        The job, or the jobs of a sweep, and the ``default_root_dir`` of each.
     """
 
     options: SubmitOptions
@@ -50,17 +50,23 @@ class Submission:
     roots: tuple[Path, ...]
 
     def script(self) -> str:
-        """The text that sbatch is given."""
+        """Text of the file for sbatch.
+
+        Raises
+        ------
+        SubmitError
+            For ``--cluster local``, which needs no such file.
+        """
         executor = self._executor()
         if self.options.cluster == "local":
-            raise SubmitError("--dry-run: --cluster local needs no sbatch file; leave one of them out")
+            raise SubmitError("--dry-run prints the file for sbatch, but --cluster local needs none; drop one of them")
         slurm = executor._executor
         if len(self.jobs) > 1:
             slurm.parameters["map_count"] = len(self.jobs)
         return str(slurm._make_submission_file_text(slurm._submitit_command_str, "dry-run"))
 
     def submit(self) -> list[Any]:
-        """Submit; returns submitit's jobs. The folder can be read by its owner only."""
+        """Submit and return submitit's jobs. Only the owner can read the folder."""
         self.folder.mkdir(parents=True, mode=0o700)
         os.chmod(self.folder, 0o700)
         executor = self._executor()
@@ -71,8 +77,8 @@ class Submission:
         options, shape = self.options, self.shape
         if options.cluster == "slurm" and shutil.which("sbatch") is None:
             raise SubmitError(
-                "there is no sbatch on PATH: submit from a login node, or take --cluster local; launch/qpissa.sbatch "
-                "is a file for sites without submitit"
+                "sbatch is not on PATH: submit from a login node, or use --cluster local; launch/qpissa.sbatch is a "
+                "batch file for sites without submitit"
             )
         executor = submitit.AutoExecutor(folder=self.folder, cluster=options.cluster)
         executor.update_parameters(
@@ -96,7 +102,7 @@ class Submission:
             slurm_signal_delay_s=options.grace,
             slurm_setup=list(options.setup),
             slurm_teardown=requeue_script(str(self.folder)),
-            # a task that ends badly ends the others; those of a job that ends well have a minute to follow
+            # a task that fails ends the others; after the first task that succeeds, the others have a minute
             slurm_srun_args=["--kill-on-bad-exit=1", "--wait=60", *self._tasks_of_step()],
             slurm_array_parallelism=options.array_parallelism,
             slurm_additional_parameters=self._additional(),
@@ -106,10 +112,10 @@ class Submission:
         return executor
 
     def _tasks_of_step(self) -> list[str]:
-        """Of a job with a range of nodes srun alone is told how many tasks a node has.
+        """Arguments of srun that set the tasks per node, for jobs with a range of nodes.
 
-        SLURM counts those of a job once, for the nodes that it gets first, and when it requeues the job waits for as
-        many nodes as take them (22.05). CPUs of a node it counts anew.
+        sbatch must not set them: SLURM 22.05 computes the job's number of tasks once, for its first nodes, and after a
+        requeue waits for enough nodes for that number. It computes the CPUs per node again.
         """
         options, shape = self.options, self.shape
         if len(shape.counts) == 1:
@@ -129,18 +135,19 @@ class Submission:
 
 
 def prepare(options: SubmitOptions) -> Submission:
-    """Check a job against its configuration, and every point of its sweep.
+    """Check a job and every point of its sweep against the configuration.
 
     Raises
     ------
     SubmitError
-        At the first thing that is wrong.
+        For the first mistake found.
     SystemExit
-        With status 2, after a message of the parser of ``lowrank-dist fit``: an unknown key, a value of a wrong type.
+        With status 2, after a message from the parser of ``lowrank-dist fit``, for an unknown key or a value of a wrong
+        type.
     """
     for path in options.config:
         if not Path(path).is_file():
-            raise SubmitError(f"--config {path}: no such file")
+            raise SubmitError(f"--config {path}: no such file; pass a YAML file of `lowrank-dist fit`")
     config = tuple(str(Path(path).absolute()) for path in options.config)
     files = [f"--config={path}" for path in config]
     settings = parse_fit([*files, *options.overrides])
@@ -162,19 +169,19 @@ def prepare(options: SubmitOptions) -> Submission:
                 timeout=options.collective_timeout if shape.has_timeout else None,
             )
         )
-    _check_apart(parsed)
+    _check_distinct_directories(parsed)
     return Submission(options=options, shape=shape, folder=folder, jobs=tuple(jobs), roots=tuple(roots))
 
 
-def _check_apart(settings: Sequence[Any]) -> None:
-    """Raise SubmitError where two points of a sweep would write their checkpoints to the same place."""
+def _check_distinct_directories(settings: Sequence[Any]) -> None:
+    """Raise SubmitError if two points of a sweep would write their checkpoints to the same directory."""
     seen: set[Path] = set()
     for of_point in settings:
         for directory in checkpoint_directories(of_point):
             if directory in seen:
                 raise SubmitError(
-                    f"--sweep: every point would write its checkpoints to dirpath={directory}; leave dirpath of the "
-                    "checkpoint callback out: they go below each point's own default_root_dir"
+                    f"--sweep: every point would write its checkpoints to dirpath={directory}; remove dirpath from the "
+                    "checkpoint callback, and each point writes below its own default_root_dir"
                 )
             seen.add(directory)
 
@@ -196,7 +203,7 @@ def announce(submission: Submission, jobs: list[Any]) -> None:
     name = submission.options.job_name
     for job, root in zip(jobs, submission.roots, strict=True):
         step = newest_step(root)
-        resumes = "" if step is None else f", goes on from the checkpoint of step {step}"
+        resumes = "" if step is None else f", resumes from the checkpoint of step {step}"
         print(f"job {job.job_id}: {name} in {root}{resumes}")
         print(f"  log     {job.paths.stdout}")
         print(f"  others  {job.paths.folder / (job.job_id + '_RANK_log.out')}")
@@ -206,9 +213,9 @@ def announce(submission: Submission, jobs: list[Any]) -> None:
 
 
 def follow(submission: Submission, job: Any, *, meanwhile: Callable[[], object] = lambda: None) -> int:
-    """Print the log of rank 0 as it grows until the job has ended; returns 0 where it ended well.
+    """Print the log of rank 0 as it grows, until the job has ended; return 0 if the job completed, else 1.
 
-    Ctrl-C ends the following; on SLURM the job runs on. `meanwhile` is called after every look.
+    Ctrl-C stops printing; a SLURM job continues. `meanwhile` is called after every poll.
     """
     position = 0
     while True:
@@ -222,15 +229,15 @@ def follow(submission: Submission, job: Any, *, meanwhile: Callable[[], object] 
 
 
 class Forwarding:
-    """Passes SIGUSR2 and SIGTERM on to the tasks of jobs on this machine, as SLURM sends them to its tasks.
+    """Forwards SIGUSR2 and SIGTERM to the tasks of jobs on this machine, as SLURM does.
 
-    submitit's controller, which started them, would be killed by SIGUSR2 and leave them behind. What arrives before
-    there are tasks waits for them.
+    Without it SIGUSR2 would kill submitit's controller, which started the tasks, and leave the tasks running. Signals
+    that arrive before the tasks have started are kept until then.
 
     Attributes
     ----------
     jobs
-        Of submitit.
+        Jobs of submitit.
     """
 
     def __init__(self) -> None:
@@ -250,7 +257,7 @@ class Forwarding:
         self.deliver()
 
     def deliver(self) -> None:
-        """Send what is waiting, if there are tasks."""
+        """Send waiting signals, if the tasks have started."""
         tasks = [task for job in self.jobs for task in _tasks(job)]
         if not tasks:
             return
@@ -262,11 +269,11 @@ class Forwarding:
 
 
 def _tasks(job: Any) -> list[psutil.Process]:
-    """The processes of a job on this machine that run its tasks, without the ones that these have started."""
+    """Processes that run the tasks of a job on this machine, without their child processes."""
     running: dict[int, tuple[psutil.Process, int]] = {}
     with suppress(psutil.NoSuchProcess):  # it has just ended
         for process in psutil.Process(job._process.pid).children(recursive=True):
-            with suppress(psutil.NoSuchProcess):  # so has this, reaped or not
+            with suppress(psutil.NoSuchProcess):  # this one too, reaped or not
                 if "submitit.core._submit" in process.cmdline():
                     running[process.pid] = process, process.ppid()
     return [process for process, parent in running.values() if parent not in running]
@@ -284,7 +291,7 @@ def _print_from(path: Path, position: int) -> int:
 
 
 def _state(submission: Submission, job: Any) -> str:
-    """State of the job, in SLURM's words; without its accounting, which not all sites have."""
+    """State of the job in SLURM's terms. It does not need SLURM's accounting, which some sites lack."""
     if submission.options.cluster == "local":
         return _local_state(job)
     command = ["squeue", "--noheader", "--states=all", f"--jobs={job.job_id}", "--format=%T"]

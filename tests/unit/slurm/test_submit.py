@@ -46,14 +46,14 @@ def no_sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 REFUSED = {
     "nodes": (["--nodes=2"], "--nodes 2, but trainer.num_nodes is 4"),
     "gpus": (["--gpus-per-node=4"], "--gpus-per-node 4, but trainer.devices is 8"),
-    "fewer nodes": (["--min-nodes=3"], "a step of 32 batches cannot be dealt out to 3 nodes of 8 ranks"),
+    "fewer nodes": (["--min-nodes=3"], "a step of 32 batches cannot be split evenly over 3 nodes of 8 ranks"),
     "more nodes": (["--min-nodes=5"], "--min-nodes 5 is more than trainer.num_nodes=4"),
-    "no time": (["--time=0"], "that is no time at all"),
+    "no time": (["--time=0"], "--time 0 must be positive"),
     "bad time": (["--time=tomorrow"], "--time tomorrow: write MINUTES"),
-    "grace": (["--time=5", "--grace=300"], "--grace 300 s is no shorter than --time 5"),
+    "grace": (["--time=5", "--grace=300"], "--grace 300 s must be shorter than --time 5"),
     "interval": (["--time=1:00:00", "--seconds-per-step=60"], "a checkpoint every 3:20:00 and --time 1:00:00"),
-    "path": (["--data.train=no/such/file.jsonl"], "data.train=no/such/file.jsonl: there is no "),
-    "model": (["--trainer.strategy.init_args.pretrained=/no/such"], "pretrained=/no/such: there is no /no/such"),
+    "path": (["--data.train=no/such/file.jsonl"], "no/such/file.jsonl does not exist; give a path"),
+    "model": (["--trainer.strategy.init_args.pretrained=/no/such"], "pretrained=/no/such: /no/such does not exist"),
     "no checkpoints": (["--trainer.callbacks=[]"], "has no lowrank_dist.AdapterCheckpoint"),
     "auto_requeue": (
         ["--trainer.plugins=lightning.pytorch.plugins.environments.SLURMEnvironment"],
@@ -62,7 +62,7 @@ REFUSED = {
     "local": (["--cluster=local"], "--cluster local is one machine, but trainer.num_nodes is 4"),
     "cluster": (["--cluster=pbs"], "--cluster pbs: unknown; choose one of slurm, local"),
     "sweep": (["--sweep=rank"], "--sweep rank: write KEY=VALUE,VALUE"),
-    "accelerator": (["--trainer.accelerator=auto"], "this machine may not be what the nodes are"),
+    "accelerator": (["--trainer.accelerator=auto"], "the nodes may differ from this machine"),
     "unknown option": (["--partiton=x"], "--partiton is neither an option of submit"),
 }
 
