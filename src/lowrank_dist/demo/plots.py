@@ -1,4 +1,4 @@
-"""The picture of the demonstration: the loss curve, and the quantization-error reduction per layer type."""
+"""The figure of the demonstration: the loss curve, and the reduction of the quantization error per layer type."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def plot_demo(
         ``eval_loss_converted`` as markers at the first and the last step.
     init_report
         One mapping per decomposed matrix with ``name`` (such as ``model.layers.0.self_attn.q_proj``), ``rows``,
-        ``columns`` and ``error_reduction`` (a fraction). Matrices whose names end alike form one bar: their mean,
-        with the range from the lowest to the highest.
+        ``columns`` and ``error_reduction`` (a fraction). Matrices whose names have the same last component form one
+        bar: their mean, with the range from the lowest to the highest.
     path
-        PNG to write; its directory is created. The file is complete or absent.
+        PNG file to write; its directory is created. The file is complete or absent.
     title
         Line above both panels.
 
@@ -46,7 +46,7 @@ def plot_demo(
     ValueError
         If a list is empty or the two lists of the history differ in length.
     """
-    # the object interface: no pyplot, no global state, no display
+    # pyplot has global state and may need a display; the object interface does not
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -121,7 +121,7 @@ def _draw_loss(axes: Axes, steps: list[int], losses: list[float], history: Mappi
 
 
 def _running_mean(values: list[float], window: int) -> list[float]:
-    """Centred mean over `window` (odd) values; the window shrinks, still centred, towards both ends."""
+    """Centred mean over `window` (odd) values; towards both ends the window shrinks and stays centred."""
     halves = (min(window // 2, i, len(values) - 1 - i) for i in range(len(values)))
     parts = [values[i - half : i + half + 1] for i, half in enumerate(halves)]
     return [sum(part) / len(part) for part in parts]

@@ -1,7 +1,7 @@
-"""``lowrank-dist demo``: the main job from nothing to a LoRA that stock PEFT has loaded, with a table at the end.
+"""``lowrank-dist demo``: trains an adapter, converts it to a LoRA, loads it with stock PEFT and prints a table.
 
-Every step runs as a user would run it, in a process of its own: the training through ``lowrank-dist fit``, the
-conversion through ``lowrank-dist convert``, the evaluations with stock transformers + peft.
+Every step runs in a process of its own, with the commands of a user: training with ``lowrank-dist fit``, conversion
+with ``lowrank-dist convert``, evaluation with stock transformers + peft.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ EVAL_PAIRS = 64
 
 
 def run_demo(*, output: str, config: str | None = None, steps: int | None = None) -> int:
-    """Fetch, train, convert, evaluate, draw and print; leaves everything under `output`.
+    """Fetch, train, convert, evaluate, plot and print; all files are written below `output`.
 
     Parameters
     ----------
     output
-        Directory to work in. What was fetched before is kept; the run's own files are replaced.
+        Working directory. Model and data fetched earlier are reused; files of an earlier run are replaced.
     config
-        Configuration to train with; its paths are set to `output`. Default: QPiSSA, r=16, T=5, 2 ranks.
+        Configuration of the training; its paths are set to `output`. Default: QPiSSA, r=16, T=5, 2 ranks.
     steps
-        Optimizer steps, instead of the configuration's.
+        Number of optimizer steps. None: the configuration's.
 
     Returns
     -------
     int
-        Exit status, 0: every step that fails raises.
+        Exit status 0; a step that fails raises an error.
     """
     work = Path(output).resolve()
     work.mkdir(parents=True, exist_ok=True)
@@ -96,7 +96,7 @@ def run_demo(*, output: str, config: str | None = None, steps: int | None = None
 
 
 def default_config() -> Path:
-    """The demo's configuration: in the source tree, or inside an installed wheel."""
+    """Path of the demo's configuration, in the source tree or in the installed package."""
     package = Path(lowrank_dist.__file__).parent
     for directory in (package.parents[1] / "configs", package / "configs"):
         if (directory / CONFIG_NAME).is_file():
@@ -107,7 +107,7 @@ def default_config() -> Path:
 def fit(
     work: Path, config: Path, model: Path, train: Path, test: Path, steps: int | None, seconds: dict[str, float]
 ) -> Path:
-    """Train with `config`, its paths set to `work`; returns the newest checkpoint."""
+    """Train with `config`, its paths set to `work`; return the newest checkpoint."""
     started = time.time()
     strategy = "--trainer.strategy.init_args"
     options = {
@@ -125,7 +125,7 @@ def fit(
         options["--trainer.precision"] = "32-true"
     if steps is not None:
         options |= {"--trainer.max_steps": steps, "--trainer.val_check_interval": steps}
-    # Histories and reports of an earlier run must not be taken for this one's.
+    # files of an earlier run must not be mistaken for those of this run
     for name in ("history.json", "init_report.json", "summary.json"):
         (work / name).unlink(missing_ok=True)
     run(["-m", "lowrank_dist.cli", "fit", *(f"{name}={value}" for name, value in options.items())])
@@ -137,7 +137,7 @@ def fit(
 def evaluate(
     model: Path, data: Path, output: Path, seconds: dict[str, float], adapter: Path | None = None
 ) -> dict[str, Any]:
-    """Completion loss of `model`, with `adapter` on it, in a process that does not know this package."""
+    """Compute the completion loss of `model` with `adapter`, in a process that does not import this package."""
     started = time.monotonic()
     script = Path(__file__).with_name("evaluate.py")
     arguments = ["-I", str(script), "--model", str(model), "--data", str(data), "--output", str(output)]
@@ -151,13 +151,13 @@ def evaluate(
 
 
 def fast_bf16() -> bool:
-    """Whether this processor multiplies bf16 matrices itself: emulation would take many times longer than fp32."""
+    """Whether this processor has bf16 matrix products. Emulated ones take many times longer than fp32."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Run Python with `arguments`; its output goes to the screen, a failure raises."""
-    # DeepSpeed and bitsandbytes repeat their start-up notes on every rank; warnings stay for those who train themselves
+    """Run Python with `arguments` and show its output; raise InputError if it fails."""
+    # DeepSpeed and bitsandbytes repeat their start-up warnings on every rank; only the demo hides them
     environment = {**os.environ, "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run([sys.executable, *arguments], env=environment, check=False)
     if done.returncode != 0:
@@ -170,7 +170,7 @@ def say(text: str) -> None:
 
 
 def table(summary: dict[str, Any], work: Path) -> str:
-    """The closing table."""
+    """Table of results."""
     rows = [
         ("loss, original model", f"{summary['eval_loss_base']:.4f}"),
         ("loss, step 0 (NF4 residual + adapter)", f"{summary['eval_loss_step0']:.4f}"),
@@ -190,5 +190,5 @@ def table(summary: dict[str, Any], work: Path) -> str:
 
 
 def mib(count: int) -> str:
-    """Bytes, for people."""
+    """Format a number of bytes in MiB."""
     return f"{count / 2**20:.1f} MiB"
