@@ -1,6 +1,7 @@
-"""The supervised fine-tuning DataModule: which examples each rank sees in each step.
+"""The LightningDataModule for supervised fine-tuning.
 
-Every rank tokenizes the whole set once, into two flat int32 tensors (see `sft`), and draws its own share of every step.
+Every rank tokenizes the whole set once, into two flat int32 tensors (`lowrank_dist.data.packing.TokenDataset`), and
+takes its own share of every step.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ class SFTDataModule(L.LightningDataModule):
 
     A record has one of these sets of columns; other columns are ignored:
 
-    - `messages`: a conversation, rendered with the chat template. Every assistant turn is trained on. `tools`, where
-      there, are given to the template.
-    - `messages` and `completion`: the conversation and its generation prompt are the prompt, `completion` the response.
-    - `prompt` and `completion`: both as they are.
-    - `query` and `response`: the query in the instruction prompt of Alpaca, MetaMath and PiSSA.
+    - `messages`: a conversation, rendered with the chat template. Every assistant turn is trained on. The template also
+      receives the column `tools`, if it exists.
+    - `messages` and `completion`: the conversation with its generation prompt is the prompt, `completion` the response.
+    - `prompt` and `completion`: both are used unchanged.
+    - `query` and `response`: the query is put into the instruction prompt of Alpaca, MetaMath and PiSSA.
 
-    The end-of-sequence token is trained on. Examples longer than `max_length` are cut from the right; those left
+    The end-of-sequence token is trained on. Examples longer than `max_length` are truncated on the right. Examples left
     without a response are dropped, and their number is logged.
 
     Parameters
@@ -53,38 +54,53 @@ class SFTDataModule(L.LightningDataModule):
     test
         Test data, as `train`. None: no test.
     train_split
-        Split that `train` names, where it is a Hugging Face data set.
+        Split for `train`, if it is a Hugging Face data set.
     validation_split
-        Split that `validation` names, where it is a Hugging Face data set.
+        Split for `validation`, if it is a Hugging Face data set.
     test_split
-        Split that `test` names, where it is a Hugging Face data set.
+        Split for `test`, if it is a Hugging Face data set.
     subset
         Subset (configuration) of the Hugging Face data sets.
     chat_template
         Path of a Jinja file with the chat template. None: the tokenizer's own.
     max_length
-        Most tokens of an example, and of a packed row.
+        Largest number of tokens in an example and in a packed row.
     batch_size
-        Examples (packed rows, with `packing`) of a batch on one device.
+        Examples (with `packing`: packed rows) in a batch on one device.
     packing
-        Put several examples into one row of up to `max_length` tokens, without attention between them. Needs a model
-        that finds the borders in `position_ids`: those of transformers with rotary or learned positions do.
+        Put several examples into one row of up to `max_length` tokens, without attention between them. The model must
+        find the boundaries from `position_ids`, as models of transformers with rotary or learned positions do.
     group_by_length
-        Make batches, on all devices at once, of examples of similar length. Excludes `packing`.
+        Form steps, over all devices, from examples of similar length. Cannot be combined with `packing`.
     limit
-        Use only the first so many records of the training data. None: all.
+        Use only the first `limit` records of the training data. None: all.
     eval_limit
-        Use only the first so many records of the validation and of the test data. None: all.
+        Use only the first `eval_limit` records of the validation and of the test data. None: all.
     num_workers
-        Processes that collate batches. The data are tokenized beforehand, so that 0 is mostly right.
+        Processes that collate batches. The data are already tokenized, so that 0 is usually best.
     seed
         Seed of the order of the training examples.
 
     Raises
     ------
     ValueError
-        If a number is out of range, if both `packing` and `group_by_length` are asked for, and from `setup` if the data
-        cannot be read or used; the message names the file and line.
+        If a number is out of range, or both `packing` and `group_by_length` are set. From `setup`, if the data cannot
+        be read or used; the message names the file and line.
+
+    See Also
+    --------
+    lowrank_dist.CausalLMModule : The module that trains on these batches.
+
+    Examples
+    --------
+    >>> from lowrank_dist import SFTDataModule
+    >>> data = SFTDataModule(
+    ...     "meta-llama/Meta-Llama-3-8B", "meta-math/MetaMathQA", limit=100_000, batch_size=4, group_by_length=True
+    ... )
+    >>> data.max_length
+    512
+
+    Files are read by ``trainer.fit(module, data)``, not by the constructor.
     """
 
     def __init__(
@@ -111,8 +127,8 @@ class SFTDataModule(L.LightningDataModule):
         super().__init__()
         if packing and group_by_length:
             raise ValueError(
-                "packing=True and group_by_length=True exclude each other (packed rows all have about max_length "
-                "tokens); set one of them to false"
+                "packing=True and group_by_length=True exclude each other, because packed rows all have about "
+                "max_length tokens; set one of them to false"
             )
         for name, value, least in (
             ("max_length", max_length, 2),
@@ -145,19 +161,19 @@ class SFTDataModule(L.LightningDataModule):
 
     # ---- Lightning's hooks, in order
     def prepare_data(self) -> None:
-        """Download the Hugging Face data sets, once a node."""
+        """Download the Hugging Face data sets, once per node."""
         for name, split, _ in self.sources.values():
             if name is not None and not _looks_like_file(name):
-                # only one rank is here: what is wrong is raised by `setup`, on every rank
+                # this runs on one rank; `setup` raises the same error on every rank
                 with contextlib.suppress(ImportError, ValueError):
                     next(read_hub(name, self.subset, split), None)
 
     def setup(self, stage: str) -> None:
-        """Read, render and tokenize the sets that `stage` needs and that are not there yet."""
+        """Read, render and tokenize the sets that `stage` needs and that are not loaded yet."""
         if stage == "fit":
             self._train_loader, self._state = None, {}
             if self.sources["validation"][0] is None and self.trainer is not None:
-                # Lightning warns of a val_dataloader that is empty, and of one that is not there
+                # Lightning warns about an empty val_dataloader and about a missing one
                 self._limit_val_batches = self.trainer.limit_val_batches
                 self.trainer.limit_val_batches = 0
         needed = {"fit": ["train", "validation"], "validate": ["validation"], "test": ["test"]}.get(stage, [])
@@ -175,17 +191,18 @@ class SFTDataModule(L.LightningDataModule):
             self.trainer.limit_val_batches, self._limit_val_batches = self._limit_val_batches, None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # Here and not only in the loader: Lightning restores loaders only where it creates them after it has read the
-        # checkpoint, and Trainer.estimated_stepping_batches makes it create them before.
+        # Lightning restores the state of a loader only if it creates the loader after reading the checkpoint, and
+        # Trainer.estimated_stepping_batches creates it before.
         self._state = dict(state_dict)
         if self._train_loader is not None:
             self._train_loader.load_state_dict(self._state)
 
     def train_dataloader(self) -> ResumableLoader:
-        """The training examples, in a new order every epoch."""
+        """Return the training examples, in a new order every epoch."""
         dataset = self._sets["train"]
         sampler = self._sampler(dataset, shuffle=True)
-        # In a cycle with its loader, workers would be collected after their queues: 5 seconds of waiting for each.
+        # With a reference cycle between module and loader, the garbage collector frees the workers after their queues,
+        # which takes 5 seconds per worker.
         module = weakref.proxy(self)
         self._train_loader = ResumableLoader(
             dataset,
@@ -198,18 +215,18 @@ class SFTDataModule(L.LightningDataModule):
         return self._train_loader
 
     def sharded_dataloader(self, *, num_replicas: int, rank: int) -> DataLoader[dict[str, Tensor]]:
-        """The batches that training would begin with on one of `num_replicas` ranks, where there is no Trainer."""
+        """Return the first training batches of one of `num_replicas` ranks, for use without a Trainer."""
         dataset = self._sets["train"]
         sampler = self._sampler(dataset, shuffle=True, ranks={"num_replicas": num_replicas, "rank": rank})
         return DataLoader(dataset, self.batch_size, sampler=sampler, **self._loader_settings())
 
     def _unused_batches(self) -> int:
-        """Batches handed out to a step that is not done: of a checkpoint that is saved on an exception."""
+        """Number of batches of an unfinished step, in a checkpoint saved on an exception."""
         if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return 0
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
         unused = progress.ready - progress.processed
-        # the step at the end of an epoch may have fewer batches
+        # the last step of an epoch may have fewer batches
         epoch_ended = self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and not unused
         if getattr(self.trainer.strategy, "resumes_whole_steps", False) and not epoch_ended:
             unused += progress.processed % self.trainer.accumulate_grad_batches
@@ -219,14 +236,14 @@ class SFTDataModule(L.LightningDataModule):
         return {} if self._train_loader is None else self._train_loader.state_dict()
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]] | list[Any]:
-        """The validation examples, each exactly once; an empty list where there are none."""
+        """Return the validation examples, each exactly once; an empty list without validation data."""
         return self._eval_loader("validation")
 
     def test_dataloader(self) -> DataLoader[dict[str, Tensor]] | list[Any]:
-        """The test examples, each exactly once."""
+        """Return the test examples, each exactly once; an empty list without test data."""
         return self._eval_loader("test")
 
-    # ---- what they use
+    # ---- helpers
     def _eval_loader(self, role: str) -> DataLoader[dict[str, Tensor]] | list[Any]:
         if (dataset := self._sets.get(role)) is None:
             return []
@@ -308,5 +325,5 @@ class SFTDataModule(L.LightningDataModule):
 
 
 def _looks_like_file(name: str) -> bool:
-    """Whether `name` is meant as a file rather than as a hub id."""
+    """Whether `name` denotes a file rather than a hub id."""
     return Path(name).suffix in {".json", ".jsonl"} or Path(name).is_file()

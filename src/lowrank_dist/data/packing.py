@@ -1,4 +1,4 @@
-"""Examples to batches: items in flat tensors, one example or one packed row each, and padding to one length."""
+"""Examples to batches: items of one example or one packed row, stored in flat tensors and padded to one length."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ PAD_TO_MULTIPLE_OF = 8
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Pack examples into rows of at most `capacity` tokens: best fit, longest first.
+    """Pack examples into rows of at most `capacity` tokens by best fit, longest examples first.
 
     Parameters
     ----------
     lengths
-        Tokens of each example, none above `capacity`.
+        Number of tokens in each example, at most `capacity`.
     capacity
-        Tokens of a row.
+        Largest number of tokens in a row.
 
     Returns
     -------
     list of list of int
-        The examples of each row. Every example is in one row.
+        Indices of the examples in each row. Every example is in exactly one row.
 
     Notes
     -----
-    O(n log n) in the number of examples; at most 11/9 of the optimal number of rows, and one.
+    O(n log n) in the number of examples. The number of rows is at most 11/9 of the optimum, plus one.
     """
     rows: list[list[int]] = []
-    open_rows: dict[int, list[int]] = {}  # free tokens -> rows with exactly so many
+    open_rows: dict[int, list[int]] = {}  # number of free tokens -> rows with that many
     free: list[int] = []  # the keys, sorted
     for example in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         length = lengths[example]
@@ -58,18 +58,19 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 class TokenDataset(Dataset[dict[str, Tensor]]):
-    """Tokenized examples in two flat tensors, one example or one packed row an item.
+    """Tokenized examples in two flat tensors; an item is one example or one packed row.
 
     Parameters
     ----------
     examples
         Token ids and labels of each example: int32, [2, length].
     capacity
-        Pack examples into rows of at most so many tokens; None keeps one example an item.
+        Largest number of tokens in a packed row. None: no packing, one example per item.
 
     Notes
     -----
-    Item ``~i`` (negative) is item ``i`` with every label -100: a filler, which takes part in a step without counting.
+    Item ``~i`` (negative) is item ``i`` with all labels set to -100: a filler, which takes part in a step but not in
+    the loss.
     """
 
     def __init__(self, examples: Sequence[Tensor], capacity: int | None = None) -> None:
@@ -86,7 +87,7 @@ class TokenDataset(Dataset[dict[str, Tensor]]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Item `index`: `input_ids`, `labels` and, where packed, `position_ids`; each int64 of shape [length]."""
+        """Return item `index`: `input_ids`, `labels` and, if packed, `position_ids`; each int64 of shape [length]."""
         row = index if index >= 0 else ~index
         part = slice(self.offsets[row], self.offsets[row + 1])
         item = {"input_ids": self.tokens[part].long(), "labels": self.labels[part].long()}

@@ -1,4 +1,4 @@
-"""Records of training data, one after the other, from files and from the Hugging Face hub."""
+"""Iterators over records of training data, from files and from the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def read_hub(name: str, subset: str | None, split: str) -> Iterator[tuple[str, d
         rows = datasets.load_dataset(name, subset, split=split)
     except (ValueError, OSError) as error:  # unknown id, subset or split; no network
         raise ValueError(
-            f"{name!r} is not a file, and as a Hugging Face data set (subset={subset!r}, split={split!r}) it cannot be "
-            f"loaded: {error}"
+            f"{name!r} is not a file, and the Hugging Face data set of this name (subset={subset!r}, split={split!r}) "
+            f"cannot be loaded: {error}"
         ) from error
     for index, record in enumerate(rows):
         yield f"{name}[{split}] row {index}", record

@@ -1,7 +1,6 @@
-"""Records to text: columns and chat templates to segments, each trained on or not.
+"""Records to segments of text, rendered from columns or by chat templates. Each segment is trained on or not.
 
-Segments are tokenized one by one, so that a prompt has exactly the tokens it will have when the model is asked to
-answer it.
+Segments are tokenized one by one, so that a prompt has exactly the tokens that it has at generation.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ INSTRUCTION_PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{query}\n\n### Response:"
 )
-"""What a `query` is rendered with: the Alpaca prompt, as MetaMath and the PiSSA authors use it. The response follows
-after a space, which belongs to the response: vocabularies hold it in the token of the first word."""
+"""Prompt of a `query`: the Alpaca prompt, as used by MetaMath and the authors of PiSSA. The space before the response
+belongs to the response, because vocabularies include it in the token of the first word."""
 
 COLUMNS = "`messages` (with or without `completion`), `prompt` and `completion`, or `query` and `response`"
 
 Segments = list[tuple[str, bool]]
-"""Consecutive pieces of a text, and whether the model is trained to write each."""
+"""Consecutive pieces of a text, each with whether it is trained on."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +31,9 @@ class Example:
     """Text of one example."""
 
     segments: Segments
-    """Its pieces, in order; the last one is trained on."""
+    """Pieces of the text, in order; the last one is trained on."""
     templated: bool
-    """Whether a chat template rendered it, special tokens included."""
+    """Whether a chat template rendered the text, with its special tokens."""
 
 
 class Renderer:
@@ -43,9 +42,9 @@ class Renderer:
     Parameters
     ----------
     tokenizer
-        The tokenizer, for its chat template and end-of-sequence token.
+        Tokenizer whose chat template and special tokens are used.
     chat_template
-        A Jinja template that replaces the tokenizer's, or None.
+        Jinja template that replaces the tokenizer's. None: the tokenizer's own.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> None:
@@ -60,7 +59,7 @@ class Renderer:
         Raises
         ------
         ValueError
-            If no known columns are there, one holds something else than text, or the chat template cannot render it.
+            If the record has no known columns, a column is not text, or the chat template cannot render the record.
         """
         columns = set(record)
         if "messages" in columns:
@@ -82,16 +81,18 @@ class Renderer:
     def conversation(self, messages: list[dict[str, Any]], tools: Any, where: str) -> list[Segments]:
         """Segments of a conversation in which every assistant turn is trained on.
 
-        A turn's text is what the template adds when the turn is appended to the prompt that asks for it, up to and
-        including the last special token (what follows, as ChatML's newline, is never generated). Templates that
-        rewrite earlier turns (Qwen3 removes their reasoning) have no rendering that holds every turn as it was
-        generated; a conversation then becomes one example for each assistant turn.
+        The text of a turn is what the template adds when the turn is appended to its prompt, up to and including the
+        last special token. Text after that token, such as ChatML's newline, is never generated. Some templates rewrite
+        earlier turns (Qwen3 removes their reasoning), so that no rendering contains every turn as it is generated. A
+        conversation then becomes one example per assistant turn.
         """
         turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         if not turns:
-            raise ValueError(f"{where}: `messages` has no assistant turn to train on, nor is there a `completion`")
+            raise ValueError(
+                f"{where}: `messages` has no assistant turn to train on; add one, or a column `completion`"
+            )
         if turns[0] == 0:
-            raise ValueError(f"{where}: `messages` begins with an assistant turn: there is no prompt before it")
+            raise ValueError(f"{where}: `messages` begins with an assistant turn; put a prompt before it")
         whole = self.chat(messages, tools, where)
         spans: list[tuple[str, str]] = []
         for turn in turns:
@@ -99,9 +100,9 @@ class Renderer:
             rendered = self.chat(messages[: turn + 1], tools, where)
             if not rendered.startswith(prompt):
                 raise ValueError(
-                    f"{where}: the chat template renders message {turn} differently from the prompt that asks for it "
-                    f"(prompt ends in {prompt[-40:]!r}); give a `chat_template` whose generation prompt is the "
-                    "beginning of the assistant turn, or use `messages` with a `completion`"
+                    f"{where}: the chat template renders message {turn} differently from the prompt before it (prompt "
+                    f"ends in {prompt[-40:]!r}); give a `chat_template` whose generation prompt is the beginning of "
+                    "the assistant turn, or use `messages` with a `completion`"
                 )
             spans.append((prompt, self._until_last_marker(rendered, len(prompt))))
         if not all(whole.startswith(rendered) for _, rendered in spans):
@@ -114,7 +115,7 @@ class Renderer:
         return [segments]
 
     def chat(self, messages: list[dict[str, Any]], tools: Any, where: str, *, prompt: bool = False) -> str:
-        """Text of `messages`, followed by the generation prompt if `prompt`."""
+        """Render `messages` to text, followed by the generation prompt if `prompt`."""
         if self.template is None and self.tokenizer.chat_template is None:
             raise ValueError(
                 f"{where}: `messages` need a chat template and the tokenizer {self.tokenizer.name_or_path!r} has none; "

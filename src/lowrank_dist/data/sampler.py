@@ -1,4 +1,4 @@
-"""Which examples a rank sees in which order, and where a resumed run goes on."""
+"""The share and order of a rank's examples, and the position from which a run resumes."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from lowrank_dist.data.packing import TokenDataset
 
 
 class ShardedSampler(DistributedSampler[Any]):
-    """A rank's share of every step, with the same number of batches, equally large, on every rank.
+    """A rank's share of every step. All ranks have the same number of batches, of the same sizes.
 
     The order of an epoch is global and the same on every rank. A step takes the next ``batch_size * num_replicas``
-    items and gives each rank a consecutive part. The last step may be smaller; the items it lacks to divide by the
-    number of ranks are filled in: in training (`shuffle`) from the front of the epoch, in evaluation by fillers that
-    hold no label (see `TokenDataset`), so that every item counts exactly once.
+    items and gives each rank a consecutive part. The last step may be smaller. It is padded to a multiple of the number
+    of ranks: in training (`shuffle`) with items from the front of the epoch, in evaluation with fillers without labels
+    (see `TokenDataset`), so that every item counts exactly once.
 
-    It is a `DistributedSampler` because Lightning wraps or replaces any other one.
+    The class derives from `DistributedSampler` because Lightning wraps or replaces any other sampler.
 
     Parameters
     ----------
     dataset
-        What is sampled.
+        Dataset to sample.
     batch_size
-        Items of a batch on one rank.
+        Items in a batch on one rank.
     num_replicas, rank
-        Number of ranks, and this one's.
+        Number of ranks, and this rank.
     shuffle
         Draw a new order every epoch (training), or keep the order of the set (evaluation).
     seed
-        Of the order, together with the epoch.
+        Seed of the order, together with the epoch.
     group_by_length
-        Make steps of items of similar length: up to 50 steps' items are sorted and cut into steps, which are then
-        shuffled. The step with the longest item comes first, so that a run short of memory fails at once.
+        Form steps from items of similar length: the items of up to 50 steps are sorted and split into steps, which are
+        then shuffled. The step with the longest item comes first, so that a lack of memory shows at once.
     """
 
     def __init__(
@@ -57,20 +57,20 @@ class ShardedSampler(DistributedSampler[Any]):
         self.start = self.handed_out = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Select the order of `epoch`; a new epoch starts at its beginning, in an order for this number of ranks."""
+        """Select the order of `epoch`. A new epoch starts at its first item, in an order for this number of ranks."""
         if epoch != self.epoch:
             self.start = self.handed_out = 0
             self.order_step_size = self.step_size
         super().set_epoch(epoch)
 
     def resume(self, *, epoch: int, start: int, order_step_size: int) -> None:
-        """Continue an epoch behind its first `start` items, in the order of a run with steps of `order_step_size`."""
+        """Continue an epoch after its first `start` items, in the order of a run with steps of `order_step_size`."""
         super().set_epoch(epoch)
         self.start = self.handed_out = start % len(self.dataset)  # type: ignore[arg-type]
         self.order_step_size = order_step_size
 
     def order(self) -> list[int]:
-        """Global order of this epoch, before filling; the same on every rank."""
+        """Global order of this epoch, before padding; the same on every rank."""
         total = len(self.dataset)  # type: ignore[arg-type]
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(total, generator=generator) if self.shuffle else torch.arange(total)
@@ -102,30 +102,30 @@ class ShardedSampler(DistributedSampler[Any]):
 
 
 class ResumableLoader(DataLoader[dict[str, Tensor]]):
-    """A `DataLoader` over a `ShardedSampler` that knows how much of the epoch it has handed out.
+    """A `DataLoader` over a `ShardedSampler` that tracks its position in the epoch.
 
     Parameters
     ----------
     unused
-        Tells how many of the last batches are to be handed out again after resuming.
+        Returns how many of the last batches must be repeated after resuming.
     **settings
-        Of `DataLoader`.
+        Arguments of `DataLoader`.
 
     Notes
     -----
-    Its state is three integers, the same on every rank, and can be loaded on another number of ranks: what is left of
-    the epoch is then dealt out anew, no item twice and none left out.
+    The state is three integers, the same on every rank. It can be loaded on another number of ranks: the rest of the
+    epoch is then distributed again, without repeating or omitting an item.
     """
 
     def __init__(self, *args: Any, unused: Callable[[], int] = lambda: 0, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self.unused = unused
-        self._begun = self._steps = 0  # where this iteration began, in items, and its steps since
+        self._begun = self._steps = 0  # first item of this iteration, and its number of steps so far
 
     def state_dict(self) -> dict[str, int]:
-        """Epoch, items handed out in it over all ranks, and the step size that its order was drawn for."""
+        """Return the epoch, its items yielded so far over all ranks, and the step size of its order."""
         sampler = self.sampler
-        if not isinstance(sampler, ShardedSampler):  # Lightning's overfit_batches puts another one in its place
+        if not isinstance(sampler, ShardedSampler):  # Lightning's overfit_batches replaces the sampler
             return {}
         start = sampler.handed_out
         if unused := self.unused():
@@ -133,20 +133,20 @@ class ResumableLoader(DataLoader[dict[str, Tensor]]):
         return {"epoch": sampler.epoch, "start": start, "order_step_size": sampler.order_step_size}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue where `state` was taken."""
+        """Continue from the position in `state`."""
         if state and isinstance(self.sampler, ShardedSampler):
             self.sampler.resume(**state)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:  # type: ignore[override]
-        # A generator: nothing is read from the sampler before the first batch is asked for. Lightning creates the
-        # iterator before it has restored a checkpoint and before it has set the epoch.
+        # A generator reads the sampler only when the first batch is requested. Lightning creates the iterator before it
+        # restores a checkpoint and sets the epoch.
         sampler = self.sampler
         if not isinstance(sampler, ShardedSampler):
             yield from super().__iter__()
             return
         start, total = sampler.start, len(sampler.dataset)  # type: ignore[arg-type]
         for step, batch in enumerate(super().__iter__(), start=1):
-            sampler.start = 0  # has been read: whoever iterates again starts from the beginning
+            sampler.start = 0  # a later iteration starts from the beginning
             sampler.handed_out = min(total, start + step * sampler.step_size)
             self._begun, self._steps = start, step
             yield batch

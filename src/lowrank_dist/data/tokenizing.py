@@ -1,4 +1,4 @@
-"""Text to tokens and labels, segment by segment, so that a prompt has exactly the tokens it will have at generation."""
+"""Text to tokens and labels, segment by segment, so that a prompt has exactly the tokens that it has at generation."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if tokenizer.eos_token_id is None:
             raise ValueError(
-                f"the tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token: a model trained with it would "
-                "never stop; set `eos_token` in its tokenizer_config.json"
+                f"the tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token, and a model trained with it "
+                "would never stop; set `eos_token` in its tokenizer_config.json"
             )
         self.tokenizer = tokenizer
         bare, special = self._ids(["a"])[0], list(tokenizer("a")["input_ids"])
         starts = (i for i in range(len(special)) if special[i : i + len(bare)] == bare)
         self.prefix: list[int] = special[: next(starts, 0)]  # mostly [], or [bos]
-        # SentencePiece puts a space before the first word of whatever it is given. A segment that continues another
-        # one is therefore tokenized behind a newline, whose tokens are then removed.
+        # SentencePiece puts a space before the first word of a text. A segment that continues another one is therefore
+        # tokenized after a newline, whose tokens are then removed.
         self.anchor: list[int] = self._ids(["\n"])[0]
         self.anchored = self._ids(["\na"])[0] != [*self.anchor, *bare]
 
@@ -50,11 +50,12 @@ class Encoder:
         return ids
 
     def __call__(self, batch: Sequence[Example]) -> list[tuple[list[int], list[int]]]:
-        """Token ids and labels of each example of a batch, whole (see `max_length` of `SFTDataModule` for what is cut).
+        """Return token ids and labels of each example of a batch, without truncation.
 
-        The label of a trained token is the token; every other label is -100, and so is an example's first, which
-        nothing before it predicts. The end-of-sequence token follows the last response unless that ends with it. What
-        the tokenizer puts in front of a text (bos, mostly) is put in front of an example that no template rendered.
+        The label of a trained token is the token; every other label is -100. The label of an example's first token is
+        also -100, since no token precedes it. The end-of-sequence token follows the last response unless the response
+        ends with it. Tokens that the tokenizer puts before a text (usually bos) are put before an example that no
+        template rendered.
         """
         ids = iter(self._segment_ids(batch))
         encoded = []
@@ -80,7 +81,7 @@ class Encoder:
             follows = [index > 0 for example in batch for index in range(len(example.segments))]
             places = [place for place, follow in enumerate(follows) if follow]
             for place, piece in zip(places, self._ids(["\n" + texts[place] for place in places]), strict=True):
-                # a text that begins with a newline may merge with the anchor, but has no first word to space
+                # a text that begins with a newline may merge with the anchor; SentencePiece adds no space to it anyway
                 if piece[: len(self.anchor)] == self.anchor:
                     ids[place] = piece[len(self.anchor) :]
         return ids
