@@ -1,1 +1,1 @@
-"""Lightning: the strategy, the module, the optimizer, the command line of its Trainer."""
+"""The parts that run under Lightning: the strategy, the module, the optimizer and the Trainer's command line."""

@@ -1,4 +1,4 @@
-"""The batches of a calibration pass that a Trainer's own training data give, read without a trace."""
+"""Batches of a calibration pass from the Trainer's training data, read without changing what training sees."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from lowrank_dist.errors import InputError
 
 @contextmanager
 def calibration_batches(trainer: Trainer, calibration: Calibration) -> Iterator[Iterator[Any]]:
-    """The batches of this rank, on its device: ``calibration.data``, or what training would begin with.
+    """Yield this rank's batches, on its device: ``calibration.data``, or else the first batches of training.
 
-    Training data are asked for as Lightning asks for them (the ``train_dataloader`` hook, or the loaders given to
-    ``fit``), and dealt out over the ranks as in training. A loader is read through an iterator of its own, and what
-    remembers the reading is put back at the end: Python's, NumPy's and torch's random states, the generators of loaders
-    and samplers, and the state of loaders that have a ``state_dict``. So training sees the data that it would see
-    without calibration, in the same order. An iterable data set that can be read only once is the exception: give
-    ``Calibration(data=...)`` beside it.
+    Training data come from the same place as in training (the ``train_dataloader`` hook, or the loaders passed to
+    ``fit``), and are distributed over the ranks as in training. A loader is read through a separate iterator. At the
+    end, all states that reading changes are restored: the random states of Python, NumPy and torch, the generators of
+    loaders and samplers, and the state of loaders that have a ``state_dict``. Training therefore sees the same data in
+    the same order as without calibration. The exception is an iterable data set that can be read only once: pass
+    ``Calibration(data=...)`` with it.
 
     Parameters
     ----------
     trainer
-        In ``strategy.setup``: module and datamodule are set up, the loops are not.
+        Trainer in ``strategy.setup``: module and datamodule are set up, the loops are not.
     calibration
-        Its `data` is looked at, nothing else.
+        Calibration whose `data` is used, if it is set.
 
     Raises
     ------
     InputError
-        Where there are no training data, as in ``validate`` and ``test``.
+        If there are no training data, as in ``validate`` and ``test``.
     """
     strategy = trainer.strategy
     with isolate_rng(), ExitStack() as stack:
@@ -50,7 +50,7 @@ def calibration_batches(trainer: Trainer, calibration: Calibration) -> Iterator[
         else:
             loaders = _training_loaders(trainer)
             for loader in loaders.flattened:
-                stack.enter_context(_put_back(loader))
+                stack.enter_context(_restored(loader))
             apart = CombinedLoader(loaders.iterables, loaders._mode)
             apart.flattened = [_reader(loader) for loader in loaders.flattened]
             stack.callback(apart.reset)  # ends its workers
@@ -68,14 +68,14 @@ def _training_loaders(trainer: Trainer) -> CombinedLoader:
     source = trainer.fit_loop._data_source
     if trainer.state.fn != TrainerFn.FITTING or not source.is_defined():
         raise InputError(
-            f"Trainer.{trainer.state.fn}: the initialisation looks at data, and there are no training data here; pass "
+            f"Trainer.{trainer.state.fn}: the initialisation needs data, and there are no training data here; pass "
             "PiSSAStrategy(calibration=Calibration(data=...)), or call fit first"
         )
-    if trainer.fit_loop._combined_loader is not None:  # Trainer.estimated_stepping_batches was asked for before
+    if trainer.fit_loop._combined_loader is not None:  # Trainer.estimated_stepping_batches has created it
         return trainer.fit_loop._combined_loader
     asked = source.dataloader()
     loaders = asked if isinstance(asked, CombinedLoader) else CombinedLoader(asked, "max_size_cycle")
-    # A CombinedLoader may be the user's own object: what Lightning makes of its loaders is not put into it.
+    # The CombinedLoader may be the user's own object, which must not receive the loaders that Lightning processes.
     loaders = CombinedLoader(loaders.iterables, loaders._mode)
     loaders.flattened = [
         _process_dataloader(trainer, TrainerFn.FITTING, RunningStage.TRAINING, loader) for loader in loaders.flattened
@@ -84,13 +84,13 @@ def _training_loaders(trainer: Trainer) -> CombinedLoader:
 
 
 def _reader(loader: Any) -> Any:
-    """A loader of the same data; workers that persist stay with it and end with it."""
+    """A separate loader of the same data, so that its persistent workers end with it."""
     return copy.copy(loader) if isinstance(loader, DataLoader) else loader
 
 
 @contextmanager
-def _put_back(loader: Any) -> Iterator[None]:
-    """Leave the states that reading `loader` moves on as they were."""
+def _restored(loader: Any) -> Iterator[None]:
+    """Restore the states that reading `loader` changes."""
     batch_sampler = getattr(loader, "batch_sampler", None)
     holders = [loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
     held = [getattr(holder, "generator", None) for holder in holders]
@@ -107,16 +107,16 @@ def _put_back(loader: Any) -> Iterator[None]:
 
 
 def calibration_step(module: LightningModule, calibration: Calibration, autocast: torch.dtype | None) -> Step:
-    """What is run for every batch: ``calibration.step``, the module's own, or the loss of the backbone.
+    """The step to run for every batch: ``calibration.step``, else the module's own, else the backbone's loss.
 
     Parameters
     ----------
     module
-        May have a method ``calibration_step(batch) -> loss``.
+        Module that may have a method ``calibration_step(batch) -> loss``.
     calibration
-        Its `step` comes first.
+        Calibration whose `step`, if set, takes precedence.
     autocast
-        Run it under autocast in this dtype; None: as it is.
+        Dtype of the autocast around the step. None: no autocast.
     """
     own: Callable[[Any], Any] | None = getattr(module, "calibration_step", None)
     if own is None or calibration.step is not None:
@@ -127,7 +127,7 @@ def calibration_step(module: LightningModule, calibration: Calibration, autocast
 
 @dataclass(frozen=True, kw_only=True)
 class _Step:
-    """A step under autocast; its text says what is run."""
+    """A step under autocast; its string names the step and the dtype."""
 
     run: Step
     name: str

@@ -1,7 +1,8 @@
-"""What Lightning asks a strategy about checkpoints, answered for sharded adapters.
+"""The checkpoint hooks of a Lightning strategy, for sharded adapters.
 
-Lightning's own DeepSpeed strategy lets DeepSpeed write pickles, one per rank, for as many ranks. Here a checkpoint is a
-directory of safetensors and JSON (`lowrank_dist.checkpoints.layout`) that any number of ranks resumes from.
+With Lightning's own DeepSpeed strategy, DeepSpeed writes one pickle per rank, which only the same number of ranks can
+load. Here a checkpoint is a directory of safetensors and JSON (`lowrank_dist.checkpoints.layout`), from which any
+number of ranks resumes.
 """
 
 from __future__ import annotations
@@ -35,16 +36,16 @@ from lowrank_dist.zero3.partition import is_partitioned, local_shard, whole_shap
 class CheckpointedStrategy(DeepSpeedStrategy):
     """DeepSpeed at ZeRO stage 3 with checkpoints of trained parameters only.
 
-    A subclass calls `_checkpoints_with` once its model is sharded. Until then `_resumed` is the checkpoint that the
-    Trainer was given, or None.
+    A subclass calls `_checkpoints_with` once its model is sharded. `_resumed` is the checkpoint that was passed to the
+    Trainer, or None; it is reset once its state is restored.
 
     Parameters
     ----------
     **options
-        Of `DeepSpeedStrategy`.
+        Options of `DeepSpeedStrategy`.
     """
 
-    #: Data modules may ask: batches of a step that was not finished are trained on again after resuming.
+    #: Tells data modules that a resumed run repeats the batches of an unfinished step.
     resumes_whole_steps = True
 
     def __init__(self, **options: Any) -> None:
@@ -57,7 +58,10 @@ class CheckpointedStrategy(DeepSpeedStrategy):
         self._resumed_state: dict[str, Any] = {}
 
     def _checkpoints_with(self, writer: CheckpointWriter) -> None:
-        """Save and resume with `writer`, before an engine is made. Collective."""
+        """Use `writer` for saves, and load the trained parameters of a resumed run. Collective.
+
+        Must be called before DeepSpeed's engine exists.
+        """
         self._writer, self._saver = writer, Saver(writer, self._timeout or timedelta(minutes=30))
         self._load_parameters()
 
@@ -85,17 +89,19 @@ class CheckpointedStrategy(DeepSpeedStrategy):
     ) -> None:
         """Write adapters and training state to the directory `filepath`; complete or absent. Collective.
 
-        Called by ``trainer.save_checkpoint``. What it holds: `lowrank_dist.checkpoints.layout`.
+        Called by ``trainer.save_checkpoint``. `lowrank_dist.checkpoints.layout` describes the files.
 
         Raises
         ------
         OSError, InputError
-            On every rank, where it cannot be written; an older checkpoint at `filepath` is intact.
+            On every rank if the checkpoint cannot be written; an older checkpoint at `filepath` stays intact.
         StateError
-            Where a callback, a schedule or the data module has a state that cannot be stored without pickle.
+            If the state of a callback, a schedule or the data module cannot be stored without pickle.
+        TypeError
+            If `storage_options` are given.
         """
         if storage_options is not None:
-            raise TypeError("PiSSAStrategy: storage_options are not supported, there is no CheckpointIO")
+            raise TypeError("PiSSAStrategy: storage_options are not supported without a CheckpointIO; omit them")
         trainer, saver = self._trainer, self.saver
         fitting = trainer.state.fn == TrainerFn.FITTING and "optimizer_states" in checkpoint
         optimizer = ShardedOptimizer(self.deepspeed_engine.optimizer) if fitting else None
@@ -119,22 +125,22 @@ class CheckpointedStrategy(DeepSpeedStrategy):
         Parameters
         ----------
         directory
-            To write; replaced where it exists. A checkpoint without training state.
+            Directory to write, replaced if it exists. It becomes a checkpoint without training state.
         """
         self.save_checkpoint({}, directory)
 
     def optimizer_state(self, optimizer: object) -> dict[str, Tensor]:
-        """Nothing: `save_checkpoint` takes it from the shards."""
+        """Return nothing: `save_checkpoint` reads the state from the shards."""
         return {}
 
     @contextmanager
     def background_saves(self) -> Iterator[list[Future[None]]]:
-        """Inside, ``trainer.save_checkpoint`` returns once the state is copied; files are written meanwhile.
+        """Inside, ``trainer.save_checkpoint`` returns once the state is copied; files are written in the background.
 
         Yields
         ------
         list of Future
-            Of the saves begun inside, as they are begun; their ``result()`` waits, and raises what went wrong.
+            A future for each save that starts inside. ``result()`` waits for the save and raises its error.
         """
         self._background = []
         try:
@@ -144,13 +150,19 @@ class CheckpointedStrategy(DeepSpeedStrategy):
 
     @property
     def saver(self) -> Saver:
-        """Writes the checkpoints."""
+        """The object that writes the checkpoints.
+
+        Raises
+        ------
+        RuntimeError
+            Before the model is set up.
+        """
         if self._saver is None:
-            raise RuntimeError("PiSSAStrategy: there is no adapter before the model is set up (fit, validate or test)")
+            raise RuntimeError("PiSSAStrategy: no adapter exists before the model is set up (fit, validate or test)")
         return self._saver
 
     def remove_checkpoint(self, filepath: str | os.PathLike[str]) -> None:
-        """Remove a checkpoint, once those that are being written are complete."""
+        """Remove a checkpoint after all saves in progress have ended."""
         if self.is_global_zero:
             self.saver.remove(Path(filepath))
             self.saver.wait()
@@ -159,18 +171,19 @@ class CheckpointedStrategy(DeepSpeedStrategy):
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
-        """False, unlike the parent's: the residual is made from what the checkpoint holds."""
+        """False, unlike in the parent class: the residual is formed from the factors in the checkpoint."""
         return False
 
     def load_checkpoint(
         self, checkpoint_path: str | os.PathLike[str], weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read and verify a checkpoint; the model is then made from it. No code in it is run. Collective.
+        """Read and verify a checkpoint, from which the model is then built. Runs no code from it. Collective.
 
         Raises
         ------
         CheckpointError
-            On every rank: where it is none, is damaged, or holds no training state and the Trainer is to fit.
+            On every rank, if the directory is not a checkpoint, is damaged, or has no training state although the
+            Trainer fits.
         """
         trainer, group = self._trainer, self._group
         path = self.broadcast(os.fspath(checkpoint_path))
@@ -217,14 +230,15 @@ class CheckpointedStrategy(DeepSpeedStrategy):
         self._resumed, self._resumed_state = None, {}
 
     def lightning_module_state_dict(self) -> dict[str, Tensor]:
-        """The trained parameters, whole, on rank 0; nothing of the frozen base. Collective.
+        """Return the whole trained parameters on rank 0, without the frozen base. Collective.
 
-        Nothing while `background_saves`: the checkpoint has them from their owners.
+        Inside `background_saves` the result is empty, because the owners write the parameters.
 
         Raises
         ------
         InputError
-            After an exception, where not all ranks come (`Saver.meet`): Lightning asks for it first in every save.
+            After an exception that only some ranks raised (`Saver.meet`). Every save of Lightning calls this method
+            first.
         """
         assert self.lightning_module is not None
         if self._trainer.interrupted:

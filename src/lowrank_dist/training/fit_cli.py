@@ -1,6 +1,6 @@
 """``lowrank-dist fit | validate | test``: LightningCLI with the module and the data module of this package.
 
-Also what a run would be, without running it: its settings, checked as LightningCLI checks them.
+It also parses and checks the settings of a run, with LightningCLI's own parser, without running it.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any
 from jsonargparse import ArgumentParser, capture_parser
 
 TRAINER_COMMANDS = {
-    "fit": "train adapters as a YAML file says (LightningCLI)",
+    "fit": "train adapters as configured in a YAML file (LightningCLI)",
     "validate": "evaluate on the validation data (LightningCLI)",
     "test": "evaluate on the test data (LightningCLI)",
 }
 
 
 def run_trainer(argv: Sequence[str]) -> int:
-    """Run a Trainer command of LightningCLI with `CausalLMModule` and `SFTDataModule`; returns 0."""
+    """Run a Trainer command of LightningCLI with `CausalLMModule` and `SFTDataModule`; return 0."""
     from lightning.pytorch.cli import LightningCLI
 
     from lowrank_dist.data.datamodule import SFTDataModule
@@ -37,7 +37,7 @@ def run_trainer(argv: Sequence[str]) -> int:
     Cli(
         CausalLMModule,
         SFTDataModule,
-        # LightningCLI warns of arguments given to it beside a command line, even of the same ones
+        # LightningCLI warns about `args` beside a command line, even if both are the same
         args=None if list(argv) == sys.argv[1:] else list(argv),
         save_config_kwargs={"overwrite": True},
         parser_kwargs={"prog": "lowrank-dist"},
@@ -47,7 +47,7 @@ def run_trainer(argv: Sequence[str]) -> int:
 
 @contextmanager
 def command_line(argv: Sequence[str]) -> Iterator[None]:
-    """Inside, ``lowrank-dist argv`` is what this process was started with."""
+    """Inside, ``sys.argv`` is that of ``lowrank-dist argv``."""
     before, sys.argv = sys.argv, ["lowrank-dist", *argv]
     try:
         yield
@@ -57,24 +57,27 @@ def command_line(argv: Sequence[str]) -> Iterator[None]:
 
 @cache
 def fit_parser() -> ArgumentParser:
-    """The parser of LightningCLI as `run_trainer` builds it, before it parses."""
+    """The parser that LightningCLI builds in `run_trainer`."""
     with command_line(["fit"]):
         return capture_parser(run_trainer, ["fit"])
 
 
 def parse_fit(argv: Sequence[str]) -> Any:
-    """Settings of ``lowrank-dist fit argv``: several ``--config`` files, later ones over earlier ones, and any key.
+    """Settings of ``lowrank-dist fit argv``. Later ``--config`` files and keys override earlier ones.
 
-    What cannot be parsed ends the program with the message that ``fit`` gives.
+    Raises
+    ------
+    SystemExit
+        With the message of ``fit``, if the arguments cannot be parsed.
     """
     with warnings.catch_warnings():
-        # jsonargparse fills every option of peft's configuration in, and peft warns of this one
+        # jsonargparse sets every option of peft's configuration, and peft warns about this one
         warnings.filterwarnings("ignore", message="`loftq_config` specified but will be ignored")
         return fit_parser().parse_args(["fit", *argv]).fit
 
 
 def instantiated(settings: Any, part: str) -> Any:
-    """The object that `part` (``model``, ``data``) of `parse_fit` stands for; for ``trainer``, its options."""
+    """Instantiate `part` (``model``, ``data``) of the settings from `parse_fit`; for ``trainer`` return its options."""
     fit: Any = fit_parser()._subcommands_action.choices["fit"]  # type: ignore[union-attr]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`loftq_config` specified but will be ignored")

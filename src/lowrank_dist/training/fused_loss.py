@@ -1,8 +1,8 @@
-"""The loss of a causal language model without its logits, by liger-kernel.
+"""The loss of a causal language model without materialized logits, by liger-kernel.
 
-Logits of a vocabulary of 128256 are 1 GB in fp32 for every 2048 tokens, and their gradient as much again. Liger's fused
-linear cross-entropy multiplies by the head, takes the loss and its gradient in chunks of tokens in the forward pass;
-what stays is the gradient of the hidden states. See P. Hsu et al., "Liger Kernel: Efficient Triton Kernels for LLM
+Logits of a vocabulary of 128256 take 1 GB in fp32 per 2048 tokens, and their gradient another 1 GB. Liger's fused
+linear cross-entropy multiplies by the head and computes the loss and its gradient in chunks of tokens, in the forward
+pass. Only the gradient of the hidden states is kept. See P. Hsu et al., "Liger Kernel: Efficient Triton Kernels for LLM
 Training", 2024, section 3.2; arXiv:2410.10989.
 """
 
@@ -21,21 +21,22 @@ from lowrank_dist.errors import InputError
 
 
 class FusedLoss:
-    """Lets a causal language model of transformers compute its loss from the hidden states.
+    """Makes a causal language model of transformers compute its loss from the hidden states.
 
     Parameters
     ----------
     model
-        Its head must be a plain linear layer, and its logits what the head gives: neither scaled nor capped.
+        Causal language model. Its head must be a plain linear layer, whose output are the logits: neither scaled nor
+        capped.
 
     Raises
     ------
     InputError
-        If the head is none, has an adapter, or liger-kernel is missing.
+        If the head is not a plain linear layer (for instance because it has an adapter), or liger-kernel is missing.
 
     Notes
     -----
-    The head is called as a module, once, with ZeRO-3's hooks: its weight is gathered for the forward, and not kept.
+    The head is called once, as a module with ZeRO-3's hooks, which gather its weight for the forward and free it after.
     """
 
     def __init__(self, model: Any) -> None:
@@ -44,13 +45,13 @@ class FusedLoss:
         if type(head) is not nn.Linear:
             raise InputError(
                 f"fused_cross_entropy: the head of {name} is {type(head).__name__}, and must be a plain linear layer; "
-                "take it out of target_modules, or set fused_cross_entropy=False"
+                "remove it from target_modules, or set fused_cross_entropy=False"
             )
         try:
             from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
         except ImportError as error:
             raise InputError(
-                f"fused_cross_entropy comes from liger-kernel, which cannot be imported ({error}); "
+                f"fused_cross_entropy needs liger-kernel, which cannot be imported ({error}); run "
                 "`pip install lowrank-dist[gpu]`, or set fused_cross_entropy=False"
             ) from error
         self._function = LigerFusedLinearCrossEntropyFunction
@@ -61,13 +62,13 @@ class FusedLoss:
     def of(self, labels: Tensor) -> Iterator[None]:
         """Inside, the loss of a forward with these labels, ``[batch, length]`` int64, is computed without logits.
 
-        It is transformers' ``ForCausalLMLoss``: the mean over tokens whose next label is not -100. The output has it
-        as `logits`, too.
+        The loss is transformers' ``ForCausalLMLoss``: the mean over tokens whose next label is not -100. It is also in
+        `logits` of the output.
 
         Raises
         ------
         InputError
-            At the first forward, if the model changes its logits behind the head, or off CUDA.
+            From the forward: if the device is not CUDA, or if the model changes the output of its head.
         """
         found: list[Tensor] = []
 
@@ -91,10 +92,10 @@ class FusedLoss:
             self._model.loss_function = before
 
     def _check(self, handed_on: Tensor, loss: Tensor) -> None:
-        """Raise InputError where the model has changed the loss; one that is 0 or NaN (no labels) shows nothing."""
+        """Raise InputError if the model has changed the loss. A loss of 0 or NaN (no labels) proves nothing."""
         if not torch.equal(handed_on.nan_to_num(), loss.nan_to_num()):
             raise InputError(
-                f"fused_cross_entropy: {self._name} scales or caps its logits, which this loss would leave out; "
+                f"fused_cross_entropy: {self._name} scales or caps its logits, which this loss would ignore; "
                 "set fused_cross_entropy=False"
             )
         self._checked = bool(loss.isfinite() & (loss != 0))

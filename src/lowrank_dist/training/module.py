@@ -1,4 +1,4 @@
-"""A LightningModule for supervised fine-tuning of any Hugging Face causal language model."""
+"""The LightningModule for supervised fine-tuning of a Hugging Face causal language model."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ SchedulerName = Literal["cosine", "linear", "constant"]
 SCHEDULERS: tuple[str, ...] = get_args(SchedulerName)
 
 _LOAD_DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
-# what builds a mask from `position_ids`, one for each row of the batch
+# attention implementations for which transformers builds a mask from `position_ids`, one per row of the batch
 _MASKED_ATTENTION = {"eager", "sdpa", "flex_attention"}
 
 
 class CausalLMModule(L.LightningModule):
-    """Causal language model, its loss, and AdamW with warm-up.
+    """Causal language model with its loss, optimizer and learning-rate schedule.
 
-    Under a strategy that loads weights itself (`PiSSAStrategy`) only the architecture is built here, and the adapters
-    are trained. Under Lightning's own strategies the model is loaded and every parameter is trained.
+    Under a strategy that loads weights itself (`PiSSAStrategy`) the module builds only the architecture, and the
+    adapters are trained. Under Lightning's own strategies the module loads the model and trains every parameter.
 
-    `train_loss` is the mean over the tokens of a step's batches; `val_loss` and `test_loss` are the mean over all
-    trained tokens of the whole set on all ranks.
+    `train_loss` averages, over the batches of a step on all ranks, the mean loss of each batch's trained tokens.
+    `val_loss` and `test_loss` are the mean over all trained tokens of the whole set on all ranks.
 
     Parameters
     ----------
@@ -44,29 +44,44 @@ class CausalLMModule(L.LightningModule):
     warmup_ratio
         Share of all steps in which the learning rate rises linearly from 0.
     scheduler
-        What it does afterwards: fall to 0 along half a cosine, or linearly, or stay constant.
+        Learning rate after the warm-up: `cosine` and `linear` decay to 0 (`cosine` along half a period), `constant`
+        keeps it.
     optimizer
-        `adamw`, or the paged ones of bitsandbytes, `paged_adamw_32bit` and `paged_adamw_8bit` (CUDA; elsewhere AdamW is
-        used and a line says so).
+        `adamw`, or a paged optimizer of bitsandbytes, `paged_adamw_32bit` or `paged_adamw_8bit`. Paged optimizers need
+        CUDA; on other devices AdamW is used and a warning is logged.
     attn_implementation
-        Attention of transformers: `sdpa`, `flash_attention_2`, `eager`, ... None: its choice.
+        Attention implementation of transformers: `sdpa`, `flash_attention_2`, `eager`, ... None: its default.
     gradient_checkpointing
         Recompute activations in the backward pass, under Lightning's own strategies. `PiSSAStrategy` has its own
-        setting.
+        option.
     fused_cross_entropy
-        Take the loss from the hidden states, in chunks of tokens, so that there never are logits of all tokens: for
-        large vocabularies. On CUDA, with liger-kernel (the `gpu` extra); the head must have no adapter.
+        Compute the loss from the hidden states in chunks of tokens, without materializing the logits of all tokens.
+        Saves memory with large vocabularies. Needs CUDA and liger-kernel (the `gpu` extra), and a head without adapter.
 
     Raises
     ------
     ValueError
-        If a name is not known or a number is out of range.
+        If a name is unknown or a number is out of range.
+
+    See Also
+    --------
+    lowrank_dist.SFTDataModule : Batches for this module.
+    lowrank_dist.PiSSAStrategy : The strategy that trains adapters.
 
     Notes
     -----
-    The loss is taken in fp32 whatever the precision: the causal loss of transformers (`ForCausalLMLoss`) casts logits
-    to float32 before the cross-entropy, and liger-kernel does so inside it. The key-value cache is off in every forward
-    pass: it is of no use without generation, and transformers does not keep packed examples apart when there is one.
+    The loss is computed in fp32 under every precision: the causal loss of transformers (`ForCausalLMLoss`) casts logits
+    to float32 before the cross-entropy, and liger-kernel casts them inside it. The key-value cache is off in every
+    forward pass: training does not need it, and transformers does not separate packed examples when it is on.
+
+    Examples
+    --------
+    >>> from lowrank_dist import CausalLMModule
+    >>> module = CausalLMModule("meta-llama/Meta-Llama-3-8B", lr=2e-5, scheduler="cosine", warmup_ratio=0.03)
+    >>> module.optimizer
+    'adamw'
+
+    The model is built by ``trainer.fit(module, data)``, not by the constructor.
     """
 
     def __init__(
@@ -106,14 +121,15 @@ class CausalLMModule(L.LightningModule):
         self._fused_loss: FusedLoss | None = None
         self.model: nn.Module | None = None
         self._takes_position_ids = True
-        self._of_step: list[Tensor] = []  # losses of the batches of a step so far
+        self._step_losses: list[Tensor] = []  # losses of the batches of the current step
         self._evaluated = torch.zeros(2)  # sum of token losses, number of tokens
 
     def configure_model(self) -> None:
-        """Build the model, once.
+        """Build the model on the first call.
 
-        A strategy with a true `materializes_weights` gets `AutoModelForCausalLM.from_config(...)`; any other the loaded
-        weights, in the dtype of a ``"*-true"`` precision and else in fp32, which mixed precision needs as master.
+        Under a strategy with a true `materializes_weights`, the model comes from ``AutoModelForCausalLM.from_config``.
+        Under other strategies its weights are loaded, in the dtype of a ``"*-true"`` precision and otherwise in fp32,
+        because mixed precision needs fp32 master weights.
         """
         if self.model is not None:
             return
@@ -124,25 +140,25 @@ class CausalLMModule(L.LightningModule):
             if self.gradient_checkpointing:
                 raise ValueError(
                     f"gradient_checkpointing=True of the model has no effect under "
-                    f"{type(self.trainer.strategy).__name__}, which has a setting of its own; leave it false here"
+                    f"{type(self.trainer.strategy).__name__}, which has its own option; set it to false in the model"
                 )
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.pretrained), **attention)
         else:
             dtype = _LOAD_DTYPES.get(str(self.trainer.precision), torch.float32)
             model = AutoModelForCausalLM.from_pretrained(self.pretrained, dtype=dtype, **attention)
-            model.train()  # it comes in evaluation mode, and Lightning keeps the mode it finds
+            model.train()  # from_pretrained returns evaluation mode, which Lightning would keep
             if self.gradient_checkpointing:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self._takes_position_ids = "position_ids" in inspect.signature(model.forward).parameters
         self.model = model
 
     def forward(self, **batch: Tensor) -> Any:
-        """Output of the model, with `loss` where `labels` [batch, length] int64 are given.
+        """Return the output of the model, with `loss` if the batch has `labels`, int64 of shape [batch, length].
 
         Raises
         ------
         ValueError
-            If the batch is packed and the model takes no `position_ids`, from which it could tell examples apart.
+            If the batch is packed and the model takes no `position_ids`, which separate the examples.
         """
         assert self.model is not None
         if "position_ids" in batch:
@@ -152,13 +168,13 @@ class CausalLMModule(L.LightningModule):
                     "packed examples; set packing=False (and group_by_length=True)"
                 )
             if getattr(getattr(self.model, "config", None), "_attn_implementation", None) not in _MASKED_ATTENTION:
-                # flash attention looks for borders only where the batch is one row (`_is_packed_sequence`), and else
-                # attends across them without a word; as every row begins at position 0, the rows can be joined
+                # flash attention finds boundaries only in a batch of one row (`_is_packed_sequence`) and otherwise
+                # silently attends across them; every row begins at position 0, so that rows can be joined
                 batch = {name: values.reshape(1, -1) for name, values in batch.items()}
         return self.model(**batch, use_cache=False)
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """Mean loss of a batch over the tokens whose label, moved by one, is not -100: fp32 scalar."""
+        """Return the mean loss over the tokens whose next label is not -100: fp32 scalar."""
         if not self.fused_cross_entropy:
             return self(**batch).loss
         if self._fused_loss is None:
@@ -168,27 +184,30 @@ class CausalLMModule(L.LightningModule):
 
     # ---- training
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Mean loss of this rank's batch: fp32 scalar. Logs the mean over ranks and accumulated batches."""
+        """Return the mean loss of this rank's batch, fp32 scalar; log its mean over ranks and accumulated batches.
+
+        Logging issues one all-reduce (``sync_dist``).
+        """
         loss = self.loss(batch)
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
-            self._of_step = []
-        self._of_step.append(loss.detach())
-        # what the averaged gradient descends
-        mean = torch.stack(self._of_step).mean()
+            self._step_losses = []
+        self._step_losses.append(loss.detach())
+        # the loss whose gradient is the averaged gradient
+        mean = torch.stack(self._step_losses).mean()
         self.log("train_loss", mean, prog_bar=True, sync_dist=True, batch_size=len(batch["input_ids"]))
         return loss
 
     def calibration_step(self, batch: dict[str, Tensor]) -> Tensor:
-        """Loss of a batch of a calibration pass (`lowrank_dist.Calibration`)."""
+        """Return the loss of a batch of a calibration pass (`lowrank_dist.Calibration`)."""
         return self.loss(batch)
 
     def configure_optimizers(self) -> Any:
-        """Return the optimizer of the parameters that require grad, and a schedule that moves at every optimizer step.
+        """Return the optimizer of the parameters that require grad, and a schedule that advances every optimizer step.
 
         Raises
         ------
         ValueError
-            If nothing is to be trained, or the schedule needs a number of steps and the run has no end.
+            If no parameter requires grad, or the run has no fixed number of steps.
         """
         from transformers import get_scheduler
 
@@ -206,8 +225,8 @@ class CausalLMModule(L.LightningModule):
         total = self.trainer.estimated_stepping_batches
         if math.isinf(total):
             raise ValueError(
-                f"scheduler={self.scheduler} with warmup_ratio={self.warmup_ratio} needs the number of steps, and "
-                "max_epochs=-1 without max_steps has none; set max_steps or max_epochs"
+                f"scheduler={self.scheduler} with warmup_ratio={self.warmup_ratio} needs the number of steps, which is "
+                "unlimited with max_epochs=-1 and no max_steps; set max_steps or max_epochs"
             )
         schedule = get_scheduler(
             "constant_with_warmup" if self.scheduler == "constant" else self.scheduler,
@@ -239,21 +258,24 @@ class CausalLMModule(L.LightningModule):
         self._log_evaluated("test_loss")
 
     def _reset_evaluated(self) -> None:
-        # fp64, so that the mean of a long set does not depend on how it was dealt out; MPS has none
+        # fp64, so that the mean of a long set does not depend on how it was split over ranks; MPS has no fp64
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
         self._evaluated = torch.zeros(2, dtype=dtype, device=self.device)
 
     def _evaluate(self, batch: dict[str, Tensor]) -> None:
         """Add the sum of this batch's token losses, and their number.
 
-        A batch without any is nothing but fillers: it takes part in the step, and its mean (0 / 0) is not counted.
+        A batch without trained tokens consists of fillers. It takes part in the step, but its mean (0 / 0) is ignored.
         """
         loss = self.loss(batch)
         count = (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
         self._evaluated += torch.stack([torch.where(count > 0, loss.to(self._evaluated) * count, 0.0), count])
 
     def _log_evaluated(self, name: str) -> None:
-        """Log the mean token loss over all ranks. One all-reduce of two numbers, and Lightning's own of the result."""
+        """Log the mean token loss over all ranks.
+
+        One all-reduce of two numbers, and one of the result by Lightning.
+        """
         loss, count = self.trainer.strategy.reduce(self._evaluated, reduce_op="sum")
-        # every rank has the same value: the maximum leaves it as it is, where a mean would round it
+        # every rank has the same value: a maximum keeps it exactly, a mean would round it
         self.log(name, (loss / count).float(), prog_bar=True, sync_dist=True, reduce_fx="max")

@@ -1,7 +1,7 @@
-"""Optimizers by name: AdamW, or the paged ones of bitsandbytes where there is a CUDA device to page from.
+"""Optimizers by name: AdamW, or a paged optimizer of bitsandbytes on CUDA.
 
-Paged optimizers keep their state in CUDA managed memory, which the driver moves to the host when the device is short of
-memory. There is nothing to page on a CPU, so `torch.optim.AdamW` is used there, and one line says so.
+Paged optimizers keep their state in CUDA managed memory, which the driver moves to the host when the device runs out of
+memory. On a CPU there is nothing to page, so that `torch.optim.AdamW` is used and one warning is logged.
 """
 
 from __future__ import annotations
@@ -38,41 +38,41 @@ def build_optimizer(
     Parameters
     ----------
     params
-        The parameters to train, or parameter groups. They may still be on another device than the one they will be
-        trained on.
+        Parameters to train, or parameter groups. They may be on another device than `device`.
     name
         ``"adamw"`` (`torch.optim.AdamW`), ``"paged_adamw_32bit"`` or ``"paged_adamw_8bit"`` (bitsandbytes; moments in
         float32, or in blockwise 8 bit).
     lr
         Learning rate.
     weight_decay
-        Decoupled weight decay, of every parameter given.
+        Decoupled weight decay of all parameters.
     betas
         Decay rates of the running first and second moment.
     eps
-        Added to the root of the second moment.
+        Term added to the square root of the second moment.
     device
-        Where the steps will be taken; by default CUDA where torch sees a CUDA device. On any other device the paged
-        optimizers fall back to `torch.optim.AdamW`, and rank zero logs which optimizer is used and why.
+        Device of the training; by default CUDA if torch sees a CUDA device. On other devices the paged optimizers fall
+        back to `torch.optim.AdamW`, and rank zero logs a warning with the reason.
 
     Returns
     -------
     torch.optim.Optimizer
-        No state is allocated yet. AdamW holds 8 bytes for an fp32 parameter, PagedAdamW8bit about 2.
+        Optimizer without allocated state. The state takes 8 bytes per fp32 parameter for AdamW, about 2 for
+        PagedAdamW8bit.
 
     Raises
     ------
     ValueError
-        If `name` is not known.
+        If `name` is unknown.
     ImportError
-        If a paged optimizer is asked for on CUDA and bitsandbytes is missing.
+        If `name` is a paged optimizer, `device` is CUDA and bitsandbytes is missing.
 
     Notes
     -----
-    Issues no collective. Under ZeRO-3 the optimizer does not see the parameters it was given: DeepSpeed replaces them
-    by flat fp32 sub-groups, each rank's share of many parameters laid end to end. What bitsandbytes decides for each
-    parameter therefore means nothing there: overrides by `bitsandbytes.optim.GlobalOptimManager` match no parameter,
-    and `min_8bit_size` (4096 elements) compares with the size of a sub-group, so small adapters are quantized too.
+    Issues no collective. Under ZeRO-3 DeepSpeed replaces the given parameters by flat fp32 sub-groups, in which each
+    rank's shares of many parameters are concatenated. Decisions of bitsandbytes per parameter therefore have no effect:
+    overrides by `bitsandbytes.optim.GlobalOptimManager` match no parameter, and `min_8bit_size` (4096 elements) is
+    compared with the size of a sub-group, so that small adapters are quantized too.
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer={name!r} is not known; valid names: {', '.join(OPTIMIZERS)}")
@@ -93,7 +93,7 @@ def build_optimizer(
         import bitsandbytes.optim
     except ImportError as error:
         raise ImportError(
-            f"optimizer={name} comes from bitsandbytes, which cannot be imported ({error}); "
+            f"optimizer={name} needs bitsandbytes, which cannot be imported ({error}); run "
             "`pip install bitsandbytes`, or use optimizer=adamw"
         ) from error
     optimizer: torch.optim.Optimizer = getattr(bitsandbytes.optim, _PAGED_CLASS[name])(params, **settings)
