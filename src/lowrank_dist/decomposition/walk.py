@@ -9,9 +9,10 @@ Either way the ranks together read every byte once, and what comes out is the sa
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -284,3 +285,13 @@ class Walk:
                     storages[_ENCODED_FROM[name]] = of_factor
             both.append(storages)
         return {name: (storage, both[1][name]) for name, storage in both[0].items()}
+
+
+class Calibrated(Protocol):
+    """A walk that looks at data first (`lowrank_dist.calibration.walk.CalibrationPass`)."""
+
+    def fingerprint(self) -> str:
+        """Digest of the data, and of what is done with them. Collective."""
+
+    def walk(self, matrices: Sequence[PlannedMatrix]) -> Walk:
+        """What decomposes `matrices`, once the data have been looked at. Collective."""

@@ -14,16 +14,16 @@ from transformers import PreTrainedModel
 
 from lowrank_dist.decomposition.restore import Resume
 from lowrank_dist.decomposition.schedule import Sharding
+from lowrank_dist.decomposition.walk import Calibrated
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import ModelError
-from lowrank_dist.initialization.source import PretrainedSource, open_source
+from lowrank_dist.initialization.source import MatrixSource, open_source
 from lowrank_dist.initialization.starting_adapter import StartingAdapter
 from lowrank_dist.methods import LoRA, Method
 from lowrank_dist.model.factor_layout import FactorLayout, TrainedFactors
 from lowrank_dist.model.names import plain_name
 from lowrank_dist.model.plan import Plan, open_plan
 from lowrank_dist.quantization.format import ResidualFormat
-from lowrank_dist.residual_model.fingerprint import Calibrated
 from lowrank_dist.residual_model.reader import ResidualModel, starts_at_zero
 from lowrank_dist.storage.reader import resolve_checkpoint
 from lowrank_dist.storage.source import WeightSource
@@ -47,7 +47,7 @@ class OpenedModel:
 
     backbone: PreTrainedModel
     plan: Plan
-    source: PretrainedSource | ResidualModel
+    source: MatrixSource
     start: StartingAdapter | None
     resume: Resume | None
 
@@ -70,21 +70,27 @@ class OpenedModel:
         advance: Callable[[int], object],
         calibrated: Calibrated | None = None,
     ) -> OpenedModel:
-        """The same model, to be filled from the cache where there is one; see `PretrainedSource.through_cache`."""
-        if not isinstance(self.source, PretrainedSource):
-            return self
-        source = self.source.through_cache(
+        """The same model, to be filled from the cache where there is one; see `MatrixSource.through_cache`."""
+        source, plan = self.source.through_cache(
             self.plan, group, factor_dtype, device=device, advance=advance, calibrated=calibrated
         )
-        if source is self.source:
-            return self
-        assert isinstance(source, ResidualModel)
-        return replace(self, source=source, plan=source.plan_of(self.plan, self.source.reader))
+        return replace(self, source=source, plan=plan)
+
+    def from_cache(self, factor_dtype: torch.dtype) -> OpenedModel:
+        """The same model, to be filled from what the cache holds complete; see `MatrixSource.from_cache`."""
+        source, plan = self.source.from_cache(self.plan, factor_dtype)
+        return replace(self, source=source, plan=plan)
 
     def check_start(self, group: ShardGroup) -> None:
         """Raise, on every rank, where the adapter to go on from is not for this model. Collective."""
         if self.start is not None:
             self.start.check(self.backbone, self.plan, self.source.reader, group)
+
+    def close(self) -> None:
+        """Close the files."""
+        self.source.close()
+        if self.start is not None:
+            self.start.close()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,8 @@
 """Where decomposed matrices come from: a pretrained checkpoint that is decomposed now, or a residual model on disk.
 
-`open_source` looks at the directory and gives one or the other; what fills a model need not know which. Where a run is
-resumed, the pretrained checkpoint is not decomposed: `lowrank_dist.decomposition.restore` takes the factors from its
-checkpoint.
+`open_source` looks at the directory and gives one or the other; what fills a model knows both as `MatrixSource`. Where
+a run is resumed, the pretrained checkpoint is not decomposed: `lowrank_dist.decomposition.restore` takes the factors
+from its checkpoint.
 """
 
 from __future__ import annotations
@@ -11,24 +11,111 @@ import glob
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from peft import LoraConfig
-from torch import Tensor
 
 from lowrank_dist.decomposition.restore import RestoredMethod, Resume, StoredDecompositions
 from lowrank_dist.decomposition.schedule import Sharding, scheduled
-from lowrank_dist.decomposition.walk import DecomposedMatrix, Walk, check_matrices
+from lowrank_dist.decomposition.walk import Calibrated, DecomposedMatrix, Walk, check_matrices
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import ModelError
 from lowrank_dist.methods import Method, PiSSA
-from lowrank_dist.model.plan import Plan, PlannedMatrix
+from lowrank_dist.model.factor_layout import FactorLayout
+from lowrank_dist.model.plan import Plan
 from lowrank_dist.quantization.dense import Dense
 from lowrank_dist.quantization.format import ResidualFormat
 from lowrank_dist.residual_model.create import decompose, is_complete
-from lowrank_dist.residual_model.fingerprint import Calibrated, fingerprint, source_fingerprint
+from lowrank_dist.residual_model.fingerprint import fingerprint, source_fingerprint
 from lowrank_dist.residual_model.reader import ResidualModel
+from lowrank_dist.storage.reader import CheckpointReader
 from lowrank_dist.storage.source import WeightSource, open_reader
+
+
+class MatrixSource(Protocol):
+    """Gives the decomposed matrices of a model: `PretrainedSource`, or a `ResidualModel`."""
+
+    @property
+    def reader(self) -> CheckpointReader:
+        """The checkpoint, or the root of the residual model."""
+
+    @property
+    def adapter(self) -> LoraConfig:
+        """PEFT's configuration of the adapter, ready for training."""
+
+    @property
+    def init(self) -> Method | None:
+        """What decomposes the matrices; None where they are stored decomposed."""
+
+    @property
+    def residual(self) -> ResidualFormat:
+        """How the residuals are stored."""
+
+    @property
+    def base(self) -> str:
+        """The pretrained model, for which converted adapters are."""
+
+    @property
+    def method(self) -> str:
+        """The initialisation, in words."""
+
+    @property
+    def starts_at_zero(self) -> bool:
+        """Whether the residual is the original itself, maybe quantized."""
+
+    @property
+    def layout(self) -> FactorLayout:
+        """Which parameters of an update are trained."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of all stored tensors."""
+
+    @property
+    def fills_cache(self) -> bool:
+        """Whether `through_cache` writes a residual model where it finds none."""
+
+    def check(self, plan: Plan) -> None:
+        """Raise ModelError or InputError where it cannot give the matrices of `plan`."""
+
+    def matrices(
+        self,
+        plan: Plan,
+        group: ShardGroup,
+        factor_dtype: torch.dtype,
+        *,
+        device: torch.device | None = None,
+        advance: Callable[[int], object] = lambda _: None,
+    ) -> Iterator[DecomposedMatrix]:
+        """All matrices of `plan`, cut for the ranks of `group`. Collective: all of them iterate to the end.
+
+        Raises
+        ------
+        CheckpointError
+            On every rank, if any rank finds a NaN or infinity or cannot read.
+        """
+
+    def through_cache(
+        self,
+        plan: Plan,
+        group: ShardGroup,
+        factor_dtype: torch.dtype,
+        *,
+        device: torch.device | None = None,
+        advance: Callable[[int], object] = lambda _: None,
+        calibrated: Calibrated | None = None,
+    ) -> tuple[MatrixSource, Plan]:
+        """What a run reads: the residual model in the cache, where there is a cache; `plan` in its names. Collective.
+
+        It is written first where it is not there. A source that is replaced is closed.
+        """
+
+    def from_cache(self, plan: Plan, factor_dtype: torch.dtype) -> tuple[MatrixSource, Plan]:
+        """The same where the cache holds the model complete, else this source. One process asks, nothing is written."""
+
+    def close(self) -> None:
+        """Close the files."""
 
 
 class PretrainedSource:
@@ -66,14 +153,23 @@ class PretrainedSource:
         resume: Resume | None = None,
     ) -> None:
         self.reader, self.resume = open_reader(directory), resume
+        self._earlier: StoredDecompositions | None = None
         if resume is not None:
-            earlier = StoredDecompositions(checkpoint=resume.checkpoint, starts_at_zero=init.starts_at_zero)
-            init = RestoredMethod(original=init, earlier=earlier)
+            self._earlier = StoredDecompositions(checkpoint=resume.checkpoint, starts_at_zero=init.starts_at_zero)
+            init = RestoredMethod(original=init, earlier=self._earlier)
         self.adapter, self.init, self.residual, self.base, self.cache = adapter, init, residual, base, cache
         self.method, self.starts_at_zero, self.layout = str(init), init.starts_at_zero, init.layout
-        self.sharding = sharding
-        self.announce = announce
-        self.statistics: Callable[[PlannedMatrix], Tensor] | None = None
+        self.sharding, self.announce = sharding, announce
+
+    @property
+    def nbytes(self) -> int:
+        """Of the checkpoint."""
+        return self.reader.nbytes
+
+    @property
+    def fills_cache(self) -> bool:
+        """Whether `through_cache` writes a residual model where it finds none."""
+        return self.cache is not None and self.resume is None
 
     def check(self, plan: Plan) -> None:
         """Raise InputError where the matrices of `plan` cannot be decomposed as asked."""
@@ -97,9 +193,9 @@ class PretrainedSource:
             On every rank, if any rank finds a NaN or infinity or cannot read, or if the checkpoint of a run that is
             resumed lacks factors.
         """
-        if self.resume is not None and isinstance(self.init, RestoredMethod):
+        if self.resume is not None and self._earlier is not None:
             with group.shared_errors():
-                self.init.earlier.check_factors(plan, factor_dtype, self.resume.reports)
+                self._earlier.check_factors(plan, factor_dtype, self.resume.reports)
         walk = self._walk(group, factor_dtype, device, advance)
         yield from scheduled(walk, plan.matrices, self.sharding, self.announce)
 
@@ -118,7 +214,6 @@ class PretrainedSource:
             factor_dtype=factor_dtype,
             device=device,
             advance=advance,
-            statistics=self.statistics,
             known=None if self.resume is None else self.resume.reports,
         )
 
@@ -131,17 +226,18 @@ class PretrainedSource:
         device: torch.device | None = None,
         advance: Callable[[int], object] = lambda _: None,
         calibrated: Calibrated | None = None,
-    ) -> PretrainedSource | ResidualModel:
+    ) -> tuple[MatrixSource, Plan]:
         """The residual model of this checkpoint in the cache, written first where it is not there. Collective.
 
-        Without a cache: this very source, nothing is communicated. Of a run that is resumed: the residual model if
-        that is what the run started from, else this source. `calibrated`: see
+        And `plan` in its names. Without a cache: this very source, nothing is communicated. Of a run that is resumed:
+        the residual model if that is what the run started from, else this source. `calibrated`: see
         `lowrank_dist.residual_model.create.decompose`.
         """
         if self.cache is None:
-            return self
+            return self, plan
         if self.resume is not None:
-            return self._cached(Path(self.cache), group, self.resume.source)
+            started_from = self._started_from(Path(self.cache), group, self.resume.source)
+            return (self, plan) if started_from is None else self._replaced_by(started_from, plan)
         walk = self._walk(group, factor_dtype, device, advance)
         key, directory = self._cache_key(walk, plan, self.cache, calibrated)
         decompose(
@@ -155,9 +251,26 @@ class PretrainedSource:
             announce=self.announce,
             calibrated=calibrated,
         )
-        self.close()
         with group.shared_errors():  # a shared file system may show it late to some
-            return ResidualModel(directory, self.residual)
+            stored = ResidualModel(directory, self.residual)
+        return self._replaced_by(stored, plan)
+
+    def from_cache(self, plan: Plan, factor_dtype: torch.dtype) -> tuple[MatrixSource, Plan]:
+        """The residual model that `through_cache` would find complete, else this source; one process asks.
+
+        This source for methods that look at data, which are part of what a residual model is looked up by.
+        """
+        if self.cache is None or self.init.statistic is not None:
+            return self, plan
+        walk = self._walk(ShardGroup.single(), factor_dtype, None, lambda _: None)
+        key, directory = self._cache_key(walk, plan, self.cache)
+        if not is_complete(directory, key):
+            return self, plan
+        return self._replaced_by(ResidualModel(directory, self.residual), plan)
+
+    def _replaced_by(self, stored: ResidualModel, plan: Plan) -> tuple[MatrixSource, Plan]:
+        self.close()
+        return stored, stored.plan_of(plan, self.reader)
 
     def _cache_key(
         self, walk: Walk, plan: Plan, cache: str | os.PathLike[str], calibrated: Calibrated | None = None
@@ -170,19 +283,8 @@ class PretrainedSource:
     def _cached_name(self) -> str:
         return f"{self.reader.directory.name}-{self.method}"
 
-    def in_cache(self, plan: Plan, factor_dtype: torch.dtype) -> Path | None:
-        """Directory of the residual model that `through_cache` would find complete; one process asks.
-
-        None for methods that look at data, which are part of what it is looked up by.
-        """
-        if self.cache is None or self.init.statistic is not None:
-            return None
-        walk = self._walk(ShardGroup.single(), factor_dtype, None, lambda _: None)
-        key, directory = self._cache_key(walk, plan, self.cache)
-        return directory if is_complete(directory, key) else None
-
-    def _cached(self, cache: Path, group: ShardGroup, source: str) -> PretrainedSource | ResidualModel:
-        """The residual model of the cache with the `source_fingerprint` `source`, else this source. Collective."""
+    def _started_from(self, cache: Path, group: ShardGroup, source: str) -> ResidualModel | None:
+        """The residual model of the cache with the `source_fingerprint` `source`, if it is there. Collective."""
         found: list[Path] = []
         with group.shared_errors():
             if group.rank == 0:
@@ -194,16 +296,15 @@ class PretrainedSource:
             with group.shared_errors():
                 stored = ResidualModel(directory, self.residual)
             if source_fingerprint(stored.reader, group) == source:
-                self.close()
                 return stored
             stored.close()
-        return self
+        return None
 
     def close(self) -> None:
         """Close the files."""
         self.reader.close()
-        if isinstance(self.init, RestoredMethod):
-            self.init.earlier.close()
+        if self._earlier is not None:
+            self._earlier.close()
 
 
 def open_source(
@@ -218,7 +319,7 @@ def open_source(
     sharding: Sharding | None = None,
     announce: Callable[[str], object] = lambda _: None,
     resume: Resume | None = None,
-) -> PretrainedSource | ResidualModel:
+) -> MatrixSource:
     """The checkpoint, or the residual model, at `directory`.
 
     Parameters

@@ -10,12 +10,12 @@ from pathlib import Path
 from peft import LoraConfig
 
 from lowrank_dist.decomposition.schedule import Sharding, scheduled
-from lowrank_dist.decomposition.walk import Walk
+from lowrank_dist.decomposition.walk import Calibrated, Walk
 from lowrank_dist.errors import InputError, ModelError
 from lowrank_dist.methods import Method
 from lowrank_dist.model.factor_layout import stored_layout
 from lowrank_dist.model.plan import Plan
-from lowrank_dist.residual_model.fingerprint import Calibrated, fingerprint
+from lowrank_dist.residual_model.fingerprint import fingerprint
 from lowrank_dist.residual_model.writer import ResidualModelWriter
 from lowrank_dist.storage.layout import MANIFEST
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable
 
-from lowrank_dist.decomposition.walk import Walk
+from lowrank_dist.decomposition.walk import Calibrated, Walk
 from lowrank_dist.distributed.group import ShardGroup
-from lowrank_dist.model.plan import Plan, PlannedMatrix
+from lowrank_dist.model.plan import Plan
 from lowrank_dist.residual_model.writer import FORMAT
 from lowrank_dist.storage.reader import CheckpointReader
 
@@ -24,16 +23,6 @@ def source_fingerprint(reader: CheckpointReader, group: ShardGroup) -> str:
     it would cost a second read). Rank 0 computes it, the others are told. Collective.
     """
     return computed_on_rank_0(lambda: _hashed_source(reader).hexdigest(), group)
-
-
-class Calibrated(Protocol):
-    """A walk that looks at data first (`lowrank_dist.calibration.walk.CalibrationPass`)."""
-
-    def fingerprint(self) -> str:
-        """Digest of the data, and of what is done with them. Collective."""
-
-    def walk(self, matrices: Sequence[PlannedMatrix]) -> Walk:
-        """What decomposes `matrices`, once the data have been looked at. Collective."""
 
 
 def fingerprint(walk: Walk, plan: Plan, calibrated: Calibrated | None = None) -> str:

@@ -29,7 +29,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from lowrank_dist.decomposition.report import MatrixReport
-from lowrank_dist.decomposition.walk import DecomposedMatrix
+from lowrank_dist.decomposition.walk import Calibrated, DecomposedMatrix
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import FlatPartition, RowPartition
 from lowrank_dist.errors import CheckpointError, ModelError
@@ -148,12 +148,17 @@ class ResidualModel:
         where there is no manifest, what the initial adapter says.
     layout : FactorLayout
         What of its updates is trained.
+    init : None
+        Nothing is decomposed: all matrices are stored as they are wanted.
 
     Raises
     ------
     CheckpointError
         Where `directory` is no residual model or cannot be read.
     """
+
+    init: Method | None = None
+    fills_cache = False
 
     def __init__(self, directory: str | Path, dense: ResidualFormat) -> None:
         self.directory = Path(directory)
@@ -251,6 +256,23 @@ class ResidualModel:
             return plan
         matrices = [replace(planned, key=packed_name(planned, source)) for planned in plan.matrices]
         return replace(plan, matrices=matrices)
+
+    def through_cache(
+        self,
+        plan: Plan,
+        group: ShardGroup,
+        factor_dtype: torch.dtype,
+        *,
+        device: torch.device | None = None,
+        advance: Callable[[int], object] = lambda _: None,
+        calibrated: Calibrated | None = None,
+    ) -> tuple[ResidualModel, Plan]:
+        """This very model, which a cache would not hold otherwise. Communicates nothing."""
+        return self, plan
+
+    def from_cache(self, plan: Plan, factor_dtype: torch.dtype) -> tuple[ResidualModel, Plan]:
+        """This very model, see `through_cache`."""
+        return self, plan
 
     def matrices(
         self,

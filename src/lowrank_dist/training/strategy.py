@@ -32,7 +32,6 @@ from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import InputError, ModelError
 from lowrank_dist.initialization.materialize import Materialized, materialize
 from lowrank_dist.initialization.open import ModelRecipe, OpenedModel
-from lowrank_dist.initialization.source import PretrainedSource
 from lowrank_dist.initialization.trainable import make_trainable
 from lowrank_dist.layers.folded import FoldAdapters
 from lowrank_dist.methods import Method
@@ -470,7 +469,7 @@ class PiSSAStrategy(CheckpointedStrategy):
     ) -> Materialized:
         """Make the parameters of the model, from its source and the adapter to start from. Collective."""
         backbone, plan, source, group = opened.backbone, opened.plan, opened.source, partitioner.group
-        if calibrated is not None and isinstance(source, PretrainedSource):
+        if calibrated is not None and source.init is not None:
             result = calibrated.materialize()
         else:
             matrices = source.matrices(plan, group, self._factor_dtype, device=partitioner.device, advance=advance)
@@ -524,7 +523,7 @@ class PiSSAStrategy(CheckpointedStrategy):
     ) -> CalibrationPass | None:
         """The calibration pass, where one is due; `stack` leaves the training data and random states as they were."""
         source, module, calibration = opened.source, self.lightning_module, self.calibration or Calibration()
-        if not isinstance(source, PretrainedSource) or source.init.statistic is None:
+        if source.init is None or source.init.statistic is None:
             return None
         assert module is not None
         with partitioner.group.shared_errors():

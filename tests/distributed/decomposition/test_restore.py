@@ -88,14 +88,13 @@ def run(pretrained: Path, case: Case, resume: Resume | None = None, cache: Path 
     inject_adapter(backbone, config)
     plan = plan_walk(backbone, source.reader, tied)
     source.check(plan)
-    if isinstance(source, PretrainedSource):
-        source = source.through_cache(plan, group, case.factor_dtype)
+    source, plan = source.through_cache(plan, group, case.factor_dtype)
     options: dict[str, Any] = {
         "residual": source.residual,
         "compute_dtype": FP32,
         "factor_dtype": case.factor_dtype,
     }
-    if isinstance(source, PretrainedSource) and source.init.statistic is not None:
+    if source.init is not None and source.init.statistic is not None:
         batch = {"input_ids": torch.arange(2, 34).view(2, 16) + group.rank}
         result = CalibrationPass(
             backbone,

@@ -11,11 +11,9 @@ from lowrank_dist.decomposition.schedule import Sharding
 from lowrank_dist.errors import InputError
 from lowrank_dist.forecast import ModelShapes, RunSpec
 from lowrank_dist.initialization.open import ModelRecipe, OpenedModel
-from lowrank_dist.initialization.source import PretrainedSource
 from lowrank_dist.initialization.starting_adapter import StartingAdapter
 from lowrank_dist.methods import LoRA
 from lowrank_dist.model.skeleton import build_skeleton, read_config
-from lowrank_dist.residual_model.reader import ResidualModel
 from lowrank_dist.training.strategy import PiSSAStrategy
 
 
@@ -48,33 +46,22 @@ def with_adapters(strategy: PiSSAStrategy, source: Path, job: RunSpec) -> tuple[
         resume=None,
     )
     try:
-        return _of_weights(opened, opened.source, job)
+        opened = opened.from_cache(job.factor_dtype)
+        return _of_weights(opened, job)
     finally:
-        opened.source.close()
-        if opened.start is not None:
-            opened.start.close()
+        opened.close()
 
 
-def _of_weights(
-    opened: OpenedModel, source: PretrainedSource | ResidualModel, job: RunSpec
-) -> tuple[ModelShapes, RunSpec]:
-    if isinstance(source, ResidualModel):
-        return _of_decomposed(opened, source, job)
-    cached = source.in_cache(opened.plan, job.factor_dtype)
-    if cached is not None:
-        stored = ResidualModel(cached, source.residual)
-        try:
-            plan = stored.plan_of(opened.plan, source.reader)
-            return _of_decomposed(replace(opened, plan=plan), stored, job)
-        finally:
-            stored.close()
-    shapes = ModelShapes.planned(opened.backbone, opened.plan, source.reader)
-    return shapes, replace(job, init=source.init, residual=source.residual, fills_cache=source.cache is not None)
-
-
-def _of_decomposed(opened: OpenedModel, stored: ResidualModel, job: RunSpec) -> tuple[ModelShapes, RunSpec]:
-    shapes = ModelShapes.planned(opened.backbone, opened.plan, stored.reader, nbytes=stored.nbytes)
-    return shapes, replace(job, init=None, residual=stored.residual, starts_at_zero=stored.starts_at_zero)
+def _of_weights(opened: OpenedModel, job: RunSpec) -> tuple[ModelShapes, RunSpec]:
+    source = opened.source
+    shapes = ModelShapes.planned(opened.backbone, opened.plan, source.reader, nbytes=source.nbytes)
+    return shapes, replace(
+        job,
+        init=source.init,
+        residual=source.residual,
+        starts_at_zero=source.starts_at_zero,
+        fills_cache=source.fills_cache,
+    )
 
 
 def _of_dimensions(
