@@ -98,29 +98,4 @@ def _own_range(checkpoint: TrainingCheckpoint, part: str, key: str, shape: torch
 def earlier_run(checkpoint: TrainingCheckpoint) -> Resume:
     """Files and reports from which the residual is formed again."""
     reports = (MatrixReport.from_dict(entry) for entry in checkpoint.manifest["matrices"])
-    return Resume(
-        checkpoint=checkpoint.directory,
-        source=checkpoint.manifest["source"],
-        reports={report.name: report for report in reports},
-    )
-
-
-def check_settings(checkpoint: TrainingCheckpoint, **settings: object) -> None:
-    """Raise CheckpointError if a setting differs from the manifest. Called before anything is decomposed."""
-    for name, value in settings.items():
-        if checkpoint.manifest[name] != value:
-            raise CheckpointError(
-                f"{checkpoint.directory}: {name} is {value!r}, but the run that wrote the checkpoint had "
-                f"{checkpoint.manifest[name]!r}; resume with the same one"
-            )
-
-
-def check_source(checkpoint: TrainingCheckpoint, fingerprint: str) -> None:
-    """Raise CheckpointError if the pretrained weights are not those that the run started from."""
-    before = checkpoint.manifest["pretrained_fingerprint"]
-    if before != fingerprint:
-        raise CheckpointError(
-            f"{checkpoint.directory}: the pretrained weights have changed since it was written (it started from "
-            f"{checkpoint.manifest['pretrained']!r}, fingerprint {before[:12]}, now "
-            f"{fingerprint[:12]}); resume with the weights of the first run"
-        )
+    return Resume.from_facts(checkpoint.directory, checkpoint.manifest, reports)

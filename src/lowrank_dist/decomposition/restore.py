@@ -9,9 +9,10 @@ same is what `check_digests` checks.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -270,13 +271,48 @@ class Resume:
     ----------
     checkpoint
         Directory with the factors, see `lowrank_dist.decomposition.restore.StoredDecompositions`.
+    pretrained, pretrained_fingerprint
+        What the run began from, as the user called it, and its
+        `lowrank_dist.residual_model.fingerprint.source_fingerprint`.
     source
-        `lowrank_dist.residual_model.fingerprint.source_fingerprint` of what the run started from: the pretrained
-        checkpoint, or the residual model.
+        The fingerprint of what the model was filled from: the pretrained checkpoint, or its residual model in a cache.
+    method, quantization
+        How it was decomposed, and the format of a quantized residual.
     reports
         What was measured on the matrices, by their names; they are not measured again.
     """
 
     checkpoint: Path
+    pretrained: str
+    pretrained_fingerprint: str
     source: str
+    method: str
+    quantization: str | None
     reports: Mapping[str, MatrixReport] = field(default_factory=dict)
+
+    @classmethod
+    def from_facts(cls, checkpoint: Path, facts: Mapping[str, Any], reports: Iterable[MatrixReport]) -> Resume:
+        """From entries of a manifest (`lowrank_dist.initialization.build.BuiltModel.facts`); others are passed over."""
+        known = {entry.name: facts[entry.name] for entry in fields(cls) if entry.name not in ("checkpoint", "reports")}
+        return cls(checkpoint=checkpoint, reports={report.name: report for report in reports}, **known)
+
+    def check_settings(self, *, method: str, quantization: str | None) -> None:
+        """Raise CheckpointError where a setting is not that of the run; before anything is decomposed."""
+        for name, before, value in (
+            ("method", self.method, method),
+            ("quantization", self.quantization, quantization),
+        ):
+            if before != value:
+                raise CheckpointError(
+                    f"{self.checkpoint}: {name} is {value!r}, but the run that wrote the checkpoint had {before!r}; "
+                    "resume with the same one"
+                )
+
+    def check_pretrained(self, fingerprint: str) -> None:
+        """Raise CheckpointError where the pretrained weights are not those that the run began from."""
+        if self.pretrained_fingerprint != fingerprint:
+            raise CheckpointError(
+                f"{self.checkpoint}: the pretrained weights have changed since it was written (it began from "
+                f"{self.pretrained!r}, fingerprint {self.pretrained_fingerprint[:12]}, now {fingerprint[:12]}); resume "
+                "with the weights of the first run"
+            )

@@ -105,6 +105,17 @@ class ModelRecipe:
     revision: str | None = None
     untie_embeddings: bool = False
 
+    @property
+    def name(self) -> str:
+        """What the user called the pretrained model, or what its source is called."""
+        return self.pretrained if isinstance(self.pretrained, str) else self.pretrained.name
+
+    @property
+    def location(self) -> str:
+        """Directories as absolute paths, hub ids and names of sources as they are."""
+        is_directory = isinstance(self.pretrained, str) and Path(self.pretrained).is_dir()
+        return str(Path(self.name).absolute()) if is_directory else self.name
+
     def directories(self) -> tuple[Path | WeightSource, Path | None]:
         """Of the pretrained model, and of the adapter to go on from where it is to be one; fetched if need be.
 
@@ -150,7 +161,7 @@ class ModelRecipe:
             start = self._starting_adapter(adapter_directory, directory)
             adapter, init = start.config, None if _is_decomposed(directory) else LoRA()
         source = open_source(
-            self.pretrained if isinstance(self.pretrained, str) else self.pretrained.name,
+            self.name,
             directory,
             adapter=adapter if isinstance(adapter, LoraConfig) else None,
             init=init,

@@ -2,41 +2,56 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from transformers import PreTrainedModel
 
+from lowrank_dist.errors import ModelError
 from lowrank_dist.layers.folded import FoldAdapters, fold_adapters
 from lowrank_dist.zero3.partition import gather_by_layer, register_used_parameters
 
 
-def make_trainable(
-    backbone: PreTrainedModel,
-    *,
-    gradient_checkpointing: bool,
-    use_reentrant: bool,
-    fold: FoldAdapters,
-    autocast: torch.autocast | None,
-) -> None:
-    """Set up how `backbone` computes and is gathered, in place. Communicates nothing.
+@dataclass(frozen=True, kw_only=True)
+class Computation:
+    """How a model computes once it is filled.
 
     Parameters
     ----------
-    backbone
-        Its parameters are partitioned.
-    gradient_checkpointing, use_reentrant, fold
+    gradient_checkpointing, use_reentrant, fold_adapters
         See `lowrank_dist.PiSSAStrategy`.
     autocast
-        Wraps the forward. The engine's own would not reach ``validate``, and it switches an outer one off.
+        Dtype of an autocast around the forward. The engine's own would not reach ``validate``, and it switches an outer
+        one off. None: no autocast.
     """
-    if gradient_checkpointing:
-        options = {"use_reentrant": use_reentrant}
+
+    gradient_checkpointing: bool = False
+    use_reentrant: bool = False
+    fold_adapters: FoldAdapters = "never"
+    autocast: torch.dtype | None = None
+
+    def check(self, backbone: PreTrainedModel) -> None:
+        """Raise ModelError where `backbone` cannot compute so."""
+        if self.gradient_checkpointing and not backbone.supports_gradient_checkpointing:
+            raise ModelError(
+                f"{type(backbone).__name__} does not support gradient checkpointing; pass gradient_checkpointing=False"
+            )
+
+
+def make_trainable(backbone: PreTrainedModel, computation: Computation, device: torch.device) -> None:
+    """Set up how `backbone`, whose parameters are partitioned, computes on `device` and is gathered, in place.
+
+    Communicates nothing.
+    """
+    if computation.gradient_checkpointing:
+        options = {"use_reentrant": computation.use_reentrant}
         if hasattr(backbone, "activation_checkpointing_enable"):
             backbone.activation_checkpointing_enable(options)
         else:  # its name before transformers 5.23
             backbone.gradient_checkpointing_enable(options)
-    for layer in fold_adapters(backbone, fold):
+    for layer in fold_adapters(backbone, computation.fold_adapters):
         register_used_parameters(layer, layer.parameters())
-    if autocast is not None:
-        backbone.forward = autocast(backbone.forward)
+    if computation.autocast is not None:
+        backbone.forward = torch.autocast(device.type, dtype=computation.autocast)(backbone.forward)
     gather_by_layer(backbone)
     backbone.enable_input_require_grads()  # for gather_by_layer, and for reentrant checkpointing

@@ -1,4 +1,4 @@
-"""Batches of a calibration pass from the Trainer's training data, read without changing what training sees."""
+"""The calibration pass over the Trainer's training data, read without changing what training sees."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader
 
 from lowrank_dist.calibration.measure import Calibration, Step, model_loss, step_name
+from lowrank_dist.calibration.walk import CalibrationPass
 from lowrank_dist.errors import InputError
+from lowrank_dist.initialization.open import OpenedModel
+from lowrank_dist.zero3.partition import Partitioner
 
 
 @contextmanager
@@ -62,6 +65,50 @@ def calibration_batches(trainer: Trainer, calibration: Calibration) -> Iterator[
                 yield strategy.batch_to_device(batch, strategy.root_device)
 
         yield on_device()
+
+
+@contextmanager
+def calibration_pass(
+    opened: OpenedModel,
+    partitioner: Partitioner,
+    *,
+    module: LightningModule,
+    calibration: Calibration,
+    autocast: torch.dtype | None,
+    compute_dtype: torch.dtype,
+    factor_dtype: torch.dtype,
+    fp32_norms: bool,
+    advance: Callable[[int], object],
+) -> Iterator[CalibrationPass]:
+    """The pass over what training would see; a `lowrank_dist.initialization.build.Calibrate` but for three arguments.
+
+    Parameters
+    ----------
+    opened, partitioner, compute_dtype, factor_dtype, fp32_norms, advance
+        From `lowrank_dist.initialization.build.build_model`.
+    module
+        Of the Trainer; see `calibration_batches` and `calibration_step`.
+    calibration, autocast
+        See `calibration_step`.
+    """
+    source = opened.source
+    assert source.init is not None
+    with calibration_batches(module.trainer, calibration) as batches:
+        yield CalibrationPass(
+            opened.backbone,
+            opened.plan,
+            source.reader,
+            partitioner,
+            batches,
+            calibration=calibration,
+            init=source.init,
+            step=calibration_step(module, calibration, autocast),
+            residual=source.residual,
+            compute_dtype=compute_dtype,
+            factor_dtype=factor_dtype,
+            fp32_norms=fp32_norms,
+            advance=advance,
+        )
 
 
 def _training_loaders(trainer: Trainer) -> CombinedLoader:

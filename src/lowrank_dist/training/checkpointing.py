@@ -17,7 +17,6 @@ from typing import Any
 
 import lightning
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
@@ -29,11 +28,12 @@ from lowrank_dist.checkpoints.writer import CheckpointWriter
 from lowrank_dist.distributed.gather_to_owner import gather_to_owners
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import CheckpointError
+from lowrank_dist.training.stage3 import Stage3Strategy
 from lowrank_dist.zero3.optimizer import ShardedOptimizer
 from lowrank_dist.zero3.partition import is_partitioned, local_shard, whole_shape
 
 
-class CheckpointedStrategy(DeepSpeedStrategy):
+class CheckpointedStrategy(Stage3Strategy):
     """DeepSpeed at ZeRO stage 3 with checkpoints of trained parameters only.
 
     A subclass calls `_checkpoints_with` once its model is sharded. `_resumed` is the checkpoint that was passed to the
@@ -42,7 +42,7 @@ class CheckpointedStrategy(DeepSpeedStrategy):
     Parameters
     ----------
     **options
-        Options of `DeepSpeedStrategy`.
+        Options of `Stage3Strategy`.
     """
 
     #: Tells data modules that a resumed run repeats the batches of an unfinished step.
@@ -50,7 +50,7 @@ class CheckpointedStrategy(DeepSpeedStrategy):
 
     def __init__(self, **options: Any) -> None:
         options["exclude_frozen_parameters"] = True
-        super().__init__(stage=3, **options)
+        super().__init__(**options)
         self._writer: CheckpointWriter | None = None
         self._saver: Saver | None = None
         self._background: list[Future[None]] | None = None

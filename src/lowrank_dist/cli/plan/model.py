@@ -10,7 +10,7 @@ from peft import LoraConfig
 from lowrank_dist.decomposition.schedule import Sharding
 from lowrank_dist.errors import InputError
 from lowrank_dist.forecast import ModelShapes, RunSpec
-from lowrank_dist.initialization.open import ModelRecipe, OpenedModel
+from lowrank_dist.initialization.open import OpenedModel
 from lowrank_dist.initialization.starting_adapter import StartingAdapter
 from lowrank_dist.methods import LoRA
 from lowrank_dist.model.skeleton import build_skeleton, read_config
@@ -31,14 +31,7 @@ def with_adapters(strategy: PiSSAStrategy, source: Path, job: RunSpec) -> tuple[
     adapter = _local_adapter(strategy.adapter)
     if not (source.is_dir() and any(source.glob("*.safetensors"))):
         return _of_dimensions(strategy, adapter, source, job)
-    opened = ModelRecipe(
-        pretrained=str(source),
-        adapter=adapter,
-        init=strategy.init,
-        quantization=strategy.quantization,
-        cache=strategy.init_cache,
-        untie_embeddings=strategy.untie_embeddings,
-    ).open(
+    opened = replace(strategy.recipe, pretrained=str(source), adapter=adapter, revision=None).open(
         build_skeleton(source, read_config(source)),
         compute_dtype=job.compute_dtype,
         sharding=Sharding(ranks_per_matrix=strategy.ranks_per_matrix, ranks_per_node=job.gpus_per_node),

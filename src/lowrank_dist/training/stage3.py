@@ -1,0 +1,164 @@
+"""Lightning's DeepSpeed strategy at ZeRO stage 3, on CPUs too, with settings for frozen weights that are gathered."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+
+from lowrank_dist.distributed.group import ShardGroup
+from lowrank_dist.errors import InputError
+from lowrank_dist.zero3.partition import live_budget, use_cpu_accelerator
+
+
+class Stage3Strategy(DeepSpeedStrategy):
+    """DeepSpeed at ZeRO stage 3 on any accelerator; partitions are written in place.
+
+    Parameters
+    ----------
+    **options
+        Of `DeepSpeedStrategy`, except ``stage``.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        known = inspect.signature(DeepSpeedStrategy.__init__).parameters
+        for option in options:
+            if option not in known or option == "stage":
+                raise ValueError(
+                    f"PiSSAStrategy: unknown option {option}={options[option]!r}; beside its own it takes "
+                    f"those of DeepSpeedStrategy except stage: {', '.join(sorted(set(known) - {'self', 'stage'}))}"
+                )
+        super().__init__(stage=3, **options)
+        # ZeRO settings that the user has chosen are left alone; the command line passes all, mostly at their defaults.
+        self._chosen = {key for key, value in options.items() if value != known[key].default}
+        if options.get("config") is not None:
+            self._chosen |= set(self._deepspeed_config.get("zero_optimization", {}))
+        zero = self._deepspeed_config.setdefault("zero_optimization", {})
+        if zero.setdefault("stage", 3) != 3:
+            raise ValueError(
+                f"PiSSAStrategy: the DeepSpeed config sets zero_optimization.stage={zero['stage']}; it must be 3"
+            )
+        # Adapters are small: an offloaded optimizer may be any, not only DeepSpeed's own CPU Adam.
+        self._deepspeed_config.setdefault("zero_force_ds_cpu_optimizer", False)
+        if zero.get("offload_param", {}).get("device") == "nvme":
+            raise ValueError(
+                "PiSSAStrategy: parameters cannot be offloaded to 'nvme', only to 'cpu' (offload_parameters=True): "
+                "partitions are written in place"
+            )
+
+    def setup_environment(self) -> None:
+        if isinstance(self.accelerator, CPUAccelerator):
+            use_cpu_accelerator()
+        DDPStrategy.setup_environment(self)  # DeepSpeedStrategy's own refuses every accelerator but CUDA
+
+    def setup_distributed(self) -> None:
+        if self.root_device.type == "cuda":
+            super().setup_distributed()
+            return
+        reset_seed()  # the parent's, without its check of CUDA device indices
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    @property
+    def root_device(self) -> torch.device:
+        device = super().root_device
+        return torch.device("cpu", 0) if device.type == "cpu" else device  # DeepSpeed wants an index
+
+    @staticmethod
+    def _check_accumulation(trainer: Trainer) -> None:
+        """Before weights are read; Lightning refuses it too, but when training starts."""
+        for callback in trainer.callbacks if trainer.state.fn == TrainerFn.FITTING else []:  # type: ignore[attr-defined]
+            if isinstance(callback, GradientAccumulationScheduler):
+                raise InputError(
+                    f"GradientAccumulationScheduler(scheduling={callback.scheduling}): all epochs must "
+                    "accumulate as many batches, since checkpoints count steps with their number; leave the callback "
+                    "out and pass Trainer(accumulate_grad_batches=N)"
+                )
+
+    def _auto_select_batch_size(self) -> int:
+        """Examples of a training batch, by which DeepSpeed counts samples; 1 where nothing is trained or none is known.
+
+        The parent asks for the training loader in every stage, but a data module needs one only to be fitted. It also
+        takes for granted that a loader makes its own batches, of a fixed size.
+        """
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        source = trainer.fit_loop._data_source
+        if trainer.state.fn != TrainerFn.FITTING or not source.is_defined():
+            return 1
+        sampler = getattr(source.dataloader(), "batch_sampler", None)
+        return getattr(sampler, "batch_size", None) or 1
+
+    @property
+    def handles_gradient_accumulation(self) -> bool:
+        """False, unlike the parent's: Lightning decides which batches end a step.
+
+        `block_backward_sync` tells DeepSpeed, whose own counter knows nothing of the ends of epochs.
+        """
+        return False
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Around a batch that does not end a step: its gradients are kept, and the next ones added to them."""
+        engine = self.deepspeed_engine
+        engine.set_gradient_accumulation_boundary(False)
+        try:
+            yield
+            engine.step()  # not the optimizer's: it counts the batch and stops DeepSpeed's timers
+        finally:
+            engine.set_gradient_accumulation_boundary(True)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().training_step(*args, **kwargs)
+        assert self.lightning_module is not None
+        if output is None and self.lightning_module.automatic_optimization:
+            raise InputError(
+                "training_step returned None: a rank that skips its backward pass would leave the others waiting for "
+                "its gradients; return a loss, or loss * 0"
+            )
+        return output
+
+    def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Backward through DeepSpeed's engine, the loss divided once by the batches that are accumulated.
+
+        Lightning has divided it already where it optimizes by itself; DeepSpeed would do so again.
+        """
+        assert self.lightning_module is not None
+        if self.lightning_module.automatic_optimization:
+            kwargs.setdefault("scale_wrt_gas", False)
+        return super().backward(closure_loss, optimizer, *args, **kwargs)
+
+    def _keep_gathered(self, backbone: nn.Module, layers: int) -> None:
+        """Bound gathered weights to about `layers` decoder layers, but for settings that the user has chosen."""
+        zero = self._deepspeed_config["zero_optimization"]
+        zero |= {key: value for key, value in live_budget(backbone, layers).items() if key not in self._chosen}
+
+    def _replicas(self, shard_within: str) -> int:
+        """How many times the frozen parameters are held. Collective where more than once."""
+        if shard_within == "world" or self.num_nodes == 1:
+            return 1
+        everyone = ShardGroup(device=self.root_device)
+        with everyone.shared_errors():
+            ranks_per_node = everyone.size // self.num_nodes
+            if self.global_rank % ranks_per_node != self.local_rank:
+                raise InputError(
+                    f"shard_within='node': rank {self.global_rank} is number {self.local_rank} of its node, but with "
+                    f"{ranks_per_node} consecutive ranks a node it would be {self.global_rank % ranks_per_node}; start "
+                    "ranks node by node (srun --distribution=block)"
+                )
+        return self.num_nodes
+
+    @property
+    def _deepspeed_config(self) -> dict[str, Any]:
+        assert isinstance(self.config, dict)
+        return self.config
