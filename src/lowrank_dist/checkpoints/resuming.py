@@ -1,4 +1,4 @@
-"""Training state of a checkpoint into a sharded model, on any number of ranks: each reads its own flat ranges."""
+"""Loads a checkpoint into a sharded model, on any number of ranks. Each rank reads only its own flat ranges."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def load_parameters(
 ) -> None:
     """Overwrite this rank's partitions of `trained` parameters with their values in `checkpoint`.
 
-    Before an engine of DeepSpeed is made, whose fp32 copies begin from them. Collective.
+    Must be called before DeepSpeed's engine exists, which copies its fp32 masters from the parameters. Collective.
 
     Raises
     ------
     CheckpointError
-        On every rank, where a parameter is missing or has another shape.
+        On every rank, if a parameter is missing or has another shape.
     """
     with group.shared_errors():
         before = checkpoint.manifest["trained"]
@@ -65,7 +65,7 @@ def load_optimizer(
     Raises
     ------
     CheckpointError
-        On every rank, where something is missing or has another shape.
+        On every rank, if a tensor is missing or has another shape.
     """
     names = {id(parameter): name for name, parameter in trained.items()}
     kinds = {key.rpartition(".")[2] for key in checkpoint.part(OPTIMIZER) if key not in trained}
