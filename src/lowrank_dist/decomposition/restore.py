@@ -223,9 +223,9 @@ class StoredFactors:
         inputs = matrix.partition.rows if matrix.input_first else matrix.partition.columns
         width = inputs if factor == "lora_A" else matrix.rank
         where = positions(factor, partition.rows * width, *matrix.expert)[start * width : stop * width]
-        return self._of_experts.read(self._flat, name, where).view(-1, width).to(matrix.block.device)
+        return self._of_experts.read(self._read, name, where).view(-1, width).to(matrix.block.device)
 
-    def _flat(self, name: str, start: int, stop: int) -> Tensor:
+    def _read(self, name: str, start: int, stop: int) -> Tensor:
         """Whole rows of a tensor, flattened: elements ``start:stop``."""
         width = self._reader.info(name).shape[1]
         rows = self._reader.rows(name, start // width, stop // width)
