@@ -40,7 +40,8 @@ def run(argv: Sequence[str]) -> int:
     quantized = options.quantization == "nf4" or (options.quantization is None and name in (*QUANTIZED, "loftq"))
     if name in QUANTIZED and not quantized:
         raise InputError(f"--method {name} has an NF4 residual; leave --quantization out, or use {QUANTIZED[name]}")
-    init: Method = _method(name)(**vars(options.init))
+    settings = options.get("init")  # absent where the method has none
+    init: Method = _method(name)(**({} if settings is None else vars(settings)))
     check_calibration(init, options)
     looks = init.statistic is not None
     with shard_group(options.accelerator, sharded_model=looks) as (group, device):

@@ -8,11 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from helpers.command import lowrank_dist
 from lowrank_dist.cli import main
+from lowrank_dist.cli.decompose import QUANTIZED
+from lowrank_dist.methods import METHODS
+from lowrank_dist.quantization import Dense
+from lowrank_dist.residual_model.reader import ResidualModel
 
 
 def test_decompose_with_two_ranks_then_report(llama: Path, tmp_path: Path) -> None:
@@ -77,3 +82,11 @@ def test_a_report_of_nothing(tmp_path: Path) -> None:
     done = lowrank_dist("report", tmp_path)
     assert done.returncode == 1
     assert "holds no lowrank_dist.json; pass a residual model" in done.stderr
+
+
+@pytest.mark.parametrize("method", sorted({*METHODS, *QUANTIZED} - {"corda", "eva", "lora_ga"}))
+def test_every_method_without_calibration_decomposes(method: str, llama: Path, tmp_path: Path) -> None:
+    """Those without settings of their own too."""
+    arguments = ["--pretrained", str(llama), "--output", str(tmp_path / "out"), "--rank", "4", "--method", method]
+    assert main(["decompose", *arguments]) == 0
+    assert ResidualModel(tmp_path / "out", Dense(dtype=torch.float32)).adapter.r == 4
