@@ -1,7 +1,7 @@
 """What this project writes, opened by stock libraries in a process that cannot import this project.
 
 The other way round, models that others publish are opened here in `test_decompose.py` and adapters that PEFT wrote are
-merged in `tests/unit/test_merge.py`.
+merged in `tests/unit/export/test_merge.py`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 ``deepspeed.zero.Init`` partitions tensors that exist whole on a rank. Here no rank ever has a whole tensor: every
 rank brings its own shard, and the attributes that ``zero.Init`` would set are set around it. These are private
-names; ``tests/distributed/test_zero3.py`` is the canary that fails when DeepSpeed changes them.
+names; ``tests/distributed/zero3/test_partition.py`` is the canary that fails when DeepSpeed changes them.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def test_shards_equal_bitsandbytes_on_the_whole_residual(
         packed, state = bnb.quantize_4bit(residual, quant_type="nf4")
         stored = {name: torch.cat([part[2][name] for part in parts]) for name in parts[0][2]}
         assert torch.equal(stored["weight_packed"][: packed.numel()], packed.flatten())
-        if double_quant:  # the offset is a mean that bitsandbytes sums in fp32: tests/unit/test_nf4.py
+        if double_quant:  # the offset is a mean that bitsandbytes sums in fp32: tests/unit/quantization/test_nf4.py
             nested = stored["weight_nested"].view(torch.float32)
             codes, second = bnb.quantize_blockwise(state.absmax - nested[0], blocksize=256)
             assert torch.equal(stored["weight_absmax"][: codes.numel()], codes)

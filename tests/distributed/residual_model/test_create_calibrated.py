@@ -258,4 +258,4 @@ def test_tensors_differ_in_value_shape_and_dtype() -> None:
 
 def test_what_is_run_for_a_batch_has_a_name() -> None:
     assert step_name(None) == "lowrank_dist.calibration.measure.model_loss"
-    assert step_name(loss_of).endswith("test_decompose_calibrated.loss_of")
+    assert step_name(loss_of).endswith("test_create_calibrated.loss_of")

@@ -1,6 +1,6 @@
 """Merged models against stock PEFT: the same logits, the bound of rounding, and one named error for what does not fit.
 
-Checkpoints of this package are made here of adapters that PEFT drew; `tests/distributed/test_targets.py` merges those
+Checkpoints of this package are made here of adapters that PEFT drew; `tests/distributed/initialization/test_materialize.py` merges those
 that were trained.
 """
 
