@@ -1,7 +1,7 @@
 """Merged models against stock PEFT: the same logits, the bound of rounding, and one named error for what does not fit.
 
-Checkpoints of this package are made here of adapters that PEFT drew; `tests/distributed/initialization/test_materialize.py` merges those
-that were trained.
+Checkpoints of this package are made here of adapters that PEFT drew;
+`tests/distributed/initialization/test_materialize.py` merges those that were trained.
 """
 
 from __future__ import annotations
