@@ -48,7 +48,7 @@ def exact_bitsandbytes() -> Iterator[None]:
     """Stock models compute in fp32 from their weights in 4 bits, whatever the CPU.
 
     Where it has AVX512-BF16, ``Linear4bit`` otherwise rounds to bf16 in eval mode, and takes only rows by 32 and
-    columns by `block_size` (bitsandbytes 0.50, `_convert_weight_packed_for_cpu`).
+    columns by `block_size` (bitsandbytes 0.50, `_convert_weight_packed_for_cpu`). Releases before it do not ask.
     """
-    with patch("bitsandbytes.nn.modules.has_avx512bf16", lambda: False):
+    with patch("bitsandbytes.nn.modules.has_avx512bf16", lambda: False, create=True):
         yield

@@ -1,18 +1,27 @@
 """The optimizer of a ZeRO-3 engine, parameter by parameter: what DeepSpeed lays end to end in flat fp32 sub-groups.
 
-Uses private names of DeepSpeed's stage-3 optimizer, as `lowrank_dist.zero3.partition` does of parameters;
-``tests/distributed/test_zero3.py`` is the canary.
+fp32 copies and moments are read and set by DeepSpeed's calls for one parameter (``safe_get_local_fp32_param``,
+``safe_set_local_optimizer_state``, ...). They do not say which moments there are, make none where the optimizer has not
+stepped yet, and cannot cut blockwise 8-bit ones, whose blocks cross the bounds of parameters. That takes the flat
+tensors themselves, by private names, which ``docs/private-names.md`` lists.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from deepspeed.utils import (
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
 from torch import Tensor
 
 from lowrank_dist.errors import InputError
+from lowrank_dist.zero3.partition import local_shard
 
 #: Name of the fp32 copy that the optimizer updates, beside the names of its moments.
 MASTER = "fp32"
@@ -43,17 +52,25 @@ class ShardedOptimizer:
     def shards(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """Every trained parameter with this rank's shards of its fp32 copy (``MASTER``) and of its moments.
 
-        Shards are flat, fp32, padding included, on the optimizer's device; moments under `torch.optim`'s names
-        whatever the optimizer calls them, blockwise 8-bit ones dequantized (a sub-group at a time). Before the first
-        step there are none. Communicates nothing.
+        Shards are flat, fp32, padding included, on the device of the engine, whatever the optimizer is offloaded to;
+        moments under `torch.optim`'s names whatever the optimizer calls them, blockwise 8-bit ones dequantized (a
+        sub-group at a time). Before the first step there are none. They may share memory with the optimizer's.
+        Communicates nothing.
         """
         for flat, parameters in self._sub_groups():
-            states = {MASTER: flat.detach(), **expanded_state(self._zero.optimizer.state.get(flat, {}))}
-            for parameter, part in parameters:
-                yield parameter, {name: state[part] for name, state in states.items()}
+            state = self._zero.state.get(flat, {})
+            sizes = [local_shard(parameter).numel() for parameter in parameters]
+            names = moment_names(state)
+            cut = {name: dequantized(state, name).split(sizes) for name in names if is_quantized(state[name])}
+            for index, parameter in enumerate(parameters):
+                found = {MASTER: safe_get_local_fp32_param(parameter).detach()}
+                for name in names:
+                    moment = cut[name][index] if name in cut else safe_get_local_optimizer_state(parameter, name)
+                    found[_MOMENTS.get(name, name)] = moment.detach().float()
+                yield parameter, found
 
     def load(self, shards: Callable[[Tensor], Mapping[str, Tensor]], steps: int) -> None:
-        """Set fp32 copies and moments.
+        """Set fp32 copies and moments. Communicates nothing.
 
         Parameters
         ----------
@@ -64,31 +81,54 @@ class ShardedOptimizer:
             Steps that the moments have seen.
         """
         for index, (flat, parameters) in enumerate(self._sub_groups()):
-            moments: dict[str, Tensor] = {}
-            for parameter, part in parameters:
+            moments: dict[str, list[Tensor]] = {}
+            for place, parameter in enumerate(parameters):
                 for name, shard in shards(parameter).items():
-                    if name != MASTER and name not in moments:
-                        moments[name] = torch.zeros_like(flat, requires_grad=False)
-                    into = flat.detach() if name == MASTER else moments[name]
-                    into[part.start : part.start + shard.numel()] = shard.to(flat)
+                    if name == MASTER:
+                        copy = safe_get_local_fp32_param(parameter).detach().clone()
+                        copy[: shard.numel()] = shard
+                        safe_set_local_fp32_param(parameter, copy)
+                        continue
+                    if name not in moments:
+                        moments[name] = [flat.new_zeros(local_shard(other).numel()) for other in parameters]
+                    moments[name][place][: shard.numel()] = shard
             if moments:
-                group = self._zero.optimizer.param_groups[self._zero.sub_group_to_group_id[index]]
-                fill_state(self._zero.optimizer, group, flat, moments, steps)
+                group = self._zero.param_groups[self._zero.sub_group_to_group_id[index]]
+                self._set_moments(flat, parameters, group, moments, steps)
+
+    def _set_moments(
+        self,
+        flat: Tensor,
+        parameters: list[Tensor],
+        group: dict[str, Any],
+        moments: Mapping[str, list[Tensor]],
+        steps: int,
+    ) -> None:
+        begin_state(self._zero.optimizer, group, flat, moments, steps)
+        state = self._zero.state[flat]
+        for name in moment_names(state):
+            given = moments.get(_MOMENTS.get(name, name))
+            if given is None:
+                continue
+            if is_quantized(state[name]):
+                quantize_into(state, name, torch.cat(given))
+                continue
+            for parameter, moment in zip(parameters, given, strict=True):
+                safe_set_local_optimizer_state(parameter, moment, name)
 
     @property
     def steps(self) -> int:
         """Steps taken."""
-        states = (self._zero.optimizer.state.get(flat, {}) for flat, _ in self._sub_groups())
-        return max((int(state["step"]) for state in states if "step" in state), default=0)
+        return max((int(state["step"]) for state in self._zero.state.values() if "step" in state), default=0)
 
     @property
     def settings(self) -> list[dict[str, Any]]:
         """Learning rate, betas and so on of every group of parameters."""
-        return [{k: v for k, v in group.items() if k != "params"} for group in self._zero.optimizer.param_groups]
+        return [{k: v for k, v in group.items() if k != "params"} for group in self._zero.param_groups]
 
     @settings.setter
     def settings(self, values: list[dict[str, Any]]) -> None:
-        groups = self._zero.optimizer.param_groups
+        groups = self._zero.param_groups
         if len(groups) != len(values):
             raise InputError(
                 f"the optimizer has {len(groups)} parameter groups, the checkpoint's had {len(values)}; "
@@ -97,14 +137,9 @@ class ShardedOptimizer:
         for group, stored in zip(groups, values, strict=True):
             group.update({name: value for name, value in stored.items() if name in group})
 
-    def _sub_groups(self) -> Iterator[tuple[Tensor, list[tuple[Tensor, slice]]]]:
-        zero = self._zero
-        for flat, parameters in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
-            parts = []
-            for parameter in parameters:
-                _, start, numel = zero.grad_position[zero.get_param_id(parameter)]
-                parts.append((parameter, slice(start, start + numel)))
-            yield flat, parts
+    def _sub_groups(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """The flat fp32 tensors that the optimizer steps, each with the parameters whose shards it holds, in order."""
+        return zip(self._zero.fp32_partitioned_groups_flat, self._zero.fp16_groups, strict=True)
 
 
 # bitsandbytes' names for what torch.optim calls:
@@ -114,45 +149,54 @@ _MOMENTS = {"state1": "exp_avg", "state2": "exp_avg_sq"}
 _BLOCK = 256  # of bitsandbytes' 8-bit optimizer state
 
 
-def expanded_state(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The per-element tensors of an optimizer's state of one parameter, in fp32.
+def moment_names(state: Mapping[str, Any]) -> list[str]:
+    """Names of the per-element tensors in ``optimizer.state[parameter]`` of `torch.optim` or bitsandbytes."""
+    return [
+        name
+        for name, value in state.items()
+        if isinstance(value, Tensor) and value.dim() > 0 and not name.startswith(("qmap", "absmax"))
+    ]
 
-    Parameters
-    ----------
-    state
-        ``optimizer.state[parameter]`` of `torch.optim` or bitsandbytes (32-bit, or blockwise 8-bit).
 
-    Returns
-    -------
-    dict of Tensor
-        Flat, under the names of `torch.optim` (``exp_avg``, ``exp_avg_sq``, ...). 8-bit ones are dequantized copies,
-        others may share memory with `state`.
+def is_quantized(moment: Tensor) -> bool:
+    """Whether a moment is in bitsandbytes' blockwise 8-bit format."""
+    return moment.dtype == torch.uint8
+
+
+def dequantized(state: Mapping[str, Any], name: str) -> Tensor:
+    """The 8-bit moment `name` of bitsandbytes' state of one parameter as a flat fp32 copy."""
+    from bitsandbytes.functional import dequantize_blockwise
+
+    index = name.removeprefix("state")
+    absmax = state[f"absmax{index}"]
+    # paged state says that it is on the CPU
+    packed = state[name].to(absmax.device)
+    return dequantize_blockwise(packed, absmax=absmax, code=state[f"qmap{index}"], blocksize=_BLOCK).flatten()
+
+
+def quantize_into(state: Mapping[str, Any], name: str, moment: Tensor) -> None:
+    """Set the 8-bit moment `name` of bitsandbytes' state of one parameter to `moment`, flat fp32.
+
+    What was quantized before is so again, which is equal to 8-bit accuracy only: bitsandbytes' code for first moments
+    reaches 1 but not -1, so that the scale of a block shrinks where its largest entry is negative.
     """
-    found = {}
-    for name, value in state.items():
-        if not isinstance(value, Tensor) or value.dim() == 0 or name.startswith(("qmap", "absmax")):
-            continue
-        if value.dtype == torch.uint8:
-            from bitsandbytes.functional import dequantize_blockwise
+    from bitsandbytes.functional import quantize_blockwise
 
-            index = name.removeprefix("state")
-            absmax = state[f"absmax{index}"]
-            # paged state says that it is on the CPU
-            value = dequantize_blockwise(
-                value.to(absmax.device), absmax=absmax, code=state[f"qmap{index}"], blocksize=_BLOCK
-            )
-        found[_MOMENTS.get(name, name)] = value.detach().flatten().float()
-    return found
+    index = name.removeprefix("state")
+    code, absmax = state[f"qmap{index}"], state[f"absmax{index}"]
+    packed, quantized = quantize_blockwise(moment.to(code), code=code, blocksize=_BLOCK)
+    state[name].copy_(packed.view_as(state[name]))
+    absmax.copy_(quantized.absmax.view_as(absmax))
 
 
-def fill_state(
+def begin_state(
     optimizer: torch.optim.Optimizer,
     group: dict[str, Any],
     parameter: Tensor,
-    moments: Mapping[str, Tensor],
+    moments: Iterable[str],
     steps: int,
 ) -> None:
-    """Make `moments` the state of `parameter`, in the format of `optimizer`.
+    """Give `parameter` the state of an optimizer that has stepped, with moments of zero.
 
     Parameters
     ----------
@@ -163,33 +207,17 @@ def fill_state(
     parameter
         The parameter.
     moments
-        What `expanded_state` gave, maybe of another optimizer of the same family. 8-bit state is quantized again, which
-        is equal to 8-bit accuracy only: bitsandbytes' code for first moments reaches 1 but not -1, so that the scale of
-        a block shrinks where its largest entry is negative.
+        Their names; bitsandbytes knows its own.
     steps
-        Steps they have seen.
+        Steps that they have seen.
     """
     if not hasattr(optimizer, "init_state"):  # torch.optim, DeepSpeed
         step = torch.tensor(float(steps)) if isinstance(optimizer, torch.optim.AdamW | torch.optim.Adam) else steps
-        shaped = {name: value.to(parameter).view_as(parameter) for name, value in moments.items()}
-        optimizer.state[parameter] = {"step": step, **shaped}
+        zeros = {name: torch.zeros_like(parameter, requires_grad=False) for name in moments}
+        optimizer.state[parameter] = {"step": step, **zeros}
         return
-    from bitsandbytes.functional import quantize_blockwise
-
     # DeepSpeed empties the groups between steps; bitsandbytes looks its settings of a parameter up there
     listed, group["params"] = group["params"], [parameter]
     optimizer.init_state(group, parameter, optimizer.param_groups.index(group), 0)
     group["params"] = listed
-    state = optimizer.state[parameter]
-    state["step"] = steps
-    for name, torch_name in _MOMENTS.items():
-        if name not in state or torch_name not in moments:
-            continue
-        if state[name].dtype != torch.uint8:
-            state[name].copy_(moments[torch_name].view_as(state[name]))
-            continue
-        number = name.removeprefix("state")
-        code = state[f"qmap{number}"]
-        packed, quantized = quantize_blockwise(moments[torch_name].to(code), code=code, blocksize=_BLOCK)
-        state[name].copy_(packed.view_as(state[name]))
-        state[f"absmax{number}"].copy_(quantized.absmax.view_as(state[f"absmax{number}"]))
+    optimizer.state[parameter]["step"] = steps
