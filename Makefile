@@ -1,15 +1,29 @@
-# make demo | test | test-slurm | lint | bench | clean; each fails when something in it fails.
+# make demo | test | test-slurm | test-lowest | lint | bench | clean; each fails when something in it fails.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slurm lint bench clean
+.PHONY: help setup demo test test-slurm test-lowest lint bench clean
 
 PYTHON ?= python3
 # files of tests that run at a time
 JOBS ?= 2
 VENV := .venv
 INSTALLED := $(VENV)/.installed
+# the lowest versions that pyproject.toml admits; of torch the pinned release, or another that there is a CPU build of
+LOWEST := .venv-lowest
+TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
+# walk, fit on 2 ranks, save, resume, convert, the text for sbatch, and the private names of others
+SMOKE := \
+	tests/architecture/test_private_names.py \
+	"tests/distributed/decomposition/test_walk.py::test_every_byte_is_read_once[2]" \
+	"tests/system/test_parity.py::test_losses_equal_those_of_one_process[off-2]" \
+	tests/distributed/checkpoints/test_checkpoint.py::test_gpt2s_conv1d_is_converted_the_right_way_round \
+	tests/distributed/checkpoints/test_checkpoint.py::test_a_checkpoint_holds_adapters_only \
+	tests/distributed/checkpoints/test_resume.py::test_bf16_parameters_resume_with_their_masters \
+	tests/distributed/checkpoints/test_resume.py::test_last_is_the_newest_complete_one \
+	tests/unit/export/test_convert.py \
+	tests/unit/slurm/test_submit.py
 # console scripts and ninja (DeepSpeed builds its CUDA operators with it) live in the environment's bin
 RUN := env PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
@@ -17,6 +31,7 @@ help:
 	@echo "make demo    train QPiSSA on a small model with 2 CPU ranks, convert, evaluate with stock PEFT (runs/demo)"
 	@echo "make test    set up and run the tests, but for tests/slurm"
 	@echo "make test-slurm  install Debian's Slurm (as root) and pass tests/slurm on it, on loopback"
+	@echo "make test-lowest  pass a smoke set with the lowest versions that pyproject.toml admits (.venv-lowest)"
 	@echo "make lint    ruff check, ruff format --check, mypy"
 	@echo "make bench   run every benchmarks/bench_*.py"
 	@echo "make clean   remove the environment, caches and build output; runs/ stays"
@@ -43,6 +58,16 @@ test-slurm: $(INSTALLED)
 	fi
 	$(RUN) python -m pytest tests/slurm $(PYTEST_ARGS)
 
+# warnings of older releases about newer ones are nobody's here
+test-lowest: export OMP_NUM_THREADS := 1
+test-lowest:
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/python tests/helpers/lowest.py $(TORCH) > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-input -c $(LOWEST)/constraints.txt \
+		-e ".[slurm]" pytest pytest-timeout hypothesis
+	env PATH="$(CURDIR)/$(LOWEST)/bin:$$PATH" python -m pytest -o filterwarnings=default --disable-warnings \
+		$(SMOKE) $(PYTEST_ARGS)
+
 lint: $(INSTALLED)
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
@@ -54,5 +79,5 @@ bench: $(INSTALLED)
 	for file in "$${files[@]}"; do echo "== $$file"; $(RUN) python "$$file"; done
 
 clean:
-	rm -rf $(VENV) .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf $(VENV) $(LOWEST) .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
 	find . -path ./.git -prune -o -path ./runs -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
