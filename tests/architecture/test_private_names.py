@@ -276,7 +276,6 @@ CANARIES: dict[tuple[str, str], Callable[..., object]] = {
     ("deepspeed", "engine.global_steps"): of_engine("engine", "global_steps"),
     ("deepspeed", "engine.global_samples"): of_engine("engine", "global_samples"),
     ("deepspeed", "engine.skipped_steps"): of_engine("engine", "skipped_steps"),
-    ("deepspeed", "engine.micro_steps"): of_engine("engine", "micro_steps"),
     # a decorator hides the signature
     ("deepspeed", "backward(scale_wrt_gas)"): check_that(
         lambda: "scale_wrt_gas=True" in inspect.getsource(at("deepspeed.runtime.engine")),
@@ -306,6 +305,7 @@ CANARIES: dict[tuple[str, str], Callable[..., object]] = {
     ),
     ("lightning", "DeepSpeedStrategy._timeout"): held_by(deepspeed_strategy, "_timeout"),
     ("lightning", "DeepSpeedStrategy._lightning_module"): held_by(deepspeed_strategy, "_lightning_module"),
+    ("lightning", "DeepSpeedStrategy._auto_select_batch_size"): there(f"{STRATEGY}._auto_select_batch_size"),
     ("lightning", "DeepSpeedStrategy._format_config"): there(f"{STRATEGY}._format_config"),
     ("lightning", "DeepSpeedStrategy._init_config_if_needed"): there(f"{STRATEGY}._init_config_if_needed"),
     ("lightning", "DeepSpeedStrategy._init_deepspeed_distributed"): there(f"{STRATEGY}._init_deepspeed_distributed"),
