@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .PHONY: help setup demo test test-slurm test-lowest lint bench clean
 
 PYTHON ?= python3
-# files of tests that run at a time
+# files of tests that run at a time; with make --jobs, tests/slurm and the others run beside each other as well
 JOBS ?= 2
 VENV := .venv
 INSTALLED := $(VENV)/.installed
@@ -49,14 +49,14 @@ demo: $(INSTALLED)
 # one thread per rank: the distributed tests start several ranks on few cores
 test test-slurm: export OMP_NUM_THREADS := 1
 test: $(INSTALLED)
-	$(RUN) python -m pytest --ignore=tests/slurm --numprocesses $(JOBS) --dist loadgroup $(PYTEST_ARGS)
+	$(RUN) python -m pytest --ignore=tests/slurm --numprocesses $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 # not root, no Debian, or daemons that do not run here: the tests are skipped and say why
 test-slurm: $(INSTALLED)
 	if [[ $$(id -u) == 0 ]] && command -v apt-get >/dev/null; then \
 		tests/slurm/lab.sh install || echo "Debian's Slurm could not be installed: its tests are skipped" >&2; \
 	fi
-	$(RUN) python -m pytest tests/slurm $(PYTEST_ARGS)
+	$(RUN) python -m pytest tests/slurm --numprocesses $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 # warnings of older releases about newer ones are nobody's here
 test-lowest: export OMP_NUM_THREADS := 1

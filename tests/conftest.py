@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -22,12 +23,47 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from helpers.models import save_checkpoint  # noqa: E402 (after the environment is set)
 from helpers.sft import save_material  # noqa: E402
 
+#: Files that take longest, begun first: no worker ends alone with one of them.
+LONG = (
+    "system/test_benchmarks.py",
+    "system/test_launch.py",
+    "slurm/",
+    "checkpoints/test_save_faults.py",
+    "system/test_interop.py",
+    "decomposition/test_restore.py",
+    "checkpoints/test_resume.py",
+    "initialization/test_memory.py",
+    "residual_model/test_create",
+    "checkpoints/test_model_checkpoint.py",
+    "system/test_parity.py",
+    "initialization/test_materialize.py",
+    "decomposition/test_walk.py",
+)
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With ``--dist loadgroup`` a file stays with one worker, which makes its fixtures; so does all of tests/gpu."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            item.add_marker(pytest.mark.xdist_group("gpu" if item.get_closest_marker("gpu") else str(item.path)))
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        return next((at for at, part in enumerate(LONG) if part in item.path.as_posix()), len(LONG))
+
+    items.sort(key=place)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file stays with one worker, which makes its fixtures and has its ranks; so does all of tests/gpu.
+
+    ``--dist loadgroup`` does nothing of the kind: pytest 9.2 does not let xdist 3.8 write a group into the name of a
+    test.
+    """
+    from xdist.scheduler import LoadFileScheduling
+
+    class FileScheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return "tests/gpu" if file.startswith("tests/gpu/") else file
+
+    config.option.loadscopereorder = False  # the order is that of LONG, not of numbers of tests
+    return FileScheduling(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from lowrank_dist.checkpoints.layout import TrainingCheckpoint, newest_checkpoint
 from lowrank_dist.cli import main
 
 SCRIPT = Path(__file__).parents[1] / "slurm" / "lab.sh"
@@ -65,6 +66,12 @@ def arguments(material: Path, root: Path, *, nodes: int = 2, devices: int = 1) -
 def added(name: str, **init_args: object) -> str:
     """Another callback, of `helpers.pace`."""
     return "--trainer.callbacks+=" + json.dumps({"class_path": f"helpers.pace.{name}", "init_args": init_args})
+
+
+def paced(material: Path, root: Path, *options: str, nodes: int = 2, devices: int = 1, seconds: float = 1) -> list[str]:
+    """Arguments of a job whose steps leave time to disturb it."""
+    pace = added("Pace", seconds=seconds, record=str(root / "steps"))
+    return [*arguments(material, root, nodes=nodes, devices=devices), pace, *options]
 
 
 def losses(root: Path) -> dict[int, float]:
@@ -166,3 +173,19 @@ class Lab:
         command = ["sinfo", "--noheader", "--Node", "--partition=high", "--format=%t"]
         shown = subprocess.run(command, check=True, capture_output=True, text=True)
         return set(shown.stdout.split()) == {"idle"}
+
+
+def assert_same_curve(root: Path, undisturbed: Job) -> None:
+    """Bit for bit: the same ranks do the same arithmetic."""
+    assert losses(root) == losses(undisturbed.root)
+
+
+def assert_no_step_was_lost(root: Path) -> None:
+    """Or done twice."""
+    assert [int(line) for line in (root / "steps").read_text().split()] == list(range(STEPS))
+
+
+def saved_step(root: Path) -> int:
+    newest = newest_checkpoint(root / "checkpoints")
+    assert newest is not None
+    return int(TrainingCheckpoint(newest).manifest["step"])

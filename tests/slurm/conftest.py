@@ -1,17 +1,21 @@
-"""The lab: a real SLURM of three nodes on loopback, for the session."""
+"""The lab: a real SLURM of five nodes on loopback, one for every worker of the session."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
 
 from helpers.sft import save_material
-from helpers.slurm import SCRIPT, Lab
+from helpers.slurm import SCRIPT, Job, Lab, announced, arguments
+from lowrank_dist.cli import main
 
 UNAVAILABLE = 69  # exit status of lab.sh where the daemons are at fault, or the machine
 COMMANDS = ("slurmctld", "slurmd", "srun", "sbatch", "munged")
@@ -36,8 +40,9 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     if reason is not None:
         pytest.skip(reason)
     directory = tmp_path_factory.mktemp("lab")
-    for parent in (directory, *directory.parents[:2]):
-        parent.chmod(0o755)  # munge wants the way to its socket open
+    for parent in (directory, *directory.parents):  # munge wants the way to its socket open
+        if not parent.stat().st_mode & 0o001:
+            parent.chmod(0o755)
     with (directory / "up").open("w") as said:  # a file: daemons keep what they were given open
         up = subprocess.run([SCRIPT, "up", directory], stdout=said, stderr=said, timeout=300)
     if up.returncode == UNAVAILABLE:
@@ -55,3 +60,24 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model, its tokenizer and examples of equal length."""
     records = [{"prompt": f"{i:03d} + {i:03d} = ", "completion": f"{2 * i:03d}"} for i in range(96)]
     return save_material(tmp_path_factory.mktemp("material"), records)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def environment_of_jobs() -> Iterator[None]:
+    """Jobs inherit the environment of who submits them: they find the helpers of the tests, and this Python."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=os.pathsep)
+        patch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+        yield
+
+
+@pytest.fixture(scope="session")
+def undisturbed(lab: Lab, material: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """Two nodes, to the end."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    with redirect_stdout(StringIO()) as output:
+        assert main(["submit", *arguments(material, root), "--follow"]) == 0
+    (job,) = announced(root, output.getvalue())
+    assert f"job {job.id}: COMPLETED" in output.getvalue()  # what --follow says last
+    assert "`Trainer.fit` stopped: `max_steps=10` reached." in output.getvalue()
+    return job

@@ -115,6 +115,8 @@ configure() {
     if ((release < 23)); then echo CgroupAutomount=no; else echo CgroupPlugin=disabled; fi >"$ETC/cgroup.conf"
     cat >"$ETC/slurm.conf" <<X
 ClusterName=lab
+# jobs of labs that run side by side have numbers of their own: ports follow from them
+FirstJobId=$((($(cat "$LAB/port") - 16817) * 5 + 1))
 SlurmctldHost=$(hostname -s)(127.0.0.1)
 SlurmctldPort=$(cat "$LAB/port")
 SlurmUser=root
@@ -237,7 +239,9 @@ down() {
 action=${1:-}
 case $action in
     install) install ;;
-    up) paths "$2" && up "${3:-5}" ;;
+    # one at a time: two labs must not choose the same ports. The lock is closed here, or daemons would keep it
+    up) exec flock --close "${TMPDIR:-/tmp}/lowrank-dist-lab.lock" "$0" up-alone "${@:2}" ;;
+    up-alone) paths "$2" && up "${3:-5}" ;;
     down) paths "$2" && down ;;
     kill-node) paths "$2" && kill_node "$3" ;;
     start-node) paths "$2" && start_node "$3" ;;

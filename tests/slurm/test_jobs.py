@@ -6,45 +6,35 @@ looked at when they are due.
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import redirect_stdout
-from io import StringIO
 from pathlib import Path
 
 import pytest
 
-from helpers.slurm import STEPS, Job, Lab, added, announced, arguments, losses, wait_for
-from lowrank_dist.checkpoints.layout import TrainingCheckpoint, newest_checkpoint
-from lowrank_dist.cli import main
+from helpers.slurm import (
+    STEPS,
+    Job,
+    Lab,
+    added,
+    arguments,
+    assert_no_step_was_lost,
+    assert_same_curve,
+    losses,
+    paced,
+    saved_step,
+    wait_for,
+)
 
 pytestmark = [
     pytest.mark.slurm,
     # jsonargparse fills every option of the configuration in, and peft warns of this one
     pytest.mark.filterwarnings("ignore:`loftq_config` specified but will be ignored"),
 ]
-LAUNCH = Path(__file__).parents[2] / "launch"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def environment_of_jobs() -> Iterator[None]:
-    """Jobs inherit the environment of who submits them: they find the helpers of the tests, and this Python."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=os.pathsep)
-        patch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
-        yield
-
-
-def paced(material: Path, root: Path, *options: str, nodes: int = 2, devices: int = 1, seconds: float = 1) -> list[str]:
-    """Arguments of a job whose steps leave time to disturb it."""
-    pace = added("Pace", seconds=seconds, record=str(root / "steps"))
-    return [*arguments(material, root, nodes=nodes, devices=devices), pace, *options]
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # as `undisturbed`, before which it is made
 def beside(lab: Lab, material: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
     """Jobs that the tests come back to."""
     root = {name: tmp_path_factory.mktemp(name) for name in ("limited", "hanging", "dying")}
@@ -57,40 +47,6 @@ def beside(lab: Lab, material: Path, tmp_path_factory: pytest.TempPathFactory) -
         "dying": [*arguments(material, root["dying"]), die],
     }
     return {name: lab.submit(root[name], [*argv[name], "--partition=beside"])[0] for name in argv}
-
-
-@pytest.fixture(scope="module")
-def undisturbed(lab: Lab, material: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """Two nodes, to the end."""
-    root = tmp_path_factory.mktemp("undisturbed")
-    with redirect_stdout(StringIO()) as output:
-        assert main(["submit", *arguments(material, root), "--follow"]) == 0
-    (job,) = announced(root, output.getvalue())
-    assert f"job {job.id}: COMPLETED" in output.getvalue()  # what --follow says last
-    assert "`Trainer.fit` stopped: `max_steps=10` reached." in output.getvalue()
-    return job
-
-
-def assert_same_curve(root: Path, undisturbed: Job) -> None:
-    """Bit for bit: the same ranks do the same arithmetic."""
-    assert losses(root) == losses(undisturbed.root)
-
-
-def assert_no_step_was_lost(root: Path) -> None:
-    """Or done twice."""
-    assert [int(line) for line in (root / "steps").read_text().split()] == list(range(STEPS))
-
-
-def saved_step(root: Path) -> int:
-    newest = newest_checkpoint(root / "checkpoints")
-    assert newest is not None
-    return int(TrainingCheckpoint(newest).manifest["step"])
-
-
-def preempt() -> None:
-    """A job of the higher partition that wants all nodes, and has come to its end."""
-    urgent = ["srun", "--partition=high", "--nodes=3", "--exclusive", "--time=1", "true"]
-    subprocess.run(urgent, check=True, capture_output=True, timeout=240)
 
 
 @pytest.mark.usefixtures("beside")
@@ -121,44 +77,6 @@ def test_a_sweep_is_an_array_of_jobs_with_outputs_of_their_own(
     assert first == pytest.approx(losses(undisturbed.root), rel=1e-4)
     assert second[1] == pytest.approx(first[1], rel=1e-4)
     assert second[STEPS] > first[STEPS]  # it learns more slowly
-
-
-def test_preemption_by_a_higher_partition(lab: Lab, material: Path, undisturbed: Job, tmp_path: Path) -> None:
-    (job,) = lab.submit(tmp_path, paced(material, tmp_path, "--partition=low"))
-    job.wait_for_step(3)
-    preempt()
-    assert job.wait() == "COMPLETED"
-    assert job.outcomes == ["requeued", "finished"]
-    assert 3 <= job.attempts[1]["step"] < STEPS
-    assert_no_step_was_lost(tmp_path)
-    assert_same_curve(tmp_path, undisturbed)
-
-
-def test_the_plain_file_on_a_site_that_preempts_with_sigterm(
-    lab: Lab, material: Path, undisturbed: Job, tmp_path: Path
-) -> None:
-    """Its own options, but for the size of the job; SLURM sends SIGTERM at the beginning of the grace period."""
-    config, *overrides = paced(material, tmp_path)
-    options = ["--partition=low", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--time=20"]
-    overrides = [option for option in overrides if not option.startswith(("--time", "--grace"))]
-    log = tmp_path / "log"
-    settings = {"CONFIG": config.partition("=")[2], "FOLDER": str(tmp_path / "jobs"), "BATCHES": "4"}
-    with lab.without("SlurmctldParameters"):
-        submitted = subprocess.run(
-            ["sbatch", "--parsable", f"--output={log}", *options, LAUNCH / "qpissa.sbatch", *overrides],
-            env={**os.environ, **settings},
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-        job = Job(submitted.stdout.strip(), tmp_path / "jobs", tmp_path)
-        job.wait_for_step(3)
-        preempt()
-    assert job.wait() == "COMPLETED", log.read_text()
-    assert job.outcomes == ["requeued", "finished"]
-    assert_no_step_was_lost(tmp_path)
-    assert_same_curve(tmp_path, undisturbed)
-    assert job.folder.stat().st_mode & 0o777 == 0o700
 
 
 def test_on_this_machine_without_slurm(material: Path, undisturbed: Job, tmp_path: Path) -> None:
@@ -226,21 +144,3 @@ def test_a_rank_that_dies_twice_at_the_same_step_stops_the_job(beside: dict[str,
     assert job.outcomes == ["failed", "failed", "stopped"]
     assert "the job failed twice in a row after step 5 and is not started again" in job.log
     assert saved_step(job.root) == 4
-
-
-def test_a_node_dies_and_the_job_goes_on_with_fewer(lab: Lab, material: Path, undisturbed: Job, tmp_path: Path) -> None:
-    """One rank does what two did: sums of gradients are rounded otherwise, hence a tolerance of fp32 rounding."""
-    wait_for(lab.nodes_idle)  # or the job would begin on fewer
-    lab.update("NodeName=node3", "State=DRAIN", "Reason=test")
-    try:
-        (job,) = lab.submit(tmp_path, paced(material, tmp_path, "--min-nodes=1"))
-        job.wait_for_step(5)
-        lab.script("kill-node", "node2")
-        assert job.wait() == "COMPLETED"
-    finally:
-        lab.script("start-node", "node2")
-        lab.update("NodeName=node3", "State=RESUME")
-        wait_for(lab.nodes_idle)
-    assert [event["nodes"] for event in job.attempts if event["event"] == "begin"] == [["node1", "node2"], ["node1"]]
-    assert job.outcomes == ["failed", "finished"]
-    assert losses(tmp_path) == pytest.approx(losses(undisturbed.root), rel=1e-4)
