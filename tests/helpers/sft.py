@@ -1,4 +1,4 @@
-"""Tiny tokenizers and models for the tests of sft, data and module: built here, nothing is downloaded."""
+"""Tiny tokenizers and models for the tests of data and module: built here, nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -10,11 +10,21 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from lowrank_dist.data.rendering import Renderer
+from lowrank_dist.data.tokenizing import IGNORE_INDEX, Encoder
+
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>"]
+CONVERSATION = [
+    {"role": "system", "content": "Be short."},
+    {"role": "user", "content": "hello"},
+    {"role": "assistant", "content": "world"},
+    {"role": "user", "content": "2 and 2?"},
+    {"role": "assistant", "content": "four"},
+]
 CORPUS = [
     "user assistant system hello world, what is the answer? It is four.",
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
@@ -88,3 +98,27 @@ def save_material(directory: Path, records: list[Any]) -> Path:
     tokenizer.save_pretrained(directory / "model")
     write_jsonl(directory / "data.jsonl", records)
     return directory
+
+
+def encode(tokenizer: Any, record: dict[str, Any], template: str | None = None) -> list[tuple[list[int], list[int]]]:
+    """Tokens and labels of every example that a record gives."""
+    return Encoder(tokenizer)(Renderer(tokenizer, template).examples(record, "f.jsonl:1"))
+
+
+def encode_one(tokenizer: Any, record: dict[str, Any], template: str | None = None) -> tuple[list[int], list[int]]:
+    """Those of its only example; every label is its token, or none."""
+    ((tokens, labels),) = encode(tokenizer, record, template)
+    assert len(tokens) == len(labels)
+    assert all(label in (token, IGNORE_INDEX) for token, label in zip(tokens, labels, strict=True))
+    return tokens, labels
+
+
+def trained_text(tokenizer: Any, labels: list[int]) -> list[str]:
+    """The trained stretches of an example, as text."""
+    stretches: list[list[int]] = [[]]
+    for label in labels:
+        if label == IGNORE_INDEX:
+            stretches.append([])
+        else:
+            stretches[-1].append(label)
+    return [tokenizer.decode(ids) for ids in stretches if ids]

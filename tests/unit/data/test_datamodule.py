@@ -1,127 +1,22 @@
+"""Files become batches, once, and the batches of a resumed run are those that were left."""
+
 from __future__ import annotations
 
 import logging
 import sys
-from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 
 from helpers.sft import byte_level_tokenizer, write_jsonl
 from lowrank_dist.data.datamodule import SFTDataModule
-from lowrank_dist.data.packing import Collator, TokenDataset
-from lowrank_dist.data.sampler import ResumableLoader, ShardedSampler
+from lowrank_dist.data.sampler import ShardedSampler
 from lowrank_dist.data.tokenizing import IGNORE_INDEX
 
-
-def dataset_of(sizes):
-    return TokenDataset([torch.full((2, size), index, dtype=torch.int32) for index, size in enumerate(sizes)])
-
-
-def samplers(dataset, ranks, batch_size, **settings):
-    return [
-        ShardedSampler(dataset, batch_size=batch_size, num_replicas=ranks, rank=rank, **settings)
-        for rank in range(ranks)
-    ]
-
-
-# --------------------------------------------------------------------------------------------- sampler
-counts = st.tuples(st.integers(1, 60), st.integers(1, 5), st.integers(1, 5))  # items, ranks, batch size
-sizes_seed = st.integers(0, 5)
-
-
-@given(counts, st.booleans(), sizes_seed)
-def test_in_evaluation_every_item_counts_once(numbers, grouped, seed):
-    items, ranks, batch_size = numbers
-    dataset = dataset_of(torch.randint(1, 20, (items,), generator=torch.Generator().manual_seed(seed)).tolist())
-    shares = [list(s) for s in samplers(dataset, ranks, batch_size, shuffle=False, group_by_length=grouped)]
-    assert {len(share) for share in shares} == {-(-items // ranks)}
-    flat = [index for share in shares for index in share]
-    assert sorted(index for index in flat if index >= 0) == list(range(items))
-    assert sum(index < 0 for index in flat) < ranks
-
-
-@given(counts, st.booleans(), st.integers(0, 3))
-def test_in_training_ranks_share_every_epoch(numbers, grouped, epoch):
-    items, ranks, batch_size = numbers
-    dataset = dataset_of([1 + index % 7 for index in range(items)])
-    everyone = samplers(dataset, ranks, batch_size, shuffle=True, group_by_length=grouped, seed=3)
-    for sampler in everyone:
-        sampler.set_epoch(epoch)
-    shares = [list(sampler) for sampler in everyone]
-    assert {len(share) for share in shares} == {len(everyone[0])} == {-(-items // ranks)}
-    flat = [index for share in shares for index in share]
-    assert set(flat) == set(range(items))
-    assert len(flat) - items < ranks
-    assert shares == [list(sampler) for sampler in everyone]  # the same epoch has the same order
-
-
-@given(counts, st.booleans(), st.integers(1, 5), st.integers(0, 8))
-def test_an_epoch_continues_on_another_number_of_ranks(numbers, grouped, ranks_after, steps):
-    items, ranks, batch_size = numbers
-    dataset = dataset_of([1 + index % 7 for index in range(items)])
-    before = samplers(dataset, ranks, batch_size, shuffle=True, group_by_length=grouped)
-    loaders = [ResumableLoader(dataset, batch_size, sampler=s, collate_fn=Collator(0)) for s in before]
-    for loader in loaders:
-        loader.sampler.set_epoch(2)
-    seen = set()
-    for loader in loaders:
-        for _, batch in zip(range(steps), loader, strict=False):
-            seen |= set(batch["input_ids"].max(dim=1).values.tolist())
-    assert all(loader.state_dict() == loaders[0].state_dict() for loader in loaders)
-    after = samplers(dataset, ranks_after, batch_size, shuffle=True, group_by_length=grouped)
-    rest: list[int] = []
-    for sampler in after:
-        loader = ResumableLoader(dataset, batch_size, sampler=sampler, collate_fn=Collator(0))
-        loader.load_state_dict(loaders[0].state_dict())
-        sampler.set_epoch(2)  # as Lightning does, after it has loaded the state
-        rest += list(sampler)
-    if len(seen) == items:  # the epoch was over: it would begin anew
-        assert set(rest) == set(range(items))
-    else:
-        assert set(rest) | seen == set(range(items))
-        assert len(rest) - (items - len(seen)) < ranks_after  # nothing but the filling is seen twice
-    after[0].set_epoch(3)
-    assert after[0].start == 0
-    assert after[0].order_step_size == ranks_after * batch_size
-
-
-def test_the_order_depends_on_seed_and_epoch():
-    dataset = dataset_of([3] * 50)
-    orders = []
-    for seed, epoch in ((0, 0), (0, 1), (5, 0)):
-        (sampler,) = samplers(dataset, 1, 4, shuffle=True, seed=seed)
-        sampler.set_epoch(epoch)
-        orders.append(list(sampler))
-    assert orders[0] != orders[1] != orders[2] != orders[0]
-
-
-def test_grouping_makes_steps_of_similar_lengths_and_begins_with_the_longest():
-    sizes = torch.randint(1, 200, (1000,), generator=torch.Generator().manual_seed(0)).tolist()
-    dataset, ranks, batch_size = dataset_of(sizes), 4, 4
-
-    def padded(grouped):
-        shares = [list(s) for s in samplers(dataset, ranks, batch_size, shuffle=True, group_by_length=grouped)]
-        starts = range(0, len(shares[0]), batch_size)
-        steps = [list(chain.from_iterable(share[at : at + batch_size] for share in shares)) for at in starts]
-        return sum(max(sizes[i] for i in step) * len(step) for step in steps), steps
-
-    random, _ = padded(False)
-    grouped, steps = padded(True)
-    # the tokens themselves are 0.54 of what random batches are padded to; grouping must come near
-    assert grouped < 0.62 * random
-    assert max(sizes) in {sizes[i] for i in steps[0]}
-    longest = [max(sizes[i] for i in step) for step in steps]
-    assert longest != sorted(longest, reverse=True)  # steps are shuffled
-
-
-# ------------------------------------------------------------------------------------------ DataModule
 RECORDS = [{"prompt": f"hello {index}", "completion": " world" * (1 + index % 5)} for index in range(23)]
 
 
@@ -139,9 +34,9 @@ def train(tmp_path: Path) -> str:
 def test_fit_and_validate_tokenize_once(tokenizer_dir, train):
     data = SFTDataModule(tokenizer_dir, train, train, batch_size=4)
     data.setup("fit")
-    first = data._sets["validation"]
+    first = data.val_dataloader().dataset
     data.setup("validate")
-    assert data._sets["validation"] is first
+    assert data.val_dataloader().dataset is first
     assert len(data.val_dataloader()) == 6
     assert data.test_dataloader() == []
     batch = next(iter(data.train_dataloader()))
@@ -153,13 +48,13 @@ def test_fit_and_validate_tokenize_once(tokenizer_dir, train):
 def test_limits(tokenizer_dir, train):
     data = SFTDataModule(tokenizer_dir, train, train, limit=5, eval_limit=3)
     data.setup("fit")
-    assert (len(data._sets["train"]), len(data._sets["validation"])) == (5, 3)
+    assert (len(data.train_dataloader().dataset), len(data.val_dataloader().dataset)) == (5, 3)
 
 
 def test_packing_makes_fuller_rows(tokenizer_dir, train):
     data = SFTDataModule(tokenizer_dir, train, batch_size=2, packing=True, max_length=64)
     data.setup("fit")
-    dataset = data._sets["train"]
+    dataset = data.train_dataloader().dataset
     assert len(dataset) < len(RECORDS)
     assert max(dataset.lengths) <= 64
     assert set(next(iter(data.train_dataloader()))) == {"input_ids", "position_ids", "labels"}
@@ -175,8 +70,8 @@ def test_long_examples_are_cut_and_hopeless_ones_dropped(tokenizer_dir, tmp_path
     data = SFTDataModule(tokenizer_dir, write_jsonl(tmp_path / "long.jsonl", records), max_length=20)
     with caplog.at_level(logging.WARNING):
         data.setup("fit")
-    assert data._sets["train"].lengths[1] == 20
-    cut = data._sets["train"][1]
+    assert data.train_dataloader().dataset.lengths[1] == 20
+    cut = data.train_dataloader().dataset[1]
     assert tokenizer.decode(cut["input_ids"]).startswith("hello world world")
     assert cut["labels"][-1] == cut["input_ids"][-1] != tokenizer.eos_token_id
     assert (
@@ -230,7 +125,7 @@ def test_a_chat_template_can_be_given(tokenizer_dir, tmp_path):
     path = write_jsonl(tmp_path / "chat.jsonl", [{"messages": conversation}])
     data = SFTDataModule(tokenizer_dir, path, chat_template=str(template))
     data.setup("fit")
-    text = byte_level_tokenizer().decode(data._sets["train"][0]["input_ids"])
+    text = byte_level_tokenizer().decode(data.train_dataloader().dataset[0]["input_ids"])
     assert text == "[user] hello\n[assistant] world\n<|im_end|>"
 
 
@@ -248,7 +143,7 @@ def test_hub_ids_go_to_datasets(tokenizer_dir, monkeypatch):
     data.prepare_data()
     data.setup("fit")
     assert calls == [(("org/set", "math"), {"split": "train[:4]"})] * 2
-    assert len(data._sets["train"]) == 4
+    assert len(data.train_dataloader().dataset) == 4
     with pytest.raises(ValueError, match=r"subset=None, split='nope'\) it cannot be loaded: Unknown split nope"):
         SFTDataModule(tokenizer_dir, "org/set", train_split="nope").setup("fit")
     monkeypatch.setitem(sys.modules, "datasets", None)

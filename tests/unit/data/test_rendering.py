@@ -1,0 +1,111 @@
+"""Records as text: which of it is trained on, and how what is not understood is named."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from helpers.sft import (
+    CHATML,
+    CONVERSATION,
+    byte_level_tokenizer,
+    encode,
+    encode_one,
+    trained_text,
+)
+
+
+def test_every_assistant_turn_is_trained_on_up_to_its_end_marker():
+    tokenizer = byte_level_tokenizer()
+    tokens, labels = encode_one(tokenizer, {"messages": CONVERSATION})
+    whole = tokenizer.apply_chat_template(CONVERSATION, tokenize=False)
+    assert tokenizer.decode(tokens) == whole.removesuffix("\n")
+    assert trained_text(tokenizer, labels) == ["world<|im_end|>", "four<|im_end|>"]
+    assert tokens == tokenizer.apply_chat_template(CONVERSATION)["input_ids"][: len(tokens)]
+
+
+def test_eos_follows_a_template_that_does_not_write_it():
+    tokenizer = byte_level_tokenizer(eos="<|endoftext|>")
+    _, labels = encode_one(tokenizer, {"messages": CONVERSATION})
+    assert trained_text(tokenizer, labels) == ["world<|im_end|>", "four<|im_end|><|endoftext|>"]
+
+
+def test_messages_with_completion_are_the_prompt():
+    tokenizer = byte_level_tokenizer()
+    tokens, labels = encode_one(tokenizer, {"messages": CONVERSATION[:-1], "completion": "five"})
+    prompt = tokenizer.apply_chat_template(CONVERSATION[:-1], tokenize=False, add_generation_prompt=True)
+    assert tokenizer.decode(tokens) == prompt + "five<|im_end|>"
+    assert trained_text(tokenizer, labels) == ["five<|im_end|>"]
+
+
+def test_tools_reach_the_template():
+    tokenizer = byte_level_tokenizer(template="{% if tools %}{{ tools[0]['name'] }}\n{% endif %}" + CHATML)
+    record = {"messages": CONVERSATION[:2], "completion": "x", "tools": [{"name": "adder"}]}
+    tokens, _ = encode_one(tokenizer, record)
+    assert tokenizer.decode(tokens).startswith("adder\n<|im_start|>system")
+
+
+def test_a_template_that_rewrites_earlier_turns_gives_an_example_for_each_turn():
+    # as Qwen3's, which keeps the reasoning of the last turn only
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' and loop.last %}"
+        "hm, {% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = byte_level_tokenizer()
+    first, second = encode(tokenizer, {"messages": CONVERSATION}, template)
+    assert trained_text(tokenizer, first[1]) == ["hm, world<|im_end|>"]
+    assert trained_text(tokenizer, second[1]) == ["hm, four<|im_end|>"]
+    assert "assistant\nworld<|im_end|>" in tokenizer.decode(second[0])
+
+
+def test_query_and_response_use_the_instruction_prompt():
+    tokenizer = byte_level_tokenizer(template=None, eos="<|endoftext|>")
+    tokens, labels = encode_one(tokenizer, {"query": "add 2 and 2", "response": "It is four."})
+    assert tokenizer.decode(tokens) == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nadd 2 and 2\n\n### Response: It is four.<|endoftext|>"
+    )
+    assert trained_text(tokenizer, labels) == [" It is four.<|endoftext|>"]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"text": "a", "meta": 1}, "columns found: `meta`, `text`; valid choices: `messages`"),
+        ({}, "columns found: none"),
+        ({"prompt": "a"}, r"`completion` is missing \(columns found: `prompt`\)"),
+        ({"completion": "a"}, "`prompt` is missing"),
+        ({"query": "a", "response": None}, "`response` is a NoneType, not text"),
+        ({"prompt": ["a"], "completion": "b"}, "`prompt` is a list, not text"),
+        ({"messages": []}, "`messages` must be a non-empty list"),
+        ({"messages": "hello"}, "`messages` must be a non-empty list"),
+        ({"messages": [{"content": "hello"}]}, "`messages` must be a non-empty list"),
+        ({"messages": CONVERSATION[:2]}, "no assistant turn to train on"),
+        ({"messages": CONVERSATION[2:]}, "begins with an assistant turn"),
+        ({"messages": CONVERSATION, "completion": 3}, "`completion` is a int, not text"),
+    ],
+)
+def test_a_record_that_is_not_understood_is_named(record, message):
+    with pytest.raises(ValueError, match=r"^f\.jsonl:1: ") as caught:
+        encode(byte_level_tokenizer(), record)
+    assert re.search(message, str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "the tokenizer .* has none; give `chat_template`"),
+        ("{{ raise_exception('roles must alternate') }}", "cannot render `messages`: roles must alternate"),
+        ("{% for m in messages %}", "cannot render `messages`"),
+        (
+            "{% for m in messages %}{{ m['content'] }}|{% endfor %}{% if add_generation_prompt %}<think>{% endif %}",
+            "renders message 2 differently from the prompt",
+        ),
+    ],
+)
+def test_a_template_that_does_not_work_is_named(template, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        encode(byte_level_tokenizer(template=template), {"messages": CONVERSATION})
+    assert str(caught.value).startswith("f.jsonl:1: ")
