@@ -196,7 +196,7 @@ def test_evaluation_sees_the_tokens_of_training(model: Path, tmp_path: Path, max
     tokenizer = byte_level_tokenizer()
     data = SFTDataModule(str(model), write_jsonl(tmp_path / "data.jsonl", ROWS), max_length=max_length)
     data.setup("fit")
-    dataset = data._sets["train"]
+    dataset = data.train_dataloader().dataset
     assert len(dataset) == len(ROWS)
     for index, row in enumerate(ROWS):
         ids, labels = encode(row, tokenizer, max_length)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from helpers.checkpoints import load_base, load_lora
 from helpers.models import save_checkpoint
 from helpers.ranks import run_ranks, run_ranks_catching
 from helpers.training import ByStep, CausalLM, fit, loader, make_trainer
@@ -186,9 +187,11 @@ def test_resuming_goes_on_from_the_checkpoint(tmp_path: Path) -> None:
     assert last == pytest.approx(through[-1], rel=1e-5)
 
 
-def validate(pretrained: Path, adapter: Path, options: dict[str, Any]) -> None:
+def validate(pretrained: Path, adapter: Path, options: dict[str, Any]) -> float:
+    """The loss of the model with its adapter on the first global batch."""
     strategy = PiSSAStrategy(pretrained, adapter, show_progress=False, **options)
-    make_trainer(strategy).validate(CausalLM(pretrained), loader(0, 1, 1), verbose=False)
+    (found,) = make_trainer(strategy).validate(CausalLM(pretrained), loader(0, 1, 1), verbose=False)
+    return found["val_loss"]
 
 
 def refusal(*args: Any) -> str:
@@ -235,13 +238,19 @@ def test_an_embedding_that_was_trained_along_is_not_silently_dropped(tmp_path: P
     ("base_dtype", "dtype"), [("float16", "bfloat16"), ("bfloat16", "float16"), ("float32", "float16")]
 )
 def test_an_embedding_saved_along_in_another_dtype(base_dtype: str, dtype: str, tmp_path: Path) -> None:
-    """PEFT rounded it to the dtype of its model."""
+    """PEFT rounded it to the dtype of its model: it is known as that of the base, and what was trained is taken."""
     base = save_checkpoint(tmp_path / "base", dtype=getattr(torch, base_dtype))
     adapter = save_lora(base, tmp_path / "peft", target_modules=["embed_tokens", "q_proj"])
     tensors = load_file(adapter / "adapter_model.safetensors")
     rounded = {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items()}
     save_file(rounded, adapter / "adapter_model.safetensors")
-    run_ranks(2, validate, base, adapter, {})
+    (ids,) = next(iter(loader(0, 1, 1)))
+    with torch.no_grad():
+        trained, untrained = (
+            float(model(input_ids=ids, labels=ids).loss) for model in (load_lora(base, adapter), load_base(base))
+        )
+    found = run_ranks(2, validate, base, adapter, {"quantization": None})
+    assert found == pytest.approx([trained] * 2, abs=0.1 * abs(trained - untrained))
 
 
 def decompose_and_save(base: Path, output: Path) -> None:

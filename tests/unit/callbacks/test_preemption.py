@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -58,15 +59,24 @@ def test_something_must_be_saved(monkeypatch: pytest.MonkeyPatch, checkpoint: An
 
 @pytest.mark.parametrize(("grace", "warnings"), [(9.0, 1), (12.0, 0)])
 def test_a_grace_period_too_short_for_a_step_and_a_save_is_warned_of_once(
-    grace: float, warnings: int, caplog: pytest.LogCaptureFixture
+    grace: float, warnings: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint = AdapterCheckpoint()
-    trainer: Any = SimpleNamespace(checkpoint_callbacks=[checkpoint], is_global_zero=True)
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    checkpoint, module = AdapterCheckpoint(), L.LightningModule()
+    loop = SimpleNamespace(_should_accumulate=lambda: False)
+    trainer: Any = SimpleNamespace(checkpoint_callbacks=[checkpoint], is_global_zero=True, fit_loop=loop, global_step=0)
     callback = Preemption(grace_seconds=grace)
-    callback._longest_step = 3.0
+
+    def step(seconds: float) -> None:
+        callback.on_train_batch_start(trainer, module, None, 0)
+        clock[0] += seconds
+        callback.on_train_batch_end(trainer, module, None, None, 0)
+
     with caplog.at_level(logging.WARNING):
-        callback._check_grace(trainer)  # nothing was saved yet
+        step(3.0)  # nothing was saved yet
+        assert caplog.text == ""
         checkpoint.save_seconds = 7.0
-        callback._check_grace(trainer)
-        callback._check_grace(trainer)
+        step(1.0)
+        step(2.0)
     assert caplog.text.count("a step took 3.0 s and a save 7.0 s") == warnings

@@ -9,7 +9,7 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from helpers.ranks import run_ranks
 from helpers.sft import byte_level_tokenizer, tiny_llama, write_jsonl
@@ -112,11 +112,13 @@ def test_attention_without_masks_gets_one_row(monkeypatch):
     assert shapes == [dict.fromkeys(("input_ids", "labels", "position_ids"), (1, 3 * 24))]
 
 
-def test_a_model_without_position_ids_refuses_packing():
-    module = module_of(tiny_llama())
-    module._takes_position_ids = False
+def test_a_model_without_position_ids_refuses_packing(tmp_path):
+    config = AutoConfig.for_model("bloom", vocab_size=64, hidden_size=16, n_layer=1, n_head=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    module = attach(CausalLMModule(str(tmp_path)), materializes=False)
+    module.configure_model()
     batch = Collator(0)([TokenDataset(random_examples([3, 4]), capacity=8)[0]])
-    with pytest.raises(ValueError, match="LlamaForCausalLM takes no `position_ids`"):
+    with pytest.raises(ValueError, match="BloomForCausalLM takes no `position_ids`"):
         module(**batch)
 
 
@@ -140,8 +142,9 @@ def token_mean(pretrained, path):
     model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32)
     total = count = 0
     with torch.no_grad():
-        for index in range(len(data._sets["train"])):
-            item = data._sets["train"][index]
+        dataset = data.train_dataloader().dataset
+        for index in range(len(dataset)):
+            item = dataset[index]
             logits = model(input_ids=item["input_ids"][None]).logits[0].double()
             labels = item["labels"]
             total += functional.cross_entropy(
