@@ -22,6 +22,19 @@ def dry_run(*program: str, output: Path) -> str:
     return report
 
 
+@pytest.fixture(scope="module")
+def of_an_accelerator(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The tables that are made for an accelerator, by their names; one run on the CPU."""
+    names = ("layers", "step", "initialisation", "whole")
+    tables = [option for name in names for option in ("--table", name)]
+    output = tmp_path_factory.mktemp("accelerator") / "gpu.md"
+    report = dry_run("-m", "benchmarks.gpu", *tables, "--device", "cpu", output=output)
+    assert "out of memory" not in report
+    found = re.split(r"^## .*\(`(\w+)`\)$", report, flags=re.MULTILINE)[1:]
+    assert found[::2] == list(names)
+    return dict(zip(found[::2], found[1::2], strict=True))
+
+
 def test_every_table_at_tiny_scale(tmp_path: Path) -> None:
     report = dry_run("benchmarks/bench_init.py", output=tmp_path / "init.md")
     for table in ("peft", "svd", "layers", "limit", "reduction", "projection"):
@@ -53,16 +66,14 @@ def test_checkpoints_at_tiny_scale(tmp_path: Path) -> None:
     assert "as many ranks: DeepSpeed loaded it" in report
 
 
-def test_those_of_an_accelerator_on_the_cpu(tmp_path: Path) -> None:
+def test_those_of_an_accelerator_on_the_cpu(of_an_accelerator: dict[str, str]) -> None:
     """fp32: all ways of computing a layer are right to rounding, gradients included; all ways of training learn."""
-    layers_and_step = ("--table", "layers", "--table", "step")
-    report = dry_run("-m", "benchmarks.gpu", *layers_and_step, "--device", "cpu", output=tmp_path / "gpu.md")
-    rows = [line.split("|") for line in report.splitlines() if line.startswith("| tiny up_proj")]
+    layers, step = of_an_accelerator["layers"], of_an_accelerator["step"]
+    rows = [line.split("|") for line in layers.splitlines() if line.startswith("| tiny up_proj")]
     assert len(rows) == 7
     errors = [cell.strip() for row in rows for cell in row[-3:-1]]
     assert all(float(error) < 1e-6 for error in errors if error != "-")
-    assert "out of memory" not in report
-    rows = {cells[1].strip(): cells[-2].split() for line in report.splitlines() if len(cells := line.split("|")) == 10}
+    rows = {cells[1].strip(): cells[-2].split() for line in step.splitlines() if len(cells := line.split("|")) == 10}
     trained = {way: tuple(map(float, cells)) for way, cells in rows.items() if way.startswith(("ours", "PEFT"))}
     assert len(trained) == 6
     dense = trained.pop("PEFT, dense")
@@ -77,10 +88,9 @@ def test_what_a_profile_says_is_hidden() -> None:
     assert overlap({}) == (0, 0)
 
 
-def test_initialisation_on_the_cpu(tmp_path: Path) -> None:
+def test_initialisation_on_the_cpu(of_an_accelerator: dict[str, str]) -> None:
     """Every shape of a layer, three ways; ours leaves no more than the best residual, which the spectrum gives."""
-    table = ("--table", "initialisation")
-    report = dry_run("-m", "benchmarks.gpu", *table, "--device", "cpu", output=tmp_path / "gpu.md")
+    report = of_an_accelerator["initialisation"]
     rows = [
         [cell.strip() for cell in line.split("|")[1:-1]] for line in report.splitlines() if line.startswith("| tiny")
     ]
@@ -100,9 +110,9 @@ def test_initialisation_on_the_cpu(tmp_path: Path) -> None:
         assert float(line[2]) == pytest.approx(3 * sum(int(n) * float(each) for n, each in terms), abs=0.06)
 
 
-def test_a_whole_job_on_the_cpu(tmp_path: Path) -> None:
+def test_a_whole_job_on_the_cpu(of_an_accelerator: dict[str, str]) -> None:
     """Every stage runs, more rounds save more of the quantization error, and what is trained learns."""
-    report = dry_run("-m", "benchmarks.gpu", "--table", "whole", "--device", "cpu", output=tmp_path / "gpu.md")
+    report = of_an_accelerator["whole"]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.splitlines() if line.startswith("| ")]
     stages = [row[0] for row in rows if row[0] in ("initialise", "train", "save", "convert")]
     assert stages == 2 * ["initialise", "train", "save", "convert"]
