@@ -18,6 +18,11 @@ from lowrank_dist.zero3.partition import gathered
 GLOBAL_BATCH = 12  # divisible by 1, 2, 3 and 4 ranks
 STEPS = 8
 LR = 2e-3
+#: Of DeepSpeed, where no strategy makes one.
+DEEPSPEED_CONFIG = {
+    "train_micro_batch_size_per_gpu": 1,
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+}
 
 
 def tokens(steps: int = STEPS, length: int = 16) -> Tensor:

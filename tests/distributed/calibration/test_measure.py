@@ -17,7 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from helpers.live import LiveStorages
 from helpers.models import save_checkpoint
-from helpers.ranks import run_ranks
+from helpers.ranks import alone, run_ranks
+from helpers.training import DEEPSPEED_CONFIG
 from lowrank_dist import NF4
 from lowrank_dist.calibration.measure import Calibration
 from lowrank_dist.calibration.statistics import add_product
@@ -33,10 +34,6 @@ from lowrank_dist.storage.reader import CheckpointReader
 from lowrank_dist.zero3 import layerwise
 from lowrank_dist.zero3.partition import Partitioner, gathered, use_cpu_accelerator, whole_shape
 
-CONFIG = {
-    "train_micro_batch_size_per_gpu": 1,
-    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-}
 BATCHES, GLOBAL_BATCH, LENGTH = 3, 12, 16
 
 
@@ -82,7 +79,7 @@ def part(batch: Mapping[str, Tensor], rank: int, world_size: int) -> dict[str, T
 
 def skeleton(pretrained: Path, targets: Any = "all-linear") -> tuple[Any, ...]:
     use_cpu_accelerator()
-    partitioner = Partitioner(CONFIG)
+    partitioner = Partitioner(DEEPSPEED_CONFIG)
     reader = CheckpointReader(pretrained)
     opened = open_plan(reader, LoraConfig(r=2, lora_alpha=4, target_modules=targets))
     return opened.backbone, opened.plan, reader, partitioner
@@ -93,6 +90,7 @@ def sharded(pretrained: Path, statistic: str, padded: bool, options: dict[str, A
     group = partitioner.group
     batches = [part(batch, group.rank, group.size) for batch in global_batches(padded=padded)]
     init = RECORDERS[statistic]
+    init.seen.clear()
     before = {n: (p.requires_grad, m.training) for m in backbone.modules() for n, p in m.named_parameters()}
     result = CalibrationPass(
         backbone,
@@ -235,6 +233,7 @@ def test_layers_with_the_same_input_share_one_covariance(checkpoints: dict[str, 
     assert left == [8, 8, 7, 6, 6, 5, 4, 4, 4, 3, 2, 2, 1, 0]
 
 
+@alone
 def live_bytes(pretrained: Path, statistic: str) -> tuple[int, int, int]:
     """Most bytes of gathered tensors alive at one time; those of the largest layer, and of the embedding."""
     backbone, plan, reader, partitioner = skeleton(pretrained)

@@ -13,44 +13,22 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint
-from lightning.pytorch.loggers.logger import Logger
 from safetensors.torch import load_file
 from torch import Tensor
 
+from helpers.loggers import RecordingLogger
 from helpers.models import save_checkpoint
-from helpers.ranks import run_ranks, run_ranks_catching
+from helpers.ranks import alone, run_ranks, run_ranks_catching
 from helpers.sft import byte_level_tokenizer, write_jsonl
 from helpers.training import STEPS, ByStep, CausalLM, loader, make_strategy, make_trainer, recorded
 from lowrank_dist import AdapterCheckpoint, LoRA
 from lowrank_dist.checkpoints import saving
 from lowrank_dist.checkpoints.layout import TrainingCheckpoint
 from lowrank_dist.data.datamodule import SFTDataModule
-from lowrank_dist.distributed.group import ShardGroup
 
 PLAIN = {"init": LoRA(), "quantization": None}
 BOTH = pytest.mark.parametrize("kind", [AdapterCheckpoint, ModelCheckpoint], ids=lambda kind: kind.__name__)
 Kind = type[ModelCheckpoint]
-
-
-class RecordingLogger(Logger):
-    """Where and of how many complete checkpoints it was told."""
-
-    name, version, save_dir = "told", 0, None
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.told: list[str] = []
-        self.metrics: set[str] = set()
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self.metrics |= set(metrics)
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None: ...
-
-    def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
-        path = Path(checkpoint_callback._last_checkpoint_saved)
-        TrainingCheckpoint(path).verify(ShardGroup.single())
-        self.told.append(f"{path.parent.name}/{path.name}")
 
 
 class Scored(ByStep):
@@ -231,6 +209,7 @@ class Failing(ByStep):
         return super().training_step(batch, index)
 
 
+@alone
 def fail(pretrained: Path, output: Path, kind: Kind, who: tuple[int, ...], checkpoint: Path | None = None) -> None:
     saving.MEETING = timedelta(seconds=3)
     callback = kind(output / "out", "{step}", every_n_train_steps=100, save_on_exception=True)

@@ -8,12 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from helpers.ranks import run_ranks
+from helpers.ranks import alone, run_ranks
 from lowrank_dist.cluster import health
 from lowrank_dist.cluster.health import HealthReport, check_health
 from lowrank_dist.distributed.group import ShardGroup
 
 
+@alone
 def check(directory: Path, hosts: list[str], fault: str | None) -> HealthReport:
     """The report, with a fault on the last rank."""
     rank = dist.get_rank()

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from helpers.models import save_checkpoint
 from helpers.ranks import run_ranks, run_ranks_catching
+from helpers.training import DEEPSPEED_CONFIG
 from lowrank_dist import EVA, NF4, CorDA, LoftQ, LoRA, LoRAGA, LoRAXS, MiLoRA, OLoRA, PiSSA
 from lowrank_dist.adapters.files import write_adapter
 from lowrank_dist.calibration.measure import Calibration
@@ -44,10 +45,6 @@ from lowrank_dist.residual_model.reader import ResidualModel
 from lowrank_dist.storage.reader import CheckpointReader
 from lowrank_dist.zero3.partition import Partitioner, gathered, use_cpu_accelerator, whole_shape
 
-CONFIG = {
-    "train_micro_batch_size_per_gpu": 1,
-    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-}
 FP32, BF16 = torch.float32, torch.bfloat16
 DOUBLE = NF4(double_quant=True)
 
@@ -75,7 +72,7 @@ class Case:
 def run(pretrained: Path, case: Case, resume: Resume | None = None, cache: Path | None = None) -> dict[str, Any]:
     """Fill a model; what it holds, whole, on every rank."""
     use_cpu_accelerator()
-    partitioner, backbone = Partitioner(CONFIG), build_skeleton(pretrained)
+    partitioner, backbone = Partitioner(DEEPSPEED_CONFIG), build_skeleton(pretrained)
     group = partitioner.group
     built = build_model(
         ModelRecipe(

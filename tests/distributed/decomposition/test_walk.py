@@ -26,7 +26,7 @@ from transformers import (
 import lowrank_dist.decomposition.walk
 from helpers.live import LiveMemory
 from helpers.models import CAUSAL_LMS, save_checkpoint
-from helpers.ranks import run_ranks, run_ranks_catching
+from helpers.ranks import alone, run_ranks, run_ranks_catching
 from helpers.training import STEPS, CausalLM, loader, make_strategy, make_trainer
 from lowrank_dist import NF4, LoftQ, LoRA, PiSSA
 from lowrank_dist.decomposition.measure import Measure
@@ -92,17 +92,18 @@ def test_shards_equal_bitsandbytes_on_the_whole_residual(
             assert torch.equal(stored["weight_absmax"].view(torch.float32)[: state.absmax.numel()], state.absmax)
 
 
-def walk_with_trouble(checkpoint: Path, group_size: int) -> None:
-    """Rank 1 fails in its first turn, when nobody waits for it any more."""
-    after = Measure.after
+class Troubled(Measure):
+    """Fails on rank 1, when the matrix is decomposed and nobody waits for the rank any more."""
 
-    def failing(*args: Any, **options: Any) -> None:
-        after(*args, **options)
-        if torch.distributed.get_rank() == 1:
+    def after(self, matrix: Matrix, *args: Any, **kwargs: Any) -> None:
+        super().after(matrix, *args, **kwargs)
+        if ShardGroup().rank == 1:
             raise OSError("the disk is gone")
 
-    Measure.after = failing
-    walk_in_turns(checkpoint, group_size)
+
+def walk_with_trouble(checkpoint: Path, group_size: int) -> None:
+    """Rank 1 fails in its first turn."""
+    walk_in_turns(checkpoint, group_size, Troubled(LoRA(), NF4(), thorough=False))
 
 
 @pytest.mark.parametrize("group_size", [1, 2])
@@ -148,9 +149,10 @@ def planned_matrices(checkpoint: Path) -> list[PlannedMatrix]:
     ]
 
 
-def walk_in_turns(checkpoint: Path, group_size: int) -> dict[str, DecomposedMatrix]:
+def walk_in_turns(checkpoint: Path, group_size: int, measure: Measure | None = None) -> dict[str, DecomposedMatrix]:
     """All matrices in one batch: most groups have more than one, some fewer than others."""
     walk = Walk(CheckpointReader(checkpoint), ShardGroup(), init=LoRA(), residual=NF4(), factor_dtype=torch.float32)
+    walk.measure = measure or walk.measure
     batch = Batch(group_size=group_size, matrices=tuple(planned_matrices(checkpoint)))
     return {matrix.planned.key: matrix for matrix in walk.run([batch])}
 
@@ -172,6 +174,7 @@ def test_groups_of_ranks_take_turns(tmp_path: Path, group_size: int) -> None:
         assert parts[0][planned.key].report.norm == pytest.approx(float(weights[planned.key].double().norm()), rel=1e-6)
 
 
+@alone
 def walk_with_buffers(checkpoint: Path, method: Any, fmt: Any, lent: bool) -> dict[str, tuple[Any, ...]]:
     """What is kept of every matrix to the end, its row blocks and residuals in memory that is lent, or not."""
     lowrank_dist.decomposition.walk.Buffers = partial(Buffers, least=1 if lent else 2**40)
@@ -365,6 +368,7 @@ def test_a_checkpoint_without_the_head(tmp_path: Path) -> None:
     assert result["report"].bytes_read == result["report"].checkpoint_bytes
 
 
+@alone
 def walk_from_the_hub(pretrained: Path, cache: Path) -> dict[str, Any]:
     huggingface_hub.constants.HF_HUB_CACHE = str(cache)
     module = CausalLM(pretrained)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from helpers.live import LiveMemory
 from helpers.models import save_checkpoint
-from helpers.ranks import run_ranks
+from helpers.ranks import alone, run_ranks
 from helpers.traffic import Traffic
 from helpers.training import GLOBAL_BATCH, CausalLM, loader, make_strategy, make_trainer
 from lowrank_dist import NF4, LoftQ, LoRA, LoRAXS, PiSSA, PiSSAStrategy
@@ -96,6 +96,7 @@ def strategy_of(pretrained: Path, case: dict[str, Any], live_layers: int = 0) ->
     return make_strategy(pretrained, adapter=adapter(case), live_layers=live_layers, **options)
 
 
+@alone
 def measure(
     pretrained: Path, case: dict[str, Any], precision: str, live_layers: int, directory: Path
 ) -> tuple[dict[str, int], dict[int, int], dict[int, int], int]:

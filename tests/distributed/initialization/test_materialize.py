@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from helpers.live import LiveMemory
 from helpers.models import save_checkpoint
-from helpers.ranks import run_ranks
+from helpers.ranks import alone, run_ranks
 from helpers.training import LR, STEPS, CausalLM, initial_factors, loader, make_strategy, make_trainer, tokens
 from lowrank_dist import NF4, AdapterCheckpoint, LoRA, convert_checkpoint, merge_checkpoint
 from lowrank_dist.layers.frozen import FrozenWeight
@@ -319,6 +319,7 @@ def test_bytes_read(trained: Callable[[str, int], Trained]) -> None:
     assert report.bytes_read == report.checkpoint_bytes + 256 * 64 * 4
 
 
+@alone
 def dense_between_passes(pretrained: Path, options: dict[str, Any]) -> list[tuple[int, int]]:
     """Dense experts made, and still alive, when the forward of a step has ended."""
     from torch.multiprocessing.reductions import StorageWeakRef

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import lowrank_dist.export.merge as merge
 from helpers.models import save_checkpoint
-from helpers.ranks import run_ranks, run_ranks_catching
+from helpers.ranks import alone, run_ranks, run_ranks_catching
 from lowrank_dist import NF4, PiSSA
 from lowrank_dist.decomposition.walk import Batch, Walk
 from lowrank_dist.distributed.group import ShardGroup
@@ -35,6 +35,7 @@ def data_bytes() -> int:
     return pages * resource.getpagesize()
 
 
+@alone
 def walk_under_a_cap(checkpoint: Path, residual: Any, blocks: int, keep: bool) -> int:
     reader, group = CheckpointReader(checkpoint), ShardGroup()
     planned = [
@@ -86,6 +87,7 @@ def test_the_cap_would_be_felt(checkpoint: Path) -> None:
 BLOCK_OF_MERGE = 4 * 2**20
 
 
+@alone
 def merge_under_a_cap(tiny: Path, large: Path, output: Path, block: int, blocks: int) -> None:
     """Merge `large` by blocks of so many bytes, within so many times 4 MiB from when its files are open."""
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**18)

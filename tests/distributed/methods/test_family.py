@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.ranks import run_ranks
+from helpers.ranks import alone, run_ranks
 from lowrank_dist import EVA, CorDA, LoRAGA, MiLoRA, OLoRA
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import RowPartition
@@ -102,6 +102,7 @@ def test_the_family_does_not_depend_on_the_world_size(world_size: int) -> None:
         assert all(torch.equal(part[1], mine[0][1]) for part in mine), key
 
 
+@alone
 def exchange(rows: int, columns: int) -> tuple[list[tuple[int, Tensor]], Tensor, Tensor, Any]:
     group = ShardGroup()
     whole = separated(rows, columns, 1)

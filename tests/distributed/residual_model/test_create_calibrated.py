@@ -19,7 +19,7 @@ from torch import Tensor
 from helpers.checkpoints import load_lora
 from helpers.command import lowrank_dist
 from helpers.faults import kill_after_commits
-from helpers.ranks import run_ranks, run_ranks_catching
+from helpers.ranks import alone, run_ranks, run_ranks_catching
 from helpers.training import ByStep, CausalLM, initial_factors, loader, make_strategy, make_trainer, tokens
 from lowrank_dist import EVA, NF4, AdapterCheckpoint, Calibration, CorDA, LoRAGA, PiSSAStrategy
 from lowrank_dist.calibration.measure import draw, step_name
@@ -119,6 +119,7 @@ def write_until(pretrained: Path, cache: Path, commits: int) -> None:
     step_0(strategy_of(pretrained, CorDA(), NF4(), init_cache=cache))
 
 
+@alone
 def go_on(pretrained: Path, cache: Path) -> list[str]:
     """Names of the matrices that were decomposed."""
     import lowrank_dist.decomposition.walk as module

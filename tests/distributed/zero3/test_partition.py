@@ -10,6 +10,7 @@ from deepspeed.runtime.zero.partition_parameters import Init
 from torch import nn
 
 from helpers.ranks import run_ranks
+from helpers.training import DEEPSPEED_CONFIG
 from lowrank_dist.distributed.partition import FlatPartition
 from lowrank_dist.zero3.partition import (
     Partitioner,
@@ -22,10 +23,6 @@ from lowrank_dist.zero3.partition import (
     whole_shape,
 )
 
-CONFIG = {
-    "train_micro_batch_size_per_gpu": 1,
-    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-}
 CASES = [((6, 5), torch.float32), ((7, 3), torch.bfloat16), ((11,), torch.uint8), ((2,), torch.float32)]
 
 
@@ -44,12 +41,12 @@ def attributes(parameter: Any) -> dict[str, Any]:
 
 def compare() -> list[tuple[dict[str, Any], dict[str, Any], bool, bool]]:
     use_cpu_accelerator()
-    partitioner = Partitioner(CONFIG)
+    partitioner = Partitioner(DEEPSPEED_CONFIG)
     results = []
     for shape, dtype in CASES:
         whole = torch.arange(torch.Size(shape).numel()).reshape(shape).to(dtype)
         theirs = nn.Parameter(whole.clone(), requires_grad=dtype == torch.float32)
-        Init(config_dict_or_path=CONFIG)._zero_init_param(theirs)
+        Init(config_dict_or_path=DEEPSPEED_CONFIG)._zero_init_param(theirs)
         flat = FlatPartition(numel=whole.numel(), world_size=partitioner.group.size)
         shard = whole.flatten()[slice(*flat.bounds(partitioner.group.rank))]
         ours = partitioner.parameter(shape, dtype, shard, requires_grad=dtype == torch.float32)
@@ -73,7 +70,7 @@ def test_parameters_are_what_zero_init_makes(world_size: int) -> None:
 
 def make() -> dict[str, Any]:
     use_cpu_accelerator()
-    partitioner = Partitioner(CONFIG)
+    partitioner = Partitioner(DEEPSPEED_CONFIG)
     made = [partitioner.parameter((3, i + 1), torch.float32, torch.empty(0)) for i in range(5)]
     return {
         "shapes": [tuple(whole_shape(p)) for p in made],
@@ -95,7 +92,7 @@ def test_a_shard_that_does_not_fit_is_refused() -> None:
 
 def refuse() -> None:
     use_cpu_accelerator()
-    partitioner = Partitioner(CONFIG)
+    partitioner = Partitioner(DEEPSPEED_CONFIG)
     for shard in (torch.zeros(7), torch.zeros(6, dtype=torch.bfloat16)):
         with pytest.raises(ValueError, match="does not fit a partition of 6"):
             partitioner.parameter((2, 3), torch.float32, shard)

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig
 
 from helpers.models import save_checkpoint
-from helpers.ranks import run_ranks, run_ranks_catching
+from helpers.ranks import alone, run_ranks, run_ranks_catching
 from helpers.traffic import Traffic
 from helpers.training import STEPS, CausalLM, loader, make_strategy, make_trainer
 from lowrank_dist import NF4, AdapterCheckpoint, CorDA, LoRA, LoRAXS, PiSSA, PiSSAStrategy
@@ -37,6 +37,7 @@ def on_nodes(mixed: bool = False) -> dict[str, Any]:
     return {"num_nodes": NODES, "devices": each}
 
 
+@alone
 def train(pretrained: Path, within: str, adapter: dict[str, Any], options: dict[str, Any]) -> Any:
     """Losses, bytes of frozen parameters held, bytes that all ranks read, collectives of the third step."""
     calls, module, begun = Traffic(), CausalLM(pretrained), []

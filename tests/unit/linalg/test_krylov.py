@@ -14,6 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from helpers.spectra import excess, leftover, matrix, with_spectrum
 from lowrank_dist import NF4, LoftQ, PiSSA
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import RowPartition
@@ -21,30 +22,6 @@ from lowrank_dist.linalg import SVD, all_finite, minus_product, orthonormalize, 
 from lowrank_dist.methods.base import Matrix, residual_block
 
 SINGLE = ShardGroup.single()
-
-
-def matrix(rows: int, columns: int, decay: float, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """A matrix with singular values ``i ** -decay``, and these."""
-    values = torch.arange(1, min(rows, columns) + 1, dtype=torch.float64) ** -decay
-    return with_spectrum(rows, columns, values, seed), values
-
-
-def with_spectrum(rows: int, columns: int, values: Tensor, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    k = min(rows, columns)
-    u = torch.linalg.qr(torch.randn(rows, k, generator=generator, dtype=torch.float64))[0]
-    v = torch.linalg.qr(torch.randn(columns, k, generator=generator, dtype=torch.float64))[0]
-    return ((u * values) @ v.mT).float()
-
-
-def leftover(w: Tensor, svd: SVD) -> Tensor:
-    return w.double() - (svd.u.double() * svd.s.double()) @ svd.vh.double()
-
-
-def excess(w: Tensor, svd: SVD) -> float:
-    """``||W - U S V^T||_F / ||W - W_r||_F - 1`` against the exact singular values of the fp32 matrix."""
-    tail = torch.linalg.svdvals(w.double())[len(svd.s) :].norm()
-    return float(leftover(w, svd).norm() / tail) - 1
 
 
 def assert_triplets(w: Tensor, svd: SVD, exact: Tensor) -> None:

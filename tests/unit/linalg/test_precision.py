@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.spectra import excess, matrix
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.linalg import SVD, products, randomized_svd
-from unit.linalg.test_krylov import excess, matrix
 
 
 def to_tf32(x: Tensor) -> Tensor:
