@@ -273,6 +273,8 @@ def _rank_main(connection: Connection, rank: int, world_size: int, port: int, po
                 except BaseException:
                     result, error = None, traceback.format_exc()
             connection.send_bytes(pickle.dumps((result, error)))
+            if error is not None or not pooled:
+                break  # others that wait for this rank see it gone
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
