@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch.distributed import TCPStore
 
@@ -285,7 +286,7 @@ class _Process:
 
     def __init__(self) -> None:
         self.environment, self.directory = dict(os.environ), os.getcwd()
-        self.generators = random.getstate(), torch.get_rng_state()
+        self.generators = random.getstate(), np.random.get_state(), torch.get_rng_state()
 
     def reset(self) -> None:
         gc.collect()  # engines, with their hooks and files, are parts of cycles
@@ -293,7 +294,8 @@ class _Process:
         os.environ.update(self.environment)
         os.chdir(self.directory)
         random.setstate(self.generators[0])
-        torch.set_rng_state(self.generators[1])
+        np.random.set_state(self.generators[1])
+        torch.set_rng_state(self.generators[2])
         torch.set_num_threads(1)
         torch.set_default_dtype(torch.float32)
 

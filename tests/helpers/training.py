@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lowrank_dist import NF4, PiSSA, PiSSAStrategy
+from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.zero3.partition import gathered
 
 GLOBAL_BATCH = 12  # divisible by 1, 2, 3 and 4 ranks
@@ -149,7 +150,7 @@ def dense_state(strategy: PiSSAStrategy) -> dict[str, Tensor]:
     from lowrank_dist.layers.frozen import FrozenLinear
 
     strategy.deepspeed_engine.empty_partition_cache()
-    backbone, state = strategy._backbone, {}
+    backbone, state = strategy.lightning_module.model, {}
     frozen = {name: module for name, module in backbone.named_modules() if isinstance(module, FrozenLinear)}
     for name, module in frozen.items():
         with gathered(module.stored()):
@@ -165,7 +166,7 @@ def dense_state(strategy: PiSSAStrategy) -> dict[str, Tensor]:
 
 def initial_factors(strategy: PiSSAStrategy) -> dict[str, Tensor]:
     """A0 and B0 by the names of the parameters, whole, on every rank. Collective."""
-    every = strategy._group.gather_objects(strategy._writer._initial)
+    every = ShardGroup().gather_objects(strategy._writer._initial)
     return {name: value for one in every for name, value in one.items()}
 
 
