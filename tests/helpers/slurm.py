@@ -133,7 +133,7 @@ class Job:
 
 def announced(root: Path, said: str) -> list[Job]:
     """The jobs that ``lowrank-dist submit`` has printed."""
-    lines = re.findall(r"^job (\S+): \S+ in ([^,\n]+)(?:, goes on .*)?$", said, flags=re.MULTILINE)
+    lines = re.findall(r"^job (\S+): \S+ in ([^,\n]+)(?:, resumes .*)?$", said, flags=re.MULTILINE)
     found = {job_id: Path(of_job) for job_id, of_job in lines}
     folders = {job_id: next(root.glob(f"jobs/*/{job_id}_submitted.pkl")).parent for job_id in found}
     return [Job(job_id, folders[job_id], found[job_id]) for job_id in found]
