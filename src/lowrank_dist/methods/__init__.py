@@ -1,4 +1,7 @@
-"""Initialisations: how a pretrained matrix is split into trainable factors and a frozen residual."""
+"""Initialisations: how a pretrained matrix is split into trainable factors and a frozen residual.
+
+Public are the names in ``__all__``; the modules below are private.
+"""
 
 from lowrank_dist.methods.assembly import layer_shape, sharded, subtracted, unchanged
 from lowrank_dist.methods.base import Decomposition, Factors, Matrix, Method

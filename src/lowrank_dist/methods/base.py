@@ -1,4 +1,4 @@
-"""What an initialisation is: a frozen dataclass that turns one row-sharded matrix into factors and a residual."""
+"""The interface of an initialisation: a frozen dataclass that turns a row-sharded matrix into factors and residual."""
 
 from __future__ import annotations
 
@@ -23,46 +23,70 @@ if TYPE_CHECKING:  # it imports peft and transformers
 
 @dataclass(frozen=True, kw_only=True)
 class Matrix:
-    """One row-sharded matrix on its way through the walk, with what its adapter asks for.
+    """One row-sharded matrix of the walk, with the rank and scaling of its adapter.
 
-    The matrix is taken as it is stored: ``[out, in]`` for ``nn.Linear``, ``[in, out]`` for GPT-2's ``Conv1D`` and for
-    embeddings, whose inputs are the one-hot vectors of their ids.
+    The matrix keeps its stored orientation: ``[out, in]`` for ``nn.Linear``, ``[in, out]`` for GPT-2's ``Conv1D`` and
+    for embeddings, whose inputs are the one-hot vectors of their ids.
 
     Attributes
     ----------
     name
-        Name of the weight in the checkpoint; seeds everything random.
+        Name of the weight in the pretrained weights; everything random is seeded with it.
     block
-        This rank's real rows, ``[m_p, n]`` fp32.
+        This rank's rows without padding, ``[m_p, n]`` fp32.
     spare
-        Whether `decompose` may overwrite `block` (`Decomposition.encoded_of` then tells what W is not asked for).
+        Whether `decompose` may overwrite `block`. W may then be gone, and `Decomposition.encoded_of` replaces it.
     partition
         Shape and sharding of the whole matrix.
     group
-        The ranks that share it.
+        The ranks that share the matrix.
     rank
-        r of the adapter.
+        Rank r of the adapter.
     scaling
-        PEFT's factor in front of B A: ``alpha / r``, or ``alpha / sqrt(r)`` with rsLoRA.
+        The number that PEFT multiplies B A by: ``alpha / r``, or ``alpha / sqrt(r)`` with rsLoRA.
     input_first
-        True where rows are inputs (Conv1D, embeddings).
+        Whether rows are inputs (Conv1D, embeddings).
     lookup
-        True where the layer looks rows up instead of multiplying by the matrix (embeddings).
+        Whether the layer looks rows up instead of multiplying by the matrix (embeddings).
     factor_dtype
-        Type of the trained factors. Factors are rounded to it before the residual is formed, so that residual and
-        factors still add up to the weight.
+        Dtype of the factors. They are rounded to it before the residual is formed, so that residual and factors still
+        add up to the weight.
     statistic
-        What a calibration pass measured for this matrix, where the method's `statistic` asks for it; fp32, row-sharded.
-        ``"covariance"``: this rank's rows of ``X^T X / tokens``, ``[in, in]`` in all, cut like a `RowPartition` with
+        What the calibration pass measured for this matrix, if the method's `statistic` asks for it; fp32, row-sharded.
+        ``"covariance"``: this rank's rows of the ``[in, in]`` matrix ``X^T X / tokens``, cut like a `RowPartition` with
         ``block=1``. ``"gradient"``: this rank's rows of ``dL/dW``, shaped and sharded like `block`.
     thorough
-        Whether to estimate what the decomposition left over, for the report.
+        Whether to estimate the excess residual of the decomposition, for the report.
     factor_names
         Names of the parameters that hold A (``lora_A``) and B (``lora_B``) in the model.
     expert
-        Which of how many matrices, where these share the parameters (experts).
+        Index of the expert and number of experts that share the parameters; ``(0, 1)`` for any other matrix.
     buffers
-        Memory for matrices like `block` that are given up soon.
+        Memory for short-lived matrices of the shape of `block`.
+
+    See Also
+    --------
+    Method : Decomposes it.
+    Decomposition : The result.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from lowrank_dist.distributed.group import ShardGroup
+    >>> from lowrank_dist.distributed.partition import RowPartition
+    >>> from lowrank_dist.methods import Matrix
+    >>> matrix = Matrix(
+    ...     name="layer.weight",
+    ...     block=torch.ones(6, 4),
+    ...     partition=RowPartition(rows=6, columns=4, world_size=1),
+    ...     group=ShardGroup.single(),
+    ...     rank=2,
+    ...     scaling=1.0,
+    ...     input_first=False,
+    ...     factor_dtype=torch.float32,
+    ... )
+    >>> matrix.partition.bounds(matrix.group.rank)
+    (0, 6)
     """
 
     name: str
@@ -95,14 +119,16 @@ class Matrix:
         thorough: bool = False,
         buffers: Buffers | None = None,
     ) -> Matrix:
-        """The matrix of a plan, of which this rank holds the rows `block`; nothing is copied or communicated.
+        """Make the matrix of a plan from this rank's rows; nothing is copied or communicated.
 
         Parameters
         ----------
         planned
-            Which; says all that the other parameters, which are those of `Matrix`, do not.
+            The planned matrix, which gives every field that is not a parameter here.
         block
-            ``[m_p, n]`` fp32, row-sharded over `group` as `partition` says.
+            This rank's rows, ``[m_p, n]`` fp32, row-sharded over `group` according to `partition`.
+        group, partition, factor_dtype, spare, statistic, thorough, buffers
+            Fields of `Matrix`.
         """
         return cls(
             name=planned.key,
@@ -123,13 +149,13 @@ class Matrix:
         )
 
     def empty(self) -> Tensor:
-        """An uninitialized matrix like `block`, ``[m_p, n]`` fp32."""
+        """Return an uninitialized matrix of the shape and device of `block`, ``[m_p, n]`` fp32."""
         return self.buffers.empty(self.block.shape, self.block.device)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Factors:
-    """``scaling * left @ right``: the low-rank part of a matrix in its stored orientation.
+    """The two factors of a matrix in its stored orientation; its low-rank part is ``scaling * left @ right``.
 
     Attributes
     ----------
@@ -137,12 +163,25 @@ class Factors:
         ``[m_p, r]`` fp32 holding `factor_dtype` values, row-sharded. B, or A^T where rows are inputs.
     right
         ``[r, n]`` fp32 holding `factor_dtype` values, replicated. A, or B^T where rows are inputs.
+
+    See Also
+    --------
+    sharded : Makes them from replicated A and B.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from lowrank_dist.methods import Factors
+    >>> factors = Factors(left=torch.ones(6, 2), right=torch.ones(2, 4))
+    >>> (factors.left @ factors.right).shape
+    torch.Size([6, 4])
     """
 
     left: Tensor
     right: Tensor
 
     def rounded(self, dtype: torch.dtype) -> Factors:
+        """Return the factors rounded to `dtype`, again in fp32."""
         return Factors(left=self.left.to(dtype).float(), right=self.right.to(dtype).float())
 
 
@@ -153,21 +192,50 @@ class Decomposition:
     Attributes
     ----------
     factors
-        ``B A``.
+        A and B.
     residual
         The encoded residual.
     ended_on : {"quantize", "decompose"}
-        Which came last: "quantize" if the residual was encoded for these factors, "decompose" if the factors were
-        fitted to the encoded residual.
+        The last step: "quantize" if the residual was encoded for these factors, "decompose" if the factors were fitted
+        to the encoded residual.
     svd
-        The singular value decomposition that the factors come from, where there was one.
+        The singular value decomposition that the factors come from, if there was one.
     encoded_of
-        What `residual` encodes, ``[m_p, n]`` fp32, row-sharded, where at step 0 the model lacks no more of W than what
-        encoding loses: W is not asked for any more, and may be overwritten. None: W is as it was.
+        The values that `residual` encodes, ``[m_p, n]`` fp32, row-sharded. It replaces W, which may be gone: at step 0
+        the model differs from W by ``encoded_of - residual`` alone. None if W is untouched and the error must be
+        measured against it.
     encoded_from
-        The residual is the encoded ``W - scaling * left @ right`` of these, holding `factor_dtype` values; zero for W
-        itself. None: of `factors`, or of W where the method starts at zero. With them a residual can be formed again
-        from W, without a decomposition (`lowrank_dist.decomposition.restore`).
+        The factors that the residual was encoded from, as ``W - scaling * left @ right``, holding `factor_dtype`
+        values; zero if W itself was encoded. None if these are `factors`, or if W was encoded because the method starts
+        at zero. They suffice to form the residual from W again without a decomposition
+        (`lowrank_dist.decomposition.restore`).
+
+    See Also
+    --------
+    Method.decompose : Returns it.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from lowrank_dist.distributed.group import ShardGroup
+    >>> from lowrank_dist.distributed.partition import RowPartition
+    >>> from lowrank_dist.methods import Matrix, PiSSA
+    >>> matrix = Matrix(
+    ...     name="layer.weight",
+    ...     block=torch.randn(6, 4),
+    ...     partition=RowPartition(rows=6, columns=4, world_size=1),
+    ...     group=ShardGroup.single(),
+    ...     rank=2,
+    ...     scaling=1.0,
+    ...     input_first=False,
+    ...     factor_dtype=torch.float32,
+    ... )
+    >>> from lowrank_dist.quantization import Dense
+    >>> weight = matrix.block.clone()
+    >>> found = PiSSA().decompose(matrix, Dense(dtype=torch.float32))
+    >>> sum_of_parts = found.residual.rows(slice(None)) + found.factors.left @ found.factors.right
+    >>> torch.allclose(sum_of_parts, weight, atol=1e-5)
+    True
     """
 
     factors: Factors
@@ -180,18 +248,18 @@ class Decomposition:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a decomposition costs, for the planner; estimates to leading order.
+    """Cost of a decomposition, for the schedule; estimates to leading order.
 
     Attributes
     ----------
     sharded_flops
-        Of all ranks together: work that they share.
+        Flops that the ranks share, of all ranks together.
     replicated_flops
-        Of every rank: work that each does for itself, or waits for.
+        Flops that every rank does for itself, or waits for.
     collectives
-        How many all-reduces (or the like) one waits for.
+        Number of collectives that a rank waits for, counted as all-reduces.
     reduced_bytes
-        Bytes of the tensors that these reduce.
+        Bytes of the tensors that these collectives reduce.
     """
 
     sharded_flops: float = 0.0
@@ -207,32 +275,53 @@ class Method(ABC):
     Attributes
     ----------
     statistic : {None, "covariance", "gradient"}
-        What `decompose` wants to find in ``Matrix.statistic``: None, the second moment of the layer's inputs, or the
-        gradient of the loss, both from a calibration pass.
+        What `decompose` reads from ``Matrix.statistic``: nothing, the second moment of the layer's inputs, or the
+        gradient of the loss. The calibration pass measures the latter two.
+
+    See Also
+    --------
+    register : Gives a method a name.
+    subtracted, unchanged : What `decompose` usually ends with.
+
+    Examples
+    --------
+    A method whose factors are the first r rows of W, for weights stored ``[out, in]`` on one rank:
+
+    >>> from dataclasses import dataclass
+    >>> import torch
+    >>> from lowrank_dist.methods import Decomposition, Factors, Matrix, Method, subtracted
+    >>> @dataclass(frozen=True, kw_only=True)
+    ... class FirstRows(Method):
+    ...     def decompose(self, matrix: Matrix, residual) -> Decomposition:
+    ...         right = matrix.block[: matrix.rank].clone()
+    ...         left = torch.eye(matrix.partition.rows, matrix.rank) / matrix.scaling
+    ...         return subtracted(matrix, Factors(left=left, right=right), residual)
+    >>> str(FirstRows())
+    'FirstRows'
     """
 
     statistic: ClassVar[Literal["covariance", "gradient"] | None] = None
 
     @property
     def starts_at_zero(self) -> bool:
-        """Whether the residual is W itself: the adapter starts at zero, or next to it, and is an ordinary LoRA."""
+        """Whether the residual is W itself, so that the adapter starts at or near zero and is an ordinary LoRA."""
         return False
 
     @property
     def layout(self) -> FactorLayout:
-        """What of the update is trained, and what stands for it in files."""
+        """Which parameters of the update are trained, and how files store them."""
         return TrainedFactors()
 
     def work(self, rows: int, columns: int, rank: int) -> Work:
-        """What `decompose` costs on a ``rows x columns`` matrix; the default knows of ``W - scaling B A`` only."""
+        """Cost of `decompose` on a ``rows x columns`` matrix; the default counts ``W - scaling B A`` only."""
         return Work(sharded_flops=2.0 * rows * columns * rank, collectives=1)
 
     def objection(self, *, rows: int, columns: int, rank: int, lookup: bool, wrapped: bool) -> str | None:
-        """Why a matrix of this shape cannot be decomposed with this rank, or None; asked before anything is read."""
+        """Return why a matrix of this shape cannot be decomposed with this rank, or None; called before any read."""
         return None
 
     def check(self, residual: ResidualFormat) -> None:  # noqa: B027 (most methods take any residual)
-        """Raise InputError where the options make no sense with this residual format."""
+        """Raise InputError if the options contradict the residual format."""
 
     @abstractmethod
     def decompose(self, matrix: Matrix, residual: ResidualFormat) -> Decomposition:
@@ -245,8 +334,8 @@ class Method(ABC):
 def residual_block(matrix: Matrix, factors: Factors, *, out: Tensor | None = None) -> Tensor:
     """This rank's rows of ``W - scaling * left @ right``, ``[m_p, n]`` fp32; see `lowrank_dist.linalg.minus_product`.
 
-    The same bits whatever the number of ranks, so that a residual can be formed again on another one. Written to `out`,
-    which may be W itself, or to memory of its own.
+    The bits do not depend on the number of ranks, so that a residual can be formed again on another number. The result
+    is written to `out`, which may be W itself; None allocates it. Nothing is communicated.
     """
     start, _ = matrix.partition.bounds(matrix.group.rank)
     return minus_product(
@@ -261,7 +350,7 @@ def residual_block(matrix: Matrix, factors: Factors, *, out: Tensor | None = Non
 
 
 def quantization_error(matrix: Matrix, encoded: Encoded) -> Tensor:
-    """This rank's rows of ``W - Q``, ``[m_p, n]`` fp32, for an encoded residual Q; no memory for Q itself."""
+    """This rank's rows of ``W - Q``, ``[m_p, n]`` fp32, for an encoded residual Q, which is decoded slab by slab."""
     error = matrix.empty()
     for rows in slabs(error):
         torch.sub(matrix.block[rows], encoded.rows(rows), out=error[rows])

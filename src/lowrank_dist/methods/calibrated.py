@@ -1,4 +1,4 @@
-"""What the methods share that look at data: the statistic they are given and its leading singular triplets."""
+"""What methods that need calibration data share: their statistic and its leading singular triplets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lowrank_dist.methods.principal import PrincipalMethod
 
 @dataclass(frozen=True, kw_only=True)
 class CalibratedMethod(PrincipalMethod):
-    """A method that needs a calibration pass; subclasses name the `statistic` they want.
+    """A method that needs a calibration pass; subclasses name the `statistic` that they need.
 
     Parameters
     ----------
@@ -41,7 +41,7 @@ class CalibratedMethod(PrincipalMethod):
         return None
 
     def measured(self, matrix: Matrix) -> Tensor:
-        """This rank's rows of the statistic.
+        """Return this rank's rows of the statistic; shapes and sharding are those of ``Matrix.statistic``.
 
         Raises
         ------
@@ -56,7 +56,7 @@ class CalibratedMethod(PrincipalMethod):
         return matrix.statistic
 
     def leading(self, matrix: Matrix, block: Tensor, rank: int, *, rows: int) -> SVD:
-        """Leading `rank` triplets of a row-sharded matrix of `rows` rows that belongs to `matrix`; `randomized_svd`."""
+        """Leading `rank` triplets of a row-sharded matrix of `rows` rows, computed in the group of `matrix`."""
         return randomized_svd(
             block,
             rank,

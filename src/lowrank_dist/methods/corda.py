@@ -1,4 +1,4 @@
-"""CorDA: singular triplets of the weight as the layer's inputs see it."""
+"""CorDA: singular triplets of the weight times the covariance of the layer's inputs."""
 
 from __future__ import annotations
 
@@ -23,36 +23,66 @@ class CorDA(CalibratedMethod):
     """Context-oriented decomposition: ``U S V^T = SVD(W C)`` with C the covariance of the layer's inputs.
 
     ``B = U_r sqrt(S_r / scaling)``, ``A = sqrt(S_r / scaling) V_r^T C^-1``, residual ``W - scaling * B A``. At step 0
-    the model computes W, or ``Q(W_res) + scaling * B A`` where the residual is quantized.
+    the model computes W, or ``Q(W_res) + scaling * B A`` if the residual is quantized.
 
-    No inverse is needed. From ``U^T W C = S V^T`` follows ``V_r^T C^-1 = S_r^-1 U_r^T W``, so that
-    ``A = U_r^T W / sqrt(scaling * S_r)`` and ``scaling * B A = U_r U_r^T W``: the part of W that lands in r directions
-    of the output. Rows of A whose singular value is zero are zero: there, ``U_r^T W`` is rounding.
+    No inverse is needed. ``U^T W C = S V^T`` implies ``V_r^T C^-1 = S_r^-1 U_r^T W``, so that
+    ``A = U_r^T W / sqrt(scaling * S_r)`` and ``scaling * B A = U_r U_r^T W``, the projection of W onto r directions of
+    the output. Rows of A whose singular value is zero are set to zero, because ``U_r^T W`` is rounding error there.
 
-    B A does not depend on the unit of C, but the split does: C times c multiplies B by ``sqrt(c)`` and divides A by it.
-    C here is ``X^T X / tokens``; PEFT divides the inputs by their largest entry and C by the number of batches.
+    B A does not depend on the scale of C, but its split into B and A does: C times c multiplies B by ``sqrt(c)`` and
+    divides A by it. C is ``X^T X / tokens`` here; PEFT divides the inputs by their largest entry and C by the number of
+    batches.
 
     Parameters
     ----------
     corda_method : {"ipm", "kpm"}
-        PEFT's name for the mode. Instruction-previewed: the r largest triplets are trained, C comes from the task's
-        data. Knowledge-preserved: the r smallest are trained, C comes from data whose knowledge is to be kept.
+        PEFT's name for the mode. Instruction-previewed ("ipm") trains the r largest triplets, with C from the data of
+        the task. Knowledge-preserved ("kpm") trains the r smallest, with C from data whose knowledge is to be kept.
     damping
-        C is ``C + damping * mean(diag C) * I``, which makes it positive definite. PEFT starts at 0.01 and doubles it
-        until its inverse is accurate.
+        C is replaced by ``C + damping * mean(diag C) * I``, which makes it positive definite. PEFT starts at 0.01 and
+        doubles it until its inverse is accurate.
     power_iterations, oversampling, tolerance, seed
-        Options of the randomized SVD of ``W C``, see `PrincipalMethod`; kpm takes `trailing_svd` and only the seed.
+        Options of the randomized SVD of ``W C``, see `PrincipalMethod`; "kpm" uses `trailing_svd` and only the seed.
+
+    See Also
+    --------
+    EVA : Takes A from the covariance alone.
+    lowrank_dist.Calibration : The data that the covariance is measured on.
 
     Notes
     -----
-    ``W C`` is formed with the rows of C, or of W where rows are inputs (Conv1D), sent round one rank at a time
-    (`row_blocks`); memory for ``W C`` itself, for C's rows and for one peer's block. Then the collectives of the SVD
-    and one all-reduce of ``r x n`` fp32.
+    ``W C`` is formed by broadcasting the rows of C, or of W where rows are inputs (Conv1D), one rank at a time
+    (`row_blocks`). That takes memory for ``W C``, for this rank's rows of C and for the rows of one peer. The
+    collectives of the SVD and one all-reduce of ``r x n`` fp32 follow.
 
     References
     ----------
     Y. Yang, X. Li, Z. Zhou, S. L. Song, J. Wu, L. Nie, B. Ghanem, "CorDA: Context-Oriented Decomposition Adaptation of
     Large Language Models for Task-Aware Parameter-Efficient Fine-tuning", NeurIPS 2024, section 3; arXiv:2406.05223.
+
+    Examples
+    --------
+    Decompose one matrix on one rank:
+
+    >>> import torch
+    >>> from lowrank_dist.distributed.group import ShardGroup
+    >>> from lowrank_dist.distributed.partition import RowPartition
+    >>> from lowrank_dist.methods import CorDA, Matrix
+    >>> from lowrank_dist.quantization import Dense
+    >>> matrix = Matrix(
+    ...     name="layer.weight",
+    ...     block=torch.randn(64, 32),
+    ...     partition=RowPartition(rows=64, columns=32, world_size=1),
+    ...     group=ShardGroup.single(),
+    ...     rank=4,
+    ...     scaling=1.0,
+    ...     input_first=False,
+    ...     factor_dtype=torch.float32,
+    ...     statistic=torch.eye(32),
+    ... )
+    >>> found = CorDA().decompose(matrix, Dense(dtype=torch.float32))
+    >>> found.factors.left.shape, found.factors.right.shape
+    (torch.Size([64, 4]), torch.Size([4, 32]))
     """
 
     statistic: ClassVar[Literal["covariance", "gradient"] | None] = "covariance"
@@ -68,7 +98,7 @@ class CorDA(CalibratedMethod):
     def decompose(self, matrix: Matrix, residual: ResidualFormat) -> Decomposition:
         block, group, rows = matrix.block, matrix.group, matrix.partition.rows
         covariance = self.damped_covariance(matrix)
-        # where rows are inputs, C W^T = (W C)^T: left and right change places, C is symmetric
+        # where rows are inputs, C W^T = (W C)^T, since C is symmetric: left and right change places
         pair = (covariance, block) if matrix.input_first else (block, covariance)
         product = multiply(*pair, group)
         del covariance, pair

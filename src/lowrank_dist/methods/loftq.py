@@ -1,4 +1,4 @@
-"""LoftQ: the adapter takes what quantization lost."""
+"""LoftQ: the adapter takes the quantization error."""
 
 from __future__ import annotations
 
@@ -23,12 +23,39 @@ class LoftQ(AlternatingMethod):
     power_iterations, oversampling, tolerance, seed
         Options of the randomized SVD, see `PrincipalMethod`.
     quantization_iterations
-        T, alternations of quantization and SVD.
+        T, the number of alternations of quantization and SVD.
+
+    See Also
+    --------
+    PiSSA : Alternates too, starting from the principal triplets of W.
 
     References
     ----------
     Y. Li, Y. Yu, C. Liang, P. He, N. Karampatziakis, W. Chen, T. Zhao, "LoftQ: LoRA-Fine-Tuning-Aware Quantization
     for Large Language Models", ICLR 2024, algorithm 1; arXiv:2310.08659.
+
+    Examples
+    --------
+    Decompose one matrix on one rank:
+
+    >>> import torch
+    >>> from lowrank_dist.distributed.group import ShardGroup
+    >>> from lowrank_dist.distributed.partition import RowPartition
+    >>> from lowrank_dist.methods import LoftQ, Matrix
+    >>> from lowrank_dist.quantization import NF4
+    >>> matrix = Matrix(
+    ...     name="layer.weight",
+    ...     block=torch.randn(64, 32),
+    ...     partition=RowPartition(rows=64, columns=32, world_size=1, block=64),
+    ...     group=ShardGroup.single(),
+    ...     rank=4,
+    ...     scaling=1.0,
+    ...     input_first=False,
+    ...     factor_dtype=torch.float32,
+    ... )
+    >>> found = LoftQ(quantization_iterations=5).decompose(matrix, NF4())
+    >>> found.ended_on
+    'decompose'
     """
 
     def check(self, residual: ResidualFormat) -> None:

@@ -17,17 +17,45 @@ from lowrank_dist.quantization.format import ResidualFormat
 class LoRA(Method):
     """``A ~ U(-1/sqrt(in), 1/sqrt(in))`` (PEFT's Kaiming initialisation), ``B = 0``; QLoRA where W is quantized.
 
-    Of embeddings, as in PEFT, A is zero and ``B ~ N(0, 1)``. At step 0 the model computes W, or its quantization.
+    For embeddings A is zero and ``B ~ N(0, 1)``, as in PEFT. At step 0 the model computes W, or its quantization.
 
     Parameters
     ----------
     seed
-        Mixed with the weight's name into the seed of what is random.
+        Mixed with the weight's name into the seed of the random factor.
+
+    See Also
+    --------
+    EVA : Takes A from the layer's inputs.
+    PiSSA : Starts from the principal triplets of W.
 
     References
     ----------
     E. Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, section 4.1; arXiv:2106.09685.
     T. Dettmers et al., "QLoRA", NeurIPS 2023, equation 5; arXiv:2305.14314.
+
+    Examples
+    --------
+    Decompose one matrix on one rank:
+
+    >>> import torch
+    >>> from lowrank_dist.distributed.group import ShardGroup
+    >>> from lowrank_dist.distributed.partition import RowPartition
+    >>> from lowrank_dist.methods import LoRA, Matrix
+    >>> from lowrank_dist.quantization import Dense
+    >>> matrix = Matrix(
+    ...     name="layer.weight",
+    ...     block=torch.randn(64, 32),
+    ...     partition=RowPartition(rows=64, columns=32, world_size=1),
+    ...     group=ShardGroup.single(),
+    ...     rank=4,
+    ...     scaling=1.0,
+    ...     input_first=False,
+    ...     factor_dtype=torch.float32,
+    ... )
+    >>> found = LoRA().decompose(matrix, Dense(dtype=torch.float32))
+    >>> found.factors.left.shape, found.factors.right.shape
+    (torch.Size([64, 4]), torch.Size([4, 32]))
     """
 
     seed: int = 0

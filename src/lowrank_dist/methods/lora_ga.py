@@ -21,34 +21,65 @@ class LoRAGA(CalibratedMethod):
     """Low-rank adaptation with gradient approximation: A and B from different singular triplets of the gradient of W.
 
     With ``G = dL/dW = U S V^T`` (2r leading triplets), ``A = V_a^T`` and ``B = f U_b S_b``; `direction` picks the
-    triplets a and b, `scale` the factor f. The residual is ``W - scaling * B A``; at step 0 the model computes W, or
-    ``Q(W_res) + scaling * B A`` where the residual is quantized. Options, names and arithmetic are those of PEFT's
-    ``LoraGAConfig``, whose B carries ``S_b``, which the paper's does not.
+    triplets a and b, `scale` the factor f. The residual is ``W - scaling * B A``. At step 0 the model computes W, or
+    ``Q(W_res) + scaling * B A`` if the residual is quantized. Options, names and arithmetic are those of PEFT's
+    ``LoraGAConfig``, whose B carries ``S_b``; the B of the paper does not.
 
-    The signs of singular vectors are free, and since A and B take different triplets, so are those of the terms of
-    B A: they are fixed by the stored orientation of W (see `SVD`).
+    The signs of singular vectors are arbitrary. A and B take different triplets, so that the signs of the terms of B A
+    are arbitrary too; the stored orientation of W fixes them (see `SVD`).
 
     Parameters
     ----------
     direction : {"ArBr", "A2rBr", "ArB2r", "random"}
-        Triplets, counted from 0. ArBr: A the odd ones, B the even ones. A2rBr: A the second r, B the first r. ArB2r: A
-        the first r, B the second r. random: the same r of the 2r for both, drawn from the weight's name and `seed`.
+        Which triplets, counted from 0, A and B take. "ArBr": A the odd ones, B the even ones. "A2rBr": A the second r,
+        B the first r. "ArB2r": A the first r, B the second r. "random": both the same r of the 2r, drawn with a seed
+        from the weight's name and `seed`.
     scale : {"stable", "weight_svd", "gd_scale", "unit"}
-        stable: ``f = out^(1/4) / sqrt(stable_gamma)``. weight_svd: f makes B's first singular value that of W.
-        gd_scale: A and B divided by `scaling`. unit: f = 1.
+        "stable": ``f = out^(1/4) / sqrt(stable_gamma)``. "weight_svd": f makes the first singular value of B that of W.
+        "gd_scale": A and B are divided by `scaling`. "unit": f = 1.
     stable_gamma
-        gamma of ``scale="stable"``.
+        The number gamma of ``scale="stable"``.
     power_iterations, oversampling, tolerance, seed
         Options of the randomized SVD, see `PrincipalMethod`; the default oversampling is 2r.
 
+    See Also
+    --------
+    CorDA, EVA : The other methods that need a calibration pass.
+    lowrank_dist.Calibration : The data that the gradient is measured on.
+
     Notes
     -----
-    The collectives of `randomized_svd` for 2r triplets of G and, with ``scale="weight_svd"``, r triplets of W.
+    The collectives are those of `randomized_svd` for 2r triplets of G and, with ``scale="weight_svd"``, for r triplets
+    of W.
 
     References
     ----------
     S. Wang, L. Yu, J. Li, "LoRA-GA: Low-Rank Adaptation with Gradient Approximation", NeurIPS 2024, section 3 and
     algorithm 1; arXiv:2407.05000.
+
+    Examples
+    --------
+    Decompose one matrix on one rank:
+
+    >>> import torch
+    >>> from lowrank_dist.distributed.group import ShardGroup
+    >>> from lowrank_dist.distributed.partition import RowPartition
+    >>> from lowrank_dist.methods import LoRAGA, Matrix
+    >>> from lowrank_dist.quantization import Dense
+    >>> matrix = Matrix(
+    ...     name="layer.weight",
+    ...     block=torch.randn(64, 32),
+    ...     partition=RowPartition(rows=64, columns=32, world_size=1),
+    ...     group=ShardGroup.single(),
+    ...     rank=4,
+    ...     scaling=1.0,
+    ...     input_first=False,
+    ...     factor_dtype=torch.float32,
+    ...     statistic=torch.randn(64, 32),
+    ... )
+    >>> found = LoRAGA().decompose(matrix, Dense(dtype=torch.float32))
+    >>> found.factors.left.shape, found.factors.right.shape
+    (torch.Size([64, 4]), torch.Size([4, 32]))
     """
 
     statistic: ClassVar[Literal["covariance", "gradient"] | None] = "gradient"
@@ -81,7 +112,7 @@ class LoRAGA(CalibratedMethod):
         return subtracted(matrix, Factors(left=left, right=right), residual)
 
     def triplets(self, matrix: Matrix) -> tuple[Tensor, Tensor]:
-        """Which of the 2r triplets A and B take: two index tensors, ``[r]`` each, the same on every rank."""
+        """Indices of the triplets, of 2r, that A and B take: two tensors ``[r]`` int64, the same on every rank."""
         r, device = matrix.rank, matrix.block.device
         order = torch.arange(2 * r)
         if self.direction == "random":
@@ -93,14 +124,14 @@ class LoRAGA(CalibratedMethod):
         return for_a.to(device), for_b.to(device)
 
     def magnitudes(self, matrix: Matrix, singular_values: Tensor) -> tuple[float, Tensor]:
-        """What multiplies the rows of A (one number) and the columns of B (``[r]`` fp32, replicated)."""
+        """Return what multiplies the rows of A (one number) and the columns of B (``[r]`` fp32, replicated)."""
         if self.scale == "stable":
             return 1.0, singular_values * (layer_shape(matrix)[1] ** 0.25 / self.stable_gamma**0.5)
         if self.scale == "gd_scale":
             return 1 / matrix.scaling, singular_values / matrix.scaling
         if self.scale == "weight_svd":
             largest = self.leading(matrix, matrix.block, matrix.rank, rows=matrix.partition.rows).s[0]
-            # as PEFT: B's first column, which with direction="random" is not its largest
+            # PEFT scales by B's first column, which is not its largest with direction="random"
             first = singular_values[0]
             return 1.0, singular_values * torch.where(first > 0, largest / first, 1)
         return 1.0, singular_values

@@ -1,4 +1,4 @@
-"""LoRA-XS: frozen principal factors, and between them an r x r matrix that is trained."""
+"""LoRA-XS: a trained r x r core between frozen principal factors."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from lowrank_dist.quantization.format import ResidualFormat
 class LoRAXS(PrincipalMethod):
     """Low-rank adaptation with an extremely small number of parameters: ``W + scaling * B R A``, only R is trained.
 
-    ``B = U_r S_r`` and ``A = V_r^T`` of W are frozen, R is ``r x r`` and drawn from ``N(0, core_std^2)``. The residual
-    is W itself, or its quantization; at step 0 the model computes it up to some ``scaling * core_std`` times W. What is
-    saved is the LoRA with the factors A and ``B R``, for the original model as it is.
+    ``B = U_r S_r`` and ``A = V_r^T`` of W are frozen. The core R is ``r x r`` and drawn from ``N(0, core_std^2)``. The
+    residual is W itself, or its quantization; at step 0 the model differs from it by the order of
+    ``scaling * core_std`` times W. Checkpoints hold the LoRA with the factors A and ``B R``, which is for the original
+    model.
 
     Parameters
     ----------
@@ -27,10 +28,38 @@ class LoRAXS(PrincipalMethod):
     power_iterations, oversampling, tolerance, seed
         Options of the randomized SVD, see `PrincipalMethod`.
 
+    See Also
+    --------
+    LoRA : Trains both factors.
+    PiSSA : Trains the principal factors themselves.
+
     References
     ----------
     K. Bałazy, M. Banaei, K. Aberer, J. Tabor, "LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters",
     2024, section 3; arXiv:2405.17604.
+
+    Examples
+    --------
+    Decompose one matrix on one rank:
+
+    >>> import torch
+    >>> from lowrank_dist.distributed.group import ShardGroup
+    >>> from lowrank_dist.distributed.partition import RowPartition
+    >>> from lowrank_dist.methods import LoRAXS, Matrix
+    >>> from lowrank_dist.quantization import Dense
+    >>> matrix = Matrix(
+    ...     name="layer.weight",
+    ...     block=torch.randn(64, 32),
+    ...     partition=RowPartition(rows=64, columns=32, world_size=1),
+    ...     group=ShardGroup.single(),
+    ...     rank=4,
+    ...     scaling=1.0,
+    ...     input_first=False,
+    ...     factor_dtype=torch.float32,
+    ... )
+    >>> found = LoRAXS().decompose(matrix, Dense(dtype=torch.float32))
+    >>> torch.allclose(found.factors.right @ found.factors.right.mT, torch.eye(4), atol=1e-5)
+    True
     """
 
     core_std: float = 1e-5
@@ -50,7 +79,7 @@ class LoRAXS(PrincipalMethod):
 
     def objection(self, *, rows: int, columns: int, rank: int, lookup: bool, wrapped: bool) -> str | None:
         if lookup or wrapped:
-            return f"{self} puts its matrix between the factors of linear layers only; drop it from the targets"
+            return f"{self} puts its core between the factors of linear layers only; drop it from the targets"
         return None
 
     def decompose(self, matrix: Matrix, residual: ResidualFormat) -> Decomposition:

@@ -18,23 +18,51 @@ from lowrank_dist.quantization.format import ResidualFormat
 class OLoRA(Method):
     """Orthonormal low-rank adaptation: with ``W = Q R``, ``B = Q[:, :r]`` and ``A = R[:r]``.
 
-    The first r columns of Q are an orthonormal basis of the first r columns of W, and ``R[:r] = B^T W``: no QR of the
-    whole matrix is needed. The residual is ``W - scaling * B A``; at step 0 the model computes W, or
-    ``Q(W_res) + scaling * B A`` where the residual is quantized. As in PEFT, neither factor is divided by `scaling`:
-    only with ``scaling = 1`` does the residual vanish in the first r columns.
+    The first r columns of Q are an orthonormal basis of the first r columns of W, and ``R[:r] = B^T W``, so that no QR
+    of the whole matrix is needed. The residual is ``W - scaling * B A``. At step 0 the model computes W, or
+    ``Q(W_res) + scaling * B A`` if the residual is quantized. Neither factor is divided by `scaling`, as in PEFT: the
+    residual vanishes in the first r columns only if ``scaling = 1``.
 
-    Signs: the diagonal of R is not negative (LAPACK, hence PEFT, leaves them open); B A does not depend on them. Where
-    the first r columns of W are dependent, the missing columns of B are some orthonormal completion.
+    The diagonal of R is nonnegative, which fixes the signs (LAPACK, hence PEFT, leaves them open). B A does not depend
+    on them. If the first r columns of W are linearly dependent, B is completed by arbitrary orthonormal columns.
+
+    See Also
+    --------
+    PiSSA : Takes the principal triplets instead.
 
     Notes
     -----
-    The collectives of `orthonormalize` for r columns and one all-reduce of ``r x n`` fp32. Where rows are inputs
-    (Conv1D), the first r columns of W are the first r stored rows: one reduce and one broadcast of ``r x n`` fp32.
+    The collectives are those of `orthonormalize` for r columns and one all-reduce of ``r x n`` fp32. Where rows are
+    inputs (Conv1D), the first r columns of W are the first r stored rows: one reduce and one broadcast of ``r x n``
+    fp32.
 
     References
     ----------
     K. Büyükakyüz, "OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models", 2024, section 3;
     arXiv:2406.01775.
+
+    Examples
+    --------
+    Decompose one matrix on one rank:
+
+    >>> import torch
+    >>> from lowrank_dist.distributed.group import ShardGroup
+    >>> from lowrank_dist.distributed.partition import RowPartition
+    >>> from lowrank_dist.methods import Matrix, OLoRA
+    >>> from lowrank_dist.quantization import Dense
+    >>> matrix = Matrix(
+    ...     name="layer.weight",
+    ...     block=torch.randn(64, 32),
+    ...     partition=RowPartition(rows=64, columns=32, world_size=1),
+    ...     group=ShardGroup.single(),
+    ...     rank=4,
+    ...     scaling=1.0,
+    ...     input_first=False,
+    ...     factor_dtype=torch.float32,
+    ... )
+    >>> found = OLoRA().decompose(matrix, Dense(dtype=torch.float32))
+    >>> torch.allclose(found.factors.left.mT @ found.factors.left, torch.eye(4), atol=1e-5)
+    True
     """
 
     def decompose(self, matrix: Matrix, residual: ResidualFormat) -> Decomposition:

@@ -18,25 +18,53 @@ from lowrank_dist.quantization.format import Encoded, ResidualFormat
 class PiSSA(AlternatingMethod):
     """Principal singular values and singular vectors adaptation; QPiSSA where the residual is quantized.
 
-    ``scaling * B A = U_r S_r V_r^T`` and ``W_res = W - scaling * B A``. With a quantized residual, T alternations
-    ``B A = SVD_r(W - Q(W_res))``, ``W_res = W - scaling * B A`` shrink the error. After the last quantization one
-    more SVD gives the factors that fit it better than those it was made with, as a rule; whichever leaves the lower
-    ``||W - (Q(W_res) + scaling * B A)||_F`` is kept, and ``Decomposition.ended_on`` says which. T = 1 is plain: it
-    ends on the quantization.
+    ``scaling * B A = U_r S_r V_r^T`` and ``W_res = W - scaling * B A``. If the residual is quantized, T alternations of
+    ``B A = SVD_r(W - Q(W_res))`` and ``W_res = W - scaling * B A`` reduce the error. One more SVD follows the last
+    quantization. Its factors usually fit the encoded residual better than those it was encoded for. The factors with
+    the lower ``||W - (Q(W_res) + scaling * B A)||_F`` are kept, and ``Decomposition.ended_on`` says which. T = 1 ends
+    on the quantization, without that SVD.
 
-    At step 0 the model computes ``Q(W_res) + scaling * B A``: W itself without quantization.
+    At step 0 the model computes ``Q(W_res) + scaling * B A``, which is W if nothing is quantized.
 
     Parameters
     ----------
     power_iterations, oversampling, tolerance, seed
         Options of the randomized SVD, see `PrincipalMethod`.
     quantization_iterations
-        T, quantizations of the residual; 1 is plain PiSSA followed by one quantization.
+        T, the number of quantizations of the residual; 1 is plain PiSSA followed by one quantization.
+
+    See Also
+    --------
+    LoftQ : Puts the quantization error into the adapter instead.
+    MiLoRA : Trains the minor triplets.
 
     References
     ----------
     F. Meng, Z. Wang, M. Zhang, "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language
     Models", NeurIPS 2024, equations 2-4 and algorithm 1; arXiv:2404.02948.
+
+    Examples
+    --------
+    Decompose one matrix on one rank:
+
+    >>> import torch
+    >>> from lowrank_dist.distributed.group import ShardGroup
+    >>> from lowrank_dist.distributed.partition import RowPartition
+    >>> from lowrank_dist.methods import Matrix, PiSSA
+    >>> from lowrank_dist.quantization import Dense
+    >>> matrix = Matrix(
+    ...     name="layer.weight",
+    ...     block=torch.randn(64, 32),
+    ...     partition=RowPartition(rows=64, columns=32, world_size=1),
+    ...     group=ShardGroup.single(),
+    ...     rank=4,
+    ...     scaling=1.0,
+    ...     input_first=False,
+    ...     factor_dtype=torch.float32,
+    ... )
+    >>> found = PiSSA().decompose(matrix, Dense(dtype=torch.float32))
+    >>> torch.allclose(found.factors.left @ found.factors.right, found.svd.u * found.svd.s @ found.svd.vh, atol=1e-5)
+    True
     """
 
     def check(self, residual: ResidualFormat) -> None:
@@ -73,7 +101,7 @@ class PiSSA(AlternatingMethod):
 
     @staticmethod
     def errors(matrix: Matrix, encoded: Encoded, *candidates: Factors) -> list[float]:
-        """``||W - (Q + scaling * left @ right)||_F^2`` for every candidate. One all-reduce of as many numbers."""
+        """``||W - (Q + scaling * left @ right)||_F^2`` of every candidate. One all-reduce of one number a candidate."""
         squares = []
         for factors in candidates:
             error = residual_block(matrix, factors)

@@ -18,13 +18,14 @@ class PrincipalMethod(Method):
     Parameters
     ----------
     power_iterations
-        Passes over W^T W. More of them sharpen the result at equal flops and cost an all-reduce each; see
-        `lowrank_dist.linalg.randomized_svd`.
+        Number of passes over W^T W. More passes make the result more accurate at equal flops and cost an all-reduce
+        each; see `lowrank_dist.linalg.randomized_svd`.
     oversampling
-        Directions carried beyond r and dropped at the end. Default: 3 r. Flops and memory grow with it.
+        Number of directions that are computed beyond r and dropped at the end. Default: 3 r. Flops and memory grow with
+        it.
     tolerance
-        Excess residual ``||W - U S V^T||_F / ||W - W_r||_F - 1`` to iterate down to, as estimated on the way, instead
-        of a fixed number of passes.
+        Iterate until the estimated excess residual ``||W - U S V^T||_F / ||W - W_r||_F - 1`` is below it, instead of a
+        fixed number of passes.
     seed
         Mixed with the weight's name into the seed of the test matrix.
 
@@ -63,7 +64,7 @@ class PrincipalMethod(Method):
         factors
             Rounded to ``matrix.factor_dtype``.
         svd
-            Where they come from; its right vectors are a warm start for a similar matrix.
+            The decomposition that they come from; its right vectors are a warm start for a similar matrix.
         """
         svd = randomized_svd(
             block,
@@ -81,22 +82,22 @@ class PrincipalMethod(Method):
 
 
 def balanced(svd: SVD, scaling: float) -> Factors:
-    """Factors that carry ``sqrt(S / scaling)`` each: ``scaling * left @ right = U S V^T``."""
+    """Factors that carry ``sqrt(S / scaling)`` each, so that ``scaling * left @ right = U S V^T``."""
     root = (svd.s / scaling).sqrt()
     return Factors(left=svd.u * root, right=root[:, None] * svd.vh)
 
 
 def with_estimate_of(last: SVD, first: SVD) -> SVD:
-    """The `last` of several decompositions with the estimate of the `first`: refinements have none of their own."""
+    """Return the `last` of several decompositions with the estimate of the `first`; refinements have no estimate."""
     return last._replace(iterations=first.iterations, estimate=first.estimate)
 
 
 def svd_work(rows: int, columns: int, rank: int, oversampling: int | None, power_iterations: int) -> Work:
-    """What `lowrank_dist.linalg.randomized_svd` costs at most, by the formulas of its docstring."""
+    """Upper bound of the cost of `lowrank_dist.linalg.randomized_svd`, by the formulas of its docstring."""
     short, long, tall = min(rows, columns), max(rows, columns), rows >= columns
     dimension = rank + (3 * rank if oversampling is None else oversampling)
     width, passes = -(-dimension // (power_iterations + 1)), power_iterations
-    if dimension >= (2 / 3 if tall else 1) * short:  # the whole short side at once
+    if dimension >= (2 / 3 if tall else 1) * short:  # randomized_svd decomposes the Gram matrix of the short side
         dimension, width, passes = short, short, 0
     products = 2.0 * rows * columns * (2 * dimension - width)
     basis, gram = 2.0 * dimension**2 * short, 2.0 * dimension**2 * long
@@ -112,15 +113,15 @@ def svd_work(rows: int, columns: int, rank: int, oversampling: int | None, power
 class AlternatingMethod(PrincipalMethod):
     """A principal method that alternates with the quantization of the residual.
 
-    The rounds after the first start from the r right singular vectors of the round before and take one pass more at
-    most: the matrix has changed by a quantization error only, and neither more passes nor more directions lower the
-    error. On four matrices of SmolLM2-135M (NF4, T = 5, r = 64) the error reductions are .330 .608 .454 .318 with one
-    pass, the same to a digit with 7 and oversampling, and .302 .609 .384 .318 with none.
+    A round after the first starts from the r right singular vectors of the round before and takes at most one pass. The
+    matrix has changed by a quantization error only, so that neither more passes nor more directions lower the error. On
+    four matrices of SmolLM2-135M (NF4, T = 5, r = 64) the error reductions are .330 .608 .454 .318 with one pass, the
+    same to a digit with 7 and oversampling, and .302 .609 .384 .318 with none.
 
     Parameters
     ----------
     quantization_iterations
-        T, quantizations of the residual.
+        T, the number of quantizations of the residual.
     """
 
     quantization_iterations: int = 1
@@ -136,10 +137,10 @@ class AlternatingMethod(PrincipalMethod):
 
     @property
     def refinements(self) -> int:
-        """Decompositions after the first."""
+        """Number of decompositions after the first."""
         return self.quantization_iterations - 1
 
     def refined_factors(self, matrix: Matrix, block: Tensor, last: SVD) -> tuple[Factors, SVD]:
-        """`principal_factors` of a `block` that differs little from the one that `last` decomposed."""
+        """Return `principal_factors` of a `block` that differs little from the one that `last` decomposed."""
         once = replace(self, power_iterations=min(self.power_iterations, 1), oversampling=0, tolerance=None)
         return once.principal_factors(matrix, block, last.vh.mT)

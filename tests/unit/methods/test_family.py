@@ -462,7 +462,7 @@ def test_names_are_given_once_and_to_methods_only() -> None:
     with pytest.raises(InputError, match="the name is taken by PiSSA"):
         register("pissa")(LoRA)
     for other in (dict, Method, PiSSA()):
-        with pytest.raises(InputError, match="is no initialisation; derive it from"):
+        with pytest.raises(InputError, match="is not an initialisation; derive it from"):
             register("other")(other)  # type: ignore[type-var]
     assert "other" not in METHODS
 
