@@ -1,6 +1,7 @@
-"""What is measured of a matrix while it is decomposed: its norms, what quantization loses, its spectrum.
+"""Measures of a matrix while it is decomposed: its norms, its quantization error and its spectrum.
 
-Measures travel between ranks as rows of fp64 numbers, NaN where there is none; `report_of` makes a report of a row.
+Ranks exchange the measures of a matrix as a row of fp64 numbers, in which NaN stands for "not measured". `report_of`
+turns a row into a report.
 """
 
 from __future__ import annotations
@@ -42,12 +43,12 @@ class Norms(NamedTuple):
 
 
 def measures_of(rank: int) -> int:
-    """Length of a row of measures of a matrix that is decomposed to `rank`: the named ones, and the spectrum."""
+    """Length of the row of measures of a matrix of rank `rank`: the named measures, then the spectrum."""
     return len(_NAMES) + rank
 
 
 def report_of(planned: PlannedMatrix, measured: Tensor) -> MatrixReport:
-    """The report of a matrix from its row of measures, which `Measure.after` filled."""
+    """Make the report of a matrix from its row of measures, which `Measure.after` filled."""
     values = [value if math.isfinite(value) else None for value in measured.tolist()]
     measures: dict[str, Any] = dict(zip(_NAMES, values, strict=False))
     if measures["ended_on"] is not None:
@@ -63,18 +64,19 @@ class Measure:
     Parameters
     ----------
     init, residual
-        How matrices are decomposed, and how the frozen part is stored.
+        How matrices are decomposed, and how the residual is stored.
     thorough
-        Also measure nuclear norms of quantization errors, which may cost more than the decomposition.
+        Also measure nuclear norms of the errors, which may cost more than the decomposition.
     """
 
     def __init__(self, init: Method, residual: ResidualFormat, *, thorough: bool) -> None:
         self.init, self.residual, self.thorough = init, residual, thorough
 
     def before(self, matrix: Matrix) -> dict[str, Norms]:
-        """Norms of W while it is there, and of what plain quantization would lose unless the residual is just that.
+        """Norms of W, and of the error of plain quantization unless the decomposition yields that error itself.
 
-        Collective in the group of `matrix` where nuclear norms are measured or `ResidualFormat.encode` is.
+        Called before the decomposition, which may overwrite W. Collective in the group of `matrix` if nuclear norms are
+        measured or if `ResidualFormat.encode` is collective.
         """
         norms = {"norm": Norms(squared_norm(matrix.block))}
         if not self.residual.exact and not self.init.starts_at_zero:
@@ -88,9 +90,9 @@ class Measure:
         Parameters
         ----------
         matrix, decomposition
-            Sharded by rows; W itself may be gone where the decomposition has ``encoded_of``.
+            Row-sharded; W itself may be gone if the decomposition has ``encoded_of``.
         before
-            From `before`.
+            The result of `before`.
         out
             ``[measures_of(rank)]`` or longer, fp64, replicated.
         """
@@ -111,17 +113,17 @@ class Measure:
         out[: len(_NAMES)] = torch.tensor([found.get(name, math.nan) for name in _NAMES])
 
     def _norms(self, matrix: Matrix, error: Callable[[slice], Tensor]) -> Norms:
-        """Norms of an error; ``error(rows)`` returns these of this rank's rows of it."""
+        """Norms of an error; ``error(rows)`` returns the given slice of this rank's rows of it."""
         zero = matrix.block.new_zeros((), dtype=torch.float64)
         square = sum((squared_norm(error(rows)) for rows in slabs(matrix.block)), zero)
         if not self.thorough or self.residual.exact:
             return Norms(square)
-        # the same probes for both errors: what they miss cancels in the ratio
+        # both errors are probed with the same seed, so that estimation errors cancel in their ratio
         rows, seed = matrix.partition.rows, seed_from_name(matrix.name)
         return Norms(square, nuclear_norm(error(slice(None)), rows=rows, group=matrix.group, seed=seed))
 
     def _missing_at_step_0(self, matrix: Matrix, decomposition: Decomposition) -> Callable[[slice], Tensor]:
-        """A function that returns, for some of this rank's rows, W less what the model computes with at step 0."""
+        """Return a function of a slice of this rank's rows: W minus the weight that the model uses at step 0."""
         factors, kept, encoded_of = decomposition.factors, decomposition.residual, decomposition.encoded_of
 
         def missing(rows: slice) -> Tensor:

@@ -1,4 +1,4 @@
-"""What an initialisation did to every matrix: the figures, their JSON, and a table per layer type."""
+"""The measured effect of an initialisation on every matrix, as JSON and as a table by layer type."""
 
 from __future__ import annotations
 
@@ -10,45 +10,46 @@ from typing import Any
 
 @dataclass(kw_only=True)
 class MatrixReport:
-    """What was measured on one matrix (norms are Frobenius norms of the whole matrix).
+    """The measures of one matrix; norms are Frobenius norms of the whole matrix.
 
     Attributes
     ----------
     name : str
-        Layer in the model.
+        Name of the layer in the model.
     rows, columns, rank : int
-        Shape as stored, and r.
+        Shape as stored, and rank of the adapter.
     norm : float or None
-        ``||W||``. This and the next two are None where only the result is known (a published model).
+        ``||W||``. This and the next two are None if only the residual model is known, not W (a published model).
     error : float or None
-        ``||W - (Q(W_res) + scaling B A)||``: what the model differs from W by at step 0.
+        ``||W - (Q(W_res) + scaling B A)||``, the difference between W and the weight that the model uses at step 0.
     quantization_error : float or None
-        ``||W - Q(W)||``: what plain quantization would lose; 0 for residuals that are not quantized.
+        ``||W - Q(W)||``, the error of plain quantization; 0 for residuals that are not quantized.
     error_reduction : float
-        ``1 - error / quantization_error``; 0 where nothing is quantized.
+        ``1 - error / quantization_error``; 0 if nothing is quantized.
     sigma_1, sigma_r : float or None
-        Largest and smallest singular value of the part that went to the factors; None where the method takes none.
+        Largest and smallest singular value of the part in the factors; None if the method does not compute them.
     captured_energy : float or None
         ``sum sigma_i^2 / ||W||^2`` over those r singular values.
     excess_residual : float or None
-        Estimate of ``||W - U S V^T|| / min ||W - X|| - 1`` over X of rank r, of the SVD that the factors came from.
+        Estimate of ``||W - U S V^T|| / min ||W - X|| - 1`` over X of rank r, for the SVD that the factors come from.
     nuclear_error, nuclear_quantization_error : float or None
-        The nuclear norms of the two errors: exact where the matrix is small, else an estimate; None where not measured.
+        Nuclear norms of the two errors, exact for small matrices and estimated for others; None if not measured.
     nuclear_reduction : float or None
         ``1 - nuclear_error / nuclear_quantization_error``, the figure of the PiSSA paper.
     singular_values : list of float or None
-        The r singular values of the part that went to the factors, descending.
+        The r singular values of the part in the factors, descending.
     ended_on : str or None
-        Of methods that alternate quantization and decomposition: the one whose result was kept.
+        The last step that was kept, "quantize" or "decompose" (`lowrank_dist.methods.Decomposition`); None if nothing
+        is quantized or nothing was measured.
     seconds : float
-        Wall-clock time of this matrix on this rank, waiting for the disk included.
+        Wall-clock time of this matrix on this rank, including the wait for the disk.
     nbytes : int
-        Bytes of the matrix in the checkpoint.
+        Bytes of the matrix in the pretrained weights.
     group_size : int
-        Ranks that decomposed it together.
+        Number of ranks that decomposed it together.
     digest : str or None
-        Of the encoded residual (`lowrank_dist.storage.digest`), the same on any number of ranks; None where there is no
-        model that holds it.
+        Digest of the encoded residual (`lowrank_dist.storage.digest`), the same on any number of ranks; None if no
+        model holds the residual.
     """
 
     name: str
@@ -93,14 +94,14 @@ class MatrixReport:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MatrixReport:
-        """What `as_dict` gave; entries that this version does not know are dropped."""
+        """Make a report from the result of `as_dict`; entries unknown to this version are dropped."""
         known = {f.name for f in fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in known})
 
 
 @dataclass(kw_only=True)
 class InitializationReport:
-    """What the initialisation of a model measured.
+    """The measures of the initialisation of a model.
 
     Attributes
     ----------
@@ -109,13 +110,13 @@ class InitializationReport:
     bytes_read
         Bytes of tensor data read by all ranks together.
     checkpoint_bytes
-        Bytes of all tensors of the checkpoint.
+        Bytes of all tensors of the pretrained weights.
     residual_bytes_per_rank
         Bytes of the encoded residual that this rank stores, padding included.
     residual_bytes
-        The same over all ranks.
+        Bytes of the encoded residual on all ranks together, padding included.
     world_size
-        Ranks that share the model.
+        Number of ranks that share the model.
     seconds
         Wall-clock time on this rank.
     """
@@ -134,12 +135,12 @@ class InitializationReport:
 
 
 def layer_type(name: str) -> str:
-    """Last part of a layer's name; the same for all experts of a stack."""
+    """Last part of a layer's name, without the index of an expert."""
     return name.rsplit(".", 1)[-1].partition("[")[0]
 
 
 def as_table(matrices: list[MatrixReport]) -> str:
-    """One line per layer type: matrices, shape, rank, means over its matrices, seconds in all."""
+    """Format one line per layer type: number of matrices, shape, rank, means over the matrices and total seconds."""
     groups: dict[tuple[str, int, int, int], list[MatrixReport]] = defaultdict(list)
     for matrix in matrices:
         groups[layer_type(matrix.name), matrix.rows, matrix.columns, matrix.rank].append(matrix)

@@ -1,9 +1,9 @@
-"""Residuals formed again from a checkpoint's initial factors, bit for bit, without a decomposition.
+"""Form residuals again from the initial factors of a checkpoint, bit for bit and without a decomposition.
 
-A checkpoint holds A0 and B0, not the frozen residual ``Q(W - scaling B0 A0)``, which takes as much room as the model.
-W is read again, the factors are subtracted in the order of sums in which they were subtracted before
-(`lowrank_dist.linalg.minus_product`), and the encoding gives the same bytes, on any number of ranks. That they are the
-same is what `check_digests` checks.
+A checkpoint holds A_0 and B_0, not the frozen residual ``Q(W - scaling B_0 A_0)``, which is as large as the model. W is
+read again, and the factors are subtracted with the same order of summation as before
+(`lowrank_dist.linalg.minus_product`). The encoded bytes are then the same on any number of ranks; `check_digests`
+verifies that.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from lowrank_dist.storage.reader import CheckpointReader, check_finite
 
 @dataclass(frozen=True, kw_only=True)
 class StoredDecompositions:
-    """The decompositions of an earlier run, from the factors that its checkpoint holds: the same bit for bit.
+    """The decompositions of an earlier run, restored bit for bit from the factors in its checkpoint.
 
     Parameters
     ----------
     checkpoint
-        Directory that holds A0 and B0 in ``adapter_init/adapter_model.safetensors`` under PEFT's names, and in
-        ``adapter_encoded/``, under the same names, those of ``Decomposition.encoded_from`` where there are such.
+        Directory that holds A_0 and B_0 in ``adapter_init/adapter_model.safetensors`` under PEFT's names. If there are
+        factors ``Decomposition.encoded_from``, ``adapter_encoded/`` holds them under the same names.
     starts_at_zero
-        Whether the residual is the quantized original, from which nothing was subtracted.
+        Whether the residual is W itself, encoded, from which nothing was subtracted.
     """
 
     checkpoint: Path
@@ -52,17 +52,17 @@ class StoredDecompositions:
 
     @cached_property
     def initial(self) -> StoredFactors:
-        """A0 and B0."""
+        """A_0 and B_0."""
         return StoredFactors(self.checkpoint / INITIAL_DIR)
 
     @cached_property
     def encoded_from(self) -> StoredFactors | None:
-        """Factors that residuals were encoded from, where these are others."""
+        """The factors that residuals were encoded from; None if these are A_0 and B_0 for every matrix."""
         directory = self.checkpoint / ENCODED_DIR
         return StoredFactors(directory) if directory.is_dir() else None
 
     def check_factors(self, plan: Plan, factor_dtype: torch.dtype, reports: Mapping[str, MatrixReport]) -> None:
-        """Raise CheckpointError where the checkpoint lacks what is needed to restore `plan`.
+        """Raise CheckpointError if the checkpoint lacks factors that restoring `plan` needs.
 
         Parameters
         ----------
@@ -71,7 +71,7 @@ class StoredDecompositions:
         factor_dtype
             Dtype of the factors in this run.
         reports
-            Of the earlier run, by the name of the matrix; may be empty.
+            Reports of the earlier run, by the name of the matrix; may be empty.
         """
         for planned in plan.matrices:
             for stored in (self.initial, self.encoded_from):
@@ -82,15 +82,15 @@ class StoredDecompositions:
             if fitted and (self.encoded_from is None or not self.encoded_from.holds(planned.factor_names)):
                 raise CheckpointError(
                     f"{self.checkpoint}: the factors of {planned.name} were fitted to its residual, and {ENCODED_DIR}/ "
-                    "holds none that it was encoded from: the run started from a residual model; go on from that one "
-                    "(the same `pretrained`, or the same init_cache)"
+                    "does not hold the factors it was encoded from: the run started from a residual model; resume from "
+                    "that residual model (the same `pretrained`, or the same init_cache)"
                 )
 
     def decompose(self, matrix: Matrix, residual: ResidualFormat) -> Decomposition:
-        """Residual and factors of `matrix`, sharded as it is. Collective.
+        """Restore residual and factors of `matrix`, with the sharding of `matrix`. Collective.
 
-        One all-reduce of a flag, and all-gathers of A, and of B where rows are inputs; the ranks together read every
-        byte of the factors once, or the rows of B of a stack of experts once for all of them.
+        One all-reduce of a flag, an all-gather of A, and an all-gather of B where rows are inputs. The ranks together
+        read every byte of the factors once; the rows of B of a stack of experts are read once for all experts.
 
         Raises
         ------
@@ -106,23 +106,23 @@ class StoredDecompositions:
 
     def close(self) -> None:
         """Close the files."""
-        for stored in (vars(self).get("initial"), vars(self).get("encoded_from")):  # where they were opened
+        for stored in (vars(self).get("initial"), vars(self).get("encoded_from")):  # only what was opened
             if stored is not None:
                 stored.close()
 
 
 @dataclass(frozen=True, kw_only=True)
 class RestoredMethod(Method):
-    """What another initialisation did in an earlier run: its decompositions are formed again.
+    """Restores the decompositions that another initialisation computed in an earlier run.
 
-    Gives them without what was measured; nothing depends on how matrices are shared.
+    Restored decompositions have no ``svd``. They do not depend on how many ranks share a matrix.
 
     Parameters
     ----------
     original
-        The initialisation.
+        The initialisation of the earlier run.
     earlier
-        What it gave.
+        Its decompositions.
     """
 
     original: Method
@@ -158,12 +158,12 @@ class StoredFactors:
     Parameters
     ----------
     directory
-        Holds ``adapter_model.safetensors``.
+        Directory that holds ``adapter_model.safetensors``.
 
     Raises
     ------
     CheckpointError
-        Where there is none.
+        If there is no such file.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -171,22 +171,22 @@ class StoredFactors:
         self._of_experts = FactorReader()
 
     def holds(self, factor_names: Mapping[str, str]) -> bool:
-        """Whether the factors with these names in the model are there."""
+        """Whether the file holds the factors that have these names in the model."""
         return all(peft_name(name) in self._reader for name in factor_names.values())
 
     def check(self, planned: PlannedMatrix, factor_dtype: torch.dtype) -> None:
-        """Raise CheckpointError where the factors of `planned` are missing or do not fit."""
+        """Raise CheckpointError if the factors of `planned` are missing or have another shape or dtype."""
         for factor, expected in planned.parameter_shapes.items():
             name = peft_name(planned.factor_names[factor])
             if name not in self._reader:
                 raise CheckpointError(
-                    f"{self._reader.directory}: holds no {name}, which the adapter wants; resume with the adapter "
+                    f"{self._reader.directory}: holds no {name}, which the adapter needs; resume with the adapter "
                     "configuration of the run"
                 )
             info = self._reader.info(name)
             if info.shape != expected:
                 raise CheckpointError(
-                    f"{self._reader.directory}: {name} has shape {list(info.shape)}, the adapter wants "
+                    f"{self._reader.directory}: {name} has shape {list(info.shape)}, the adapter needs "
                     f"{list(expected)}; resume with the adapter configuration of the run"
                 )
             stored = FLOAT_DTYPES.get(info.dtype)
@@ -197,7 +197,7 @@ class StoredFactors:
                 )
 
     def read(self, matrix: Matrix) -> Factors:
-        """The factors of `matrix`, sharded as it is. Collective: all ranks of its group call it.
+        """Read the factors of `matrix`, sharded like it. Collective: all ranks of its group call it.
 
         Raises
         ------
@@ -239,14 +239,14 @@ class StoredFactors:
 
 
 def check_digests(found: Iterable[MatrixReport], stored: Mapping[str, MatrixReport]) -> None:
-    """Raise CheckpointError where a residual is not that of the earlier run.
+    """Raise CheckpointError if a residual differs from that of the earlier run.
 
     Parameters
     ----------
     found
         Reports of this run (`lowrank_dist.decomposition.report.InitializationReport.matrices`).
     stored
-        Those of the earlier run, by the name of the matrix; matrices without a digest on either side are passed over.
+        Reports of the earlier run, by the name of the matrix. Matrices that lack a digest in either run are skipped.
     """
     pairs = [(report, stored[report.name]) for report in found if report.name in stored]
     compared = [(now, before) for now, before in pairs if now.digest is not None and before.digest is not None]
@@ -255,7 +255,7 @@ def check_digests(found: Iterable[MatrixReport], stored: Mapping[str, MatrixRepo
         raise CheckpointError(
             f"{wrong[0]}: the residual that the checkpoint was trained with cannot be formed again ({len(wrong)} of "
             f"{len(compared)} matrices differ); resume with the pretrained weights, precision and quantization of the "
-            "run, on the same kind of device and library versions, or start runs that are to move with init_cache"
+            "run, on the same kind of device and library versions; start runs that will change machines with init_cache"
         )
 
 
@@ -265,21 +265,21 @@ def _even(rows: int, group: ShardGroup) -> RowPartition:
 
 @dataclass(frozen=True, kw_only=True)
 class Resume:
-    """What a checkpoint says of the frozen base that its run trained on.
+    """What a checkpoint records about the frozen base that its run trained on.
 
     Parameters
     ----------
     checkpoint
         Directory with the factors, see `lowrank_dist.decomposition.restore.StoredDecompositions`.
     pretrained, pretrained_fingerprint
-        What the run began from, as the user called it, and its
+        The pretrained model of the run, as the user named it, and its
         `lowrank_dist.residual_model.fingerprint.source_fingerprint`.
     source
-        The fingerprint of what the model was filled from: the pretrained checkpoint, or its residual model in a cache.
+        Fingerprint of the weights that filled the model: the pretrained model, or its residual model in a cache.
     method, quantization
-        How it was decomposed, and the format of a quantized residual.
+        The method that decomposed the model, and the format of a quantized residual.
     reports
-        What was measured on the matrices, by their names; they are not measured again.
+        Reports of the matrices, by their names. These matrices are not measured again.
     """
 
     checkpoint: Path
@@ -292,12 +292,12 @@ class Resume:
 
     @classmethod
     def from_facts(cls, checkpoint: Path, facts: Mapping[str, Any], reports: Iterable[MatrixReport]) -> Resume:
-        """From entries of a manifest (`lowrank_dist.initialization.build.BuiltModel.facts`); others are passed over."""
+        """Make it from entries of a manifest (`lowrank_dist.initialization.build.BuiltModel.facts`); ignore others."""
         known = {entry.name: facts[entry.name] for entry in fields(cls) if entry.name not in ("checkpoint", "reports")}
         return cls(checkpoint=checkpoint, reports={report.name: report for report in reports}, **known)
 
     def check_settings(self, *, method: str, quantization: str | None) -> None:
-        """Raise CheckpointError where a setting is not that of the run; before anything is decomposed."""
+        """Raise CheckpointError if a setting differs from that of the run; called before anything is decomposed."""
         for name, before, value in (
             ("method", self.method, method),
             ("quantization", self.quantization, quantization),
@@ -309,7 +309,7 @@ class Resume:
                 )
 
     def check_pretrained(self, fingerprint: str) -> None:
-        """Raise CheckpointError where the pretrained weights are not those that the run began from."""
+        """Raise CheckpointError if the pretrained weights differ from those that the run began from."""
         if self.pretrained_fingerprint != fingerprint:
             raise CheckpointError(
                 f"{self.checkpoint}: the pretrained weights have changed since it was written (it began from "

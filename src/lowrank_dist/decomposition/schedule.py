@@ -1,17 +1,18 @@
-"""How many ranks decompose a matrix together: a cost model, measured at start, decides for each of them.
+"""The schedule: how many ranks decompose each matrix together, decided by a cost model that is measured at the start.
 
 Sharing every matrix by rows over all P ranks takes the least memory, and no rank ever holds a whole matrix. It is slow
-where what is not shared decides: the latency of the collectives, and the small problems that all ranks solve or wait
-for, on many ranks, a slow network or small matrices. There P/s matrices are decomposed at the same time, each by s
-consecutive ranks that hold at most `MAX_BLOCK_BYTES` of it each, and one all-to-all of encoded bytes cuts the results
-for all ranks: of as many matrices as have `MAX_WAITING_BYTES` together, since ranks wait for the slowest at each.
+where unshared costs dominate: the latency of the collectives, and the small problems that all ranks solve or wait for.
+That happens on many ranks, on a slow network and for small matrices. P/s matrices are then decomposed at the same time,
+each by s consecutive ranks that hold at most `MAX_BLOCK_BYTES` of it each, and one all-to-all of encoded bytes reshards
+the results for all ranks. One exchange takes several matrices, up to `MAX_WAITING_BYTES`, because all ranks wait for
+the slowest one at each exchange.
 
-The model, for one matrix and s ranks, with F the flop rate of a rank and l_s, b_s latency and bandwidth of an
-all-reduce over s ranks (0 and infinite for s = 1)::
+The cost model for one matrix and s ranks, with F the flop rate of a rank and l_s, b_s the latency and bandwidth of an
+all-reduce over s ranks (0 and infinite for s = 1), is ::
 
     t(s) = sharded / (s F) + replicated / F + collectives l_s + bytes / b_s
 
-P/s of them run at once, so that a matrix costs ``t(s) s / P``, and for s < P its share of the all-to-all.
+P/s matrices run at once, so that a matrix costs ``t(s) s / P``. For s < P its share of the all-to-all is added.
 """
 
 from __future__ import annotations
@@ -30,20 +31,20 @@ from lowrank_dist.methods.base import Method, Work
 from lowrank_dist.model.plan import PlannedMatrix
 from lowrank_dist.quantization.format import ResidualFormat
 
-MAX_BLOCK_BYTES = 2**27  # of one rank's fp32 rows of a matrix that a part of the ranks decomposes
-MAX_WAITING_BYTES = 2**23  # of one rank's encoded matrices that one exchange takes, if they are more than one
+MAX_BLOCK_BYTES = 2**27  # limit of one rank's fp32 rows of a matrix that fewer than all ranks decompose
+MAX_WAITING_BYTES = 2**23  # limit of one rank's encoded matrices in one exchange of more than one round of them
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What a rank and the network do, as measured; the slowest rank counts.
+    """Measured speed of a rank and of the network; the slowest rank counts.
 
     Attributes
     ----------
     flops
-        fp32 matrix products, flop/s of one rank.
+        Flop/s of one rank in fp32 matrix products.
     latency, bandwidth
-        All-reduce over so many consecutive ranks: seconds of a small one, bytes/s of a large one.
+        Seconds of a small all-reduce, and bytes/s of a large one, by the number of consecutive ranks.
     """
 
     flops: float
@@ -51,7 +52,7 @@ class Machine:
     bandwidth: Mapping[int, float]
 
     def seconds(self, work: Work, ranks: int) -> float:
-        """``t(s)`` of the module's notes."""
+        """Seconds of `work` shared by `ranks` ranks, ``t(s)`` of the module's docstring."""
         compute = (work.sharded_flops / ranks + work.replicated_flops) / self.flops
         if ranks == 1:
             return compute
@@ -72,9 +73,10 @@ class Sharding:
     Parameters
     ----------
     ranks_per_matrix
-        So many consecutive ranks share every matrix; it must divide their number. None: the cost model decides.
+        Number of consecutive ranks that share every matrix; it must divide the number of ranks. None: the cost model
+        decides.
     ranks_per_node
-        Ranks that share a host: a candidate beside all ranks and one.
+        Number of ranks of one node, a candidate beside all ranks and one.
     """
 
     ranks_per_matrix: int | None = None
@@ -88,11 +90,11 @@ class Schedule:
     Attributes
     ----------
     batches
-        In the order of the walk.
+        The batches in the order of the walk.
     machine
-        What it was decided from; None where there was nothing to decide.
+        The speeds that it was decided from; None if there was nothing to decide.
     seconds
-        What the model predicts for the decompositions, without reading, quantizing and writing.
+        Prediction of the cost model for the decompositions, without reading, quantizing and writing.
     """
 
     batches: tuple[Batch, ...]
@@ -115,7 +117,7 @@ def scheduled(
     sharding: Sharding | None = None,
     announce: Callable[[str], object] = lambda _: None,
 ) -> Iterator[DecomposedMatrix]:
-    """Run `walk` over the matrices as `plan_schedule` decides; `announce` is told what, on rank 0. Collective."""
+    """Run `walk` over the matrices as `plan_schedule` decides; rank 0 passes the decision to `announce`. Collective."""
     schedule = plan_schedule(planned, walk.init, walk.residual, walk.group, sharding=sharding, device=walk.device)
     if walk.group.rank == 0 and planned:
         announce(str(schedule))
@@ -123,7 +125,7 @@ def scheduled(
 
 
 def candidates(group: ShardGroup, ranks_per_node: int) -> list[int]:
-    """Group sizes to choose from: all ranks, those of one node, one."""
+    """Group sizes to choose from: all ranks, the ranks of one node, one rank."""
     sizes = {group.size, 1}
     if group.size % ranks_per_node == 0:
         sizes.add(ranks_per_node)
@@ -131,7 +133,7 @@ def candidates(group: ShardGroup, ranks_per_node: int) -> list[int]:
 
 
 def measure(group: ShardGroup, sizes: Sequence[int], device: torch.device) -> Machine:
-    """Time a matrix product and a few all-reduces; some 15 ms. Collective."""
+    """Time a matrix product and a few all-reduces, which takes about 15 ms. Collective."""
     left, right = torch.ones(768, 768, device=device), torch.ones(768, 256, device=device)
     product = _best(lambda: left @ right, device)
     slowest = [product]
@@ -152,7 +154,7 @@ def measure(group: ShardGroup, sizes: Sequence[int], device: torch.device) -> Ma
 
 
 def _best(run: Callable[[], object], device: torch.device, repeats: int = 2) -> float:
-    """Shortest of some runs, in seconds, after one to warm up."""
+    """Shortest of `repeats` runs, in seconds, after one run to warm up."""
     times = []
     for _ in range(repeats + 1):
         if device.type == "cuda":
@@ -182,20 +184,20 @@ def plan_schedule(
     planned
         The matrices.
     method, residual
-        What is done with them.
+        How matrices are decomposed, and how the residual is stored.
     group
         All ranks.
     sharding
-        What the user has to say about it.
+        The user's settings.
     device
-        Where matrices are decomposed.
+        Device that matrices are decomposed on.
     machine
-        Use these figures instead of measuring.
+        Speeds to use instead of measuring.
 
     Raises
     ------
     InputError
-        Where `ranks_per_matrix` does not divide the ranks.
+        If `ranks_per_matrix` does not divide the number of ranks.
     """
     sharding = sharding or Sharding()
     ranks_per_matrix = sharding.ranks_per_matrix
@@ -219,7 +221,7 @@ def plan_schedule(
         best = min(costs, key=lambda size: (costs[size], -size))
         seconds += costs[best]
         chosen.setdefault(best, []).append(matrix)
-    # those that would leave most ranks idle at the end are shared by all
+    # all ranks share the matrices of an incomplete last round, in which some ranks would be idle
     left: list[PlannedMatrix] = []
     for size, matrices in chosen.items():
         if size < group.size:
@@ -235,7 +237,7 @@ def plan_schedule(
 
 
 def _agreed(ranks_per_node: int, group: ShardGroup) -> int:
-    """The same on all ranks: 1 where hosts have different numbers of them. One all-reduce."""
+    """Return `ranks_per_node`, or 1 if nodes have different numbers of ranks; the same on all ranks. One all-reduce."""
     bounds = group.max(torch.tensor([ranks_per_node, -ranks_per_node], device=group.device))
     return ranks_per_node if int(bounds[0]) == -int(bounds[1]) else 1
 
@@ -260,7 +262,7 @@ def _batches(
 
 
 def _encoded_bytes(matrix: PlannedMatrix, size: int, residual: ResidualFormat) -> int:
-    """Of the residual as `size` ranks cut it, and of factors in fp32."""
+    """Bytes of the residual as `size` ranks shard it, and of factors in fp32."""
     partition = RowPartition(rows=matrix.rows, columns=matrix.columns, world_size=size, block=residual.block)
     storages = residual.storages(partition).values()
     nbytes = sum(storage.numel * storage.dtype.itemsize for storage in storages)
@@ -270,7 +272,7 @@ def _encoded_bytes(matrix: PlannedMatrix, size: int, residual: ResidualFormat) -
 def _cost(
     matrix: PlannedMatrix, size: int, method: Method, residual: ResidualFormat, world_size: int, machine: Machine
 ) -> float:
-    """Seconds that a matrix takes, where matrices that run at the same time share them."""
+    """Seconds that a matrix takes, divided by the number of matrices that run at the same time."""
     if size < world_size and -(-matrix.rows // size) * matrix.columns * 4 > MAX_BLOCK_BYTES:
         return float("inf")
     seconds = machine.seconds(method.work(matrix.rows, matrix.columns, matrix.rank), size) * size / world_size

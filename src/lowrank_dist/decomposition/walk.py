@@ -1,9 +1,9 @@
-"""The walk: matrices of a checkpoint in, decomposed matrices out, cut for the ranks that will keep them.
+"""The walk: reads matrices of the pretrained weights and returns them decomposed and sharded over all ranks.
 
-Every rank reads its own rows of a matrix, decomposes them together with the others and encodes its rows of the
-residual. All ranks share a matrix, or a batch of several gives each to a part of the ranks
-(`lowrank_dist.decomposition.schedule` decides), and what they found is then cut anew for all ranks with one all-to-all.
-Either way the ranks together read every byte once, and what comes out is the same.
+Every rank reads its own rows of a matrix, decomposes them together with the other ranks and encodes its rows of the
+residual. Either all ranks share a matrix, or each matrix of a batch belongs to a part of the ranks
+(`lowrank_dist.decomposition.schedule` decides); one all-to-all then reshards the results of the batch for all ranks.
+Either way the ranks together read every byte once, and the result is the same.
 """
 
 from __future__ import annotations
@@ -31,21 +31,22 @@ from lowrank_dist.storage.prefetch import RowBlock, RowRange, read_blocks
 from lowrank_dist.storage.reader import CheckpointReader
 
 FACTORS = ("lora_A", "lora_B")
-_ENCODED_FROM = {name: f"encoded_from.{name}" for name in FACTORS}  # among a matrix's shards
+_ENCODED_FROM = {name: f"encoded_from.{name}" for name in FACTORS}  # names among a matrix's shards
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Matrices whose results are exchanged together, where they are.
+    """Matrices whose results are resharded together.
 
-    Every `group_size` consecutive ranks share a matrix, and take another where there are more than such groups.
+    Every `group_size` consecutive ranks share a matrix. If there are more matrices than such groups, each group takes
+    several in turn. Nothing is resharded if `group_size` is the number of ranks.
     """
 
     group_size: int
     matrices: tuple[PlannedMatrix, ...]
 
     def of_rank(self, rank: int, world_size: int) -> tuple[PlannedMatrix, ...]:
-        """Those that `rank` works on, in order."""
+        """The matrices that `rank` works on, in order."""
         return self.matrices[rank // self.group_size :: world_size // self.group_size]
 
 
@@ -56,18 +57,18 @@ class DecomposedMatrix:
     Attributes
     ----------
     planned
-        Which.
+        The matrix in the plan.
     partition
-        How its rows are cut over all ranks.
+        How its rows are sharded over all ranks.
     residual
         This rank's flat shards of the encoded residual, by storage name.
     factors
         This rank's flat shards of A ``[r, in]`` (``lora_A``) and B ``[out, r]`` (``lora_B``), possibly padded.
     report
-        What was measured; the same on every rank but for `seconds`.
+        The measures, the same on every rank except for `seconds`.
     encoded_from
-        Flat shards, like `factors`, of those that the residual was encoded from, where
-        `lowrank_dist.methods.Decomposition` has them; else empty.
+        Flat shards, like `factors`, of ``encoded_from`` of the `lowrank_dist.methods.Decomposition`; empty if that is
+        None.
     """
 
     planned: PlannedMatrix
@@ -79,7 +80,7 @@ class DecomposedMatrix:
 
 
 def check_matrices(plan: Plan, init: Method) -> None:
-    """Raise ModelError where `init` cannot decompose a matrix of `plan`."""
+    """Raise ModelError if `init` cannot decompose a matrix of `plan`."""
     for m in plan.matrices:
         shape = {"rows": m.rows, "columns": m.columns, "rank": m.rank}
         objection = init.objection(**shape, lookup=m.lookup, wrapped=m.wrapped)
@@ -93,32 +94,32 @@ class Walk:
     Parameters
     ----------
     reader
-        The checkpoint.
+        Reader of the pretrained weights.
     group
         The ranks that keep the result.
     init, residual
-        How matrices are decomposed, and how the frozen part is stored.
+        How matrices are decomposed, and how the residual is stored.
     factor_dtype
         Dtype of A and B.
     device
-        Where matrices are decomposed.
+        Device that matrices are decomposed on; the CPU by default.
     advance
-        Called with the bytes of every matrix that is done (for a progress bar).
+        Called with the bytes of every batch of matrices that is done (for a progress bar).
     statistics
-        Gives the calibration statistic of a matrix, for methods that want one.
+        Returns the calibration statistic of a matrix, for methods that need one.
     known
-        Reports of matrices, by name, that an earlier run has measured: they are not measured again.
+        Reports of an earlier run, by the name of the matrix. These matrices are not measured again.
     thorough
         Also measure the nuclear norms of quantization errors and estimate excess residuals, which may cost more than
         the decomposition.
 
     Notes
     -----
-    Memory of `device`: two row blocks as fp32, the one in use and the next, and the temporaries of the decomposition,
-    of which one is as large where residual and factors alternate, or the block in use is the mapped file or a source's
-    own (else the residual takes its place); and the encoded results of a batch, twice while they are exchanged. A CPU
-    lends large blocks again and again (`lowrank_dist.storage.buffers`): a residual kept in fp32 lies in one, and who
-    keeps it for long had better keep a copy.
+    `device` holds two row blocks in fp32, the one in use and the next; the temporaries of the decomposition; and the
+    encoded results of a batch, twice while they are resharded. One temporary is as large as a row block if the method
+    alternates between residual and factors, or if the block in use is the mapped file or belongs to a weight source.
+    Otherwise the residual overwrites the block. Large blocks on the CPU are reused
+    (`lowrank_dist.storage.buffers`), and a residual in fp32 lies in one: copy it to keep it past the next matrix.
     """
 
     def __init__(
@@ -157,13 +158,13 @@ class Walk:
             started = time.monotonic()
             measured = torch.full(self._measures_shape(batch), torch.nan, dtype=torch.float64)
             shards = []
-            # one rank's trouble must not leave the ranks that work on other matrices waiting for it
+            # an error on one rank must reach the ranks that work on other matrices, which would wait for it
             with self.group.shared_errors() if batch.group_size < self.group.size else nullcontext():
                 for planned, measures in zip(self._mine(batch), measured, strict=False):
                     part = self.group.split(batch.group_size)
                     with part.shared_errors():
                         block = next(blocks)
-                    # nor those that share this one, at the next
+                    # and the ranks that share this matrix, which would wait for it at the next one
                     with part.shared_errors() if batch.group_size < self.group.size else nullcontext():
                         shards.append(self._decompose(planned, block, part, measures, buffers))
                     del block
@@ -175,11 +176,11 @@ class Walk:
         return batch.of_rank(self.group.rank, self.group.size)
 
     def _measures_shape(self, batch: Batch) -> tuple[int, int]:
-        """A row for every matrix of the rank that has most of `batch`: see `_decompose`; the spectrum."""
+        """Rows for the largest number of matrices of a rank; columns for the flag of `_decompose` and the measures."""
         return len(batch.of_rank(0, self.group.size)), 1 + measures_of(max(m.rank for m in batch.matrices))
 
     def _rows(self, batch: Batch, planned: PlannedMatrix) -> RowRange:
-        """What this rank reads of a matrix."""
+        """The rows of a matrix that this rank reads."""
         partition = planned.row_partition(batch.group_size, block=self.residual.block)
         start, stop = partition.bounds(self.group.rank % batch.group_size)
         return RowRange(key=planned.key, start=start, stop=stop)
@@ -187,9 +188,9 @@ class Walk:
     def _decompose(
         self, planned: PlannedMatrix, block: RowBlock, group: ShardGroup, measures: Tensor, buffers: Buffers
     ) -> dict[str, Tensor]:
-        """This rank's shards of a matrix, cut for the ranks of `group`, which share it; fills `measures`.
+        """Return this rank's shards of a matrix over `group`, the ranks that share it; fill `measures`.
 
-        The first measure says whether there are factors besides A and B that the residual was encoded from.
+        The first measure is a flag: whether the residual was encoded from factors other than A and B.
         """
         partition = planned.row_partition(group.size, block=self.residual.block)
         matrix = Matrix.of(
@@ -219,7 +220,7 @@ class Walk:
         self, planned: PlannedMatrix, partition: RowPartition, factors: Factors, group: ShardGroup
     ) -> dict[str, Tensor]:
         left, right = factors.left, factors.right
-        # Without padding, a rank's rows of B are its flat part of B: nothing needs to be gathered.
+        # without padding a rank's rows of B are its flat shard of B, so that nothing needs to be gathered
         rows_are_shard = not planned.input_first and partition.padded_rows == partition.rows
         if not rows_are_shard:
             left = whole_left(left, partition, group)
@@ -238,7 +239,7 @@ class Walk:
         every, cut = measured, shards
         if batch.group_size < self.group.size:
             rows = self.group.gather_equal(measured[None].to(self.group.device)).cpu()
-            # of the first of the ranks that had it, in the order of the matrices
+            # the measures of a matrix come from the first rank of its group; in the order of the matrices
             every = rows[:: batch.group_size].transpose(0, 1).flatten(0, 1)
             layouts = [
                 self._layout(planned, batch.group_size, encoded_from=bool(row[0] == 1))
@@ -267,13 +268,13 @@ class Walk:
         return report_of(planned, measured)
 
     def _storages(self, planned: PlannedMatrix, size: int) -> dict[str, Storage]:
-        """The tensors of the encoded residual as `size` ranks cut them."""
+        """The tensors of the encoded residual as `size` ranks shard them."""
         return dict(self.residual.storages(planned.row_partition(size, block=self.residual.block)))
 
     def _layout(
         self, planned: PlannedMatrix, group_size: int, *, encoded_from: bool
     ) -> dict[str, tuple[Storage, Storage]]:
-        """Every flat tensor of a decomposed matrix, as a group of `group_size` ranks and as all ranks cut it."""
+        """Every flat tensor of a decomposed matrix, as a group of `group_size` ranks and as all ranks shard it."""
         both = []
         for size in (group_size, self.group.size):
             storages = self._storages(planned, size)
@@ -288,10 +289,10 @@ class Walk:
 
 
 class Calibrated(Protocol):
-    """A walk that looks at data first (`lowrank_dist.calibration.walk.CalibrationPass`)."""
+    """A walk that follows a calibration pass (`lowrank_dist.calibration.walk.CalibrationPass`)."""
 
     def fingerprint(self) -> str:
-        """Digest of the data, and of what is done with them. Collective."""
+        """Return a digest of the calibration data and its settings. Collective."""
 
     def walk(self, matrices: Sequence[PlannedMatrix]) -> Walk:
-        """What decomposes `matrices`, once the data have been looked at. Collective."""
+        """Run the calibration pass and return the walk that decomposes `matrices`. Collective."""

@@ -350,7 +350,7 @@ def test_a_run_goes_on_from_what_it_started_from(odd: Path, tmp_path: Path) -> N
     assert not (tmp_path / "empty").exists()
     # without the residual model, what it was encoded from is not known
     for _, error in run_ranks_catching(2, run, odd, case, save(tmp_path / "ResidualModel", cached)):
-        assert "the run started from a residual model; go on from that one" in str(error)
+        assert "the run started from a residual model; resume from that residual model" in str(error)
 
 
 def test_factors_that_do_not_fit(odd: Path, tmp_path: Path) -> None:
@@ -360,7 +360,7 @@ def test_factors_that_do_not_fit(odd: Path, tmp_path: Path) -> None:
     wider = {"target_modules": "all-linear", "r": 4}
     more = {"target_modules": ["q_proj", "lm_head"]}
     for changed, text in (
-        (replace(case, adapter=wider), r"q_proj.lora_A.weight has shape \[3, 68\], the adapter wants \[4, 68\]"),
+        (replace(case, adapter=wider), r"q_proj.lora_A.weight has shape \[3, 68\], the adapter needs \[4, 68\]"),
         (replace(case, adapter=more, untie=True), r"holds no base_model.model.lm_head.lora_A.weight"),
         (replace(case, factor_dtype=BF16), r"stored as F32, which factors in torch.bfloat16 cannot hold"),
         (replace(case, residual=DOUBLE), r"quantization is .*double_quant=True.*, but the run .* had .*=False"),
