@@ -1,4 +1,4 @@
-"""Bytes on disk: checkpoints read by rows and written in place, without mathematics."""
+"""Bytes on disk: safetensors files that are read by rows and written in place; no arithmetic."""
 
 from lowrank_dist.storage.reader import CheckpointReader, TensorInfo, resolve_checkpoint
 from lowrank_dist.storage.source import WeightSource

@@ -1,4 +1,4 @@
-"""Directories that are complete or absent: built beside their place, flushed, moved there; remains are swept."""
+"""Directories that are complete or absent: built beside their target, flushed, then renamed to it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from lowrank_dist.errors import InputError
 
 @contextmanager
 def atomic_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
-    """A directory to fill, beside `target`; flushed to disk and renamed to it at the end, removed on any error.
+    """Yield a directory to fill beside `target`; flush it and rename it to `target` at the end, remove it on any error.
 
-    An existing `target` is replaced, see `put_in_place`: a reader never sees a part.
+    An existing `target` is replaced, see `put_in_place`. A reader never sees part of the directory.
 
     Raises
     ------
     InputError
-        Where another process is building the same directory.
+        If another process is building the same directory.
     """
     target = Path(target)
     staging = staging_of(target)
@@ -44,7 +44,7 @@ def empty(directory: Path) -> None:
 
 
 def check_free(target: Path, nbytes: int) -> None:
-    """Raise InputError where the disk that `target` is, or will be, on has fewer than `nbytes` left."""
+    """Raise InputError if the disk of `target` has fewer than `nbytes` free; `target` need not exist yet."""
     existing = next(path for path in (target, *target.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < nbytes:
@@ -55,9 +55,9 @@ def check_free(target: Path, nbytes: int) -> None:
 
 
 def put_in_place(staging: Path, target: Path) -> None:
-    """Rename the flushed directory `staging` to `target`, in the place of what is there.
+    """Rename the flushed directory `staging` to `target`, and replace an existing one.
 
-    Where the file system can exchange two directories (most local ones on Linux) there is no instant without `target`.
+    If the file system can exchange two directories (most local ones on Linux can), `target` exists at every instant.
     """
     old = staging
     if target.is_symlink():
@@ -74,7 +74,7 @@ def put_in_place(staging: Path, target: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two directories atomically; False where the system or the file system cannot."""
+    """Exchange two directories atomically; return False if the system or the file system cannot."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):
@@ -84,7 +84,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def remove_directory(directory: Path) -> None:
-    """Remove a directory; a reader sees all of it or nothing."""
+    """Remove a directory; a reader sees all of it or none of it."""
     old = replaced_of(directory)
     shutil.rmtree(old, ignore_errors=True)
     if directory.is_symlink():
@@ -95,9 +95,9 @@ def remove_directory(directory: Path) -> None:
 
 
 def sweep(directory: Path) -> None:
-    """Remove what killed runs have left in `directory`: what was under construction, replaced or being removed.
+    """Remove directories that killed runs left unfinished, replaced or partly removed in `directory`.
 
-    What another process is writing at this moment is left alone.
+    A directory that another process is writing is left alone.
     """
     restore_replaced(directory)
     for old in directory.glob(".*.old"):
@@ -110,9 +110,9 @@ def sweep(directory: Path) -> None:
 
 
 def restore_replaced(directory: Path) -> None:
-    """Put back directories whose replacement was killed between its two renames. Any number of processes may call it.
+    """Put back directories whose replacement was killed between its two renames. Several processes may call it at once.
 
-    What another process is replacing at this moment is left alone.
+    A directory that another process is replacing is left alone.
     """
     for old in directory.glob(".*.old"):
         target = directory / old.name[1 : -len(".old")]
@@ -125,12 +125,12 @@ def restore_replaced(directory: Path) -> None:
 
 @contextmanager
 def exclusive(directory: Path) -> Iterator[None]:
-    """Make `directory` and keep other processes out of it; the lock dies with its process.
+    """Make `directory` and lock it against other processes; the lock ends with its process.
 
     Raises
     ------
     InputError
-        Where another process has the lock. On file systems without locks nobody is kept out.
+        If another process has the lock. File systems without locks exclude nobody.
     """
     while True:
         directory.mkdir(parents=True, exist_ok=True)
@@ -149,11 +149,11 @@ def exclusive(directory: Path) -> Iterator[None]:
                 return
         finally:
             os.close(descriptor)
-        # its owner has moved it to its place meanwhile: what was locked is no longer `directory`
+        # the former owner has renamed it meanwhile: the lock is not on `directory` any more
 
 
 def replaced_of(target: Path) -> Path:
-    """Where `target` is kept while another takes its place or it is removed."""
+    """Path that keeps `target` while it is replaced or removed."""
     return target.with_name(f".{target.name}.old")
 
 
@@ -163,7 +163,7 @@ def staging_of(target: Path) -> Path:
 
 
 def flush_directory(directory: Path) -> None:
-    """Bring `directory` and everything below it to disk."""
+    """Flush `directory` and everything below it to disk."""
     for path in sorted(directory.rglob("*")):
         _fsync(path)
     _fsync(directory)

@@ -1,7 +1,7 @@
-"""Memory of row blocks that is used again.
+"""Reusable memory for row blocks.
 
-The C library hands large blocks back to the kernel as soon as they are freed, and gets their pages anew, one fault
-each, for the next: on a virtual machine a tenth of the time in which a matrix is decomposed.
+The C library returns large blocks to the kernel as soon as they are freed, and the next block takes one page fault for
+every page. On a virtual machine that is a tenth of the time of a decomposition.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ import torch
 from torch import Tensor
 
 _LEAST = 2**23  # elements: 32 MiB of fp32, from which on glibc never keeps freed memory (DEFAULT_MMAP_THRESHOLD_MAX)
-_SPARE = 3  # buffers that are kept while nobody has them: a block in use, the next one, a residual
+_SPARE = 3  # unused buffers that are kept: for a block in use, the next block and a residual
 
 
 class Buffers:
-    """Lends fp32 tensors on the CPU whose memory comes back by itself, once no tensor lies in it any more.
+    """Pool of fp32 CPU buffers; the memory of a tensor returns to the pool once no tensor uses it.
 
-    Every buffer holds `numel` elements, of which only those that were ever lent take memory. May be shared by threads.
+    Every buffer has `numel` elements, and only those that were ever used take memory. Threads may share a pool.
 
     Parameters
     ----------
     numel
-        Of the largest tensor that is lent; larger ones are allocated like any other, and by default all.
+        Elements of the largest tensor from the pool; larger tensors are allocated as usual. By default all are.
     least
-        Of the smallest tensor that is lent; memory of smaller ones is used again by the C library.
+        Elements of the smallest tensor from the pool; the C library reuses the memory of smaller ones.
     """
 
     def __init__(self, numel: int = 0, *, least: int = _LEAST) -> None:
@@ -34,9 +34,9 @@ class Buffers:
         self._spare: list[Tensor] = []
 
     def empty(self, shape: Sequence[int], device: torch.device) -> Tensor:
-        """An uninitialized contiguous fp32 tensor of `shape`, in a buffer if it is on the CPU and large enough.
+        """Return an uninitialized contiguous fp32 tensor of `shape`, from the pool if on the CPU and large enough.
 
-        Other devices have allocators of their own that keep what is freed.
+        Allocators of other devices keep freed memory themselves.
         """
         numel = torch.Size(shape).numel()
         if device.type != "cpu" or not self.least <= numel <= self.numel:

@@ -1,14 +1,14 @@
-"""A digest of a sharded tensor: the same however it is cut, of 128 bits, from sums that every rank takes for itself.
+"""A 128-bit digest of a sharded tensor that does not depend on the sharding; every rank sums its own bytes.
 
-The bytes of a tensor are numbers of 32 bits, ``w[b, o]`` with 2048 of them to a block b. With weights c and m, odd
-numbers of 64 bits from a generator, the two halves of the digest are ::
+The bytes of a tensor are read as 32-bit numbers ``w[b, o]``, 2048 of them to a block b. With odd 64-bit weights c and m
+from a generator, the two halves of the digest are ::
 
     sum_b m[k, b] (sum_o c[o] w[b, o])  modulo 2^64,  k = 0, 1.
 
-Such a sum is linear in the bytes: a rank adds what it holds of a word, and the parts of all ranks add up. One word that
-differs always changes it (an odd number is invertible modulo 2^64, and words are shorter); several that differ leave it
-by chance, of 2^-33 at worst for weights drawn at random ([LK], theorem 3.1) and of 2^-64 as a rule. It finds accidents,
-not forgeries.
+Such a sum is linear in the bytes: each rank adds its part of a word, and the sums of all ranks add up. One differing
+word always changes it, because an odd number is invertible modulo 2^64 and words are shorter. Several differing words
+leave it unchanged with probability at most 2^-33 for random weights ([LK], theorem 3.1), and usually 2^-64. The digest
+detects accidents, not forgeries.
 
 References
 ----------
@@ -30,26 +30,26 @@ from lowrank_dist.linalg import seed_from_name
 
 _WORD = 4  # bytes
 _BLOCK = 2048  # words
-# Bytes that are widened at a time: what the cache of a core holds, for every thread, or what keeps a device busy.
+# bytes that are widened at a time: on a CPU as many per thread as a core's cache holds, else enough to fill a device
 _PIECE, _LARGE_PIECE = 2**18, 2**25
 
 
 def digest_sums(shards: Mapping[str, Tensor], storages: Mapping[str, Storage], rank: int) -> Tensor:
-    """This rank's part of the digest of tensors that are cut as `storages` say.
+    """This rank's part of the digest of tensors that are sharded according to `storages`.
 
     Parameters
     ----------
     shards
-        Flat shards of `rank` by name, in rank order parts of one tensor each; what is padding does not count.
+        Flat shards of `rank` by name; each is one part, in rank order, of a tensor. Padding does not count.
     storages
-        Their lengths.
+        Lengths and dtypes of the tensors and their shards.
     rank
-        Whose shards they are.
+        The rank that the shards belong to.
 
     Returns
     -------
     Tensor
-        ``[2]`` int64 on the device of the shards. Those of all ranks are to be added up; nothing is communicated.
+        ``[2]`` int64 on the device of the shards, to be summed over all ranks. Nothing is communicated.
     """
     device = next(iter(shards.values())).device
     total = torch.zeros(2, dtype=torch.int64, device=device)
@@ -64,7 +64,7 @@ def digest_sums(shards: Mapping[str, Tensor], storages: Mapping[str, Storage], r
 
 
 def digests(sums: Sequence[Tensor], group: ShardGroup) -> list[str]:
-    """Digests of tensors, 32 hexadecimal digits each, from the `digest_sums` of all ranks. One all-reduce for all."""
+    """Digests of tensors, 32 hexadecimal digits each, from `digest_sums` of all ranks. One all-reduce for all."""
     if not sums:
         return []
     halves = group.sum(torch.stack(list(sums))).tolist()

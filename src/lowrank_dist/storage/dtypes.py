@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-#: By the code that a safetensors header has for them: what is read, copied and written.
+#: Dtypes that are read, copied and written, by their codes in safetensors headers.
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -17,9 +17,9 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-#: The other way round.
+#: Codes in safetensors headers, by dtype.
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-#: Those of weights that are decomposed, merged or adapted.
+#: Dtypes of weights that are decomposed, merged or adapted, by code.
 FLOAT_DTYPES = {code: DTYPES[code] for code in ("F32", "F16", "BF16")}
-#: The same by the names that options have for them: ``float32``, ...
+#: The same dtypes by their names in options: ``float32``, ...
 NAMED_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES.values()}

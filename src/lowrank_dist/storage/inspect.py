@@ -1,7 +1,7 @@
-"""What a directory holds, from its JSON files and the headers of its weights; no model is built, no weight is read.
+"""Description of a directory, from its JSON files and weight headers; no model is built and no weight is read.
 
-`inspect` gives a `Description`: what kind of thing it is, facts in the order in which they are to be read, and what is
-missing or damaged. A thing of a known kind is described even where parts of it are missing.
+`inspect` returns a `Description`: the kind of directory, facts in reading order, and missing or damaged parts. A
+directory of a known kind is described even if parts of it are missing.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ OTHER_WEIGHTS = ("*.bin", "*.gguf", "*.h5", "*.msgpack", "*.pt", "*.pth")
 
 @dataclass(kw_only=True)
 class Description:
-    """What is at a path.
+    """Description of a path.
 
     Attributes
     ----------
     path, kind
-        Where, and what.
+        The path, and the kind of directory at it.
     modified
         When it was written, ISO 8601 in UTC.
     nbytes
@@ -49,9 +49,9 @@ class Description:
     facts
         Names and values (numbers, strings, lists and dictionaries of them).
     problems
-        What is missing or damaged; empty where it is complete.
+        Missing or damaged parts; empty if it is complete.
     contents
-        Descriptions of the things in it, newest first.
+        Descriptions of the known directories in it, newest first.
     """
 
     path: str
@@ -78,7 +78,22 @@ def inspect(path: str | os.PathLike[str]) -> Description:
     Raises
     ------
     CheckpointError
-        Where it is nothing that is known here; the message says what was looked for.
+        If the kind of directory is unknown; the message says what was looked for.
+
+    See Also
+    --------
+    lowrank_dist.storage.CheckpointReader : Reads the weights.
+
+    Examples
+    --------
+    >>> import tempfile, torch
+    >>> from safetensors.torch import save_file
+    >>> from lowrank_dist import inspect
+    >>> directory = tempfile.mkdtemp()
+    >>> save_file({"layer.weight": torch.ones(4, 3)}, f"{directory}/model.safetensors")
+    >>> found = inspect(directory)
+    >>> found.kind, found.facts["parameters"], found.problems
+    ('model', 12, ['config.json is missing'])
     """
     directory = resolve_checkpoint(path, option="path", fetch=False)
     found = _describe(directory)
@@ -100,7 +115,7 @@ def inspect(path: str | os.PathLike[str]) -> Description:
 
 
 def _describe(directory: Path) -> Description | None:
-    """What `directory` is; None where it is nothing that is known here."""
+    """Describe `directory`; None if its kind is unknown."""
     for kind, test, describe in _KINDS:
         if test(directory):
             files = [file for file in directory.rglob("*") if file.is_file()]
@@ -124,7 +139,7 @@ def _describe(directory: Path) -> Description | None:
 
 
 def _unfinished(directory: Path, found: Description) -> None:
-    """What a writer left when it died, or is writing now."""
+    """A directory that a dead writer left, or that is being written."""
     target = _target_of(directory)
     assert target is not None
     if directory == replaced_of(target):
@@ -134,11 +149,11 @@ def _unfinished(directory: Path, found: Description) -> None:
 
 
 def _adapter_checkpoint(directory: Path, found: Description) -> None:
-    """What `AdapterCheckpoint` wrote."""
+    """A checkpoint that `AdapterCheckpoint` wrote."""
     manifest, facts = read_json(directory / MANIFEST), found.facts
     facts |= _manifest_facts(manifest)
     _add_adapter(directory / ADAPTER_DIR, found)
-    if manifest.get("method") == "LoRAXS":  # of the cores, which are folded into B
+    if manifest.get("method") == "LoRAXS":  # the adapter file holds B times the core
         facts["trained parameters"] = sum(entry["rank"] ** 2 for entry in manifest["matrices"])
     parts = [part for part in (ADAPTER_DIR, INITIAL_DIR, ENCODED_DIR, LORA_DIR) if (directory / part).is_dir()]
     facts["bytes"] = {part: _size(directory / part) for part in parts}
@@ -169,14 +184,14 @@ def _decomposed(directory: Path, found: Description) -> None:
 
 
 def _peft_adapter(directory: Path, found: Description) -> None:
-    """Any adapter that PEFT wrote; a LoRA that was converted has a manifest too."""
+    """An adapter that PEFT wrote; a converted LoRA also has a manifest."""
     if (directory / MANIFEST).is_file():
         found.facts |= _manifest_facts(read_json(directory / MANIFEST))
     _add_adapter(directory, found)
 
 
 def _model(directory: Path, found: Description) -> None:
-    """An ordinary Hugging Face checkpoint."""
+    """An ordinary Hugging Face model."""
     config, facts = read_json(directory / "config.json") if (directory / "config.json").is_file() else {}, found.facts
     facts["architecture"] = ", ".join(config.get("architectures") or ["unknown"])
     for key in ("model_type", "dtype", "torch_dtype", "tie_word_embeddings", "vocab_size"):
@@ -195,7 +210,7 @@ def _model(directory: Path, found: Description) -> None:
 
 
 def _target_of(directory: Path) -> Path | None:
-    """What a directory with a writer's name for unfinished things is to become."""
+    """Target of a directory that is named as unfinished; None for any other name."""
     for suffix, name_of in ((".partial", staging_of), (".old", replaced_of)):
         name = directory.name.removeprefix(".").removesuffix(suffix)
         if name and directory == name_of(directory.with_name(name)):
@@ -210,7 +225,7 @@ def _has_weights(directory: Path) -> bool:
     return (directory / "config.json").is_file() and any(any(directory.glob(pattern)) for pattern in patterns)
 
 
-# the first that fits
+# the first kind whose test passes is taken
 _KINDS: list[tuple[str, Callable[[Path], bool], Callable[[Path, Description], None]]] = [
     ("unfinished directory", lambda path: _target_of(path) is not None, _unfinished),
     (
@@ -238,10 +253,10 @@ def _manifest_facts(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _add_adapter(directory: Path, found: Description) -> None:
-    """Facts of an adapter that PEFT, or this package, wrote."""
+    """Add the facts of an adapter that PEFT or this package wrote."""
     config, facts = read_json(directory / CONFIG), found.facts
     if config.get("base_model_name_or_path"):
-        facts.setdefault("base", config["base_model_name_or_path"])  # what a manifest says goes before
+        facts.setdefault("base", config["base_model_name_or_path"])  # a manifest takes precedence
     facts["type"] = config.get("peft_type", "unknown")
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if isinstance(rank, int) and isinstance(alpha, int | float) and rank > 0:
@@ -277,7 +292,7 @@ def _add_weights(weights: Weights, found: Description) -> None:
 
 
 class Weights:
-    """What the headers of safetensors files say.
+    """Contents of safetensors files according to their headers.
 
     Parameters
     ----------
@@ -301,7 +316,7 @@ class Weights:
     Raises
     ------
     CheckpointError
-        Where there are no such files, or the index is damaged.
+        If there are no such files, or the index is damaged.
     """
 
     def __init__(self, directory: Path, stem: str = "model") -> None:
@@ -349,7 +364,7 @@ def _header(path: Path) -> dict[str, tuple[str, int]]:
 
 
 def _within(directory: Path, error: Exception) -> str:
-    """What `error` says, with the names of files as they are in `directory`."""
+    """Message of `error`, with file names relative to `directory`."""
     return str(error).replace(f"{directory}{os.sep}", "")
 
 

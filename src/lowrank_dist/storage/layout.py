@@ -29,7 +29,7 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 
 
-RESIDUAL_STEM = "residual"  # of the files at the root of residual models that stock transformers has no layout for
+RESIDUAL_STEM = "residual"  # of root files of residual models that stock transformers cannot load
 
 
 def residual_stem(directory: Path) -> str:
@@ -51,7 +51,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises
     ------
     CheckpointError
-        Where the file is missing, or holds anything else.
+        If the file is missing, or holds anything else.
     """
     try:
         values = json.loads(path.read_text())

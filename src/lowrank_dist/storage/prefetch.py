@@ -1,4 +1,4 @@
-"""Blocks of rows out of a checkpoint, ready to be computed with, read beside what is computed."""
+"""Row blocks of the pretrained weights in fp32, read by a thread while the previous block is in use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lowrank_dist.linalg import slabs
 from lowrank_dist.storage.buffers import Buffers
 from lowrank_dist.storage.reader import CheckpointReader, check_finite, read_ahead
 
-# Elements that are widened and checked at a time on a CPU: they are in its cache still.
+# elements that are widened and checked at a time on a CPU, few enough to stay in its cache
 _CACHED = 2**18
 
 
@@ -36,7 +36,7 @@ class RowBlock(NamedTuple):
     values
         ``[rows, n]``, fp32.
     spare
-        Whether they may be overwritten: they are neither the mapped file nor a source's own.
+        Whether `values` may be overwritten: they are neither the mapped file nor memory of a weight source.
     """
 
     values: Tensor
@@ -46,21 +46,23 @@ class RowBlock(NamedTuple):
 def read_blocks(
     reader: CheckpointReader, ranges: Sequence[RowRange], buffers: Buffers, device: torch.device
 ) -> Iterator[RowBlock]:
-    """Every range as fp32 on `device`, checked for NaN and infinity, while a thread reads the next one.
+    """Yield every range in fp32 on `device`, checked for NaN and infinity, while a thread reads the next one.
 
-    Memory of `device`: the block in use and the next one, in `buffers` where they are of another dtype in the
-    checkpoint; blocks in fp32 on a CPU are the mapped file. To CUDA rows cross from pinned memory in the dtype of the
-    checkpoint, on a stream of their own, and become fp32 there.
+    `device` holds the block in use and the next one. On a CPU, blocks that are stored in fp32 are the mapped file, and
+    others lie in `buffers`. Rows for CUDA are copied from pinned memory in their stored dtype, on a separate stream,
+    and widened there.
 
     Raises
     ------
     CheckpointError
-        Where the block would have come, if it cannot be read or holds a NaN or infinity.
+        At the block that cannot be read or that holds a NaN or infinity.
     """
     stream: Any = None
     if device.type == "cuda":
         stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))  # a reader may hand out what is still being computed
+        stream.wait_stream(
+            torch.cuda.current_stream(device)
+        )  # a reader may return tensors that are still being computed
 
     def beside() -> AbstractContextManager[object]:
         return nullcontext() if stream is None else torch.cuda.stream(stream)
@@ -71,7 +73,7 @@ def read_blocks(
             if stream is not None:
                 block = found if found.is_cuda else found.pin_memory().to(device, non_blocking=True)
                 block = block.to(device, torch.float32)
-                check_finite(rows.key, block, rows.start)  # waits for the stream: the rows are there
+                check_finite(rows.key, block, rows.start)  # waits for the stream, so that the rows have arrived
                 return RowBlock(block, spare=block is not found)
             known = found.dtype == torch.float32 and found.device == device
             block = found if known else buffers.empty(found.shape, device)
@@ -79,11 +81,11 @@ def read_blocks(
                 if not known:
                     block[some] = found[some]
                 check_finite(rows.key, block[some], rows.start + some.start)
-                os.sched_yield()  # a core that computes too is there for collectives first
+                os.sched_yield()  # lets the thread of the collectives run first on a shared core
         return RowBlock(block, spare=not known)
 
     for block in read_ahead(read, ranges):
-        if stream is not None:  # else its memory is used anew while it is read
+        if stream is not None:  # else the allocator reuses its memory while it is read
             block.values.record_stream(torch.cuda.current_stream(device))
         yield block
         del block  # before the one after the next is read

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: a streaming reader of sharded safetensors; small writers."""
+"""Pretrained weights on disk: a streaming reader of safetensors files, and small writers."""
 
 from __future__ import annotations
 
@@ -32,16 +32,35 @@ INDEX_NAME = "model.safetensors.index.json"
 _Request = TypeVar("_Request")
 _Block = TypeVar("_Block")
 
-# what a directory with a model holds beside its weights: configuration, tokenizer, licence
 WEIGHT_FILES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 _FETCHED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*"]
 
-PACKED_DTYPE = "NF4"  # what the reader of a residual model says of 4-bit weights
+PACKED_DTYPE = "NF4"  # dtype of 4-bit weights in the reader of a residual model
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """What a checkpoint says of one tensor: its shape, its safetensors dtype (``BF16``, ...) and its size in bytes."""
+    """Description of one stored tensor.
+
+    Attributes
+    ----------
+    shape
+        Its shape.
+    dtype
+        Its code in safetensors headers (``BF16``, ...), or ``NF4`` for the 4-bit weights of a residual model.
+    nbytes
+        Its size in bytes.
+
+    See Also
+    --------
+    CheckpointReader.info : Returns it.
+
+    Examples
+    --------
+    >>> from lowrank_dist.storage import TensorInfo
+    >>> TensorInfo(shape=(4, 3), dtype="BF16", nbytes=24).shape
+    (4, 3)
+    """
 
     shape: tuple[int, ...]
     dtype: str
@@ -50,7 +69,7 @@ class TensorInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """A part of a checkpoint: tensor `key`, or entry `index` of its first dimension."""
+    """A stored matrix: tensor `key`, or entry `index` of its first dimension."""
 
     key: str
     index: int | None = None
@@ -58,36 +77,53 @@ class Piece:
 
 @functools.cache
 def _warn_of_both(single: Path, index: Path) -> None:
-    """Say once, on rank 0, which of two sets of weights is read."""
+    """Warn once, on rank 0, which of two sets of weights is read."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
         log.warning("%s is read, as transformers does, and %s beside it is not; remove one of them", single, index.name)
 
 
 class CheckpointReader:
-    """Reads slices of the tensors of a safetensors checkpoint and counts the bytes it hands out.
+    """Reads slices of the tensors of safetensors files and counts the bytes that it returns.
 
-    Opens every file once and reads its header; tensor data is read only where asked for (memory-mapped).
+    Every file is opened once and its header read; tensor data is memory-mapped and read on demand.
 
     Parameters
     ----------
     directory
-        Holds ``model.safetensors``, or ``model.safetensors.index.json`` and the files it names. Where both are there,
-        the single file is read, as transformers does, and rank 0 warns.
+        Directory with ``model.safetensors``, or with ``model.safetensors.index.json`` and the files it names. If both
+        exist, the single file is read, as transformers does, and rank 0 warns.
     stem
-        Another first part of these names.
+        Replaces ``model`` in these names.
 
     Attributes
     ----------
     holds_residuals : bool
-        Whether what it gives are residuals of decomposed matrices (`lowrank_dist.residual_model.reader`).
+        Whether the tensors are residuals of decomposed matrices (`lowrank_dist.residual_model.reader`).
     identity : bytes
-        What tells it from others beside its files.
+        Enters the fingerprint beside the files; a weight source has its own fingerprint here.
 
     Raises
     ------
     CheckpointError
-        Where no checkpoint is there, a file is missing or truncated, or the index names a tensor that its file
-        does not hold.
+        If there are no weights, a file is missing or truncated, or the index names a tensor that its file does not
+        hold.
+
+    See Also
+    --------
+    resolve_checkpoint : Finds the directory of a hub id.
+    WeightSource : Weights that are not stored in files.
+
+    Examples
+    --------
+    >>> import tempfile, torch
+    >>> from safetensors.torch import save_file
+    >>> from lowrank_dist.storage import CheckpointReader
+    >>> directory = tempfile.mkdtemp()
+    >>> save_file({"layer.weight": torch.ones(4, 3)}, f"{directory}/model.safetensors")
+    >>> reader = CheckpointReader(directory)
+    >>> reader.rows("layer.weight", 1, 3).shape, reader.bytes_read
+    (torch.Size([2, 3]), 24)
+    >>> reader.close()
     """
 
     holds_residuals = False
@@ -148,15 +184,14 @@ class CheckpointReader:
         return sum(self.stored(name).nbytes for name in self._file_of)
 
     def join(self, name: str, pieces: Sequence[Piece]) -> None:
-        """Let `name` stand for `pieces`, matrices stacked along their rows, from now on.
+        """Define the tensor `name` as `pieces`, matrices stacked along their rows.
 
-        What is joined is read like any other tensor, but belongs neither to the names nor to the bytes of the
-        checkpoint.
+        A joined tensor is read like any other, but counts neither among the names nor in the bytes of the reader.
 
         Raises
         ------
         CheckpointError
-            Where the pieces differ in width or dtype.
+            If the pieces differ in width or dtype.
         """
         infos = [self.stored(piece.key) for piece in pieces]
         shapes = [info.shape[0 if piece.index is None else 1 :] for piece, info in zip(pieces, infos, strict=True)]
@@ -177,7 +212,7 @@ class CheckpointReader:
         Raises
         ------
         CheckpointError
-            Where the pieces differ in width or dtype, or do not fill `depth` equal entries.
+            If the pieces differ in width or dtype, or do not fill `depth` equal entries.
         """
         self.join(name, pieces)
         info, each = self._info[name], len(pieces) // depth
@@ -188,13 +223,13 @@ class CheckpointReader:
         self._info[name] = TensorInfo(shape=shape, dtype=info.dtype, nbytes=info.nbytes)
 
     def join_as(self, other: CheckpointReader) -> None:
-        """Join what is joined in `other`, where the same tensors are here."""
+        """Join the tensors that are joined in `other`, if this reader holds all their pieces."""
         for name, pieces in other._joined.items():
             if all(piece.key in self._file_of for piece in pieces):
                 self._joined[name], self._info[name] = pieces, other._info[name]
 
     def entry(self, name: str, index: int) -> str:
-        """Name of entry `index` of the ``[depth, rows, columns]`` tensor `name`, to be read as a matrix."""
+        """Join entry `index` of the ``[depth, rows, columns]`` tensor `name` as a matrix and return its name."""
         entry = f"{name}[{index}]"
         pieces: Sequence[Piece] = [Piece(key=name, index=index)]
         if name in self._joined:
@@ -301,8 +336,8 @@ class CheckpointReader:
 def read_ahead(read: Callable[[_Request], _Block], requests: Iterable[_Request], *, depth: int = 1) -> Iterator[_Block]:
     """``map(read, requests)`` with a thread that stays `depth` results ahead of the consumer.
 
-    Host memory holds at most ``depth + 1`` results beside the one in use. An error of `read` is raised where its
-    result would have been.
+    Host memory holds at most ``depth + 1`` results beside the one in use. An error of `read` is raised in place of its
+    result.
     """
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as pool:
         pending: deque[Future[_Block]] = deque()
@@ -319,12 +354,12 @@ def read_ahead(read: Callable[[_Request], _Block], requests: Iterable[_Request],
 
 
 def open_file(path: Path) -> Any:
-    """A safetensors file whose header was read and fits its length; a context manager, see ``safetensors.safe_open``.
+    """Open a safetensors file and check its header against its length; see ``safetensors.safe_open``.
 
     Raises
     ------
     CheckpointError
-        Where it is truncated or damaged.
+        If it is truncated or damaged.
     """
     try:
         return safe_open(path, framework="pt")
@@ -336,25 +371,41 @@ def open_file(path: Path) -> Any:
 def resolve_checkpoint(
     pretrained: str | os.PathLike[str], *, revision: str | None = None, option: str = "pretrained", fetch: bool = True
 ) -> Path:
-    """Local directory of a checkpoint: `pretrained` itself, or the hub's cache after fetching what is missing.
+    """Return the local directory of a model: `pretrained` itself, or the hub's cache after fetching missing files.
 
-    On several ranks of a host call it on one rank first: the others then find the cache complete.
+    If several ranks share a host, call it on one rank first; the others then find the cache complete.
 
     Parameters
     ----------
     pretrained
         A directory or a hub id.
     revision
-        Of a hub id.
+        Revision of a hub id.
     option
-        What the user calls it, for messages.
+        Name of the option that `pretrained` comes from, for messages.
     fetch
-        Fetch what is missing; else the cache is taken as it is.
+        Whether to fetch missing files; else only the cache is used.
+
+    Returns
+    -------
+    Path
+        The directory.
 
     Raises
     ------
     CheckpointError
-        Where it is no directory and cannot be fetched.
+        If `pretrained` is not a directory and cannot be fetched.
+
+    See Also
+    --------
+    CheckpointReader : Reads the weights in it.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from lowrank_dist.storage import resolve_checkpoint
+    >>> resolve_checkpoint(tempfile.gettempdir()).is_dir()
+    True
     """
     path = Path(pretrained)
     if path.is_dir():
@@ -378,19 +429,19 @@ def resolve_checkpoint(
 
 
 def copy_other_files(source: Path, target: Path, *, leave: Sequence[str] = ()) -> None:
-    """Copy what a model's directory holds beside its weights (configuration, tokenizer, licence), but for `leave`."""
+    """Copy the files of a model's directory except weights and `leave`: configuration, tokenizer, licence."""
     for path in source.iterdir():
         if path.is_file() and not path.name.endswith(WEIGHT_FILES) and path.name not in leave:
             shutil.copyfile(path, target / path.name)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Indented JSON with a final newline."""
+    """Write indented JSON with a final newline."""
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Contiguous CPU copies of `tensors` as one safetensors file (``format: pt``)."""
+    """Write contiguous CPU copies of `tensors` as one safetensors file (``format: pt``)."""
     save_file(
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
         path,
@@ -416,5 +467,5 @@ def check_finite(key: str, values: Tensor, start: int) -> None:
         bad = (~torch.isfinite(values)).nonzero()[0].tolist()
         bad[0] += start
         raise CheckpointError(
-            f"{key}: NaN or infinity at {bad}; the checkpoint is damaged or was saved from a diverged run"
+            f"{key}: NaN or infinity at {bad}; the weights are damaged or were saved from a diverged run"
         )

@@ -1,7 +1,7 @@
-"""Weights that are not files: whatever gives rows of named tensors can be decomposed and trained.
+"""Weights that are not stored in files: any object that returns rows of named tensors can be decomposed and trained.
 
-`PiSSAStrategy(pretrained=...)` takes a `WeightSource` where it takes a directory. What reads checkpoints sees it as a
-`SourceReader`, so that partitions, experts, fingerprints and resumed runs are those of a checkpoint on disk.
+`PiSSAStrategy(pretrained=...)` takes a `WeightSource` in place of a directory. The rest of the package reads it through
+a `SourceReader`, so that partitions, experts, fingerprints and resumed runs are those of a model on disk.
 """
 
 from __future__ import annotations
@@ -25,39 +25,58 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class WeightSource(Protocol):
-    """Gives rows of the tensors of a model."""
+    """Returns rows of the tensors of a model.
+
+    See Also
+    --------
+    CheckpointReader : Reads weights from safetensors files.
+    TensorInfo : Describes a tensor.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from lowrank_dist.storage import TensorInfo, WeightSource
+    >>> class Ones:
+    ...     name, fingerprint = "ones", "ones-1"
+    ...     tensors = {"layer.weight": TensorInfo(shape=(4, 3), dtype="F32", nbytes=48)}
+    ...
+    ...     def rows(self, name, start, stop):
+    ...         return torch.ones(stop - start, *self.tensors[name].shape[1:])
+    >>> isinstance(Ones(), WeightSource)
+    True
+    """
 
     @property
     def name(self) -> str:
-        """What it is called, in messages and in the files of adapters."""
+        """Name of the source in messages and in the files of adapters."""
 
     @property
     def fingerprint(self) -> str:
-        """Of the values, but for the rounding of devices: a run is resumed only where it is that of its start."""
+        """Fingerprint of the values, apart from the rounding of devices; a run resumes only with the same one."""
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """Every tensor by its name; each has a dimension at least."""
+        """Every tensor by its name; each has at least one dimension."""
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows ``start:stop`` of the first dimension, ``start < stop``, on any device.
+        """Return rows ``start:stop`` of the first dimension, ``start < stop``, on any device.
 
-        The values must not depend on the cut. Called from a thread, one call at a time; on CUDA its current stream is
-        not that of the decomposition.
+        The values must not depend on `start` and `stop`. A thread calls it, one call at a time; on CUDA the current
+        stream is not that of the decomposition.
         """
 
 
 class SourceReader(CheckpointReader):
-    """A `WeightSource` as what reads checkpoints sees it.
+    """A `CheckpointReader` of a `WeightSource`.
 
     Parameters
     ----------
     source
-        Gives the values.
+        Returns the values.
     """
 
     def __init__(self, source: WeightSource) -> None:
-        # not the parent's, which looks for files
+        # the parent's __init__ looks for files
         self.source, self.directory = source, Path(source.name)
         self.identity = source.fingerprint.encode()
         self.bytes_read = 0
@@ -77,7 +96,7 @@ class SourceReader(CheckpointReader):
 
 @dataclass(frozen=True)
 class ShapesOnly:
-    """Stands for the checkpoint of a model of which only the configuration is there: shapes, no values.
+    """A weight source without values, for a model of which only the configuration is available.
 
     Parameters
     ----------
@@ -100,11 +119,11 @@ class ShapesOnly:
         return tensors_of(self.backbone)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        raise CheckpointError(f"{self.name}: only the shape of {name} is known; pass a checkpoint with weights")
+        raise CheckpointError(f"{self.name}: only the shape of {name} is known; pass a model with weights")
 
 
 def tensors_of(backbone: PreTrainedModel, dtype: torch.dtype | None = None) -> dict[str, TensorInfo]:
-    """What a checkpoint of `backbone` holds, in `dtype` (default: that of its configuration, else bf16)."""
+    """The tensors of the weights of `backbone`, in `dtype` (default: that of its configuration, else bf16)."""
     codes = {of_code: code for code, of_code in FLOAT_DTYPES.items()}
     dtype = dtype or getattr(backbone.config, "dtype", None) or torch.bfloat16
     return {
@@ -116,7 +135,7 @@ def tensors_of(backbone: PreTrainedModel, dtype: torch.dtype | None = None) -> d
 
 
 def open_reader(pretrained: str | os.PathLike[str] | WeightSource) -> CheckpointReader:
-    """The reader of a directory, or of a source."""
+    """Open the reader of a directory, or of a weight source."""
     if isinstance(pretrained, str | os.PathLike):
         return CheckpointReader(pretrained)
     return SourceReader(pretrained)

@@ -1,8 +1,8 @@
 """Safetensors files that several processes fill together, each its own parts of every tensor.
 
-The shapes and dtypes of all tensors are known beforehand, hence their places in the files. One process writes headers
-and gives the files their length; then every process writes bytes at their offsets, and nobody has to hold, or to be
-sent, a whole tensor. The directory must be one that all processes see.
+The shapes and dtypes of all tensors are known beforehand, and so are their offsets in the files. One process writes the
+headers and extends the files to their length. Then every process writes its bytes at their offsets, so that no process
+holds or receives a whole tensor. All processes must see the directory.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from lowrank_dist.errors import CheckpointError
 from lowrank_dist.storage.dtypes import CODES, DTYPES
 from lowrank_dist.storage.reader import FileTensor, TensorInfo, write_json
 
-MAX_BYTES = 5_000_000_000  # of one file; the size transformers cuts checkpoints at
+MAX_BYTES = 5_000_000_000  # limit of one file, that of transformers
 
 
 def stored_dtype(name: str, info: TensorInfo) -> torch.dtype:
-    """Dtype of a tensor of a checkpoint, to be written again.
+    """Dtype of a stored tensor that is to be written again.
 
     Raises
     ------
     CheckpointError
-        Where it is one that cannot be written.
+        If the dtype cannot be written.
     """
     if info.dtype not in DTYPES:
         raise CheckpointError(f"{name}: stored as {info.dtype}; only {', '.join(DTYPES)} can be copied")
@@ -50,19 +50,19 @@ class TensorFiles:
     Parameters
     ----------
     directory
-        Where they are.
+        Directory of the files.
     tensors
         All tensors by name. The same on every process.
     stem
-        ``<stem>.safetensors``, or ``<stem>-00001-of-0000N.safetensors`` and an index where one file would exceed
-        `max_bytes`.
+        First part of the names: ``<stem>.safetensors``, or ``<stem>-00001-of-0000N.safetensors`` and an index if one
+        file would exceed `max_bytes`.
     max_bytes
-        Of one file; a larger tensor has a file of its own.
+        Limit of one file; a larger tensor has a file of its own.
 
     Raises
     ------
     ValueError
-        Where a tensor has a dtype that is not supported.
+        If a tensor has an unsupported dtype.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class TensorFiles:
         return sum(self._sizes.values())
 
     def create(self) -> None:
-        """Write headers and index and give every file its length, of zeros. One process only, before any writes."""
+        """Write headers and index, and extend every file with zeros. One process only, before any writes."""
         for file, header in self._headers.items():
             with open(self.directory / file, "wb") as handle:
                 handle.write(header)
@@ -116,7 +116,7 @@ class TensorFiles:
             write_json(self.directory / self._index, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
     def exist(self) -> bool:
-        """Whether `create` was called on this directory for these very tensors."""
+        """Whether `create` was called on this directory for the same tensors."""
         for file, header in self._headers.items():
             path = self.directory / file
             if not path.is_file() or path.stat().st_size != self._sizes[file]:
@@ -146,7 +146,7 @@ class TensorFiles:
             data, offset = data[written:], offset + written
 
     def flush(self) -> None:
-        """Bring to disk what this process has written."""
+        """Flush to disk what this process has written."""
         for descriptor in self._open.values():
             os.fdatasync(descriptor)
 
