@@ -1,4 +1,4 @@
-"""An adapter on disk held against the model that it is put into: every tensor has its place, every place its tensor."""
+"""Match an adapter on disk with a model: every tensor must have a parameter, and every parameter a tensor."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def changes_tied(backbone: PreTrainedModel, tensors: Iterable[str]) -> bool:
 
 
 def match_adapter(adapter: AdapterSource, backbone: PreTrainedModel, plan: Plan, base: Path) -> dict[str, str]:
-    """Check that `adapter` holds what the model has a place for, and nothing else.
+    """Check that `adapter` holds exactly the tensors that the model has parameters for.
 
     Parameters
     ----------

@@ -31,7 +31,7 @@ class AdapterSource:
     trained
         Its tensors.
     initial
-        A0 and B0, whose product is to be taken off; None where it is a LoRA as it is.
+        A_0 and B_0, whose product must be subtracted; None if the adapter is an ordinary LoRA.
     base
         Name of the original model, where it is known.
     has_manifest

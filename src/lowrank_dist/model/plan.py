@@ -132,7 +132,7 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedModel:
-    """A model of which nothing is in memory, the adapter's layers in it, and what is to fill it.
+    """A model on the meta device with the adapter's layers, and the plan that fills it.
 
     Attributes
     ----------
@@ -203,8 +203,8 @@ def plan_walk(
     tied
         From `untie_embeddings`.
     limit_rank
-        Refuse ranks above ``min(out, in)``: so many directions cannot be taken from a matrix. An adapter that is there
-        already may have them.
+        Refuse ranks above ``min(out, in)``, the number of directions of a matrix. An existing adapter may have a higher
+        rank.
 
     Raises
     ------
@@ -227,7 +227,7 @@ def plan_walk(
 
 
 class _PlanBuilder:
-    """Builds a plan, and collects everything that stands against it."""
+    """Builds a plan, and collects every reason it cannot be executed."""
 
     def __init__(
         self, backbone: PreTrainedModel, reader: CheckpointReader, keys: CheckpointKeys, limit_rank: bool

@@ -55,7 +55,7 @@ def decompose(
     key
         The `fingerprint`, where it is known already.
     calibrated
-        For methods that look at data: they do so unless all matrices are there, and for those that are not.
+        Calibration pass, for methods that need one. It runs only if matrices are missing, and for those matrices.
 
     Returns
     -------

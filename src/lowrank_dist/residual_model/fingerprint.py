@@ -18,9 +18,9 @@ _SAMPLES, _SAMPLE_BYTES = 16, 2**16
 def source_fingerprint(reader: CheckpointReader, group: ShardGroup) -> str:
     """Hexadecimal digest of the weights that a run starts from.
 
-    Of a `lowrank_dist.storage.source.WeightSource`, of the fingerprint that it gives. Of a checkpoint on disk, covers
-    names, sizes and headers of its safetensors files, and 16 samples of 64 KiB of each, evenly spread (hashing all of
-    it would cost a second read). Rank 0 computes it, the others are told. Collective.
+    For a `lowrank_dist.storage.source.WeightSource` it covers the fingerprint of the source. For a model on disk it
+    covers names, sizes and headers of the safetensors files, and 16 evenly spread samples of 64 KiB of each file
+    (hashing whole files would cost a second read). Rank 0 computes it and broadcasts it. Collective.
     """
     return computed_on_rank_0(lambda: _hashed_source(reader).hexdigest(), group)
 
@@ -28,8 +28,8 @@ def source_fingerprint(reader: CheckpointReader, group: ShardGroup) -> str:
 def fingerprint(walk: Walk, plan: Plan, calibrated: Calibrated | None = None) -> str:
     """Hexadecimal digest of everything that a residual model depends on.
 
-    Of the source, what `source_fingerprint` covers. Of the settings: method, residual format, dtype of the factors, and
-    for every matrix rank and scaling; what `calibrated` looks at. Rank 0 computes it, the others are told. Collective.
+    It covers the source like `source_fingerprint`, the method, the residual format, the dtype of the factors, rank and
+    scaling of every matrix, and the fingerprint of `calibrated`. Rank 0 computes it and broadcasts it. Collective.
     """
     data = [] if calibrated is None else [calibrated.fingerprint()]
 

@@ -149,7 +149,7 @@ class ResidualModel:
     layout : FactorLayout
         What of its updates is trained.
     init : None
-        Nothing is decomposed: all matrices are stored as they are wanted.
+        Nothing is decomposed: the directory holds all residuals and factors.
 
     Raises
     ------
@@ -224,7 +224,7 @@ class ResidualModel:
             if asked != stored:
                 raise ModelError(
                     f"{what} is {asked!r}, but {self.directory} was decomposed with {stored!r}; leave "
-                    f"`{what.split(':')[0]}` out to take what is stored, or decompose the original anew"
+                    f"`{what.split(':')[0]}` out to use the stored value, or decompose the original again"
                 )
 
     def check(self, plan: Plan) -> None:
@@ -267,11 +267,11 @@ class ResidualModel:
         advance: Callable[[int], object] = lambda _: None,
         calibrated: Calibrated | None = None,
     ) -> tuple[ResidualModel, Plan]:
-        """This very model, which a cache would not hold otherwise. Communicates nothing."""
+        """Return this model itself; a cache would hold the same. Communicates nothing."""
         return self, plan
 
     def from_cache(self, plan: Plan, factor_dtype: torch.dtype) -> tuple[ResidualModel, Plan]:
-        """This very model, see `through_cache`."""
+        """Return this model itself, see `through_cache`."""
         return self, plan
 
     def matrices(
