@@ -31,7 +31,7 @@ from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import RowPartition
 from lowrank_dist.layers.folded import fold_adapters
 from lowrank_dist.layers.frozen import FrozenLinear
-from lowrank_dist.storage.reader import write_json
+from lowrank_dist.storage.writer import write_json
 from lowrank_dist.training.module import CausalLMModule
 from lowrank_dist.training.optim import build_optimizer
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from lowrank_dist.adapters.files import write_adapter
 from lowrank_dist.model.names import plain_name
 from lowrank_dist.storage.layout import ADAPTER_DIR, INITIAL_DIR, MANIFEST
-from lowrank_dist.storage.reader import write_json
+from lowrank_dist.storage.writer import write_json
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lowrank_dist.errors import CheckpointError
 from lowrank_dist.storage.layout import CONFIG, WEIGHTS, read_json
-from lowrank_dist.storage.reader import CheckpointReader, write_tensors
+from lowrank_dist.storage.reader import CheckpointReader
+from lowrank_dist.storage.writer import write_tensors
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lowrank_dist.decomposition.report import as_table
-from lowrank_dist.storage.reader import write_json
+from lowrank_dist.storage.writer import write_json
 
 
 class InitReport(Callback):

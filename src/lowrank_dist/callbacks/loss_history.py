@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lowrank_dist.storage.reader import write_json
+from lowrank_dist.storage.writer import write_json
 
 
 class LossHistory(Callback):

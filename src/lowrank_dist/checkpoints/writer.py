@@ -41,8 +41,8 @@ from lowrank_dist.initialization.materialize import Materialized
 from lowrank_dist.model.names import peft_name
 from lowrank_dist.storage.atomic import check_free, empty, exclusive, flush_directory, put_in_place, staging_of
 from lowrank_dist.storage.layout import ADAPTER_DIR, INITIAL_DIR, LORA_DIR, MANIFEST
-from lowrank_dist.storage.reader import FileTensor, write_json
-from lowrank_dist.storage.writer import TensorFiles
+from lowrank_dist.storage.reader import FileTensor
+from lowrank_dist.storage.writer import TensorFiles, write_json
 from lowrank_dist.zero3.optimizer import MASTER, ShardedOptimizer
 from lowrank_dist.zero3.partition import local_shard, whole_shape
 

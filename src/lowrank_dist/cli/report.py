@@ -12,7 +12,7 @@ from typing import Any
 from lowrank_dist.decomposition.report import MatrixReport, as_table, layer_type
 from lowrank_dist.errors import CheckpointError, InputError
 from lowrank_dist.storage.layout import MANIFEST
-from lowrank_dist.storage.reader import write_json
+from lowrank_dist.storage.writer import write_json
 
 
 def run(argv: Sequence[str]) -> int:

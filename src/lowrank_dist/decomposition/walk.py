@@ -20,7 +20,7 @@ from torch import Tensor
 from lowrank_dist.decomposition.measure import Measure, measures_of, report_of
 from lowrank_dist.decomposition.report import MatrixReport
 from lowrank_dist.distributed.group import ShardGroup
-from lowrank_dist.distributed.partition import FlatPartition, RowPartition, Storage
+from lowrank_dist.distributed.partition import FlatPartition, FlatStorage, RowPartition
 from lowrank_dist.distributed.reshard import redistribute, whole_left
 from lowrank_dist.errors import ModelError
 from lowrank_dist.methods.base import Factors, Matrix, Method
@@ -267,20 +267,20 @@ class Walk:
             return replace(self.known[planned.name], digest=None)
         return report_of(planned, measured)
 
-    def _storages(self, planned: PlannedMatrix, size: int) -> dict[str, Storage]:
+    def _storages(self, planned: PlannedMatrix, size: int) -> dict[str, FlatStorage]:
         """The tensors of the encoded residual as `size` ranks shard them."""
         return dict(self.residual.storages(planned.row_partition(size, block=self.residual.block)))
 
     def _layout(
         self, planned: PlannedMatrix, group_size: int, *, encoded_from: bool
-    ) -> dict[str, tuple[Storage, Storage]]:
+    ) -> dict[str, tuple[FlatStorage, FlatStorage]]:
         """Every flat tensor of a decomposed matrix, as a group of `group_size` ranks and as all ranks shard it."""
         both = []
         for size in (group_size, self.group.size):
             storages = self._storages(planned, size)
             for name, shape in planned.factor_shapes.items():
                 flat = FlatPartition(numel=shape[0] * shape[1], world_size=size)
-                of_factor = Storage(numel=flat.numel, shard_numel=flat.shard_numel, dtype=self.factor_dtype)
+                of_factor = FlatStorage(numel=flat.numel, shard_numel=flat.shard_numel, dtype=self.factor_dtype)
                 storages[name] = of_factor
                 if encoded_from:
                     storages[_ENCODED_FROM[name]] = of_factor

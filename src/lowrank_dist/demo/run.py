@@ -22,7 +22,7 @@ import lowrank_dist
 from lowrank_dist.demo.assets import fetch_data, fetch_model
 from lowrank_dist.demo.plots import plot_demo
 from lowrank_dist.errors import InputError
-from lowrank_dist.storage.reader import write_json
+from lowrank_dist.storage.writer import write_json
 
 CONFIG_NAME = "smollm2-135m_qpissa_2cpu.yaml"
 EVAL_PAIRS = 64

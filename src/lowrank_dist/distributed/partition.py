@@ -96,7 +96,7 @@ class RowPartition:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Storage:
+class FlatStorage:
     """One flat tensor of an encoded residual: `numel` elements of `dtype`, in shards of `shard_numel` elements.
 
     The last shards may end in padding or consist of padding only.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowrank_dist.distributed.group import ShardGroup
-from lowrank_dist.distributed.partition import RowPartition, Storage
+from lowrank_dist.distributed.partition import FlatStorage, RowPartition
 
 _ALIGNMENT = 64  # bytes; received values can then be viewed as any dtype and loaded into vector registers
 
@@ -23,7 +23,7 @@ def whole_left(left: Tensor, partition: RowPartition, group: ShardGroup) -> Tens
 
 def redistribute(
     shards: Sequence[Mapping[str, Tensor]],
-    layouts: list[dict[str, tuple[Storage, Storage]]],
+    layouts: list[dict[str, tuple[FlatStorage, FlatStorage]]],
     group_size: int,
     group: ShardGroup,
     *,

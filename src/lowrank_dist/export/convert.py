@@ -25,8 +25,8 @@ from lowrank_dist.model.stacking import stacked_shapes
 from lowrank_dist.storage.atomic import atomic_directory
 from lowrank_dist.storage.dtypes import DTYPES
 from lowrank_dist.storage.layout import ADAPTER_DIR, INITIAL_DIR, MANIFEST, WEIGHTS
-from lowrank_dist.storage.reader import FileTensor, write_json
-from lowrank_dist.storage.writer import TensorFiles
+from lowrank_dist.storage.reader import FileTensor
+from lowrank_dist.storage.writer import TensorFiles, write_json
 
 # vLLM's --max-lora-rank, the size of its buffers, is one of these; an adapter's rank may be smaller, but is the same
 # for all modules

@@ -37,8 +37,8 @@ from lowrank_dist.progress import progress_bar
 from lowrank_dist.residual_model.reader import initial_directory
 from lowrank_dist.storage.atomic import atomic_directory, check_free
 from lowrank_dist.storage.layout import CONFIG, MANIFEST
-from lowrank_dist.storage.reader import CheckpointReader, check_finite, copy_other_files, resolve_checkpoint, write_json
-from lowrank_dist.storage.writer import MAX_BYTES, TensorFiles
+from lowrank_dist.storage.reader import CheckpointReader, check_finite, resolve_checkpoint
+from lowrank_dist.storage.writer import MAX_BYTES, TensorFiles, copy_other_files, write_json
 
 BLOCK_BYTES = 32 * 2**20  # of fp32 values at a time
 _NORM_TOLERANCE = 1e-4  # relative; some weights were rounded before their norm was taken

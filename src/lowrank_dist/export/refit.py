@@ -45,8 +45,8 @@ from lowrank_dist.storage.atomic import atomic_directory
 from lowrank_dist.storage.digest import digest_sums, digests
 from lowrank_dist.storage.dtypes import DTYPES
 from lowrank_dist.storage.layout import ADAPTER_DIR, MANIFEST, WEIGHTS, read_manifest
-from lowrank_dist.storage.reader import CheckpointReader, FileTensor, check_finite, resolve_checkpoint, write_json
-from lowrank_dist.storage.writer import TensorFiles
+from lowrank_dist.storage.reader import CheckpointReader, FileTensor, check_finite, resolve_checkpoint
+from lowrank_dist.storage.writer import TensorFiles, write_json
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from peft import LoraConfig
 from transformers import PreTrainedModel
 
 from lowrank_dist.decomposition.walk import check_matrices
-from lowrank_dist.distributed.partition import FlatPartition, Storage
+from lowrank_dist.distributed.partition import FlatPartition, FlatStorage
 from lowrank_dist.errors import CheckpointError, InputError
 from lowrank_dist.methods.base import Method
 from lowrank_dist.model.factor_layout import FactorLayout, TrainedFactors
@@ -251,7 +251,9 @@ def parameters(shapes: ModelShapes, job: RunSpec) -> Iterator[Parameter]:
 def _of_residual(planned: PlannedMatrix, job: RunSpec, ranks: int) -> Iterator[Parameter]:
     assert job.residual is not None
     kinds = {"weight_packed": "codes", "weight_absmax": "maxima", "weight_nested": "maxima"}
-    storages: dict[str, Storage] = dict(job.residual.storages(planned.row_partition(ranks, block=job.residual.block)))
+    storages: dict[str, FlatStorage] = dict(
+        job.residual.storages(planned.row_partition(ranks, block=job.residual.block))
+    )
     for name, storage in storages.items():
         yield Parameter(
             kind=kinds.get(name, "dense"),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowrank_dist.distributed.group import ShardGroup
-from lowrank_dist.distributed.partition import RowPartition, Storage
+from lowrank_dist.distributed.partition import FlatStorage, RowPartition
 from lowrank_dist.quantization.format import Encoded, Product, ReadFile
 from lowrank_dist.storage.reader import FileTensor
 
@@ -50,9 +50,9 @@ class Dense:
     def exact(self) -> bool:
         return True
 
-    def storages(self, partition: RowPartition) -> dict[str, Storage]:
+    def storages(self, partition: RowPartition) -> dict[str, FlatStorage]:
         numel, shard_numel = partition.rows * partition.columns, partition.rows_per_rank * partition.columns
-        return {"weight_rows": Storage(numel=numel, shard_numel=shard_numel, dtype=self.dtype)}
+        return {"weight_rows": FlatStorage(numel=numel, shard_numel=shard_numel, dtype=self.dtype)}
 
     def encode(self, block: Tensor, partition: RowPartition, group: ShardGroup) -> Encoded:
         values = block.to(self.dtype)

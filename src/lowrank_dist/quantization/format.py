@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lowrank_dist.distributed.group import ShardGroup
-from lowrank_dist.distributed.partition import RowPartition, Storage
+from lowrank_dist.distributed.partition import FlatStorage, RowPartition
 from lowrank_dist.storage.reader import FileTensor
 
 
@@ -87,7 +87,7 @@ class ResidualFormat(Protocol):
     def exact(self) -> bool:
         """Whether decoding returns the encoded values up to rounding to a floating-point type."""
 
-    def storages(self, partition: RowPartition) -> dict[str, Storage]:
+    def storages(self, partition: RowPartition) -> dict[str, FlatStorage]:
         """Names, lengths and dtypes of the shards of a matrix partitioned by `partition`."""
 
     def encode(self, block: Tensor, partition: RowPartition, group: ShardGroup) -> Encoded:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from lowrank_dist.distributed.exact_sum import exact_sum
 from lowrank_dist.distributed.group import ShardGroup
-from lowrank_dist.distributed.partition import FlatPartition, RowPartition, Storage
+from lowrank_dist.distributed.partition import FlatPartition, FlatStorage, RowPartition
 from lowrank_dist.errors import InputError
 from lowrank_dist.quantization.dense import Dense, pad_rows
 from lowrank_dist.quantization.format import Encoded, Product, ReadFile, ResidualFormat
@@ -112,13 +112,13 @@ class NF4:
     def exact(self) -> bool:
         return False
 
-    def storages(self, partition: RowPartition) -> dict[str, Storage]:
-        def of_bytes(units: int, per_rank: int, size: int) -> Storage:
-            return Storage(numel=units * size, shard_numel=per_rank * size, dtype=torch.uint8)
+    def storages(self, partition: RowPartition) -> dict[str, FlatStorage]:
+        def of_bytes(units: int, per_rank: int, size: int) -> FlatStorage:
+            return FlatStorage(numel=units * size, shard_numel=per_rank * size, dtype=torch.uint8)
 
         blocks, per_rank = partition.blocks, partition.blocks_per_rank
         storages = {
-            "weight_packed": Storage(
+            "weight_packed": FlatStorage(
                 numel=_packed_bytes(partition), shard_numel=per_rank * self.block_size // 2, dtype=torch.uint8
             ),
             "weight_absmax": of_bytes(blocks, per_rank, 1 if self.double_quant else 4),

@@ -28,8 +28,8 @@ from lowrank_dist.quantization.nf4 import NF4
 from lowrank_dist.residual_model.reader import FROZEN_STEM, factor_keys, has_stock_layout, packed_name
 from lowrank_dist.storage.atomic import check_free, empty, exclusive, flush_directory, put_in_place, staging_of
 from lowrank_dist.storage.layout import MANIFEST, RESIDUAL_STEM, WEIGHTS
-from lowrank_dist.storage.reader import FileTensor, check_finite, copy_other_files, write_json
-from lowrank_dist.storage.writer import TensorFiles, stored_dtype
+from lowrank_dist.storage.reader import FileTensor, check_finite
+from lowrank_dist.storage.writer import TensorFiles, copy_other_files, stored_dtype, write_json
 
 FORMAT = 2  # of the manifest and of what the fingerprint covers
 JOURNAL = "journal.jsonl"

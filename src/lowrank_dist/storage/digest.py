@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from lowrank_dist.distributed.group import ShardGroup
-from lowrank_dist.distributed.partition import Storage
+from lowrank_dist.distributed.partition import FlatStorage
 from lowrank_dist.linalg import seed_from_name
 
 _WORD = 4  # bytes
@@ -34,7 +34,7 @@ _BLOCK = 2048  # words
 _PIECE, _LARGE_PIECE = 2**18, 2**25
 
 
-def digest_sums(shards: Mapping[str, Tensor], storages: Mapping[str, Storage], rank: int) -> Tensor:
+def digest_sums(shards: Mapping[str, Tensor], storages: Mapping[str, FlatStorage], rank: int) -> Tensor:
     """This rank's part of the digest of tensors that are sharded according to `storages`.
 
     Parameters

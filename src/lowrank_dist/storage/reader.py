@@ -1,4 +1,4 @@
-"""Pretrained weights on disk: a streaming reader of safetensors files, and small writers."""
+"""Pretrained weights on disk: a streaming reader of safetensors files."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import json
 import logging
 import math
 import os
-import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lowrank_dist.errors import CheckpointError
@@ -32,7 +30,6 @@ INDEX_NAME = "model.safetensors.index.json"
 _Request = TypeVar("_Request")
 _Block = TypeVar("_Block")
 
-WEIGHT_FILES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 _FETCHED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*"]
 
 PACKED_DTYPE = "NF4"  # dtype of 4-bit weights in the reader of a residual model
@@ -426,27 +423,6 @@ def resolve_checkpoint(
             f"{option}={str(pretrained)!r}: neither a directory nor a model the hub or its cache could give "
             f"({type(error).__name__}: {error}); pass a local directory, or fetch it first with `hf download`"
         ) from error
-
-
-def copy_other_files(source: Path, target: Path, *, leave: Sequence[str] = ()) -> None:
-    """Copy the files of a model's directory except weights and `leave`: configuration, tokenizer, licence."""
-    for path in source.iterdir():
-        if path.is_file() and not path.name.endswith(WEIGHT_FILES) and path.name not in leave:
-            shutil.copyfile(path, target / path.name)
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write indented JSON with a final newline."""
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write contiguous CPU copies of `tensors` as one safetensors file (``format: pt``)."""
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-        path,
-        metadata={"format": "pt", **(metadata or {})},
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Safetensors files that several processes fill together, each its own parts of every tensor.
+"""Writing: safetensors files that several processes fill together, and the small files beside them.
 
 The shapes and dtypes of all tensors are known beforehand, and so are their offsets in the files. One process writes the
 headers and extends the files to their length. Then every process writes its bytes at their offsets, so that no process
@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lowrank_dist.errors import CheckpointError
 from lowrank_dist.storage.dtypes import CODES, DTYPES
-from lowrank_dist.storage.reader import FileTensor, TensorInfo, write_json
+from lowrank_dist.storage.reader import FileTensor, TensorInfo
 
+WEIGHT_FILES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 MAX_BYTES = 5_000_000_000  # limit of one file, that of transformers
 
 
@@ -169,3 +172,24 @@ def _groups(tensors: Mapping[str, FileTensor], max_bytes: int) -> list[list[str]
         groups[-1].append(name)
         size += nbytes
     return groups
+
+
+def copy_other_files(source: Path, target: Path, *, leave: Sequence[str] = ()) -> None:
+    """Copy the files of a model's directory except weights and `leave`: configuration, tokenizer, licence."""
+    for path in source.iterdir():
+        if path.is_file() and not path.name.endswith(WEIGHT_FILES) and path.name not in leave:
+            shutil.copyfile(path, target / path.name)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write indented JSON with a final newline."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write contiguous CPU copies of `tensors` as one safetensors file (``format: pt``)."""
+    save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+        path,
+        metadata={"format": "pt", **(metadata or {})},
+    )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from helpers.ranks import run_ranks
 from lowrank_dist.distributed.group import ShardGroup
-from lowrank_dist.distributed.partition import FlatPartition, Storage
+from lowrank_dist.distributed.partition import FlatPartition, FlatStorage
 from lowrank_dist.distributed.reshard import redistribute
 
 DTYPES = {"codes": torch.uint8, "scales": torch.float32, "factor": torch.bfloat16}
@@ -29,9 +29,9 @@ def shard(tensor: Tensor, ranks: int, rank: int) -> Tensor:
     return torch.nn.functional.pad(tensor[start:stop], (0, partition.shard_numel - (stop - start)))
 
 
-def storage(tensor: Tensor, ranks: int) -> Storage:
+def storage(tensor: Tensor, ranks: int) -> FlatStorage:
     partition = FlatPartition(numel=len(tensor), world_size=ranks)
-    return Storage(numel=partition.numel, shard_numel=partition.shard_numel, dtype=tensor.dtype)
+    return FlatStorage(numel=partition.numel, shard_numel=partition.shard_numel, dtype=tensor.dtype)
 
 
 def _every_way() -> None:

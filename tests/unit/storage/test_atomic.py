@@ -25,7 +25,7 @@ from lowrank_dist.storage.atomic import (
     staging_of,
     sweep,
 )
-from lowrank_dist.storage.reader import write_json
+from lowrank_dist.storage.writer import write_json
 
 
 def test_a_directory_is_complete_or_absent(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lowrank_dist.distributed.group import ShardGroup
-from lowrank_dist.distributed.partition import Storage
+from lowrank_dist.distributed.partition import FlatStorage
 from lowrank_dist.linalg import seed_from_name
 from lowrank_dist.storage.digest import digest_sums, digests
 
@@ -43,7 +43,7 @@ def noise(numel: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 
 
 def digest(*tensors: tuple[str, Tensor]) -> str:
-    storages = {n: Storage(numel=t.numel(), shard_numel=t.numel(), dtype=t.dtype) for n, t in tensors}
+    storages = {n: FlatStorage(numel=t.numel(), shard_numel=t.numel(), dtype=t.dtype) for n, t in tensors}
     return digests([digest_sums(dict(tensors), storages, 0)], SINGLE)[0]
 
 
@@ -71,8 +71,8 @@ def test_it_does_not_depend_on_the_cut(numel: int, ranks: int, dtype: torch.dtyp
         part = whole[rank * shard : (rank + 1) * shard]
         mine[: len(part)] = part
         storages = {
-            "w": Storage(numel=numel, shard_numel=shard, dtype=dtype),
-            "v": Storage(numel=1, shard_numel=1, dtype=dtype),
+            "w": FlatStorage(numel=numel, shard_numel=shard, dtype=dtype),
+            "v": FlatStorage(numel=1, shard_numel=1, dtype=dtype),
         }
         total += digest_sums({"w": mine, "v": whole[:1].clone()}, storages, rank)
     assert digests([total], SINGLE) == [expected]
