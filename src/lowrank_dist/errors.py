@@ -1,4 +1,4 @@
-"""What users can put right: errors whose text says all they need, and whose traceback says nothing more."""
+"""Errors that users can correct: the message is complete, and a traceback adds nothing to it."""
 
 __all__ = ["CheckpointError", "InputError", "ModelError", "RemoteError"]
 

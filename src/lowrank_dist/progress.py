@@ -1,4 +1,4 @@
-"""Progress bars of long work."""
+"""Progress bars for long operations."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from tqdm import tqdm
 
 
 def progress_bar(total: int, *, show: bool, doing: str = "Decomposing") -> tqdm[Any]:
-    """Bytes of the checkpoint that are done, throughput and time left."""
+    """Return a bar over `total` bytes that shows the bytes done, the throughput and the time left."""
     return tqdm(total=total, unit="B", unit_scale=True, desc=doing, disable=not show)

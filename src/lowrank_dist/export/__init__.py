@@ -1,4 +1,4 @@
-"""What leaves: LoRA adapters for the original model, and merged models."""
+"""Results for use without this package: LoRA adapters for the original model, and merged models."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""PiSSA to LoRA: what a checkpoint's adapter stands for, as an ordinary LoRA for the original model.
+"""PiSSA to LoRA: convert a checkpoint's adapter into an ordinary LoRA for the original model.
 
-Exact (`lowrank_dist.adapters.lora`), or truncated to a lower rank (`lowrank_dist.linalg.truncate`). CPU; no trainer, no
-process group.
+The LoRA is exact (`lowrank_dist.adapters.lora`), or truncated to a lower rank (`lowrank_dist.linalg.truncate`). The
+conversion runs on the CPU and needs no trainer and no process group.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from lowrank_dist.storage.layout import ADAPTER_DIR, INITIAL_DIR, MANIFEST, WEIG
 from lowrank_dist.storage.reader import FileTensor
 from lowrank_dist.storage.writer import TensorFiles, write_json
 
-# vLLM's --max-lora-rank, the size of its buffers, is one of these; an adapter's rank may be smaller, but is the same
-# for all modules
+# vLLM's --max-lora-rank, the size of its buffers, is one of these; an adapter's rank may be smaller, but must be the
+# same for all modules
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -42,16 +42,16 @@ class Conversion:
     path
         The directory.
     rank
-        Of the LoRA; the largest, where its modules differ.
+        Rank of the LoRA; the largest, where its modules differ.
     exact_rank
-        Of the exact LoRA; the largest.
+        Rank of the exact LoRA; the largest, where its modules differ.
     uniform
-        All modules have the same rank and scaling.
+        Whether all modules have the same rank and scaling.
     energy
-        What is kept of the exact update; None where no rank was asked for.
+        Energy of the exact update that is kept; None if no rank was passed.
     spectra
-        Singular values of every matrix of the exact update, scaling included, descending, fp64. Empty where nothing
-        needed them: the LoRA is exact, not rounded, and of a rank that servers take.
+        Singular values of every matrix of the exact update, scaling included, descending, fp64. Empty if they were not
+        needed: the LoRA is exact, not rounded, and has a rank that servers accept.
     """
 
     path: Path
@@ -63,7 +63,7 @@ class Conversion:
 
     @property
     def alternatives(self) -> dict[int, EnergyKept]:
-        """Where servers do not take the rank: the nearest ones that they take and truncation gives; what those keep."""
+        """The nearest ranks that servers accept, with the energy they keep; empty if they accept this one."""
         if not self.spectra or _served(self.rank, self.uniform):
             return {}
         below = [rank for rank in SERVED_RANKS if rank <= self.rank][-1:]
@@ -80,37 +80,49 @@ def convert_checkpoint(
     dtype: torch.dtype | None = None,
     progress: bool = False,
 ) -> Conversion:
-    """Write the LoRA for the original model that a checkpoint's adapter stands for.
+    """Write the LoRA for the original model that is equivalent to a checkpoint's adapter.
 
-    Factors are read, converted and written module by module: host memory holds those of one, and their fp64 copies.
+    Factors are read, converted and written module by module. Host memory holds the factors of one module and their
+    fp64 copies.
 
     Parameters
     ----------
     checkpoint
         Directory that `lowrank_dist.callbacks.AdapterCheckpoint` wrote.
     output
-        Directory to write: a PEFT adapter plus the manifest. Complete or absent.
+        Directory to write: a PEFT adapter plus the manifest. It is complete or absent.
     rank
-        Truncate the update of every matrix to this rank, the best way there is
-        (`lowrank_dist.linalg.truncate.truncate`). All modules then have this rank and a scaling of 1: ``rank_pattern``,
-        ``alpha_pattern`` and rsLoRA are folded into the factors, and those of modules with a smaller rank are filled up
-        with zeros. None: the exact LoRA, of rank 2r, or r where the method starts at zero, with the patterns of its
-        configuration.
+        Truncate the update of every matrix optimally to this rank (`lowrank_dist.linalg.truncate.truncate`). All
+        modules then have this rank and a scaling of 1: ``rank_pattern``, ``alpha_pattern`` and rsLoRA are folded into
+        the factors, and the factors of modules with a smaller rank are padded with zeros. None: the exact LoRA, with
+        the patterns of its configuration. Its rank is 2r, or r where the method starts at zero.
     dtype
-        Of the written factors; None: that of the checkpoint's. Whole modules keep theirs. Where this rounds
-        ``[A; A_0]`` and ``[B | -B_0]``, the singular vectors of their product are written in their place, at the same
-        rank: rounded, they make an error in proportion to the update, not to the much larger products it is the
-        difference of.
+        Dtype of the written factors; None: that of the checkpoint's factors. Modules that were trained whole keep
+        their dtype. If this rounds ``[A; A_0]`` and ``[B | -B_0]``, the singular vectors of their product are written
+        instead, at the same rank: rounding these makes an error in proportion to the update, and not to the much larger
+        products whose difference the update is.
     progress
         Show a progress bar on standard error where singular values are computed.
 
     Raises
     ------
     InputError
-        Where `rank` is below 1 or above that of the exact LoRA, where `dtype` cannot hold the factors, where `output`
-        is the checkpoint itself, a directory around it, or one that the LoRA is made from.
+        If `rank` is below 1 or above the rank of the exact LoRA, if `dtype` cannot hold the factors, or if `output` is
+        the checkpoint itself, a directory that contains it, or one that the LoRA is made from.
     CheckpointError
-        Where `checkpoint` is none, is damaged, or holds NaN or infinity.
+        If `checkpoint` is not a checkpoint, is damaged, or holds NaN or infinity; or if `rank` is passed and the
+        checkpoint does not record which scaling belongs to which of several ``target_parameters``.
+
+    See Also
+    --------
+    refit_checkpoint : Fits a LoRA to the trained model, quantization included.
+    merge_checkpoint : Adds the adapter to the weights of the original model.
+
+    Examples
+    --------
+    >>> from lowrank_dist.export import convert_checkpoint
+    >>> done = convert_checkpoint("runs/demo/checkpoints/step=40", "my-lora", rank=16)  # doctest: +SKIP
+    >>> done.energy.overall  # the kept part of the update's energy  # doctest: +SKIP
     """
     checkpoint, output = Path(checkpoint), Path(output)
     lora = ExactLora(checkpoint)
@@ -182,7 +194,7 @@ def _check_rank(rank: int, lora: ExactLora) -> None:
 
 
 def _layout(lora: ExactLora, rank: int | None, dtype: torch.dtype | None) -> dict[str, FileTensor]:
-    """Shape and dtype of what is written, in the order in which safetensors writes it."""
+    """Shapes and dtypes of the written tensors, in the order in which safetensors writes them."""
     tensors = {
         name: FileTensor(shape=lora.trained.info(name).shape, dtype=_stored_dtype(lora, name)) for name in lora.trained
     }
@@ -209,7 +221,7 @@ def _stored_dtype(lora: ExactLora, name: str) -> torch.dtype:
 def _truncated(
     module: LoraModule, factors: tuple[Tensor, Tensor], rank: int | None
 ) -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
-    """Factors of `rank`, scaling included, or of the module's own rank and without; fp64, with the spectra."""
+    """Factors and spectra, fp64: of rank `rank` with the scaling in them; if None, of the module's rank without it."""
     inside, outside = (1.0, abs(module.scaling)) if rank is None else (module.scaling, 1.0)
     parts = [truncate(a, b, rank or module.rank, scaling=inside) for a, b in module.split(*factors)]
     return module.join([(part.a, part.b) for part in parts]), [part.singular_values * outside for part in parts]
@@ -226,7 +238,7 @@ def _rounded(name: str, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _manifest(lora: ExactLora, rank: int, energy: EnergyKept | None) -> dict[str, Any]:
-    """That of the checkpoint, without what is said of its files, with what was written."""
+    """The checkpoint's manifest without the entries on its files, plus entries on the LoRA."""
     manifest = {key: value for key, value in lora.manifest.items() if key not in _OF_THE_FILES}
     manifest |= {"kind": "lora", "adapter_is_for": "the base", "rank": rank}
     if energy is not None:

@@ -1,16 +1,16 @@
-"""Merging: an adapter into the checkpoint it is for, a block of rows at a time, as an ordinary Hugging Face checkpoint.
+"""Merge an adapter into its base model, a block of rows at a time, and write an ordinary Hugging Face model.
 
 Every adapted matrix becomes ::
 
     W + s (B A - B_0 A_0),
 
-formed in fp32 and rounded once, to the dtype of the output; ``A_0, B_0`` are the factors before training, where the
-adapter was trained on a residual (`lowrank_dist.export.convert`). Modules that were trained whole take the place of the
-base's, and everything else is copied.
+formed in fp32 and rounded once, to the dtype of the output. ``A_0, B_0`` are the initial factors if the adapter was
+trained on a residual (`lowrank_dist.export.convert`). Modules that were trained whole replace those of the base, and
+everything else is copied.
 
-Host memory, whatever the model: five blocks of at most `BLOCK_BYTES` (the rows, their sum with the product, the rounded
-sum, and what checks and the matrix product take) and the factors of one adapted parameter in fp32. Files are mapped,
-not held.
+Host memory does not depend on the size of the model: five blocks of at most `BLOCK_BYTES` (the rows, their sum with the
+product, the rounded sum, and temporaries of the checks and of the matrix product) and the factors of one adapted
+parameter in fp32. Files are mapped, not held.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def merge_checkpoint(
     overwrite: bool = False,
     show_progress: bool = False,
 ) -> Path:
-    """Merge an adapter into the model it is for.
+    """Merge an adapter into its base model.
 
     Parameters
     ----------
@@ -63,17 +63,17 @@ def merge_checkpoint(
         Directory that `lowrank_dist.callbacks.AdapterCheckpoint` wrote, or one with a LoRA that PEFT wrote (or
         `lowrank_dist.export.convert.convert_checkpoint`).
     output
-        Directory to write: a checkpoint for ``from_pretrained`` of transformers. Complete or absent.
+        Directory to write: a model for ``from_pretrained`` of transformers. It is complete or absent.
     base
-        Directory or hub id of the original model, with safetensors; default: the one that the checkpoint names.
+        Directory or hub id of the original model, with safetensors. Default: the model that the checkpoint names.
     revision
         Revision of a hub id.
     dtype
-        Of all floating-point tensors; default: for each the one that it has in the base.
+        Dtype of all floating-point tensors. Default: each tensor keeps its dtype in the base.
     max_file_bytes
-        Of one file of the output; a larger tensor has a file of its own.
+        Maximum size of one file of the output; a larger tensor has a file of its own.
     overwrite
-        Replace what is at `output`.
+        Replace an existing directory at `output`.
     show_progress
         Show a progress bar.
 
@@ -85,20 +85,29 @@ def merge_checkpoint(
     Raises
     ------
     CheckpointError
-        Where files are missing, truncated or damaged, or where the base is not the model that was trained from.
+        If files are missing, truncated or damaged, or if the base is not the model that training started from.
     ModelError
-        Where the adapter does not fit the base, or cannot be merged.
+        If the adapter does not fit the base, or cannot be merged.
     InputError
-        Where `output` is in the way, or the disk is too small.
+        If `output` is not empty (without `overwrite`), is no directory or holds an input, or if the disk is too small.
 
     Notes
     -----
-    Each weight is off by the rounding of an fp32 sum and by that to the output: in bf16 at most ``2^-8`` of its size,
-    in fp16 ``2^-11``. An adapter that was trained on a quantized residual is merged like any other; what quantization
-    left over (the checkpoint's manifest has its size) is not in the result.
+    The error of each weight is the rounding of an fp32 sum plus the rounding to the output dtype: in bf16 at most
+    ``2^-8`` of its size, in fp16 ``2^-11``. An adapter that was trained on a quantized residual is merged like any
+    other; the result does not contain the leftover error of quantization, whose size the checkpoint's manifest records.
 
-    Where the adapter changes one of two embeddings that are tied, the head becomes a tensor of its own and
+    If the adapter changes one of two tied embeddings, the head becomes a tensor of its own and
     ``tie_word_embeddings`` false.
+
+    See Also
+    --------
+    convert_checkpoint : Writes the adapter as a LoRA instead, without the base.
+
+    Examples
+    --------
+    >>> from lowrank_dist.export import merge_checkpoint
+    >>> merge_checkpoint("runs/demo/checkpoints/step=40", "my-model")  # doctest: +SKIP
     """
     adapter = find_adapter(Path(checkpoint))
     directory = _find_base(adapter, base, revision)
@@ -180,7 +189,7 @@ class _Merge:
             yield start, values
 
     def _merged(self, tensor: MergedTensor, planned: PlannedMatrix) -> Iterator[tuple[int, Tensor]]:
-        """First element and values in fp32, block by block; at the end, whether it was the right matrix."""
+        """First element and values in fp32, block by block; after the last, the norm of the matrix is checked."""
         left, right = self._factors(planned)
         step, squares = max(1, BLOCK_BYTES // (4 * planned.columns)), 0.0
         for start in range(0, planned.rows, step):
@@ -214,9 +223,9 @@ class _Merge:
         self.advance(rounded.nbytes)
 
     def _factors(self, planned: PlannedMatrix) -> tuple[Tensor, Tensor]:
-        """``L`` ``[rows, k]`` and ``R`` ``[k, columns]``, fp32, whose product, scaled, is added to the stored matrix.
+        """``L`` ``[rows, k]`` and ``R`` ``[k, columns]``, fp32; their scaled product is added to the stored matrix.
 
-        k is r, or 2r where the initial product is taken off: ``L R = [B | -B_0] [A; A_0]``, or its transpose.
+        k is r, or 2r where the initial product is subtracted: ``L R = [B | -B_0] [A; A_0]``, or its transpose.
         """
         if self._factors_of is None or self._factors_of[0] != planned.layer:
             a, b = [], []
@@ -247,7 +256,7 @@ class _Merge:
 
 
 def _changed(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`config` with `changes` to the entries that it has, in the configurations inside it (of text, images) too."""
+    """`config` with `changes` made to entries that it has, nested configurations (of text, images) included."""
     return {
         key: changes[key] if key in changes else _changed(value, changes) if isinstance(value, dict) else value
         for key, value in config.items()

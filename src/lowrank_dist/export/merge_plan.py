@@ -1,7 +1,7 @@
-"""From an adapter and the headers of a base to the tensors of the merged checkpoint; every refusal happens here.
+"""Plan a merge: match an adapter with the headers of a base, and reject here what cannot be merged.
 
-Everything keeps the name, and the file format, that it has in the base: what loads the base loads the result. A tensor
-gets a name of its own only where the base has none for it: a new head, or one that was tied and is not any more.
+Every tensor keeps its name and file format in the base, so that the same programs load both. A tensor gets a new name
+only if the base has none for it: a new head, or a head that is no longer tied.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ class MergedTensor:
     Attributes
     ----------
     source, key
-        Where the values, or the matrix to which a product is added, are read.
+        Where the values, or the matrix that a product is added to, are read.
     target
-        What they fill, in order.
+        The spans that they fill, in order.
     dtype
-        Of the merged checkpoint.
+        Dtype in the merged checkpoint.
     planned
         The matrix whose product is added; None: the values are copied.
     """
@@ -73,7 +73,7 @@ class MergedTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class MergePlan:
-    """All that is to be written.
+    """Everything that a merge writes.
 
     Attributes
     ----------
@@ -108,14 +108,14 @@ def plan_merge(adapter: AdapterSource, directory: Path, dtype: torch.dtype | Non
     directory
         The base.
     dtype
-        Of all floating-point tensors of the merged checkpoint; None: for each the one that it has in the base.
+        Dtype of all floating-point tensors of the merged checkpoint; None: each keeps its dtype in the base.
 
     Raises
     ------
     CheckpointError
-        Where files of the base are missing or damaged.
+        If files of the base are missing or damaged.
     ModelError
-        Where the adapter does not fit the base, naming tensors and shapes, or cannot be merged.
+        If the adapter does not fit the base (the message names tensors and shapes), or cannot be merged.
     """
     reader = CheckpointReader(directory)
     backbone, config_changes = _skeleton(adapter, directory)
@@ -124,7 +124,7 @@ def plan_merge(adapter: AdapterSource, directory: Path, dtype: torch.dtype | Non
     untie = changes_tied(backbone, adapter.trained)
     try:
         with warnings.catch_warnings():
-            # PEFT 0.21 says so of patterns that match parameters, and applies them
+            # PEFT 0.21 also warns of patterns that match parameters, although it applies them
             warnings.filterwarnings("ignore", message="The following .*_pattern keys did not match any targeted module")
             opened = open_plan(reader, adapter.config, backbone=backbone, untie=untie, limit_rank=False)
     except ModelError as error:
@@ -141,9 +141,9 @@ def plan_merge(adapter: AdapterSource, directory: Path, dtype: torch.dtype | Non
 
 
 def _skeleton(adapter: AdapterSource, directory: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model, on meta, that the adapter is for, and what of its configuration differs from that of the base.
+    """The adapter's base model on meta, and the entries of its configuration that differ from the base's.
 
-    That is the class that the base names, unless the adapter says that it was trained with another.
+    Its class is the one that the base names, unless the adapter was trained with another.
     """
     config, changes = read_config(directory), {}
     name = _class_name(adapter.config, config)
@@ -162,12 +162,12 @@ def _skeleton(adapter: AdapterSource, directory: Path) -> tuple[PreTrainedModel,
 
 
 def _class_name(adapter: LoraConfig, config: PretrainedConfig) -> str | None:
-    """Class of the model that was adapted, where the adapter says so.
+    """Class of the model that was adapted, if the adapter names it.
 
     Raises
     ------
     ModelError
-        Where it is one for another configuration.
+        If the class is for another configuration.
     """
     named = (adapter.auto_mapping or {}).get("base_model_class", "")
     if hasattr(transformers, named):
@@ -205,7 +205,7 @@ class _MergePlanBuilder:
         return self.dtype if self.dtype is not None and stored.is_floating_point else stored
 
     def changes(self, plan: Plan) -> None:
-        """Everything that differs from the base."""
+        """Add the tensors that differ from the base."""
         saved_along = match_adapter(self.adapter, self.backbone, plan, self.reader.directory)
         main_dtype = next((self._dtype(planned.key) for planned in plan.matrices), torch.float32)
         for planned in plan.matrices:
@@ -217,7 +217,7 @@ class _MergePlanBuilder:
             shape = (planned.rows, planned.columns)
             self._change(name, shape, source, key, base_key=planned.key, main_dtype=main_dtype, planned=planned)
         for tensor in plan.parameters:
-            # an original that stands beside its trained copy is used by nobody
+            # nothing uses the original of a module beside its trained copy
             names = [plain_name(name) for name in tensor.names if ".original_module." not in name]
             if not names:
                 continue
@@ -231,7 +231,7 @@ class _MergePlanBuilder:
                 self._change(name, shape, self.reader, tensor.key, base_key=tensor.key, main_dtype=main_dtype)
 
     def copies(self) -> None:
-        """Everything else."""
+        """Add the tensors that are copied: all others."""
         changed = {span.name for tensor in self.tensors for span in tensor.target}
         for name in self.reader:
             if name not in changed:
@@ -251,7 +251,7 @@ class _MergePlanBuilder:
         main_dtype: torch.dtype,
         planned: PlannedMatrix | None = None,
     ) -> None:
-        """Fill parameter `name` from `key` of `source`; it is `base_key` in the base, perhaps by being tied."""
+        """Fill parameter `name` from `key` of `source`; its key in the base is `base_key`, perhaps by a tie."""
         dtype = main_dtype if base_key is None else self._dtype(base_key)
         if base_key is not None and self.keys.holds(name):
             target = tuple(self._spans(base_key))
@@ -261,7 +261,7 @@ class _MergePlanBuilder:
         self.tensors.append(MergedTensor(source=source, key=key, target=target, dtype=dtype, planned=planned))
 
     def _spans(self, key: str) -> Iterator[Span]:
-        """What of the base's tensors `key` stands for."""
+        """The parts of the base's stored tensors that make up `key`."""
         for piece in self.reader.pieces(key):
             shape = self.reader.stored(piece.key).shape
             if piece.index is None:

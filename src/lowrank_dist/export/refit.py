@@ -1,14 +1,14 @@
-"""The best LoRA for another base than the residual: what a trained model computes, seen from where it will go.
+"""The best LoRA of a chosen rank that makes a chosen base compute what the trained model computes.
 
 A model with a quantized residual computes ``M = Q(W_res) + s B A``. The exact conversion ``s (B A - B_0 A_0)``
-(`lowrank_dist.adapters.lora`) leaves out what quantization changed, ``Q(W_res) - W_res``. Here the difference from the
-base that the LoRA is to sit on is formed a matrix at a time, row-sharded, and its best approximation of rank K is
-taken (Eckart-Young)::
+(`lowrank_dist.adapters.lora`) leaves out the change by quantization, ``Q(W_res) - W_res``. Refitting forms the
+difference between the trained model and the chosen base a matrix at a time, row-sharded, and takes its best
+approximation of rank K (Eckart-Young)::
 
     D = M - base,   base = W, or Q(W) as bitsandbytes quantizes it on loading;   s' B' A' = SVD_K(D).
 
 The residual is formed again from W and the checkpoint's factors, bit for bit (`lowrank_dist.decomposition.restore`), or
-read from the residual model that the run began from; either way it must have the digest that the checkpoint knows.
+read from the residual model that the run began from. Either way its digest must be the one that the checkpoint records.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from lowrank_dist.storage.writer import TensorFiles, write_json
 
 log = logging.getLogger(__name__)
 
-TOLERANCE = 1e-4  # of the SVD; what is left over is reported anyway
+TOLERANCE = 1e-4  # of the SVD; the leftover is measured and reported in any case
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +60,13 @@ class Leftover:
     Attributes
     ----------
     name
-        Which.
+        Name of the matrix.
     norm
-        Of D, the difference between the trained model and the base.
+        Norm of D, the difference between the trained model and the base.
     before
-        Of what the exact conversion leaves of it.
+        Norm of the part of D that the exact conversion leaves out.
     after
-        Of what the fitted LoRA leaves of it.
+        Norm of the part of D that the fitted LoRA leaves out.
     """
 
     name: str
@@ -82,9 +82,9 @@ class Refit:
     Attributes
     ----------
     path, rank
-        The directory, K.
+        The directory, and K.
     leftovers
-        What is left over of every matrix.
+        The leftover of every matrix.
     not_quantized
         For a base in NF4: linear layers that were dense in training, to be named in ``llm_int8_skip_modules`` of the
         `BitsAndBytesConfig` that it is loaded with.
@@ -97,12 +97,12 @@ class Refit:
 
     @property
     def before(self) -> float:
-        """Of all matrices: ``sqrt(sum before^2 / sum norm^2)``."""
+        """Relative leftover of the exact conversion over all matrices: ``sqrt(sum before^2 / sum norm^2)``."""
         return _ratio([(left.before, left.norm) for left in self.leftovers])
 
     @property
     def after(self) -> float:
-        """Of all matrices: ``sqrt(sum after^2 / sum norm^2)``."""
+        """Relative leftover of the fitted LoRA over all matrices: ``sqrt(sum after^2 / sum norm^2)``."""
         return _ratio([(left.after, left.norm) for left in self.leftovers])
 
 
@@ -117,46 +117,58 @@ def refit_checkpoint(
     dtype: torch.dtype | None = None,
     show_progress: bool = False,
 ) -> Refit:
-    """Write the LoRA of rank K that brings `base` nearest to the trained model. Collective over `group`.
+    """Write the LoRA of rank K with which `base` is nearest to the trained model. Collective over `group`.
 
     Parameters
     ----------
     checkpoint
         Directory that `lowrank_dist.callbacks.AdapterCheckpoint` wrote.
     output
-        Directory to write: a PEFT adapter of one rank and scaling for all modules. Complete or absent.
+        Directory to write: a PEFT adapter of one rank and scaling for all modules. It is complete or absent.
     rank
         K. A matrix whose short side is smaller gets zeros beyond it.
     base
-        What the LoRA will sit on: the ``"original"`` model, or the original as transformers loads it in NF4 with
+        The base that the LoRA is for: the ``"original"`` model, or the original as transformers loads it in NF4 with
         bitsandbytes (``"nf4"``; blocks and double quantization as in training, else 64 and none). Embeddings, the
         head and stacked or single parameters are dense there too.
     group
         The ranks that share every matrix by rows. Default: this process alone.
     device
-        Where matrices are decomposed.
+        Device on which matrices are decomposed. Default: the CPU.
     dtype
-        Of the written factors. Default: that of the checkpoint's.
+        Dtype of the written factors. Default: that of the checkpoint's factors.
     show_progress
         Show a progress bar, in bytes of the base.
 
     Returns
     -------
     Refit
-        With what is left over before and after; the same on every rank.
+        The leftovers before and after the fit; the same on every rank.
 
     Raises
     ------
     CheckpointError, ModelError, InputError
-        On every rank: where the residual of the run cannot be had again (the base has changed, or the factors were
-        fitted to a residual that only an ``init_cache`` holds), for ranks below 1, and for Conv1D layers on a base in
-        NF4.
+        On every rank: if the residual of the run cannot be formed again (the base has changed, or the factors were
+        fitted to a residual that only an ``init_cache`` holds), if `rank` is below 1, and for Conv1D layers on a base
+        in NF4.
+
+    See Also
+    --------
+    convert_checkpoint : Converts exactly, or truncates the exact update; needs no base.
 
     Notes
     -----
-    Host memory of a rank: six row blocks in fp32 and the Krylov basis of K (`lowrank_dist.linalg.randomized_svd`); of
-    the output one matrix at a time, and B of all experts that share one; of a residual model one stored residual.
-    Every byte of the base is read once.
+    A rank holds in host memory six row blocks in fp32, the Krylov basis of K (`lowrank_dist.linalg.randomized_svd`),
+    the output factors of one matrix or the B of all experts that share one, and, with a residual model, one stored
+    residual. Every byte of the base is read once.
+
+    Examples
+    --------
+    >>> from lowrank_dist.export import refit_checkpoint
+    >>> done = refit_checkpoint(
+    ...     "runs/demo/checkpoints/step=40", "my-lora-16", rank=16, base="original"
+    ... )  # doctest: +SKIP
+    >>> done.before, done.after  # relative leftover without and with the fit  # doctest: +SKIP
     """
     group, device = group or ShardGroup(), device or torch.device("cpu")
     if rank < 1:
@@ -194,7 +206,7 @@ def refit_checkpoint(
 
 
 class _Refit:
-    """One checkpoint and the base that it is fitted to."""
+    """One checkpoint and the base that a LoRA is fitted for."""
 
     def __init__(
         self,
@@ -242,7 +254,7 @@ class _Refit:
         self.dtype = dtype or DTYPES[self.trained.info(first).dtype]
 
     def _check_quantizable(self) -> None:
-        """Raise ModelError for layers that transformers quantizes in another orientation than they are stored in."""
+        """Raise ModelError for layers that transformers quantizes in another orientation than the stored one."""
         for planned in self.plan.matrices if self.target is not None else ():
             if planned.input_first and planned.layer not in self.dense:
                 raise ModelError(
@@ -251,19 +263,21 @@ class _Refit:
                 )
 
     def _decomposed(self) -> ResidualModel | None:
-        """The residual model that the run began from, if it did and it can be had."""
+        """The residual model that the run began from; None if there was none or it is not available."""
         pretrained = self.manifest["pretrained"]
         try:
             directory = resolve_checkpoint(pretrained)
         except CheckpointError as error:
             if pretrained == self.manifest["base"]:
                 raise
-            log.warning("What the run began from is not there, its residual is formed of the original: %s", error)
+            log.warning(
+                "The model that the run began from is missing; its residual is formed from the original: %s", error
+            )
             return None
         return ResidualModel(directory, self.format) if ResidualModel.is_at(directory) else None
 
     def fit(self, planned: PlannedMatrix) -> tuple[dict[str, Tensor], Leftover]:
-        """A' ``[K, in]`` and B' ``[out, K]``, replicated, on the CPU; and what is left over. Collective."""
+        """A' ``[K, in]`` and B' ``[out, K]``, replicated, on the CPU; and the leftover. Collective."""
         matrix = self._matrix(planned)
         residual, initial = self._residual(planned, matrix)
         trained, rows = self.factors.read(matrix), matrix.partition.rows
@@ -304,7 +318,7 @@ class _Refit:
         Raises
         ------
         CheckpointError
-            On every rank, where it is another than the checkpoint's.
+            On every rank, if its digest differs from the checkpoint's.
         """
         if self.decomposed is None:
             found = self.earlier.decompose(matrix, self.format)
@@ -332,7 +346,7 @@ class _Refit:
         return Matrix.of(planned, block.to(self.device), self.group, partition=partition, factor_dtype=torch.float32)
 
     def files(self, staging: Path) -> TensorFiles:
-        """The file of the adapter, what is not fitted (`modules_to_save`) in it already. One rank only."""
+        """Create the adapter's file and write the tensors that are not fitted (`modules_to_save`). One rank only."""
         tensors: dict[str, FileTensor] = {}
         for planned in self.plan.matrices:
             for factor, shape in replace(planned, rank=self.rank).parameter_shapes.items():
@@ -348,7 +362,7 @@ class _Refit:
         return files
 
     def write(self, files: TensorFiles, planned: PlannedMatrix, factors: dict[str, Tensor]) -> None:
-        """Put the factors of one matrix into the file; those of stacked experts once all are there. One rank only."""
+        """Write the factors of one matrix, or of stacked experts after the last expert. One rank only."""
         expert, experts = planned.expert or 0, planned.experts
         for factor, name in planned.factor_names.items():
             values = factors[factor].flatten()
@@ -363,7 +377,7 @@ class _Refit:
                 files.write(peft_name(name), 0, self._stack)
 
     def finish(self, staging: Path, leftovers: list[Leftover]) -> None:
-        """Configuration and manifest. One rank only."""
+        """Write configuration and manifest. One rank only."""
         config = changed_config(
             self.config, r=self.rank, lora_alpha=self.rank, use_rslora=False, rank_pattern={}, alpha_pattern={}
         )
