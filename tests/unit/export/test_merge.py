@@ -26,7 +26,6 @@ from transformers import (
 )
 
 import lowrank_dist.export.merge as merge
-import lowrank_dist.storage.reader as checkpoint_io
 from helpers.command import lowrank_dist
 from helpers.models import save_checkpoint
 from lowrank_dist import cli
@@ -500,7 +499,7 @@ def test_what_is_in_the_way(pair: tuple[Path, Path], tmp_path: Path) -> None:
 
 def test_too_small_a_disk(pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(checkpoint_io.shutil, "disk_usage", lambda _: usage._replace(free=400_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=400_000))
     refused(InputError, pair[1], tmp_path / "out", "0.00 GB are needed", "make room or choose another disk")
 
 
