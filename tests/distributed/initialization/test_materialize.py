@@ -158,6 +158,7 @@ def original(base: Path, case: Case) -> Any:
 def expected_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False but the target module is `Conv1D`")
         # PEFT 0.21 says so of patterns that match parameters, and applies them
         warnings.filterwarnings("ignore", message="The following .*_pattern keys did not match any targeted module")
         yield

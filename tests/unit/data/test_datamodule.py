@@ -144,7 +144,7 @@ def test_hub_ids_go_to_datasets(tokenizer_dir, monkeypatch):
     data.setup("fit")
     assert calls == [(("org/set", "math"), {"split": "train[:4]"})] * 2
     assert len(data.train_dataloader().dataset) == 4
-    with pytest.raises(ValueError, match=r"subset=None, split='nope'\) it cannot be loaded: Unknown split nope"):
+    with pytest.raises(ValueError, match=r"subset=None, split='nope'\) cannot be loaded: Unknown split nope"):
         SFTDataModule(tokenizer_dir, "org/set", train_split="nope").setup("fit")
     monkeypatch.setitem(sys.modules, "datasets", None)
     missing = SFTDataModule(tokenizer_dir, "org/set")

@@ -97,12 +97,20 @@ def test_what_is_initialised_anew_is_said(tmp_path: Path, resumed: bool) -> None
     base = save_checkpoint(tmp_path, "bert", auto_class=AutoModelForMaskedLM)
     adapter = LoraConfig(r=4, target_modules=["query"], modules_to_save=["pooler", "classifier"], task_type="SEQ_CLS")
     lines: list[str] = []
+    earlier = Resume(
+        checkpoint=base,
+        pretrained=str(base),
+        pretrained_fingerprint="",
+        source="",
+        method="PiSSA",
+        quantization=None,
+    )
     opened = ModelRecipe(pretrained=str(base), adapter=adapter).open(
         skeleton(base, AutoModelForSequenceClassification),
         compute_dtype=torch.float32,
         sharding=Sharding(),
         announce=lines.append,
-        resume=Resume(checkpoint=base, source="") if resumed else None,
+        resume=earlier if resumed else None,
     )
     new = "bert.pooler.dense.weight, bert.pooler.dense.bias, classifier.weight, classifier.bias"
     assert lines == [] if resumed else [f"{base} holds no {new}: initialised anew and trained"]
