@@ -1,1 +1,1 @@
-"""From what the user asks for to a sharded model."""
+"""The steps from the user's options to a sharded, trainable model."""

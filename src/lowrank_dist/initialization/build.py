@@ -1,7 +1,7 @@
-"""The whole way from what a user asks for to a sharded model that trains, in its order.
+"""All steps from the user's options to a sharded, trainable model, in order.
 
-Open, check, calibrate where the method looks at data, decompose or read, make the parameters, take the values of an
-adapter to go on from, check against the run that is resumed, make ready for training.
+The steps: open, check, calibrate if the method looks at data, decompose or read, make the parameters, load the values
+of a starting adapter, check against the run that is resumed, prepare for training.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from lowrank_dist.zero3.partition import Partitioner
 
 
 class CalibratedBuild(Calibrated, Protocol):
-    """A calibration pass over the model that is built (`lowrank_dist.calibration.walk.CalibrationPass`)."""
+    """A calibration pass over the model that is being built (`lowrank_dist.calibration.walk.CalibrationPass`)."""
 
     @property
     def ran(self) -> bool:
-        """Whether the model holds the weights already, as they are."""
+        """Whether the pass has run and left the pretrained weights in the model."""
 
     def materialize(self) -> Materialized:
-        """Run the pass, decompose the weights where they are, and put the results in their place. Collective."""
+        """Run the pass, decompose the weights that the model holds, and replace them by the results. Collective."""
 
     def fill(self, plan: Plan, reader: CheckpointReader, decomposed: Iterable[DecomposedMatrix]) -> Materialized:
-        """Put the matrices of `plan` in the place of the weights that the pass has left. Collective."""
+        """Replace the weights that the pass has left in the model by the matrices of `plan`. Collective."""
 
 
 class Calibrate(Protocol):
-    """Opens the calibration pass of a model; leaving it puts back what reading its data has moved on."""
+    """Opens the calibration pass of a model; leaving the context restores the state that reading its data changed."""
 
     def __call__(
         self,
@@ -68,11 +68,12 @@ class BuiltModel:
     backbone
         The model.
     source
-        What it was filled from; its files are closed.
+        The source that filled it; its files are closed.
     materialized
-        What the walk left: initial factors and measurements.
+        Initial factors and measurements.
     facts
-        For the manifest of checkpoints: what the model was made of, and how. `Resume.from_facts` takes them.
+        Entries for the manifest of checkpoints: the pretrained weights, the method and the formats that the model was
+        made with. `Resume.from_facts` takes them.
     """
 
     backbone: PreTrainedModel
@@ -82,7 +83,7 @@ class BuiltModel:
 
     @property
     def report(self) -> InitializationReport:
-        """What was measured."""
+        """The measurements."""
         return self.materialized.report
 
 
@@ -102,50 +103,51 @@ def build_model(
     announce: Callable[[str], object] = lambda _: None,
     show_progress: bool = False,
 ) -> BuiltModel:
-    """Fill `backbone` as `recipe` says. Collective: all ranks of the partitioner's group call it.
+    """Fill `backbone` according to `recipe`. Collective: all ranks of the partitioner's group call it.
 
-    Everything that can be refused is refused before a weight is read. The collectives are those of the steps:
+    Every input that can be refused is refused before a weight is read. The collectives are those of the steps:
     `StartingAdapter.check` and `load`, `source_fingerprint`, `MatrixSource.through_cache` and `matrices`, and
-    `materialize`, or the calibration pass in its place.
+    `materialize`, or those of the calibration pass instead of `materialize`.
 
     Parameters
     ----------
     recipe
-        What the user asks for.
+        The user's options.
     backbone
-        Skeleton on meta; is changed. Its parameters become ZeRO-3 parameters: trained ones sharded over all ranks,
-        frozen ones over the partitioner's `frozen` group.
+        Skeleton on meta; changed in place. Its parameters become ZeRO-3 parameters: trained ones sharded over all
+        ranks, frozen ones over the partitioner's `frozen` group.
     partitioner
-        Makes them.
+        Makes the ZeRO-3 parameters.
     compute_dtype
         Dtype of dense residuals, of the parameters that are not adapted, and of the arithmetic.
     factor_dtype
         Dtype of trained parameters.
     calibrate
-        Is called for methods that look at data, and gives what they see.
+        Called for methods that look at data; opens their calibration pass.
     fp32_norms
         See `materialize`.
     computation
-        How the model computes; default: as it is.
+        How the model computes; default: `Computation()`.
     sharding
         How matrices are shared while they are decomposed, see `lowrank_dist.decomposition.schedule.scheduled`.
     resume
-        What the run that is resumed has left, if one is.
+        State of the run that is resumed; None: a new run.
     first_on_host
-        Whether this rank fetches what is missing of a hub id, before the others look for it.
+        Whether this rank downloads the missing files of a hub id before the other ranks look for them.
     announce
-        Is told, on rank 0, what is done.
+        Called on rank 0 with lines about the progress.
     show_progress
         Show a progress bar on rank 0.
 
     Raises
     ------
     CheckpointError, ModelError, InputError
-        On every rank: what cannot be read, does not go together, or is not what the run that is resumed began from.
+        On every rank, if something cannot be read, if options are incompatible, or if the weights or settings differ
+        from those that the resumed run began from.
     """
     group, computation = partitioner.group, computation or Computation()
 
-    # Open the source and plan; check all that can be checked without weights.
+    # All checks that need no weights come before the first weight is read.
     with group.shared_errors():
         if first_on_host:
             recipe.directories()
@@ -168,7 +170,7 @@ def build_model(
     with ExitStack() as stack:
         bar = stack.enter_context(progress_bar(opened.source.reader.nbytes, show=show_progress and group.rank == 0))
 
-        # Calibrate, for methods that look at data: the pass runs once a matrix is to be decomposed, if one is.
+        # Only opened here: the pass runs when the first matrix is decomposed, and not at all if none is.
         calibrated: CalibratedBuild | None = None
         if opened.source.init is not None and opened.source.init.statistic is not None:
             with group.shared_errors():
@@ -183,7 +185,7 @@ def build_model(
                     )
                 )
 
-        # With a cache, decompose into it unless it is there; the model is then read from it.
+        # With a cache, the walk writes the residual model unless it exists; the model is then read from there.
         pretrained = opened.source
         opened = opened.through_cache(
             group, factor_dtype, device=partitioner.device, advance=bar.update, calibrated=calibrated
@@ -191,7 +193,7 @@ def build_model(
         plan, source = opened.plan, opened.source
         bar.reset(source.reader.nbytes)
 
-        # Decompose or read, and materialize: where the pass has left the weights in the model, in their place.
+        # A calibration pass leaves the weights in the model; they are then replaced there, not read again.
         if calibrated is not None and source is pretrained:
             result = calibrated.materialize()
         else:
@@ -213,7 +215,7 @@ def build_model(
                     advance=bar.update,
                 )
 
-    # Take the values of the adapter to go on from. A run that is resumed trained on the same residual, bit for bit.
+    # A resumed run takes its values from its checkpoint instead; its residual must be the same, bit for bit.
     if opened.start is not None and resume is None:
         opened.start.load(backbone, group, result.initial)
     if source is not pretrained:
@@ -228,7 +230,7 @@ def build_model(
         announce(
             f"{source.method}: {len(report.matrices)} matrices in {report.seconds:.1f} s, "
             f"{report.bytes_read / 2**20:.0f} MiB read by {group.size} ranks "
-            f"({report.bytes_read / report.checkpoint_bytes:.2f} x the checkpoint)"
+            f"({report.bytes_read / report.checkpoint_bytes:.2f} x the pretrained weights)"
         )
     facts = {
         "pretrained": recipe.location,

@@ -1,7 +1,7 @@
-"""A model skeleton on meta and decomposed matrices in, a sharded trainable model out.
+"""Conversion of a model skeleton on meta and decomposed matrices into a sharded trainable model.
 
-Every rank keeps its shards of residuals and factors, as they come from the walk or from a residual model on disk, as
-its own ZeRO-3 partitions, and reads its part of every other parameter. No weight crosses the network, no rank holds a
+Every rank keeps its shards of residuals and factors, from the walk or from a residual model on disk, as its own ZeRO-3
+partitions, and reads its part of every other parameter. No weight crosses the network, no rank holds a
 whole matrix, and the ranks together read every byte once.
 """
 
@@ -36,24 +36,25 @@ from lowrank_dist.zero3.partition import Partitioner, local_shard, register_used
 
 @dataclass(kw_only=True)
 class Materialized:
-    """A sharded model: what the walk leaves behind beside the parameters themselves.
+    """Results of the walk beside the parameters themselves.
 
     Attributes
     ----------
     report
-        Measurements.
+        The measurements of the walk.
     initial
         This rank's shards of the factors before training (A0 and B0), by parameter name; CPU.
     experts
-        How many experts share a factor, by parameter name, where it is more than one.
+        Number of experts that share a factor, by parameter name, if there are several.
     parameters
-        Names, as they were before PEFT's layers were put in, of the weights that PEFT adapts without their module
+        Names, as they were before PEFT's layers were injected, of the weights that PEFT adapts without their module
         (``target_parameters``), by the parameter name of a factor.
     encoded_from
-        This rank's shards of the factors that the residual was encoded from, by parameter name, where these are neither
-        A0 and B0 nor none; CPU. Of experts that share a factor some may be those of A0 and B0.
+        This rank's shards of the factors that the residual was encoded from, by parameter name; CPU. There is an entry
+        only if the residual was encoded from factors, and these differ from A0 and B0. If several experts share a
+        factor, the entry may hold A0 and B0 for some of them.
     layout
-        What the parameters of the adapter are.
+        The parametrization of the adapter.
     """
 
     report: InitializationReport
@@ -84,15 +85,16 @@ def materialize(
     Parameters
     ----------
     backbone
-        Model skeleton; its parameters are replaced.
+        Model skeleton; changed in place, its parameters are replaced.
     plan
         From `lowrank_dist.model.plan.plan_walk`.
     reader
-        The checkpoint; of it the parameters are read that are not adapted.
+        Reader of the weights; the parameters that are not adapted are read from it.
     partitioner
-        Makes the ZeRO-3 parameters; its `group` shares trained tensors and the factors, its `frozen` group all others.
+        Makes the ZeRO-3 parameters; the factors and other trained tensors are sharded over its `group`, all others over
+        its `frozen` group.
     decomposed
-        Every matrix of the plan, decomposed.
+        All matrices of the plan, decomposed.
     residual
         Format of the frozen residual.
     compute_dtype
@@ -102,11 +104,11 @@ def materialize(
     fp32_norms
         Keep the weights of normalisation layers in fp32; their outputs are cast to `compute_dtype`.
     layout
-        What of an update is trained; None: A and B.
+        Which parameters of an update are trained; None: A and B.
     digest
         Whether to take digests of the encoded residuals, for the report. One all-reduce for all of them.
     advance
-        Called with the bytes of every tensor that is done (for a progress bar).
+        Called with the bytes of each tensor after it was loaded (for a progress bar).
 
     Raises
     ------
@@ -122,7 +124,7 @@ def materialize(
             storages = residual.storages(matrix.partition)
             sums.append(digest_sums(matrix.residual, storages, partitioner.group.rank).to(partitioner.device))
         filling.matrix(matrix)
-        del matrix  # before the next one is decomposed
+        del matrix  # free its memory before the next one is decomposed
     filling.parameters(plan.parameters, fp32_norms)
     filling.buffers(plan.buffers)
     report = filling.report
@@ -150,7 +152,7 @@ def materialize(
 
 
 class _Filling:
-    """State of one model being filled: where shards go, what was measured."""
+    """A model that is being filled, and the results collected so far."""
 
     def __init__(
         self,
@@ -178,9 +180,9 @@ class _Filling:
     # -- adapted weights ----------------------------------------------------------------------------------------
 
     def matrix(self, matrix: DecomposedMatrix) -> None:
-        """Put the shards of one adapted weight in the place of its layer's parameters.
+        """Replace the parameters of an adapted layer by this rank's shards. Collective.
 
-        Experts of one parameter are collected until all are there; each costs one all-gather per factor.
+        The experts of one parameter are collected until they are complete; each costs one all-gather per factor.
         """
         matrix = self.within_nodes(matrix)
         planned, residual = matrix.planned, matrix.residual
@@ -214,15 +216,15 @@ class _Filling:
                 self.encoded_from[name] = padded
         self.further(layer, planned)
         if planned.lookup:
-            # Not in a module with a forward of its own, unlike the factors of linear layers.
+            # These factors are not in a module with a forward of its own, unlike those of linear layers.
             register_used_parameters(
                 layer, [self.backbone.get_parameter(name) for name in planned.factor_names.values()]
             )
 
     def within_nodes(self, matrix: DecomposedMatrix) -> DecomposedMatrix:
-        """The residual cut for the ranks that share it, where these are not all. One all-to-all of its bytes.
+        """Reshard the residual to its shard group, unless that is the world. Collective: one all-to-all of its bytes.
 
-        The walk is one over all ranks all the same: the bits do not depend on the sharding.
+        The walk itself always runs over all ranks, so the bits do not depend on the sharding.
         """
         if self.shared.size == self.group.size:
             return matrix
@@ -253,11 +255,11 @@ class _Filling:
         linear = FrozenLinear(
             partition, self.residual, compute_dtype=self.compute_dtype, input_first=planned.input_first
         )
-        linear.bias = layer.base_layer.bias  # on meta until its own turn
+        linear.bias = layer.base_layer.bias  # still on meta; loaded with the other parameters
         return linear
 
     def factor(self, name: str, shard: Tensor, *, trained: bool) -> None:
-        """Make this rank's `shard` of a factor a parameter, and keep its value."""
+        """Make a parameter of this rank's `shard` of a factor, and keep a copy of its initial value."""
         owner, _, leaf = name.rpartition(".")
         module, whole = self.backbone.get_submodule(owner), self.backbone.get_parameter(name)
         parameter = self.partitioner.parameter(
@@ -267,7 +269,7 @@ class _Filling:
         self.initial[name] = local_shard(parameter).detach().to("cpu", copy=True)
 
     def further(self, layer: Any, planned: PlannedMatrix) -> None:
-        """Put the parameters that the layout has beside A and B, the same whatever the number of ranks, beside B."""
+        """Add the layout's further parameters beside B; their values do not depend on the number of ranks."""
         parameters = {}
         for name, value in self.layout.initial(planned).items():
             mine = slice(*FlatPartition(numel=value.numel(), world_size=self.group.size).bounds(self.group.rank))
@@ -280,7 +282,7 @@ class _Filling:
     # -- everything else ----------------------------------------------------------------------------------------
 
     def parameters(self, planned: list[PlannedTensor], fp32_norms: bool) -> None:
-        """Load the parameters that are not adapted into their partitions, a flat range per rank."""
+        """Load the parameters that are not adapted, a flat range per rank."""
         norms = norm_modules(self.backbone) if fp32_norms and self.compute_dtype != torch.float32 else {}
         with self.group.shared_errors():
             for tensor in planned:
@@ -303,6 +305,7 @@ class _Filling:
             compute_in_fp32(module, self.compute_dtype)
 
     def flat_shard(self, tensor: PlannedTensor, parameter: Tensor, dtype: torch.dtype) -> Tensor:
+        """This rank's flat shard of a parameter, read or newly initialised, in `dtype`."""
         group = self.group if tensor.trainable else self.shared
         start, stop = FlatPartition(numel=parameter.numel(), world_size=group.size).bounds(group.rank)
         if tensor.key is None:
@@ -313,7 +316,7 @@ class _Filling:
         return shard.to(self.partitioner.device, dtype)
 
     def fresh(self, name: str, parameter: Tensor) -> Tensor:
-        """Transformers' initialisation of a linear layer that the checkpoint lacks; the same on every rank."""
+        """Transformers' initial value of a linear layer missing in the pretrained weights; the same on every rank."""
         if name.endswith(".bias"):
             return torch.zeros(parameter.shape)
         generator = torch.Generator().manual_seed(seed_from_name(name))
@@ -321,7 +324,7 @@ class _Filling:
         return torch.randn(parameter.shape, generator=generator) * std
 
     def buffers(self, planned: list[PlannedTensor]) -> None:
-        """Load persistent buffers: read by rank 0, replicated."""
+        """Load persistent buffers: rank 0 reads them, and they are replicated. Collective."""
         for tensor in planned:
             (name,), key = tensor.names, tensor.key
             buffer = self.backbone.get_buffer(name)
@@ -336,16 +339,16 @@ class _Filling:
 
 
 class _Stack:
-    """Shards of all experts of one parameter, on their way to becoming one tensor each."""
+    """Collects this rank's shards of all experts of one parameter into one tensor per factor and storage."""
 
     def __init__(self, planned: PlannedMatrix, group: ShardGroup, dtype: torch.dtype) -> None:
         self.experts = planned.experts
         self._factors = StackedFactors(planned.factor_shapes, planned.experts, group, dtype)
-        self._encoded_from: StackedFactors | None = None  # while all residuals are encoded from the factors
+        self._encoded_from: StackedFactors | None = None  # None while all residuals are encoded from the factors
         self._residuals: dict[int, dict[str, Tensor]] = {}
 
     def add(self, matrix: DecomposedMatrix) -> bool:
-        """Take one expert; whether it was the last. One all-gather of each of its factors."""
+        """Add one expert; return whether it was the last. Collective: one all-gather per factor."""
         expert = matrix.planned.expert
         assert expert is not None
         self._residuals[expert] = matrix.residual
@@ -363,11 +366,11 @@ class _Stack:
 
     @property
     def encoded_from(self) -> dict[str, Tensor]:
-        """The same of those that residuals were encoded from; empty where all are from the factors themselves."""
+        """Flat shards of the factors that residuals were encoded from; empty if those are `factors` for all experts."""
         return {} if self._encoded_from is None else self._encoded_from.shards
 
     def residual(self) -> dict[str, Tensor]:
-        """This rank's shards of all experts, one after the other, by storage name."""
+        """This rank's shards of the residuals of all experts, concatenated in order, by storage name."""
         ordered = [self._residuals[expert] for expert in range(self.experts)]
         return {name: torch.cat([shards[name] for shards in ordered]) for name in ordered[0]}
 
@@ -378,7 +381,7 @@ def norm_modules(backbone: nn.Module) -> dict[str, nn.Module]:
 
 
 def compute_in_fp32(module: nn.Module, output_dtype: torch.dtype) -> None:
-    """Let `module` take its input in fp32 and give its output in `output_dtype`."""
+    """Cast the input of `module` to fp32 and its output to `output_dtype`, in place."""
     cast: Callable[..., Any] = lambda _, args: (args[0].float(), *args[1:])  # noqa: E731
     module.register_forward_pre_hook(cast)
     module.register_forward_hook(lambda _, args, output: output.to(output_dtype))

@@ -1,4 +1,4 @@
-"""From what a user asks for to a model whose weights can be read: everything that can be refused before is."""
+"""From the user's options to a model whose weights can be read; every check that needs no weights is made here."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ from lowrank_dist.storage.source import WeightSource
 
 @dataclass(frozen=True, kw_only=True)
 class OpenedModel:
-    """A model before its weights are read: all of it has been checked, nothing of it has memory.
+    """A checked model before its weights are read; none of its parameters has memory.
 
     Attributes
     ----------
     backbone, plan
-        The skeleton with the adapter's layers in, and what fills it.
+        The skeleton with the adapter's layers injected, and its plan.
     source
-        What it is filled from.
+        The source that fills it.
     start
-        The adapter to go on from, if there is one.
+        The adapter that training starts from; None: a new adapter.
     resume
-        What the run that is resumed has left, if one is.
+        State of the run that is resumed; None: a new run.
     """
 
     backbone: PreTrainedModel
@@ -53,12 +53,12 @@ class OpenedModel:
 
     @property
     def layout(self) -> FactorLayout:
-        """What of an update is trained; `start` is a LoRA."""
+        """Which parameters of an update are trained; A and B if there is a `start`, which is always a LoRA."""
         return self.source.layout if self.start is None else TrainedFactors()
 
     @property
     def quantization(self) -> str | None:
-        """Format of a quantized residual."""
+        """Format of a quantized residual; None if the residual is not quantized."""
         return None if self.source.residual.exact else str(self.source.residual)
 
     def through_cache(
@@ -70,19 +70,19 @@ class OpenedModel:
         advance: Callable[[int], object],
         calibrated: Calibrated | None = None,
     ) -> OpenedModel:
-        """The same model, to be filled from the cache where there is one; see `MatrixSource.through_cache`."""
+        """Return this model with the source that `MatrixSource.through_cache` returns. Collective."""
         source, plan = self.source.through_cache(
             self.plan, group, factor_dtype, device=device, advance=advance, calibrated=calibrated
         )
         return replace(self, source=source, plan=plan)
 
     def from_cache(self, factor_dtype: torch.dtype) -> OpenedModel:
-        """The same model, to be filled from what the cache holds complete; see `MatrixSource.from_cache`."""
+        """Return this model with the source that `MatrixSource.from_cache` returns."""
         source, plan = self.source.from_cache(self.plan, factor_dtype)
         return replace(self, source=source, plan=plan)
 
     def check_start(self, group: ShardGroup) -> None:
-        """Raise, on every rank, where the adapter to go on from is not for this model. Collective."""
+        """Raise, on every rank, if the starting adapter does not fit this model. Collective."""
         if self.start is not None:
             self.start.check(self.backbone, self.plan, self.source.reader, group)
 
@@ -95,7 +95,7 @@ class OpenedModel:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRecipe:
-    """What a model is to be made of; the options are those of `lowrank_dist.PiSSAStrategy`."""
+    """The user's options for a model; they are those of `lowrank_dist.PiSSAStrategy`."""
 
     pretrained: str | WeightSource
     adapter: LoraConfig | str | Path | None = None
@@ -107,19 +107,19 @@ class ModelRecipe:
 
     @property
     def name(self) -> str:
-        """What the user called the pretrained model, or what its source is called."""
+        """The pretrained model as the user named it, or the name of its weight source."""
         return self.pretrained if isinstance(self.pretrained, str) else self.pretrained.name
 
     @property
     def location(self) -> str:
-        """Directories as absolute paths, hub ids and names of sources as they are."""
+        """The name, with a directory made absolute; hub ids and names of weight sources are unchanged."""
         is_directory = isinstance(self.pretrained, str) and Path(self.pretrained).is_dir()
         return str(Path(self.name).absolute()) if is_directory else self.name
 
     def directories(self) -> tuple[Path | WeightSource, Path | None]:
-        """Of the pretrained model, and of the adapter to go on from where it is to be one; fetched if need be.
+        """Return the directories of the pretrained model and of the starting adapter, downloaded if necessary.
 
-        A source of weights is given back as it is.
+        A weight source is returned unchanged. The second is None if training starts from a new adapter.
         """
         pretrained: Path | WeightSource
         if isinstance(self.pretrained, str):
@@ -139,12 +139,12 @@ class ModelRecipe:
         announce: Callable[[str], object],
         resume: Resume | None,
     ) -> OpenedModel:
-        """Find what `backbone`, a skeleton on meta, is filled from, and put the adapter's layers in.
+        """Open the source that fills `backbone`, and inject the adapter's layers.
 
         Parameters
         ----------
         backbone
-            Is changed.
+            Skeleton on meta; changed in place.
         compute_dtype
             Dtype of a dense residual.
         sharding, announce, resume
@@ -153,7 +153,7 @@ class ModelRecipe:
         Raises
         ------
         CheckpointError, ModelError
-            Naming what does not go together.
+            If something cannot be read, or if options are incompatible; the message names them.
         """
         directory, adapter_directory = self.directories()
         start, adapter, init = None, self.adapter, self.init
@@ -179,17 +179,17 @@ class ModelRecipe:
         fresh = list(dict.fromkeys(plain_name(t.names[0]) for t in plan.parameters if t.key is None and t.trainable))
         if fresh and start is None and resume is None:
             more = f" and {len(fresh) - 5} more" if len(fresh) > 5 else ""
-            announce(f"{source.reader.directory} holds no {', '.join(fresh[:5])}{more}: initialised anew and trained")
+            announce(f"{source.reader.directory} holds no {', '.join(fresh[:5])}{more}: newly initialised and trained")
         return OpenedModel(backbone=backbone, plan=plan, source=source, start=start, resume=resume)
 
     def _starting_adapter(self, directory: Path, pretrained: Path | WeightSource) -> StartingAdapter:
         decomposed = _is_decomposed(pretrained)
         if self.init is not None and (decomposed or not isinstance(self.init, LoRA)):
             raise ModelError(
-                f"init={self.init} makes an adapter of the weights, and adapter={str(self.adapter)!r} is one already; "
-                "leave init out, or pass a LoraConfig"
+                f"init={self.init} makes a new adapter from the weights, but adapter={str(self.adapter)!r} is an "
+                "existing adapter; leave init out, or pass a LoraConfig"
             )
-        # the residual of QLoRA is the quantized original, and adapters for it are ordinary LoRAs
+        # QLoRA's residual is the quantized original model, so adapters for it are ordinary LoRAs
         return StartingAdapter(directory, for_residual=_is_decomposed(pretrained) and not starts_at_zero(pretrained))
 
 

@@ -1,8 +1,8 @@
-"""Where decomposed matrices come from: a pretrained checkpoint that is decomposed now, or a residual model on disk.
+"""Sources of decomposed matrices: pretrained weights that are decomposed during the run, or a residual model on disk.
 
-`open_source` looks at the directory and gives one or the other; what fills a model knows both as `MatrixSource`. Where
-a run is resumed, the pretrained checkpoint is not decomposed: `lowrank_dist.decomposition.restore` takes the factors
-from its checkpoint.
+`open_source` returns one or the other, depending on the directory; callers know both as `MatrixSource`. If a run is
+resumed, the pretrained weights are not decomposed again: `lowrank_dist.decomposition.restore` takes the factors from
+the run's checkpoint.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from lowrank_dist.storage.source import WeightSource, open_reader
 
 
 class MatrixSource(Protocol):
-    """Gives the decomposed matrices of a model: `PretrainedSource`, or a `ResidualModel`."""
+    """A source of the decomposed matrices of a model: `PretrainedSource` or `ResidualModel`."""
 
     @property
     def reader(self) -> CheckpointReader:
-        """The checkpoint, or the root of the residual model."""
+        """Reader of the pretrained weights, or of the root of the residual model."""
 
     @property
     def adapter(self) -> LoraConfig:
@@ -46,23 +46,23 @@ class MatrixSource(Protocol):
 
     @property
     def init(self) -> Method | None:
-        """What decomposes the matrices; None where they are stored decomposed."""
+        """The method that decomposes the matrices; None if they are stored decomposed."""
 
     @property
     def residual(self) -> ResidualFormat:
-        """How the residuals are stored."""
+        """Format of the residuals."""
 
     @property
     def base(self) -> str:
-        """The pretrained model, for which converted adapters are."""
+        """Name of the pretrained model, the base model of converted adapters."""
 
     @property
     def method(self) -> str:
-        """The initialisation, in words."""
+        """The initialisation as text."""
 
     @property
     def starts_at_zero(self) -> bool:
-        """Whether the residual is the original itself, maybe quantized."""
+        """Whether the residual is the original matrix itself, possibly quantized."""
 
     @property
     def layout(self) -> FactorLayout:
@@ -70,14 +70,14 @@ class MatrixSource(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Of all stored tensors."""
+        """Bytes of all stored tensors."""
 
     @property
     def fills_cache(self) -> bool:
         """Whether `through_cache` writes a residual model where it finds none."""
 
     def check(self, plan: Plan) -> None:
-        """Raise ModelError or InputError where it cannot give the matrices of `plan`."""
+        """Raise ModelError or InputError if the source cannot provide the matrices of `plan`."""
 
     def matrices(
         self,
@@ -106,37 +106,41 @@ class MatrixSource(Protocol):
         advance: Callable[[int], object] = lambda _: None,
         calibrated: Calibrated | None = None,
     ) -> tuple[MatrixSource, Plan]:
-        """What a run reads: the residual model in the cache, where there is a cache; `plan` in its names. Collective.
+        """Return the source that a run reads, and `plan` in its names. Collective.
 
-        It is written first where it is not there. A source that is replaced is closed.
+        With a cache, that is the residual model in the cache, which is written first if it does not exist. A source
+        that is replaced is closed.
         """
 
     def from_cache(self, plan: Plan, factor_dtype: torch.dtype) -> tuple[MatrixSource, Plan]:
-        """The same where the cache holds the model complete, else this source. One process asks, nothing is written."""
+        """Return the complete residual model in the cache, else this source; and `plan` in its names.
+
+        For a single process; nothing is written.
+        """
 
     def close(self) -> None:
         """Close the files."""
 
 
 class PretrainedSource:
-    """A pretrained checkpoint that is decomposed on the way.
+    """Pretrained weights that are decomposed as they are read.
 
     Parameters
     ----------
     directory
-        The checkpoint, or a source of weights.
+        The pretrained model, or a weight source.
     adapter, init, residual
-        How.
+        PEFT's configuration of the adapter, the method, and the residual format.
     base
-        Name of the checkpoint as the user gave it.
+        Name of the pretrained model as the user gave it.
     cache
         Directory for residual models: the first run writes one there, see
         `lowrank_dist.residual_model.create.decompose`.
     sharding, announce
-        How matrices are shared while they are decomposed; is told so. See
+        How matrices are shared while they are decomposed, and a callback for lines about it. See
         `lowrank_dist.decomposition.schedule.scheduled`.
     resume
-        Of a run that is resumed: `init` becomes a `RestoredMethod`, and nothing is written to `cache`.
+        State of the run that is resumed: `init` becomes a `RestoredMethod`, and nothing is written to `cache`.
     """
 
     def __init__(
@@ -163,7 +167,7 @@ class PretrainedSource:
 
     @property
     def nbytes(self) -> int:
-        """Of the checkpoint."""
+        """Bytes of the pretrained weights."""
         return self.reader.nbytes
 
     @property
@@ -172,7 +176,7 @@ class PretrainedSource:
         return self.cache is not None and self.resume is None
 
     def check(self, plan: Plan) -> None:
-        """Raise InputError where the matrices of `plan` cannot be decomposed as asked."""
+        """Raise InputError if the method cannot decompose the matrices of `plan`, or not with this residual format."""
         self.init.check(self.residual)
         check_matrices(plan, self.init)
 
@@ -227,10 +231,10 @@ class PretrainedSource:
         advance: Callable[[int], object] = lambda _: None,
         calibrated: Calibrated | None = None,
     ) -> tuple[MatrixSource, Plan]:
-        """The residual model of this checkpoint in the cache, written first where it is not there. Collective.
+        """Return the residual model of these weights in the cache, written first if absent; and `plan` in its names.
 
-        And `plan` in its names. Without a cache: this very source, nothing is communicated. Of a run that is resumed:
-        the residual model if that is what the run started from, else this source. `calibrated`: see
+        Collective with a cache. Without one, this source is returned and nothing is communicated. If a run is resumed,
+        the residual model is returned if the run started from it, else this source. `calibrated`: see
         `lowrank_dist.residual_model.create.decompose`.
         """
         if self.cache is None:
@@ -251,14 +255,15 @@ class PretrainedSource:
             announce=self.announce,
             calibrated=calibrated,
         )
-        with group.shared_errors():  # a shared file system may show it late to some
+        with group.shared_errors():  # a shared file system may show new files late on some ranks
             stored = ResidualModel(directory, self.residual)
         return self._replaced_by(stored, plan)
 
     def from_cache(self, plan: Plan, factor_dtype: torch.dtype) -> tuple[MatrixSource, Plan]:
-        """The residual model that `through_cache` would find complete, else this source; one process asks.
+        """Return the complete residual model in the cache, else this source; and `plan` in its names.
 
-        This source for methods that look at data, which are part of what a residual model is looked up by.
+        For a single process. With methods that look at data, this source is returned: what they see is part of the
+        fingerprint of a residual model and is not known here.
         """
         if self.cache is None or self.init.statistic is not None:
             return self, plan
@@ -275,7 +280,7 @@ class PretrainedSource:
     def _cache_key(
         self, walk: Walk, plan: Plan, cache: str | os.PathLike[str], calibrated: Calibrated | None = None
     ) -> tuple[str, Path]:
-        """Fingerprint of the residual model, and where it is to be. Collective."""
+        """Fingerprint and directory of the residual model. Collective."""
         key = fingerprint(walk, plan, calibrated)
         return key, Path(cache) / f"{self._cached_name}-{key[:12]}"
 
@@ -284,12 +289,12 @@ class PretrainedSource:
         return f"{self.reader.directory.name}-{self.method}"
 
     def _started_from(self, cache: Path, group: ShardGroup, source: str) -> ResidualModel | None:
-        """The residual model of the cache with the `source_fingerprint` `source`, if it is there. Collective."""
+        """The residual model in the cache whose `source_fingerprint` is `source`, or None. Collective."""
         found: list[Path] = []
         with group.shared_errors():
             if group.rank == 0:
-                named_so = cache.glob(f"{glob.escape(self._cached_name)}-*")
-                found = sorted(path for path in named_so if ResidualModel.is_at(path))
+                candidates = cache.glob(f"{glob.escape(self._cached_name)}-*")
+                found = sorted(path for path in candidates if ResidualModel.is_at(path))
         directories = group.broadcast_object(found)
         assert isinstance(directories, list)
         for directory in directories:
@@ -320,17 +325,17 @@ def open_source(
     announce: Callable[[str], object] = lambda _: None,
     resume: Resume | None = None,
 ) -> MatrixSource:
-    """The checkpoint, or the residual model, at `directory`.
+    """Open the pretrained weights, or the residual model, at `directory`.
 
     Parameters
     ----------
     pretrained
-        What the user called it.
+        Its name as the user gave it.
     directory
-        Where it is; or a source of weights, which is a checkpoint.
+        Its directory, or a weight source, which counts as pretrained weights.
     adapter, init, quantization
-        What the user asked for; None: what a residual model says. A checkpoint needs an `adapter`; its default `init`
-        is PiSSA.
+        The user's options; None: those that a residual model records. Pretrained weights need an `adapter`; their
+        default `init` is PiSSA.
     compute_dtype
         Dtype of a dense residual.
     cache, sharding, announce, resume
@@ -339,12 +344,13 @@ def open_source(
     Raises
     ------
     ModelError
-        Where a residual model is not what was asked for.
+        If a residual model was made with other options, or if pretrained weights come without an `adapter`.
     """
     if not isinstance(directory, Path) or not ResidualModel.is_at(directory):
         if adapter is None:
             raise ModelError(
-                f"pretrained={pretrained!r} is no residual model: adapter=LoraConfig(...) must say what to decompose"
+                f"pretrained={pretrained!r} is not a residual model: pass adapter=LoraConfig(...) to say which weights "
+                "to decompose"
             )
         residual = Dense(dtype=compute_dtype) if quantization is None else quantization
         return PretrainedSource(

@@ -1,4 +1,4 @@
-"""Training that goes on from an adapter on disk: one that PEFT wrote, or that a checkpoint was converted to."""
+"""Training that starts from an adapter on disk, written by PEFT or converted from a checkpoint."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from lowrank_dist.zero3.partition import local_shard, whole_shape
 
 
 class StartingAdapter:
-    """An adapter whose values trained parameters take at the start.
+    """An adapter whose values the trained parameters start from.
 
     Parameters
     ----------
     directory
-        With ``adapter_config.json`` and ``adapter_model.safetensors``.
+        Directory with ``adapter_config.json`` and ``adapter_model.safetensors``.
     for_residual
-        It was trained on the residual of a residual model; else it is a LoRA for the original model.
+        Whether it was trained on the residual of a residual model; otherwise it is a LoRA for the original model.
 
     Attributes
     ----------
@@ -39,7 +39,7 @@ class StartingAdapter:
     Raises
     ------
     CheckpointError
-        Where there is none, it is damaged, or it is for another kind of base.
+        If the directory holds no adapter, if it is damaged, or if it is for the other kind of base.
     """
 
     def __init__(self, directory: Path, *, for_residual: bool) -> None:
@@ -47,23 +47,24 @@ class StartingAdapter:
         if self._source.initial is not None:
             self._source.close()
             raise CheckpointError(
-                f"adapter={str(directory)!r}: a checkpoint of two adapters; pass its {LORA_DIR}/ to go on from there "
-                f"with the original model, its {ADAPTER_DIR}/ with the residual model that it began from, or resume "
+                f"adapter={str(directory)!r}: this is a checkpoint with two adapters; pass its {LORA_DIR}/ with the "
+                f"original model, pass its {ADAPTER_DIR}/ with the residual model that it began from, or resume "
                 "with ckpt_path"
             )
         self.config = self._source.config
 
     def check(self, backbone: PreTrainedModel, plan: Plan, base: CheckpointReader, group: ShardGroup) -> None:
-        """Raise, on every rank, where the adapter is not for this model. Collective.
+        """Raise, on every rank, if the adapter does not fit this model. Collective.
 
         Parameters
         ----------
         backbone, plan
-            The model on meta, the adapter's layers injected, and its plan.
+            The model on meta with the adapter's layers injected, and its plan.
         base
-            What the model is filled from.
+            Reader of the weights that fill the model.
         group
-            Every rank compares a part of the weights that PEFT saved along (embeddings, where they were targets).
+            Every rank compares its part of the base weights that PEFT saved with the adapter (embeddings that were
+            targets).
         """
         with group.shared_errors():
             saved_along = match_adapter(self._source, backbone, plan, base.directory)
@@ -73,13 +74,13 @@ class StartingAdapter:
                 key = keys[name]
                 if key is None or not _equal(base, key, self._source.trained, along, group):
                     raise ModelError(
-                        f"{self._source.directory}: {along} differs from {key or name} of {base.directory}, and is not "
-                        "trained further (it is not in modules_to_save); merge the adapter first (lowrank-dist merge) "
+                        f"{self._source.directory}: {along} differs from {key or name} of {base.directory} and would "
+                        "not be trained (it is not in modules_to_save); merge the adapter first (lowrank-dist merge) "
                         "and train a new one on the result"
                     )
 
     def load(self, backbone: PreTrainedModel, group: ShardGroup, initial: MutableMapping[str, Tensor]) -> None:
-        """Overwrite this rank's partitions of all trained parameters, casting to their dtypes. Collective.
+        """Overwrite this rank's shards of all trained parameters, cast to their dtypes. Collective.
 
         Parameters
         ----------
@@ -88,8 +89,8 @@ class StartingAdapter:
         group
             The ranks that share it.
         initial
-            This rank's shards of what the factors began from, by name: overwritten too, unless the adapter is for a
-            residual, which the factors that it was formed with belong to.
+            This rank's shards of the initial factors, by name. They are overwritten too, unless the adapter is for a
+            residual: the factors that the residual was formed with then remain the initial factors.
 
         Raises
         ------
@@ -114,9 +115,9 @@ class StartingAdapter:
 
 
 def _equal(base: CheckpointReader, key: str, adapter: CheckpointReader, along: str, group: ShardGroup) -> bool:
-    """Whether this rank's part of two tensors is equal, up to the rounding to the dtype of the adapter."""
+    """Whether this rank's parts of two tensors are equal, up to rounding to the narrower of their dtypes."""
     numel = torch.Size(adapter.info(along).shape).numel()
     start, stop = FlatPartition(numel=numel, world_size=group.size).bounds(group.rank)
     one, other = base.flat(key, start, stop), adapter.flat(along, start, stop)
-    dtype = min(other.dtype, one.dtype, key=lambda dtype: dtype.itemsize)  # of equally long ones the adapter's
+    dtype = min(other.dtype, one.dtype, key=lambda dtype: dtype.itemsize)  # the adapter's if they are equally wide
     return torch.equal(one.to(dtype), other.to(dtype))

@@ -1,4 +1,4 @@
-"""A filled, sharded model made ready for DeepSpeed's engine."""
+"""Preparation of a filled, sharded model for DeepSpeed's engine."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Computation:
     gradient_checkpointing, use_reentrant, fold_adapters
         See `lowrank_dist.PiSSAStrategy`.
     autocast
-        Dtype of an autocast around the forward. The engine's own would not reach ``validate``, and it switches an outer
-        one off. None: no autocast.
+        Dtype of an autocast around the forward; None: no autocast. DeepSpeed's own autocast would not cover
+        ``validate``, and it disables an outer one.
     """
 
     gradient_checkpointing: bool = False
@@ -31,7 +31,7 @@ class Computation:
     autocast: torch.dtype | None = None
 
     def check(self, backbone: PreTrainedModel) -> None:
-        """Raise ModelError where `backbone` cannot compute so."""
+        """Raise ModelError if `backbone` does not support these settings."""
         if self.gradient_checkpointing and not backbone.supports_gradient_checkpointing:
             raise ModelError(
                 f"{type(backbone).__name__} does not support gradient checkpointing; pass gradient_checkpointing=False"
@@ -39,19 +39,19 @@ class Computation:
 
 
 def make_trainable(backbone: PreTrainedModel, computation: Computation, device: torch.device) -> None:
-    """Set up how `backbone`, whose parameters are partitioned, computes on `device` and is gathered, in place.
+    """Set up how the partitioned `backbone` computes on `device` and when its parameters are gathered, in place.
 
-    Communicates nothing.
+    No communication.
     """
     if computation.gradient_checkpointing:
         options = {"use_reentrant": computation.use_reentrant}
         if hasattr(backbone, "activation_checkpointing_enable"):
             backbone.activation_checkpointing_enable(options)
-        else:  # its name before transformers 5.23
+        else:  # the name before transformers 5.23
             backbone.gradient_checkpointing_enable(options)
     for layer in fold_adapters(backbone, computation.fold_adapters):
         register_used_parameters(layer, layer.parameters())
     if computation.autocast is not None:
         backbone.forward = torch.autocast(device.type, dtype=computation.autocast)(backbone.forward)
     gather_by_layer(backbone)
-    backbone.enable_input_require_grads()  # for gather_by_layer, and for reentrant checkpointing
+    backbone.enable_input_require_grads()  # for gather_by_layer and reentrant gradient checkpointing

@@ -113,7 +113,7 @@ def test_what_is_initialised_anew_is_said(tmp_path: Path, resumed: bool) -> None
         resume=earlier if resumed else None,
     )
     new = "bert.pooler.dense.weight, bert.pooler.dense.bias, classifier.weight, classifier.bias"
-    assert lines == [] if resumed else [f"{base} holds no {new}: initialised anew and trained"]
+    assert lines == [] if resumed else [f"{base} holds no {new}: newly initialised and trained"]
     opened.source.close()
 
 
