@@ -1,4 +1,4 @@
-"""Results for use without this package: LoRA adapters for the original model, and merged models."""
+"""Export of checkpoints: LoRA adapters for the original model, and merged models."""
 
 from __future__ import annotations
 
@@ -15,5 +15,5 @@ _EXPORTS = {f"{name}_checkpoint": f"lowrank_dist.export.{name}" for name in ("co
 
 __all__ = ["convert_checkpoint", "merge_checkpoint", "refit_checkpoint"]
 
-# refitting needs DeepSpeed and bitsandbytes, converting does not
+# lazy: refit imports DeepSpeed and bitsandbytes, which convert does not need
 __getattr__ = lazy_exports(__name__, _EXPORTS)

@@ -1,7 +1,7 @@
-"""PiSSA to LoRA: convert a checkpoint's adapter into an ordinary LoRA for the original model.
+"""PiSSA to LoRA: converts a checkpoint's adapter to an ordinary LoRA for the original model.
 
 The LoRA is exact (`lowrank_dist.adapters.lora`), or truncated to a lower rank (`lowrank_dist.linalg.truncate`). The
-conversion runs on the CPU and needs no trainer and no process group.
+conversion runs on the CPU and needs neither a trainer nor a process group.
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ from lowrank_dist.storage.layout import ADAPTER_DIR, INITIAL_DIR, MANIFEST, WEIG
 from lowrank_dist.storage.reader import FileTensor
 from lowrank_dist.storage.writer import TensorFiles, write_json
 
-# vLLM's --max-lora-rank, the size of its buffers, is one of these; an adapter's rank may be smaller, but must be the
-# same for all modules
+# vLLM's --max-lora-rank, which sizes its buffers, must be one of these. An adapter's rank may be smaller, but must be
+# the same for all modules.
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """What `convert_checkpoint` wrote.
+    """Result of `convert_checkpoint`.
 
     Attributes
     ----------
     path
-        The directory.
+        The directory that was written.
     rank
-        Rank of the LoRA; the largest, where its modules differ.
+        Rank of the LoRA; the largest if its modules differ.
     exact_rank
-        Rank of the exact LoRA; the largest, where its modules differ.
+        Rank of the exact LoRA; the largest if its modules differ.
     uniform
         Whether all modules have the same rank and scaling.
     energy
-        Energy of the exact update that is kept; None if no rank was passed.
+        Share of the exact update that truncation kept; None if no rank was given.
     spectra
         Singular values of every matrix of the exact update, scaling included, descending, fp64. Empty if they were not
-        needed: the LoRA is exact, not rounded, and has a rank that servers accept.
+        needed: the LoRA is exact, not rounded, and of a rank that servers accept.
     """
 
     path: Path
@@ -63,7 +63,10 @@ class Conversion:
 
     @property
     def alternatives(self) -> dict[int, EnergyKept]:
-        """The nearest ranks that servers accept, with the energy they keep; empty if they accept this one."""
+        """Energy that truncation to the nearest ranks accepted by servers keeps, by rank.
+
+        Empty if servers accept the LoRA as it is. If its modules differ, its own rank is among them.
+        """
         if not self.spectra or _served(self.rank, self.uniform):
             return {}
         below = [rank for rank in SERVED_RANKS if rank <= self.rank][-1:]
@@ -80,9 +83,9 @@ def convert_checkpoint(
     dtype: torch.dtype | None = None,
     progress: bool = False,
 ) -> Conversion:
-    """Write the LoRA for the original model that is equivalent to a checkpoint's adapter.
+    """Convert a checkpoint's adapter to a LoRA for the original model, and write it.
 
-    Factors are read, converted and written module by module. Host memory holds the factors of one module and their
+    Factors are read, converted and written module by module: host memory holds the factors of one module and their
     fp64 copies.
 
     Parameters
@@ -90,39 +93,53 @@ def convert_checkpoint(
     checkpoint
         Directory that `lowrank_dist.callbacks.AdapterCheckpoint` wrote.
     output
-        Directory to write: a PEFT adapter plus the manifest. It is complete or absent.
+        Directory to write: a PEFT adapter plus the manifest. It is written completely or not at all.
     rank
-        Truncate the update of every matrix optimally to this rank (`lowrank_dist.linalg.truncate.truncate`). All
-        modules then have this rank and a scaling of 1: ``rank_pattern``, ``alpha_pattern`` and rsLoRA are folded into
-        the factors, and the factors of modules with a smaller rank are padded with zeros. None: the exact LoRA, with
-        the patterns of its configuration. Its rank is 2r, or r where the method starts at zero.
+        Truncate the update of every matrix to this rank, with the least possible error
+        (`lowrank_dist.linalg.truncate.truncate`). All modules then have this rank and a scaling of 1: ``rank_pattern``,
+        ``alpha_pattern`` and rsLoRA are folded into the factors, and the factors of modules with a smaller rank are
+        padded with zeros. None: the exact LoRA of rank 2r, or r if the method starts at zero, with the patterns of its
+        configuration.
     dtype
-        Dtype of the written factors; None: that of the checkpoint's factors. Modules that were trained whole keep
-        their dtype. If this rounds ``[A; A_0]`` and ``[B | -B_0]``, the singular vectors of their product are written
-        instead, at the same rank: rounding these makes an error in proportion to the update, and not to the much larger
-        products whose difference the update is.
+        Dtype of the written factors; None: that of the checkpoint's factors. Whole modules keep theirs. If this rounds
+        ``[A; A_0]`` and ``[B | -B_0]``, singular vectors of their product are written instead, at the same rank. Their
+        rounding error is proportional to the update, not to the much larger products whose difference it is.
     progress
-        Show a progress bar on standard error where singular values are computed.
+        Show a progress bar on standard error if singular values are computed.
+
+    Returns
+    -------
+    Conversion
+        The directory, the ranks, and the energy that truncation kept.
 
     Raises
     ------
     InputError
-        If `rank` is below 1 or above the rank of the exact LoRA, if `dtype` cannot hold the factors, or if `output` is
-        the checkpoint itself, a directory that contains it, or one that the LoRA is made from.
+        If `rank` is below 1 or above that of the exact LoRA, if `dtype` cannot hold the factors, or if `output` is
+        the checkpoint itself, one of its parents, or a directory that the LoRA is made from.
     CheckpointError
-        If `checkpoint` is not a checkpoint, is damaged, or holds NaN or infinity; or if `rank` is passed and the
-        checkpoint does not record which scaling belongs to which of several ``target_parameters``.
+        If `checkpoint` is not a checkpoint, is damaged, or holds NaN or infinity.
 
     See Also
     --------
-    refit_checkpoint : Fits a LoRA to the trained model, quantization included.
-    merge_checkpoint : Adds the adapter to the weights of the original model.
+    refit_checkpoint : Fits a LoRA of a given rank, quantization error included.
+    merge_checkpoint : Adds the adapter to the weights of its base model.
 
     Examples
     --------
-    >>> from lowrank_dist.export import convert_checkpoint
-    >>> done = convert_checkpoint("runs/demo/checkpoints/step=40", "my-lora", rank=16)  # doctest: +SKIP
-    >>> done.energy.overall  # the kept part of the update's energy  # doctest: +SKIP
+    Write the exact LoRA of a checkpoint, then one of rank 16 in bfloat16:
+
+    >>> import torch
+    >>> from lowrank_dist import convert_checkpoint
+    >>> convert_checkpoint("checkpoints/step=200", "lora").exact_rank  # doctest: +SKIP
+    32
+    >>> conversion = convert_checkpoint(  # doctest: +SKIP
+    ...     "checkpoints/step=200", "lora-16", rank=16, dtype=torch.bfloat16
+    ... )
+    >>> conversion.energy.overall  # doctest: +SKIP
+    0.9987
+
+    The result is an ordinary PEFT adapter: ``PeftModel.from_pretrained(original, "lora")`` loads it.
     """
     checkpoint, output = Path(checkpoint), Path(output)
     lora = ExactLora(checkpoint)
@@ -131,7 +148,7 @@ def convert_checkpoint(
     source = checkpoint.resolve()
     if output.resolve() in (source, *source.parents, source / ADAPTER_DIR, source / INITIAL_DIR):
         raise InputError(
-            f"{output}: the LoRA would replace what it is made from, {checkpoint}; choose another directory"
+            f"{output}: the LoRA would replace the files that it is made from ({checkpoint}); choose another directory"
         )
     tensors = _layout(lora, rank, dtype)
     refactor = rank is not None or (lora.cancels and _rounds(lora, tensors))
@@ -188,13 +205,13 @@ def _check_rank(rank: int, lora: ExactLora) -> None:
     if not lora.scalings_known:
         raise CheckpointError(
             f"rank={rank}: the checkpoint does not say which factors belong to which of the parameters "
-            f"{', '.join(lora.config.target_parameters)}, and alpha_pattern gives them scalings of their own; leave "
+            f"{', '.join(lora.config.target_parameters)}, whose scalings alpha_pattern sets separately; leave "
             "the rank out"
         )
 
 
 def _layout(lora: ExactLora, rank: int | None, dtype: torch.dtype | None) -> dict[str, FileTensor]:
-    """Shapes and dtypes of the written tensors, in the order in which safetensors writes them."""
+    """Shape and dtype of every written tensor, in the order in which safetensors writes them."""
     tensors = {
         name: FileTensor(shape=lora.trained.info(name).shape, dtype=_stored_dtype(lora, name)) for name in lora.trained
     }
@@ -208,7 +225,7 @@ def _layout(lora: ExactLora, rank: int | None, dtype: torch.dtype | None) -> dic
 
 
 def _rounds(lora: ExactLora, tensors: dict[str, FileTensor]) -> bool:
-    """Whether a tensor is written in a dtype that does not hold its values as they are."""
+    """Whether a tensor is written in a dtype that does not hold its values exactly."""
     return any(
         torch.promote_types(_stored_dtype(lora, name), tensor.dtype) != tensor.dtype for name, tensor in tensors.items()
     )
@@ -221,7 +238,10 @@ def _stored_dtype(lora: ExactLora, name: str) -> torch.dtype:
 def _truncated(
     module: LoraModule, factors: tuple[Tensor, Tensor], rank: int | None
 ) -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
-    """Factors and spectra, fp64: of rank `rank` with the scaling in them; if None, of the module's rank without it."""
+    """Truncated factors in fp64, and the spectra.
+
+    With a `rank`, the factors include the scaling; without one, they have the module's rank and exclude it.
+    """
     inside, outside = (1.0, abs(module.scaling)) if rank is None else (module.scaling, 1.0)
     parts = [truncate(a, b, rank or module.rank, scaling=inside) for a, b in module.split(*factors)]
     return module.join([(part.a, part.b) for part in parts]), [part.singular_values * outside for part in parts]
@@ -231,14 +251,14 @@ def _rounded(name: str, factor: Tensor, dtype: torch.dtype) -> Tensor:
     rounded = factor.to(dtype)
     if not rounded.isfinite().all():
         raise InputError(
-            f"{name}: holds {float(factor.abs().max()):.3g}, and {dtype} ends at {torch.finfo(dtype).max:.3g}; choose "
-            "bfloat16 or float32"
+            f"{name}: holds {float(factor.abs().max()):.3g}, but the largest {dtype} is {torch.finfo(dtype).max:.3g}; "
+            "choose bfloat16 or float32"
         )
     return rounded
 
 
 def _manifest(lora: ExactLora, rank: int, energy: EnergyKept | None) -> dict[str, Any]:
-    """The checkpoint's manifest without the entries on its files, plus entries on the LoRA."""
+    """Manifest of the LoRA: the checkpoint's, without the entries about its files, with those of the conversion."""
     manifest = {key: value for key, value in lora.manifest.items() if key not in _OF_THE_FILES}
     manifest |= {"kind": "lora", "adapter_is_for": "the base", "rank": rank}
     if energy is not None:

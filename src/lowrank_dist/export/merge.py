@@ -1,16 +1,16 @@
-"""Merge an adapter into its base model, a block of rows at a time, and write an ordinary Hugging Face model.
+"""Merging an adapter into its base model, a block of rows at a time; the output is an ordinary Hugging Face model.
 
 Every adapted matrix becomes ::
 
     W + s (B A - B_0 A_0),
 
-formed in fp32 and rounded once, to the dtype of the output. ``A_0, B_0`` are the initial factors if the adapter was
-trained on a residual (`lowrank_dist.export.convert`). Modules that were trained whole replace those of the base, and
-everything else is copied.
+computed in fp32 and rounded once, to the dtype of the output. ``A_0, B_0`` are the initial factors if the adapter was
+trained on a residual (`lowrank_dist.export.convert`); otherwise their product is left out. Modules that were trained
+whole replace those of the base, and everything else is copied.
 
-Host memory does not depend on the size of the model: five blocks of at most `BLOCK_BYTES` (the rows, their sum with the
-product, the rounded sum, and temporaries of the checks and of the matrix product) and the factors of one adapted
-parameter in fp32. Files are mapped, not held.
+Host memory does not depend on the size of the model: it holds five blocks of at most `BLOCK_BYTES` (the rows, their sum
+with the product, the rounded sum, and temporaries of the checks and of the matrix product) and the factors of one
+adapted parameter in fp32. Files are mapped, not loaded.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from lowrank_dist.storage.layout import CONFIG, MANIFEST
 from lowrank_dist.storage.reader import CheckpointReader, check_finite, resolve_checkpoint
 from lowrank_dist.storage.writer import MAX_BYTES, TensorFiles, copy_other_files, write_json
 
-BLOCK_BYTES = 32 * 2**20  # of fp32 values at a time
+BLOCK_BYTES = 32 * 2**20  # of fp32 values
 _NORM_TOLERANCE = 1e-4  # relative; some weights were rounded before their norm was taken
 
 
@@ -55,25 +55,25 @@ def merge_checkpoint(
     overwrite: bool = False,
     show_progress: bool = False,
 ) -> Path:
-    """Merge an adapter into its base model.
+    """Merge an adapter into its base model, and write the result.
 
     Parameters
     ----------
     checkpoint
-        Directory that `lowrank_dist.callbacks.AdapterCheckpoint` wrote, or one with a LoRA that PEFT wrote (or
-        `lowrank_dist.export.convert.convert_checkpoint`).
+        Directory that `lowrank_dist.callbacks.AdapterCheckpoint` wrote, or one with a LoRA that PEFT or
+        `lowrank_dist.export.convert.convert_checkpoint` wrote.
     output
-        Directory to write: a model for ``from_pretrained`` of transformers. It is complete or absent.
+        Directory to write: a model for ``from_pretrained`` of transformers. It is written completely or not at all.
     base
-        Directory or hub id of the original model, with safetensors. Default: the model that the checkpoint names.
+        Directory or hub id of the base model, with safetensors; default: the one that the checkpoint names.
     revision
         Revision of a hub id.
     dtype
-        Dtype of all floating-point tensors. Default: each tensor keeps its dtype in the base.
+        Dtype of all floating-point tensors; default: each keeps its dtype in the base.
     max_file_bytes
-        Maximum size of one file of the output; a larger tensor has a file of its own.
+        Maximum size of a file of the output; a larger tensor has its own file.
     overwrite
-        Replace an existing directory at `output`.
+        Replace the contents of `output`.
     show_progress
         Show a progress bar.
 
@@ -89,25 +89,37 @@ def merge_checkpoint(
     ModelError
         If the adapter does not fit the base, or cannot be merged.
     InputError
-        If `output` is not empty (without `overwrite`), is no directory or holds an input, or if the disk is too small.
-
-    Notes
-    -----
-    The error of each weight is the rounding of an fp32 sum plus the rounding to the output dtype: in bf16 at most
-    ``2^-8`` of its size, in fp16 ``2^-11``. An adapter that was trained on a quantized residual is merged like any
-    other; the result does not contain the leftover error of quantization, whose size the checkpoint's manifest records.
-
-    If the adapter changes one of two tied embeddings, the head becomes a tensor of its own and
-    ``tie_word_embeddings`` false.
+        If `output` exists and may not be replaced, if it is or contains an input, if the disk is too small, or if
+        `max_file_bytes` is not positive.
 
     See Also
     --------
-    convert_checkpoint : Writes the adapter as a LoRA instead, without the base.
+    convert_checkpoint : Writes the adapter as a LoRA instead, and leaves the weights alone.
+    refit_checkpoint : Fits a LoRA of a given rank, quantization error included.
+
+    Notes
+    -----
+    The error of a weight is the rounding error of an fp32 sum plus that of the output dtype: in bf16 at most ``2^-8``
+    of its size, in fp16 ``2^-11``. An adapter that was trained on a quantized residual is merged like any other; the
+    result does not contain the leftover error, whose size the checkpoint's manifest records.
+
+    If the adapter changes one of two tied embeddings, the head becomes a separate tensor and ``tie_word_embeddings``
+    becomes false.
 
     Examples
     --------
-    >>> from lowrank_dist.export import merge_checkpoint
-    >>> merge_checkpoint("runs/demo/checkpoints/step=40", "my-model")  # doctest: +SKIP
+    >>> import tempfile
+    >>> from peft import LoraConfig, get_peft_model
+    >>> from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+    >>> from lowrank_dist import merge_checkpoint
+    >>> work = tempfile.mkdtemp()
+    >>> model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=32))
+    >>> model.save_pretrained(f"{work}/base")
+    >>> lora = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+    >>> get_peft_model(model, lora).save_pretrained(f"{work}/adapter")
+    >>> path = merge_checkpoint(f"{work}/adapter", f"{work}/merged", base=f"{work}/base")
+    >>> type(AutoModelForCausalLM.from_pretrained(path)).__name__
+    'GPT2LMHeadModel'
     """
     adapter = find_adapter(Path(checkpoint))
     directory = _find_base(adapter, base, revision)
@@ -138,19 +150,21 @@ def _find_base(adapter: AdapterSource, base: str | os.PathLike[str] | None, revi
     try:
         directory = resolve_checkpoint(name, revision=revision or (None if base else adapter.config.revision))
     except CheckpointError as error:
-        hint = "" if base else f" ({adapter.directory} names this base; pass base to say where it is now)"
+        hint = "" if base else f" ({adapter.directory} names this base model; pass base if it is elsewhere now)"
         raise CheckpointError(f"{error}{hint}") from error
     if adapter.has_manifest and initial_directory(directory) is not None:
-        raise CheckpointError(f"{directory}: a residual model, and the adapter is for the original one; pass that")
+        raise CheckpointError(
+            f"{directory} is a residual model, but the adapter is for the original model; pass the original"
+        )
     return directory
 
 
 def _check_output(output: Path, inputs: list[Path], overwrite: bool) -> None:
     for path in (path.resolve() for path in inputs):
         if output.resolve() in (path, *path.parents):
-            raise InputError(f"{output}: is or holds what is merged ({path}); choose another directory")
+            raise InputError(f"{output}: is or contains an input of the merge ({path}); choose another directory")
     if output.exists() and not output.is_dir():
-        raise InputError(f"{output}: exists and is no directory; choose another place")
+        raise InputError(f"{output}: exists and is not a directory; choose another path")
     if output.is_dir() and any(output.iterdir()) and not overwrite:
         raise InputError(f"{output}: exists and is not empty; choose another directory or pass overwrite")
 
@@ -164,7 +178,7 @@ class _Merge:
         self._factors_of: tuple[str, Tensor, Tensor] | None = None
 
     def write(self, staging: Path, max_file_bytes: int) -> None:
-        """Write the merged checkpoint to the empty directory `staging`."""
+        """Write the merged model to the empty directory `staging`."""
         files = TensorFiles(staging, self.plan.files, max_bytes=max_file_bytes)
         files.create()
         try:
@@ -175,13 +189,13 @@ class _Merge:
         finally:
             files.close()
         for name, file_tensor in self.plan.files.items():
-            if self._written[name] != file_tensor.numel:  # it would be zeros, which look like weights
+            if self._written[name] != file_tensor.numel:  # unwritten elements would be zeros, which look like weights
                 raise RuntimeError(f"{name}: {self._written[name]} of {file_tensor.numel} elements were written")
         copy_other_files(self.plan.reader.directory, staging, leave=(MANIFEST, CONFIG))
         self._write_config(staging / "config.json")
 
     def _copied(self, tensor: MergedTensor) -> Iterator[tuple[int, Tensor]]:
-        """First element and flat values, block by block."""
+        """Yield the index of the first element and the flat values, block by block."""
         step = BLOCK_BYTES // 4
         for start in range(0, tensor.numel, step):
             values = tensor.source.flat(tensor.key, start, min(start + step, tensor.numel))
@@ -189,7 +203,13 @@ class _Merge:
             yield start, values
 
     def _merged(self, tensor: MergedTensor, planned: PlannedMatrix) -> Iterator[tuple[int, Tensor]]:
-        """First element and values in fp32, block by block; after the last, the norm of the matrix is checked."""
+        """Yield the index of the first element and the fp32 values, block by block.
+
+        Raises
+        ------
+        CheckpointError
+            After the last block, if the norm shows that the adapter was trained from another matrix.
+        """
         left, right = self._factors(planned)
         step, squares = max(1, BLOCK_BYTES // (4 * planned.columns)), 0.0
         for start in range(0, planned.rows, step):
@@ -202,12 +222,13 @@ class _Merge:
         known = self.adapter.norms.get(planned.name) if tensor.source is self.plan.reader else None
         if known is not None and abs(math.sqrt(squares) - known) > _NORM_TOLERANCE * known:
             raise CheckpointError(
-                f"{planned.key} of {self.plan.reader.directory} has norm {math.sqrt(squares):.6g}, the weight that "
-                f"{self.adapter.directory} was trained from {known:.6g}: another model or revision; pass the right one"
+                f"{planned.key} of {self.plan.reader.directory} has norm {math.sqrt(squares):.6g}, but the weight that "
+                f"{self.adapter.directory} was trained from has norm {known:.6g}: this is another model or "
+                "revision; pass the right one"
             )
 
     def _put(self, files: TensorFiles, tensor: MergedTensor, start: int, values: Tensor) -> None:
-        """Round flat or row-major `values`, which begin at element `start` of `tensor`, and write them."""
+        """Round `values`, flat or row-major from element `start` of `tensor` on, and write them."""
         rounded = values.flatten().to(tensor.dtype)
         if not all_finite(rounded):
             raise CheckpointError(
@@ -223,9 +244,9 @@ class _Merge:
         self.advance(rounded.nbytes)
 
     def _factors(self, planned: PlannedMatrix) -> tuple[Tensor, Tensor]:
-        """``L`` ``[rows, k]`` and ``R`` ``[k, columns]``, fp32; their scaled product is added to the stored matrix.
+        """Factors ``L`` ``[rows, k]`` and ``R`` ``[k, columns]``, fp32; the stored matrix gains ``scaling * L R``.
 
-        k is r, or 2r where the initial product is subtracted: ``L R = [B | -B_0] [A; A_0]``, or its transpose.
+        k is r, or 2r if the initial product is subtracted: ``L R = [B | -B_0] [A; A_0]``, or its transpose.
         """
         if self._factors_of is None or self._factors_of[0] != planned.layer:
             a, b = [], []
@@ -248,7 +269,7 @@ class _Merge:
 
     def _write_config(self, path: Path) -> None:
         config, changes = json.loads(path.read_text()), dict(self.plan.config_changes)
-        if "dtype" in changes and "torch_dtype" in config:  # its name before transformers 5
+        if "dtype" in changes and "torch_dtype" in config:  # the name before transformers 5
             changes["torch_dtype"] = changes.pop("dtype")
         if changes:
             inside = {key: changes[key] for key in changes if key in ("tie_word_embeddings", "dtype", "torch_dtype")}
@@ -256,7 +277,7 @@ class _Merge:
 
 
 def _changed(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`config` with `changes` made to entries that it has, nested configurations (of text, images) included."""
+    """`config` with `changes` to its existing entries, those of nested configurations (text, vision) included."""
     return {
         key: changes[key] if key in changes else _changed(value, changes) if isinstance(value, dict) else value
         for key, value in config.items()

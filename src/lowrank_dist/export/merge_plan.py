@@ -1,7 +1,7 @@
-"""Plan a merge: match an adapter with the headers of a base, and reject here what cannot be merged.
+"""Plans a merge from an adapter and the tensor headers of its base model, and makes every check that needs no weights.
 
-Every tensor keeps its name and file format in the base, so that the same programs load both. A tensor gets a new name
-only if the base has none for it: a new head, or a head that is no longer tied.
+Every tensor keeps its name and its shape in the base, so that whatever loads the base loads the result. A tensor gets a
+new name only if the base has no tensor for it: a new head, or a head that was tied and no longer is.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lowrank_dist.model.skeleton import build_skeleton, read_config
 from lowrank_dist.storage.reader import CheckpointReader, FileTensor
 from lowrank_dist.storage.writer import stored_dtype
 
-# PEFT's task types, to the part of a name in transformers: the head is one that bases of another task lack
+# PEFT's task types and their names in transformers; models of other tasks lack the heads of these
 _HEADS = {
     "SEQ_CLS": "SEQUENCE_CLASSIFICATION",
     "TOKEN_CLS": "TOKEN_CLASSIFICATION",
@@ -37,7 +37,7 @@ _HEADS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """A contiguous part of a tensor of the merged checkpoint: its name, the first element, how many."""
+    """A contiguous part of a tensor of the merged model: tensor name, first element, number of elements."""
 
     name: str
     start: int
@@ -46,18 +46,18 @@ class Span:
 
 @dataclass(frozen=True, kw_only=True)
 class MergedTensor:
-    """Values of the merged checkpoint that are formed together.
+    """Values of the merged model that are computed together.
 
     Attributes
     ----------
     source, key
-        Where the values, or the matrix that a product is added to, are read.
+        Reader and tensor name of the values, or of the matrix to which a product is added.
     target
-        The spans that they fill, in order.
+        Parts of the output that the values fill, in order.
     dtype
-        Dtype in the merged checkpoint.
+        Dtype in the merged model.
     planned
-        The matrix whose product is added; None: the values are copied.
+        The matrix whose product of factors is added; None: the values are copied.
     """
 
     source: CheckpointReader
@@ -78,11 +78,11 @@ class MergePlan:
     Attributes
     ----------
     reader
-        The base.
+        Reader of the base model.
     files
-        The tensors of the merged checkpoint.
+        Shape and dtype of the tensors of the merged model, by name.
     tensors
-        How they are formed: every element of `files` belongs to one of these.
+        How their values are computed; every element of `files` belongs to exactly one of these.
     config_changes
         Entries of ``config.json`` that differ from those of the base.
     """
@@ -94,21 +94,21 @@ class MergePlan:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors of the merged checkpoint."""
+        """Bytes of all tensors of the merged model."""
         return sum(tensor.numel * tensor.dtype.itemsize for tensor in self.files.values())
 
 
 def plan_merge(adapter: AdapterSource, directory: Path, dtype: torch.dtype | None = None) -> MergePlan:
-    """Match an adapter with the base at `directory`.
+    """Match an adapter with the base model at `directory`, and plan their merge.
 
     Parameters
     ----------
     adapter
         From `lowrank_dist.adapters.source.find_adapter`.
     directory
-        The base.
+        Directory of the base model.
     dtype
-        Dtype of all floating-point tensors of the merged checkpoint; None: each keeps its dtype in the base.
+        Dtype of all floating-point tensors of the merged model; None: each keeps its dtype in the base.
 
     Raises
     ------
@@ -124,13 +124,12 @@ def plan_merge(adapter: AdapterSource, directory: Path, dtype: torch.dtype | Non
     untie = changes_tied(backbone, adapter.trained)
     try:
         with warnings.catch_warnings():
-            # PEFT 0.21 also warns of patterns that match parameters, although it applies them
+            # PEFT 0.21 warns of patterns that match parameters although it applies them
             warnings.filterwarnings("ignore", message="The following .*_pattern keys did not match any targeted module")
             opened = open_plan(reader, adapter.config, backbone=backbone, untie=untie, limit_rank=False)
     except ModelError as error:
         raise ModelError(
-            f"{adapter.directory} cannot be merged into {directory} (PEFT's merge_and_unload may do what is not "
-            f"supported here): {error}"
+            f"{adapter.directory} cannot be merged into {directory} (PEFT's merge_and_unload may support it): {error}"
         ) from error
     if opened.tied:
         config_changes["tie_word_embeddings"] = False
@@ -141,9 +140,9 @@ def plan_merge(adapter: AdapterSource, directory: Path, dtype: torch.dtype | Non
 
 
 def _skeleton(adapter: AdapterSource, directory: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The adapter's base model on meta, and the entries of its configuration that differ from the base's.
+    """Build the adapter's base model on meta; return it and the changes to its configuration.
 
-    Its class is the one that the base names, unless the adapter was trained with another.
+    Its class is the one that the base names, unless the adapter records another.
     """
     config, changes = read_config(directory), {}
     name = _class_name(adapter.config, config)
@@ -162,12 +161,12 @@ def _skeleton(adapter: AdapterSource, directory: Path) -> tuple[PreTrainedModel,
 
 
 def _class_name(adapter: LoraConfig, config: PretrainedConfig) -> str | None:
-    """Class of the model that was adapted, if the adapter names it.
+    """Class of the model that was adapted; None if the adapter does not record it.
 
     Raises
     ------
     ModelError
-        If the class is for another configuration.
+        If that class belongs to another configuration than the base's.
     """
     named = (adapter.auto_mapping or {}).get("base_model_class", "")
     if hasattr(transformers, named):
@@ -184,7 +183,7 @@ def _class_name(adapter: LoraConfig, config: PretrainedConfig) -> str | None:
 
 
 class _MergePlanBuilder:
-    """Collects the tensors of the merged checkpoint."""
+    """Collects the tensors of the merged model."""
 
     def __init__(
         self,
@@ -205,7 +204,7 @@ class _MergePlanBuilder:
         return self.dtype if self.dtype is not None and stored.is_floating_point else stored
 
     def changes(self, plan: Plan) -> None:
-        """Add the tensors that differ from the base."""
+        """Add all tensors that differ from the base."""
         saved_along = match_adapter(self.adapter, self.backbone, plan, self.reader.directory)
         main_dtype = next((self._dtype(planned.key) for planned in plan.matrices), torch.float32)
         for planned in plan.matrices:
@@ -217,7 +216,7 @@ class _MergePlanBuilder:
             shape = (planned.rows, planned.columns)
             self._change(name, shape, source, key, base_key=planned.key, main_dtype=main_dtype, planned=planned)
         for tensor in plan.parameters:
-            # nothing uses the original of a module beside its trained copy
+            # the original module beside its trained copy is never used
             names = [plain_name(name) for name in tensor.names if ".original_module." not in name]
             if not names:
                 continue
@@ -227,11 +226,11 @@ class _MergePlanBuilder:
             if tensor.trainable or along is not None:
                 key = along or peft_name(tensor.names[0])
                 self._change(name, shape, self.adapter.trained, key, base_key=tensor.key, main_dtype=main_dtype)
-            elif tensor.key is not None and not self.keys.holds(name):  # untied, and its other half is adapted
+            elif tensor.key is not None and not self.keys.holds(name):  # was tied to a weight that is adapted
                 self._change(name, shape, self.reader, tensor.key, base_key=tensor.key, main_dtype=main_dtype)
 
     def copies(self) -> None:
-        """Add the tensors that are copied: all others."""
+        """Add all other tensors, unchanged."""
         changed = {span.name for tensor in self.tensors for span in tensor.target}
         for name in self.reader:
             if name not in changed:
@@ -251,7 +250,10 @@ class _MergePlanBuilder:
         main_dtype: torch.dtype,
         planned: PlannedMatrix | None = None,
     ) -> None:
-        """Fill parameter `name` from `key` of `source`; its key in the base is `base_key`, perhaps by a tie."""
+        """Add a tensor that fills parameter `name` from `key` of `source`.
+
+        The base stores the parameter as `base_key`, possibly as the tensor that it is tied to; None: not at all.
+        """
         dtype = main_dtype if base_key is None else self._dtype(base_key)
         if base_key is not None and self.keys.holds(name):
             target = tuple(self._spans(base_key))
@@ -261,7 +263,7 @@ class _MergePlanBuilder:
         self.tensors.append(MergedTensor(source=source, key=key, target=target, dtype=dtype, planned=planned))
 
     def _spans(self, key: str) -> Iterator[Span]:
-        """The parts of the base's stored tensors that make up `key`."""
+        """Parts of the stored tensors of the base that `key` refers to."""
         for piece in self.reader.pieces(key):
             shape = self.reader.stored(piece.key).shape
             if piece.index is None:

@@ -1,14 +1,14 @@
-"""The best LoRA of a chosen rank that makes a chosen base compute what the trained model computes.
+"""Refit: the LoRA of a given rank that fits a trained model best on a base other than its residual.
 
 A model with a quantized residual computes ``M = Q(W_res) + s B A``. The exact conversion ``s (B A - B_0 A_0)``
-(`lowrank_dist.adapters.lora`) leaves out the change by quantization, ``Q(W_res) - W_res``. Refitting forms the
-difference between the trained model and the chosen base a matrix at a time, row-sharded, and takes its best
-approximation of rank K (Eckart-Young)::
+(`lowrank_dist.adapters.lora`) leaves out the quantization error ``Q(W_res) - W_res``. A refit computes the difference
+between M and the base of the LoRA, row-sharded and one matrix at a time, and takes its best approximation of rank K
+(Eckart-Young)::
 
     D = M - base,   base = W, or Q(W) as bitsandbytes quantizes it on loading;   s' B' A' = SVD_K(D).
 
-The residual is formed again from W and the checkpoint's factors, bit for bit (`lowrank_dist.decomposition.restore`), or
-read from the residual model that the run began from. Either way its digest must be the one that the checkpoint records.
+The residual is computed again from W and the checkpoint's factors, bit for bit (`lowrank_dist.decomposition.restore`),
+or read from the residual model that the run began from. In both cases its digest must match the checkpoint's.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ from lowrank_dist.storage.writer import TensorFiles, write_json
 
 log = logging.getLogger(__name__)
 
-TOLERANCE = 1e-4  # of the SVD; the leftover is measured and reported in any case
+TOLERANCE = 1e-4  # of the SVD; the leftover error is measured, whatever it is
 
 
 @dataclass(frozen=True, kw_only=True)
 class Leftover:
-    """Frobenius norms of one matrix.
+    """Leftover error of one matrix, as Frobenius norms.
 
     Attributes
     ----------
@@ -64,9 +64,9 @@ class Leftover:
     norm
         Norm of D, the difference between the trained model and the base.
     before
-        Norm of the part of D that the exact conversion leaves out.
+        Norm of the remainder of D after the exact conversion is subtracted.
     after
-        Norm of the part of D that the fitted LoRA leaves out.
+        Norm of the remainder of D after the fitted LoRA is subtracted.
     """
 
     name: str
@@ -77,16 +77,16 @@ class Leftover:
 
 @dataclass(frozen=True, kw_only=True)
 class Refit:
-    """What `refit_checkpoint` wrote.
+    """Result of `refit_checkpoint`.
 
     Attributes
     ----------
     path, rank
-        The directory, and K.
+        The directory that was written, and K.
     leftovers
-        The leftover of every matrix.
+        Leftover errors of all matrices.
     not_quantized
-        For a base in NF4: linear layers that were dense in training, to be named in ``llm_int8_skip_modules`` of the
+        For a base in NF4: linear layers that were dense in training, to be listed in ``llm_int8_skip_modules`` of the
         `BitsAndBytesConfig` that it is loaded with.
     """
 
@@ -97,12 +97,12 @@ class Refit:
 
     @property
     def before(self) -> float:
-        """Relative leftover of the exact conversion over all matrices: ``sqrt(sum before^2 / sum norm^2)``."""
+        """Relative leftover error of the exact conversion: ``sqrt(sum before^2 / sum norm^2)`` over all matrices."""
         return _ratio([(left.before, left.norm) for left in self.leftovers])
 
     @property
     def after(self) -> float:
-        """Relative leftover of the fitted LoRA over all matrices: ``sqrt(sum after^2 / sum norm^2)``."""
+        """Relative leftover error of the fitted LoRA: ``sqrt(sum after^2 / sum norm^2)`` over all matrices."""
         return _ratio([(left.after, left.norm) for left in self.leftovers])
 
 
@@ -117,22 +117,23 @@ def refit_checkpoint(
     dtype: torch.dtype | None = None,
     show_progress: bool = False,
 ) -> Refit:
-    """Write the LoRA of rank K with which `base` is nearest to the trained model. Collective over `group`.
+    """Write the LoRA of rank K that best fits the trained model on `base`. Collective over `group`.
 
     Parameters
     ----------
     checkpoint
         Directory that `lowrank_dist.callbacks.AdapterCheckpoint` wrote.
     output
-        Directory to write: a PEFT adapter of one rank and scaling for all modules. It is complete or absent.
+        Directory to write: a PEFT adapter with the same rank and scaling for all modules. It is written completely or
+        not at all.
     rank
-        K. A matrix whose short side is smaller gets zeros beyond it.
+        K. The factors of a matrix whose short side is smaller are padded with zeros.
     base
-        The base that the LoRA is for: the ``"original"`` model, or the original as transformers loads it in NF4 with
-        bitsandbytes (``"nf4"``; blocks and double quantization as in training, else 64 and none). Embeddings, the
-        head and stacked or single parameters are dense there too.
+        Base model of the LoRA: the ``"original"`` model, or the original as transformers loads it in NF4 with
+        bitsandbytes (``"nf4"``). Block size and double quantization are those of training; if training used no NF4,
+        they are 64 and off. Embeddings, the head and stacked or single parameters stay dense in NF4 too.
     group
-        The ranks that share every matrix by rows. Default: this process alone.
+        The ranks among which the rows of every matrix are divided. Default: this process alone.
     device
         Device on which matrices are decomposed. Default: the CPU.
     dtype
@@ -143,32 +144,34 @@ def refit_checkpoint(
     Returns
     -------
     Refit
-        The leftovers before and after the fit; the same on every rank.
+        The leftover errors before and after; the same on every rank.
 
     Raises
     ------
     CheckpointError, ModelError, InputError
-        On every rank: if the residual of the run cannot be formed again (the base has changed, or the factors were
-        fitted to a residual that only an ``init_cache`` holds), if `rank` is below 1, and for Conv1D layers on a base
-        in NF4.
+        On every rank: if the residual of the run cannot be restored (the base has changed, or the factors were fitted
+        to a residual that only an ``init_cache`` holds), if `rank` is below 1, if `base` is unknown, or if a base in
+        NF4 has adapted Conv1D layers.
 
     See Also
     --------
-    convert_checkpoint : Converts exactly, or truncates the exact update; needs no base.
+    convert_checkpoint : Converts exactly, on the CPU, and leaves the quantization error out.
+    merge_checkpoint : Adds the adapter to the weights of its base model.
 
     Notes
     -----
-    A rank holds in host memory six row blocks in fp32, the Krylov basis of K (`lowrank_dist.linalg.randomized_svd`),
-    the output factors of one matrix or the B of all experts that share one, and, with a residual model, one stored
-    residual. Every byte of the base is read once.
+    A rank holds six row blocks in fp32 and the Krylov basis of K (`lowrank_dist.linalg.randomized_svd`), the output
+    factors of one matrix at a time, B of all experts that share one, and one stored residual if it reads a residual
+    model. Every byte of the adapted matrices in the base is read once.
 
     Examples
     --------
-    >>> from lowrank_dist.export import refit_checkpoint
-    >>> done = refit_checkpoint(
-    ...     "runs/demo/checkpoints/step=40", "my-lora-16", rank=16, base="original"
-    ... )  # doctest: +SKIP
-    >>> done.before, done.after  # relative leftover without and with the fit  # doctest: +SKIP
+    Fit a LoRA of rank 64 to a QPiSSA run, for the original model in its own dtype:
+
+    >>> from lowrank_dist import refit_checkpoint
+    >>> refit = refit_checkpoint("checkpoints/step=200", "lora-64", rank=64, base="original")  # doctest: +SKIP
+    >>> refit.after < refit.before  # doctest: +SKIP
+    True
     """
     group, device = group or ShardGroup(), device or torch.device("cpu")
     if rank < 1:
@@ -180,7 +183,7 @@ def refit_checkpoint(
     if len(set(group.gather_objects(job.decomposed is None))) > 1:
         raise CheckpointError(
             f"{job.manifest['pretrained']}: only some ranks see the residual model that the run began from; put it "
-            "where all do"
+            "where all ranks see it"
         )
     output = Path(output).absolute()
     leftovers: list[Leftover] = []
@@ -206,7 +209,7 @@ def refit_checkpoint(
 
 
 class _Refit:
-    """One checkpoint and the base that a LoRA is fitted for."""
+    """One checkpoint and the base that its LoRA is fitted for."""
 
     def __init__(
         self,
@@ -221,7 +224,7 @@ class _Refit:
         self.manifest = read_manifest(checkpoint)
         for key in ("residual", "pretrained", "matrices"):
             if key not in self.manifest:
-                raise CheckpointError(f"{checkpoint}: its {MANIFEST} has no {key}; an older version wrote it")
+                raise CheckpointError(f"{checkpoint}: its {MANIFEST} has no {key}; it was written by an older version")
         self.reports = {entry["name"]: MatrixReport.from_dict(entry) for entry in self.manifest["matrices"]}
         self.format = format_from_dict(self.manifest["residual"])
         self.target = None
@@ -244,7 +247,7 @@ class _Refit:
         self.not_quantized = sorted(linears - fitted) if base == "nf4" else []
         self._check_quantizable()
         self.decomposed = self._decomposed()
-        self.stored: dict[str, PlannedMatrix] = {}  # what its files call the matrices
+        self.stored: dict[str, PlannedMatrix] = {}  # matrices under their names in its files
         if self.decomposed is not None:
             plan = plan_walk(backbone, self.decomposed.reader, opened.tied, limit_rank=False)
             self.stored = {planned.name: planned for planned in plan.matrices}
@@ -258,12 +261,12 @@ class _Refit:
         for planned in self.plan.matrices if self.target is not None else ():
             if planned.input_first and planned.layer not in self.dense:
                 raise ModelError(
-                    f"{planned.name}: transformers quantizes the transpose of a Conv1D, which rows of ranks do not "
-                    "give; use base='original'"
+                    f"{planned.name}: transformers quantizes the transpose of a Conv1D, which cannot be computed from "
+                    "the row blocks of the ranks; use base='original'"
                 )
 
     def _decomposed(self) -> ResidualModel | None:
-        """The residual model that the run began from; None if there was none or it is not available."""
+        """The residual model that the run began from; None if it began from pretrained weights or it is missing."""
         pretrained = self.manifest["pretrained"]
         try:
             directory = resolve_checkpoint(pretrained)
@@ -271,22 +274,22 @@ class _Refit:
             if pretrained == self.manifest["base"]:
                 raise
             log.warning(
-                "The model that the run began from is missing; its residual is formed from the original: %s", error
+                "Residual model of the run not found; its residual is computed from the original model: %s", error
             )
             return None
         return ResidualModel(directory, self.format) if ResidualModel.is_at(directory) else None
 
     def fit(self, planned: PlannedMatrix) -> tuple[dict[str, Tensor], Leftover]:
-        """A' ``[K, in]`` and B' ``[out, K]``, replicated, on the CPU; and the leftover. Collective."""
+        """A' ``[K, in]`` and B' ``[out, K]``, replicated, on the CPU; and the leftover error. Collective."""
         matrix = self._matrix(planned)
         residual, initial = self._residual(planned, matrix)
         trained, rows = self.factors.read(matrix), matrix.partition.rows
         with full_fp32():
             wanted = residual.decoded.addmm(trained.left, trained.right, alpha=matrix.scaling)
-            sits_on = matrix.block
+            base_block = matrix.block
             if self.target is not None and planned.layer not in self.dense:
-                sits_on = self.target.encode(matrix.block, matrix.partition, self.group).decoded
-            wanted -= sits_on
+                base_block = self.target.encode(matrix.block, matrix.partition, self.group).decoded
+            wanted -= base_block
             exact = wanted.addmm(trained.left, trained.right, alpha=-matrix.scaling)
             if initial is not None:
                 exact.addmm_(initial.left, initial.right, alpha=matrix.scaling)
@@ -313,7 +316,7 @@ class _Refit:
         return factors, Leftover(name=planned.name, norm=norm, before=before, after=after)
 
     def _residual(self, planned: PlannedMatrix, matrix: Matrix) -> tuple[Encoded, Factors | None]:
-        """The residual that was trained on, and A0 and B0 unless their product is zero. Collective.
+        """The residual of the run, and A0 and B0 unless their product is zero. Collective.
 
         Raises
         ------
@@ -331,9 +334,10 @@ class _Refit:
         (digest,) = digests([sums.to(self.group.device)], self.group)
         if self.reports[planned.name].digest not in (None, digest):
             raise CheckpointError(
-                f"{planned.name}: the residual that {self.checkpoint} was trained with cannot be formed again from "
+                f"{planned.name}: the residual that {self.checkpoint} was trained with cannot be restored from "
                 f"{self.reader.directory if self.decomposed is None else self.decomposed.directory}: the weights have "
-                "changed since, or this machine rounds otherwise; use the weights of the run, or convert without --base"
+                "changed since, or this machine rounds differently; use the weights of the run, or convert without "
+                "--base"
             )
         return residual, None if self.earlier.starts_at_zero else initial
 
@@ -362,7 +366,7 @@ class _Refit:
         return files
 
     def write(self, files: TensorFiles, planned: PlannedMatrix, factors: dict[str, Tensor]) -> None:
-        """Write the factors of one matrix, or of stacked experts after the last expert. One rank only."""
+        """Write the factors of one matrix; B of stacked experts once it is complete. One rank only."""
         expert, experts = planned.expert or 0, planned.experts
         for factor, name in planned.factor_names.items():
             values = factors[factor].flatten()
@@ -377,7 +381,7 @@ class _Refit:
                 files.write(peft_name(name), 0, self._stack)
 
     def finish(self, staging: Path, leftovers: list[Leftover]) -> None:
-        """Write configuration and manifest. One rank only."""
+        """Write the configuration and the manifest. One rank only."""
         config = changed_config(
             self.config, r=self.rank, lora_alpha=self.rank, use_rslora=False, rank_pattern={}, alpha_pattern={}
         )

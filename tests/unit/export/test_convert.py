@@ -331,7 +331,7 @@ def test_the_checkpoint_is_not_replaced(tmp_path: Path, llama: Path) -> None:
     made = make_checkpoint(tmp_path / "run" / "step", llama, config_of(CASES["plain"]))
     outputs = [made.directory / part for part in (".", "..", "../other/../step", "adapter", "adapter_init")]
     for output in outputs:
-        with pytest.raises(InputError, match="would replace what it is made from"):
+        with pytest.raises(InputError, match="would replace the files that it is made from"):
             convert_checkpoint(made.directory, output)
     convert_checkpoint(made.directory, made.directory / "lora", rank=1)
     assert (made.directory / "adapter").is_dir()
@@ -350,7 +350,7 @@ def change_tensor(directory: Path, part: str, value: float) -> str:
 def test_diverged_and_unrepresentable_factors_are_refused(tmp_path: Path, llama: Path, rank: int | None) -> None:
     made = make_checkpoint(tmp_path / "step", llama, config_of(CASES["plain"]))
     change_tensor(made.directory / "adapter", "q_proj.lora_B", 1e12)
-    with pytest.raises(InputError, match=r"lora_[AB].weight: holds .*, and torch.float16 ends at 6.55e\+04"):
+    with pytest.raises(InputError, match=r"lora_[AB].weight: holds .*, but the largest torch.float16 is 6.55e\+04"):
         convert_checkpoint(made.directory, tmp_path / "lora", rank=rank, dtype=torch.float16)
     name = change_tensor(made.directory / "adapter", "q_proj.lora_B", float("nan"))
     with pytest.raises(CheckpointError, match=f"{name}: holds NaN or infinity"):

@@ -457,7 +457,7 @@ def test_a_quantized_base(pair: tuple[Path, Path], tmp_path: Path) -> None:
 def test_a_base_that_is_not_there(pair: tuple[Path, Path], tmp_path: Path) -> None:
     adapter = shutil.copytree(pair[1], tmp_path / "adapter")
     change_json(adapter / "adapter_config.json", base_model_name_or_path="/nowhere/model")
-    text = f"{adapter} names this base; pass base to say where it is now"
+    text = f"{adapter} names this base model; pass base if it is elsewhere now"
     refused(CheckpointError, adapter, tmp_path / "out", "/nowhere/model", text)
     change_json(adapter / "adapter_config.json", base_model_name_or_path=None)
     refused(CheckpointError, adapter, tmp_path / "out", "names no base model; pass base")
@@ -489,9 +489,9 @@ def test_what_is_in_the_way(pair: tuple[Path, Path], tmp_path: Path) -> None:
     merge_checkpoint(adapter, output, overwrite=True)
     assert not (output / "stale").exists()
     (tmp_path / "file").touch()
-    refused(InputError, adapter, tmp_path / "file", "is no directory", overwrite=True)
+    refused(InputError, adapter, tmp_path / "file", "is not a directory", overwrite=True)
     for path in (base, adapter, base.parent):
-        refused(InputError, adapter, path, "is or holds what is merged", overwrite=True)
+        refused(InputError, adapter, path, "is or contains an input of the merge", overwrite=True)
     refused(InputError, adapter, tmp_path / "other", "max_file_bytes=0 must be positive", max_file_bytes=0)
     with exclusive(staging_of(tmp_path / "other")):
         refused(InputError, adapter, tmp_path / "other", "another run is writing it")
