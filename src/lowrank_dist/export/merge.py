@@ -113,7 +113,8 @@ def merge_checkpoint(
     >>> from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
     >>> from lowrank_dist import merge_checkpoint
     >>> work = tempfile.mkdtemp()
-    >>> model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=32))
+    >>> sizes = {"n_layer": 1, "n_embd": 8, "n_head": 2, "vocab_size": 32, "bos_token_id": 0, "eos_token_id": 0}
+    >>> model = GPT2LMHeadModel(GPT2Config(**sizes))
     >>> model.save_pretrained(f"{work}/base")
     >>> lora = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
     >>> get_peft_model(model, lora).save_pretrained(f"{work}/adapter")
