@@ -1,4 +1,4 @@
-"""Lightning's DeepSpeed strategy at ZeRO stage 3, on CPUs too, with settings for frozen weights that are gathered."""
+"""Lightning's DeepSpeed strategy at ZeRO stage 3, also on CPUs, with settings for gathering frozen weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Stage3Strategy(DeepSpeedStrategy):
     Parameters
     ----------
     **options
-        Of `DeepSpeedStrategy`, except ``stage``.
+        Options of `DeepSpeedStrategy`, except ``stage``.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -35,11 +35,12 @@ class Stage3Strategy(DeepSpeedStrategy):
         for option in options:
             if option not in known or option == "stage":
                 raise ValueError(
-                    f"PiSSAStrategy: unknown option {option}={options[option]!r}; beside its own it takes "
-                    f"those of DeepSpeedStrategy except stage: {', '.join(sorted(set(known) - {'self', 'stage'}))}"
+                    f"PiSSAStrategy: unknown option {option}={options[option]!r}; beside its own, it takes the "
+                    f"options of DeepSpeedStrategy except stage: {', '.join(sorted(set(known) - {'self', 'stage'}))}"
                 )
         super().__init__(stage=3, **options)
-        # ZeRO settings that the user has chosen are left alone; the command line passes all, mostly at their defaults.
+        # The user's own ZeRO settings are kept. The command line passes all options, so those at their defaults do not
+        # count.
         self._chosen = {key for key, value in options.items() if value != known[key].default}
         if options.get("config") is not None:
             self._chosen |= set(self._deepspeed_config.get("zero_optimization", {}))
@@ -48,7 +49,7 @@ class Stage3Strategy(DeepSpeedStrategy):
             raise ValueError(
                 f"PiSSAStrategy: the DeepSpeed config sets zero_optimization.stage={zero['stage']}; it must be 3"
             )
-        # Adapters are small: an offloaded optimizer may be any, not only DeepSpeed's own CPU Adam.
+        # Adapters are small, so an offloaded optimizer need not be DeepSpeed's fast CPU Adam.
         self._deepspeed_config.setdefault("zero_force_ds_cpu_optimizer", False)
         if zero.get("offload_param", {}).get("device") == "nvme":
             raise ValueError(
@@ -65,7 +66,7 @@ class Stage3Strategy(DeepSpeedStrategy):
         if self.root_device.type == "cuda":
             super().setup_distributed()
             return
-        reset_seed()  # the parent's, without its check of CUDA device indices
+        reset_seed()  # from here on as the parent, without its check of CUDA device indices
         self.set_world_ranks()
         self._init_deepspeed_distributed()
 
@@ -76,20 +77,23 @@ class Stage3Strategy(DeepSpeedStrategy):
 
     @staticmethod
     def _check_accumulation(trainer: Trainer) -> None:
-        """Before weights are read; Lightning refuses it too, but when training starts."""
+        """Raise InputError for a GradientAccumulationScheduler.
+
+        Lightning refuses it too, but only when training starts, after the weights were read.
+        """
         for callback in trainer.callbacks if trainer.state.fn == TrainerFn.FITTING else []:  # type: ignore[attr-defined]
             if isinstance(callback, GradientAccumulationScheduler):
                 raise InputError(
                     f"GradientAccumulationScheduler(scheduling={callback.scheduling}): all epochs must "
-                    "accumulate as many batches, since checkpoints count steps with their number; leave the callback "
+                    "accumulate the same number of batches, because checkpoints count steps by it; leave the callback "
                     "out and pass Trainer(accumulate_grad_batches=N)"
                 )
 
     def _auto_select_batch_size(self) -> int:
-        """Examples of a training batch, by which DeepSpeed counts samples; 1 where nothing is trained or none is known.
+        """Number of examples in a training batch, by which DeepSpeed counts samples; 1 if unknown or not training.
 
-        The parent asks for the training loader in every stage, but a data module needs one only to be fitted. It also
-        takes for granted that a loader makes its own batches, of a fixed size.
+        The parent asks for the training loader in every stage, but a data module needs one only for fitting. The parent
+        also assumes that a loader makes its own batches, of a fixed size.
         """
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
@@ -103,18 +107,18 @@ class Stage3Strategy(DeepSpeedStrategy):
     def handles_gradient_accumulation(self) -> bool:
         """False, unlike the parent's: Lightning decides which batches end a step.
 
-        `block_backward_sync` tells DeepSpeed, whose own counter knows nothing of the ends of epochs.
+        `block_backward_sync` passes the decision on to DeepSpeed, whose own counter ignores the ends of epochs.
         """
         return False
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """Around a batch that does not end a step: its gradients are kept, and the next ones added to them."""
+        """Context for a batch that does not end a step: its gradients are kept, and the next ones are added to them."""
         engine = self.deepspeed_engine
         engine.set_gradient_accumulation_boundary(False)
         try:
             yield
-            engine.step()  # not the optimizer's: it counts the batch and stops DeepSpeed's timers
+            engine.step()  # the engine's counts the batch and stops DeepSpeed's timers; the optimizer's does not
         finally:
             engine.set_gradient_accumulation_boundary(True)
 
@@ -129,9 +133,9 @@ class Stage3Strategy(DeepSpeedStrategy):
         return output
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Backward through DeepSpeed's engine, the loss divided once by the batches that are accumulated.
+        """Run backward through DeepSpeed's engine; the loss is divided once by the number of accumulated batches.
 
-        Lightning has divided it already where it optimizes by itself; DeepSpeed would do so again.
+        Under automatic optimization, Lightning has divided it already, and DeepSpeed would divide it again.
         """
         assert self.lightning_module is not None
         if self.lightning_module.automatic_optimization:
@@ -139,12 +143,12 @@ class Stage3Strategy(DeepSpeedStrategy):
         return super().backward(closure_loss, optimizer, *args, **kwargs)
 
     def _keep_gathered(self, backbone: nn.Module, layers: int) -> None:
-        """Bound gathered weights to about `layers` decoder layers, but for settings that the user has chosen."""
+        """Limit gathered weights to about `layers` decoder layers, except where the user has chosen the settings."""
         zero = self._deepspeed_config["zero_optimization"]
         zero |= {key: value for key, value in live_budget(backbone, layers).items() if key not in self._chosen}
 
     def _replicas(self, shard_within: str) -> int:
-        """How many times the frozen parameters are held. Collective where more than once."""
+        """Number of copies of the frozen parameters; 1 unless nodes hold one each. Collective if it is above 1."""
         if shard_within == "world" or self.num_nodes == 1:
             return 1
         everyone = ShardGroup(device=self.root_device)
@@ -152,9 +156,9 @@ class Stage3Strategy(DeepSpeedStrategy):
             ranks_per_node = everyone.size // self.num_nodes
             if self.global_rank % ranks_per_node != self.local_rank:
                 raise InputError(
-                    f"shard_within='node': rank {self.global_rank} is number {self.local_rank} of its node, but with "
-                    f"{ranks_per_node} consecutive ranks a node it would be {self.global_rank % ranks_per_node}; start "
-                    "ranks node by node (srun --distribution=block)"
+                    f"shard_within='node': rank {self.global_rank} has local rank {self.local_rank}, but with "
+                    f"{ranks_per_node} consecutive ranks per node it would have {self.global_rank % ranks_per_node}; "
+                    "start ranks node by node (srun --distribution=block)"
                 )
         return self.num_nodes
 

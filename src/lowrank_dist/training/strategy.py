@@ -1,4 +1,4 @@
-"""`PiSSAStrategy`: Lightning's DeepSpeed strategy whose weights come from the walk instead of ``zero.Init``."""
+"""`PiSSAStrategy`: a DeepSpeed strategy for Lightning that takes its weights from the walk, not from ``zero.Init``."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from lowrank_dist.training.calibration_batches import calibration_pass
 from lowrank_dist.training.checkpointing import CheckpointedStrategy
 from lowrank_dist.zero3.partition import Partitioner, to_device
 
-# precision: (dtype of frozen parameters and arithmetic, dtype of the trained factors)
+# by precision: dtype of frozen parameters and arithmetic, dtype of trained factors
 PRECISIONS = {
     "32-true": (torch.float32, torch.float32),
     "bf16-true": (torch.bfloat16, torch.bfloat16),
@@ -47,79 +47,106 @@ PRECISIONS = {
 class PiSSAStrategy(CheckpointedStrategy):
     """Train low-rank adapters over a frozen residual that is sharded with ZeRO-3.
 
-    The LightningModule builds its model in ``configure_model`` with ``from_config``; the strategy makes that a
-    skeleton without memory, puts PEFT's LoRA layers in, and fills it from the checkpoint: every rank reads its own
-    rows, decomposes them together with the others and keeps them.
+    The LightningModule builds its model in ``configure_model`` with ``from_config``. The strategy turns it into a
+    skeleton without memory, injects PEFT's LoRA layers, and fills it with the pretrained weights: every rank reads its
+    own rows, decomposes them together with the other ranks and keeps them.
 
     Parameters
     ----------
     pretrained
-        Checkpoint to start from: a directory with safetensors, or a hub id; or a source of weights that are no files
-        (`lowrank_dist.storage.source.WeightSource`). It may be a residual model (from
-        ``lowrank-dist decompose``, or one that the authors of PiSSA publish): then nothing is decomposed, and the
-        three options below are what it says where they are left out.
+        Pretrained model to start from: a directory with safetensors, a hub id, or a weight source
+        (`lowrank_dist.storage.source.WeightSource`), whose weights are not stored in files. It may be a residual model
+        (from ``lowrank-dist decompose``, or one that the authors of PiSSA publish): then nothing is decomposed, and the
+        residual model provides the next three options if they are left out.
     adapter
-        PEFT's LoRA configuration (r, lora_alpha, target_modules, rank_pattern, use_rslora, ...). Or an adapter to go on
-        from, a directory or a hub id: a LoRA for `pretrained`, which PEFT wrote or a checkpoint was converted to; of a
-        residual model, an adapter that was trained on its residual.
+        PEFT's LoRA configuration (r, lora_alpha, target_modules, rank_pattern, use_rslora, ...). Or an existing adapter
+        to start from, a directory or a hub id: a LoRA for `pretrained`, written by PEFT or converted from a checkpoint;
+        for a residual model, an adapter that was trained on its residual.
     init
-        How adapters and residual are made from the weights: ``PiSSA(...)``, ``LoRA()``, ``LoftQ(...)``, ...
+        Method that makes adapters and residual from the weights: ``PiSSA(...)``, ``LoRA()``, ``LoftQ(...)``, ...
     quantization
         ``NF4(...)`` for a 4-bit residual; None keeps it in the compute dtype.
     calibration
-        How methods that look at data (``CorDA``, ``EVA``, ``LoRAGA``) see it; default ``Calibration()``: the first 8
+        Data for methods that look at data (``CorDA``, ``EVA``, ``LoRAGA``); default ``Calibration()``: the first 8
         batches that each rank would train on.
     init_cache
-        Directory, seen by all ranks, for residual models: the first run with the same weights and settings writes
-        one there and starts from it, later runs start from it; a run that was killed goes on where it stopped. Of
-        methods that look at data the batches are among the settings: each run reads them, the first looks at them.
+        Directory, visible to all ranks, for residual models: the first run with the same weights and settings writes
+        one there, and this and later runs start from it. If a run was killed, the next one continues where it stopped.
+        For methods that look at data, the batches are among the settings: every run reads them, but only the first one
+        runs the calibration pass over them.
     ranks_per_matrix
-        So many ranks decompose each matrix together; it must divide their number. None: a cost model, measured at
-        start, decides for every matrix (`lowrank_dist.decomposition.schedule`).
+        Number of ranks that decompose each matrix together; it must divide the number of ranks. None: a cost model,
+        measured at start, decides for every matrix (`lowrank_dist.decomposition.schedule`).
     revision
         Revision of a hub id.
     untie_embeddings
-        Give a head that is tied to the input embedding a weight of its own, so that either can be a target. Both are
-        read from the one tensor of the checkpoint, which then counts twice in ``init_report.bytes_read``.
+        Give a head that is tied to the input embedding its own weight, so that either can be a target. Both are read
+        from the same pretrained tensor, which then counts twice in ``init_report.bytes_read``.
     gradient_checkpointing
         Recompute activations layer by layer in backward.
     use_reentrant
-        The reentrant flavour of gradient checkpointing.
+        Use the reentrant variant of gradient checkpointing.
     fp32_norms
         Keep the weights of normalisation layers in fp32 under bf16 precisions.
     live_layers
-        Gathered weights may fill this many decoder layers ahead of their use: more overlaps communication with
-        arithmetic, fewer save memory. Sets DeepSpeed's ``stage3_max_live_parameters`` and
+        Number of decoder layers whose weights may be gathered ahead of their use: more overlap communication with
+        arithmetic, fewer save memory. It sets DeepSpeed's ``stage3_max_live_parameters`` and
         ``stage3_prefetch_bucket_size``, which count bytes of packed weights as elements.
     show_progress
         Show a progress bar while the weights are decomposed.
     shard_within
-        Which ranks share the frozen parameters: all (``"world"``), or those of every node (``"node"``): each node then
-        holds them once, takes so much more memory, and gathers them without a byte between nodes. Adapters, their
-        gradients and optimizer state are shared by all ranks either way.
+        Shard group of the frozen parameters: all ranks (``"world"``), or the ranks of one node (``"node"``). With
+        ``"node"``, every node holds a full copy, which takes more memory, and gathers it without traffic between nodes.
+        Adapters, their gradients and optimizer state are sharded over all ranks either way.
     fold_adapters
-        Compute residual and adapter of a linear layer as one product, ``x (W + s B A)^T``: ``"always"``, ``"never"``
-        or, where it was the faster when both were timed, ``"measured"`` (`lowrank_dist.layers.folded`). On CUDA a
-        Triton kernel decodes and adds in one pass. The same to rounding; layers with dropout are left to PEFT.
+        Compute residual and adapter of a linear layer as one product, ``x (W + s B A)^T``: ``"always"``, ``"never"``,
+        or ``"measured"``: only where it was faster when both were timed (`lowrank_dist.layers.folded`). On CUDA, a
+        Triton kernel decodes and adds in one pass. The results agree up to rounding; PEFT computes layers with dropout.
     **deepspeed_options
-        Anything `lightning.pytorch.strategies.DeepSpeedStrategy` takes (``offload_optimizer``, ``reduce_bucket_size``,
+        All options of `lightning.pytorch.strategies.DeepSpeedStrategy` (``offload_optimizer``, ``reduce_bucket_size``,
         ``timeout``, ``config``, ...), except ``stage``, which is 3.
 
     Attributes
     ----------
     init_report : InitializationReport or None
-        What the walk measured, once the model is set up.
+        Measurements of the walk; None until the model is set up.
+
+    Raises
+    ------
+    ValueError
+        If options are unknown, out of range or incompatible. At set-up, if the precision is not supported.
+
+    See Also
+    --------
+    lowrank_dist.CausalLMModule : A LightningModule for this strategy.
+    lowrank_dist.AdapterCheckpoint : Saves adapters while training runs.
+    lowrank_dist.convert_checkpoint : Converts a checkpoint to a LoRA for the original model.
 
     Notes
     -----
-    Precision: ``32-true`` computes in fp32; ``bf16-true`` holds everything in bf16, the optimizer fp32 masters of
-    the factors; ``bf16-mixed`` keeps the factors in fp32 and computes under autocast. fp16 is refused: DeepSpeed does
-    not train it on CPU, so that nothing here could be tested with it.
+    Precision: ``32-true`` computes in fp32. ``bf16-true`` holds everything in bf16, and the optimizer keeps fp32 master
+    copies of the factors. ``bf16-mixed`` keeps the factors in fp32 and computes under autocast. fp16 is refused:
+    DeepSpeed does not train it on CPU, so it could not be tested here.
+
+    Examples
+    --------
+    QPiSSA of rank 16 for a model on the hub:
+
+    >>> from peft import LoraConfig
+    >>> from lowrank_dist import NF4, PiSSA, PiSSAStrategy
+    >>> adapter = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    >>> strategy = PiSSAStrategy(
+    ...     "meta-llama/Meta-Llama-3-8B", adapter, PiSSA(quantization_iterations=5), NF4(double_quant=True)
+    ... )
+    >>> strategy.init_report is None
+    True
+
+    Pass it to ``Trainer(strategy=strategy, precision="bf16-true")``; ``trainer.fit`` reads the weights.
     """
 
     strategy_name = "pissa"
 
-    #: LightningModules may ask: with this strategy, build the model from its configuration alone.
+    #: Tells LightningModules to build the model from its configuration alone, without weights.
     materializes_weights = True
 
     def __init__(
@@ -158,16 +185,16 @@ class PiSSAStrategy(CheckpointedStrategy):
             raise ValueError(f"PiSSAStrategy: shard_within={shard_within!r} is neither 'world' nor 'node'")
         if shard_within == "node" and init is not None and init.statistic is not None:
             raise ValueError(
-                f"PiSSAStrategy: shard_within='node' does not go with init={init}, whose calibration pass takes "
-                "weights from the shards of all ranks; use shard_within='world'"
+                f"PiSSAStrategy: shard_within='node' cannot be used with init={init}, whose calibration pass "
+                "reads weights from the shards of all ranks; use shard_within='world'"
             )
         super().__init__(**deepspeed_options)
         self.weights = None if isinstance(pretrained, str | os.PathLike) else pretrained
         self.pretrained = os.fspath(pretrained) if isinstance(pretrained, str | os.PathLike) else pretrained.name
         if self.weights is not None and init_cache is not None:
             raise ValueError(
-                f"PiSSAStrategy: init_cache={str(init_cache)!r} keeps residual models, which copy the configuration "
-                f"and tokenizer beside the weights, and {self.pretrained} is a source of weights alone; leave it out"
+                f"PiSSAStrategy: init_cache={str(init_cache)!r} stores residual models, which copy the configuration "
+                f"and tokenizer, but {self.pretrained} is a source of weights alone; leave init_cache out"
             )
         self.adapter = adapter
         self.init, self.init_cache, self.ranks_per_matrix = init, init_cache, ranks_per_matrix
@@ -199,7 +226,7 @@ class PiSSAStrategy(CheckpointedStrategy):
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
-        """Parameters created inside have no memory: the walk brings them."""
+        """Context in which parameters are created on meta; the walk fills them later."""
         self._init_config_if_needed()
         with meta_parameters():
             yield
@@ -210,8 +237,8 @@ class PiSSAStrategy(CheckpointedStrategy):
         assert self.lightning_module is not None
         self.accelerator.setup(trainer)
         self._check_accumulation(trainer)
-        # Unlike the parent, no precision_plugin.convert_module: parameters are made in their dtypes, and rotary
-        # frequencies and other buffers must keep theirs.
+        # Unlike the parent, this does not call precision_plugin.convert_module: parameters are created in their dtypes,
+        # and rotary frequencies and other buffers must keep theirs.
         self._set_up_model(self.lightning_module)
         to_device(self.lightning_module, self.root_device)
         if trainer.state.fn == TrainerFn.FITTING:
@@ -219,20 +246,20 @@ class PiSSAStrategy(CheckpointedStrategy):
         self.setup_precision_plugin()
         self.init_deepspeed()
         if trainer.state.fn == TrainerFn.FITTING:
-            # rather than what DeepSpeed counts: every batch ends a step, except inside of `block_backward_sync`
+            # replaces DeepSpeed's own count: every batch ends a step, except inside `block_backward_sync`
             self.deepspeed_engine.set_gradient_accumulation_boundary(True)
         self.barrier()
 
     def teardown(self) -> None:
         module = self.lightning_module
         if module is not None and any(parameter.is_meta for parameter in module.parameters()):
-            # Set-up failed: moving a skeleton to the CPU would fail too, and hide why.
+            # Set-up failed; moving a skeleton to the CPU would fail too and hide the cause.
             self._lightning_module = None
         super().teardown()
 
     def _format_config(self) -> None:
         if self.precision_plugin.precision == "bf16-mixed":
-            # The factors are fp32 parameters and autocast wraps the model: to DeepSpeed this is fp32 training.
+            # The factors are fp32 parameters and autocast wraps the model, so for DeepSpeed this is fp32 training.
             self._deepspeed_config.setdefault("bf16", {"enabled": False})
         super()._format_config()
 
@@ -292,17 +319,17 @@ class PiSSAStrategy(CheckpointedStrategy):
         if self._backbone is None or not any(child is self._backbone for child in module.modules()):
             return False
         if module.trainer.state.fn == TrainerFn.FITTING:
-            # An engine of DeepSpeed leaves hooks in the module that break the backward of the next.
+            # A DeepSpeed engine leaves hooks in the module that break the backward of the next engine.
             raise ModelError(
-                "fit of a module that was fitted, validated or tested before: DeepSpeed cannot train it again; "
-                "make a new module, strategy and Trainer (to validate first: num_sanity_val_steps=-1)"
+                "fit was called on a module that was fitted, validated or tested before; DeepSpeed cannot train it "
+                "again; make a new module, strategy and Trainer (to validate first: num_sanity_val_steps=-1)"
             )
-        self._load_parameters()  # of a checkpoint that the Trainer was given
-        return True  # validate or test after something else
+        self._load_parameters()  # from the checkpoint passed to the Trainer
+        return True
 
     @property
     def recipe(self) -> ModelRecipe:
-        """What the model is to be made of."""
+        """The options of this strategy that determine the model."""
         return ModelRecipe(
             pretrained=self.pretrained if self.weights is None else self.weights,
             adapter=self.adapter,

@@ -249,8 +249,8 @@ def fit_without_a_loss(pretrained: Path) -> None:
     [
         (
             fit_with_a_schedule,
-            "InputError: GradientAccumulationScheduler(scheduling={0: 1, 2: 4}): all epochs must accumulate as many "
-            "batches",
+            "InputError: GradientAccumulationScheduler(scheduling={0: 1, 2: 4}): all epochs must accumulate the same "
+            "number of batches",
         ),
         (fit_without_a_loss, "InputError: training_step returned None"),
     ],
