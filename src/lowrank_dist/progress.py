@@ -8,5 +8,5 @@ from tqdm import tqdm
 
 
 def progress_bar(total: int, *, show: bool, doing: str = "Decomposing") -> tqdm[Any]:
-    """Return a bar over `total` bytes that shows the bytes done, the throughput and the time left."""
+    """A progress bar over `total` bytes: bytes processed, throughput and time left; disabled unless `show`."""
     return tqdm(total=total, unit="B", unit_scale=True, desc=doing, disable=not show)

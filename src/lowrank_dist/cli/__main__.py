@@ -1,4 +1,4 @@
-"""``python -m lowrank_dist.cli``: what torchrun starts."""
+"""``python -m lowrank_dist.cli``: the module that torchrun starts."""
 
 import sys
 

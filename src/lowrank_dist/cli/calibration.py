@@ -1,4 +1,4 @@
-"""Options and data of commands whose method looks at data, without a Trainer."""
+"""The calibration pass of a command that runs without a Trainer: its options and its data."""
 
 from __future__ import annotations
 
@@ -20,46 +20,46 @@ from lowrank_dist.methods import Method
 from lowrank_dist.model.plan import Plan
 from lowrank_dist.zero3.partition import Partitioner, use_cpu_accelerator
 
-# of SFTDataModule: what is an option of the command itself, or is for training and evaluation only
-_NOT_ASKED = {
+# arguments of SFTDataModule that the command sets by its own options, or that serve training and evaluation only
+_NOT_OFFERED = {
     *("tokenizer", "train", "validation", "test", "validation_split", "test_split", "eval_limit", "packing"),
 }
 
 
 def add_calibration_options(parser: ArgumentParser) -> None:
-    """Add the options of a calibration pass: `Calibration`'s, and `SFTDataModule`'s under its names."""
+    """Add the options of a calibration pass: those of `Calibration` and those of `SFTDataModule`."""
     parser.add_argument(
         "--tokenizer", type=str | None, help="directory or hub id of the tokenizer (default: --pretrained)"
     )
     parser.add_class_arguments(Calibration, "calibration", skip={"data", "step"})
-    parser.add_class_arguments(SFTDataModule, "data", skip=_NOT_ASKED)
+    parser.add_class_arguments(SFTDataModule, "data", skip=_NOT_OFFERED)
 
 
 def check_calibration(init: Method, options: Any) -> None:
-    """Raise InputError where data are missing, or are given to a method that does not look at them."""
+    """Raise InputError if the method needs data and none is given, or the reverse."""
     if init.statistic is None and options.calibration_data is not None:
         raise InputError(
-            f"--calibration_data {options.calibration_data}: {init} looks at no data; leave it out, or use --method "
+            f"--calibration_data {options.calibration_data}: {init} uses no data; leave it out, or use --method "
             "corda, eva or lora_ga"
         )
     if init.statistic is not None and options.calibration_data is None:
         raise InputError(
-            f"--method {options.method} looks at data; pass --calibration_data with the path of a .jsonl file, or with "
-            "the id of a Hugging Face data set"
+            f"--method {options.method} needs data; pass --calibration_data with the path of a .jsonl file or the id "
+            "of a Hugging Face data set"
         )
 
 
 def calibration_pass(
     options: Any, backbone: PreTrainedModel, plan: Plan, walk: Walk, source_dtype: torch.dtype
 ) -> CalibrationPass:
-    """The calibration pass before `walk`, over the ranks of `walk`, with the data that training would begin with.
+    """The calibration pass that precedes `walk`, over the ranks of `walk`, on the first batches that training would see.
 
-    It computes in the dtype of the checkpoint, `source_dtype`; on CPUs, and for fp16, in fp32. Collective.
+    It computes in `source_dtype`, the dtype of the pretrained weights; on CPUs, and for fp16, in fp32. Collective.
 
     Raises
     ------
     InputError
-        On every rank, where the data cannot be read or used.
+        On every rank, if the data cannot be read or used.
     """
     group, device = walk.group, walk.device
     if device.type == "cpu":
@@ -98,7 +98,7 @@ def calibration_pass(
 
 @contextmanager
 def _naming(data: str) -> Iterator[None]:
-    """Say of which option data are that cannot be read or used."""
+    """Prefix errors about `data` with the option that named it."""
     try:
         yield
     except (ValueError, ImportError) as error:

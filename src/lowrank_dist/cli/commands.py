@@ -1,6 +1,6 @@
 """The commands of ``lowrank-dist``, and its entry point.
 
-The module of a command is imported when the command is asked for, so that everything else answers at once.
+The module of a command is imported only when that command runs, so that ``--help`` and ``--version`` are fast.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ class Command:
     Attributes
     ----------
     help
-        Its line of ``lowrank-dist --help``.
+        Its line in ``lowrank-dist --help``.
     run
-        ``module:function``: takes the arguments, parses them itself and returns the exit status.
+        ``module:function``. The function takes the arguments, parses them and returns the exit status.
     takes_name
-        Whether these arguments begin with the command's name.
+        Whether the arguments passed to `run` begin with the command's name.
     """
 
     help: str
@@ -40,21 +40,24 @@ COMMANDS = {
     for name, text in TRAINER_COMMANDS.items()
 } | {
     "plan": Command(
-        help="say what a run takes, and whether it fits, before anything runs", run="lowrank_dist.cli.plan.command:run"
+        help="forecast the memory, traffic and time of a run, and whether it fits",
+        run="lowrank_dist.cli.plan.command:run",
     ),
     "submit": Command(help="run fit as a job on a SLURM cluster", run="lowrank_dist.cli.submit:run"),
     "decompose": Command(
-        help="write residual and initial adapter as a model of their own", run="lowrank_dist.cli.decompose:run"
+        help="write a residual model: the residual and the initial adapter", run="lowrank_dist.cli.decompose:run"
     ),
     "convert": Command(
-        help="write the LoRA for the original model that a checkpoint's adapter stands for",
+        help="convert a checkpoint's adapter to a LoRA for the original model",
         run="lowrank_dist.cli.convert:run",
     ),
     "merge": Command(
         help="write the original model with a checkpoint's adapter merged into it", run="lowrank_dist.cli.merge:run"
     ),
-    "inspect": Command(help="say what a directory or a cached hub id holds", run="lowrank_dist.cli.inspect:run"),
-    "report": Command(help="show what an initialisation did to every matrix", run="lowrank_dist.cli.report:run"),
+    "inspect": Command(
+        help="describe the contents of a directory or a cached hub id", run="lowrank_dist.cli.inspect:run"
+    ),
+    "report": Command(help="print what an initialisation measured of the matrices", run="lowrank_dist.cli.report:run"),
     "demo": Command(
         help="QPiSSA on a small real model with 2 CPU ranks, converted and checked with stock PEFT",
         run="lowrank_dist.cli.demo:run",
@@ -63,10 +66,10 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``lowrank-dist``; `argv` without the program's name. Returns the exit status."""
+    """Run ``lowrank-dist``; `argv` excludes the program's name. Returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] not in COMMANDS:
-        parser().parse_args(argv[:1])  # exits: help, the version, or what is wrong
+        parser().parse_args(argv[:1])  # exits: prints help, the version or the error
     name, command = argv[0], COMMANDS[argv[0]]
     try:
         return int(resolve_name(command.run)(argv if command.takes_name else argv[1:]))
@@ -76,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser that knows the names of the commands, and none of their options."""
+    """The parser of the commands' names; each command parses its own options."""
     parser = argparse.ArgumentParser(
         prog="lowrank-dist", description="Distributed low-rank adaptation under Lightning and DeepSpeed ZeRO-3."
     )

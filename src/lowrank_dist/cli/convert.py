@@ -1,4 +1,4 @@
-"""``lowrank-dist convert``: a checkpoint in, a LoRA for the original model out."""
+"""``lowrank-dist convert``: convert a checkpoint's adapter to a LoRA for the original model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lowrank_dist.storage.layout import MANIFEST
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run ``lowrank-dist convert``; `argv` without the command's name. Returns the exit status."""
+    """Run ``lowrank-dist convert``; `argv` excludes the command's name. Returns the exit status."""
     options = parser().parse_args(argv)
     dtype = None if options.dtype is None else NAMED_DTYPES[options.dtype]
     if options.base is not None:
@@ -30,40 +30,40 @@ def run(argv: Sequence[str]) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options of ``lowrank-dist convert``."""
+    """The parser of ``lowrank-dist convert``."""
     parser = argparse.ArgumentParser(
         prog="lowrank-dist convert",
-        description="Write the LoRA ([A; A0], [B | -B0], rank 2r) that stands for a checkpoint's adapter on the "
-        "original model, or the nearest one of a lower rank; stock PEFT loads it.",
+        description="Convert a checkpoint's adapter to a LoRA for the original model: the exact one, [A; A0], [B | -B0] of "
+        "rank 2r, or the nearest one of a lower rank. Stock PEFT loads it.",
     )
     parser.add_argument("checkpoint", help="directory that AdapterCheckpoint wrote")
-    parser.add_argument("--output", required=True, help="directory to write; replaced where it exists")
+    parser.add_argument("--output", required=True, help="directory to write; an existing one is replaced")
     parser.add_argument(
         "--rank", type=int, help="truncate every module to this rank, by singular values (default: exact, rank 2r)"
     )
     parser.add_argument(
         "--dtype",
         choices=list(NAMED_DTYPES),
-        help="of the written factors (default: that of the checkpoint's)",
+        help="dtype of the written factors (default: as in the checkpoint)",
     )
     parser.add_argument(
         "--base",
         choices=["original", "nf4"],
-        help="with --rank: fit the LoRA to what the trained model computes, quantization included, on this base: the "
-        "original model, or it as transformers loads it in NF4",
+        help="with --rank: fit the LoRA to the trained model, quantization included, on this base: the original model, "
+        "or the original model loaded in NF4 by transformers",
     )
     parser.add_argument("--devices", type=int, default=1, help="with --base: ranks to start on this host")
     return parser
 
 
 def _refit(options: argparse.Namespace, dtype: torch.dtype | None, argv: Sequence[str]) -> int:
-    """Run ``lowrank-dist convert --base``; `argv` is what `options` were parsed from."""
-    # what an exact or truncated conversion has no need of
+    """Run ``lowrank-dist convert --base``; `options` were parsed from `argv`."""
+    # imported here because exact and truncated conversions do not need them
     from lowrank_dist.cli.ranks import launch, launched, shard_group
     from lowrank_dist.export.refit import refit_checkpoint
 
     if options.rank is None:
-        raise InputError("--base fits a LoRA of a rank of your choice: give --rank")
+        raise InputError("--base fits a LoRA of a chosen rank: pass --rank too")
     if options.devices > 1 and not launched():
         return launch(["convert", *argv], options.devices)
     with shard_group("auto") as (group, device):
@@ -80,26 +80,26 @@ def _refit(options: argparse.Namespace, dtype: torch.dtype | None, argv: Sequenc
         if group.rank == 0:
             print(done.path)
             print(
-                f"Of what the trained model adds to the {options.base} base, the exact LoRA leaves {done.before:.4%} "
-                f"out (Frobenius), this one of rank {done.rank} {done.after:.4%}."
+                f"The exact LoRA misses {done.before:.4%} of the difference between the trained model and the "
+                f"{options.base} base (Frobenius); this LoRA of rank {done.rank} misses {done.after:.4%}."
             )
             if done.not_quantized:
                 names = ", ".join(f'"{name}"' for name in done.not_quantized[:3])
                 more = f" and {len(done.not_quantized) - 3} more: not_quantized in {MANIFEST}"
                 print(
-                    "Linear layers that were dense in training must be so there: BitsAndBytesConfig("
+                    "Keep the linear layers dense that were dense in training: BitsAndBytesConfig("
                     f"llm_int8_skip_modules=[{names}]){more if len(done.not_quantized) > 3 else ''}"
                 )
     return 0
 
 
 def advice(done: Conversion) -> list[str]:
-    """What servers would make of the LoRA, where they would not take it as it is, and the ranks to choose instead."""
+    """Lines that say why servers may not load the LoRA as written, and the alternative ranks with their energy."""
     lines = []
     if not done.uniform:
         lines.append(
-            f"Ranks (up to {done.rank}) or scalings differ between modules; servers such as vLLM take one of each for "
-            "all modules, which --rank gives."
+            f"Ranks (up to {done.rank}) or scalings differ between modules; servers such as vLLM need one rank "
+            "and one scaling for all modules; --rank writes that."
         )
     elif done.rank not in SERVED_RANKS:
         larger = [rank for rank in SERVED_RANKS if rank > done.rank]

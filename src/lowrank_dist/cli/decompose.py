@@ -1,4 +1,4 @@
-"""``lowrank-dist decompose``: a checkpoint in, a residual model out."""
+"""``lowrank-dist decompose``: decompose a pretrained model into a residual model."""
 
 from __future__ import annotations
 
@@ -27,28 +27,30 @@ from lowrank_dist.storage.dtypes import FLOAT_DTYPES, NAMED_DTYPES
 from lowrank_dist.storage.layout import MANIFEST
 from lowrank_dist.storage.reader import CheckpointReader, resolve_checkpoint
 
-QUANTIZED = {"qpissa": "pissa", "qlora": "lora"}  # names in use for a method with an NF4 residual
+QUANTIZED = {"qpissa": "pissa", "qlora": "lora"}  # common names of a method with an NF4 residual
 FACTOR_DTYPES = [name for name in NAMED_DTYPES if name != "float16"]
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run ``lowrank-dist decompose``; `argv` without the command's name. Returns the exit status."""
+    """Run ``lowrank-dist decompose``; `argv` excludes the command's name. Returns the exit status."""
     name = _method_of(argv)
     options = parser(name).parse_args(list(argv))
     if options.devices > 1 and not launched():
         return launch(["decompose", *argv], options.devices)
     quantized = options.quantization == "nf4" or (options.quantization is None and name in (*QUANTIZED, "loftq"))
     if name in QUANTIZED and not quantized:
-        raise InputError(f"--method {name} has an NF4 residual; leave --quantization out, or use {QUANTIZED[name]}")
+        raise InputError(
+            f"--method {name} requires an NF4 residual; leave --quantization out, or use {QUANTIZED[name]}"
+        )
     settings = options.get("init")  # absent where the method has none
     init: Method = _method(name)(**({} if settings is None else vars(settings)))
     check_calibration(init, options)
-    looks = init.statistic is not None
-    with shard_group(options.accelerator, sharded_model=looks) as (group, device):
+    needs_data = init.statistic is not None
+    with shard_group(options.accelerator, sharded_model=needs_data) as (group, device):
         with group.shared_errors():
             if options.devices > 1 and group.size != options.devices:
                 raise InputError(f"--devices {options.devices}, but {group.size} ranks were started; leave it out")
-            if first_on_host():  # of a hub id, one rank of each host fetches what is missing
+            if first_on_host():  # one rank per host downloads a hub id
                 resolve_checkpoint(options.pretrained, revision=options.revision)
         with group.shared_errors():
             reader = CheckpointReader(resolve_checkpoint(options.pretrained, revision=options.revision))
@@ -59,8 +61,8 @@ def run(argv: Sequence[str]) -> int:
             residual = NF4(**vars(options.nf4)) if quantized else Dense(dtype=source_dtype)
             init.check(residual)
             check_matrices(plan, init)
-        # with data, once for the pass and once for the decomposition
-        with progress_bar((2 if looks else 1) * reader.nbytes, show=group.rank == 0) as bar:
+        # the calibration pass reads the weights too
+        with progress_bar((2 if needs_data else 1) * reader.nbytes, show=group.rank == 0) as bar:
             walk = Walk(
                 reader,
                 group,
@@ -80,7 +82,7 @@ def run(argv: Sequence[str]) -> int:
                 sharding=Sharding(ranks_per_matrix=options.ranks_per_matrix, ranks_per_node=local_ranks()),
                 announce=bar.write,
                 overwrite=options.overwrite,
-                calibrated=calibration_pass(options, opened.backbone, plan, walk, source_dtype) if looks else None,
+                calibrated=calibration_pass(options, opened.backbone, plan, walk, source_dtype) if needs_data else None,
             )
         if group.rank == 0:
             entries = json.loads((output / MANIFEST).read_text())["matrices"]
@@ -90,7 +92,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _method_of(argv: Sequence[str]) -> str:
-    """The method that the command line names: its options become options of the command."""
+    """The method that `argv` names; the parser is built with its options."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--method", default="pissa")
     known, _ = parser.parse_known_args(list(argv))
@@ -106,11 +108,11 @@ def _method(name: str) -> type[Method]:
 
 
 def parser(method: str) -> ArgumentParser:
-    """The options of ``lowrank-dist decompose --method METHOD``, those of the method among them."""
+    """The parser of ``lowrank-dist decompose --method METHOD``, those of the method among them."""
     parser = ArgumentParser(
         prog="lowrank-dist decompose",
-        description="Decompose a checkpoint and write the residual, and the initial adapter beside it, as a model that "
-        "stock transformers + peft load and PiSSAStrategy(pretrained=DIR) starts from. A run that was killed goes on "
+        description="Decompose a pretrained model and write a residual model: the residual, and the initial adapter beside "
+        "it. Stock transformers + peft load it, and PiSSAStrategy(pretrained=DIR) starts from it. A killed run resumes "
         "where it stopped.",
     )
     parser.add_argument("--pretrained", required=True, help="directory with safetensors, or hub id")
@@ -125,27 +127,29 @@ def parser(method: str) -> ArgumentParser:
     parser.add_argument("--rslora", action="store_true", help="scale by alpha / sqrt(r)")
     parser.add_argument("--target_modules", type=list[str] | str, default="all-linear", help="as in peft.LoraConfig")
     parser.add_argument(
-        "--adapter", type=str | None, help="adapter_config.json with all of it (patterns too), in the place of these"
+        "--adapter", type=str | None, help="adapter_config.json of a PEFT LoRA, instead of the four options above"
     )
     parser.add_argument(
         "--quantization",
         choices=["nf4", "none"],
-        help="format of the residual (default: nf4 for qpissa, qlora and loftq, else none: the checkpoint's dtype)",
+        help="format of the residual (default: nf4 for qpissa, qlora and loftq, else none: dense in the dtype of --pretrained)",
     )
     parser.add_class_arguments(NF4, "nf4")
-    parser.add_argument("--factor_dtype", choices=FACTOR_DTYPES, help="of A and B (default: the checkpoint's)")
+    parser.add_argument(
+        "--factor_dtype", choices=FACTOR_DTYPES, help="dtype of A and B (default: that of --pretrained)"
+    )
     parser.add_argument(
         "--thorough", action="store_true", help="report nuclear norms and excess residuals too; takes longer"
     )
     parser.add_argument("--devices", type=int, default=1, help="ranks to start on this host")
     parser.add_argument(
-        "--ranks_per_matrix", type=int | None, help="so many ranks share each matrix (default: a cost model decides)"
+        "--ranks_per_matrix", type=int | None, help="ranks that share each matrix (default: a cost model decides)"
     )
     parser.add_argument("--accelerator", choices=["auto", "cpu", "gpu"], default="auto", help="where to compute")
     parser.add_argument(
         "--calibration_data",
         type=str | None,
-        help="for methods that look at data: path of a .jsonl file, or id of a Hugging Face data set",
+        help="for methods that need data: path of a .jsonl file, or id of a Hugging Face data set",
     )
     if _method(method).statistic is not None:
         add_calibration_options(parser)

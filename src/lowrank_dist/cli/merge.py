@@ -1,4 +1,4 @@
-"""``lowrank-dist merge``: a checkpoint in, an ordinary Hugging Face model out."""
+"""``lowrank-dist merge``: merge an adapter into the original model, written as an ordinary Hugging Face model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lowrank_dist.storage.dtypes import NAMED_DTYPES
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run ``lowrank-dist merge``; `argv` without the command's name. Returns the exit status."""
+    """Run ``lowrank-dist merge``; `argv` excludes the command's name. Returns the exit status."""
     options = parser().parse_args(argv)
     if not 0 < options.max_shard_size < float("inf"):
         raise InputError(f"--max-shard-size {options.max_shard_size} must be a positive number of GB")
@@ -31,19 +31,25 @@ def run(argv: Sequence[str]) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options of ``lowrank-dist merge``."""
+    """The parser of ``lowrank-dist merge``."""
     parser = argparse.ArgumentParser(
         prog="lowrank-dist merge",
-        description="Write the original model with an adapter merged into it, as an ordinary Hugging Face checkpoint. "
-        "Memory for some blocks of rows is enough, whatever the model.",
+        description="Write the original model with an adapter merged into it, as an ordinary Hugging Face model. "
+        "It works by blocks of rows, so that memory does not grow with the model.",
     )
     parser.add_argument("checkpoint", help="directory that AdapterCheckpoint, convert or PEFT (LoRA) wrote")
     parser.add_argument("--output", required=True, help="directory to write; complete or absent")
     parser.add_argument("--overwrite", action="store_true", help="replace what is at --output")
-    parser.add_argument("--base", help="directory or hub id of the original model (default: what the checkpoint names)")
-    parser.add_argument("--revision", help="revision of a hub id")
-    parser.add_argument("--dtype", choices=list(NAMED_DTYPES), help="of the output (default: that of the base)")
     parser.add_argument(
-        "--max-shard-size", type=float, default=5.0, metavar="GB", help="of one file (default: %(default)s)"
+        "--base", help="directory or hub id of the original model (default: the one recorded in the checkpoint)"
+    )
+    parser.add_argument("--revision", help="revision of a hub id")
+    parser.add_argument("--dtype", choices=list(NAMED_DTYPES), help="dtype of the output (default: that of the base)")
+    parser.add_argument(
+        "--max-shard-size",
+        type=float,
+        default=5.0,
+        metavar="GB",
+        help="maximum size of one file (default: %(default)s)",
     )
     return parser

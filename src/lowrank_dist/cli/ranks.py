@@ -1,4 +1,4 @@
-"""The ranks of a command that runs without a Trainer: torchrun's, SLURM's, or processes of its own on this host."""
+"""Ranks of a command that runs without a Trainer: started by torchrun, by SLURM, or by the command on this host."""
 
 from __future__ import annotations
 
@@ -47,14 +47,15 @@ def shard_group(accelerator: str, *, sharded_model: bool = False) -> Iterator[tu
     Parameters
     ----------
     accelerator
-        ``cpu``, ``gpu``, or ``auto``: a GPU where there is one.
+        ``cpu``, ``gpu``, or ``auto``: a GPU if one is visible.
     sharded_model
-        Also make what DeepSpeed wants to find: a process group for a single process too, and ``LOCAL_RANK``.
+        Whether a model will be partitioned. DeepSpeed then needs a process group even for a single process, and
+        ``LOCAL_RANK``; both exist inside the context.
 
     Raises
     ------
     InputError
-        Where a GPU is asked for and none is visible.
+        If `accelerator` is ``gpu`` and no GPU is visible.
     """
     if accelerator == "gpu" and not torch.cuda.is_available():
         raise InputError("--accelerator gpu: no CUDA device is visible; use cpu, or check the driver")
@@ -83,7 +84,7 @@ def shard_group(accelerator: str, *, sharded_model: bool = False) -> Iterator[tu
 
 
 def _environment() -> TorchElasticEnvironment | SLURMEnvironment | None:
-    """What has started this process as one of its ranks; ``MASTER_ADDR`` and ``MASTER_PORT`` are set."""
+    """The launcher's environment, with ``MASTER_ADDR`` and ``MASTER_PORT`` set; None without a launcher."""
     if not launched():
         return None
     if TorchElasticEnvironment.detect():

@@ -1,4 +1,4 @@
-"""``lowrank-dist report``: what an initialisation did, as a table, as JSON and as a picture."""
+"""``lowrank-dist report``: print the report of an initialisation; write it as JSON or draw it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lowrank_dist.storage.writer import write_json
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run ``lowrank-dist report``; `argv` without the command's name. Returns the exit status."""
+    """Run ``lowrank-dist report``; `argv` excludes the command's name. Returns the exit status."""
     options = parser().parse_args(argv)
     matrices = read_report(Path(options.directory))
     print(as_table(matrices))
@@ -28,10 +28,10 @@ def run(argv: Sequence[str]) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options of ``lowrank-dist report``."""
+    """The parser of ``lowrank-dist report``."""
     parser = argparse.ArgumentParser(
         prog="lowrank-dist report",
-        description="Print a table per layer type of what an initialisation measured.",
+        description="Print a table, by layer type, of what an initialisation measured.",
     )
     parser.add_argument("directory", help="residual model, checkpoint of AdapterCheckpoint, or JSON of InitReport")
     parser.add_argument("--json", help="file to write the figures of every matrix to")
@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def read_report(path: Path) -> list[MatrixReport]:
-    """The figures of a residual model, of an adapter checkpoint, or of a JSON file that `InitReport` wrote."""
+    """The report stored in a residual model, in a checkpoint, or in a JSON file that `InitReport` wrote."""
     file = path / MANIFEST if path.is_dir() else path
     if not file.is_file():
         raise CheckpointError(
@@ -57,7 +57,7 @@ def read_report(path: Path) -> list[MatrixReport]:
 
 
 def draw(matrices: list[MatrixReport], path: Path) -> Path:
-    """Heat maps of every measured figure over layers and layer types, and the spectra that went to the factors."""
+    """Draw heat maps of every measured figure over layers and layer types, and the singular values in the factors."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -108,6 +108,6 @@ def draw(matrices: list[MatrixReport], path: Path) -> Path:
 
 
 def _layer(name: str) -> int:
-    """Number of the layer in a module's name; -1 outside of layers."""
+    """Index of the layer in a module's name; -1 outside layers."""
     found = re.search(r"\.(\d+)\.", f".{name}.")
     return int(found.group(1)) if found else -1

@@ -1,4 +1,4 @@
-"""``lowrank-dist submit``: a configuration to a job on the cluster."""
+"""``lowrank-dist submit``: submit a configuration as a job."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _DEFAULTS = SubmitOptions.__dataclass_fields__
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run ``lowrank-dist submit``; `argv` without the command's name. Returns the exit status."""
+    """Run ``lowrank-dist submit``; `argv` excludes the command's name. Returns the exit status."""
     given, overrides = parser().parse_known_args(list(argv))
     actions = {name: vars(given).pop(name) for name in ("dry_run", "follow")}
     options: dict[str, Any] = {
@@ -34,7 +34,7 @@ def run(argv: Sequence[str]) -> int:
     if actions["dry_run"]:
         print(submission.script(), end="")
         return 0
-    if submission.options.cluster == "local":  # its processes are those of this one
+    if submission.options.cluster == "local":  # the job's processes are children of this one
         with Forwarding() as signals:
             signals.jobs = submission.submit()
             announce(submission, signals.jobs)
@@ -45,29 +45,29 @@ def run(argv: Sequence[str]) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options of ``lowrank-dist submit``."""
+    """The parser of ``lowrank-dist submit``."""
     parser = argparse.ArgumentParser(
         prog="lowrank-dist submit",
         allow_abbrev=False,
         description="Submit `lowrank-dist fit --config FILE` as a job that survives preemption, time limits and the "
-        "loss of nodes: it saves, is requeued and goes on from the newest complete checkpoint. Any other argument "
-        "overrides a key of the configuration (--model.lr 1e-4). Submitting again goes on where the last job ended.",
+        "loss of nodes: it saves, is requeued and resumes from the newest complete checkpoint. Any other argument "
+        "overrides a key of the configuration (--model.lr 1e-4). A new submission resumes where the last job ended.",
     )
     add = parser.add_argument
     add("--config", required=True, action="append", help="configuration of `lowrank-dist fit`; repeatable")
-    add("--cluster", default="slurm", help="slurm, or local: the same job as processes of this machine")
+    add("--cluster", default="slurm", help="slurm, or local: the same job as processes on this machine")
     add("--nodes", type=int, help="must be the configuration's num_nodes (default: that)")
-    add("--min-nodes", type=int, help="start on fewer too, after a requeue; the global batch stays the same")
+    add("--min-nodes", type=int, help="after a requeue, start on as few nodes as this; the global batch stays the same")
     add("--gpus-per-node", type=int, help="must be the configuration's devices (default: that)")
-    add("--cpus-per-task", type=int, help="CPU cores of a rank")
-    add("--mem-gb", type=float, help="memory of a node")
-    add("--partition", help="of the cluster")
-    add("--account", help="to charge")
+    add("--cpus-per-task", type=int, help="CPU cores per rank")
+    add("--mem-gb", type=float, help="memory per node, in GB")
+    add("--partition", help="partition of the cluster")
+    add("--account", help="account to charge")
     add("--qos", help="quality of service")
     add("--constraint", help="features that nodes must have")
     add("--exclude", help="nodes to avoid")
-    add("--name", help="of the job (default: that of the configuration)")
-    add("--time", default=_DEFAULTS["time"].default, help="limit, as in sbatch (default: %(default)s)")
+    add("--name", help="name of the job (default: that of the configuration)")
+    add("--time", default=_DEFAULTS["time"].default, help="time limit, as in sbatch (default: %(default)s)")
     add(
         "--grace",
         type=int,
@@ -79,9 +79,9 @@ def parser() -> argparse.ArgumentParser:
         type=float,
         default=_DEFAULTS["collective_timeout"].default,
         metavar="MINUTES",
-        help="after which a hanging collective ends the job, which is then requeued (default: %(default)s)",
+        help="time after which a hanging collective ends the job, which is then requeued (default: %(default)s)",
     )
-    add("--seconds-per-step", type=float, help="if known, to compare the checkpoint interval with --time")
+    add("--seconds-per-step", type=float, help="used, if given, to compare the checkpoint interval with --time")
     add(
         "--sweep",
         action="append",

@@ -1,1 +1,1 @@
-"""``lowrank-dist plan``: what a run takes, and whether it fits, before anything runs."""
+"""``lowrank-dist plan``: forecast what a run takes and whether it fits."""

@@ -1,4 +1,4 @@
-"""``lowrank-dist plan``: what a run takes, before anything runs."""
+"""``lowrank-dist plan``: forecast what a run takes from its configuration."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DOES_NOT_FIT = 3  # exit status
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run ``lowrank-dist plan``; `argv` without the command's name. Returns the exit status."""
+    """Run ``lowrank-dist plan``; `argv` excludes the command's name. Returns the exit status."""
     options, of_fit = parser().parse_known_args(list(argv))
     found = planned_run(options, of_fit)
     print(json.dumps(found.as_dict(), indent=2) if options.json else as_table(found))
@@ -35,28 +35,35 @@ def run(argv: Sequence[str]) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of ``lowrank-dist plan``; what it does not know are arguments of ``fit``."""
+    """The parser of ``lowrank-dist plan``; arguments that it does not know belong to ``fit``."""
     parser = argparse.ArgumentParser(
         prog="lowrank-dist plan",
-        description="Say what a run takes per GPU, on the network and on disk, and whether it fits, from its "
+        description="Forecast what a run takes per GPU, on the network and on disk, and whether it fits, from its "
         "configuration and the shapes of the model. Nothing is downloaded and no weight is read. Every key of "
-        f"`lowrank-dist fit` can be given too. Exit status {DOES_NOT_FIT}: it does not fit.",
+        f"`lowrank-dist fit` is accepted too. Exit status {DOES_NOT_FIT}: it does not fit.",
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--config", action="append", required=True, help="configuration of fit; several: later ones over earlier ones"
+        "--config",
+        action="append",
+        required=True,
+        help="configuration of fit; repeatable, later files override earlier ones",
     )
     parser.add_argument("--nodes", type=int, help="nodes (default: trainer.num_nodes)")
-    parser.add_argument("--gpus-per-node", type=int, help="GPUs, or CPU ranks, of a node (default: trainer.devices)")
+    parser.add_argument("--gpus-per-node", type=int, help="GPUs, or CPU ranks, per node (default: trainer.devices)")
     parser.add_argument(
-        "--gpu-memory", type=float, default=80.0, metavar="GB", help="of one GPU, 1e9 bytes (default: %(default)g)"
+        "--gpu-memory",
+        type=float,
+        default=80.0,
+        metavar="GB",
+        help="memory of one GPU, in 1e9 bytes (default: %(default)g)",
     )
     parser.add_argument(
         "--reserve",
         type=float,
         default=6.0,
         metavar="GB",
-        help="of it for CUDA, NCCL and fragmentation (default: %(default)g)",
+        help="part of it reserved for CUDA, NCCL and fragmentation (default: %(default)g)",
     )
     assumed = Cluster()
     parser.add_argument(
@@ -71,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
             type=float,
             default=rate / 1e9,
             metavar="GB/S",
-            help=f"of a large all-reduce {where} nodes, bytes of the tensor over time (assumed: %(default)g)",
+            help=f"bandwidth of a large all-reduce {where} nodes: bytes of the tensor over time (assumed: %(default)g)",
         )
     parser.add_argument(
         "--model-config", help="config.json of the model, or its directory (default: that of `pretrained`, see below)"
@@ -112,7 +119,7 @@ def _job(settings: Any, strategy: Any) -> RunSpec:
     if precision not in PRECISIONS:
         raise InputError(f"plan: precision={precision!r} is not supported; use one of {', '.join(PRECISIONS)}")
     if not str(trainer.devices).isdecimal():  # a list, "auto", -1
-        raise InputError(f"plan: trainer.devices={trainer.devices!r} is no number; pass --gpus-per-node")
+        raise InputError(f"plan: trainer.devices={trainer.devices!r} is not a number; pass --gpus-per-node")
     compute_dtype, factor_dtype = PRECISIONS[precision]
     options: dict[str, Any] = {
         "nodes": trainer.num_nodes,
@@ -133,7 +140,7 @@ def _job(settings: Any, strategy: Any) -> RunSpec:
         options["stage"] = 0
     else:
         name = strategy if isinstance(strategy, str) else type(strategy).__name__
-        raise InputError(f"plan: strategy {name} is not known; PiSSAStrategy, DeepSpeedStrategy and DDPStrategy are")
+        raise InputError(f"plan: strategy {name} is not supported; use PiSSAStrategy, DeepSpeedStrategy or DDPStrategy")
     if isinstance(strategy, PiSSAStrategy):
         options |= {
             "init": strategy.init or PiSSA(),
@@ -171,7 +178,7 @@ def _steps(trainer: Any, limit: int | None, global_batch: int) -> int | None:
 
 
 def _source(pretrained: str, revision: str | None, given: str | None, beside: Sequence[Path]) -> Path:
-    """Where the model's dimensions are; nothing is fetched."""
+    """The file or directory with the model's dimensions; nothing is downloaded."""
     if given is not None:
         if not Path(given).exists():
             raise InputError(f"--model-config {given}: no such file or directory")
@@ -192,7 +199,7 @@ def _source(pretrained: str, revision: str | None, given: str | None, beside: Se
     found = next((place / name for place in places if (place / name).is_file()), None)
     if found is None:
         raise InputError(
-            f"plan: the dimensions of {pretrained!r} are not known: it is no directory, the hub's cache does not have "
-            f"it, and {name} is neither beside the configuration nor among the package's; pass --model-config"
+            f"plan: the dimensions of {pretrained!r} are unknown: it is not a directory, it is not in the hub's cache, and "
+            f"{name} is neither beside the configuration nor in the package; pass --model-config"
         )
     return found

@@ -1,4 +1,4 @@
-"""What a planned run with adapters starts from: a pretrained model, a decomposed one, or dimensions alone."""
+"""Shapes of a planned run with adapters, from a pretrained model, a residual model, or dimensions alone."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from lowrank_dist.training.strategy import PiSSAStrategy
 
 
 def with_adapters(strategy: PiSSAStrategy, source: Path, job: RunSpec) -> tuple[ModelShapes, RunSpec]:
-    """Shapes of the model at `source`, and `job` with what it starts from.
+    """Shapes of the model at `source`, and `job` with the settings that depend on that model.
 
-    Where the weights are there, everything that the set-up of a run refuses is refused; a residual model is planned
-    as it is stored, and one that ``init_cache`` holds complete as what the run will read.
+    If the weights are on disk, everything that the set-up of a run refuses is refused. A residual model is planned as
+    it is stored. If ``init_cache`` holds a complete residual model, that one is planned, because the run will read it.
 
     Raises
     ------
     CheckpointError, ModelError, InputError
-        As the set-up of a run would.
+        As in the set-up of a run.
     """
     adapter = _local_adapter(strategy.adapter)
     if not (source.is_dir() and any(source.glob("*.safetensors"))):
@@ -61,7 +61,7 @@ def _of_dimensions(
     strategy: PiSSAStrategy, adapter: LoraConfig | str | Path | None, source: Path, job: RunSpec
 ) -> tuple[ModelShapes, RunSpec]:
     if adapter is None:
-        raise InputError("plan: the strategy has no adapter: adapter=LoraConfig(...) must say what to decompose")
+        raise InputError("plan: the strategy has no adapter: pass adapter=LoraConfig(...) with the layers to decompose")
     if not isinstance(adapter, LoraConfig):
         start = StartingAdapter(Path(adapter), for_residual=False)
         start.close()
@@ -71,7 +71,7 @@ def _of_dimensions(
 
 
 def _local_adapter(adapter: LoraConfig | str | Path | None) -> LoraConfig | str | Path | None:
-    """`adapter`, a hub id as its directory in the hub's cache: nothing is fetched."""
+    """`adapter`, where a hub id becomes its directory in the hub's cache; nothing is downloaded."""
     if adapter is None or isinstance(adapter, LoraConfig) or Path(adapter).is_dir():
         return adapter
     from huggingface_hub import try_to_load_from_cache
@@ -82,5 +82,5 @@ def _local_adapter(adapter: LoraConfig | str | Path | None) -> LoraConfig | str 
     except HFValidationError:  # a path
         cached = None
     if not isinstance(cached, str):
-        raise InputError(f"plan: adapter={str(adapter)!r} is no directory, and the hub's cache does not have it")
+        raise InputError(f"plan: adapter={str(adapter)!r} is neither a directory nor in the hub's cache")
     return Path(cached).parent

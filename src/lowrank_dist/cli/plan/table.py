@@ -30,10 +30,10 @@ def _memory(found: Forecast) -> Iterator[str]:
     yield _line("sum on the device", memory.stays)
     yield ""
     estimate = "" if found.activations_measured else ", estimated"
-    kept = "inputs of checkpointed layers, and what else is kept" if job.gradient_checkpointing else "activations"
+    kept = "inputs of checkpointed layers, and other saved tensors" if job.gradient_checkpointing else "activations"
     yield f"Per {device}, within a step (at most)"
     for text, nbytes in (
-        ("gradients on their way", memory.bucket),
+        ("gradients being reduced", memory.bucket),
         (f"gathered layers ({job.live_layers + 1} at a time)", memory.layers),
         ("head or embedding, gathered", memory.head),
         ("largest dequantized weight", memory.decoded),
@@ -51,7 +51,7 @@ def _memory(found: Forecast) -> Iterator[str]:
 
 def _verdict(found: Forecast) -> Iterator[str]:
     if found.limit is None:
-        yield "No limit was given: whether it fits is not said."
+        yield "No memory limit is given: whether it fits is unknown."
         return
     peak = found.memory.peak
     relation = "fits" if found.fits else "does not fit"
@@ -61,7 +61,7 @@ def _verdict(found: Forecast) -> Iterator[str]:
             several = (
                 "train adapters" if not found.job.adapts else "combine NF4, checkpointing, small batches, more nodes"
             )
-            yield f"  no single setting would make it fit: {several}"
+            yield f"  no single setting makes it fit: {several}"
         for remedy in found.remedies:
             yield f"  would fit with {remedy}"
 
@@ -90,7 +90,7 @@ def _rest(found: Forecast) -> Iterator[str]:
                 ("small problems", start.small),
                 ("communication", start.communicate),
                 ("quantizing", start.encode),
-                ("writing the cache and reading it", start.write),
+                ("writing and reading the cache", start.write),
             )
             if value
         )
@@ -103,7 +103,7 @@ def _rest(found: Forecast) -> Iterator[str]:
         if job.steps is not None:
             hours = [job.steps * seconds / 3600 for seconds in (step.least, step.most)]
             yield f"  {job.steps} steps: {hours[0]:.1f} to {hours[1]:.1f} h"
-        yield "  Seconds are computed from assumed rates of a GPU cluster; none was measured."
+        yield "  Seconds are computed from assumed rates of a GPU cluster, not measured."
 
 
 def _line(text: str, nbytes: int) -> str:
