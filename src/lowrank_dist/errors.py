@@ -4,7 +4,21 @@ __all__ = ["CheckpointError", "InputError", "ModelError", "RemoteError"]
 
 
 class InputError(ValueError):
-    """Input that cannot be used; the message names the rule, the offender with its numbers, and the remedy."""
+    """Input that cannot be used; the message names the rule, the offender with its numbers, and the remedy.
+
+    See Also
+    --------
+    ModelError, CheckpointError : The subclasses for models and for files.
+
+    Examples
+    --------
+    >>> from lowrank_dist import InputError, PiSSA
+    >>> try:
+    ...     PiSSA(oversampling=-1)
+    ... except InputError as error:
+    ...     print("refused")
+    refused
+    """
 
 
 class RemoteError(InputError):
@@ -12,8 +26,8 @@ class RemoteError(InputError):
 
 
 class ModelError(InputError):
-    """A model or adapter configuration that cannot be trained as requested; the message names the layer and the remedy."""
+    """A model or adapter configuration that cannot be trained; the message names the layer and the remedy."""
 
 
 class CheckpointError(InputError):
-    """Pretrained weights, an adapter or a checkpoint that cannot be read; the message names the file, the tensor and the remedy."""
+    """Weights, an adapter or a checkpoint that cannot be read; the message names the file, the tensor and the remedy."""

@@ -52,7 +52,7 @@ def check_calibration(init: Method, options: Any) -> None:
 def calibration_pass(
     options: Any, backbone: PreTrainedModel, plan: Plan, walk: Walk, source_dtype: torch.dtype
 ) -> CalibrationPass:
-    """The calibration pass that precedes `walk`, over the ranks of `walk`, on the first batches that training would see.
+    """The calibration pass before `walk`, over the ranks of `walk`, on the first batches that training would see.
 
     It computes in `source_dtype`, the dtype of the pretrained weights; on CPUs, and for fp16, in fp32. Collective.
 

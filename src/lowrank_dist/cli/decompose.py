@@ -111,9 +111,9 @@ def parser(method: str) -> ArgumentParser:
     """The parser of ``lowrank-dist decompose --method METHOD``, those of the method among them."""
     parser = ArgumentParser(
         prog="lowrank-dist decompose",
-        description="Decompose a pretrained model and write a residual model: the residual, and the initial adapter beside "
-        "it. Stock transformers + peft load it, and PiSSAStrategy(pretrained=DIR) starts from it. A killed run resumes "
-        "where it stopped.",
+        description="Decompose a pretrained model and write a residual model: the residual, and the initial adapter "
+        "beside it. Stock transformers + peft load it, and PiSSAStrategy(pretrained=DIR) starts from it. A killed run "
+        "resumes where it stopped.",
     )
     parser.add_argument("--pretrained", required=True, help="directory with safetensors, or hub id")
     parser.add_argument("--revision", type=str | None, help="revision of a hub id")
@@ -132,7 +132,7 @@ def parser(method: str) -> ArgumentParser:
     parser.add_argument(
         "--quantization",
         choices=["nf4", "none"],
-        help="format of the residual (default: nf4 for qpissa, qlora and loftq, else none: dense in the dtype of --pretrained)",
+        help="format of the residual (default: nf4 for qpissa, qlora and loftq, else none: the dtype of --pretrained)",
     )
     parser.add_class_arguments(NF4, "nf4")
     parser.add_argument(

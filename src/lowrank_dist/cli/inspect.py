@@ -25,8 +25,8 @@ def parser() -> argparse.ArgumentParser:
     """The parser of ``lowrank-dist inspect``."""
     parser = argparse.ArgumentParser(
         prog="lowrank-dist inspect",
-        description="Describe a checkpoint, residual model, adapter, model, or directory of these. Only headers are read, "
-        "no weights.",
+        description="Describe a checkpoint, residual model, adapter, model, or directory of these. Only headers are "
+        "read, no weights.",
     )
     parser.add_argument("path", help="directory, or hub id in the cache")
     parser.add_argument("--json", action="store_true", help="print JSON")

@@ -1,1 +1,1 @@
-"""The only package that names DeepSpeed's internals."""
+"""ZeRO-3 partitions, gathers and optimizer state; the only package that uses DeepSpeed's internals."""

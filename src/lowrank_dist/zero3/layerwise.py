@@ -1,8 +1,8 @@
-"""A sharded model run without an engine, forward and backward: for passes before there is anything to train.
+"""Forward and backward of a sharded model without a DeepSpeed engine, for the calibration pass before training.
 
-Every decoder layer, and every other module that holds parameters, gathers them for its forward. With gradients it runs
-as one checkpointed function, which gathers them again for its backward. So one layer is gathered at a time, and between
-layers only their inputs are kept. Nothing is fetched ahead.
+Every decoder layer, and every other module that holds parameters, gathers them for its forward. If gradients are
+enabled, the module runs under gradient checkpointing and gathers its parameters again for its backward. Only one layer
+is gathered at a time, and only the inputs of layers are kept between them. Nothing is prefetched.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lowrank_dist.zero3.partition import gathered, repeated_layers
 
 @contextmanager
 def inert(backbone: PreTrainedModel) -> Iterator[None]:
-    """No adapters, nothing trained, no dropout, no cache; all as before at the end."""
+    """Disable adapters, training, dropout and the key-value cache of `backbone` inside; restore them on exit."""
     training = {module: module.training for module in backbone.modules()}
     wanted = {parameter: parameter.requires_grad for parameter in backbone.parameters()}
     configs = {id(config): config for config in (backbone.config, backbone.config.get_text_config())}
@@ -52,16 +52,16 @@ def inert(backbone: PreTrainedModel) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Unit:
-    """A module that gathers its parameters as a whole: a decoder layer, or another module's parameters of its own.
+    """A module whose parameters are gathered together: a decoder layer, or another module with direct parameters.
 
     Attributes
     ----------
     module
-        Whose forward it is.
+        The module whose forward gathers.
     members
         The modules whose parameters are gathered.
     parameters
-        These, each once.
+        The parameters of `members`, each once.
     """
 
     module: nn.Module
@@ -70,7 +70,7 @@ class Unit:
 
 
 def units_of(backbone: nn.Module) -> list[Unit]:
-    """The units that hold all parameters of `backbone` together."""
+    """The units of `backbone`; together they hold all of its parameters."""
     stacked = repeated_layers(backbone)
     inside = {id(module) for layer in stacked for module in layer.modules()}
     units = [Unit(layer, list(layer.modules()), list(layer.parameters())) for layer in stacked]
@@ -85,14 +85,14 @@ def units_of(backbone: nn.Module) -> list[Unit]:
 def layer_by_layer(
     backbone: nn.Module, *, before: Callable[[Unit], object], after: Callable[[Unit], object]
 ) -> Iterator[None]:
-    """Inside, `backbone` runs with its parameters partitioned; collective, all ranks run it at the same time.
+    """Run `backbone` with partitioned parameters inside. Collective: all ranks run it at the same time.
 
     Parameters
     ----------
     backbone
-        Its ZeRO-3 parameters are gathered unit by unit, all-gathers in forward and again in backward.
+        Model with ZeRO-3 parameters, which are all-gathered unit by unit in forward and again in backward.
     before, after
-        Called around the forward of every unit, not when it is run again for its backward.
+        Called around the forward of every unit, but not around its recomputation in backward.
     """
     with ExitStack() as stack:
         for unit in units_of(backbone):
@@ -102,7 +102,7 @@ def layer_by_layer(
 
 @contextmanager
 def _gathering(unit: Unit, before: Callable[[Unit], object], after: Callable[[Unit], object]) -> Iterator[None]:
-    """Give ``unit.module`` a forward that gathers, checkpointed where gradients are wanted."""
+    """Give ``unit.module`` a forward that gathers; it uses gradient checkpointing if gradients are enabled."""
     replaced = vars(unit.module).get("forward")
     original = unit.module.forward
 
@@ -132,11 +132,11 @@ def _gathering(unit: Unit, before: Callable[[Unit], object], after: Callable[[Un
 
 @contextmanager
 def _whole(unit: Unit) -> Iterator[None]:
-    """Inside, the members of `unit` hold whole tensors in the place of their parameters.
+    """Replace the parameters of the members of `unit` by whole tensors inside.
 
-    Not the gathered parameters themselves: autograd and checkpointing would save those as objects, which are empty
-    again when the backward comes. These tensors live as long as somebody holds them, here until the unit's forward is
-    done, or its backward.
+    The gathered parameters cannot be used directly: autograd and gradient checkpointing would save the parameter
+    objects, which are empty again by the time of the backward. The detached tensors stay alive while they are
+    referenced: until the unit's forward is done, or its backward.
     """
     values: dict[nn.Parameter, torch.Tensor] = {}
     if unit.parameters:

@@ -1,9 +1,9 @@
-"""The optimizer of a ZeRO-3 engine, parameter by parameter: what DeepSpeed lays end to end in flat fp32 sub-groups.
+"""Optimizer state of a ZeRO-3 engine by parameter; DeepSpeed itself concatenates parameters in flat fp32 sub-groups.
 
-fp32 copies and moments are read and set by DeepSpeed's calls for one parameter (``safe_get_local_fp32_param``,
-``safe_set_local_optimizer_state``, ...). They do not say which moments there are, make none where the optimizer has not
-stepped yet, and cannot cut blockwise 8-bit ones, whose blocks cross the bounds of parameters. That takes the flat
-tensors themselves, by private names, which ``docs/private-names.md`` lists.
+fp32 copies and moments are read and set by DeepSpeed's functions for one parameter (``safe_get_local_fp32_param``,
+``safe_set_local_optimizer_state``, ...). Those functions do not list the moments, do not create them before the first
+step, and cannot split blockwise 8-bit moments, whose blocks cross the boundaries of parameters. For these cases this
+module accesses the flat tensors by private names, which ``docs/private-names.md`` lists.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from lowrank_dist.errors import InputError
 from lowrank_dist.zero3.partition import local_shard
 
-#: Name of the fp32 copy that the optimizer updates, beside the names of its moments.
+#: Key of the fp32 copy that the optimizer updates, among the names of moments.
 MASTER = "fp32"
 
 
@@ -38,24 +38,24 @@ class ShardedOptimizer:
     Raises
     ------
     InputError
-        Where the optimizer is offloaded to NVMe, from where its state cannot be read in place.
+        If the optimizer is offloaded to NVMe, where its state cannot be read in place.
     """
 
     def __init__(self, zero: Any) -> None:
         if zero.swap_optimizer:
             raise InputError(
-                "The optimizer is offloaded to NVMe, whose state cannot be saved or restored; adapters are small: use "
-                "offload_optimizer_device='cpu', or none"
+                "The optimizer is offloaded to NVMe, and its state there cannot be saved or restored; adapters are small: "
+                "use offload_optimizer_device='cpu', or do not offload"
             )
         self._zero = zero
 
     def shards(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """Every trained parameter with this rank's shards of its fp32 copy (``MASTER``) and of its moments.
 
-        Shards are flat, fp32, padding included, on the device of the engine, whatever the optimizer is offloaded to;
-        moments under `torch.optim`'s names whatever the optimizer calls them, blockwise 8-bit ones dequantized (a
-        sub-group at a time). Before the first step there are none. They may share memory with the optimizer's.
-        Communicates nothing.
+        Shards are flat, fp32, include padding, and are on the device of the engine even if the optimizer is offloaded.
+        Moments have the names of `torch.optim`, whichever optimizer is used. Blockwise 8-bit moments are dequantized,
+        one sub-group at a time. Before the first step there are no moments. Shards may share memory with the
+        optimizer's state. There is no communication.
         """
         for flat, parameters in self._sub_groups():
             state = self._zero.state.get(flat, {})
@@ -70,15 +70,15 @@ class ShardedOptimizer:
                 yield parameter, found
 
     def load(self, shards: Callable[[Tensor], Mapping[str, Tensor]], steps: int) -> None:
-        """Set fp32 copies and moments. Communicates nothing.
+        """Set fp32 copies and moments, without communication.
 
         Parameters
         ----------
         shards
-            Gives, for a parameter, this rank's flat shards by the names of `shards`, without padding. ``MASTER`` may be
-            missing: the copy then stays what it is.
+            Returns this rank's flat shards of a parameter, without padding, under the names that the method `shards`
+            uses. If ``MASTER`` is missing, the fp32 copy is unchanged.
         steps
-            Steps that the moments have seen.
+            Number of steps that the moments have accumulated.
         """
         for index, (flat, parameters) in enumerate(self._sub_groups()):
             moments: dict[str, list[Tensor]] = {}
@@ -118,12 +118,12 @@ class ShardedOptimizer:
 
     @property
     def steps(self) -> int:
-        """Steps taken."""
+        """Number of steps taken."""
         return max((int(state["step"]) for state in self._zero.state.values() if "step" in state), default=0)
 
     @property
     def settings(self) -> list[dict[str, Any]]:
-        """Learning rate, betas and so on of every group of parameters."""
+        """Learning rate, betas and other hyperparameters of every parameter group."""
         return [{k: v for k, v in group.items() if k != "params"} for group in self._zero.param_groups]
 
     @settings.setter
@@ -132,21 +132,21 @@ class ShardedOptimizer:
         if len(groups) != len(values):
             raise InputError(
                 f"the optimizer has {len(groups)} parameter groups, the checkpoint's had {len(values)}; "
-                "configure_optimizers must make the same ones"
+                "configure_optimizers must create the same groups"
             )
         for group, stored in zip(groups, values, strict=True):
             group.update({name: value for name, value in stored.items() if name in group})
 
     def _sub_groups(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        """The flat fp32 tensors that the optimizer steps, each with the parameters whose shards it holds, in order."""
+        """The flat fp32 tensors that the optimizer steps, each with its parameters in the order of their shards."""
         return zip(self._zero.fp32_partitioned_groups_flat, self._zero.fp16_groups, strict=True)
 
 
-# bitsandbytes' names for what torch.optim calls:
+# from bitsandbytes' names to those of torch.optim
 _MOMENTS = {"state1": "exp_avg", "state2": "exp_avg_sq"}
 
 
-_BLOCK = 256  # of bitsandbytes' 8-bit optimizer state
+_BLOCK = 256  # block size of bitsandbytes' 8-bit optimizer state
 
 
 def moment_names(state: Mapping[str, Any]) -> list[str]:
@@ -169,7 +169,7 @@ def dequantized(state: Mapping[str, Any], name: str) -> Tensor:
 
     index = name.removeprefix("state")
     absmax = state[f"absmax{index}"]
-    # paged state says that it is on the CPU
+    # a paged tensor reports the CPU as its device
     packed = state[name].to(absmax.device)
     return dequantize_blockwise(packed, absmax=absmax, code=state[f"qmap{index}"], blocksize=_BLOCK).flatten()
 
@@ -177,8 +177,8 @@ def dequantized(state: Mapping[str, Any], name: str) -> Tensor:
 def quantize_into(state: Mapping[str, Any], name: str, moment: Tensor) -> None:
     """Set the 8-bit moment `name` of bitsandbytes' state of one parameter to `moment`, flat fp32.
 
-    What was quantized before is so again, which is equal to 8-bit accuracy only: bitsandbytes' code for first moments
-    reaches 1 but not -1, so that the scale of a block shrinks where its largest entry is negative.
+    A moment that is dequantized and quantized again is equal to 8-bit accuracy only: bitsandbytes' code for first
+    moments contains 1 but not -1, so that the scale of a block shrinks if its entry of largest magnitude is negative.
     """
     from bitsandbytes.functional import quantize_blockwise
 
@@ -196,27 +196,27 @@ def begin_state(
     moments: Iterable[str],
     steps: int,
 ) -> None:
-    """Give `parameter` the state of an optimizer that has stepped, with moments of zero.
+    """Create the state of `parameter` as if the optimizer had stepped, with zero moments.
 
     Parameters
     ----------
     optimizer
-        Of `torch.optim` or bitsandbytes; it may have no state yet.
+        An optimizer of `torch.optim`, DeepSpeed or bitsandbytes; it may have no state yet.
     group
-        The entry of ``optimizer.param_groups`` that the parameter belongs to.
+        The parameter's entry in ``optimizer.param_groups``.
     parameter
-        The parameter.
+        The parameter, or one of DeepSpeed's flat tensors.
     moments
-        Their names; bitsandbytes knows its own.
+        Names of the moments; ignored for bitsandbytes, which creates its own.
     steps
-        Steps that they have seen.
+        Number of steps that the moments have accumulated.
     """
     if not hasattr(optimizer, "init_state"):  # torch.optim, DeepSpeed
         step = torch.tensor(float(steps)) if isinstance(optimizer, torch.optim.AdamW | torch.optim.Adam) else steps
         zeros = {name: torch.zeros_like(parameter, requires_grad=False) for name in moments}
         optimizer.state[parameter] = {"step": step, **zeros}
         return
-    # DeepSpeed empties the groups between steps; bitsandbytes looks its settings of a parameter up there
+    # DeepSpeed empties the groups between steps, but bitsandbytes looks up a parameter's settings in its group
     listed, group["params"] = group["params"], [parameter]
     optimizer.init_state(group, parameter, optimizer.param_groups.index(group), 0)
     group["params"] = listed

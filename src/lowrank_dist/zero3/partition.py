@@ -1,8 +1,8 @@
-"""ZeRO-3 partitions written and read directly: the only module that names DeepSpeed's ``ds_*`` attributes.
+"""ZeRO-3 partitions written and read directly; the only module that uses DeepSpeed's ``ds_*`` attributes.
 
-``deepspeed.zero.Init`` partitions tensors that exist whole on a rank. Here no rank ever has a whole tensor: every
-rank brings its own shard, and the attributes that ``zero.Init`` would set are set around it. These are private
-names; ``tests/distributed/zero3/test_partition.py`` is the canary that fails when DeepSpeed changes them.
+``deepspeed.zero.Init`` partitions tensors that exist whole on a rank. Here no rank ever has a whole tensor. Every rank
+provides its own shard, and this module sets the attributes that ``zero.Init`` would set. They are private;
+``tests/distributed/zero3/test_partition.py`` fails if DeepSpeed changes them.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from lowrank_dist.distributed.partition import FlatPartition
 
 
 class Partitioner:
-    """Makes ZeRO-3 parameters out of local shards.
+    """Creates ZeRO-3 parameters from local shards.
 
     Parameters
     ----------
     config
-        DeepSpeed configuration; its ``zero_optimization`` section decides where partitions live
-        (``offload_param``).
+        DeepSpeed configuration; ``offload_param`` of its ``zero_optimization`` section decides the device of
+        partitions.
     replicas
-        So many groups of consecutive ranks hold all frozen parameters each: the nodes, or 1.
+        Number of groups of consecutive ranks that each hold all frozen parameters: the number of nodes, or 1.
 
     Attributes
     ----------
     group : ShardGroup
-        All ranks: trained parameters are partitioned over them.
+        All ranks, over which trained parameters are partitioned.
     frozen : ShardGroup
         The ranks over which frozen parameters are partitioned.
     device : torch.device
@@ -45,8 +45,8 @@ class Partitioner:
 
     def __init__(self, config: dict[str, Any], *, replicas: int = 1) -> None:
         self._init = deepspeed.zero.Init(config_dict_or_path=config)
-        # The plain F.linear keeps a view of every gathered frozen weight until its backward. DeepSpeed's own
-        # (memory_efficient_linear, on by default) does not; it stays patched for the process, as with zero.Init.
+        # Plain F.linear keeps a view of every gathered frozen weight until its backward; DeepSpeed's
+        # memory_efficient_linear (the default) does not. The patch is process-wide, as with zero.Init.
         if self._init.mem_efficient_linear:
             self._init._enable_mem_efficient_linear()
         self.device = torch.device(self._init.local_device)
@@ -72,11 +72,16 @@ class Partitioner:
         dtype
             Dtype of the parameter; `shard` must have it.
         shard
-            Flat: this rank's ``ceil(numel / P)`` elements, or fewer where the rest is padding.
+            This rank's shard, flat: ``ceil(numel / P)`` elements, or fewer if the rest is padding. It is copied.
         requires_grad
-            Whether it is trained.
+            Whether the parameter is trained.
         group
-            The ranks that share it, P of them: `group` (by default) or `frozen` of this partitioner.
+            The P ranks that share the parameter: `group` (default) or `frozen` of this partitioner.
+
+        Raises
+        ------
+        ValueError
+            If `shard` has another dtype or is too long.
         """
         group = group or self.group
         partition = FlatPartition(numel=torch.Size(shape).numel(), world_size=group.size)
@@ -85,7 +90,7 @@ class Partitioner:
                 f"shard of {shard.numel()} {shard.dtype} elements does not fit a partition of "
                 f"{partition.shard_numel} {dtype} elements"
             )
-        offloaded = self._init.remote_device == "cpu"  # a string or one of DeepSpeed's string enums
+        offloaded = self._init.remote_device == "cpu"  # a str or a str enum of DeepSpeed
         home = torch.device("cpu") if offloaded else self.device
         stored = torch.zeros(partition.shard_numel, dtype=dtype, device=home)
         if self._init.pin_memory and offloaded:
@@ -109,10 +114,10 @@ class Partitioner:
 
 
 def use_cpu_accelerator() -> None:
-    """Let DeepSpeed compute on the CPU, also where CUDA devices are present; call it before anything is partitioned.
+    """Make DeepSpeed compute on the CPU even if CUDA devices are present; call this before anything is partitioned.
 
-    Also tells it to go without ``deepspeed_shm_comm``, an operator for inference that it would compile at start
-    (minutes under load, and a killed build leaves a lock behind which later runs wait for ever).
+    This also disables ``deepspeed_shm_comm``, an operator for inference that DeepSpeed would compile at start. The
+    compilation takes minutes under load, and a killed one leaves a lock on which later runs wait forever.
     """
     if deepspeed.accelerator.get_accelerator().device_name() != "cpu":
         deepspeed.accelerator.set_accelerator(CPU_Accelerator())
@@ -140,9 +145,10 @@ def stored_bytes(parameters: Iterable[Tensor]) -> int:
 
 
 def release(parameters: Iterable[Tensor]) -> None:
-    """Give back the memory of partitioned parameters that are used no more.
+    """Free the partitions of parameters that are no longer used.
 
-    DeepSpeed's methods on a parameter refer to it: dropping it frees its partition only when cycles are collected.
+    DeepSpeed's methods on a parameter form reference cycles with it. Without this call the partition would be freed
+    only by garbage collection.
     """
     for parameter in parameters:
         shard = local_shard(parameter)
@@ -150,10 +156,10 @@ def release(parameters: Iterable[Tensor]) -> None:
 
 
 def to_device(module: nn.Module, device: torch.device) -> None:
-    """Move buffers, and the emptied data of partitioned parameters, to `device`; partitions stay where they are.
+    """Move buffers, and the empty data of partitioned parameters, to `device`; partitions are not moved.
 
-    ``zero.Init`` creates buffers on the device, a skeleton has them on the CPU, and Lightning moves a module to the CPU
-    after every run: DeepSpeed's single-parameter gathers would then follow the parameter's device there.
+    ``zero.Init`` creates buffers on the device, but a skeleton has them on the CPU. Lightning moves a module to the CPU
+    after every run, and DeepSpeed's gathers of single parameters would then gather to the CPU.
     """
     for child in module.modules():
         for name, buffer in child.named_buffers(recurse=False):
@@ -165,13 +171,13 @@ def to_device(module: nn.Module, device: torch.device) -> None:
 
 @contextmanager
 def gathered(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Gather `parameters` on every rank; read-only inside. Collective: all ranks enter with the same parameters."""
+    """All-gather `parameters` on every rank; read-only inside. Collective: all ranks pass the same parameters."""
     with deepspeed.zero.GatheredParameters(list(parameters)):
         yield
 
 
 def repeated_layers(backbone: nn.Module) -> list[nn.Module]:
-    """The decoder (or encoder) layers of `backbone`: the outermost modules that stand in a ``ModuleList``."""
+    """The decoder (or encoder) layers of `backbone`: the modules in its outermost module lists."""
     layers: list[nn.Module] = []
     stacks = [(name, module) for name, module in backbone.named_modules() if isinstance(module, nn.ModuleList)]
     for name, stack in stacks:
@@ -181,17 +187,18 @@ def repeated_layers(backbone: nn.Module) -> list[nn.Module]:
 
 
 def gather_by_layer(backbone: nn.Module) -> None:
-    """Let ZeRO-3 gather and release decoder layers whole: one collective per dtype, not three per linear layer.
+    """Make ZeRO-3 gather and release whole decoder layers: one collective per dtype, not three per linear layer.
 
-    DeepSpeed reduces the gradients of such a layer once the gradient of its input is there: the input of the first
-    layer must want one (``enable_input_require_grads``), or they would be taken for missing.
+    DeepSpeed reduces the gradients of such a layer when the gradient of its input is computed. Therefore the input of
+    the first layer must require a gradient (``enable_input_require_grads``); otherwise the layer's gradients would be
+    treated as missing.
     """
     for layer in repeated_layers(backbone):
         set_z3_leaf_module(layer, True)
 
 
 def register_used_parameters(module: nn.Module, parameters: Iterable[Tensor]) -> None:
-    """Let ZeRO-3 gather `parameters` with `module`, whose forward uses them though they are not its own."""
+    """Make ZeRO-3 gather `parameters` with `module`, whose forward uses them although other modules own them."""
     for parameter in parameters:
         deepspeed.zero.register_external_parameter(module, parameter)
 
@@ -199,9 +206,9 @@ def register_used_parameters(module: nn.Module, parameters: Iterable[Tensor]) ->
 def live_budget(backbone: nn.Module, layers: int) -> dict[str, int]:
     """DeepSpeed settings that bound gathered weights to about `layers` decoder layers ahead of their use.
 
-    DeepSpeed's own defaults count elements and suppose 16-bit weights: a billion packed bytes hold two billion
-    weights, and most of the model would stay gathered. Nothing is kept for reuse, and nothing is small enough to be
-    kept for good.
+    DeepSpeed's defaults count elements and assume 16-bit weights. With NF4 a billion elements, packed bytes, hold two
+    billion weights, so that most of the model would stay gathered. These settings keep nothing for reuse and no small
+    parameter permanently.
     """
     sizes = [sum(whole_shape(p).numel() for p in layer.parameters()) for layer in repeated_layers(backbone)]
     layer = max(sizes, default=0)

@@ -199,7 +199,7 @@ def _source(pretrained: str, revision: str | None, given: str | None, beside: Se
     found = next((place / name for place in places if (place / name).is_file()), None)
     if found is None:
         raise InputError(
-            f"plan: the dimensions of {pretrained!r} are unknown: it is not a directory, it is not in the hub's cache, and "
-            f"{name} is neither beside the configuration nor in the package; pass --model-config"
+            f"plan: the dimensions of {pretrained!r} are unknown: it is not a directory, it is not in the hub's cache, "
+            f"and {name} is neither beside the configuration nor in the package; pass --model-config"
         )
     return found
