@@ -30,4 +30,4 @@ class ModelError(InputError):
 
 
 class CheckpointError(InputError):
-    """Weights, an adapter or a checkpoint that cannot be read; the message names the file, the tensor and the remedy."""
+    """Weights, an adapter or a checkpoint that cannot be read; the message names file, tensor and remedy."""

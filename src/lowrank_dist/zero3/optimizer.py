@@ -44,8 +44,8 @@ class ShardedOptimizer:
     def __init__(self, zero: Any) -> None:
         if zero.swap_optimizer:
             raise InputError(
-                "The optimizer is offloaded to NVMe, and its state there cannot be saved or restored; adapters are small: "
-                "use offload_optimizer_device='cpu', or do not offload"
+                "The optimizer is offloaded to NVMe, and its state there cannot be saved or restored; adapters are "
+                "small: use offload_optimizer_device='cpu', or do not offload"
             )
         self._zero = zero
 
