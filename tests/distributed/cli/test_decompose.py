@@ -55,7 +55,7 @@ def test_decompose_with_two_ranks_then_report(llama: Path, tmp_path: Path) -> No
         (["--method", "nonsense"], "there is no initialisation 'nonsense'; registered are"),
         (["--method", "corda"], "--method corda needs data; pass --calibration_data"),
         (["--calibration_data", "x.jsonl"], "PiSSA uses no data; leave it out"),
-        (["--method", "qpissa", "--quantization", "none"], "--method qpissa has an NF4 residual"),
+        (["--method", "qpissa", "--quantization", "none"], "--method qpissa requires an NF4 residual"),
         (["--method", "loftq", "--quantization", "none"], "LoftQ corrects a quantization error"),
         (["--init.power_iterations", "-1"], "power_iterations=-1 must not be negative"),
         (["--rank", "65"], "rank=65 exceeds min(out, in)"),
