@@ -30,4 +30,18 @@ class ModelError(InputError):
 
 
 class CheckpointError(InputError):
-    """Weights, an adapter or a checkpoint that cannot be read; the message names file, tensor and remedy."""
+    """Weights, an adapter or a checkpoint that cannot be read; the message names file, tensor and remedy.
+
+    See Also
+    --------
+    lowrank_dist.inspect : Describes a directory and names what is missing.
+
+    Examples
+    --------
+    >>> from lowrank_dist import CheckpointError, convert_checkpoint
+    >>> try:
+    ...     convert_checkpoint("/nowhere", "lora")
+    ... except CheckpointError:
+    ...     print("refused")
+    refused
+    """
