@@ -22,11 +22,38 @@ class InputError(ValueError):
 
 
 class RemoteError(InputError):
-    """Another rank of the group refused the input; the message is that rank's error."""
+    """Another rank of the group refused the input; the message is that rank's error.
+
+    See Also
+    --------
+    lowrank_dist.distributed.group.ShardGroup.shared_errors : Raises it on the ranks that have no error of their own.
+
+    Examples
+    --------
+    >>> from lowrank_dist.errors import InputError, RemoteError
+    >>> issubclass(RemoteError, InputError)
+    True
+    """
 
 
 class ModelError(InputError):
-    """A model or adapter configuration that cannot be trained; the message names the layer and the remedy."""
+    """A model or adapter configuration that cannot be trained; the message names the layer and the remedy.
+
+    See Also
+    --------
+    CheckpointError : For files that cannot be read.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> from lowrank_dist import ModelError
+    >>> from lowrank_dist.model.skeleton import find_backbone
+    >>> try:
+    ...     find_backbone(nn.Linear(2, 2))
+    ... except ModelError:
+    ...     print("no transformers model inside")
+    no transformers model inside
+    """
 
 
 class CheckpointError(InputError):

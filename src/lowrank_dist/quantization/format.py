@@ -35,6 +35,17 @@ class Encoded:
     See Also
     --------
     ResidualFormat.encode : Returns it.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from lowrank_dist.distributed.group import ShardGroup
+    >>> from lowrank_dist.distributed.partition import RowPartition
+    >>> from lowrank_dist.quantization import Dense
+    >>> partition = RowPartition(rows=2, columns=3, world_size=1)
+    >>> encoded = Dense(dtype=torch.bfloat16).encode(torch.ones(2, 3), partition, ShardGroup.single())
+    >>> encoded.shards["weight_rows"].shape, encoded.decoded.dtype
+    (torch.Size([6]), torch.float32)
     """
 
     shards: dict[str, Tensor]
