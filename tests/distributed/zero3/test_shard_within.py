@@ -141,7 +141,7 @@ def test_ranks_that_alternate_between_nodes_are_refused_on_all_of_them(llama: Pa
     ("options", "message"),
     [
         ({"shard_within": "rack"}, "'rack' is neither 'world' nor 'node'"),
-        ({"shard_within": "node", "init": CorDA()}, "calibration pass takes weights from the shards of all ranks"),
+        ({"shard_within": "node", "init": CorDA()}, "calibration pass reads weights from the shards of all ranks"),
     ],
     ids=["unknown", "calibrated"],
 )
