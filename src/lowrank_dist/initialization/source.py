@@ -74,7 +74,7 @@ class MatrixSource(Protocol):
 
     @property
     def fills_cache(self) -> bool:
-        """Whether `through_cache` writes a residual model where it finds none."""
+        """Whether `through_cache` writes a residual model if it finds none."""
 
     def check(self, plan: Plan) -> None:
         """Raise ModelError or InputError if the source cannot provide the matrices of `plan`."""
@@ -88,7 +88,7 @@ class MatrixSource(Protocol):
         device: torch.device | None = None,
         advance: Callable[[int], object] = lambda _: None,
     ) -> Iterator[DecomposedMatrix]:
-        """All matrices of `plan`, cut for the ranks of `group`. Collective: all of them iterate to the end.
+        """All matrices of `plan`, sharded over the ranks of `group`. Collective: all of them iterate to the end.
 
         Raises
         ------
@@ -172,7 +172,7 @@ class PretrainedSource:
 
     @property
     def fills_cache(self) -> bool:
-        """Whether `through_cache` writes a residual model where it finds none."""
+        """Whether `through_cache` writes a residual model if it finds none."""
         return self.cache is not None and self.resume is None
 
     def check(self, plan: Plan) -> None:
@@ -189,7 +189,7 @@ class PretrainedSource:
         device: torch.device | None = None,
         advance: Callable[[int], object] = lambda _: None,
     ) -> Iterator[DecomposedMatrix]:
-        """All matrices of `plan`, cut for the ranks of `group`. Collective: all of them iterate to the end.
+        """All matrices of `plan`, sharded over the ranks of `group`. Collective: all of them iterate to the end.
 
         Raises
         ------

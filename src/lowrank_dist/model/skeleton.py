@@ -1,7 +1,6 @@
-"""From a model on the meta device and a checkpoint's headers to a plan of the walk; every refusal happens here.
+"""The skeleton: a transformers model on the meta device, its head untied if asked, PEFT's layers injected.
 
-Nothing is read but headers and nothing is communicated: given the same files, all ranks come to the same plan or to
-the same error.
+Nothing is read but the configuration, and nothing is communicated.
 """
 
 from __future__ import annotations
