@@ -1,1 +1,1 @@
-"""From a configuration and the headers of a checkpoint to a plan of what is read and decomposed."""
+"""Plan of what is read and decomposed, made from a configuration and the headers of the pretrained weights."""

@@ -1,11 +1,11 @@
-"""How the update of a matrix is parametrized: what of it is trained, and what stands for it in files.
+"""How the update of a matrix is parametrized: which parameters are trained, and what adapter files hold.
 
-A method owns its layout (`lowrank_dist.methods.Method.layout`). Whoever makes, counts, writes or reads the parameters
-of an adapter asks the layout, and knows none by name. Another layout is another class here, with an entry of its own in
-manifests (`FactorLayout.facts`, `stored_layout`).
+A method owns its layout (`lowrank_dist.methods.Method.layout`). Code that makes, counts, writes or reads the parameters
+of an adapter asks the layout and knows none by name. A new layout is a new class here, with its own entry in manifests
+(`FactorLayout.facts`, `stored_layout`).
 
-Files hold adapters as PEFT knows them, A and B. A layout with further parameters computes with ``f(B) A``: it has
-``f(B)`` there in the place of B, which is kept beside it.
+Adapter files hold A and B, as PEFT expects. A layout with further parameters computes ``f(B) A``: its adapter files
+hold ``f(B)`` in place of B, and B is kept beside them.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class FactorLayout(ABC):
-    """What the parameters of an adapter are, beside A ``[r, in]`` and B ``[out, r]``.
+    """The parameters of an adapter: A ``[r, in]``, B ``[out, r]`` and possibly further ones.
 
     Attributes
     ----------
     trained
-        Those of A (``lora_A``) and B (``lora_B``) that are trained.
+        The factors that are trained, of A (``lora_A``) and B (``lora_B``).
     further
-        Names of the parameters beside A and B, all trained. In the model they lie beside B, in the module that takes
-        the place of PEFT's ``lora_B`` (`lowrank_dist.layers.frozen.ExtendedLinear`).
+        Names of the parameters beside A and B, all trained. In the model they belong to the module that replaces
+        PEFT's ``lora_B`` and also holds B (`lowrank_dist.layers.frozen.ExtendedLinear`).
     adds_product
-        Whether at step 0 the model adds ``scaling * B A`` to the residual; else it adds nothing, or next to nothing.
+        Whether the model adds ``scaling * B A`` to the residual at step 0. If not, it adds zero or almost zero.
     """
 
     trained: ClassVar[tuple[str, ...]]
@@ -50,7 +50,7 @@ class FactorLayout(ABC):
 
     @abstractmethod
     def initial(self, planned: PlannedMatrix) -> dict[str, Tensor]:
-        """Values of the further parameters at step 0, fp32, whole; the same on every rank."""
+        """Whole further parameters at step 0, in fp32; the same on every rank."""
 
     @abstractmethod
     def multiply(self, x: Tensor, b: Tensor, further: Mapping[str, Tensor]) -> Tensor:
@@ -58,33 +58,33 @@ class FactorLayout(ABC):
 
     @abstractmethod
     def folded(self, b: Tensor, further: Mapping[str, Tensor]) -> Tensor:
-        """``f(B)``, ``[out, r]`` in the dtype of B, whole; on meta too."""
+        """Whole ``f(B)``, ``[out, r]`` in the dtype of B; also works on meta."""
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:
-        """Entries of a manifest, from which `stored_layout` gives the layout back."""
+        """Manifest entries, from which `stored_layout` restores the layout."""
 
     @property
     def folds(self) -> bool:
-        """Whether adapter files hold ``f(B)``, and B is kept beside it."""
+        """Whether adapter files hold ``f(B)`` in place of B, which is kept beside them."""
         return bool(self.further)
 
     def parameter_shapes(self, planned: PlannedMatrix) -> dict[str, tuple[int, ...]]:
-        """Shapes of the further parameters of a matrix, by their names in the backbone."""
+        """Shapes of the further parameters of a matrix, by name in the backbone."""
         return {f"{planned.layer}{_end(name)}": shape for name, shape in self.shapes(planned).items()}
 
     def kept_beside(self, name: str) -> bool:
-        """Whether the trained parameter `name` of the backbone is in no adapter file, which has ``f(B)`` instead."""
+        """Whether adapter files lack the trained parameter `name` of the backbone, because they hold ``f(B)``."""
         names = self._inside if "lora_B" in self.trained else self.further
         return name.endswith(tuple(map(_end, names)))
 
     def adapter(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What PEFT's adapter holds, under its names.
+        """Tensors of the adapter file, under PEFT's names.
 
         Parameters
         ----------
         parameters
-            Whole parameters of the adapter, all of a layer or none, by their names in the backbone; on meta too.
+            Whole parameters of the adapter, by name in the backbone: for each layer all or none. They may be on meta.
         """
         ends = tuple(map(_end, self._inside))
         adapter = {peft_name(name): tensor for name, tensor in parameters.items() if not name.endswith(ends)}
@@ -99,18 +99,18 @@ class FactorLayout(ABC):
 
     @property
     def _inside(self) -> tuple[str, ...]:
-        """Names in the module at the place of ``lora_B``, where it is not PEFT's."""
+        """Names of the parameters in the module that replaces ``lora_B``; empty if PEFT's module stays."""
         return ("weight", *self.further) if self.further else ()
 
 
 def _end(name: str) -> str:
-    """What the name in the backbone of a parameter at the place of ``lora_B`` ends with."""
+    """Suffix of the name, in the backbone, of a parameter in the module that replaces ``lora_B``."""
     return f".lora_B.{ADAPTER}.{name}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedFactors(FactorLayout):
-    """A and B are trained, as LoRA does."""
+    """A and B are trained, as in LoRA."""
 
     trained: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
 
@@ -132,12 +132,12 @@ class TrainedFactors(FactorLayout):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedCore(FactorLayout):
-    """A and B are frozen, and a core R ``[r, r]`` between them is trained: ``B R A``, as LoRA-XS does.
+    """A and B are frozen, and a core R ``[r, r]`` between them is trained: ``B R A``, as in LoRA-XS.
 
     Parameters
     ----------
     std
-        Standard deviation of R at step 0, which is drawn from ``N(0, std^2)``.
+        Standard deviation of R at step 0; its elements are drawn from ``N(0, std^2)``.
     """
 
     std: float
@@ -163,6 +163,6 @@ class TrainedCore(FactorLayout):
 
 
 def stored_layout(manifest: Mapping[str, Any]) -> FactorLayout:
-    """The layout whose `FactorLayout.facts` a manifest holds; a model of other origin has A and B."""
+    """The layout whose `FactorLayout.facts` a manifest holds; `TrainedFactors` if it holds none (other origin)."""
     core = manifest.get("core")
     return TrainedFactors() if core is None else TrainedCore(std=core)

@@ -1,8 +1,8 @@
-"""Names of a model to tensors of a checkpoint, as transformers maps them while loading.
+"""Maps the parameters of a model to tensors of the pretrained weights, as transformers does while loading.
 
-A checkpoint may lack or add the model's prefix, may name things as an earlier release of transformers did, and may hold
-the experts of a mixture one by one where the model has them fused. What transformers' conversion table only renames or
-stacks is found here; other conversions are refused by name.
+Pretrained weights may lack or add the model's prefix, may use names of an earlier release of transformers, and may
+store the experts of a mixture one by one while the model fuses them. Conversions of transformers' table that only
+rename or stack are supported; others are refused, and the error names the parameter.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ if TYPE_CHECKING:
 
 ADAPTER = "default"
 
-# operations of transformers.core_model_loading that only stack: type, dimension
+# operations of transformers.core_model_loading that only stack: (type, dimension)
 _STACK = [("MergeModulelist", 0)]
 _STACK_AND_FUSE = [*_STACK, ("Concatenate", 1)]
 _FUSE = [("Concatenate", 0)]
 
 
 def plain_name(name: str) -> str:
-    """Name of a parameter as it was before PEFT's layers were put in."""
+    """Name that a parameter had before PEFT's layers were injected."""
     for inserted in (".base_layer", ".original_module", f".modules_to_save.{ADAPTER}"):
         name = name.replace(inserted, "")
     return name
 
 
-#: PEFT puts it before every name in an adapter file.
+#: Prefix of every name in an adapter file of PEFT.
 PEFT_PREFIX = "base_model.model."
 
 
 def peft_name(name: str) -> str:
-    """PEFT's name, in an adapter file, of the backbone's parameter `name`."""
+    """PEFT's name in adapter files for the parameter `name` of the backbone."""
     name = name.replace(f".modules_to_save.{ADAPTER}", "").replace(f".{ADAPTER}.", ".")
     return PEFT_PREFIX + name.removesuffix(f".{ADAPTER}")
 
 
 def _shared_names(backbone: PreTrainedModel) -> dict[str, set[str]]:
-    """The other names, without those of PEFT's layers, of every parameter that is tied."""
+    """The other names of every tied parameter. All names are as before PEFT's layers were injected."""
     names: dict[int, set[str]] = {}
     for name, parameter in backbone.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), set()).add(plain_name(name))
@@ -53,16 +53,16 @@ def _shared_names(backbone: PreTrainedModel) -> dict[str, set[str]]:
 
 
 class CheckpointKeys:
-    """Where the parameters of a model are in a checkpoint.
+    """Finds the parameters of a model in pretrained weights.
 
     Parameters
     ----------
     backbone
-        The model, with or without PEFT's layers.
+        The model, with PEFT's layers or without.
     reader
-        The checkpoint; fused parameters that it holds in parts are joined in it.
+        Reader of the pretrained weights. Fused parameters that are stored in parts are joined in it.
     tied
-        Names of parameters that the checkpoint may hold under another name too
+        Untied parameters, and the parameters they were tied to: the weights may be stored under either name
         (`lowrank_dist.model.skeleton.untie_embeddings`).
     """
 
@@ -76,18 +76,18 @@ class CheckpointKeys:
             for name, other in (pair, pair[::-1]):
                 self._tied.setdefault(name, set()).add(other)
         self._keys: dict[str, str] | None = None
-        self._refused: dict[str, str] = {}  # what conversion a parameter would need
+        self._refused: dict[str, str] = {}  # by parameter, the conversion it would need
 
     def find(self, name: str) -> str | None:
-        """Name, for the reader, of the tensor that fills the model's parameter `name`; None where there is none.
+        """Name, in the reader, of the tensor that fills the parameter `name` of the model; None if there is none.
 
-        A copy of a tied parameter (``modules_to_save``) is filled from where the others that it was tied to are.
+        A tied parameter, or its copy under ``modules_to_save``, may be stored under any of its tied names.
         """
         name = plain_name(name)
         return self._find(name) or next(filter(None, map(self._find, sorted(self._tied.get(name, ())))), None)
 
     def holds(self, name: str) -> bool:
-        """Whether the checkpoint has the parameter `name` itself, not only the one it is tied to."""
+        """Whether the parameter `name` itself is stored, not only one that it is tied to."""
         return self._find(plain_name(name)) is not None
 
     def _find(self, name: str) -> str | None:
@@ -101,7 +101,7 @@ class CheckpointKeys:
         return self._converted().get(name)
 
     def check(self, name: str, key: str | None, parameter: Tensor) -> str | None:
-        """What is wrong with loading `parameter` from `key`, or None."""
+        """The reason why `parameter` cannot be loaded from `key`, or None."""
         shape, name = tuple(parameter.shape), plain_name(name)
         if key is None and name in self._refused:
             return f"{name} {list(shape)}: {self._refused[name]}"
@@ -118,7 +118,7 @@ class CheckpointKeys:
         return None
 
     def _converted(self) -> dict[str, str]:
-        """Tensors, for the reader, by the names that transformers' conversion table gives them."""
+        """Names of tensors in the reader, by the names that transformers' conversion table gives them."""
         if self._keys is None:
             self._keys = {}
             self._convert(self._keys)
@@ -149,7 +149,7 @@ class CheckpointKeys:
     def _take(
         self, name: str, sources: Mapping[str | None, list[str]], converter: Any, shape: tuple[int, ...]
     ) -> str | None:
-        """The tensor that parameter `name` is made of by `converter`; where it cannot be read, the reason is noted."""
+        """Tensor in the reader that `converter` makes parameter `name` of; None if refused, with a reason noted."""
         first = next(iter(sources.values()))[0]
         if converter is None:
             return first

@@ -1,7 +1,7 @@
-"""From a model on the meta device and a checkpoint's headers to a plan of the walk; every refusal happens here.
+"""The plan of a walk: matches a model on the meta device with the headers of the pretrained weights.
 
-Nothing is read but headers and nothing is communicated: given the same files, all ranks come to the same plan or to
-the same error.
+It refuses what cannot be loaded or decomposed before any weights are read. Only headers are read and nothing is
+communicated: given the same files, all ranks make the same plan or raise the same error.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ from lowrank_dist.storage.reader import CheckpointReader
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedMatrix:
-    """One adapted weight, or one of the matrices of a stacked one (the weight of one expert).
+    """One adapted weight, or one matrix of a stacked weight (one expert).
 
     Attributes
     ----------
     layer
         Name of the PEFT layer in the backbone.
     key
-        Name of the weight in the checkpoint, as its reader knows it.
+        Name of the weight in the reader of the pretrained weights.
     rows, columns
         Shape as stored.
     input_first
-        The weight is stored ``[in, out]`` (Conv1D, embeddings, some experts).
+        Whether the weight is stored ``[in, out]`` (Conv1D, embeddings, some experts).
     rank, scaling
-        Of its adapter.
+        Rank and scaling of its adapter.
     parameter
         Name of the weight in the base layer.
     lookup
-        The layer looks rows up instead of multiplying by the matrix (embeddings).
+        Whether the layer looks rows up instead of multiplying by the matrix (embeddings).
     wrapped
-        PEFT adapts the parameter, not the module that holds it (``target_parameters``).
+        Whether PEFT adapts the parameter, not the module that holds it (``target_parameters``).
     expert, experts
-        Which matrix of the stack, of how many; None and 1 where the weight is a matrix.
+        Index of the matrix in the stack, and number of matrices; None and 1 if the weight is a single matrix.
     """
 
     layer: str
@@ -70,12 +70,12 @@ class PlannedMatrix:
 
     @property
     def name(self) -> str:
-        """For reports: the layer; for adapted parameters the parameter, and the expert in brackets."""
+        """Name in reports: the layer, or the adapted parameter if `wrapped`, with the expert in brackets."""
         return self.weight if self.wrapped else self.layer
 
     @property
     def weight(self) -> str:
-        """Name of the weight in the model without adapters, the expert in brackets."""
+        """Name of the weight in the model without adapters, with the expert in brackets."""
         return f"{plain_name(self.layer)}.{self.parameter}{'' if self.expert is None else f'[{self.expert}]'}"
 
     @property
@@ -93,25 +93,25 @@ class PlannedMatrix:
 
     @property
     def parameter_shapes(self) -> dict[str, tuple[int, int]]:
-        """Shapes of the parameters that hold A and B: of all experts together where these share them."""
+        """Shapes of the parameters that hold A and B; experts of one stack share them."""
         return stacked_shapes(self.factor_shapes, self.experts)
 
     def row_partition(self, world_size: int, *, block: int) -> RowPartition:
-        """How the rows are cut over `world_size` ranks that hold whole blocks of `block` elements."""
+        """Sharding of the rows over `world_size` ranks that hold whole blocks of `block` elements."""
         return RowPartition(rows=self.rows, columns=self.columns, world_size=world_size, block=block)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedTensor:
-    """A parameter or persistent buffer that is loaded as it is.
+    """A parameter or persistent buffer that is loaded unchanged.
 
     Attributes
     ----------
     names
-        All its names in the backbone; more than one where it is tied.
+        All its names in the backbone; more than one if it is tied.
     key
-        Its name in the checkpoint, or None where the checkpoint lacks it and a fresh initialisation stands in (linear
-        layers of a new head under ``modules_to_save``).
+        Its name in the pretrained weights. None if they lack it and it is freshly initialised (linear layers of a new
+        head under ``modules_to_save``).
     trainable
         Whether it is trained (copies under ``modules_to_save``).
     """
@@ -123,7 +123,7 @@ class PlannedTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Everything the walk does, in order."""
+    """The matrices to decompose and the tensors to load, in order."""
 
     matrices: list[PlannedMatrix] = field(default_factory=list)
     parameters: list[PlannedTensor] = field(default_factory=list)
@@ -132,16 +132,16 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedModel:
-    """A model on the meta device with the adapter's layers, and the plan that fills it.
+    """A model on the meta device with the adapter's layers, and the plan that loads it.
 
     Attributes
     ----------
     backbone
-        On meta, adapters injected.
+        The skeleton: on meta, adapters injected.
     tied
-        From `untie_embeddings`; empty where nothing was untied.
+        From `untie_embeddings`; empty if nothing was untied.
     plan
-        Of `backbone`.
+        The plan of `backbone`.
     """
 
     backbone: PreTrainedModel
@@ -157,25 +157,25 @@ def open_plan(
     untie: bool = False,
     limit_rank: bool = True,
 ) -> PlannedModel:
-    """Put an adapter's layers into a model on meta and match it with a checkpoint: everything before weights are read.
+    """Inject an adapter's layers into a model on meta and match it with the pretrained weights, which are not read.
 
     Parameters
     ----------
     reader
-        The checkpoint.
+        Reader of the pretrained weights.
     adapter
-        PEFT's configuration; None: the model as it is.
+        PEFT's configuration; None injects nothing.
     backbone
-        A skeleton, which is changed; None: the one that the checkpoint's ``config.json`` names.
+        The model on meta, changed in place; None builds the one that the ``config.json`` of the weights names.
     untie
-        Give a tied head a weight of its own first.
+        Give a tied output embedding its own weight first.
     limit_rank
         See `plan_walk`.
 
     Raises
     ------
     ModelError
-        As `build_skeleton`, `untie_embeddings`, `inject_adapter` and `plan_walk` do.
+        From `build_skeleton`, `untie_embeddings`, `inject_adapter` or `plan_walk`.
     """
     backbone = build_skeleton(reader.directory) if backbone is None else backbone
     tied = untie_embeddings(backbone) if untie else {}
@@ -192,14 +192,14 @@ def plan_walk(
     *,
     limit_rank: bool = True,
 ) -> Plan:
-    """Match every parameter of an injected `backbone` with the checkpoint; refuse what cannot be done.
+    """Match every parameter of `backbone` with the pretrained weights, and refuse what cannot be executed.
 
     Parameters
     ----------
     backbone
-        On meta, adapters injected.
+        The skeleton: on meta, adapters injected.
     reader
-        The checkpoint.
+        Reader of the pretrained weights.
     tied
         From `untie_embeddings`.
     limit_rank
@@ -209,8 +209,8 @@ def plan_walk(
     Raises
     ------
     ModelError
-        Naming the layers, their shapes and the remedy: unsupported layer types, tied or missing or misshapen weights,
-        ranks above ``min(out, in)``.
+        If a layer type is unsupported, a weight is tied, missing or of another shape, or a rank exceeds
+        ``min(out, in)``. The error names the layers, their shapes and the remedy.
     """
     if getattr(backbone.config, "quantization_config", None) is not None and not reader.holds_residuals:
         raise ModelError(f"{reader.directory} is quantized already; pass the checkpoint it was made from")
@@ -322,7 +322,7 @@ class _PlanBuilder:
 
 
 def _unsupported_layer(layer: BaseTunerLayer, base: nn.Module) -> str | None:
-    """Why a layer of PEFT cannot be set up over a sharded residual, to be put behind its name; or None."""
+    """Reason why a PEFT layer cannot work on a sharded residual, to be appended to its name; or None."""
     drop, kind = "; drop it from target_modules", type(base).__name__
     if getattr(layer, "lora_variant", None):
         return f": the variant {type(layer.lora_variant[ADAPTER]).__name__} of LoRA reads the dense weight; turn it off"
@@ -341,7 +341,7 @@ def _unsupported_layer(layer: BaseTunerLayer, base: nn.Module) -> str | None:
 
 
 def _unsupported_parameter(layer: ParamWrapper, base: nn.Module) -> str | None:
-    """The same for a parameter under ``target_parameters``."""
+    """Like `_unsupported_layer`, for a parameter under ``target_parameters``."""
     name, weight = layer.parameter_name, layer.get_param()
     drop = "; drop it from target_parameters"
     if isinstance(base, nn.Embedding):

@@ -29,7 +29,7 @@ _UNSUPPORTED_OPTIONS = {
 
 
 def meta_parameters() -> AbstractContextManager[None]:
-    """Inside, parameters are created on the meta device; buffers (rotary frequencies, ...) are real."""
+    """Context in which parameters are created on the meta device; buffers (rotary frequencies, ...) are real."""
     from accelerate import init_empty_weights
 
     return init_empty_weights(include_buffers=False)
@@ -41,7 +41,8 @@ def find_backbone(module: nn.Module) -> tuple[str, PreTrainedModel]:
     Raises
     ------
     ModelError
-        Where there is none, or more than one, or where its parameters are not on the meta device.
+        If there is none or more than one, a parameter of `module` is outside it, or a parameter is not on the meta
+        device.
     """
     found: list[tuple[str, PreTrainedModel]] = []
     for name, child in module.named_modules():
@@ -75,12 +76,12 @@ def find_backbone(module: nn.Module) -> tuple[str, PreTrainedModel]:
 
 
 def read_config(directory: Path) -> PretrainedConfig:
-    """The ``config.json`` of a checkpoint.
+    """The ``config.json`` of a pretrained model.
 
     Raises
     ------
     ModelError
-        Where there is none that transformers reads.
+        If transformers finds none that it can read.
     """
     try:
         config: PretrainedConfig = transformers.AutoConfig.from_pretrained(directory)
@@ -90,12 +91,12 @@ def read_config(directory: Path) -> PretrainedConfig:
 
 
 def build_skeleton(directory: Path, config: PretrainedConfig | None = None) -> PreTrainedModel:
-    """The transformers model that the ``config.json`` of a checkpoint, or `config`, names, on the meta device.
+    """The transformers model that `config`, or the ``config.json`` of a pretrained model, names; on the meta device.
 
     Raises
     ------
     ModelError
-        Where there is no configuration, or one of an architecture that transformers does not have.
+        If there is no configuration, or if it does not name exactly one model class of transformers.
     """
     config = read_config(directory) if config is None else config
     names = config.architectures or []
@@ -109,17 +110,17 @@ def build_skeleton(directory: Path, config: PretrainedConfig | None = None) -> P
 
 
 def untie_embeddings(backbone: PreTrainedModel) -> dict[str, str]:
-    """Give an output embedding that is tied to the input embedding a parameter of its own.
+    """Give an output embedding that is tied to the input embedding its own parameter.
 
     Returns
     -------
     dict
-        Name of the parameter, and of the one it was tied to; empty where nothing is tied.
+        Name of the parameter, and of the one it was tied to; empty if nothing is tied.
 
     Raises
     ------
     ModelError
-        For encoder-decoders: some of them scale their logits where embeddings are tied.
+        For encoder-decoders: some of them scale their logits only if embeddings are tied.
     """
     output = backbone.get_output_embeddings()
     tied = backbone.get_expanded_tied_weights_keys(all_submodels=True)
@@ -142,12 +143,12 @@ def untie_embeddings(backbone: PreTrainedModel) -> dict[str, str]:
 
 
 def inject_adapter(backbone: PreTrainedModel, adapter: LoraConfig) -> None:
-    """Put PEFT's LoRA layers, on meta, into `backbone`; only what PEFT makes trainable stays trainable.
+    """Inject PEFT's LoRA layers into `backbone`, on meta; only what PEFT makes trainable remains trainable.
 
     Raises
     ------
     ModelError
-        For options of `adapter` that are not supported, and for targets that match nothing.
+        If an option of `adapter` is not supported, or PEFT cannot apply its targets.
     """
     for option, reason in _UNSUPPORTED_OPTIONS.items():
         if getattr(adapter, option, None):
@@ -162,7 +163,7 @@ def inject_adapter(backbone: PreTrainedModel, adapter: LoraConfig) -> None:
             "PiSSAStrategy(init=PiSSA(...)), and PEFT's own would need whole weights; leave init_lora_weights unset"
         )
     backbone.requires_grad_(False)
-    adapter.inference_mode = False  # as saved configurations have it true; modules_to_save would silently stay frozen
+    adapter.inference_mode = False  # saved configurations set it, and modules_to_save would silently stay frozen
     try:
         inject_adapter_in_model(adapter, backbone, adapter_name=ADAPTER, low_cpu_mem_usage=True)
     except ValueError as error:

@@ -1,11 +1,11 @@
-"""PEFT's layout of the factors that the experts of one stacked parameter share; nothing else in the project knows it.
+"""PEFT's layout of the factors of a stack of experts; only this module depends on it.
 
-The factors of one expert are A ``[r, in]`` and B ``[out, r]``. Of `experts` of them PEFT keeps two parameters:
+The factors of one expert are A ``[r, in]`` and B ``[out, r]``. PEFT keeps those of all `experts` in two parameters:
 
-- A ``[experts * r, in]``, one expert after the other: row ``e * r + j`` is direction j of expert e;
-- B ``[out, r * experts]``, the experts interleaved: column ``j * experts + e`` is direction j of expert e.
+- A ``[experts * r, in]``, expert by expert: row ``e * r + j`` is direction j of expert e;
+- B ``[out, r * experts]``, experts interleaved: column ``j * experts + e`` is direction j of expert e.
 
-Factors that belong to one matrix alone are the case of one expert. Factors are called ``lora_A`` and ``lora_B``.
+Factors of a single matrix are the case ``experts == 1``. Factors are called ``lora_A`` and ``lora_B``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lowrank_dist.distributed.partition import FlatPartition
 
 
 def stacked_shapes(of_one: Mapping[str, tuple[int, int]], experts: int) -> dict[str, tuple[int, int]]:
-    """Shapes of A and B of all experts, from those of one: ``lora_A`` ``[r, in]``, ``lora_B`` ``[out, r]``."""
+    """Shapes of A and B of all experts, from the shapes of one: ``lora_A`` ``[r, in]``, ``lora_B`` ``[out, r]``."""
     (rank, inputs), (outputs, _) = of_one["lora_A"], of_one["lora_B"]
     return {"lora_A": (experts * rank, inputs), "lora_B": (outputs, rank * experts)}
 
@@ -36,12 +36,12 @@ def split_b(b: Tensor, experts: int) -> Tensor:
 
 
 def join_a(each: Iterable[Tensor]) -> Tensor:
-    """A ``[experts * r, in]`` from the ``[r, in]`` of every expert: what `split_a` takes apart."""
+    """A ``[experts * r, in]`` from the ``[r, in]`` of every expert; the inverse of `split_a`."""
     return torch.cat(tuple(each))
 
 
 def join_b(each: Iterable[Tensor]) -> Tensor:
-    """B ``[out, r * experts]`` from the ``[out, r]`` of every expert: what `split_b` takes apart."""
+    """B ``[out, r * experts]`` from the ``[out, r]`` of every expert; the inverse of `split_b`."""
     return torch.stack(tuple(each), dim=2).flatten(1)
 
 
@@ -56,22 +56,22 @@ def concat_b(parts: Sequence[Tensor]) -> Tensor:
 
 
 def positions(factor: str, numel: int, expert: int, experts: int) -> range:
-    """Where the elements of one expert's factor stand in the flattened factor of all experts.
+    """Positions of the elements of one expert's factor in the flattened factor of all experts.
 
     Parameters
     ----------
     factor
         ``lora_A`` or ``lora_B``.
     numel
-        Elements of the factor of one expert.
+        Number of elements of the factor of one expert.
     expert, experts
-        Which, of how many.
+        Index of the expert, and number of experts.
 
     Returns
     -------
     range
-        Element i of the flattened factor of the expert is element ``positions(...)[i]`` of that of all: consecutive in
-        A, every `experts`-th in B.
+        Element i of the expert's flattened factor is element ``positions(...)[i]`` of the flattened factor of all
+        experts: consecutive in A, every `experts`-th in B.
     """
     if factor == "lora_A":
         return range(expert * numel, (expert + 1) * numel)
@@ -79,18 +79,18 @@ def positions(factor: str, numel: int, expert: int, experts: int) -> range:
 
 
 def put_factor(shard: Tensor, start: int, factor: Tensor, where: range) -> None:
-    """Copy what belongs there of one expert's factor into a flat shard of the factor of all experts.
+    """Copy the elements of one expert's factor that lie in a flat shard of the factor of all experts into it.
 
     Parameters
     ----------
     shard
         Elements ``start : start + len(shard)`` of the flattened factor of all experts.
     start
-        Its first element.
+        Index of the first element of `shard`.
     factor
         The flattened factor of the expert.
     where
-        Its `positions`.
+        The `positions` of `factor`.
     """
     bounds = (start, start + len(shard))
     first, last = (min(max(-((where.start - bound) // where.step), 0), len(where)) for bound in bounds)
@@ -99,10 +99,10 @@ def put_factor(shard: Tensor, start: int, factor: Tensor, where: range) -> None:
 
 
 class FactorReader:
-    """Reads factors of single experts where those of all are stored together, and what experts share only once.
+    """Reads factors of single experts from tensors of all experts, each byte once.
 
-    The elements of one expert's B lie among those of all others: what was read for one is kept for the next, until
-    another tensor or another part of it is asked for.
+    B interleaves the experts, so the range that is read for one expert also holds the elements of the others. It is
+    kept for them until another tensor or another range is read.
     """
 
     def __init__(self) -> None:
@@ -121,33 +121,33 @@ class FactorReader:
         first = where.start - where.start % where.step
         part = (name, first, first + len(where) * where.step)
         if self._kept is None or self._kept[0] != part:
-            self._kept = None  # not two at a time
+            self._kept = None  # frees it before the next is read
             self._kept = part, flat(*part)
         return self._kept[1][where.start - first :: where.step].clone()
 
     def clear(self) -> None:
-        """Keep nothing."""
+        """Free the range that is kept."""
         self._kept = None
 
 
 class StackedFactors:
-    """This rank's flat shards of the factors that all experts of one parameter share, filled expert by expert.
+    """This rank's flat shards of the factors of all experts of one parameter, filled expert by expert.
 
     Parameters
     ----------
     shapes
-        Of the factors of one expert, by name: ``lora_A`` ``[r, in]``, ``lora_B`` ``[out, r]``.
+        Shapes of the factors of one expert, by name: ``lora_A`` ``[r, in]``, ``lora_B`` ``[out, r]``.
     experts
-        How many there are.
+        Number of experts.
     group
-        The ranks that share them.
+        The ranks that hold the shards.
     dtype
-        Of the shards.
+        Dtype of the shards.
 
     Attributes
     ----------
     shards
-        By name; evenly cut, without padding.
+        Flat shards by name of the factor: evenly sharded, without padding.
     """
 
     def __init__(
@@ -157,12 +157,12 @@ class StackedFactors:
         self._shapes, self._experts, self._group, self._dtype = shapes, experts, group, dtype
 
     def bounds(self, name: str) -> tuple[int, int]:
-        """First and last element of this rank's shard of a factor of all experts."""
+        """Bounds ``(start, stop)`` of this rank's shard of a factor of all experts."""
         numel = torch.Size(self._shapes[name]).numel() * self._experts
         return FlatPartition(numel=numel, world_size=self._group.size).bounds(self._group.rank)
 
     def put(self, expert: int, factors: Mapping[str, Tensor]) -> None:
-        """Put this rank's flat shards, maybe padded, of one expert's factors in. One all-gather of each."""
+        """Add an expert, from this rank's flat, possibly padded shards of its factors. One all-gather of each."""
         for name, shard in factors.items():
             one = FlatPartition(numel=torch.Size(self._shapes[name]).numel(), world_size=self._group.size)
             padded = shard.new_zeros(one.shard_numel)
@@ -174,7 +174,7 @@ class StackedFactors:
             put_factor(self.shards[name], start, whole, positions(name, one.numel, expert, self._experts))
 
     def copy(self) -> StackedFactors:
-        """The same, to be filled apart from it."""
+        """An independent copy."""
         other = StackedFactors(self._shapes, self._experts, self._group, self._dtype)
         other.shards = {name: shard.clone() for name, shard in self.shards.items()}
         return other
