@@ -1,1 +1,1 @@
-"""The published layout of PiSSA on disk: a residual model with its initial adapter beside it."""
+"""Residual models on disk, in the layout that the authors of PiSSA publish: a residual and its initial adapter."""

@@ -1,4 +1,4 @@
-"""Decomposing a checkpoint into a residual model on disk, and the fingerprint that tells whether it is there."""
+"""Decomposes pretrained weights into a residual model on disk, unless it is complete already."""
 
 from __future__ import annotations
 
@@ -33,42 +33,45 @@ def decompose(
     key: str | None = None,
     calibrated: Calibrated | None = None,
 ) -> Path:
-    """Decompose a checkpoint and write the result as a residual model. Collective: all ranks of the walk call it.
+    """Decompose pretrained weights and write a residual model. Collective: all ranks of ``walk.group`` call it.
+
+    A complete residual model with the same fingerprint is kept as it is. Matrices that a killed run with the same
+    fingerprint completed are not decomposed again.
 
     Parameters
     ----------
     plan
         From `lowrank_dist.model.plan.plan_walk`.
     walk
-        The checkpoint, the ranks that share the work (all must see `output`), and how matrices are decomposed.
+        The pretrained weights, the ranks that share the work, and how matrices are decomposed. All ranks must see
+        `output`.
     output
-        Directory to write; complete or absent. What an earlier call with the same source and settings completed,
-        in this directory or in the remains of a killed run, is kept.
+        Directory to write. It is either complete or absent.
     adapter
         PEFT configuration of the adapter.
     base
-        Name of the source for the manifest.
+        Name of the pretrained model, for the manifest.
     sharding, announce
         See `lowrank_dist.decomposition.schedule.scheduled`.
     overwrite
-        Replace what else is at `output`.
+        Replace a directory at `output` that has another fingerprint.
     key
-        The `fingerprint`, where it is known already.
+        The `fingerprint`, if it is known already.
     calibrated
-        Calibration pass, for methods that need one. It runs only if matrices are missing, and for those matrices.
+        Calibration pass, for methods that need one. It runs only if matrices are missing, and only for these.
 
     Returns
     -------
     Path
-        `output`.
+        `output`, as an absolute path.
 
     Raises
     ------
     InputError
-        On every rank: another directory is in the way, another run is writing, the disk is too small.
+        On every rank, if `output` is another directory, another run is writing it, or the disk has too little space.
     ModelError
-        Where a matrix is of a weight that stands for another parameter too, or the method has a layout of factors that
-        `lowrank_dist.model.factor_layout.stored_layout` does not know.
+        If the stored weight of a matrix also provides another parameter, or if
+        `lowrank_dist.model.factor_layout.stored_layout` cannot restore the method's layout of factors.
     """
     output, group = Path(output).absolute(), walk.group
     _check_layout(plan, walk.init)
@@ -79,7 +82,7 @@ def decompose(
         if output.exists() and not overwrite:
             raise InputError(
                 f"{output}: exists, and is not this model decomposed with these settings; remove it, choose another "
-                "directory or pass overwrite"
+                "directory, or pass overwrite"
             )
     writer = ResidualModelWriter(plan, walk, output, key)
     with writer.locked():
@@ -95,7 +98,7 @@ def decompose(
 
 
 def _check_layout(plan: Plan, init: Method) -> None:
-    """Raise ModelError where a residual model cannot hold a matrix of `plan`, or cannot say what is trained."""
+    """Raise ModelError if a residual model cannot hold a matrix of `plan` or record the layout of `init`."""
     if stored_layout(init.layout.facts()) != init.layout:
         raise ModelError(
             f"{init}: the manifest of a residual model has no entry for {init.layout}; train without saving one (no "
@@ -106,8 +109,8 @@ def _check_layout(plan: Plan, init: Method) -> None:
     for planned in plan.matrices:
         if planned.key in shared or keys.count(planned.key) > 1:
             raise ModelError(
-                f"{planned.name}: {planned.key} stands for another parameter too (untied), and a residual model "
-                "keeps names; or train without saving one (no init_cache)"
+                f"{planned.name}: its weight {planned.key} is stored once for several parameters (untied embeddings), "
+                "which a residual model cannot hold; train without saving one (no init_cache)"
             )
 
 

@@ -1,4 +1,4 @@
-"""What a residual model depends on, in one hexadecimal digest."""
+"""Digests of everything that a residual model depends on."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _SAMPLES, _SAMPLE_BYTES = 16, 2**16
 def source_fingerprint(reader: CheckpointReader, group: ShardGroup) -> str:
     """Hexadecimal digest of the weights that a run starts from.
 
-    For a `lowrank_dist.storage.source.WeightSource` it covers the fingerprint of the source. For a model on disk it
-    covers names, sizes and headers of the safetensors files, and 16 evenly spread samples of 64 KiB of each file
-    (hashing whole files would cost a second read). Rank 0 computes it and broadcasts it. Collective.
+    The digest covers the fingerprint of a `lowrank_dist.storage.source.WeightSource`. If the weights are files, it
+    covers the names, sizes and headers of the safetensors files, and 16 evenly spread samples of 64 KiB of each file:
+    hashing whole files would read them a second time. Rank 0 computes it and broadcasts it. Collective.
     """
     return computed_on_rank_0(lambda: _hashed_source(reader).hexdigest(), group)
 
@@ -28,8 +28,9 @@ def source_fingerprint(reader: CheckpointReader, group: ShardGroup) -> str:
 def fingerprint(walk: Walk, plan: Plan, calibrated: Calibrated | None = None) -> str:
     """Hexadecimal digest of everything that a residual model depends on.
 
-    It covers the source like `source_fingerprint`, the method, the residual format, the dtype of the factors, rank and
-    scaling of every matrix, and the fingerprint of `calibrated`. Rank 0 computes it and broadcasts it. Collective.
+    The digest covers the source like `source_fingerprint`, the method, the residual format, the dtype of the factors,
+    rank and scaling of every matrix, and the fingerprint of `calibrated`. Rank 0 computes it and broadcasts it.
+    Collective.
     """
     data = [] if calibrated is None else [calibrated.fingerprint()]
 
@@ -44,7 +45,7 @@ def fingerprint(walk: Walk, plan: Plan, calibrated: Calibrated | None = None) ->
 
 
 def computed_on_rank_0(compute: Callable[[], str], group: ShardGroup) -> str:
-    """The text that `compute` returns on rank 0, on every rank; its error is raised on every rank. Collective."""
+    """Call `compute` on rank 0 and return its text on every rank; its error is raised on every rank. Collective."""
     text = None
     with group.shared_errors():
         if group.rank == 0:

@@ -1,17 +1,17 @@
-"""Residual models on disk: the residual at the root, the initial adapter beside it, read back by rows.
+"""Residual models on disk: the layout of their files, and their reader.
 
-The layout is the one in which the authors of PiSSA publish: an ordinary checkpoint that holds the residual, dense or in
-bitsandbytes' own 4-bit serialization, and a directory ``pissa_init/`` (``loftq_init/``, ...) with a PEFT adapter that
-belongs to it. Stock transformers + peft load both; here every rank reads its own part.
+The layout is the one that the authors of PiSSA publish. The root is an ordinary model directory that holds the
+residual, dense or in the 4-bit serialization of bitsandbytes. A directory ``pissa_init/`` (``loftq_init/``, ...) in it
+holds the initial adapter in PEFT's format. Stock transformers and peft load both. Here every rank reads its own part.
 
-Two things have no place in it, and are kept beside it:
+The published layout cannot hold two things, for which this package adds its own files:
 
-- Residuals in 4 bits of anything but the ``[out, in]`` weight of a linear layer: experts, embeddings, ``Conv1D``,
-  parameters without their module, weights that are fused while loading. The root then is ``residual.safetensors`` (or
-  several and an index) instead of ``model.safetensors``, so that transformers refuses it by name instead of filling in
-  what it cannot read. Tensors have the names and suffixes of bitsandbytes' serialization; each expert of a stack its
-  own, ``<parameter>[<expert>]``.
-- The frozen B of LoRA-XS: ``frozen_factors.safetensors`` beside the adapter, which holds A and ``B R``.
+- 4-bit residuals of anything but the ``[out, in]`` weight of a linear layer: experts, embeddings, ``Conv1D``,
+  parameters that PEFT adapts without their module, weights that transformers fuses while loading. The root then holds
+  ``residual.safetensors`` (or several files and an index) instead of ``model.safetensors``: transformers does not find
+  its file and refuses the directory, instead of initialising the weights that it cannot read. The tensors have the
+  names and suffixes of bitsandbytes' serialization. Each expert of a stack has its own, ``<parameter>[<expert>]``.
+- The frozen B of LoRA-XS, in ``frozen_factors.safetensors`` beside the initial adapter, which holds A and ``B R``.
 """
 
 from __future__ import annotations
@@ -44,49 +44,61 @@ from lowrank_dist.storage.layout import CONFIG, MANIFEST, QUANT_STATE, WEIGHTS, 
 from lowrank_dist.storage.reader import PACKED_DTYPE, CheckpointReader, TensorInfo, check_finite, read_ahead
 
 FROZEN_STEM = "frozen_factors"
-_OF_STACK = re.compile(r"(.+)\[(\d+)\]" + re.escape(QUANT_STATE))
+_STACK_ENTRY = re.compile(r"(.+)\[(\d+)\]" + re.escape(QUANT_STATE))
 
 
 def initial_directory(directory: Path) -> Path | None:
-    """The directory of the initial adapter inside a residual model (``*_init``), or None where there is none."""
+    """The directory of the initial adapter in a residual model (``*_init``), or None if there is none.
+
+    Raises
+    ------
+    CheckpointError
+        If there are several.
+    """
     found = sorted(path.parent for path in directory.glob(f"*_init/{CONFIG}"))
     if len(found) > 1:
         raise CheckpointError(
-            f"{directory}: holds {len(found)} initial adapters ({', '.join(path.name for path in found)}); leave one"
+            f"{directory}: holds {len(found)} initial adapters ({', '.join(path.name for path in found)}); remove all "
+            "but one"
         )
     return found[0] if found else None
 
 
 def starts_at_zero(directory: Path) -> bool:
-    """Whether the residual of a residual model is the original itself, maybe quantized."""
+    """Whether the residuals of the residual model in `directory` are the original matrices, possibly quantized."""
     return bool(_manifest(directory).get("starts_at_zero", False))
 
 
 def _manifest(directory: Path) -> dict[str, Any]:
-    """What this package wrote beside a residual model; empty for models of other origin."""
+    """The manifest of a residual model; empty if this package did not write the model."""
     return read_manifest(directory) if (directory / MANIFEST).is_file() else {}
 
 
 def factor_keys(planned: PlannedMatrix) -> dict[str, str]:
-    """Names of A (``lora_A``) and B (``lora_B``) in the file of the initial adapter."""
+    """Names of A (``lora_A``) and B (``lora_B``) in the files of the initial adapter."""
     return {factor: peft_name(name) for factor, name in planned.factor_names.items()}
 
 
 def packed_name(planned: PlannedMatrix, source: CheckpointReader) -> str:
-    """Name in the files of a residual in 4 bits: of the weight in `source`, of the model where that joins tensors."""
+    """Name of a 4-bit residual in the files: the name of its weight in `source`, if that is one tensor there.
+
+    Otherwise it is the name of the weight in the model: `source` joins several tensors to it, or it is one expert of a
+    stack.
+    """
     return planned.key if planned.key in source else planned.weight
 
 
 def has_stock_layout(planned: PlannedMatrix, residual: ResidualFormat, source: CheckpointReader) -> bool:
-    """Whether transformers has a place for the residual of a matrix of `source`."""
+    """Whether stock transformers can load the residual of a matrix of `source`."""
     linear = not (planned.input_first or planned.lookup or planned.wrapped)
     return residual.exact or (linear and planned.key in source)
 
 
 class ResidualReader(CheckpointReader):
-    """The root of a residual model: 4-bit weights have the shape of the matrix they stand for, and dtype ``NF4``.
+    """Reader of the root of a residual model.
 
-    Stacks of matrices in 4 bits, which the files hold one by one, are there under the name of the stack too.
+    `info` describes a 4-bit weight by the shape of the matrix that it encodes and the dtype ``NF4``. The files hold the
+    matrices of a 4-bit stack one by one; the name of the stack stands for all of them.
     """
 
     holds_residuals = True
@@ -94,7 +106,7 @@ class ResidualReader(CheckpointReader):
     def __init__(self, directory: Path) -> None:
         super().__init__(directory, stem=residual_stem(directory))
         self._depths: dict[str, int] = {}
-        for match in filter(None, map(_OF_STACK.fullmatch, self)):
+        for match in filter(None, map(_STACK_ENTRY.fullmatch, self)):
             self._depths[match[1]] = max(self._depths.get(match[1], 0), int(match[2]) + 1)
 
     def __contains__(self, name: object) -> bool:
@@ -115,12 +127,20 @@ class ResidualReader(CheckpointReader):
         return f"{name}[{index}]" if name in self._depths else super().entry(name, index)
 
     def quant_state(self, name: str) -> dict[str, Any]:
-        """The JSON that bitsandbytes keeps beside the 4-bit weight `name`."""
+        """The quantization state of the 4-bit weight `name`, which bitsandbytes stores as JSON beside it.
+
+        Raises
+        ------
+        CheckpointError
+            If it cannot be read.
+        """
         key = name + QUANT_STATE
         try:
             return read_quant_state(self._open(self._file_of[key]).get_tensor(key))
         except ValueError as error:
-            raise CheckpointError(f"{key}: no quantization state of bitsandbytes ({error}); fetch it again") from error
+            raise CheckpointError(
+                f"{key}: not a quantization state of bitsandbytes ({error}); fetch the model again"
+            ) from error
 
 
 class ResidualModel:
@@ -131,30 +151,34 @@ class ResidualModel:
     directory
         Its root.
     dense
-        Format that a residual gets which is not quantized.
+        Format of the residual if it is not stored in 4 bits.
 
     Attributes
     ----------
     reader : ResidualReader
-        The residual, and every parameter that is not adapted.
+        Reads the residuals and every parameter that is not adapted.
     adapter : peft.LoraConfig
         Configuration of the initial adapter, ready for training.
     residual : ResidualFormat
-        How the residual is stored: NF4 where the model holds 4-bit weights, else `dense`.
+        Format of the residual: NF4 if the model holds 4-bit weights, else `dense`.
     manifest : dict
-        What this package wrote beside it; empty for models of other origin.
-    base, method, starts_at_zero
-        The pretrained model (for which converted adapters are), the initialisation, and whether the residual is W;
-        where there is no manifest, what the initial adapter says.
+        The manifest; empty if this package did not write the model.
+    base : str
+        Name of the pretrained model, the base model of converted adapters. Without a manifest: the base model of the
+        initial adapter, else `directory`.
+    method : str
+        The initialisation. Without a manifest: the name of the initial adapter's directory, without ``_init``.
+    starts_at_zero : bool
+        Whether the residual is W, possibly quantized. Without a manifest: False.
     layout : FactorLayout
-        What of its updates is trained.
+        Which parameters of an update are trained.
     init : None
-        Nothing is decomposed: the directory holds all residuals and factors.
+        Nothing is decomposed, because all residuals and factors are stored.
 
     Raises
     ------
     CheckpointError
-        Where `directory` is no residual model or cannot be read.
+        If `directory` is not a residual model or cannot be read.
     """
 
     init: Method | None = None
@@ -164,7 +188,9 @@ class ResidualModel:
         self.directory = Path(directory)
         initial = initial_directory(self.directory)
         if initial is None:
-            raise CheckpointError(f"{directory}: no residual model: it holds no *_init/{CONFIG}")
+            raise CheckpointError(
+                f"{directory}: not a residual model, because it holds no *_init/{CONFIG}; pass the root of one"
+            )
         self.reader = ResidualReader(self.directory)
         self._initial = CheckpointReader(initial, stem=Path(WEIGHTS).stem)
         try:
@@ -173,7 +199,9 @@ class ResidualModel:
         except ValueError as error:
             raise CheckpointError(f"{directory}: damaged JSON: {error}; fetch or decompose it again") from error
         if not isinstance(config, LoraConfig):
-            raise CheckpointError(f"{initial}: a {config.peft_type} adapter, not a LoRA")
+            raise CheckpointError(
+                f"{initial}: a {config.peft_type} adapter, not a LoRA; pass a residual model with an initial LoRA"
+            )
         config.init_lora_weights, config.inference_mode = True, False
         self.adapter: LoraConfig = config
         self.residual = self._stored_format() or dense
@@ -187,7 +215,7 @@ class ResidualModel:
 
     @property
     def nbytes(self) -> int:
-        """Of all stored tensors, the initial adapter included."""
+        """Bytes of all stored tensors, including the initial adapter."""
         return self.reader.nbytes + self._initial.nbytes
 
     @staticmethod
@@ -204,13 +232,16 @@ class ResidualModel:
                 found.setdefault(NF4(block_size=block_size, double_quant=f"{name}.nested_absmax" in self.reader), name)
         if len(found) > 1:
             shown = "; ".join(f"{name}: {fmt}" for fmt, name in found.items())
-            raise CheckpointError(f"{self.directory}: residuals in {len(found)} formats are not supported: {shown}")
+            raise CheckpointError(
+                f"{self.directory}: its residuals are stored in {len(found)} formats, but one is supported ({shown}); "
+                "decompose the original again"
+            )
         return next(iter(found), None)
 
     def check_settings(
         self, *, adapter: LoraConfig | None, init: Method | None, quantization: ResidualFormat | None
     ) -> None:
-        """Raise ModelError where a user asks for anything else than what is stored; None asks for nothing."""
+        """Raise ModelError if an option differs from what is stored; None accepts what is stored."""
         asked_and_stored: list[tuple[str, Any, Any]] = []
         if adapter is not None:
             for option in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
@@ -228,29 +259,32 @@ class ResidualModel:
                 )
 
     def check(self, plan: Plan) -> None:
-        """Raise ModelError where what `plan` asks for is not what is stored: other targets, shapes or formats."""
+        """Raise ModelError if `plan` has other targets, shapes or formats than are stored."""
         for parameter in plan.parameters:
             if parameter.key is not None and self.reader.info(parameter.key).dtype == PACKED_DTYPE:
                 raise ModelError(
                     f"{parameter.names[0]} is stored in 4 bits, and the adapter does not target it; leave `adapter` "
-                    "out to take the stored configuration"
+                    "out to use the stored configuration"
                 )
         for planned in plan.matrices:
             dtype = self.reader.info(planned.key).dtype
             if (dtype == PACKED_DTYPE) == self.residual.exact:
-                raise ModelError(f"{planned.layer}: the residual is stored as {dtype}, others as {self.residual}")
+                raise ModelError(
+                    f"{planned.layer}: its residual is stored as {dtype}, those of other layers as {self.residual}; "
+                    "leave `adapter` out to use the stored configuration"
+                )
             for factor, shape in planned.parameter_shapes.items():
                 key = factor_keys(planned)[factor]
                 stored = self._initial.info(key).shape if key in self._initial else None
                 if stored != shape:
-                    what = "has none" if stored is None else f"has shape {list(stored)}"
+                    what = "holds none" if stored is None else f"holds {list(stored)}"
                     raise ModelError(
-                        f"{planned.layer}: the adapter wants {factor} {list(shape)}, {self._initial.directory} {what}; "
-                        "leave `adapter` out to take the stored configuration"
+                        f"{planned.layer}: the adapter needs {factor} {list(shape)}, but {self._initial.directory} "
+                        f"{what}; leave `adapter` out to use the stored configuration"
                     )
 
     def plan_of(self, plan: Plan, source: CheckpointReader) -> Plan:
-        """A plan that was made with `source`, in the names of this residual model of it."""
+        """`plan`, which was made with the pretrained weights `source`, in the names of this residual model of them."""
         self.reader.join_as(source)
         if self.residual.exact:
             return plan
@@ -267,11 +301,11 @@ class ResidualModel:
         advance: Callable[[int], object] = lambda _: None,
         calibrated: Calibrated | None = None,
     ) -> tuple[ResidualModel, Plan]:
-        """Return this model itself; a cache would hold the same. Communicates nothing."""
+        """Return this model and `plan`, because a cache would hold the same model. Nothing is communicated."""
         return self, plan
 
     def from_cache(self, plan: Plan, factor_dtype: torch.dtype) -> tuple[ResidualModel, Plan]:
-        """Return this model itself, see `through_cache`."""
+        """Return this model and `plan`; see `through_cache`."""
         return self, plan
 
     def matrices(
@@ -283,12 +317,14 @@ class ResidualModel:
         device: torch.device | None = None,
         advance: Callable[[int], object] = lambda _: None,
     ) -> Iterator[DecomposedMatrix]:
-        """Read every matrix of `plan`, this rank its own shards. Collective: all ranks of `group` iterate to the end.
+        """Read this rank's shards of every matrix of `plan`. Collective: all ranks of `group` iterate to the end.
+
+        The ranks exchange only errors, once per matrix.
 
         Raises
         ------
         CheckpointError
-            On every rank, if any rank cannot read or finds a NaN or infinity.
+            On every rank, if any rank finds a NaN or infinity or cannot read.
         """
         device, residual = device or torch.device("cpu"), self.residual
         factor_reader = FactorReader()
@@ -327,14 +363,15 @@ class ResidualModel:
     def residual_of(
         self, planned: PlannedMatrix, partition: RowPartition, group: ShardGroup, device: torch.device
     ) -> Encoded:
-        """The residual of one matrix as this rank holds it on `device`, and what its rows stand for. Collective.
+        """This rank's shards of one residual on `device`, and a decoder of this rank's rows. Collective.
 
-        One all-gather of each storage: for a moment every rank holds the stored residual of the matrix whole.
+        One all-gather of each storage. Every rank holds the whole stored residual of the matrix as long as it keeps the
+        result.
 
         Raises
         ------
         CheckpointError
-            On every rank, if any rank cannot read or finds a NaN or infinity.
+            On every rank, if any rank finds a NaN or infinity or cannot read.
         """
         with group.shared_errors():
             shards = {n: shard.to(device) for n, shard in self._shards(planned, partition, group.rank).items()}
@@ -346,7 +383,7 @@ class ResidualModel:
         )
 
     def _shards(self, planned: PlannedMatrix, partition: RowPartition, rank: int) -> dict[str, Tensor]:
-        """This rank's shards of one residual, by storage name."""
+        """Shards of `rank` of one residual, by storage name; CPU."""
 
         def read_file(suffix: str, start: int, stop: int | None) -> Tensor:
             name = planned.key + suffix

@@ -1,4 +1,4 @@
-"""Residual models under construction: files that all ranks fill together, and a journal of what is complete."""
+"""Writes residual models: all ranks fill the files together, and a journal records what is complete."""
 
 from __future__ import annotations
 
@@ -31,32 +31,33 @@ from lowrank_dist.storage.layout import MANIFEST, RESIDUAL_STEM, WEIGHTS
 from lowrank_dist.storage.reader import FileTensor, check_finite
 from lowrank_dist.storage.writer import TensorFiles, copy_other_files, stored_dtype, write_json
 
-FORMAT = 2  # of the manifest and of what the fingerprint covers
+FORMAT = 2  # version of the manifest and of what the fingerprint covers
 JOURNAL = "journal.jsonl"
-FLUSH_BYTES = 64 * 2**20  # of the source, between two entries of the journal
-COPY_BYTES = 64 * 2**20  # of a tensor that is copied as it is, at a time
-BESIDE = "beside"  # among the shards of a matrix: B where the adapter holds something else
+FLUSH_BYTES = 64 * 2**20  # bytes of pretrained weights between two flushes; the journal grows after each
+COPY_BYTES = 64 * 2**20  # most bytes of an unchanged tensor that are read at once
+BESIDE = "beside"  # name of B among the shards of a matrix whose adapter file holds ``f(B)``
 
 
 class ResidualModelWriter:
-    """One residual model under construction: the result of a walk goes to disk, each rank its own part.
+    """Writes the results of a walk to a residual model, each rank its own part.
 
-    The directory is built beside its final place. What is complete is recorded in a journal after it has reached the
-    disk, so that a run that was killed goes on where it stopped; the rename at the end makes the whole visible at once.
+    The directory is built beside its final path and renamed to it at the end, so that it is never visible in part.
+    Matrices are recorded in a journal after they have reached the disk, so that a run continues where a killed run
+    stopped. All methods are collective.
 
     Parameters
     ----------
     plan, walk
-        What is decomposed, and how.
+        The matrices to decompose, and how.
     output
-        The directory.
+        The final path of the directory.
     key
         The `lowrank_dist.residual_model.fingerprint.fingerprint`.
 
     Attributes
     ----------
     reports
-        Of the matrices that are complete, by name.
+        Reports of the matrices that are complete, by name.
     """
 
     def __init__(self, plan: Plan, walk: Walk, output: Path, key: str) -> None:
@@ -66,7 +67,7 @@ class ResidualModelWriter:
         self.reports: dict[str, MatrixReport] = {}
         self._pending: list[MatrixReport] = []
         self._error: Exception | None = None
-        # in 4 bits matrices have tensors of their own, a dense residual lies where its weight lay
+        # a 4-bit residual has tensors of its own, a dense one takes the place of the stored weight
         adapted = {piece.key for planned in plan.matrices for piece in walk.reader.pieces(planned.key)}
         self._others = [name for name in self.reader if name not in adapted]
         dense = list(self.reader) if self.residual.exact else self._others
@@ -81,7 +82,7 @@ class ResidualModelWriter:
                 factors[factor_keys(planned)[factor]] = FileTensor(shape=shape, dtype=walk.factor_dtype)
         self.stock = all(has_stock_layout(planned, self.residual, self.reader) for planned in plan.matrices)
         self._stacks: dict[str, StackedFactors] = {}
-        self._of_stacks: dict[str, list[MatrixReport]] = {}
+        self._stack_reports: dict[str, list[MatrixReport]] = {}
         self.initial = self.staging / f"{str(walk.init).lower()}_init"
         one_file: dict[str, Any] = {"max_bytes": sys.maxsize}
         self._root = TensorFiles(self.staging, root, stem="model" if self.stock else RESIDUAL_STEM)
@@ -99,7 +100,13 @@ class ResidualModelWriter:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other runs out of the directory under construction; a lock dies with its process."""
+        """Lock the directory under construction on rank 0, and close the files at the end.
+
+        Raises
+        ------
+        InputError
+            On every rank, if another run has the lock. A lock ends with its process.
+        """
         with ExitStack() as stack:
             for files in self._files:
                 stack.callback(files.close)
@@ -109,7 +116,13 @@ class ResidualModelWriter:
             yield
 
     def begin(self) -> None:
-        """Make the files, or find what a killed run has completed."""
+        """Create the files, or fill `reports` with the matrices that a killed run has completed.
+
+        Raises
+        ------
+        InputError
+            On every rank, if the disk has too little space.
+        """
         found: list[dict[str, Any]] = []
         with self.group.shared_errors():
             if self.group.rank == 0:
@@ -124,7 +137,10 @@ class ResidualModelWriter:
         self.reports = {name: reported[name] for name in complete}
 
     def _journal(self) -> list[dict[str, Any]]:
-        """Entries of the journal of a run with the same fingerprint; the last line may have been cut by its death."""
+        """Entries of the journal if it has this fingerprint and all files exist; else none.
+
+        The last line may be incomplete: the run may have been killed while it wrote it.
+        """
         path = self.staging / JOURNAL
         if not path.is_file() or not all(files.exist() for files in self._files):
             return []
@@ -146,7 +162,13 @@ class ResidualModelWriter:
         flush_directory(self.staging)
 
     def matrices(self, decomposed: Iterable[DecomposedMatrix]) -> None:
-        """Write decomposed matrices as they come."""
+        """Write this rank's part of every matrix of `decomposed`.
+
+        Raises
+        ------
+        OSError, RemoteError
+            On every rank, if any rank cannot write.
+        """
         for matrix in decomposed:
             factors = self._stored_factors(matrix)
             try:
@@ -155,11 +177,11 @@ class ResidualModelWriter:
                     self._write_factors(matrix.planned, factors)
             except OSError as error:
                 self._error = self._error or error
-            # experts that share factors are complete together
-            reports = self._of_stacks.setdefault(matrix.planned.layer, [])
+            # experts of a stack share their factors, which are written with the last expert
+            reports = self._stack_reports.setdefault(matrix.planned.layer, [])
             reports.append(matrix.report)
             if factors is not None:
-                self._pending += self._of_stacks.pop(matrix.planned.layer)
+                self._pending += self._stack_reports.pop(matrix.planned.layer)
             if sum(report.nbytes for report in self._pending) >= FLUSH_BYTES:
                 self._commit()
             del matrix  # before the next one is decomposed
@@ -177,9 +199,9 @@ class ResidualModelWriter:
                 values = values[count:]
 
     def _stored_factors(self, matrix: DecomposedMatrix) -> dict[str, Tensor] | None:
-        """This rank's flat shards of A and B as files hold them; None while experts that share them are missing.
+        """This rank's flat shards of A and B as the files hold them; None until all experts that share them are done.
 
-        Collective: one all-gather of each factor of an expert.
+        Collective: one all-gather of each factor of an expert, and one of B if the layout folds.
         """
         planned, shards = matrix.planned, {}
         for factor, shape in planned.factor_shapes.items():
@@ -194,12 +216,12 @@ class ResidualModelWriter:
                 planned.factor_shapes, planned.experts, self.group, self.walk.factor_dtype
             )
         self._stacks[planned.layer].put(planned.expert, shards)
-        if len(self._of_stacks.get(planned.layer, [])) + 1 < planned.experts:
+        if len(self._stack_reports.get(planned.layer, [])) + 1 < planned.experts:
             return None
         return self._stacks.pop(planned.layer).shards
 
     def _bounds(self, shape: Sequence[int]) -> tuple[int, int]:
-        """First and last element of this rank's part of a tensor that is cut evenly."""
+        """Bounds ``(start, stop)`` of this rank's part of a tensor of `shape` that is sharded evenly."""
         return FlatPartition(numel=math.prod(shape), world_size=self.group.size).bounds(self.group.rank)
 
     def _write_factors(self, planned: PlannedMatrix, shards: dict[str, Tensor]) -> None:
@@ -210,7 +232,7 @@ class ResidualModelWriter:
             self._beside.write(keys["lora_B"], starts["lora_B"], shards[BESIDE])
 
     def _fold(self, planned: PlannedMatrix, shards: dict[str, Tensor]) -> None:
-        """Put what the layout makes of B in its place, and B beside it. One all-gather of B."""
+        """Replace B in `shards` by the ``f(B)`` of the layout, and keep B as `BESIDE`. One all-gather of B."""
         shape = planned.factor_shapes["lora_B"]
         flat = FlatPartition(numel=math.prod(shape), world_size=self.group.size)
         shards[BESIDE] = shards["lora_B"]
@@ -223,7 +245,7 @@ class ResidualModelWriter:
         shards["lora_B"] = folded.flatten()[slice(*flat.bounds(self.group.rank))]
 
     def _commit(self) -> None:
-        """Bring to disk what all ranks have written, then record it."""
+        """Flush what all ranks have written, then record it in the journal. Raises an error of any rank on all."""
         try:
             for files in self._files:
                 files.flush()
@@ -239,7 +261,15 @@ class ResidualModelWriter:
         self._pending = []
 
     def others(self) -> None:
-        """Copy everything that is not adapted, a flat range per rank, in bounded pieces."""
+        """Copy every tensor that is not adapted: each rank its flat range, in pieces of at most `COPY_BYTES`.
+
+        Raises
+        ------
+        CheckpointError
+            On every rank, if any rank finds a NaN or infinity or cannot read.
+        OSError, RemoteError
+            On every rank, if any rank cannot write.
+        """
         with self.group.shared_errors():
             for name in self._others:
                 info = self.reader.info(name)
@@ -253,7 +283,15 @@ class ResidualModelWriter:
         self._commit()
 
     def finish(self, adapter: LoraConfig, base: str) -> None:
-        """Add what is not tensors and move the directory to its place."""
+        """Write configurations and manifest on rank 0 and rename the directory to its final path.
+
+        Parameters
+        ----------
+        adapter
+            PEFT's configuration of the adapter; the residual model becomes its base model.
+        base
+            Name of the pretrained model, for the manifest.
+        """
         matrices = [self.reports[planned.name] for planned in self.plan.matrices]
         manifest = {
             "format": FORMAT,
@@ -282,7 +320,10 @@ class ResidualModelWriter:
                 (self.output / JOURNAL).unlink()
 
     def _copy_small_files(self) -> None:
-        """Configuration, tokenizer and licence of the source; what is quantized is said where transformers looks."""
+        """Copy configuration, tokenizer and licence of the pretrained model.
+
+        If stock transformers can load a 4-bit residual, its format is added to ``config.json``.
+        """
         copy_other_files(self.reader.directory, self.staging)
         config_path = self.staging / "config.json"
         if self.stock and isinstance(self.residual, NF4) and config_path.is_file():
