@@ -1,1 +1,1 @@
-"""LoRA adapters at rest: their files, their layout, and what they stand for."""
+"""LoRA adapters on disk: their files, the model that they are for, and the exact LoRA for the original model."""

@@ -1,4 +1,4 @@
-"""Adapters on disk: the files of a checkpoint, written and read under PEFT's names."""
+"""Adapter files in PEFT's format: writing and reading."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ if TYPE_CHECKING:
 
 
 def write_adapter(directory: Path, tensors: Mapping[str, Tensor], config: LoraConfig) -> None:
-    """``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT writes them, in `directory`."""
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors`` to `directory`, as PEFT writes them.
+
+    Raises
+    ------
+    ValueError
+        If there are no tensors.
+    """
     if not tensors:
         raise ValueError(f"{directory}: refusing to write an adapter without tensors")
     directory.mkdir(parents=True, exist_ok=True)
@@ -28,12 +34,14 @@ def write_adapter(directory: Path, tensors: Mapping[str, Tensor], config: LoraCo
 
 
 def open_adapter(directory: Path) -> tuple[CheckpointReader, LoraConfig]:
-    """Tensors, to be read as they are needed, and configuration of a LoRA adapter written by PEFT or `write_adapter`.
+    """Open a LoRA adapter that PEFT or `write_adapter` wrote: a reader of its tensors, and its configuration.
+
+    Only headers are read.
 
     Raises
     ------
     CheckpointError
-        Where `directory` holds no adapter, a damaged one, or one of another kind.
+        If `directory` holds no adapter, a damaged one, or one that is not a LoRA.
     """
     from peft import LoraConfig
 
@@ -46,24 +54,24 @@ def open_adapter(directory: Path) -> tuple[CheckpointReader, LoraConfig]:
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{directory / CONFIG}: cannot be read ({error!r}); it is damaged") from error
     if not isinstance(config, LoraConfig):
-        raise CheckpointError(f"{directory}: a {config.peft_type} adapter, not a LoRA")
+        raise CheckpointError(f"{directory}: a {config.peft_type} adapter, not a LoRA; pass a LoRA adapter")
     return CheckpointReader(directory, stem=Path(WEIGHTS).stem), config
 
 
 def whole_tensor(reader: CheckpointReader, name: str) -> Tensor:
-    """Tensor `name`, in its shape and dtype."""
+    """The whole tensor `name`, in its shape and dtype; CPU."""
     shape = reader.info(name).shape
     return reader.flat(name, 0, math.prod(shape)).view(shape)
 
 
 def read_adapter(directory: Path) -> tuple[dict[str, Tensor], LoraConfig]:
-    """All of what `open_adapter` opens."""
+    """All tensors, by name, and the configuration of an adapter; see `open_adapter`."""
     reader, config = open_adapter(directory)
     return {name: whole_tensor(reader, name) for name in reader}, config
 
 
 def changed_config(config: LoraConfig, **changes: Any) -> LoraConfig:
-    """A copy of `config` with `changes`, for an adapter that is done."""
+    """A copy of `config` with `changes`, for a trained adapter."""
     from peft import LoraConfig
 
     values = {**config.to_dict(), "init_lora_weights": True, "inference_mode": True, **changes}

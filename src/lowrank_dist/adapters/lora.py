@@ -1,16 +1,17 @@
-"""The exact LoRA: from an adapter for the residual to an ordinary one, of twice the rank, for the original model.
+"""The exact LoRA: converts an adapter for the residual to an ordinary LoRA of twice the rank for the original model.
 
-Let the trained model compute ``W_res + s B A`` with ``W_res = W - s B_0 A_0``, s the scaling and ``A_0, B_0`` the
-factors before training. Then ::
+Let the trained model compute ``W_res + s B A`` with ``W_res = W - s B_0 A_0``, where s is the scaling and ``A_0, B_0``
+are the factors before training. Then ::
 
     W_res + s B A = W + s (B A - B_0 A_0) = W + s [B | -B_0] [A; A_0],
 
-a LoRA of rank 2r on W with the same scaling ([PiSSA], appendix on conversion; PEFT's
-``path_initial_model_for_weight_conversion`` does the same). The scaling is ``alpha / r``, so alpha doubles with r; with
-rsLoRA it is ``alpha / sqrt(r)`` and alpha grows by ``sqrt(2)``. Where the residual is quantized the model computes
-``Q(W_res) + s B A``, and the identity leaves out ``Q(W_res) - W_res``, which the checkpoint's manifest records.
+which is a LoRA of rank 2r on W with the same scaling ([PiSSA], appendix on conversion; PEFT's
+``path_initial_model_for_weight_conversion`` does the same). The scaling is ``alpha / r``, so alpha doubles with r. With
+rsLoRA the scaling is ``alpha / sqrt(r)``, and alpha grows by ``sqrt(2)``. If the residual is quantized, the model
+computes ``Q(W_res) + s B A``. The identity then leaves out ``Q(W_res) - W_res``, whose size the checkpoint's manifest
+records.
 
-CPU tensors; no trainer, no process group.
+Everything here works on CPU tensors, without a trainer or a process group.
 """
 
 from __future__ import annotations
@@ -44,23 +45,23 @@ def to_lora(
     ----------
     adapter
         Trained tensors under PEFT's names: ``....lora_A.weight`` ``[r, in]``, ``....lora_B.weight`` ``[out, r]``
-        (``lora_embedding_A`` and ``_B`` of embeddings), and whole modules (``modules_to_save``), which are passed
-        through.
+        (for embeddings ``lora_embedding_A`` and ``_B``), and whole modules (``modules_to_save``), which are returned
+        unchanged.
     initial
         ``A_0`` and ``B_0`` under the same names.
     experts
-        How many experts share a tensor, by name, where it is more than one; in PEFT's layout
-        (`lowrank_dist.model.stacking`).
+        Number of experts that share a tensor, by name, if it is more than one. They are stacked in PEFT's layout
+        (`lowrank_dist.model.stacking`): ``[experts * r, in]`` and ``[out, r * experts]``.
 
     Returns
     -------
     dict
-        ``[2r, in]`` and ``[out, 2r]`` under the same names, same dtypes.
+        Factors ``[2r, in]`` and ``[out, 2r]`` under the same names, in the same dtypes.
 
     Raises
     ------
     CheckpointError
-        Where a factor has no counterpart in `initial` or another shape there.
+        If a factor is missing in `initial` or has another shape there.
     """
     converted = {}
     for name, tensor in adapter.items():
@@ -71,7 +72,8 @@ def to_lora(
         if start is None or start.shape != tensor.shape:
             found = "is missing" if start is None else f"has shape {list(start.shape)}"
             raise CheckpointError(
-                f"{name} {list(tensor.shape)}: its initial value {found}; adapter and adapter_init must be of one run"
+                f"{name} {list(tensor.shape)}: its initial value {found}; pass an adapter and the adapter_init of the "
+                "same run"
             )
         if name.endswith(A_NAMES):
             converted[name] = concat_a([tensor, start], (experts or {}).get(name, 1))
@@ -81,7 +83,7 @@ def to_lora(
 
 
 def lora_config(config: LoraConfig) -> LoraConfig:
-    """PEFT configuration of the converted adapter: r doubled everywhere, the scaling of every module unchanged."""
+    """PEFT's configuration of the exact LoRA: r is doubled for every module, and the scalings stay the same."""
     grow = math.sqrt(2) if config.use_rslora else 2
     return changed_config(
         config,
@@ -94,20 +96,21 @@ def lora_config(config: LoraConfig) -> LoraConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraModule:
-    """What a pair of factors in an adapter file adapts.
+    """A pair of factors in an adapter file, and what it adapts.
 
     Attributes
     ----------
     name
-        The layer in the model; the parameter, where PEFT adapts it without its layer (``target_parameters``).
+        Name of the adapted layer in the model, or of the parameter if PEFT adapts it without its layer
+        (``target_parameters``).
     a, b
         Names of the factors in the file.
     rank
-        Of the exact LoRA.
+        Rank of the exact LoRA.
     scaling
-        Of the product of its factors.
+        Scaling of the product of the exact LoRA's factors.
     experts
-        How many matrices the factors are for; in the layout of `lowrank_dist.model.stacking`.
+        Number of matrices that the factors are for, in the layout of `lowrank_dist.model.stacking`.
     """
 
     name: str
@@ -119,7 +122,7 @@ class LoraModule:
 
     @property
     def matrices(self) -> list[str]:
-        """Names of the matrices: `name`, or with the number of each expert in brackets."""
+        """Names of the matrices: `name`, followed by the index of the expert in brackets if there are several."""
         return [self.name] if self.experts == 1 else [f"{self.name}[{expert}]" for expert in range(self.experts)]
 
     def split(self, a: Tensor, b: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -127,13 +130,13 @@ class LoraModule:
         return list(zip(split_a(a, self.experts), split_b(b, self.experts), strict=True))
 
     def join(self, factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """What `split` takes apart."""
+        """Factors of all experts from ``[rank, in]`` and ``[out, rank]`` of each; the inverse of `split`."""
         every_a, every_b = zip(*factors, strict=True)
         return join_a(every_a), join_b(every_b)
 
 
 class ExactLora:
-    """The LoRA for the original model that a checkpoint stands for, read module by module.
+    """The exact LoRA of a checkpoint, for the original model; its factors are read module by module.
 
     Parameters
     ----------
@@ -143,24 +146,24 @@ class ExactLora:
     Attributes
     ----------
     manifest : dict
-        Of the checkpoint.
+        Manifest of the checkpoint.
     config : peft.LoraConfig
-        Of the exact LoRA.
+        Configuration of the exact LoRA.
     cancels : bool
-        Its factors are ``[A; A_0]`` and ``[B | -B_0]``, not those of the adapter alone: two products, whose difference
-        is much smaller than they are.
+        Whether its factors are ``[A; A_0]`` and ``[B | -B_0]``, not those of the adapter alone. The update then is the
+        difference of two products that are much larger.
     trained : CheckpointReader
-        Tensors of the trained adapter.
+        Reader of the trained adapter.
     modules : list of LoraModule
-        What it adapts.
+        The pairs of factors, in the order of their names.
     scalings_known : bool
-        False for a checkpoint that does not name the parameters its adapter is for, where ``alpha_pattern`` may mean
-        some of them: the scaling of its modules is then a guess.
+        False if the manifest does not name the parameters under ``target_parameters`` and ``alpha_pattern`` may match
+        some of them: the scalings are then a guess.
 
     Raises
     ------
     CheckpointError
-        Where `checkpoint` is none, or its factors do not go together.
+        If `checkpoint` is not a checkpoint, or if the shapes of its factors do not match.
     """
 
     def __init__(self, checkpoint: Path) -> None:
@@ -173,7 +176,9 @@ class ExactLora:
             self._initial, _ = open_adapter(checkpoint / INITIAL_DIR)
         self.modules = [self._module(name, trained_config) for name in sorted(self.trained) if name.endswith(A_NAMES)]
         if not self.modules:
-            raise CheckpointError(f"{checkpoint / ADAPTER_DIR}: holds no factors of a LoRA")
+            raise CheckpointError(
+                f"{checkpoint / ADAPTER_DIR}: holds no factors of a LoRA; pass a checkpoint with adapted layers"
+            )
         ambiguous = trained_config.target_parameters and trained_config.alpha_pattern
         self.scalings_known = "parameters" in self.manifest or not ambiguous
 
@@ -184,8 +189,8 @@ class ExactLora:
         height, width = (self.trained.info(n).shape[d] if n in self.trained else 0 for n, d in ((a, 0), (b, 1)))
         if height != width or height % experts:
             raise CheckpointError(
-                f"{a}: {height} rows, for {experts} matrices, do not go with {width} columns of {b}; the checkpoint is "
-                "damaged"
+                f"{a}: its {height} rows, for {experts} matrices, do not match the {width} columns of {b}; the "
+                "checkpoint is damaged"
             )
         name = self.manifest.get("parameters", {}).get(a, layer.removeprefix("base_model.model."))
         rank = height // experts
@@ -200,34 +205,34 @@ class ExactLora:
 
     @property
     def rank(self) -> int:
-        """The largest of its modules."""
+        """The largest rank of a module."""
         return max(module.rank for module in self.modules)
 
     @property
     def uniform(self) -> bool:
-        """Whether all modules have one rank and one scaling."""
+        """Whether all modules have the same rank and the same scaling, and the scalings are known."""
         return self.scalings_known and len({(module.rank, module.scaling) for module in self.modules}) == 1
 
     @property
     def whole(self) -> list[str]:
-        """Names of tensors that are no factors (``modules_to_save``)."""
+        """Names of the tensors that are not factors (``modules_to_save``)."""
         factors = {name for module in self.modules for name in (module.a, module.b)}
         return [name for name in self.trained if name not in factors]
 
     def factors(self, module: LoraModule) -> tuple[Tensor, Tensor]:
-        """A ``[experts * rank, in]`` and B ``[out, rank * experts]`` of `module`, in the dtype of the checkpoint.
+        """A ``[experts * rank, in]`` and B ``[out, rank * experts]`` of `module`, in the dtype of the checkpoint; CPU.
 
         Raises
         ------
         CheckpointError
-            Where they are not finite, or their initial values are of another run.
+            If they hold NaN or infinity, or if their initial values are missing or have other shapes.
         """
         names = (module.a, module.b)
         factors = {name: whole_tensor(self.trained, name) for name in names}
         for name, tensor in factors.items():
             if not tensor.isfinite().all():
                 raise CheckpointError(
-                    f"{name}: holds NaN or infinity: training has diverged; take an earlier checkpoint"
+                    f"{name}: holds NaN or infinity, because training diverged; use an earlier checkpoint"
                 )
         if self._initial is not None:
             initial = {name: whole_tensor(self._initial, name) for name in names if name in self._initial}
@@ -236,7 +241,7 @@ class ExactLora:
 
 
 def _scaling(config: LoraConfig, name: str, rank: int) -> float:
-    """What PEFT multiplies the product of factors of `rank` by, in the module or parameter `name`."""
+    """The scaling that PEFT applies to the product of factors of rank `rank`, in the module or parameter `name`."""
     from peft.utils.other import get_pattern_key
 
     patterns = config.alpha_pattern or {}

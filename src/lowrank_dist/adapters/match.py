@@ -1,4 +1,4 @@
-"""Match an adapter on disk with a model: every tensor must have a parameter, and every parameter a tensor."""
+"""Matches an adapter on disk with a model: every tensor needs a parameter, and every parameter a tensor."""
 
 from __future__ import annotations
 
@@ -12,46 +12,49 @@ from lowrank_dist.errors import ModelError
 from lowrank_dist.model.names import PEFT_PREFIX, peft_name, plain_name
 from lowrank_dist.model.plan import Plan
 
-# PEFT 0.21 writes a head under modules_to_save, with save_embedding_layers, under these names too
+# with save_embedding_layers, PEFT 0.21 writes a head under modules_to_save a second time, under these names
 _DOUBLES = (".modules_to_save.", ".original_module.")
 
 
 def changes_tied(backbone: PreTrainedModel, tensors: Iterable[str]) -> bool:
-    """Whether an adapter with these tensors changes a tied embedding: PEFT changes one of the two, so they part."""
+    """Whether an adapter with tensors of these names changes one of two tied weights, which are then no longer equal.
+
+    PEFT adds the adapter to one of the two only.
+    """
     names: dict[int, list[str]] = {}
     for name, parameter in backbone.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     tied = {name.rpartition(".")[0] for same in names.values() if len(same) > 1 for name in same}
     changed = {plain_name(key.removeprefix(PEFT_PREFIX)) for key in tensors}
-    # of ...lm_head.lora_A.weight the part before the factor, of ...lm_head.weight the part before the leaf
+    # both ...lm_head.lora_A.weight and ...lm_head.weight change ...lm_head
     changed = {name.partition(".lora_")[0] if ".lora_" in name else name.rpartition(".")[0] for name in changed}
     return bool(tied & changed)
 
 
 def match_adapter(adapter: AdapterSource, backbone: PreTrainedModel, plan: Plan, base: Path) -> dict[str, str]:
-    """Check that `adapter` holds exactly the tensors that the model has parameters for.
+    """Check that `adapter` holds exactly the tensors that the model has adapter parameters for. Only headers are read.
 
     Parameters
     ----------
     adapter
-        Its headers are read only.
+        The adapter on disk.
     backbone
-        On meta, the adapter's layers injected.
+        The skeleton: on meta, the adapter's layers injected.
     plan
-        Of `backbone`.
+        The plan of `backbone`.
     base
-        Where the model comes from, for the message.
+        Directory of the pretrained weights, for the message.
 
     Returns
     -------
     dict
-        Tensors of the adapter that stand for whole weights which are not under ``modules_to_save`` (PEFT saves
-        embeddings along), by the name of the parameter.
+        Names of the adapter's tensors that hold whole weights outside ``modules_to_save`` (PEFT may save embeddings
+        with an adapter), by the name of the parameter.
 
     Raises
     ------
     ModelError
-        Naming the tensors that are missing, too many or of another shape.
+        If tensors are missing, have no parameter, or have another shape. The error names them.
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in backbone.named_parameters(remove_duplicate=False)}
     factors = {peft_name(name): shapes[name] for planned in plan.matrices for name in planned.factor_names.values()}
@@ -65,9 +68,9 @@ def match_adapter(adapter: AdapterSource, backbone: PreTrainedModel, plan: Plan,
             shape, name = part.info(key).shape, plain_name(key.removeprefix(PEFT_PREFIX))
             wanted = expected.get(key, weights.get(name) if part is adapter.trained else None)
             if wanted is None:
-                problems.append(f"{key} {list(shape)} has no place in the model")
+                problems.append(f"{key} {list(shape)} has no parameter in the model")
             elif shape != wanted:
-                problems.append(f"{key} has shape {list(shape)}, the model wants {list(wanted)}")
+                problems.append(f"{key} has shape {list(shape)}, but the model needs {list(wanted)}")
             elif key not in expected:
                 saved_along[name] = key
         missing = [key for key in expected if key not in part]

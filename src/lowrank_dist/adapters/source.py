@@ -1,4 +1,4 @@
-"""Adapters on disk: of a checkpoint of this package, or of a directory that PEFT wrote; read a tensor at a time."""
+"""Finds the adapter in a checkpoint of this package or in a directory that PEFT wrote. Tensors are read one by one."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from lowrank_dist.storage.dtypes import FLOAT_DTYPES
 from lowrank_dist.storage.layout import ADAPTER_DIR, CONFIG, INITIAL_DIR, LORA_DIR, MANIFEST, read_manifest
 from lowrank_dist.storage.reader import CheckpointReader
 
-# initialisations of PEFT that leave the base as it is: the adapter is for the base
-_FOR_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
+# values of init_lora_weights with which PEFT leaves the base model unchanged, so that the adapter is for the base model
+_LEAVES_BASE = (True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterSource:
-    """An adapter for an original model.
+    """An adapter on disk.
 
     Attributes
     ----------
     directory
-        Where it is.
+        Its directory.
     config
-        PEFT's configuration, fit for putting layers into a skeleton.
+        PEFT's configuration, ready for injecting the layers into a skeleton.
     trained
-        Its tensors.
+        Reader of the trained tensors.
     initial
-        A_0 and B_0, whose product must be subtracted; None if the adapter is an ordinary LoRA.
+        Reader of ``A_0`` and ``B_0``, whose product must be subtracted; None if the adapter is an ordinary LoRA.
     base
-        Name of the original model, where it is known.
+        Name of the original model; None if it is unknown.
     has_manifest
-        This package wrote it.
+        Whether this package wrote the directory.
     norms
-        Frobenius norms of the weights that were trained from, by the name of the matrix, as far as they are known.
+        Frobenius norms of the original matrices, by the name of the matrix, as far as the manifest records them.
     """
 
     directory: Path
@@ -50,7 +50,7 @@ class AdapterSource:
 
     @property
     def parts(self) -> list[CheckpointReader]:
-        """The trained tensors, and the initial ones where there are any."""
+        """Readers of the trained tensors and, if there are any, of the initial ones."""
         return [self.trained] if self.initial is None else [self.trained, self.initial]
 
     def close(self) -> None:
@@ -60,39 +60,42 @@ class AdapterSource:
 
 
 def find_adapter(directory: Path, *, for_residual: bool = False) -> AdapterSource:
-    """The adapter of a checkpoint, or of a directory that PEFT or `convert_checkpoint` wrote; headers are read only.
+    """Open the adapter of a checkpoint, or of a directory that PEFT or `convert_checkpoint` wrote.
+
+    Only headers are read.
 
     Parameters
     ----------
     directory
-        Where it is.
+        The checkpoint, or the directory with PEFT's files.
     for_residual
-        Whether a directory that PEFT wrote is for the residual of a residual model, instead of for the original.
+        Whether the adapter is to be used on a residual model instead of the original one.
 
     Raises
     ------
     CheckpointError
-        Where there is none, or it is damaged, or for another kind of base.
+        If there is no adapter, if it is damaged or not a LoRA, or if it is for another kind of base model.
     """
     manifest: dict[str, Any] = read_manifest(directory) if (directory / MANIFEST).is_file() else {}
     if for_residual:
-        _refuse_those_for_the_base(directory.absolute())
+        _refuse_if_for_original(directory.absolute())
     if manifest and (directory / ADAPTER_DIR).is_dir():
         trained, initial = directory / ADAPTER_DIR, None if manifest["starts_at_zero"] else directory / INITIAL_DIR
     elif (directory / CONFIG).is_file():
         trained, initial = directory, None
         if not for_residual:
-            _refuse_parts(directory.absolute())
+            _refuse_if_for_residual(directory.absolute())
     else:
         raise CheckpointError(
             f"{directory}: holds neither {ADAPTER_DIR}/ and {MANIFEST} nor {CONFIG}; pass a directory that "
             "AdapterCheckpoint or PEFT wrote"
         )
     reader, config = _open(trained)
-    if config.init_lora_weights not in _FOR_THE_BASE:
+    if config.init_lora_weights not in _LEAVES_BASE:
         raise CheckpointError(
-            f"{trained}: made with init_lora_weights={config.init_lora_weights!r}, for a residual that PEFT forms of "
-            "the base; convert it with save_pretrained(..., path_initial_model_for_weight_conversion=...) of PEFT"
+            f"{trained}: made with init_lora_weights={config.init_lora_weights!r}, so it is for a residual that PEFT "
+            "computes from the base model; convert it with PEFT's "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
     config.init_lora_weights, config.inference_mode = True, False
     norms = {entry["name"]: entry.get("norm") for entry in manifest.get("matrices", [])}
@@ -107,17 +110,17 @@ def find_adapter(directory: Path, *, for_residual: bool = False) -> AdapterSourc
     )
 
 
-def _refuse_parts(directory: Path) -> None:
-    """Refuse a part of a checkpoint, or of a residual model, that means nothing on the original model."""
+def _refuse_if_for_residual(directory: Path) -> None:
+    """Raise CheckpointError if `directory` is a part of a checkpoint or residual model that is for the residual."""
     parent = directory.parent
     trained = directory.name == ADAPTER_DIR and (parent / MANIFEST).is_file()
     if (trained and not read_manifest(parent)["starts_at_zero"]) or directory.name.endswith("_init"):
-        remedy = f"pass {parent}" if trained else "pass the checkpoint with what was trained from it"
+        remedy = f"pass {parent}" if trained else "pass the checkpoint of a run that trained it"
         raise CheckpointError(f"{directory}: for a residual, not for the original model; {remedy}")
 
 
-def _refuse_those_for_the_base(directory: Path) -> None:
-    """Refuse what a manifest, its own or that of the checkpoint around it, says is for the original model."""
+def _refuse_if_for_original(directory: Path) -> None:
+    """Raise CheckpointError if a manifest, in `directory` or beside it, says that it is for the original model."""
     parent, for_the_base = directory.parent, False
     if (directory / MANIFEST).is_file():
         for_the_base = read_manifest(directory).get("adapter_is_for", "").startswith("the base")
@@ -125,13 +128,13 @@ def _refuse_those_for_the_base(directory: Path) -> None:
         for_the_base = directory.name == LORA_DIR or read_manifest(parent)["starts_at_zero"]
     if for_the_base:
         raise CheckpointError(
-            f"{directory}: for the original model, not for the residual of a decomposed one; pass the original as "
-            "`pretrained`"
+            f"{directory}: for the original model, not for the residual of a residual model; pass the original model "
+            "as `pretrained`"
         )
 
 
 def _open(directory: Path) -> tuple[CheckpointReader, LoraConfig]:
-    """Tensors and configuration of one LoRA."""
+    """Open one LoRA and check the dtypes of its tensors."""
     reader, config = open_adapter(directory)
     for name in reader:
         if reader.info(name).dtype not in FLOAT_DTYPES:

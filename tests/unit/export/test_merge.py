@@ -359,10 +359,10 @@ def test_a_damaged_base(pair: tuple[Path, Path], tmp_path: Path) -> None:
 def test_an_adapter_for_another_model(pair: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "models").mkdir()
     wider = save_checkpoint(tmp_path / "models" / "wider", "llama", intermediate_size=140)
-    text = "layers.0.mlp.down_proj.lora_A.weight has shape [4, 136], the model wants [4, 140]"
+    text = "layers.0.mlp.down_proj.lora_A.weight has shape [4, 136], but the model needs [4, 140]"
     refused(ModelError, pair[1], tmp_path / "out", text, "pass the model that it was trained from", base=wider)
     shorter = save_checkpoint(tmp_path / "models" / "shorter", "llama", num_hidden_layers=1)
-    text = "layers.1.mlp.down_proj.lora_A.weight [4, 136] has no place in the model"
+    text = "layers.1.mlp.down_proj.lora_A.weight [4, 136] has no parameter in the model"
     refused(ModelError, pair[1], tmp_path / "out", text, "... and 9 more", base=shorter)
     deeper = save_checkpoint(tmp_path / "models" / "deeper", "llama", num_hidden_layers=3)
     queries = save_peft(draw(pair[0], Case("llama", {"target_modules": ["q_proj"]}), 1), tmp_path / "queries")
@@ -400,7 +400,7 @@ def test_an_adapter_with_something_missing_or_too_much(pair: tuple[Path, Path], 
     save_file({key: t for key, t in whole.items() if key != name}, file)
     refused(ModelError, adapter, tmp_path / "out", f"{name} [64, 4] is missing", base=base)
     save_file(whole | {"base_model.model.vision.bias": torch.ones(2)}, file)
-    refused(ModelError, adapter, tmp_path / "out", "base_model.model.vision.bias [2] has no place", base=base)
+    refused(ModelError, adapter, tmp_path / "out", "base_model.model.vision.bias [2] has no parameter", base=base)
     save_file(whole | {name: torch.full_like(whole[name], torch.inf)}, file)
     refused(CheckpointError, adapter, tmp_path / "out", name, "NaN or infinity", base=base)
     save_file(whole | {name: whole[name].to(torch.float8_e4m3fn)}, file)
