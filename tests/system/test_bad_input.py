@@ -107,17 +107,17 @@ def test_tensor_missing_from_the_checkpoint(copy: Path, tmp_path: Path) -> None:
     index = json.loads((copy / INDEX_NAME).read_text())
     del index["weight_map"][Q]
     (copy / INDEX_NAME).write_text(json.dumps(index))
-    refused(copy, tmp_path, "model.layers.0.self_attn.q_proj", "the checkpoint holds no such tensor")
+    refused(copy, tmp_path, "model.layers.0.self_attn.q_proj", "the pretrained weights hold no such tensor")
 
 
 def test_wrong_shape(copy: Path, tmp_path: Path) -> None:
     edit(copy, Q, lambda w: w[:-1].clone())
-    refused(copy, tmp_path, "q_proj", "the model has shape [64, 64], the checkpoint [63, 64]")
+    refused(copy, tmp_path, "q_proj", "the model has shape [64, 64], the pretrained weights [63, 64]")
 
 
 def test_wrong_dtype(copy: Path, tmp_path: Path) -> None:
     edit(copy, Q, lambda w: w.to(torch.int8))
-    refused(copy, tmp_path, "q_proj", "stores I8")
+    refused(copy, tmp_path, "q_proj", "store I8")
 
 
 @pytest.mark.parametrize("row", [0, 63])
@@ -178,7 +178,7 @@ class MaskedLM(CausalLM):
 def test_a_new_head_that_is_not_linear(tmp_path: Path) -> None:
     base = save_checkpoint(tmp_path / "bert", "bert", auto_class=AutoModel)
     adapter = {"target_modules": ["query"], "modules_to_save": ["cls"]}
-    text = "cls.predictions.transform.LayerNorm.weight [64]: the checkpoint holds no such tensor"
+    text = "cls.predictions.transform.LayerNorm.weight [64]: the pretrained weights hold no such tensor"
     refused(base, tmp_path, text, adapter=adapter, module=MaskedLM)
 
 

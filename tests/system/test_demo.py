@@ -282,7 +282,7 @@ def test_the_table_shows_what_the_summary_holds(tmp_path: Path) -> None:
     assert values["loss, after 40 steps"] == "1.0000"
     assert values["loss, converted LoRA on the original model"] == "1.1000"
     assert values["NF4 residual per rank, and in all"] == "3.0 MiB, 6.0 MiB"
-    assert values["bytes read / bytes of the checkpoint"] == "1.00"
+    assert values["bytes read / bytes of the pretrained weights"] == "1.00"
     assert values["LoRA for stock PEFT"] == "runs/demo/lora"
 
 

@@ -33,8 +33,8 @@ def parser() -> argparse.ArgumentParser:
     """The parser of ``lowrank-dist convert``."""
     parser = argparse.ArgumentParser(
         prog="lowrank-dist convert",
-        description="Convert a checkpoint's adapter to a LoRA for the original model: the exact one, [A; A0], "
-        "[B | -B0] of rank 2r, or the nearest one of a lower rank. Stock PEFT loads it.",
+        description="Convert a checkpoint's adapter to a LoRA for the original model: the exact one, [A; A_0], "
+        "[B | -B_0] of rank 2r, or the nearest one of a lower rank. Stock PEFT loads it.",
     )
     parser.add_argument("checkpoint", help="directory that AdapterCheckpoint wrote")
     parser.add_argument("--output", required=True, help="directory to write; an existing one is replaced")

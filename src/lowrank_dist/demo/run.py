@@ -177,7 +177,7 @@ def table(summary: dict[str, Any], work: Path) -> str:
         (f"loss, after {summary['steps']} steps", f"{summary['eval_loss_trained']:.4f}"),
         ("loss, converted LoRA on the original model", f"{summary['eval_loss_converted']:.4f}"),
         ("matrices decomposed", f"{summary['matrices']} in {summary['init_seconds']:.0f} s"),
-        ("bytes read / bytes of the checkpoint", f"{summary['bytes_read_over_checkpoint_bytes']:.2f}"),
+        ("bytes read / bytes of the pretrained weights", f"{summary['bytes_read_over_checkpoint_bytes']:.2f}"),
         (
             "NF4 residual per rank, and in all",
             f"{mib(summary['packed_bytes_per_rank'])}, {mib(summary['packed_bytes_total'])}",

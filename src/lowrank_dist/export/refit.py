@@ -316,7 +316,7 @@ class _Refit:
         return factors, Leftover(name=planned.name, norm=norm, before=before, after=after)
 
     def _residual(self, planned: PlannedMatrix, matrix: Matrix) -> tuple[Encoded, Factors | None]:
-        """The residual of the run, and A0 and B0 unless their product is zero. Collective.
+        """The residual of the run, and A_0 and B_0 unless their product is zero. Collective.
 
         Raises
         ------

@@ -62,7 +62,7 @@ def _contents(shapes: ModelShapes, job: RunSpec) -> Contents:
 
 
 def _encoded_differ(job: RunSpec) -> bool:
-    """Whether residuals are encoded from other factors than A0 and B0. Runs from a residual model do not encode."""
+    """Whether residuals are encoded from other factors than A_0 and B_0. Runs from a residual model do not encode."""
     if job.fills_cache or job.residual is None or job.residual.exact:
         return False
     rounds = job.init.quantization_iterations if isinstance(job.init, AlternatingMethod) else 1

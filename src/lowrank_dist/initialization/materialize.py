@@ -43,7 +43,7 @@ class Materialized:
     report
         The measurements of the walk.
     initial
-        This rank's shards of the factors before training (A0 and B0), by parameter name; CPU.
+        This rank's shards of the factors before training (A_0 and B_0), by parameter name; CPU.
     experts
         Number of experts that share a factor, by parameter name, if there are several.
     parameters
@@ -51,8 +51,8 @@ class Materialized:
         (``target_parameters``), by the parameter name of a factor.
     encoded_from
         This rank's shards of the factors that the residual was encoded from, by parameter name; CPU. There is an entry
-        only if the residual was encoded from factors, and these differ from A0 and B0. If several experts share a
-        factor, the entry may hold A0 and B0 for some of them.
+        only if the residual was encoded from factors, and these differ from A_0 and B_0. If several experts share a
+        factor, the entry may hold A_0 and B_0 for some of them.
     layout
         The parametrization of the adapter.
     """

@@ -108,13 +108,13 @@ class CheckpointKeys:
         if key is None:
             near = [k for k in self._reader if k.rsplit(".", 2)[-2:] == name.rsplit(".", 2)[-2:]]
             hint = f" (similar: {near[0]})" if near else ""
-            return f"{name} {list(shape)}: the checkpoint holds no such tensor{hint}"
+            return f"{name} {list(shape)}: the pretrained weights hold no such tensor{hint}"
         info = self._reader.info(key)
         if info.shape != shape:
-            return f"{name}: the model has shape {list(shape)}, the checkpoint {list(info.shape)}"
+            return f"{name}: the model has shape {list(shape)}, the pretrained weights {list(info.shape)}"
         readable = [*FLOAT_DTYPES, *([PACKED_DTYPE] if self._reader.holds_residuals else [])]
         if torch.is_floating_point(parameter) and info.dtype not in readable:
-            return f"{name}: the checkpoint stores {info.dtype}; only {', '.join(readable)} are read"
+            return f"{name}: the pretrained weights store {info.dtype}; only {', '.join(readable)} are read"
         return None
 
     def _converted(self) -> dict[str, str]:

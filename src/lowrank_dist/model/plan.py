@@ -213,7 +213,7 @@ def plan_walk(
         ``min(out, in)``. The error names the layers, their shapes and the remedy.
     """
     if getattr(backbone.config, "quantization_config", None) is not None and not reader.holds_residuals:
-        raise ModelError(f"{reader.directory} is quantized already; pass the checkpoint it was made from")
+        raise ModelError(f"{reader.directory} is quantized already; pass the pretrained model it was made from")
     planner = _PlanBuilder(backbone, reader, CheckpointKeys(backbone, reader, tied), limit_rank)
     planner.adapted_layers()
     planner.other_parameters()

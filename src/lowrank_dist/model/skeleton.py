@@ -64,8 +64,8 @@ def find_backbone(module: nn.Module) -> tuple[str, PreTrainedModel]:
     for parameter_name, parameter in module.named_parameters():
         if id(parameter) not in inside:
             raise ModelError(
-                f"{owner}.{parameter_name} is outside the transformers model {name!r}: no checkpoint holds it; use a "
-                "model class with a head (AutoModelForSequenceClassification, ...) and list it in modules_to_save"
+                f"{owner}.{parameter_name} is outside the transformers model {name!r}: no pretrained weights hold it; "
+                "use a model class with a head (AutoModelForSequenceClassification, ...) and list it in modules_to_save"
             )
         if parameter.device.type != "meta":
             raise ModelError(

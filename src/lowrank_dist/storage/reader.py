@@ -196,7 +196,7 @@ class CheckpointReader:
             if len(shape) != 2 or shape[1] != shapes[0][1] or info.dtype != infos[0].dtype:
                 raise CheckpointError(
                     f"{name}: {piece.key} {list(shape)} {info.dtype} does not go with {pieces[0].key} "
-                    f"{list(shapes[0])} {infos[0].dtype}; fetch the checkpoint again"
+                    f"{list(shapes[0])} {infos[0].dtype}; fetch the model again"
                 )
         rows = sum(shape[0] for shape in shapes)
         nbytes = sum(i.nbytes // (1 if p.index is None else i.shape[0]) for p, i in zip(pieces, infos, strict=True))

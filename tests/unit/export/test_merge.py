@@ -349,7 +349,7 @@ def test_a_damaged_base(pair: tuple[Path, Path], tmp_path: Path) -> None:
     index = json.loads((base / "model.safetensors.index.json").read_text())
     del index["weight_map"][name]
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
-    refused(ModelError, adapter, tmp_path / "out", name, "holds no such tensor", base=base)
+    refused(ModelError, adapter, tmp_path / "out", name, "hold no such tensor", base=base)
     tensors[name].view(-1)[5] = torch.nan
     save_file(tensors, file, metadata={"format": "pt"})
     (base / "model.safetensors.index.json").write_text((pair[0] / "model.safetensors.index.json").read_text())
