@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 _SMALL = {
@@ -85,4 +89,26 @@ def save_checkpoint(
                 mixing = torch.linalg.qr(torch.randn(columns, columns))[0]
                 matrix.copy_(torch.randn(rows, columns) * scale @ mixing * 0.1)
     model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size, save_original_format=save_original_format)
+    return directory
+
+
+def stored(directory: Path) -> dict[str, Tensor]:
+    """All tensors of the safetensors files in `directory`."""
+    return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def save_in_two(directory: Path, tensors: dict[str, Tensor], apart: dict[str, Tensor]) -> None:
+    """Two safetensors files and their index; `apart` in the second."""
+    files = {"model-1.safetensors": tensors, "model-2.safetensors": apart}
+    for file, part in files.items():
+        save_file(part, directory / file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: file for file, part in files.items() for name in part}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def with_head(base: Path, directory: Path, head: Tensor) -> Path:
+    """A copy of `base`, whose configuration ties the head, with ``lm_head.weight`` stored beside the embedding."""
+    directory.mkdir()
+    shutil.copy(base / "config.json", directory)
+    save_in_two(directory, stored(base), {"lm_head.weight": head})
     return directory

@@ -55,8 +55,9 @@ def run(argv: Sequence[str]) -> int:
         with group.shared_errors():
             reader = CheckpointReader(resolve_checkpoint(options.pretrained, revision=options.revision))
             adapter = _adapter(options)
-            opened = open_plan(reader, adapter)
-            plan = opened.plan
+        opened = open_plan(reader, adapter, group=group)
+        plan = opened.plan
+        with group.shared_errors():
             source_dtype = FLOAT_DTYPES[reader.info(plan.matrices[0].key).dtype]
             residual = NF4(**vars(options.nf4)) if quantized else Dense(dtype=source_dtype)
             init.check(residual)

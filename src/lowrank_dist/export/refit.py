@@ -178,8 +178,7 @@ def refit_checkpoint(
         raise InputError(f"rank={rank} must be at least 1")
     if base not in ("original", "nf4"):
         raise InputError(f"base={base!r} is neither 'original' nor 'nf4'")
-    with group.shared_errors():
-        job = _Refit(Path(checkpoint), rank, base, group, device, dtype)
+    job = _Refit(Path(checkpoint), rank, base, group, device, dtype)
     if len(set(group.gather_objects(job.decomposed is None))) > 1:
         raise CheckpointError(
             f"{job.manifest['pretrained']}: only some ranks see the residual model that the run began from; put it "
@@ -209,7 +208,7 @@ def refit_checkpoint(
 
 
 class _Refit:
-    """One checkpoint and the base that its LoRA is fitted for."""
+    """One checkpoint and the base that its LoRA is fitted for. Made by all ranks of `group` together."""
 
     def __init__(
         self,
@@ -221,40 +220,44 @@ class _Refit:
         dtype: torch.dtype | None,
     ) -> None:
         self.checkpoint, self.rank, self.group, self.device = checkpoint, rank, group, device
-        self.manifest = read_manifest(checkpoint)
-        for key in ("residual", "pretrained", "matrices"):
-            if key not in self.manifest:
-                raise CheckpointError(f"{checkpoint}: its {MANIFEST} has no {key}; it was written by an older version")
-        self.reports = {entry["name"]: MatrixReport.from_dict(entry) for entry in self.manifest["matrices"]}
-        self.format = format_from_dict(self.manifest["residual"])
-        self.target = None
-        if base == "nf4":
-            self.target = self.format if isinstance(self.format, NF4) else NF4()
-        self.trained, self.config = open_adapter(checkpoint / ADAPTER_DIR)
-        self.factors = StoredFactors(checkpoint / ADAPTER_DIR)
-        self.earlier = StoredDecompositions(checkpoint=checkpoint, starts_at_zero=self.manifest["starts_at_zero"])
-        directory = resolve_checkpoint(self.manifest["base"])
-        self.reader = CheckpointReader(directory)
-        backbone = build_skeleton(directory)
-        self.config.init_lora_weights = True
-        head = [name for name, module in backbone.named_modules() if module is backbone.get_output_embeddings()]
-        linears = {name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)}
-        untie = changes_tied(backbone, self.trained)
-        opened = open_plan(self.reader, self.config, backbone=backbone, untie=untie, limit_rank=False)
+        with group.shared_errors():
+            self.manifest = read_manifest(checkpoint)
+            for key in ("residual", "pretrained", "matrices"):
+                if key not in self.manifest:
+                    raise CheckpointError(
+                        f"{checkpoint}: its {MANIFEST} has no {key}; it was written by an older version"
+                    )
+            self.reports = {entry["name"]: MatrixReport.from_dict(entry) for entry in self.manifest["matrices"]}
+            self.format = format_from_dict(self.manifest["residual"])
+            self.target = None
+            if base == "nf4":
+                self.target = self.format if isinstance(self.format, NF4) else NF4()
+            self.trained, self.config = open_adapter(checkpoint / ADAPTER_DIR)
+            self.factors = StoredFactors(checkpoint / ADAPTER_DIR)
+            self.earlier = StoredDecompositions(checkpoint=checkpoint, starts_at_zero=self.manifest["starts_at_zero"])
+            directory = resolve_checkpoint(self.manifest["base"])
+            self.reader = CheckpointReader(directory)
+            backbone = build_skeleton(directory)
+            self.config.init_lora_weights = True
+            head = {name for name, module in backbone.named_modules() if module is backbone.get_output_embeddings()}
+            linears = {name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)}
+            untie = changes_tied(backbone, self.trained)
+        opened = open_plan(self.reader, self.config, backbone=backbone, untie=untie, limit_rank=False, group=group)
         self.plan = opened.plan
-        self.dense = {planned.layer for planned in self.plan.matrices if planned.lookup or planned.wrapped} | {*head}
-        fitted = {planned.layer for planned in self.plan.matrices} - self.dense
-        self.not_quantized = sorted(linears - fitted) if base == "nf4" else []
-        self._check_quantizable()
-        self.decomposed = self._decomposed()
-        self.stored: dict[str, PlannedMatrix] = {}  # matrices under their names in its files
-        if self.decomposed is not None:
-            plan = plan_walk(backbone, self.decomposed.reader, opened.tied, limit_rank=False)
-            self.stored = {planned.name: planned for planned in plan.matrices}
-        if self.decomposed is None and not self.earlier.starts_at_zero:
-            self.earlier.check_factors(self.plan, torch.float32, self.reports)
-        first = peft_name(next(iter(self.plan.matrices[0].factor_names.values())))
-        self.dtype = dtype or DTYPES[self.trained.info(first).dtype]
+        with group.shared_errors():
+            self.dense = {planned.layer for planned in self.plan.matrices if planned.lookup or planned.wrapped} | head
+            fitted = {planned.layer for planned in self.plan.matrices} - self.dense
+            self.not_quantized = sorted(linears - fitted) if base == "nf4" else []
+            self._check_quantizable()
+            self.decomposed = self._decomposed()
+            self.stored: dict[str, PlannedMatrix] = {}  # matrices under their names in its files
+            if self.decomposed is not None:
+                plan = plan_walk(backbone, self.decomposed.reader, opened.tied, limit_rank=False)
+                self.stored = {planned.name: planned for planned in plan.matrices}
+            if self.decomposed is None and not self.earlier.starts_at_zero:
+                self.earlier.check_factors(self.plan, torch.float32, self.reports)
+            first = peft_name(next(iter(self.plan.matrices[0].factor_names.values())))
+            self.dtype = dtype or DTYPES[self.trained.info(first).dtype]
 
     def _check_quantizable(self) -> None:
         """Raise ModelError for layers that transformers quantizes in another orientation than the stored one."""

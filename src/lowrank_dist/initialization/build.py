@@ -105,7 +105,8 @@ def build_model(
 ) -> BuiltModel:
     """Fill `backbone` according to `recipe`. Collective: all ranks of the partitioner's group call it.
 
-    Every input that can be refused is refused before a weight is read. The collectives are those of the steps:
+    Every input that can be refused is refused before a weight is read, apart from tied ones that are stored more than
+    once (`lowrank_dist.model.ties`). The collectives are those of the steps: `ModelRecipe.open`,
     `StartingAdapter.check` and `load`, `source_fingerprint`, `MatrixSource.through_cache` and `matrices`, and
     `materialize`, or those of the calibration pass instead of `materialize`.
 
@@ -153,14 +154,16 @@ def build_model(
             recipe.directories()
     with group.shared_errors():
         computation.check(backbone)
-        opened = recipe.open(
-            backbone,
-            compute_dtype=compute_dtype,
-            sharding=sharding or Sharding(),
-            announce=announce,
-            resume=resume,
-        )
-        if resume is not None:
+    opened = recipe.open(
+        backbone,
+        group,
+        compute_dtype=compute_dtype,
+        sharding=sharding or Sharding(),
+        announce=announce,
+        resume=resume,
+    )
+    if resume is not None:
+        with group.shared_errors():
             resume.check_settings(method=opened.source.method, quantization=opened.quantization)
     opened.check_start(group)
     pretrained_fingerprint = fingerprint = source_fingerprint(opened.source.reader, group)

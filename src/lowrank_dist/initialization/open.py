@@ -133,18 +133,23 @@ class ModelRecipe:
     def open(
         self,
         backbone: PreTrainedModel,
+        group: ShardGroup,
         *,
         compute_dtype: torch.dtype,
         sharding: Sharding,
         announce: Callable[[str], object],
         resume: Resume | None,
     ) -> OpenedModel:
-        """Open the source that fills `backbone`, and inject the adapter's layers.
+        """Open the source that fills `backbone`, and inject the adapter's layers. Collective over `group`.
+
+        The collectives are those of `open_plan` and two of `ShardGroup.shared_errors`.
 
         Parameters
         ----------
         backbone
             Skeleton on meta; changed in place.
+        group
+            The ranks that open the same model.
         compute_dtype
             Dtype of a dense residual.
         sharding, announce, resume
@@ -153,29 +158,36 @@ class ModelRecipe:
         Raises
         ------
         CheckpointError, ModelError
-            If something cannot be read, or if options are incompatible; the message names them.
+            On every rank, if something cannot be read, or if options are incompatible; the message names them.
         """
-        directory, adapter_directory = self.directories()
-        start, adapter, init = None, self.adapter, self.init
-        if adapter_directory is not None:
-            start = self._starting_adapter(adapter_directory, directory)
-            adapter, init = start.config, None if _is_decomposed(directory) else LoRA()
-        source = open_source(
-            self.name,
-            directory,
-            adapter=adapter if isinstance(adapter, LoraConfig) else None,
-            init=init,
-            quantization=self.quantization,
-            compute_dtype=compute_dtype,
-            cache=self.cache,
-            sharding=sharding,
-            announce=announce,
-            resume=resume,
-        )
+        with group.shared_errors():
+            directory, adapter_directory = self.directories()
+            start, adapter, init = None, self.adapter, self.init
+            if adapter_directory is not None:
+                start = self._starting_adapter(adapter_directory, directory)
+                adapter, init = start.config, None if _is_decomposed(directory) else LoRA()
+            source = open_source(
+                self.name,
+                directory,
+                adapter=adapter if isinstance(adapter, LoraConfig) else None,
+                init=init,
+                quantization=self.quantization,
+                compute_dtype=compute_dtype,
+                cache=self.cache,
+                sharding=sharding,
+                announce=announce,
+                resume=resume,
+            )
         plan = open_plan(
-            source.reader, source.adapter, backbone=backbone, untie=self.untie_embeddings, limit_rank=start is None
+            source.reader,
+            source.adapter,
+            backbone=backbone,
+            untie=self.untie_embeddings,
+            limit_rank=start is None,
+            group=group,
         ).plan
-        source.check(plan)
+        with group.shared_errors():
+            source.check(plan)
         fresh = list(dict.fromkeys(plain_name(t.names[0]) for t in plan.parameters if t.key is None and t.trainable))
         if fresh and start is None and resume is None:
             more = f" and {len(fresh) - 5} more" if len(fresh) > 5 else ""

@@ -84,13 +84,15 @@ class CheckpointKeys:
         A tied parameter, or its copy under ``modules_to_save``, may be stored under any of its tied names.
         """
         name = plain_name(name)
-        return self._find(name) or next(filter(None, map(self._find, sorted(self._tied.get(name, ())))), None)
+        return self.stored_as(name) or next(filter(None, map(self.stored_as, sorted(self._tied.get(name, ())))), None)
 
     def holds(self, name: str) -> bool:
         """Whether the parameter `name` itself is stored, not only one that it is tied to."""
-        return self._find(plain_name(name)) is not None
+        return self.stored_as(name) is not None
 
-    def _find(self, name: str) -> str | None:
+    def stored_as(self, name: str) -> str | None:
+        """Name, in the reader, of the tensor of the parameter `name` itself, not of one that it is tied to."""
+        name = plain_name(name)
         for candidate in (name, self._prefix + name, name.removeprefix(self._prefix)):
             if candidate in self._reader:
                 if len(self._reader.info(candidate).shape) < 3:

@@ -1,7 +1,8 @@
 """The plan of a walk: matches a model on the meta device with the headers of the pretrained weights.
 
-It refuses what cannot be loaded or decomposed before any weights are read. Only headers are read and nothing is
-communicated: given the same files, all ranks make the same plan or raise the same error.
+It refuses what cannot be loaded or decomposed before the weights are read. Only headers are read, and the values of
+tied parameters that are stored more than once (`lowrank_dist.model.ties`): given the same files, all ranks make the
+same plan or raise the same error.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import RowPartition
 from lowrank_dist.errors import ModelError
 from lowrank_dist.model.names import ADAPTER as ADAPTER
@@ -26,6 +28,7 @@ from lowrank_dist.model.names import CheckpointKeys
 from lowrank_dist.model.names import plain_name as plain_name
 from lowrank_dist.model.skeleton import build_skeleton, inject_adapter, untie_embeddings
 from lowrank_dist.model.stacking import stacked_shapes
+from lowrank_dist.model.ties import separate_ties
 from lowrank_dist.storage.reader import CheckpointReader
 
 
@@ -156,8 +159,11 @@ def open_plan(
     backbone: PreTrainedModel | None = None,
     untie: bool = False,
     limit_rank: bool = True,
+    group: ShardGroup | None = None,
 ) -> PlannedModel:
-    """Inject an adapter's layers into a model on meta and match it with the pretrained weights, which are not read.
+    """Inject an adapter's layers into a model on meta and match it with the pretrained weights.
+
+    Collective over `group`, with the collectives of `separate_ties` and two of `ShardGroup.shared_errors`.
 
     Parameters
     ----------
@@ -168,20 +174,29 @@ def open_plan(
     backbone
         The model on meta, changed in place; None builds the one that the ``config.json`` of the weights names.
     untie
-        Give a tied output embedding its own weight first.
+        Give a tied output embedding its own weight first. One that is stored with other values than the input embedding
+        has its own in any case.
     limit_rank
         See `plan_walk`.
+    group
+        The ranks that make the same plan. Default: this process alone.
 
     Raises
     ------
+    CheckpointError
+        On every rank, from `separate_ties`.
     ModelError
-        From `build_skeleton`, `untie_embeddings`, `inject_adapter` or `plan_walk`.
+        On every rank, from `build_skeleton`, `untie_embeddings`, `inject_adapter` or `plan_walk`.
     """
-    backbone = build_skeleton(reader.directory) if backbone is None else backbone
-    tied = untie_embeddings(backbone) if untie else {}
-    if adapter is not None:
-        inject_adapter(backbone, adapter)
-    plan = plan_walk(backbone, reader, tied, limit_rank=limit_rank)
+    group = group or ShardGroup.single()
+    with group.shared_errors():
+        backbone = build_skeleton(reader.directory) if backbone is None else backbone
+    separate_ties(backbone, reader, group)
+    with group.shared_errors():
+        tied = untie_embeddings(backbone) if untie else {}
+        if adapter is not None:
+            inject_adapter(backbone, adapter)
+        plan = plan_walk(backbone, reader, tied, limit_rank=limit_rank)
     return PlannedModel(backbone=backbone, tied=tied, plan=plan)
 
 

@@ -124,7 +124,12 @@ def untie_embeddings(backbone: PreTrainedModel) -> dict[str, str]:
     """
     output = backbone.get_output_embeddings()
     tied = backbone.get_expanded_tied_weights_keys(all_submodels=True)
-    tied = {name: source for name, source in tied.items() if backbone.get_submodule(name.rpartition(".")[0]) is output}
+    tied = {
+        name: source
+        for name, source in tied.items()
+        if backbone.get_submodule(name.rpartition(".")[0]) is output
+        and backbone.get_parameter(name) is backbone.get_parameter(source)
+    }
     if not tied:
         return {}
     if backbone.config.is_encoder_decoder:

@@ -24,6 +24,7 @@ from transformers.core_model_loading import Chunk, WeightConverter
 from helpers.models import save_checkpoint
 from lowrank_dist.decomposition.restore import Resume
 from lowrank_dist.decomposition.schedule import Sharding
+from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import CheckpointError, ModelError
 from lowrank_dist.initialization.open import ModelRecipe
 from lowrank_dist.model.plan import Plan, open_plan
@@ -107,6 +108,7 @@ def test_what_is_initialised_anew_is_said(tmp_path: Path, resumed: bool) -> None
     )
     opened = ModelRecipe(pretrained=str(base), adapter=adapter).open(
         skeleton(base, AutoModelForSequenceClassification),
+        ShardGroup.single(),
         compute_dtype=torch.float32,
         sharding=Sharding(),
         announce=lines.append,

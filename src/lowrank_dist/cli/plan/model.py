@@ -8,6 +8,7 @@ from pathlib import Path
 from peft import LoraConfig
 
 from lowrank_dist.decomposition.schedule import Sharding
+from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import InputError
 from lowrank_dist.forecast import ModelShapes, RunSpec
 from lowrank_dist.initialization.open import OpenedModel
@@ -33,6 +34,7 @@ def with_adapters(strategy: PiSSAStrategy, source: Path, job: RunSpec) -> tuple[
         return _of_dimensions(strategy, adapter, source, job)
     opened = replace(strategy.recipe, pretrained=str(source), adapter=adapter, revision=None).open(
         build_skeleton(source, read_config(source)),
+        ShardGroup.single(),
         compute_dtype=job.compute_dtype,
         sharding=Sharding(ranks_per_matrix=strategy.ranks_per_matrix, ranks_per_node=job.gpus_per_node),
         announce=lambda _: None,
