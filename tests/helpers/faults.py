@@ -39,7 +39,7 @@ def kill_after_commits(commits: int) -> None:
     """Make every rank kill -9 itself once the journal of a residual model holds `commits` flushes, one per matrix."""
     import lowrank_dist.residual_model.writer as module
 
-    commit, done = module.ResidualModelWriter._commit, 0
+    commit, done = module.ResidualModelWriter.commit, 0
 
     def counted(writer: module.ResidualModelWriter) -> None:
         nonlocal done
@@ -50,7 +50,7 @@ def kill_after_commits(commits: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     module.FLUSH_BYTES = 1
-    module.ResidualModelWriter._commit = counted  # type: ignore[method-assign]
+    module.ResidualModelWriter.commit = counted  # type: ignore[method-assign]
 
 
 def full_disk_at(part_of_path: str) -> None:

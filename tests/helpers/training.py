@@ -166,7 +166,7 @@ def dense_state(strategy: PiSSAStrategy) -> dict[str, Tensor]:
 
 def initial_factors(strategy: PiSSAStrategy) -> dict[str, Tensor]:
     """A0 and B0 by the names of the parameters, whole, on every rank. Collective."""
-    every = ShardGroup().gather_objects(strategy._writer._initial)
+    every = ShardGroup().gather_objects(strategy.saver.writer.initial)
     return {name: value for one in every for name, value in one.items()}
 
 

@@ -36,6 +36,11 @@ class Saver:
     timeout
         How long a rank waits for the others while files are written.
 
+    Attributes
+    ----------
+    writer
+        The same writer.
+
     Notes
     -----
     Saves communicate over a gloo group of their own, so that their collectives do not mix with those of training.
@@ -46,7 +51,7 @@ class Saver:
         group = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
         # gloo's timeout belongs to the group; this one has a short timeout of its own
         meeting = dist.new_group(backend="gloo", timeout=MEETING) if dist.is_initialized() else None
-        self._writer, self._jobs = writer, BackgroundJobs()
+        self.writer, self._jobs = writer, BackgroundJobs()
         self._group, self._meeting = ShardGroup(group), ShardGroup(meeting)
 
     def save(
@@ -65,8 +70,8 @@ class Saver:
             Done once the checkpoint is complete or has failed; ``result()`` then raises the OSError or InputError.
         """
         self.wait()
-        taken = self._writer.snapshot(optimizer, state=state, facts=facts)
-        return self._jobs.submit(lambda: self._writer.write(taken, directory, self._group))
+        taken = self.writer.snapshot(optimizer, state=state, facts=facts)
+        return self._jobs.submit(lambda: self.writer.write(taken, directory, self._group))
 
     def remove(self, directory: Path) -> None:
         """Remove a checkpoint after the earlier saves, unless the job before failed. Called by one rank."""

@@ -93,6 +93,15 @@ class CheckpointWriter:
         Whether the adapter is a LoRA for the unmodified `base`.
     facts
         Further entries of the manifest: method, quantization, fingerprint of the base, ...
+
+    Attributes
+    ----------
+    trained
+        The trained parameters, by name.
+    initial
+        A0 and B0 of the layers that this rank owns, whole, by parameter name. Every factor has one owner.
+    layout
+        The parametrization of the adapter.
     """
 
     def __init__(
@@ -123,7 +132,7 @@ class CheckpointWriter:
         owners = assign_owners(units, group.size)
         self._owner = {name: owners[_unit(name)] for name in self._shapes}
         self._trained_of = Counter(map(_unit, self.trained))  # how many tensors of a layer are trained
-        self._initial = self._to_owners(materialized.initial)
+        self.initial = self._to_owners(materialized.initial)
         self._encoded = self._to_owners(materialized.encoded_from)
         self._laid_out: dict[tuple[tuple[str, ...], ...] | None, dict[str, dict[str, FileTensor]]] = {}
         self._contents = Contents(
@@ -290,8 +299,8 @@ class CheckpointWriter:
     def _layer(self, values: dict[str, Tensor], write: Callable[[str, str, Tensor], None]) -> None:
         """Write one layer's tensors of every part, given all of its trained values."""
         unit = _unit(next(iter(values)))
-        values |= {name: self._initial[name] for name in self._frozen if _unit(name) == unit}
-        own = {name: self._initial[name] for name in values if name in self._initial}
+        values |= {name: self.initial[name] for name in self._frozen if _unit(name) == unit}
+        own = {name: self.initial[name] for name in values if name in self.initial}
         encoded = {name: self._encoded[name] for name in values if name in self._encoded}
         for part, tensors in self._contents.parts(values, own, encoded).items():
             for name, tensor in tensors.items():

@@ -24,7 +24,8 @@ _MATRIX = 1024  # side of the matrices that every device multiplies
 _ROUNDS = 3  # timed all-reduces, of which the fastest counts
 _SLOW = 0.5  # share of the median bandwidth below which a node is slow
 _FREE = 0.8  # share of the median free memory below which another process occupies the device
-_VISIBLE = 10.0  # seconds within which a file of another node must appear (NFS caches directories)
+#: Seconds within which a file of another node must appear (NFS caches directories).
+VISIBLE = 10.0
 
 
 class HealthError(RuntimeError):
@@ -211,7 +212,7 @@ def _hosts_without(group: ShardGroup, directory: Path, ranks: Sequence[RankHealt
     failed = group.broadcast_object(failed)
     if failed:
         return [f"{ranks[0].host} cannot write to the checkpoint directory {directory}: {failed}"]
-    deadline = time.monotonic() + _VISIBLE
+    deadline = time.monotonic() + VISIBLE
     while not (seen := path.exists()) and time.monotonic() < deadline:
         time.sleep(0.2)
     seeing = group.gather_objects(seen)

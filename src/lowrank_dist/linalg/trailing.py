@@ -32,8 +32,9 @@ from lowrank_dist.linalg import SVD, full_fp32, orthonormalize, row_signs
 
 # Rows (or columns) that are widened to fp64 at a time.
 _CHUNK = 1024
+#: Short sides up to which all eigenvectors are computed; longer ones take the inverse iteration.
+DENSE_SIDE = 1024
 # All eigenvectors cost about as much as 16 inverse iterations with k = s / 6.
-_DENSE_SIDE = 1024
 _DENSE_SHARE = 6
 # Vectors beyond 2 rank. With only a handful of vectors the iteration would stop before it has converged.
 _EXTRA = 16
@@ -229,7 +230,7 @@ def _row_gram(block: Tensor, rows: int, group: ShardGroup) -> Tensor:
 def _smallest_eigenvectors(gram: Tensor, rank: int, seed: int) -> Tensor:
     """Eigenvectors of the `rank` smallest eigenvalues of a positive semi-definite matrix: ``[s, rank]``."""
     side, k = gram.shape[0], min(2 * rank + _EXTRA, gram.shape[0])
-    if side <= _DENSE_SIDE or _DENSE_SHARE * k >= side:
+    if side <= DENSE_SIDE or _DENSE_SHARE * k >= side:
         exact: Tensor = torch.linalg.eigh(gram).eigenvectors[:, :rank]
         return exact
     generator = torch.Generator().manual_seed(seed)

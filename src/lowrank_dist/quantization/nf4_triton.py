@@ -68,7 +68,7 @@ def decode(
     left, right = (packed, packed) if product is None else product
     tile = TILES[product is not None]
     grid = (triton.cdiv(rows, tile["BM"]), triton.cdiv(columns, tile["BN"]))
-    _decode_kernel[grid](
+    decode_kernel[grid](
         packed,
         absmax,
         absmax if nested is None else nested,
@@ -91,7 +91,7 @@ def decode(
 
 
 @triton.jit
-def _decode_kernel(
+def decode_kernel(
     packed,
     absmax,
     nested,

@@ -183,9 +183,9 @@ class ResidualModelWriter:
             if factors is not None:
                 self._pending += self._stack_reports.pop(matrix.planned.layer)
             if sum(report.nbytes for report in self._pending) >= FLUSH_BYTES:
-                self._commit()
+                self.commit()
             del matrix  # before the next one is decomposed
-        self._commit()
+        self.commit()
 
     def _residual(self, matrix: DecomposedMatrix) -> None:
         planned, reader = matrix.planned, self.reader
@@ -244,7 +244,7 @@ class ResidualModelWriter:
             folded = self.layout.folded(b, further)
         shards["lora_B"] = folded.flatten()[slice(*flat.bounds(self.group.rank))]
 
-    def _commit(self) -> None:
+    def commit(self) -> None:
         """Flush what all ranks have written, then record it in the journal. Raises an error of any rank on all."""
         try:
             for files in self._files:
@@ -280,7 +280,7 @@ class ResidualModelWriter:
                     check_finite(name, values, first)
                     self._root.write(name, first, values)
                 self.walk.advance(info.nbytes)
-        self._commit()
+        self.commit()
 
     def finish(self, adapter: LoraConfig, base: str) -> None:
         """Write configurations and manifest on rank 0 and rename the directory to its final path.

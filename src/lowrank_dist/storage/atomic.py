@@ -64,7 +64,7 @@ def put_in_place(staging: Path, target: Path) -> None:
         target.unlink()
     if not target.exists():
         staging.rename(target)
-    elif not _exchange(staging, target):
+    elif not exchange(staging, target):
         old = replaced_of(target)
         shutil.rmtree(old, ignore_errors=True)
         target.rename(old)
@@ -73,7 +73,7 @@ def put_in_place(staging: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _exchange(one: Path, other: Path) -> bool:
+def exchange(one: Path, other: Path) -> bool:
     """Exchange two directories atomically; return False if the system or the file system cannot."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2

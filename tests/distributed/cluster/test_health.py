@@ -24,7 +24,7 @@ def check(directory: Path, hosts: list[str], fault: str | None) -> HealthReport:
         if fault == "other version":
             real = health.version
             health.version = lambda package: "0.0" if package == "peft" else real(package)
-    health._VISIBLE = 1.0
+    health.VISIBLE = 1.0
     return check_health(ShardGroup(), torch.device("cpu"), directory, host=hosts[rank])
 
 

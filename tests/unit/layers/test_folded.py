@@ -172,7 +172,7 @@ def compiled(capability: int, nested: bool, product: bool) -> tuple[str, int]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from lowrank_dist.quantization.nf4_triton import TILES, _decode_kernel
+    from lowrank_dist.quantization.nf4_triton import TILES, decode_kernel
 
     tile = dict(TILES[product])
     options = {"num_warps": tile.pop("num_warps"), "enable_fp_fusion": False}
@@ -180,10 +180,10 @@ def compiled(capability: int, nested: bool, product: bool) -> tuple[str, int]:
     pointers = {"packed": "*u8", "absmax": "*u8" if nested else "*fp32"}
     pointers |= dict.fromkeys(("nested", "code_map", "absmax_map"), "*fp32")
     pointers |= dict.fromkeys(("left", "right", "out"), "*bf16")
-    names = _decode_kernel.arg_names
+    names = decode_kernel.arg_names
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in (*pointers, "rows", "columns")}
-    source = ASTSource(_decode_kernel, signature, {(names.index(n),): value for n, value in constants.items()}, aligned)
+    source = ASTSource(decode_kernel, signature, {(names.index(n),): value for n, value in constants.items()}, aligned)
     kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     return kernel.asm["ptx"], kernel.metadata.shared
 

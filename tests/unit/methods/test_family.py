@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from peft.tuners.lora.corda import preprocess_corda
 from peft.utils.incremental_pca import IncrementalPCA
 from torch import Tensor, nn
 
+from helpers.ranks import alone, run_ranks
 from lowrank_dist import EVA, NF4, CorDA, LoftQ, LoRA, LoRAGA, LoRAXS, MiLoRA, OLoRA, PiSSA, register
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import RowPartition
@@ -30,7 +30,6 @@ from lowrank_dist.methods import (
     Matrix,
     Method,
     method_named,
-    registry,
     sharded,
 )
 from lowrank_dist.methods.base import residual_block
@@ -437,15 +436,6 @@ def test_a_layer_that_saw_no_input_is_refused() -> None:
 # -- the registry ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def names() -> Iterator[None]:
-    """Take back what a test registers."""
-    before = dict(METHODS)
-    yield
-    registry._registered.clear()
-    registry._registered.update(before)
-
-
 def test_the_family_is_registered() -> None:
     assert sorted(METHODS) == ["corda", "eva", "loftq", "lora", "lora_ga", "lora_xs", "milora", "olora", "pissa"]
     assert all(str(cls()).lower() == name.replace("_", "") for name, cls in METHODS.items())
@@ -457,7 +447,6 @@ def test_a_wrong_name_gets_the_list() -> None:
         method_named("pisa")
 
 
-@pytest.mark.usefixtures("names")
 def test_names_are_given_once_and_to_methods_only() -> None:
     with pytest.raises(InputError, match="the name is taken by PiSSA"):
         register("pissa")(LoRA)
@@ -467,22 +456,27 @@ def test_names_are_given_once_and_to_methods_only() -> None:
     assert "other" not in METHODS
 
 
-@pytest.mark.usefixtures("names")
-@pytest.mark.parametrize("input_first", [False, True])
-def test_a_users_own_method(input_first: bool) -> None:
-    """The example of the README."""
+@alone
+def decomposed_by_the_readme() -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """A, B, the residual with the adapter, and the matrix, in both orientations. The name stays registered."""
     blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     (example,) = (block for block in blocks if "@register" in block)
     exec(compile(example, "README.md", "exec"), {"__name__": "readme"})
-    init = method_named("orthogonal")()
-    m = matrix(gaussian(24, 16), 4, init, input_first=input_first)
-    d = init.decompose(m, FP32)
-    a, b = adapter(m, d)
-    torch.testing.assert_close(a @ a.T, torch.eye(4), rtol=0, atol=1e-6)
-    torch.testing.assert_close(b.T @ b, torch.eye(4), rtol=0, atol=1e-6)
-    torch.testing.assert_close(
-        d.residual.decoded + m.scaling * d.factors.left @ d.factors.right, m.block, rtol=0, atol=1e-6
-    )
+    init, found = method_named("orthogonal")(), []
+    for input_first in (False, True):
+        m = matrix(gaussian(24, 16), 4, init, input_first=input_first)
+        d = init.decompose(m, FP32)
+        whole = d.residual.decoded + m.scaling * d.factors.left @ d.factors.right
+        found.append((*adapter(m, d), whole, m.block))
+    return found
+
+
+def test_a_users_own_method() -> None:
+    """The example of the README."""
+    for a, b, whole, block in run_ranks(1, decomposed_by_the_readme)[0]:
+        torch.testing.assert_close(a @ a.T, torch.eye(4), rtol=0, atol=1e-6)
+        torch.testing.assert_close(b.T @ b, torch.eye(4), rtol=0, atol=1e-6)
+        torch.testing.assert_close(whole, block, rtol=0, atol=1e-6)
 
 
 def test_sharded_cuts_replicated_factors() -> None:

@@ -233,7 +233,7 @@ def test_accumulation_counts_optimizer_steps(pretrained, train, scheduler, facto
 def test_only_what_requires_grad_is_given_to_the_optimizer(pretrained):
     module = CausalLMModule(pretrained, scheduler="constant")
     module.model = tiny_llama()
-    module._trainer = SimpleNamespace(  # type: ignore[assignment]
+    module.trainer = SimpleNamespace(  # type: ignore[assignment]
         strategy=SimpleNamespace(root_device=torch.device("cpu")), estimated_stepping_batches=10
     )
     module.model.requires_grad_(False)
@@ -242,14 +242,14 @@ def test_only_what_requires_grad_is_given_to_the_optimizer(pretrained):
     module.model.lm_head.weight.requires_grad_(True)
     optimizer = module.configure_optimizers()["optimizer"]
     assert [id(p) for group in optimizer.param_groups for p in group["params"]] == [id(module.model.lm_head.weight)]
-    module._trainer.estimated_stepping_batches = math.inf
+    module.trainer.estimated_stepping_batches = math.inf
     with pytest.raises(ValueError, match="set max_steps or max_epochs"):
         module.configure_optimizers()
 
 
 # ---------------------------------------------------------------------------------- building the model
 def attach(module, *, materializes, precision="bf16-true"):
-    module._trainer = SimpleNamespace(strategy=SimpleNamespace(materializes_weights=materializes), precision=precision)
+    module.trainer = SimpleNamespace(strategy=SimpleNamespace(materializes_weights=materializes), precision=precision)
     return module
 
 
@@ -260,7 +260,6 @@ def test_a_strategy_that_loads_weights_gets_the_architecture_only(tmp_path):
         module.configure_model()
     assert {p.device.type for p in module.model.parameters()} == {"meta"}
     assert module.model.config._attn_implementation == "eager"
-    assert module._takes_position_ids
     model = module.model
     module.configure_model()
     assert module.model is model
