@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import lightning as L
 import pytest
@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config
 from helpers.ranks import run_ranks
 from helpers.sft import tiny_llama
 from helpers.training import make_strategy, tokens
+from lowrank_dist.errors import InputError
 from lowrank_dist.forecast.activations import fused_chunk
 from lowrank_dist.training.fused_loss import FusedLoss
 from lowrank_dist.training.module import CausalLMModule
@@ -80,17 +81,53 @@ def losses_and_gradients() -> list[tuple[Tensor, dict[str, Tensor], str]]:
     return found
 
 
+def losses_of_capped_logits() -> tuple[float, float, str, tuple[int, ...]]:
+    """Gemma 2 caps what its head gives. Losses without labels and with NaN, the error of others, logits afterwards."""
+    config = Gemma2Config(
+        vocab_size=256,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        final_logit_softcapping=2.0,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    before, module, whole = model.loss_function, module_of(model, fused_cross_entropy=True), batch()
+    nothing = module.loss({**whole, "labels": torch.full_like(whole["labels"], -100)})
+    norm = model.model.norm.weight.detach()
+    kept = norm.clone()
+    norm.fill_(torch.nan)
+    undefined = module.loss(whole)
+    norm.copy_(kept)
+    with pytest.raises(InputError) as refused:
+        module.loss(whole)
+    assert model.loss_function == before
+    return float(nothing), float(undefined), str(refused.value), tuple(model(**whole).logits.shape)
+
+
 class Witness(CausalLMModule):
-    """Keeps its losses."""
+    """Keeps its losses, and the shapes of what the model gives as logits."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.losses: list[float] = []
+        self.shapes: list[tuple[int, ...]] = []
+
+    def forward(self, **batch: Tensor) -> Any:
+        output = super().forward(**batch)
+        self.shapes.append(tuple(output.logits.shape))
+        return output
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = super().training_step(batch, batch_idx)
-        self.losses = [*getattr(self, "losses", []), float(loss.detach())]
+        self.losses.append(float(loss.detach()))
         return loss
 
 
-def fit(pretrained: Path, fused: bool) -> tuple[list[float], int]:
-    """Losses under ZeRO-3, and how many of them were taken without logits."""
+def fit(pretrained: Path, fused: bool) -> tuple[list[float], list[tuple[int, ...]]]:
+    """Losses under ZeRO-3, and the shapes of the logits they were taken of; none if they were taken without."""
     module = Witness(str(pretrained), lr=1e-3, scheduler="constant", fused_cross_entropy=fused)
     trainer = L.Trainer(
         strategy=make_strategy(pretrained),
@@ -104,28 +141,35 @@ def fit(pretrained: Path, fused: bool) -> tuple[list[float], int]:
     )
     whole = batch(12)
     examples = [{name: values[index] for name, values in whole.items()} for index in range(12)]
-    with patch.object(FusedLoss, "_loss", autospec=True, side_effect=FusedLoss._loss) as taken:
-        trainer.fit(module, DataLoader(examples * 2, batch_size=3))
-    return module.losses, taken.call_count
+    trainer.fit(module, DataLoader(examples * 2, batch_size=3))
+    return module.losses, module.shapes
 
 
 def everything(pretrained: Path) -> tuple[Any, ...]:
     """In one call, as importing all of it takes longest."""
     return (
-        (losses_and_gradients(), logits_at_a_time()) if torch.distributed.get_rank() == 0 else None,
+        (losses_and_gradients(), logits_at_a_time(), losses_of_capped_logits())
+        if torch.distributed.get_rank() == 0
+        else None,
         fit(pretrained, False),
         fit(pretrained, True),
     )
 
 
-def test_the_loss_of_transformers(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def results(llama: Path) -> list[Any]:
+    """What `everything` returns on each of 2 ranks, which have Triton's interpreter."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        return run_ranks(2, everything, llama, fresh=True)
+
+
+def test_the_loss_of_transformers(results: list[Any]) -> None:
     """fp32: sums in another order; under autocast the logits are rounded to bf16 (2^-9) on both ways.
 
     Under ZeRO-3 on 2 ranks, with a head tied to the embeddings, the losses of steps too.
     """
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    results = run_ranks(2, everything, llama, fresh=True)
-    found, (seen, said) = results[0][0]
+    found, (seen, said), _ = results[0][0]
     assert seen == said < batch(9)["labels"].numel()
     for (loss, gradients, shape), (other, others, same), tolerance in zip(
         found[::2], found[1::2], (1e-5, 1e-5, 2e-2), strict=True
@@ -135,11 +179,21 @@ def test_the_loss_of_transformers(llama: Path, monkeypatch: pytest.MonkeyPatch) 
         for name, gradient in gradients.items():
             assert (others[name] - gradient).norm() <= tolerance * gradient.norm(), name
         assert same == shape  # the model is as it was
-    for _, (plain, none), (fused, every) in results:
+    for _, (plain, with_logits), (fused, without) in results:
         assert len(plain) == 4
         assert len(set(plain)) == 4
         assert fused == pytest.approx(plain, rel=1e-5)
-        assert (none, every) == (0, 4)
+        assert with_logits == [(3, 16, 256)] * 4
+        assert without == [()] * 4
+
+
+def test_capped_logits_are_refused(results: list[Any]) -> None:
+    """At the first loss that shows it; those of a batch without labels, and NaN, are no reason and no proof."""
+    _, _, (nothing, undefined, refusal, logits_again) = results[0][0]
+    assert nothing == 0
+    assert math.isnan(undefined)
+    assert "Gemma2ForCausalLM scales or caps its logits" in refusal
+    assert logits_again == (2, 16, 256)
 
 
 def test_a_head_with_an_adapter_is_refused() -> None:
@@ -153,27 +207,3 @@ def test_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="needs a CUDA device, not cpu"):
         module_of(tiny_llama(), fused_cross_entropy=True).loss(batch())
-
-
-def test_capped_logits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gemma 2 caps what its head gives."""
-    config = Gemma2Config(
-        vocab_size=256,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        final_logit_softcapping=2.0,
-    )
-    model = AutoModelForCausalLM.from_config(config)
-    before, module = model.loss_function, module_of(model, fused_cross_entropy=True)
-    for nothing in (0.0, torch.nan):  # of a batch without labels, which is no reason to refuse and none to trust
-        monkeypatch.setattr(FusedLoss, "_loss", lambda self, hidden, targets, nothing=nothing: hidden.mean() * nothing)
-        module.loss(batch())
-    monkeypatch.setattr(FusedLoss, "_loss", lambda self, hidden, targets: hidden.mean() + 5)
-    with pytest.raises(ValueError, match="Gemma2ForCausalLM scales or caps its logits"):
-        module.loss(batch())
-    assert model.loss_function == before
-    assert model(**batch()).logits.shape == (2, 16, 256)
