@@ -475,7 +475,7 @@ OTHERS = {
 
 
 def sources() -> list[Path]:
-    """The package and what is run beside it; tests are free to look inside, their helpers are not."""
+    """The package and what is run beside it; tests may look inside other libraries, their helpers may not."""
     folders = ("src", "benchmarks", "launch", "tests/helpers")
     return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
 
@@ -507,8 +507,9 @@ def asked(tree: ast.AST) -> Iterator[tuple[int, str]]:
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             parts = [*node.module.split("."), *(alias.name for alias in node.names)]
             yield from ((node.lineno, part) for part in parts if is_private(part))
-        elif isinstance(node, ast.Call) and getattr(node.func, "id", None) in ("getattr", "hasattr", "setattr"):
-            for argument in node.args[1:2]:
+        elif isinstance(node, ast.Call) and len(node.args) > 1:
+            called = getattr(node.func, "id", getattr(node.func, "attr", None))
+            for argument in node.args[1:2] if called in ("getattr", "hasattr", "setattr", "delattr", "object") else ():
                 if isinstance(argument, ast.Constant) and is_private(str(argument.value)):
                     yield node.lineno, str(argument.value)
 
@@ -529,6 +530,17 @@ def test_no_other_private_name_is_used() -> None:
         if name not in own | known()
     ]
     assert not found, f"put them into {TABLE.name}, with a canary:\n" + "\n".join(found)
+
+
+def test_no_test_uses_a_private_name_of_the_package() -> None:
+    """A test states a behaviour, and a name of the package that it needs is public."""
+    package = {name for path in (ROOT / "src").rglob("*.py") for name in defined(ast.parse(path.read_text()))}
+    found = []
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        others = known() | set(defined(tree))
+        found += [f"{path.relative_to(ROOT)}:{line}: {name}" for line, name in asked(tree) if name in package - others]
+    assert not found, "\n".join(found)
 
 
 def own_classes() -> Iterator[type]:
