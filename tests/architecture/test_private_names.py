@@ -186,8 +186,12 @@ def describe_engine() -> dict[str, set[str]]:
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=torch.optim.AdamW(module.parameters()), config=config, dist_init_required=False
     )
-    engine.backward(engine(torch.ones(1, 8)))
-    engine.step()
+    gradients, sums = engine.optimizer.grad_partitions_flat_buffer, []
+    for last in (False, True):
+        engine.set_gradient_accumulation_boundary(last)
+        engine.backward(engine(torch.ones(1, 8)))
+        sums.append(gradients.clone())
+        engine.step()
     parameter = next(module.parameters())
     flat = engine.optimizer.fp32_partitioned_groups_flat
     behaves = set()
@@ -195,6 +199,8 @@ def describe_engine() -> dict[str, set[str]]:
         behaves.add("flat tensors hold their groups end to end")
     if set(engine.optimizer.state) == set(flat):
         behaves.add("state is by flat tensor")
+    if sums[0].any() and torch.equal(sums[1], 2 * sums[0]):
+        behaves.add("gradients are summed in one flat tensor")
     return {
         "init": set(dir(init)),
         "parameter": set(dir(parameter)),
@@ -272,6 +278,9 @@ CANARIES: dict[tuple[str, str], Callable[..., object]] = {
     ("deepspeed", "optimizer.fp16_groups"): of_engine("behaves", "flat tensors hold their groups end to end"),
     ("deepspeed", "optimizer.sub_group_to_group_id"): of_engine("optimizer", "sub_group_to_group_id"),
     ("deepspeed", "optimizer.swap_optimizer"): of_engine("optimizer", "swap_optimizer"),
+    ("deepspeed", "optimizer.grad_partitions_flat_buffer"): of_engine(
+        "behaves", "gradients are summed in one flat tensor"
+    ),
     ("deepspeed", "optimizer.optimizer"): of_engine("optimizer", "optimizer", "state", "param_groups"),
     ("deepspeed", "engine.global_steps"): of_engine("engine", "global_steps"),
     ("deepspeed", "engine.global_samples"): of_engine("engine", "global_samples"),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import InputError
+from lowrank_dist.zero3.gradients import clear_gradients, scale_gradients
 from lowrank_dist.zero3.partition import live_budget, use_cpu_accelerator
 
 
@@ -141,6 +142,15 @@ class Stage3Strategy(DeepSpeedStrategy):
         if self.lightning_module.automatic_optimization:
             kwargs.setdefault("scale_wrt_gas", False)
         return super().backward(closure_loss, optimizer, *args, **kwargs)
+
+    def scale_gradients(self, factor: Tensor) -> None:
+        """Multiply the gradients of the accumulated batches of this step by `factor`, a scalar equal on all ranks."""
+        scale_gradients(self.deepspeed_engine.optimizer, factor)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().optimizer_step(*args, **kwargs)
+        clear_gradients(self.deepspeed_engine.optimizer)
+        return output
 
     def _keep_gathered(self, backbone: nn.Module, layers: int) -> None:
         """Limit gathered weights to about `layers` decoder layers, except where the user has chosen the settings."""
