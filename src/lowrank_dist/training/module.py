@@ -10,10 +10,12 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lowrank_dist.data.tokenizing import IGNORE_INDEX
 from lowrank_dist.training.fused_loss import FusedLoss
 from lowrank_dist.training.optim import OPTIMIZERS, OptimizerName, build_optimizer
+from lowrank_dist.training.token_mean import TokenMean, accumulator_dtype, check_accumulation, trained_tokens
 
+LossAverage = Literal["tokens", "batches"]
+LOSS_AVERAGES: tuple[str, ...] = get_args(LossAverage)
 SchedulerName = Literal["cosine", "linear", "constant"]
 SCHEDULERS: tuple[str, ...] = get_args(SchedulerName)
 
@@ -28,8 +30,9 @@ class CausalLMModule(L.LightningModule):
     Under a strategy that loads weights itself (`PiSSAStrategy`) the module builds only the architecture, and the
     adapters are trained. Under Lightning's own strategies the module loads the model and trains every parameter.
 
-    `train_loss` averages, over the batches of a step on all ranks, the mean loss of each batch's trained tokens.
-    `val_loss` and `test_loss` are the mean over all trained tokens of the whole set on all ranks.
+    `train_loss`, whose gradient the optimizer gets, is the mean over all trained tokens of a step on all ranks, or the
+    mean of its batch means (`average_loss_over`). `val_loss` and `test_loss` are the mean over all trained tokens of
+    the whole set on all ranks.
 
     Parameters
     ----------
@@ -57,6 +60,10 @@ class CausalLMModule(L.LightningModule):
     fused_cross_entropy
         Compute the loss from the hidden states in chunks of tokens, without materializing the logits of all tokens.
         Saves memory with large vocabularies. Needs CUDA and liger-kernel (the `gpu` extra), and a head without adapter.
+    average_loss_over
+        What the loss of a step is a mean of. `tokens`: all trained tokens of the step weigh the same, whichever rank
+        and accumulated batch they are in, so that a step does not depend on how its examples are split. `batches`: all
+        batches weigh the same, so that a token weighs the less, the more trained tokens its batch has.
 
     Raises
     ------
@@ -73,6 +80,12 @@ class CausalLMModule(L.LightningModule):
     The loss is computed in fp32 under every precision: the causal loss of transformers (`ForCausalLMLoss`) casts logits
     to float32 before the cross-entropy, and liger-kernel casts them inside it. The key-value cache is off in every
     forward pass: training does not need it, and transformers does not separate packed examples when it is on.
+
+    Over tokens, a batch without trained tokens does not change the step. A step without any has a gradient and a
+    `train_loss` of 0. Terms that a model adds to its loss, such as the load-balancing loss of a mixture of experts, are
+    averaged over the batches of the step, weighted by their trained tokens. To add your own, override `loss`.
+    Accumulation over tokens works under `PiSSAStrategy`, on a single device and under DDP; other strategies are
+    refused, since their accumulated gradients cannot be rescaled.
 
     Examples
     --------
@@ -97,12 +110,17 @@ class CausalLMModule(L.LightningModule):
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
         fused_cross_entropy: bool = False,
+        average_loss_over: LossAverage = "tokens",
     ) -> None:
         super().__init__()
         if scheduler not in SCHEDULERS:
             raise ValueError(f"scheduler={scheduler!r} is not known; valid names: {', '.join(SCHEDULERS)}")
         if optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer={optimizer!r} is not known; valid names: {', '.join(OPTIMIZERS)}")
+        if average_loss_over not in LOSS_AVERAGES:
+            raise ValueError(
+                f"average_loss_over={average_loss_over!r} is not known; valid names: {', '.join(LOSS_AVERAGES)}"
+            )
         if not 0 <= warmup_ratio <= 1:
             raise ValueError(f"warmup_ratio={warmup_ratio} must be between 0 and 1: it is a share of all steps")
         if lr < 0 or weight_decay < 0:
@@ -118,11 +136,18 @@ class CausalLMModule(L.LightningModule):
         self.attn_implementation = attn_implementation
         self.gradient_checkpointing = gradient_checkpointing
         self.fused_cross_entropy = fused_cross_entropy
+        self.average_loss_over = average_loss_over
         self._fused_loss: FusedLoss | None = None
         self.model: nn.Module | None = None
         self._takes_position_ids = True
+        self._token_mean = TokenMean()
         self._step_losses: list[Tensor] = []  # losses of the batches of the current step
         self._evaluated = torch.zeros(2)  # sum of token losses, number of tokens
+
+    def setup(self, stage: str) -> None:
+        """Before weights are read, raise ValueError if the strategy cannot average over tokens while accumulating."""
+        if stage == "fit" and self.average_loss_over == "tokens" and self.trainer.accumulate_grad_batches > 1:
+            check_accumulation(self.trainer)
 
     def configure_model(self) -> None:
         """Build the model on the first call.
@@ -184,17 +209,25 @@ class CausalLMModule(L.LightningModule):
 
     # ---- training
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Return the mean loss of this rank's batch, fp32 scalar; log its mean over ranks and accumulated batches.
+        """Return this rank's loss for backward, scalar, so that the gradient of the step is that of `train_loss`.
 
-        Logging issues one all-reduce (``sync_dist``).
+        If the loss is averaged over tokens, the returned one is the mean of the batch times its share of the trained
+        tokens of the step (`lowrank_dist.training.token_mean.TokenMean`). `train_loss` is logged with the last batch of
+        a step, which issues one all-reduce. If it is averaged over batches, the returned one is the mean of the batch.
+        `train_loss` is logged with every batch, which issues one all-reduce each (``sync_dist``).
         """
-        loss = self.loss(batch)
-        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+        loss, size = self.loss(batch), len(batch["input_ids"])
+        first = batch_idx % self.trainer.accumulate_grad_batches == 0
+        if self.average_loss_over == "tokens":
+            loss, mean = self._token_mean.weighted(loss, trained_tokens(batch["labels"]), self.trainer, first=first)
+            if mean is not None:
+                self.log("train_loss", mean, prog_bar=True, batch_size=size)
+            return loss
+        if first:
             self._step_losses = []
         self._step_losses.append(loss.detach())
         # the loss whose gradient is the averaged gradient
-        mean = torch.stack(self._step_losses).mean()
-        self.log("train_loss", mean, prog_bar=True, sync_dist=True, batch_size=len(batch["input_ids"]))
+        self.log("train_loss", torch.stack(self._step_losses).mean(), prog_bar=True, sync_dist=True, batch_size=size)
         return loss
 
     def calibration_step(self, batch: dict[str, Tensor]) -> Tensor:
@@ -258,9 +291,7 @@ class CausalLMModule(L.LightningModule):
         self._log_evaluated("test_loss")
 
     def _reset_evaluated(self) -> None:
-        # fp64, so that the mean of a long set does not depend on how it was split over ranks; MPS has no fp64
-        dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        self._evaluated = torch.zeros(2, dtype=dtype, device=self.device)
+        self._evaluated = torch.zeros(2, dtype=accumulator_dtype(self.device), device=self.device)
 
     def _evaluate(self, batch: dict[str, Tensor]) -> None:
         """Add the sum of this batch's token losses, and their number.
@@ -268,7 +299,7 @@ class CausalLMModule(L.LightningModule):
         A batch without trained tokens consists of fillers. It takes part in the step, but its mean (0 / 0) is ignored.
         """
         loss = self.loss(batch)
-        count = (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
+        count = trained_tokens(batch["labels"])
         self._evaluated += torch.stack([torch.where(count > 0, loss.to(self._evaluated) * count, 0.0), count])
 
     def _log_evaluated(self, name: str) -> None:

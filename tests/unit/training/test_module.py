@@ -221,7 +221,7 @@ def test_fit_follows_the_schedule_and_learns(pretrained, train, precision):
 )
 def test_accumulation_counts_optimizer_steps(pretrained, train, scheduler, factors):
     watch = Watch()
-    module = CausalLMModule(pretrained, lr=1e-3, warmup_ratio=0.2, scheduler=scheduler)
+    module = CausalLMModule(pretrained, lr=1e-3, warmup_ratio=0.2, scheduler=scheduler, average_loss_over="batches")
     trainer = L.Trainer(**QUIET, max_steps=5, max_epochs=10, accumulate_grad_batches=2, callbacks=[watch])
     trainer.fit(module, SFTDataModule(pretrained, train, batch_size=3))
     assert watch.rates[::2] == pytest.approx([1e-3 * factor for factor in factors])
@@ -290,6 +290,10 @@ def test_other_strategies_get_the_weights(pretrained, precision, dtype):
         ({"scheduler": "sine"}, "scheduler='sine' is not known; valid names: cosine, linear, constant"),
         ({"optimizer": "sgd"}, "optimizer='sgd' is not known; valid names: adamw, paged"),
         ({"warmup_ratio": 1.5}, "warmup_ratio=1.5 must be between 0 and 1"),
+        (
+            {"average_loss_over": "samples"},
+            "average_loss_over='samples' is not known; valid names: tokens, batches",
+        ),
         ({"lr": -1.0}, "lr=-1.0 and weight_decay=0.0 must not be negative"),
     ],
 )
