@@ -64,18 +64,18 @@ def test_the_weight_of_a_token_is_not_rounded_to_the_loss(dtype):
 
 @pytest.mark.parametrize("strategy", [DeepSpeedStrategy(stage=2), FSDPStrategy()], ids=lambda s: type(s).__name__)
 def test_gradients_that_cannot_be_rescaled_are_refused(strategy):
-    module = CausalLMModule("unused")
-    module._trainer = trainer_of(strategy, 4)
+    module, trainer = CausalLMModule("unused"), trainer_of(strategy, 4)
+    module.trainer = trainer
     with pytest.raises(ValueError, match=f"accumulate_grad_batches=4 .* which {type(strategy).__name__} keeps"):
         module.setup("fit")
     module.setup("validate")
     old = CausalLMModule("unused", average_loss_over="batches")
-    old._trainer = module._trainer
+    old.trainer = trainer
     old.setup("fit")
-    module._trainer = trainer_of(strategy, 1)  # nothing is rescaled
+    module.trainer = trainer = trainer_of(strategy, 1)  # nothing is rescaled
     module.setup("fit")
     loss, count = torch.ones((), requires_grad=True), torch.tensor(7)
-    assert TokenMean().weighted(loss, count, module._trainer, first=True)[0].item() == pytest.approx(1, rel=1e-6)
+    assert TokenMean().weighted(loss, count, trainer, first=True)[0].item() == pytest.approx(1, rel=1e-6)
 
 
 @pytest.mark.parametrize(
