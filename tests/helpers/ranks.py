@@ -21,6 +21,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.distributed import TCPStore
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -42,7 +43,7 @@ CONTEXT.set_forkserver_preload(
         "transformers.models.llama.modeling_llama",
     ]
 )
-#: Calls after which the ranks of a pool are replaced: every fit leaves process groups, whose threads stay.
+#: Calls after which the ranks of a pool are replaced, whatever functions have left in them.
 CALLS = 24
 #: Modules, with all of their own, that a pooled function must leave as they were.
 WATCHED = ("lowrank_dist", "os", "shutil", "time", "torch.distributed", "huggingface_hub.constants")
@@ -239,8 +240,6 @@ def environment_of(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 def _rank_main(connection: Connection, rank: int, world_size: int, port: int, pooled: bool) -> None:
     os.environ.update(environment_of(rank, world_size, port))
-    import torch.distributed as dist
-
     gc.freeze()  # what the server has imported: DeepSpeed collects garbage, and would copy every page of it
     torch.set_num_threads(1)
     joined: str | None = None
@@ -289,7 +288,7 @@ class _Process:
         self.generators = random.getstate(), np.random.get_state(), torch.get_rng_state()
 
     def reset(self) -> None:
-        gc.collect()  # engines, with their hooks and files, are parts of cycles
+        _let_go()
         os.environ.clear()
         os.environ.update(self.environment)
         os.chdir(self.directory)
@@ -298,6 +297,27 @@ class _Process:
         torch.set_rng_state(self.generators[2])
         torch.set_num_threads(1)
         torch.set_default_dtype(torch.float32)
+
+
+def _let_go() -> None:
+    """Free the runs and process groups of earlier functions, from which all ranks have returned.
+
+    The autograd functions that DeepSpeed makes for every module stay in torch, and hold the module's whole run. Each
+    process group has a thread that wakes up a hundred times a second. DeepSpeed keeps some groups for its next engine.
+    """
+    from deepspeed.utils import groups
+    from lightning import Trainer
+
+    gc.collect()
+    trainers = [one for one in gc.get_objects() if type(one) is Trainer]
+    for trainer in trainers:
+        vars(trainer).clear()
+    kept = [dist.group.WORLD, *vars(groups).values()]
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if not any(group is one for one in kept):
+            dist.destroy_process_group(group)
+    if trainers:
+        gc.collect()
 
 
 def _contents() -> dict[str, dict[str, Any]]:

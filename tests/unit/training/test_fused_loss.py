@@ -133,7 +133,7 @@ def fit(pretrained: Path, fused: bool) -> tuple[list[float], list[tuple[int, ...
     """
     module = Witness(str(pretrained), lr=1e-3, scheduler="constant", warmup_ratio=0, fused_cross_entropy=fused)
     trainer = L.Trainer(
-        strategy=make_strategy(pretrained),
+        strategy=make_strategy(pretrained, quantization=None),  # NF4 would be decoded in the interpreter too
         accelerator="cpu",
         devices=torch.distributed.get_world_size(),
         max_steps=2,
