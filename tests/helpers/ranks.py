@@ -249,6 +249,7 @@ def _rank_main(connection: Connection, rank: int, world_size: int, port: int, po
     except BaseException:
         joined = traceback.format_exc()
     process = _Process()
+    before: dict[str, dict[str, Any]] = {}
     try:
         while True:
             try:
@@ -256,7 +257,8 @@ def _rank_main(connection: Connection, rank: int, world_size: int, port: int, po
             except EOFError:
                 break
             process.reset()
-            before = _contents() if pooled else {}
+            if pooled and not before:
+                before = _contents()
             result: bytes | None = None
             error = joined
             if error is None:
@@ -265,7 +267,8 @@ def _rank_main(connection: Connection, rank: int, world_size: int, port: int, po
                     # As bytes: tensors would otherwise travel as handles that die with this process.
                     result = pickle.dumps(function(*args))
                     function = args = None
-                    changed = _changed(before) if pooled else []
+                    now = _contents() if pooled else {}
+                    changed, before = _changed(before, now), now
                     if changed:
                         raise RuntimeError(
                             f"{', '.join(changed)} changed, which the next function would see: mark it `alone`"
@@ -304,6 +307,8 @@ def _let_go() -> None:
 
     The autograd functions that DeepSpeed makes for every module stay in torch, and hold the module's whole run. Each
     process group has a thread that wakes up a hundred times a second. DeepSpeed keeps some groups for its next engine.
+    A group that its members alone made stays too: torch names the next one of these ranks by the same hash, under which
+    the store still has the addresses of the first.
     """
     from deepspeed.utils import groups
     from lightning import Trainer
@@ -314,10 +319,11 @@ def _let_go() -> None:
         vars(trainer).clear()
     kept = [dist.group.WORLD, *vars(groups).values()]
     for group in list(dist.distributed_c10d._world.pg_map):
-        if not any(group is one for one in kept):
+        if group.group_name.isdecimal() and not any(group is one for one in kept):
             dist.destroy_process_group(group)
     if trainers:
         gc.collect()
+    gc.freeze()  # what still stays is not looked at again
 
 
 def _contents() -> dict[str, dict[str, Any]]:
@@ -333,8 +339,7 @@ def _contents() -> dict[str, dict[str, Any]]:
     return found
 
 
-def _changed(before: dict[str, dict[str, Any]]) -> list[str]:
-    now = _contents()
+def _changed(before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]]) -> list[str]:
     return [
         f"{owner}.{name}"
         for owner, names in before.items()
