@@ -57,7 +57,7 @@ def test_offloading_changes_no_loss(llama: Path, offload: dict[str, bool]) -> No
     assert offloaded == pytest.approx(plain, rel=1e-4)
 
 
-CUT = 5
+CUT = 3
 
 
 def run_part(pretrained: Path, output: Path, accelerator: str, steps: int, resume: bool) -> list[float]:

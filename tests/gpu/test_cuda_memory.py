@@ -148,7 +148,7 @@ def cut_run(pretrained: Path, output: Path, name: str, steps: int, resume: bool)
     strategy = training.make_strategy(pretrained, adapter=ADAPTER, init_cache=output / "cache")
     module = Optimized(pretrained, name)
     trainer = training.make_trainer(strategy, accelerator="gpu", steps=steps)
-    batches = training.loader(0, 1, first=3 if resume else 0)
+    batches = training.loader(0, 1, STEPS, first=3 if resume else 0)
     trainer.fit(module, batches, ckpt_path=output / "cut" if resume else None)
     if not resume:
         trainer.save_checkpoint(output / "cut")

@@ -17,7 +17,9 @@ from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.zero3.partition import gathered
 
 GLOBAL_BATCH = 12  # divisible by 1, 2, 3 and 4 ranks
-STEPS = 8
+STEPS = 5
+#: Global batches that there are, for runs of more steps.
+BATCHES = 8
 LR = 2e-3
 #: Of DeepSpeed, where no strategy makes one.
 DEEPSPEED_CONFIG = {
@@ -28,7 +30,7 @@ DEEPSPEED_CONFIG = {
 
 def tokens(steps: int = STEPS, length: int = 16) -> Tensor:
     """Token ids of every step's global batch, ``[steps, 12, length]``."""
-    return torch.randint(3, 256, (STEPS, GLOBAL_BATCH, length), generator=torch.Generator().manual_seed(7))[:steps]
+    return torch.randint(3, 256, (BATCHES, GLOBAL_BATCH, length), generator=torch.Generator().manual_seed(7))[:steps]
 
 
 class CausalLM(L.LightningModule):
@@ -73,7 +75,7 @@ class ByStep(CausalLM):
 
     def training_step(self, batch: list[Tensor], index: int) -> Tensor:
         step, trainer = self.trainer.global_step, self.trainer
-        mine = tokens()[step % STEPS].unflatten(0, (trainer.world_size, -1))[trainer.global_rank]
+        mine = tokens(BATCHES)[step % BATCHES].unflatten(0, (trainer.world_size, -1))[trainer.global_rank]
         loss = super().training_step([mine.to(self.device)], index)
         if self.record is not None and trainer.is_global_zero:
             with self.record.open("a") as file:

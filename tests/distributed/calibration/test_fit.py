@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from helpers.models import save_checkpoint
 from helpers.ranks import run_ranks
-from helpers.training import CausalLM, dense_state, loader, make_strategy, make_trainer, tokens
+from helpers.training import BATCHES, CausalLM, dense_state, loader, make_strategy, make_trainer, tokens
 from lowrank_dist import EVA, Calibration, CorDA, LoRA, LoRAGA, PiSSA
 from lowrank_dist.data.datamodule import SFTDataModule
 from lowrank_dist.errors import InputError
@@ -145,11 +145,11 @@ class Data(L.LightningDataModule):
 class Rows(IterableDataset):
     def __iter__(self) -> Iterator[tuple[Tensor]]:
         order = torch.randperm(96)
-        yield from ((tokens().flatten(0, 1)[index],) for index in order)
+        yield from ((tokens(BATCHES).flatten(0, 1)[index],) for index in order)
 
 
 def make_loader(kind: str) -> DataLoader:
-    dataset = TensorDataset(tokens().flatten(0, 1))
+    dataset = TensorDataset(tokens(BATCHES).flatten(0, 1))
     if kind == "generator":
         return DataLoader(dataset, batch_size=3, shuffle=True, generator=torch.Generator().manual_seed(5))
     if kind == "workers":

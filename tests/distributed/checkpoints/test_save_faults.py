@@ -17,7 +17,7 @@ from torch import Tensor
 from helpers.faults import full_disk_at, kill_at, little_room_at
 from helpers.loggers import RecordingLogger
 from helpers.ranks import alone, run_ranks, run_ranks_catching
-from helpers.training import ByStep, loader, make_strategy, make_trainer, recorded
+from helpers.training import BATCHES, ByStep, loader, make_strategy, make_trainer, recorded
 from lowrank_dist import AdapterCheckpoint, LoRA
 from lowrank_dist.checkpoints.layout import TrainingCheckpoint, newest_checkpoint
 from lowrank_dist.distributed.group import ShardGroup
@@ -65,7 +65,7 @@ def train(
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: said.append(record.getMessage())
     logging.getLogger("lowrank_dist").addHandler(handler)
-    trainer.fit(module, loader(trainer.global_rank, trainer.world_size), ckpt_path="last")
+    trainer.fit(module, loader(trainer.global_rank, trainer.world_size, BATCHES), ckpt_path="last")
     logging.getLogger("lowrank_dist").removeHandler(handler)
     return {"begun": begun[0], "best": checkpoint.best_model_path, "told": logger.told, "said": said}
 
@@ -140,7 +140,7 @@ def die(pretrained: Path, output: Path, where: str) -> None:
     train(pretrained, output, steps=2)
     if where != "step":
         kill_at(20, [1], 1)
-    train(pretrained, output, callback={"background": where != "wait"}, die_in_step=5 if where == "step" else None)
+    train(pretrained, output, callback={"background": where == "write"}, die_in_step=5 if where == "step" else None)
 
 
 def initialise_and_die(pretrained: Path, output: Path, call: int) -> None:

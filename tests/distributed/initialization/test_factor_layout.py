@@ -26,7 +26,7 @@ from lowrank_dist.quantization.dense import Dense
 from lowrank_dist.residual_model.create import decompose
 from lowrank_dist.storage.reader import CheckpointReader
 
-CUT = 5
+CUT = 3
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from helpers.checkpoints import load_lora
 from helpers.command import lowrank_dist
 from helpers.faults import kill_after_commits
 from helpers.ranks import alone, run_ranks, run_ranks_catching
-from helpers.training import ByStep, CausalLM, initial_factors, loader, make_strategy, make_trainer, tokens
+from helpers.training import BATCHES, ByStep, CausalLM, initial_factors, loader, make_strategy, make_trainer, tokens
 from lowrank_dist import EVA, NF4, AdapterCheckpoint, Calibration, CorDA, LoRAGA, PiSSAStrategy
 from lowrank_dist.calibration.measure import draw, step_name
 from lowrank_dist.data.datamodule import SFTDataModule
@@ -47,7 +47,8 @@ class Seeing(CausalLM):
 def strategy_of(pretrained: Path, init: Method, quantization: Any, **options: Any) -> PiSSAStrategy:
     """Its batches are given to it, this rank's part of two global ones, from `first` on."""
     rank, size, first = torch.distributed.get_rank(), torch.distributed.get_world_size(), options.pop("first", 0)
-    calibration = Calibration(batches=2, step=loss_of, data=loader(rank, size, first=first), **options.pop("how", {}))
+    data = loader(rank, size, BATCHES, first=first)
+    calibration = Calibration(batches=2, step=loss_of, data=data, **options.pop("how", {}))
     return make_strategy(pretrained, init=init, quantization=quantization, calibration=calibration, **options)
 
 

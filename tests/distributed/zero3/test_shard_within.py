@@ -21,7 +21,7 @@ from lowrank_dist.forecast.traffic import traffic
 from lowrank_dist.quantization.dense import Dense
 from lowrank_dist.zero3.partition import local_shard
 
-NODES, CUT = 2, 5
+NODES, CUT = 2, 3
 LINEARS: dict[str, Any] = {"r": 4, "lora_alpha": 4, "target_modules": "all-linear"}
 EXPERTS: dict[str, Any] = {"r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]} | {
     "target_parameters": ["mlp.experts.down_proj"]
