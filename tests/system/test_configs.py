@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:`loftq_config` specified but wil
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 
 
-def parse(*paths: Path) -> Any:
+@cache
+def parsed_once(*paths: Path) -> Any:
     return parse_fit([f"--config={path}" for path in paths])
+
+
+def parse(*paths: Path) -> Any:
+    """Settings that the caller may change."""
+    return parsed_once(*paths).clone()
 
 
 def parts_of(path: Path) -> dict[str, str]:

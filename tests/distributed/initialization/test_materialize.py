@@ -362,13 +362,13 @@ def test_no_dense_experts_wait_for_the_backward(tmp_path: Path, options: dict[st
 
 
 @pytest.mark.parametrize("ranks_per_matrix", [1, 2])
-def test_experts_decomposed_by_fewer_ranks_are_the_same(tmp_path: Path, ranks_per_matrix: int) -> None:
-    base = save_checkpoint(tmp_path / "base", "mixtral")
-    case = CASES["mixtral"]
-    whole = run_ranks(2, train, base, tmp_path / "a", case, {}, "32-true")[0]
-    parts = run_ranks(2, train, base, tmp_path / "b", case, {"ranks_per_matrix": ranks_per_matrix}, "32-true")[0]
-    assert parts["losses"] == pytest.approx(whole["losses"], rel=1e-5)
+def test_experts_decomposed_by_fewer_ranks_are_the_same(
+    trained: Callable[[str, int], Trained], tmp_path: Path, ranks_per_matrix: int
+) -> None:
+    whole, options = trained("mixtral", 2), {"ranks_per_matrix": ranks_per_matrix}
+    parts = run_ranks(2, train, whole.base, tmp_path, CASES["mixtral"], options, "32-true")[0]
+    assert parts["losses"] == pytest.approx(whole.results[0]["losses"], rel=1e-5)
     names = [matrix.name for matrix in parts["report"].matrices]
     assert "model.layers.1.mlp.experts.down_proj[3]" in names
-    manifest = json.loads((tmp_path / "b" / f"step={STEPS}" / "lowrank_dist.json").read_text())
+    manifest = json.loads((tmp_path / f"step={STEPS}" / "lowrank_dist.json").read_text())
     assert set(manifest["experts"].values()) == {4}

@@ -25,7 +25,7 @@ from lowrank_dist.quantization.dense import Dense
 from lowrank_dist.storage.reader import CheckpointReader
 
 M_MMAP_THRESHOLD = -3  # of malloc.h
-ROWS, COLUMNS, MATRICES = 2048, 4096, 20
+ROWS, COLUMNS, MATRICES = 2048, 4096, 12
 BLOCK = ROWS // 2 * COLUMNS * 4  # fp32 rows of one rank of two
 
 
@@ -74,7 +74,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("residual", [NF4(), Dense(dtype=torch.bfloat16)], ids=str)
 def test_a_rank_needs_a_few_row_blocks_whatever_the_model(checkpoint: Path, residual: Any) -> None:
-    """Five do, of a model of twenty: the one in use, the next, and what decomposing and encoding take; one to spare."""
+    """Five do, of a model of twelve: the one in use, the next, and what decomposing and encoding take; one to spare."""
     assert run_ranks(2, walk_under_a_cap, checkpoint, residual, 6, False) == [MATRICES, MATRICES]
 
 
