@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 from lowrank_dist import NF4, LoRA, PiSSAStrategy
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import RowPartition
-from lowrank_dist.layers.folded import fold_adapters
+from lowrank_dist.layers.adapted import fuse_adapters
 from lowrank_dist.layers.frozen import FrozenLinear
 from lowrank_dist.storage.writer import write_json
 from lowrank_dist.training.module import CausalLMModule
@@ -218,7 +218,7 @@ def train_unsharded(job: RunSpec, *, fused: bool) -> Measured:
         for name, shard in residual.encode(weight.float(), partition, group).shards.items():
             setattr(frozen, name, nn.Parameter(shard, requires_grad=False))
         module.base_layer = frozen
-    fold_adapters(model, "measured" if fused else "never")
+    fuse_adapters(model, "measured" if fused else "never")
     return _loop(job, model)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import RowPartition
-from lowrank_dist.layers.folded import FoldAdapters, fold_adapters
+from lowrank_dist.layers.adapted import FoldAdapters, fuse_adapters
 from lowrank_dist.layers.frozen import FrozenLinear
 from lowrank_dist.quantization.nf4 import NF4
 
@@ -96,7 +96,7 @@ def _ours(residual: NF4, fold: FoldAdapters) -> Callable[[Problem], nn.Module]:
     def build(problem: Problem) -> nn.Module:
         owner = nn.Module()
         owner.linear = _adapted(problem, _frozen(problem, residual))
-        fold_adapters(owner, fold)
+        fuse_adapters(owner, fold)
         return owner.linear  # type: ignore[no-any-return]
 
     return build

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from helpers.sft import tiny_llama
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import RowPartition
-from lowrank_dist.layers.folded import fold_adapters
+from lowrank_dist.layers.adapted import fuse_adapters
 from lowrank_dist.layers.frozen import FrozenLinear
 from lowrank_dist.quantization.nf4 import NF4
 from lowrank_dist.training.module import CausalLMModule
@@ -68,13 +68,13 @@ def test_a_layer_in_bf16(fold: Any) -> None:
     layer.base_layer = base
     a, b = (torch.randn(shape, device="cuda").bfloat16() / 32 for shape in ((16, 1024), (512, 16)))
     layer.lora_A["default"].weight, layer.lora_B["default"].weight = nn.Parameter(a), nn.Parameter(b)
-    fold_adapters(owner, fold)
+    fuse_adapters(owner, fold)
     x, grad = (torch.randn(256, n, device="cuda").bfloat16() for n in (1024, 512))
     x.requires_grad_()
     y = layer(x)
     y.backward(grad)
     exact = [t.detach().double().requires_grad_() for t in (x, a, b)]
-    weight = base.decode(tuple(base.stored()), torch.float32).double() + 1.5 * exact[2] @ exact[1]
+    weight = base.decode(base.stored(), torch.float32).double() + 1.5 * exact[2] @ exact[1]
     wanted = exact[0] @ weight.mT
     wanted.backward(grad.double())
     found = (y, x.grad, layer.lora_A["default"].weight.grad, layer.lora_B["default"].weight.grad)

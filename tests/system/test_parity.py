@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from helpers.ranks import run_ranks
 from helpers.training import STEPS, CausalLM, dense_state, fit, loader, make_strategy, make_trainer, train_plainly
 from lowrank_dist import LoRA, PiSSA
-from lowrank_dist.layers.folded import FoldedLinear
+from lowrank_dist.layers.adapted import AdaptedLinear
 
 CHECKPOINTING = {
     "off": {"gradient_checkpointing": False},
@@ -51,9 +51,14 @@ def test_accumulation_and_clipping_are_lightnings_own(llama: Path) -> None:
 
 def train_folded(pretrained: Path, options: dict[str, Any]) -> tuple[list[float], int]:
     """Losses, and how many layers were computed as one product."""
-    products, fold = [], FoldedLinear.folded
+    products, compute = [], AdaptedLinear.computed
+
+    def computed(layer: AdaptedLinear, x: Tensor, *, fold: bool) -> Tensor:
+        products.extend([layer] * fold)
+        return compute(layer, x, fold=fold)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FoldedLinear, "folded", lambda layer, x: (products.append(layer), fold(layer, x))[1])
+        patch.setattr(AdaptedLinear, "computed", computed)
         return fit(pretrained, **options)[0].losses, len(products)
 
 

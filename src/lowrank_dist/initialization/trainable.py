@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lowrank_dist.errors import ModelError
-from lowrank_dist.layers.folded import FoldAdapters, fold_adapters
+from lowrank_dist.layers.adapted import FoldAdapters, fuse_adapters
 from lowrank_dist.zero3.partition import gather_by_layer, register_used_parameters
 
 
@@ -49,7 +49,7 @@ def make_trainable(backbone: PreTrainedModel, computation: Computation, device: 
             backbone.activation_checkpointing_enable(options)
         else:  # the name before transformers 5.23
             backbone.gradient_checkpointing_enable(options)
-    for layer in fold_adapters(backbone, computation.fold_adapters):
+    for layer in fuse_adapters(backbone, computation.fold_adapters):
         register_used_parameters(layer, layer.parameters())
     if computation.autocast is not None:
         backbone.forward = torch.autocast(device.type, dtype=computation.autocast)(backbone.forward)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lowrank_dist.distributed.partition import RowPartition
 from lowrank_dist.model.factor_layout import FactorLayout
-from lowrank_dist.quantization.format import ResidualFormat
+from lowrank_dist.quantization.format import Product, ResidualFormat
 
 
 class _FrozenLinearFunction(torch.autograd.Function):
@@ -26,14 +26,12 @@ class _FrozenLinearFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layer: FrozenLinear, *stored: Tensor) -> Tensor:
         ctx.save_for_backward(*stored)
         ctx.layer = layer
-        weight = layer.decode(stored, x.dtype)
-        return x @ (weight if layer.input_first else weight.mT)
+        return x @ layer.matrix(stored, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         stored = ctx.saved_tensors
-        weight = ctx.layer.decode(stored, grad.dtype)
-        return grad @ (weight.mT if ctx.layer.input_first else weight), None, *(None for _ in stored)
+        return grad @ ctx.layer.matrix(stored, grad.dtype).mT, None, *(None for _ in stored)
 
 
 class FrozenWeight(nn.Module):
@@ -62,9 +60,12 @@ class FrozenWeight(nn.Module):
         """The parameters that hold the encoded weight, never views of them (see the module's docstring)."""
         return [self._parameters[name] for name in self.stored_names]  # type: ignore[misc]
 
-    def decode(self, stored: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
-        """Decode the matrix in `dtype` from its gathered storages."""
-        return self.residual.decode(self.by_name(stored), self.partition, dtype)
+    def decode(self, stored: Sequence[Tensor], dtype: torch.dtype, product: Product | None = None) -> Tensor:
+        """Decode the matrix as stored, in `dtype`, from its gathered storages, and add `product` if given.
+
+        See `lowrank_dist.quantization.format.ResidualFormat.decode`.
+        """
+        return self.residual.decode(self.by_name(stored), self.partition, dtype, product)
 
     def by_name(self, stored: Sequence[Tensor]) -> dict[str, Tensor]:
         """The storages by their names in the residual format."""
@@ -112,13 +113,20 @@ class FrozenLinear(FrozenWeight):
         """Map ``[..., in]`` of any floating dtype to ``[..., out]`` in the compute dtype."""
         return self.multiplied(x, lambda x: _FrozenLinearFunction.apply(x, self, *self.stored()))
 
+    def matrix(self, stored: Sequence[Tensor], dtype: torch.dtype, product: Product | None = None) -> Tensor:
+        """`decode` as ``[in, out]``, for ``x @ matrix``; a view where rows are outputs."""
+        weight = self.decode(stored, dtype, product)
+        return weight if self.input_first else weight.mT
+
     def multiplied(self, x: Tensor, multiply: Callable[[Tensor], Tensor]) -> Tensor:
         """Compute ``multiply(x)`` in the compute dtype, or that of autocast where enabled, and add the bias."""
         device = x.device.type
-        autocast = torch.is_autocast_enabled(device)
-        x = x.to(torch.get_autocast_dtype(device) if autocast else self.compute_dtype)
-        with torch.autocast(device, enabled=False):
-            y = multiply(x)
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+            with torch.autocast(device, enabled=False):
+                y = multiply(x)
+        else:
+            y = multiply(x.to(self.compute_dtype))
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:

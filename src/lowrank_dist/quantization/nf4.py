@@ -183,13 +183,18 @@ class NF4:
     ) -> Tensor:
         """`decode` with the operators of bitsandbytes, without a product."""
         _bitsandbytes()
+        packed, absmax, rows = stored["weight_packed"], stored["weight_absmax"], partition.rows
+        blocks = partition.blocks
         if self.double_quant:
-            codes, nested = stored["weight_absmax"], stored["weight_nested"].view(torch.float32)
-            absmax = _dequantize_absmax(codes, nested, torch.arange(len(codes), device=codes.device))
+            absmax = _dequantize_all_absmax(absmax[:blocks], stored["weight_nested"].view(torch.float32))
         else:
-            absmax = stored["weight_absmax"].view(torch.float32)
-        shape = (partition.padded_rows, partition.columns)
-        return _dequantize(stored["weight_packed"], absmax, self.block_size, shape, dtype)[: partition.rows]
+            absmax = absmax.view(torch.float32)[:blocks]
+        if rows * partition.columns == blocks * self.block_size:
+            packed = packed[: blocks * self.block_size // 2]
+        else:  # the last real block ends in a row of padding
+            rows = partition.padded_rows
+            absmax = torch.nn.functional.pad(absmax, (0, rows * partition.columns // self.block_size - blocks))
+        return _dequantize(packed, absmax, self.block_size, (rows, partition.columns), dtype)[: partition.rows]
 
     def has_kernel(self, partition: RowPartition, device: torch.device) -> bool:
         """Whether Triton can decode the matrix: rows consist of whole blocks, on CUDA or in Triton's interpreter."""
@@ -380,6 +385,14 @@ def _dequantize_absmax(codes: Tensor, nested: Tensor, blocks: Tensor) -> Tensor:
     """Decode `codes` of the absolute maxima of `blocks` (same shape) to fp32; padding uses the last second level."""
     scale = nested[1:][(blocks // NESTED_BLOCK).clamp_(max=nested.numel() - 2)]
     return _dynamic_map(codes.device)[codes.int()] * scale + nested[0]
+
+
+def _dequantize_all_absmax(codes: Tensor, nested: Tensor) -> Tensor:
+    """`_dequantize_absmax` of the first blocks of a matrix, in order, by one operator of bitsandbytes."""
+    absmax: Tensor = torch.ops.bitsandbytes.dequantize_blockwise.default(
+        codes, nested[1:], _dynamic_map(codes.device), NESTED_BLOCK, torch.float32
+    )
+    return absmax.add_(nested[0])
 
 
 @cache

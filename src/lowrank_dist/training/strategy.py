@@ -25,7 +25,7 @@ from lowrank_dist.errors import ModelError
 from lowrank_dist.initialization.build import build_model
 from lowrank_dist.initialization.open import ModelRecipe
 from lowrank_dist.initialization.trainable import Computation
-from lowrank_dist.layers.folded import FoldAdapters
+from lowrank_dist.layers.adapted import FoldAdapters
 from lowrank_dist.methods import Method
 from lowrank_dist.model.skeleton import find_backbone, meta_parameters
 from lowrank_dist.quantization.dense import Dense
@@ -100,7 +100,7 @@ class PiSSAStrategy(CheckpointedStrategy):
         Adapters, their gradients and optimizer state are sharded over all ranks either way.
     fold_adapters
         Compute residual and adapter of a linear layer as one product, ``x (W + s B A)^T``: ``"always"``, ``"never"``,
-        or ``"measured"``: only where it was faster when both were timed (`lowrank_dist.layers.folded`). On CUDA, a
+        or ``"measured"``: only where it was faster when both were timed (`lowrank_dist.layers.adapted`). On CUDA, a
         Triton kernel decodes and adds in one pass. The results agree up to rounding; PEFT computes layers with dropout.
     **deepspeed_options
         All options of `lightning.pytorch.strategies.DeepSpeedStrategy` (``offload_optimizer``, ``reduce_bucket_size``,

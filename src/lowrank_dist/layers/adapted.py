@@ -1,0 +1,194 @@
+"""Adapted linear layers as one autograd Function: frozen weight and adapter, ``y = x W^T + s (x A^T) B^T``.
+
+PEFT computes it with three modules, and autograd keeps the input of each and the product of the first two. The Function
+here saves x and the parameters, as in `lowrank_dist.layers.frozen` and for the same reason, and computes ``x A^T``
+again in backward: ``2 r in`` flops a token, which is a share of ``r / out`` of the layer. The adapter's term is added
+to the first product in place.
+
+It can also be computed as one product, ``y = x (W + s B A)^T`` (`Folding`). The separate term costs ``2 r (in + out)``
+flops a token. Added to the decoded weight, the adapter costs ``2 r in out`` flops once in forward and once in backward,
+and nothing per token. It costs no pass over memory if the decoding kernel adds it. Which way is faster depends on shape
+and tokens. The sum is rounded to the compute dtype, as the decoded weight is in both ways. It is not kept: backward
+computes it again.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from lowrank_dist.layers.frozen import FrozenLinear
+
+FoldAdapters = Literal["never", "always", "measured"]
+"""Whether adapters are added to the decoded weight; see `Folding`."""
+
+log = logging.getLogger(__name__)
+
+_REPEATS = 3  # timed runs, separate and folded
+
+
+class _AdaptedFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, a: Tensor, b: Tensor, scaling: float, base: FrozenLinear, fold: bool, *stored: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x, a, b, *stored)
+        ctx.how = scaling, base, fold
+        rows = x.flatten(0, -2)
+        if fold:
+            y = rows @ _summed(base, stored, a, b, scaling, x.dtype)
+        else:
+            y = rows @ base.matrix(stored, x.dtype)
+            y.addmm_(rows @ a.to(x.dtype).mT, b.to(x.dtype).mT, alpha=scaling)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, a, b, *stored = ctx.saved_tensors
+        scaling, base, fold = ctx.how
+        wants_x, wants_a, wants_b = ctx.needs_input_grad[:3]
+        rows, shape, dtype = x.flatten(0, -2), x.shape, grad.dtype
+        grad = grad.flatten(0, -2)
+        to_x = to_a = to_b = None
+        if wants_a or not fold:
+            through_b = (grad @ b.to(dtype)).mul_(scaling)
+        if wants_x and fold:
+            to_x = grad @ _summed(base, stored, a, b, scaling, dtype).mT
+        elif wants_x:
+            to_x = (grad @ base.matrix(stored, dtype).mT).addmm_(through_b, a.to(dtype))
+        if wants_a:
+            to_a = (through_b.mT @ rows).to(a.dtype)
+        if wants_b:
+            to_b = (grad.mT @ (rows @ a.to(dtype).mT).mul_(scaling)).to(b.dtype)
+        return None if to_x is None else to_x.view(shape), to_a, to_b, None, None, None, *(None for _ in stored)
+
+
+def _summed(
+    base: FrozenLinear, stored: Sequence[Tensor], a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype
+) -> Tensor:
+    """``(W + s B A)^T``, ``[in, out]``; a view where rows are outputs."""
+    left, right = (a.mT, b.mT) if base.input_first else (b, a)
+    return base.matrix(stored, dtype, ((scaling * left).to(dtype), right.to(dtype)))
+
+
+class Folding:
+    """Decides which layers of a model are computed as one product.
+
+    Parameters
+    ----------
+    when
+        ``"never"``, ``"always"``, or ``"measured"``. If measured, forward and backward are timed both ways on the
+        rank's own device the first time that a shape is used with a number of tokens (rounded up to a power of two),
+        and the faster way is used from then on. Ranks may decide differently; their results then differ by rounding.
+
+    Attributes
+    ----------
+    found : dict
+        Milliseconds of the separate and the folded way, by (in, out, r, tokens).
+    """
+
+    def __init__(self, when: FoldAdapters) -> None:
+        self.when = when
+        self.found: dict[tuple[int, int, int, int], tuple[float, float]] = {}
+
+    def folds(self, layer: AdaptedLinear, x: Tensor) -> bool:
+        """Whether to fold for this input, ``[..., in]``."""
+        if self.when != "measured":
+            return self.when == "always"
+        rank = layer.lora_A[layer.active_adapters[0]].weight.shape[0]
+        tokens = 1 << (max(1, x.numel() // x.shape[-1]) - 1).bit_length()
+        key = (layer.in_features, layer.out_features, rank, tokens)
+        if key not in self.found:
+            self.found[key] = _measure(layer, x)
+            log.info("%d -> %d, r = %d, %d tokens: %.3f ms separate, %.3f ms folded", *key, *self.found[key])
+        separate, folded = self.found[key]
+        return folded < separate
+
+
+class AdaptedLinear(LoraLinear):
+    """PEFT's LoRA layer over a `FrozenLinear`, computed by one autograd Function where that is equivalent.
+
+    Otherwise it uses PEFT's own forward: with dropout in training mode, with disabled or several adapters, with a
+    variant such as DoRA, and if one of the modules that the Function passes over has forward hooks.
+    """
+
+    folding: Folding
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Map ``[..., in]`` to ``[..., out]`` in the compute dtype."""
+        if args or kwargs or x.dim() < 2 or not self.is_plain():
+            return super().forward(x, *args, **kwargs)
+        return self.computed(x, fold=self.folding.folds(self, x))
+
+    def is_plain(self) -> bool:
+        """Whether the layer currently computes ``x W^T + s (x A^T) B^T`` and nothing else."""
+        if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
+            return False
+        (adapter,) = self.active_adapters
+        children = self._modules
+        dropout: Any = children["lora_dropout"][adapter]
+        if adapter in self.lora_variant or (isinstance(dropout, nn.Dropout) and dropout.p > 0 and dropout.training):
+            return False
+        used: tuple[Any, ...] = (children["base_layer"], children["lora_A"][adapter], children["lora_B"][adapter])
+        return not any(module._forward_hooks or module._forward_pre_hooks for module in used)
+
+    def computed(self, x: Tensor, *, fold: bool) -> Tensor:
+        """Compute the layer by the Function, as one product if `fold`."""
+        (adapter,) = self.active_adapters
+        base: FrozenLinear = self.base_layer
+        a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        scaling = self.scaling[adapter]
+        return base.multiplied(x, lambda x: _AdaptedFunction.apply(x, a, b, scaling, base, fold, *base.stored()))
+
+
+def fuse_adapters(backbone: nn.Module, fold: FoldAdapters) -> list[AdaptedLinear]:
+    """Turn PEFT's layers over frozen ones into `AdaptedLinear`, in place, and return them.
+
+    Embeddings, experts, and layers whose B is more than a matrix (further parameters, a bias) are left as they are.
+    """
+    folding = Folding(fold)
+    layers: list[Any] = [
+        module
+        for module in backbone.modules()
+        if type(module) is LoraLinear
+        and isinstance(module.base_layer, FrozenLinear)
+        and all(isinstance(b, nn.Linear) and b.bias is None for b in module.get_submodule("lora_B").children())
+    ]
+    for layer in layers:
+        layer.__class__, layer.folding = AdaptedLinear, folding
+    return layers
+
+
+def _measure(layer: AdaptedLinear, x: Tensor) -> tuple[float, float]:
+    """Milliseconds of forward and backward, separate and folded. The parameters must be gathered, as in a forward."""
+    trained = [p for p in layer.parameters() if p.requires_grad]
+
+    def run(fold: bool) -> float:
+        inputs = x.detach().requires_grad_()
+        # Hides the saved tensors from activation checkpointing, which counts those saved inside it.
+        with torch.enable_grad(), saved_tensors_hooks(lambda t: t, lambda t: t):
+            started = _now(x.device)
+            y = layer.computed(inputs, fold=fold)
+            torch.autograd.grad(y, [inputs, *trained], torch.ones_like(y))
+            return _now(x.device) - started
+
+    times: dict[bool, list[float]] = {False: [], True: []}
+    for repeat in range(_REPEATS + 1):
+        for fold in (False, True):
+            seconds = run(fold)
+            if repeat > 0:  # the first run compiles and allocates
+                times[fold].append(seconds)
+    return 1e3 * min(times[False]), 1e3 * min(times[True])
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
