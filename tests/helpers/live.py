@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -40,29 +40,38 @@ class LiveStorages:
 
 
 class LiveMemory(LiveStorages):
-    """Gathered parameters of a module; as a context manager it looks after every gather of forward and backward."""
+    """Gathered parameters of a module and what they are gathered into; as a context manager it looks at every gather.
+
+    It looks when a gather begins, and when its parts are put together.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self._parameters: list[Any] = [p for p in module.parameters() if is_partitioned(p)]
-        self._fetch = PartitionedParameterCoordinator.fetch_sub_module
+        self._shards = {p.ds_tensor.untyped_storage().data_ptr() for p in self._parameters}
+        self._real = dist.all_gather_into_tensor, torch.split_with_sizes_copy
 
     def __enter__(self) -> LiveMemory:
-        fetch = self._fetch
+        gather, put_together = self._real
 
-        def fetch_and_look(coordinator: Any, *args: Any, **kwargs: Any) -> Any:
-            result = fetch(coordinator, *args, **kwargs)
+        def gather_and_look(every: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.watch(every)
             self.look()
-            return result
+            return gather(every, *args, **kwargs)
 
-        PartitionedParameterCoordinator.fetch_sub_module = fetch_and_look
+        def put_together_and_look(gathered: Tensor, *args: Any, out: list[Tensor], **kwargs: Any) -> Any:
+            self.watch(out[0])
+            self.look()
+            return put_together(gathered, *args, out=out, **kwargs)
+
+        dist.all_gather_into_tensor, torch.split_with_sizes_copy = gather_and_look, put_together_and_look
         return self
 
     def __exit__(self, *_: object) -> None:
-        PartitionedParameterCoordinator.fetch_sub_module = self._fetch
+        dist.all_gather_into_tensor, torch.split_with_sizes_copy = self._real
 
     def current_bytes(self) -> int:
         for parameter in self._parameters:
-            if parameter.ds_status is ZeroParamStatus.AVAILABLE:
+            if parameter.data.untyped_storage().data_ptr() not in self._shards:  # of one rank, which gathers nothing
                 self.watch(parameter.data)
         return super().current_bytes()

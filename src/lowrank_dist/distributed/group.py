@@ -179,6 +179,17 @@ class ShardGroup:
         self._run(dist.all_gather_into_tensor, every, tensor.contiguous())
         return every
 
+    def start_gather(self, shard: Tensor) -> tuple[Tensor, dist.Work | None]:
+        """Start one all-gather of `shard` (flat, same length on every rank) and return its result and its handle.
+
+        The result, the shards in rank order, may be used after ``wait()`` of the handle, on devices by the stream that
+        called it. On a single rank the result is `shard` itself, and there is no handle.
+        """
+        if self.size == 1:
+            return shard, None
+        every = shard.new_empty(self.size * len(shard))
+        return every, dist.all_gather_into_tensor(every, shard, group=self._group, async_op=True)
+
     def broadcast_object(self, value: object) -> object:
         """Return rank 0's `value` on every rank (pickled: trusted peers only). One object broadcast."""
         if self.size == 1:

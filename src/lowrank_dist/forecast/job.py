@@ -22,6 +22,7 @@ from lowrank_dist.model.skeleton import build_skeleton
 from lowrank_dist.quantization.format import ResidualFormat
 from lowrank_dist.storage.reader import CheckpointReader
 from lowrank_dist.storage.source import ShapesOnly, SourceReader
+from lowrank_dist.zero3.gathering import ALIGNMENT
 
 ShardWithin = Literal["world", "node"]
 
@@ -224,9 +225,14 @@ class Parameter:
         return self.shard_numel * self.dtype.itemsize
 
     @property
-    def gathered_bytes(self) -> int:
-        """Bytes of the gathered parameter, padding included."""
+    def whole_bytes(self) -> int:
+        """Bytes of the whole parameter, padding included."""
         return self.shard_bytes * self.ranks
+
+    @property
+    def gathered_bytes(self) -> int:
+        """Bytes of the parameter in a gather, in which shards are aligned (`lowrank_dist.zero3.gathering`)."""
+        return -(-self.shard_bytes // ALIGNMENT) * ALIGNMENT * self.ranks
 
 
 def parameters(shapes: ModelShapes, job: RunSpec) -> Iterator[Parameter]:

@@ -39,9 +39,9 @@ class Memory:
     bucket
         Buffer in which gradients are reduced.
     layers
-        Gathered decoder layers, at most: the layer in use and the prefetched ones.
+        Gathered decoder layers, at most: the layer in use, twice while it is put together, and the prefetched ones.
     head
-        The largest other gathered parameter (the head, the embedding).
+        The largest other gathered parameter (the head, the embedding), twice while it is put together.
     decoded
         The largest dequantized matrix; for adapted experts all of a layer and their gradients.
     kept, recomputed, logits
@@ -108,7 +108,7 @@ def memory(shapes: ModelShapes, job: RunSpec, activations: Activations) -> Memor
     return Memory(
         resident=resident,
         offloaded=offloaded,
-        bucket=_bucket(job, sum(p.gathered_bytes for p in trained)),
+        bucket=_bucket(job, sum(p.whole_bytes for p in trained)),
         layers=_gathered_layers(shapes, job, every),
         head=_largest_other(shapes, job, every),
         decoded=_decoded(shapes, job),
@@ -129,9 +129,9 @@ def _bucket(job: RunSpec, trained: int) -> int:
 
 
 def _gathered_layers(shapes: ModelShapes, job: RunSpec, every: list[Parameter]) -> int:
-    """Gathered bytes of the layer in use and of `live_layers` more, each counted as the largest layer.
+    """Gathered bytes of the layer in use, twice while its parts are put together, and of `live_layers` more.
 
-    Packed bytes and factors count alike, because DeepSpeed's limits count elements of any dtype.
+    Each is counted as the largest layer.
     """
     if job.stage < 3:
         return 0
@@ -142,7 +142,7 @@ def _gathered_layers(shapes: ModelShapes, job: RunSpec, every: list[Parameter]) 
         layer = next((prefix for prefix in _prefixes(p.name) if prefix in index), None)
         if layer is not None and p.ranks > 1:  # on one rank a shard is the parameter and is not gathered
             sizes[index[layer]] += p.gathered_bytes
-    return (job.live_layers + 1) * max(sizes, default=0)
+    return (job.live_layers + 2) * max(sizes, default=0)
 
 
 def _largest_other(shapes: ModelShapes, job: RunSpec, every: list[Parameter]) -> int:
@@ -150,7 +150,7 @@ def _largest_other(shapes: ModelShapes, job: RunSpec, every: list[Parameter]) ->
         return 0
     inside = set(layer_prefixes(shapes))
     outside = (p for p in every if p.ranks > 1 and not inside.intersection(_prefixes(p.name)))
-    return max((p.gathered_bytes for p in outside), default=0)
+    return 2 * max((p.gathered_bytes for p in outside), default=0)
 
 
 def layer_prefixes(shapes: ModelShapes) -> list[str]:

@@ -1,9 +1,10 @@
 """Bytes that one step communicates, within nodes and between them.
 
-ZeRO-3 gathers every parameter for the forward and again for the backward, and reduce-scatters gradients, once for every
-accumulated batch. Recomputation under gradient checkpointing finds the parameters gathered. `live_layers` saves the
-second gather of the last layers; this is not counted. A ring over P ranks moves ``(P - 1) / P`` of the gathered bytes
-over each of its links, one of which leads into every node.
+For every accumulated batch, ZeRO-3 gathers parameters for the forward and again for the backward, and reduce-scatters
+gradients. Recomputation under gradient checkpointing finds the parameters gathered. Two modules are gathered once: a
+frozen embedding, which needs no weight in its backward, and the head, which is the last in the forward and the first in
+the backward. A ring over P ranks moves ``(P - 1) / P`` of the gathered bytes over each of its links, one of which leads
+into every node.
 """
 
 from __future__ import annotations
@@ -12,8 +13,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lowrank_dist.forecast.job import ModelShapes, Parameter, RunSpec, parameters
-
-GATHERS = 2  # of every parameter per batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +65,12 @@ def traffic(shapes: ModelShapes, job: RunSpec) -> Traffic:
     trained = [p for p in every if p.kind == "trained"]
     found = []
     if job.stage == 3:
+        once = gathered_once(shapes, trained)
         for ranks in sorted({p.ranks for p in every}):
-            nbytes = GATHERS * job.accumulate * sum(p.gathered_bytes for p in every if p.ranks == ranks)
-            found.append(_collective("gather", ranks, nbytes, job))
+            gathered = [p for p in every if p.ranks == ranks]
+            nbytes = 2 * sum(p.gathered_bytes for p in gathered)
+            nbytes -= sum(p.gathered_bytes for p in gathered if any(_within(p.name, module) for module in once))
+            found.append(_collective("gather", ranks, job.accumulate * nbytes, job))
         found.append(_collective("reduce", job.ranks, job.accumulate * _whole(trained), job))
     elif job.stage == 2:  # gradients of every batch to their owners, new parameters once
         found.append(_collective("reduce", job.ranks, job.accumulate * _whole(trained), job))
@@ -78,8 +80,25 @@ def traffic(shapes: ModelShapes, job: RunSpec) -> Traffic:
     return Traffic(collectives=tuple(c for c in found if c.ranks > 1))
 
 
+def gathered_once(shapes: ModelShapes, trained: Iterable[Parameter]) -> list[str]:
+    """Names of the modules whose parameters are gathered once a batch."""
+    backbone = shapes.backbone
+    if any(len(tensor.names) > 1 for tensor in shapes.plan.parameters):  # tied: for the lookup, and for the head
+        return []
+    names = {module: name for name, module in backbone.named_modules()}
+    embedding, head = (names.get(m) for m in (backbone.get_input_embeddings(), backbone.get_output_embeddings()))
+    once = [] if head is None else [head]
+    if embedding is not None and not any(_within(parameter.name, embedding) for parameter in trained):
+        once.append(embedding)
+    return once
+
+
+def _within(name: str, module: str) -> bool:
+    return f"{name}.".startswith(f"{module}.")
+
+
 def _whole(parameters: Iterable[Parameter]) -> int:
-    return sum(p.gathered_bytes for p in parameters)
+    return sum(p.whole_bytes for p in parameters)
 
 
 def _collective(what: str, ranks: int, nbytes: int, job: RunSpec) -> Collective:

@@ -227,7 +227,7 @@ def build_model(
     if resume is not None:
         check_digests(result.report.matrices, resume.reports)
 
-    make_trainable(backbone, computation, partitioner.device)
+    make_trainable(backbone, computation, partitioner)
     if group.rank == 0:
         report = result.report
         announce(

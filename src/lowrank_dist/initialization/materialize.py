@@ -31,7 +31,7 @@ from lowrank_dist.model.stacking import StackedFactors
 from lowrank_dist.quantization.format import ResidualFormat
 from lowrank_dist.storage.digest import digest_sums, digests
 from lowrank_dist.storage.reader import CheckpointReader, check_finite
-from lowrank_dist.zero3.partition import Partitioner, local_shard, register_used_parameters, stored_bytes, whole_shape
+from lowrank_dist.zero3.partition import Partitioner, local_shard, stored_bytes, whole_shape
 
 
 @dataclass(kw_only=True)
@@ -215,11 +215,6 @@ class _Filling:
                 padded[: encoded_from[factor].numel()] = encoded_from[factor]
                 self.encoded_from[name] = padded
         self.further(layer, planned)
-        if planned.lookup:
-            # These factors are not in a module with a forward of its own, unlike those of linear layers.
-            register_used_parameters(
-                layer, [self.backbone.get_parameter(name) for name in planned.factor_names.values()]
-            )
 
     def within_nodes(self, matrix: DecomposedMatrix) -> DecomposedMatrix:
         """Reshard the residual to its shard group, unless that is the world. Collective: one all-to-all of its bytes.

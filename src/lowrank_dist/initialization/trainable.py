@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from lowrank_dist.errors import ModelError
 from lowrank_dist.layers.adapted import FoldAdapters, fuse_adapters
-from lowrank_dist.zero3.partition import gather_by_layer, register_used_parameters
+from lowrank_dist.zero3.partition import Partitioner, reduce_by_layer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,20 +38,18 @@ class Computation:
             )
 
 
-def make_trainable(backbone: PreTrainedModel, computation: Computation, device: torch.device) -> None:
-    """Set up how the partitioned `backbone` computes on `device` and when its parameters are gathered, in place.
-
-    No communication.
-    """
+def make_trainable(backbone: PreTrainedModel, computation: Computation, partitioner: Partitioner) -> None:
+    """Set up how the partitioned `backbone` computes, in place. No communication."""
     if computation.gradient_checkpointing:
         options = {"use_reentrant": computation.use_reentrant}
         if hasattr(backbone, "activation_checkpointing_enable"):
             backbone.activation_checkpointing_enable(options)
         else:  # the name before transformers 5.23
             backbone.gradient_checkpointing_enable(options)
-    for layer in fuse_adapters(backbone, computation.fold_adapters):
-        register_used_parameters(layer, layer.parameters())
+    else:
+        partitioner.save_no_views()
+    fuse_adapters(backbone, computation.fold_adapters)
     if computation.autocast is not None:
-        backbone.forward = torch.autocast(device.type, dtype=computation.autocast)(backbone.forward)
-    gather_by_layer(backbone)
-    backbone.enable_input_require_grads()  # for gather_by_layer and reentrant gradient checkpointing
+        backbone.forward = torch.autocast(partitioner.device.type, dtype=computation.autocast)(backbone.forward)
+    reduce_by_layer(backbone)
+    backbone.enable_input_require_grads()  # for reduce_by_layer and reentrant gradient checkpointing

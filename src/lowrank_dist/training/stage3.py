@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import InputError
+from lowrank_dist.zero3.gathering import Gathering, take_over
 from lowrank_dist.zero3.gradients import clear_gradients, scale_gradients
-from lowrank_dist.zero3.partition import live_budget, use_cpu_accelerator
+from lowrank_dist.zero3.partition import Partitioner, use_cpu_accelerator, zero_settings
 
 
 class Stage3Strategy(DeepSpeedStrategy):
@@ -40,6 +41,9 @@ class Stage3Strategy(DeepSpeedStrategy):
                     f"options of DeepSpeedStrategy except stage: {', '.join(sorted(set(known) - {'self', 'stage'}))}"
                 )
         super().__init__(stage=3, **options)
+        self._partitioner: Partitioner | None = None
+        self._ahead = 0
+        self._gathering: Gathering | None = None
         # The user's own ZeRO settings are kept. The command line passes all options, so those at their defaults do not
         # count.
         self._chosen = {key for key, value in options.items() if value != known[key].default}
@@ -152,10 +156,27 @@ class Stage3Strategy(DeepSpeedStrategy):
         clear_gradients(self.deepspeed_engine.optimizer)
         return output
 
-    def _keep_gathered(self, backbone: nn.Module, layers: int) -> None:
-        """Limit gathered weights to about `layers` decoder layers, except where the user has chosen the settings."""
+    def _gathers_with(self, partitioner: Partitioner, backbone: nn.Module, ahead: int) -> None:
+        """Gather the parameters that `partitioner` made in place of DeepSpeed, `ahead` layers ahead of their use.
+
+        Must be called before DeepSpeed's engine exists. Settings that the user has chosen stay.
+        """
+        self._partitioner, self._ahead = partitioner, ahead
         zero = self._deepspeed_config["zero_optimization"]
-        zero |= {key: value for key, value in live_budget(backbone, layers).items() if key not in self._chosen}
+        zero |= {key: value for key, value in zero_settings(backbone).items() if key not in self._chosen}
+
+    def init_deepspeed(self) -> None:
+        super().init_deepspeed()
+        assert self._partitioner is not None
+        take_over(self.deepspeed_engine)
+        self._gathering = Gathering(self.deepspeed_engine.module, self._partitioner, ahead=self._ahead)
+        self._gathering.install()
+
+    def teardown(self) -> None:
+        if self._gathering is not None:
+            self._gathering.remove()  # before the parent moves parameters to the CPU
+            self._gathering = None
+        super().teardown()
 
     def _replicas(self, shard_within: str) -> int:
         """Number of copies of the frozen parameters; 1 unless nodes hold one each. Collective if it is above 1."""

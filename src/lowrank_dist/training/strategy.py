@@ -89,9 +89,8 @@ class PiSSAStrategy(CheckpointedStrategy):
     fp32_norms
         Keep the weights of normalisation layers in fp32 under bf16 precisions.
     live_layers
-        Number of decoder layers whose weights may be gathered ahead of their use: more overlap communication with
-        arithmetic, fewer save memory. It sets DeepSpeed's ``stage3_max_live_parameters`` and
-        ``stage3_prefetch_bucket_size``, which count bytes of packed weights as elements.
+        Number of decoder layers whose weights are gathered ahead of their use: more overlap communication with
+        arithmetic, fewer save memory.
     show_progress
         Show a progress bar while the weights are decomposed.
     shard_within
@@ -313,7 +312,7 @@ class PiSSAStrategy(CheckpointedStrategy):
             )
         )
         module.strict_loading = False  # checkpoints hold the trained parameters only
-        self._keep_gathered(backbone, self.live_layers)
+        self._gathers_with(partitioner, backbone, self.live_layers)
 
     def _is_set_up(self, module: LightningModule) -> bool:
         if self._backbone is None or not any(child is self._backbone for child in module.modules()):

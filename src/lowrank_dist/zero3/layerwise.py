@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +18,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from lowrank_dist.zero3.partition import gathered, repeated_layers
+from lowrank_dist.zero3.gathering import Unit, units_of
+from lowrank_dist.zero3.partition import gathered
 
 
 @contextmanager
@@ -48,37 +48,6 @@ def inert(backbone: PreTrainedModel) -> Iterator[None]:
             parameter.requires_grad_(wants)
         for module, mode in training.items():
             module.training = mode
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A module whose parameters are gathered together: a decoder layer, or another module with direct parameters.
-
-    Attributes
-    ----------
-    module
-        The module whose forward gathers.
-    members
-        The modules whose parameters are gathered.
-    parameters
-        The parameters of `members`, each once.
-    """
-
-    module: nn.Module
-    members: list[nn.Module]
-    parameters: list[nn.Parameter]
-
-
-def units_of(backbone: nn.Module) -> list[Unit]:
-    """The units of `backbone`; together they hold all of its parameters."""
-    stacked = repeated_layers(backbone)
-    inside = {id(module) for layer in stacked for module in layer.modules()}
-    units = [Unit(layer, list(layer.modules()), list(layer.parameters())) for layer in stacked]
-    for module in backbone.modules():
-        own = list(module.parameters(recurse=False))
-        if own and id(module) not in inside:
-            units.append(Unit(module, [module], own))
-    return units
 
 
 @contextmanager

@@ -45,14 +45,24 @@ class Partitioner:
 
     def __init__(self, config: dict[str, Any], *, replicas: int = 1) -> None:
         self._init = deepspeed.zero.Init(config_dict_or_path=config)
-        # Plain F.linear keeps a view of every gathered frozen weight until its backward; DeepSpeed's
-        # memory_efficient_linear (the default) does not. The patch is process-wide, as with zero.Init.
-        if self._init.mem_efficient_linear:
-            self._init._enable_mem_efficient_linear()
         self.device = torch.device(self._init.local_device)
         self.group = ShardGroup(self._init.get_dp_process_group(), device=self.device)
         self.frozen = self.group.split(self.group.size // replicas)
         self._process_group = None if replicas == 1 else self.frozen.process_group
+
+    def group_of(self, parameter: Tensor) -> ShardGroup:
+        """The ranks that share a parameter of this partitioner or of DeepSpeed."""
+        return self.frozen if hasattr(parameter, "ds_zero_partition_process_group") else self.group
+
+    def save_no_views(self) -> None:
+        """Let ``F.linear`` save weights for backward as they are, unless the configuration says otherwise.
+
+        It saves a view of the weight, which keeps the gathered weight until its backward. Under gradient checkpointing
+        nothing is saved until then. DeepSpeed's ``memory_efficient_linear`` replaces it for the whole process, as in
+        ``zero.Init``.
+        """
+        if self._init.mem_efficient_linear:
+            self._init._enable_mem_efficient_linear()
 
     def parameter(
         self,
@@ -186,37 +196,18 @@ def repeated_layers(backbone: nn.Module) -> list[nn.Module]:
     return layers
 
 
-def gather_by_layer(backbone: nn.Module) -> None:
-    """Make ZeRO-3 gather and release whole decoder layers: one collective per dtype, not three per linear layer.
+def reduce_by_layer(backbone: nn.Module) -> None:
+    """Make ZeRO-3 reduce the gradients of a decoder layer together, with one hook for the layer.
 
-    DeepSpeed reduces the gradients of such a layer when the gradient of its input is computed. Therefore the input of
-    the first layer must require a gradient (``enable_input_require_grads``); otherwise the layer's gradients would be
-    treated as missing.
+    DeepSpeed reduces them when the gradient of the layer's input is computed. Therefore the input of the first layer
+    must require a gradient (``enable_input_require_grads``); otherwise the layer's gradients would be treated as
+    missing.
     """
     for layer in repeated_layers(backbone):
         set_z3_leaf_module(layer, True)
 
 
-def register_used_parameters(module: nn.Module, parameters: Iterable[Tensor]) -> None:
-    """Make ZeRO-3 gather `parameters` with `module`, whose forward uses them although other modules own them."""
-    for parameter in parameters:
-        deepspeed.zero.register_external_parameter(module, parameter)
-
-
-def live_budget(backbone: nn.Module, layers: int) -> dict[str, int]:
-    """DeepSpeed settings that bound gathered weights to about `layers` decoder layers ahead of their use.
-
-    DeepSpeed's defaults count elements and assume 16-bit weights. With NF4 a billion elements, packed bytes, hold two
-    billion weights, so that most of the model would stay gathered. These settings keep nothing for reuse and no small
-    parameter permanently.
-    """
-    sizes = [sum(whole_shape(p).numel() for p in layer.parameters()) for layer in repeated_layers(backbone)]
-    layer = max(sizes, default=0)
+def zero_settings(backbone: nn.Module) -> dict[str, int]:
+    """DeepSpeed settings for `backbone`: no parameter stays gathered, and a bucket no larger than all gradients."""
     trainable = sum(whole_shape(p).numel() for p in backbone.parameters() if p.requires_grad)
-    return {
-        "stage3_max_live_parameters": layers * layer,
-        "stage3_prefetch_bucket_size": layers * layer // 2,
-        "stage3_max_reuse_distance": 0,
-        "stage3_param_persistence_threshold": 0,
-        "reduce_bucket_size": max(1, min(trainable, 50_000_000)),
-    }
+    return {"stage3_param_persistence_threshold": 0, "reduce_bucket_size": max(1, min(trainable, 50_000_000))}

@@ -1,0 +1,444 @@
+"""Gathers of ZeRO-3 parameters, one collective per decoder layer, in place of DeepSpeed's parameter coordinator.
+
+DeepSpeed fetches and releases parameter by parameter: forward and backward of one decoder layer of a QPiSSA model visit
+some 40 parameters four times, which costs the host more than PEFT's whole step. Here a `Unit`, a decoder layer or
+another module that holds parameters, has one flat buffer of bytes with this rank's shards of all its parameters. One
+all-gather brings the whole unit, one copy puts the parts of each parameter together, and while a unit computes the next
+ones are gathered.
+
+A unit is gathered before its forward and released after it, and gathered again before its backward and released once
+the gradient of its input is computed. Under gradient checkpointing the backward begins with another forward, and the
+unit stays gathered from that forward on. The order of gathers is taken from the previous step; a unit that the order
+says is needed next is not released. Every gather allocates: a view of a gathered weight that autograd has saved keeps
+its memory, which costs memory, but can never show the bytes of another layer.
+
+Parameters that one rank holds alone are not gathered at all; their data is their shard.
+
+All ranks must run the same units in the same order, as with DeepSpeed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_dist.distributed.group import ShardGroup
+from lowrank_dist.zero3.partition import Partitioner, local_shard, repeated_layers, whole_shape
+
+ALIGNMENT = 16
+"""Bytes to whose multiples the shards of a unit are padded, so that each can be viewed in its dtype."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A module whose parameters are gathered together: a decoder layer, or another module with parameters.
+
+    Attributes
+    ----------
+    module
+        The module whose forward gathers.
+    members
+        The modules whose parameters are gathered.
+    parameters
+        The parameters of `members`, each once.
+    """
+
+    module: nn.Module
+    members: list[nn.Module]
+    parameters: list[nn.Parameter]
+
+
+def units_of(backbone: nn.Module) -> list[Unit]:
+    """The units of `backbone`; together they hold all of its parameters.
+
+    Outside the decoder layers, a module with parameters is a unit. Containers without a forward of their own
+    (``ParameterList``, ``ModuleDict``) and the parts of an adapted layer belong to the module around them.
+    """
+    stacked = repeated_layers(backbone)
+    inside = {id(module) for layer in stacked for module in layer.modules()}
+    units = [Unit(layer, list(layer.modules()), list(layer.parameters())) for layer in stacked]
+    owners: dict[nn.Module, list[nn.Module]] = {}
+    parents: dict[nn.Module, nn.Module] = {}
+    for module in backbone.modules():
+        if id(module) in inside:
+            continue
+        owner = parents.get(module, module)
+        for child in module.children():
+            if owner is not module or _computes_its_children(module) or not _has_forward(child):
+                parents.setdefault(child, owner)
+        if module._parameters:
+            owners.setdefault(owner, []).append(module)
+    for owner, members in owners.items():
+        parameters = dict.fromkeys(p for member in members for p in member.parameters(recurse=False))
+        units.append(Unit(owner, members, list(parameters)))
+    return units
+
+
+def _has_forward(module: nn.Module) -> bool:
+    return not isinstance(module, nn.ModuleDict | nn.ModuleList | nn.ParameterDict | nn.ParameterList)
+
+
+def _computes_its_children(module: nn.Module) -> bool:
+    """Whether the forward of `module` uses the parameters of its children, as PEFT's adapted layers do."""
+    return hasattr(module, "base_layer")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a parameter's shard lies in a buffer: `length` bytes from `start` on, then `padding`."""
+
+    parameter: nn.Parameter
+    start: int
+    length: int
+    padding: int
+
+
+@dataclass(eq=False)
+class _Pack:
+    """Shards of parameters that one group of ranks shares, in one buffer; gathered together.
+
+    Attributes
+    ----------
+    group
+        The ranks.
+    local
+        This rank's shards, flat uint8; frozen parameters' shards are views of it.
+    places
+        Where in `local` the shards are.
+    copied
+        Places in `local` of shards that DeepSpeed's optimizer owns, with their parameters; filled before every gather.
+    users
+        Indices of the units that have it gathered.
+    """
+
+    group: ShardGroup
+    local: Tensor
+    places: list[_Place] = field(default_factory=list)
+    copied: list[tuple[Tensor, nn.Parameter]] = field(default_factory=list)
+    users: set[int] = field(default_factory=set)
+    _gathered: Tensor | None = None
+    _work: Any = None
+
+    def begin(self, device: torch.device) -> None:
+        """Start the all-gather, unless it has been started or is done."""
+        if self.users or self._gathered is not None:
+            return
+        for place, parameter in self.copied:
+            place.copy_(local_shard(parameter), non_blocking=True)
+        self._gathered, self._work = self.group.start_gather(self.local.to(device, non_blocking=True))
+
+    def finish(self, user: int, device: torch.device) -> None:
+        """Wait for the all-gather and give the parameters their data."""
+        self.begin(device)
+        self.users.add(user)
+        gathered, ranks = self._gathered, self.group.size
+        if gathered is None:  # another unit has it
+            return
+        if self._work is not None:
+            self._work.wait()
+        self._gathered = self._work = None
+        whole = gathered
+        if ranks > 1:
+            whole = torch.empty_like(gathered)
+            sizes = [size for place in self.places for size in (place.length, place.padding)]
+            parts = [part.view(ranks, -1) for part in whole.split([ranks * size for size in sizes])]
+            torch.split_with_sizes_copy(gathered.view(ranks, -1), sizes, dim=1, out=parts)
+        for place in self.places:
+            shape = whole_shape(place.parameter)
+            data = whole[ranks * place.start : ranks * (place.start + place.length)].view(place.parameter.dtype)
+            place.parameter.data = data[: shape.numel()].view(shape)
+
+    def release(self, user: int) -> None:
+        """Empty the parameters unless another unit has them, and drop what was gathered ahead."""
+        self.users.discard(user)
+        if self._work is not None:
+            self._work.wait()
+        self._gathered = self._work = None
+        if not self.users:
+            for place in self.places:
+                place.parameter.data = place.parameter.data.new_empty(0)
+
+
+@dataclass(eq=False)
+class _Stage:
+    """A unit with its packs.
+
+    Attributes
+    ----------
+    held
+        It is gathered.
+    pending
+        It is being gathered ahead of its use.
+    kept
+        It was not released after its forward, because it is needed next.
+    in_backward
+        It stays gathered until its backward is done.
+    """
+
+    packs: list[_Pack]
+    held: bool = False
+    pending: bool = False
+    kept: bool = False
+    in_backward: bool = False
+
+
+class Gathering:
+    """Gathers the units of a model around their forward and backward.
+
+    Parameters
+    ----------
+    root
+        The module that DeepSpeed's engine calls; all its parameters are ZeRO-3 parameters.
+    partitioner
+        Its groups share them.
+    ahead
+        Number of units that are gathered while another computes.
+
+    Notes
+    -----
+    `install` moves the frozen shards of a unit into one buffer. A parameter of several units (a tied embedding) has a
+    buffer for itself.
+    """
+
+    def __init__(self, root: nn.Module, partitioner: Partitioner, *, ahead: int) -> None:
+        self._root, self._partitioner, self._ahead = root, partitioner, ahead
+        self._stages: list[_Stage] = []
+        self._resident: list[nn.Parameter] = []
+        self._hooks: list[Any] = []
+        self._depth = 0  # of calls of the root, whose steps call it again
+        self._training = False
+        self._orders: dict[bool, list[int]] = {True: [], False: []}
+        self._order: list[int] = []  # of the step before
+        self._taken: list[int] = []  # units in the order in which this step gathered them
+        self._callback_queued = False
+
+    # -- set-up -------------------------------------------------------------------------------------------------
+
+    def install(self) -> None:
+        """Pack the shards and add the hooks. No communication."""
+        self._hooks += [
+            self._root.register_forward_pre_hook(self._begins),
+            self._root.register_forward_hook(self._ends, always_call=True),
+        ]
+        units = units_of(self._root)
+        uses = Counter(parameter for unit in units for parameter in unit.parameters)
+        shared: dict[nn.Parameter, _Pack] = {}
+        for unit in units:
+            packs = list(self._packs(unit, uses, shared))
+            if packs:
+                self._watch(len(self._stages), unit.module)
+                self._stages.append(_Stage(packs))
+        self._attach()
+
+    def remove(self) -> None:
+        """Remove the hooks and empty the parameters; their shards stay."""
+        for hook in self._hooks:
+            hook.remove()
+        for index in range(len(self._stages)):
+            self._release(index)
+        for parameter in self._resident:
+            parameter.data = parameter.data.new_empty(0)
+        self._hooks, self._stages, self._resident = [], [], []
+
+    def _packs(self, unit: Unit, uses: Counter[nn.Parameter], shared: dict[nn.Parameter, _Pack]) -> Iterator[_Pack]:
+        by_group: dict[ShardGroup, list[nn.Parameter]] = {}
+        for parameter in unit.parameters:
+            group, home = self._partitioner.group_of(parameter), local_shard(parameter).device
+            if group.size == 1 and home.type == self._partitioner.device.type:
+                if parameter not in shared:
+                    self._resident.append(parameter)
+            elif uses[parameter] == 1:
+                by_group.setdefault(group, []).append(parameter)
+            elif parameter in shared:
+                yield shared[parameter]
+            else:
+                shared[parameter] = _packed([parameter], group)
+                yield shared[parameter]
+        for group, parameters in by_group.items():
+            yield _packed(parameters, group)
+
+    def _attach(self) -> None:
+        """Make the shards of parameters that this rank holds alone their data, also where DeepSpeed has moved them."""
+        for parameter in self._resident:
+            shard, shape = local_shard(parameter), whole_shape(parameter)
+            if parameter.data_ptr() != shard.data_ptr() or parameter.shape != shape:
+                parameter.data = shard.detach()[: shape.numel()].view(shape)
+
+    def _watch(self, index: int, module: nn.Module) -> None:
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            self._acquire(index)
+            tensors = [value for value in (*args, *kwargs.values()) if _wants_gradient(value)]
+            if not tensors or not torch.is_grad_enabled():
+                return None
+            passed = iter(_AfterBackward.apply(self, index, *tensors))
+            return (
+                tuple(next(passed) if _wants_gradient(value) else value for value in args),
+                {name: next(passed) if _wants_gradient(value) else value for name, value in kwargs.items()},
+            )
+
+        def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if _in_backward():
+                self._keep_until_backward(index)
+                return
+            if torch.is_grad_enabled():
+                for tensor in _tensors(output):
+                    if tensor.requires_grad and not tensor.is_leaf:  # an embedding's output is made a leaf
+                        tensor.register_hook(lambda _: self._before_backward(index))
+            if self._training and self._next(1) == [index]:
+                self._stages[index].kept = True
+            else:
+                self._release(index)
+
+        self._hooks += [
+            module.register_forward_pre_hook(before, with_kwargs=True),
+            module.register_forward_hook(after),
+        ]
+
+    # -- a step -------------------------------------------------------------------------------------------------
+
+    def _begins(self, *_: Any) -> None:
+        """A call of the root begins: release what is left from the one before, and remember the order of that one."""
+        self._depth += 1
+        if self._depth > 1:
+            return
+        self._orders[self._training] = self._taken
+        self._training = torch.is_grad_enabled()
+        self._order, self._taken = self._orders[self._training], []
+        self._callback_queued = False
+        for index, stage in enumerate(self._stages):
+            if stage.held or stage.pending:
+                self._release(index)
+        self._attach()
+
+    def _ends(self, *_: Any) -> None:
+        self._depth -= 1
+
+    def _next(self, count: int) -> list[int]:
+        """The units that the step before gathered after the last one."""
+        return self._order[len(self._taken) : len(self._taken) + count]
+
+    def _acquire(self, index: int) -> None:
+        stage, device = self._stages[index], self._partitioner.device
+        if stage.held and not stage.kept:
+            return
+        if self._next(1) != [index]:
+            self._order = []  # the step differs from the one before: nothing more is gathered ahead in it
+        self._taken.append(index)
+        for pack in stage.packs:
+            pack.begin(device)
+        for other in map(self._stages.__getitem__, self._next(self._ahead)):
+            if not (other.held or other.pending or other is stage):
+                for pack in other.packs:
+                    pack.begin(device)
+                other.pending = True
+        for pack in stage.packs:
+            pack.finish(index, device)
+        stage.held, stage.pending, stage.kept = True, False, False
+
+    def _release(self, index: int) -> None:
+        stage = self._stages[index]
+        for pack in stage.packs:
+            pack.release(index)
+        stage.held = stage.pending = stage.kept = stage.in_backward = False
+
+    def _before_backward(self, index: int) -> None:
+        self._acquire(index)
+        self._keep_until_backward(index)
+
+    def _keep_until_backward(self, index: int) -> None:
+        self._stages[index].in_backward = True
+        if not self._callback_queued:
+            self._callback_queued = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._backward_ends)
+
+    def _backward_ends(self) -> None:
+        """Release the units without an input that has a gradient: nothing else tells that their backward is done."""
+        self._callback_queued = False
+        for index, stage in enumerate(self._stages):
+            if stage.in_backward:
+                self._release(index)
+
+
+class _AfterBackward(torch.autograd.Function):
+    """The identity; its backward runs when the gradients of all inputs of a unit are known, and releases the unit."""
+
+    @staticmethod
+    def forward(ctx: Any, gathering: Gathering, index: int, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.unit = gathering, index
+        return inputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        gathering, index = ctx.unit
+        gathering._release(index)
+        return None, None, *grads
+
+
+def _packed(parameters: Sequence[nn.Parameter], group: ShardGroup) -> _Pack:
+    """Copy the shards of `parameters` into one buffer, which frozen parameters use from then on."""
+    places, end = [], 0
+    for parameter in parameters:
+        length = local_shard(parameter).nbytes
+        places.append(_Place(parameter, end, length, -length % ALIGNMENT))
+        end += length + places[-1].padding
+    first = local_shard(parameters[0])
+    local = torch.zeros(end, dtype=torch.uint8, device=first.device)
+    if first.is_pinned():
+        local = local.pin_memory()
+    pack = _Pack(group, local, places)
+    for place in places:
+        shard = local_shard(place.parameter)
+        mine = local[place.start : place.start + place.length].view(shard.dtype)
+        if place.parameter.requires_grad:
+            pack.copied.append((mine, place.parameter))
+        else:
+            mine.copy_(shard)
+            shard.data = mine
+    return pack
+
+
+def _wants_gradient(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """The tensors in the output of a module: one, or those in a tuple, a list or a dictionary (a ``ModelOutput``)."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, dict):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, tuple | list):
+        for value in output:
+            yield from _tensors(value)
+
+
+def _in_backward() -> bool:
+    """Whether autograd runs a backward: then a forward recomputes activations, and the unit's own backward follows."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def take_over(engine: Any) -> None:
+    """Stop DeepSpeed from gathering the parameters of a ZeRO-3 engine, as its own compiler does.
+
+    What remains is its reduction of gradients and its optimizer. The hooks that the engine has on the root module visit
+    every module of the model twice a forward, to let parameters gather themselves when accessed; they go as well.
+    DeepSpeed's `flops_profiler` begins in them and is not started any more.
+    """
+    offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
+    offload._remove_module_hooks()
+    offload.partition_all_parameters = lambda: None  # before the optimizer's step; a walk over all parameters
+    engine.module_forward_pre_hook.remove()
+    engine.module_forward_post_hook.remove()
+    if engine.wall_clock_breakdown():
+        timers = engine.engine_timers.forward_timers
+        engine.module.register_forward_pre_hook(lambda *_: engine._start_timers(timers))
+        engine.module.register_forward_hook(lambda *_: engine._stop_timers(timers))
+    for module in engine.module.modules():
+        module._parameters = module._original_parameters
