@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 from lowrank_dist import NF4, LoRA, PiSSAStrategy
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import RowPartition
-from lowrank_dist.layers.adapted import fuse_adapters
+from lowrank_dist.layers.adapted import FoldAdapters, fuse_adapters
 from lowrank_dist.layers.frozen import FrozenLinear
 from lowrank_dist.storage.writer import write_json
 from lowrank_dist.training.module import CausalLMModule
@@ -49,13 +49,17 @@ class RunSpec:
     checkpoint
         Directory.
     tokens
-        Of a step, one sequence.
+        Of a sequence.
     rank
         r, of all linears of the decoder layers; lora_alpha too.
     steps
         Timed ones.
     device
         ``cuda`` or ``cpu``.
+    sequences
+        Of a step.
+    clock
+        What seconds are measured with.
     """
 
     name: str
@@ -64,6 +68,8 @@ class RunSpec:
     rank: int
     steps: int
     device: str
+    sequences: int = 1
+    clock: Callable[[], float] = time.perf_counter
 
     @property
     def dtype(self) -> torch.dtype:
@@ -74,10 +80,10 @@ class RunSpec:
         return LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules="all-linear", task_type="CAUSAL_LM")
 
     def batches(self) -> list[dict[str, Tensor]]:
-        """One example for every step; losses fall only if the model can learn the few that come again and again."""
+        """A batch for every step; losses fall only if the model can learn the few that come again and again."""
         vocabulary = LlamaConfig.from_pretrained(self.checkpoint).vocab_size
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(0, vocabulary, (2, self.tokens), generator=generator)
+        ids = torch.randint(0, vocabulary, (2, self.sequences, self.tokens), generator=generator)
         return [{"input_ids": ids[i % 2], "labels": ids[i % 2]} for i in range(WARM_UP + self.steps)]
 
 
@@ -109,8 +115,8 @@ class Measured:
 class Meter:
     """Times steps that end with a synchronized device."""
 
-    def __init__(self, device: str) -> None:
-        self.device, self.found = device, Measured()
+    def __init__(self, device: str, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.device, self.clock, self.found = device, clock, Measured()
         self._started = 0.0
 
     def begin(self) -> None:
@@ -118,7 +124,7 @@ class Meter:
             torch.cuda.synchronize()
             if len(self.found.losses) == WARM_UP:
                 torch.cuda.reset_peak_memory_stats()
-        self._started = time.perf_counter()
+        self._started = self.clock()
 
     def end(self, loss: Tensor) -> None:
         self.found.losses.append(float(loss))  # waits for the device
@@ -126,24 +132,24 @@ class Meter:
             torch.cuda.synchronize()
             self.found.peak, self.found.held = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
         if len(self.found.losses) > WARM_UP:
-            self.found.seconds.append(time.perf_counter() - self._started)
+            self.found.seconds.append(self.clock() - self._started)
 
 
 # ---- ours
 
 
-def train_ours(job: RunSpec, *, fused: bool) -> Measured:
-    """`PiSSAStrategy` on one rank; zero-start adapters, as the initialisation is not what is measured.
+def train_ours(job: RunSpec, *, fold: FoldAdapters, fused_loss: bool = False) -> Measured:
+    """`PiSSAStrategy`; zero-start adapters, as the initialisation is not what is measured.
 
-    `fused` adds adapters to the decoded weight where that is faster, and, on CUDA, takes the loss without logits.
+    `fold` says where adapters are added to the decoded weight. `fused_loss` takes the loss without logits, on CUDA.
     """
-    meter = Meter(job.device)
+    meter = Meter(job.device, job.clock)
     strategy = PiSSAStrategy(
         job.checkpoint,
         job.adapter(),
         LoRA(),
         NF4(double_quant=True),
-        fold_adapters="measured" if fused else "never",
+        fold_adapters=fold,
         show_progress=False,
     )
     module = CausalLMModule(
@@ -151,23 +157,24 @@ def train_ours(job: RunSpec, *, fused: bool) -> Measured:
         scheduler="constant",
         warmup_ratio=0.0,
         optimizer="paged_adamw_8bit",
-        fused_cross_entropy=fused and job.device == "cuda",
+        fused_cross_entropy=fused_loss and job.device == "cuda",
     )
-    trainer, batches = one_rank_trainer(job, strategy, [Timing(meter, WARM_UP + job.steps)]), job.batches()
-    trainer.fit(module, DataLoader([*batches, batches[0]], batch_size=1))  # type: ignore[arg-type]
+    trainer, batches = make_trainer(job, strategy, [Timing(meter, WARM_UP + job.steps)]), job.batches()
+    trainer.fit(module, DataLoader([*batches, batches[0]], batch_size=None))  # type: ignore[arg-type]
     return meter.found
 
 
-def one_rank_trainer(
+def make_trainer(
     job: RunSpec, strategy: PiSSAStrategy, callbacks: list[L.Callback], *, max_steps: int = -1
 ) -> L.Trainer:
-    """Of one rank, as torchrun would start it, without logs and checkpoints of its own."""
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": "0"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "TORCHELASTIC_RUN_ID": "benchmark"}
+    """Of the ranks that were started, or of one as torchrun would start it, without logs and checkpoints of its own."""
+    one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": "0"}
+    one |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "TORCHELASTIC_RUN_ID": "benchmark"}
+    os.environ |= {name: value for name, value in one.items() if name not in os.environ}
     return L.Trainer(
         strategy=strategy,
         accelerator="gpu" if job.device == "cuda" else "cpu",
-        devices=1,
+        devices=int(os.environ["WORLD_SIZE"]),
         precision="bf16-true" if job.device == "cuda" else "32-true",
         max_epochs=1,
         max_steps=max_steps,
@@ -255,11 +262,11 @@ def _loop(job: RunSpec, model: Any) -> Measured:
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = build_optimizer(trained, name="paged_adamw_8bit", lr=2e-5, device=torch.device(job.device))
-    meter = Meter(job.device)
+    meter = Meter(job.device, job.clock)
     autocast = torch.autocast(job.device, dtype=torch.bfloat16, enabled=job.device == "cuda")
     for batch in job.batches():
         meter.begin()
-        inputs = {name: values[None].to(job.device) for name, values in batch.items()}
+        inputs = {name: values.to(job.device) for name, values in batch.items()}
         with autocast:
             loss = model(**inputs, use_cache=False).loss
         loss.backward()
@@ -270,8 +277,10 @@ def _loop(job: RunSpec, model: Any) -> Measured:
 
 
 WAYS: dict[str, Callable[[RunSpec], Measured]] = {
-    "ours": lambda job: train_ours(job, fused=False),
-    "ours, adapters folded in where faster, loss without logits": lambda job: train_ours(job, fused=True),
+    "ours": lambda job: train_ours(job, fold="never"),
+    "ours, adapters folded in where faster, loss without logits": lambda job: train_ours(
+        job, fold="measured", fused_loss=True
+    ),
     "ours without ZeRO-3": lambda job: train_unsharded(job, fused=False),
     "ours without ZeRO-3, adapters folded in where faster": lambda job: train_unsharded(job, fused=True),
     "PEFT + bitsandbytes `Linear4bit`": train_bitsandbytes,

@@ -15,7 +15,7 @@ from typing import Any
 import lightning as L
 import torch
 from benchmarks.gpu.step import Case, flops_of_step, matmul_rate
-from benchmarks.gpu.trainers import Measured, Meter, RunSpec, Timing, in_fresh_process, one_rank_trainer
+from benchmarks.gpu.trainers import Measured, Meter, RunSpec, Timing, in_fresh_process, make_trainer
 from models import MODELS_OF_CONFIGS
 from reporting import table
 from synthetic import SyntheticWeights
@@ -212,8 +212,8 @@ def _measured(of: Whole, job: RunSpec, rounds: int, directory: Path) -> Outcome:
             directory, filename="last", every_n_train_steps=10**9, save_weights_only=of.weights_only, background=False
         )
         callbacks.append(save)
-    trainer = one_rank_trainer(job, strategy, callbacks, max_steps=0 if "train" in of.skip else -1)
-    trainer.fit(module, DataLoader(job.batches(), batch_size=1))  # type: ignore[arg-type]
+    trainer = make_trainer(job, strategy, callbacks, max_steps=0 if "train" in of.skip else -1)
+    trainer.fit(module, DataLoader(job.batches(), batch_size=None))  # type: ignore[arg-type]
     found.steps = meter.found
     assert strategy.init_report is not None
     if "train" in of.skip:

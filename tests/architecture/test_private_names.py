@@ -207,6 +207,8 @@ def describe_engine() -> dict[str, set[str]]:
         "shard": set(dir(parameter.ds_tensor)),
         "engine": set(dir(engine)),
         "optimizer": set(dir(engine.optimizer)),
+        "offload": set(dir(engine.optimizer.parameter_offload)),
+        "module": set(dir(module)),
         "behaves": behaves,
     }
 
@@ -265,9 +267,6 @@ CANARIES: dict[tuple[str, str], Callable[..., object]] = {
     ("deepspeed", "ZeroParamStatus.NOT_AVAILABLE"): there(
         f"{PARTITION}:ZeroParamStatus.NOT_AVAILABLE", f"{PARTITION}:ZeroParamStatus.AVAILABLE"
     ),
-    ("deepspeed", "PartitionedParameterCoordinator.fetch_sub_module"): there(
-        "deepspeed.runtime.zero.partitioned_param_coordinator:PartitionedParameterCoordinator.fetch_sub_module"
-    ),
     ("deepspeed", "CPU_Accelerator"): there("deepspeed.accelerator.cpu_accelerator:CPU_Accelerator"),
     ("deepspeed", "ops.__compatible_ops__"): check_that(
         lambda: "deepspeed_shm_comm" in at("deepspeed.ops:__compatible_ops__"),
@@ -282,6 +281,21 @@ CANARIES: dict[tuple[str, str], Callable[..., object]] = {
         "behaves", "gradients are summed in one flat tensor"
     ),
     ("deepspeed", "optimizer.optimizer"): of_engine("optimizer", "optimizer", "state", "param_groups"),
+    ("deepspeed", "optimizer.parameter_offload"): of_engine("optimizer", "parameter_offload"),
+    ("deepspeed", "parameter_offload._remove_module_hooks"): of_engine("offload", "_remove_module_hooks"),
+    ("deepspeed", "parameter_offload.partition_all_parameters"): check_that(
+        lambda: (
+            "self.parameter_offload.partition_all_parameters()"
+            in inspect.getsource(at("deepspeed.runtime.zero.stage3"))
+        ),
+        "DeepSpeed's optimizer does not call parameter_offload.partition_all_parameters",
+    ),
+    ("deepspeed", "engine.module_forward_pre_hook"): of_engine("engine", "module_forward_pre_hook"),
+    ("deepspeed", "engine.module_forward_post_hook"): of_engine("engine", "module_forward_post_hook"),
+    ("deepspeed", "engine._start_timers"): of_engine("engine", "_start_timers"),
+    ("deepspeed", "engine._stop_timers"): of_engine("engine", "_stop_timers"),
+    ("deepspeed", "engine.engine_timers"): of_engine("engine", "engine_timers"),
+    ("deepspeed", "module._original_parameters"): of_engine("module", "_original_parameters"),
     ("deepspeed", "engine.global_steps"): of_engine("engine", "global_steps"),
     ("deepspeed", "engine.global_samples"): of_engine("engine", "global_samples"),
     ("deepspeed", "engine.skipped_steps"): of_engine("engine", "skipped_steps"),
@@ -476,6 +490,11 @@ OTHERS = {
     "_Hash": "typeshed's name for what hashlib makes; in annotations only",
     "_replace": "of named tuples; documented",
     "_parameters": "torch.nn.Module's; documented in its notes on parametrization",
+    "_forward_hooks": "torch.nn.Module's; whether there are any",
+    "_forward_pre_hooks": "the same",
+    "_C": "torch's; see the next",
+    "_current_graph_task_id": "torch's; whether a backward runs, as torch.utils.checkpoint asks",
+    "_execution_engine": "torch.autograd's; calls back at the end of a backward, as torch's FSDP does",
     "_cdata": "torch's address of a storage; `StorageWeakRef` of torch.multiprocessing uses it",
     "_is_mkldnn_bf16_supported": "torch has no public question",
     "_subcommands_action": "jsonargparse's; it has no public way to the parser of a subcommand",

@@ -132,11 +132,10 @@ class AdaptedLinear(LoraLinear):
         if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
             return False
         (adapter,) = self.active_adapters
-        children = self._modules
-        dropout: Any = children["lora_dropout"][adapter]
+        dropout = self.lora_dropout[adapter]
         if adapter in self.lora_variant or (isinstance(dropout, nn.Dropout) and dropout.p > 0 and dropout.training):
             return False
-        used: tuple[Any, ...] = (children["base_layer"], children["lora_A"][adapter], children["lora_B"][adapter])
+        used = self.base_layer, self.lora_A[adapter], self.lora_B[adapter]
         return not any(module._forward_hooks or module._forward_pre_hooks for module in used)
 
     def computed(self, x: Tensor, *, fold: bool) -> Tensor:

@@ -1,0 +1,159 @@
+"""What a training step costs the host, beside PEFT: a model so small that its arithmetic is next to nothing.
+
+    python benchmarks/bench_host.py           # benchmarks/results/host.md
+    python benchmarks/bench_host.py --tiny    # a dry run of two layers
+
+CPU seconds of a step (``time.process_time``), each way in processes of its own, all ways by turns. On a device the
+host's work is hidden behind the arithmetic, as long as it takes less time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # for benchmarks.gpu
+
+import torch.distributed as dist  # noqa: E402
+from benchmarks.gpu.trainers import Measured, RunSpec, save_model, train_bitsandbytes, train_dense, train_ours  # noqa: E402
+from ranks import preload, run_ranks  # noqa: E402
+from reporting import header, table, verdict, write_report  # noqa: E402
+from transformers import LlamaConfig  # noqa: E402
+
+PACKAGES = ("torch", "lightning", "deepspeed", "peft", "transformers", "bitsandbytes")
+DENSE, PEER, OURS, TWO = "PEFT, dense", "PEFT + bitsandbytes", "ours", "ours, 2 ranks"
+FOLDED = "ours, folded"
+WAYS: dict[str, tuple[int, Callable[[RunSpec], Measured]]] = {
+    DENSE: (1, train_dense),
+    PEER: (1, train_bitsandbytes),
+    OURS: (1, partial(train_ours, fold="never")),
+    FOLDED: (1, partial(train_ours, fold="always")),
+    TWO: (2, partial(train_ours, fold="never")),
+}
+GOAL = 0.8  # of PEFT over bitsandbytes
+
+
+def main() -> None:
+    options = _options()
+    preload("benchmarks.gpu.trainers")
+    layers = 2 if options.tiny else 16
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=256,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        job = RunSpec(
+            name="host",
+            checkpoint=save_model(Path(folder) / "model", config, "cpu"),
+            tokens=16,
+            sequences=2,
+            rank=8,
+            steps=options.steps,
+            device="cpu",
+            clock=time.process_time,
+        )
+        found: dict[str, list[float]] = {way: [] for way in WAYS}
+        collectives: dict[str, dict[str, tuple[float, float]]] = {}
+        for _ in range(options.rounds):
+            for way, (ranks, train) in WAYS.items():
+                print(f"  {way} ...", file=sys.stderr, flush=True)
+                measured = run_ranks(ranks, _run, train, replace(job, steps=options.steps), group=ranks > 1)
+                found[way].append(max(statistics.median(rank.seconds) for rank, _ in measured))
+                collectives[way] = measured[0][1]
+    parts = [_header(options, layers), _table(found, layers), _collectives(collectives[TWO], layers), _verdicts(found)]
+    write_report(options.output, parts)
+    print("\n\n".join(parts))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "host.md")
+    parser.add_argument("--tiny", action="store_true", help="dry run: two layers, two steps")
+    parser.add_argument("--steps", type=int, default=30, help="timed steps of a round")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    if options.tiny:
+        options.steps, options.rounds = 2, 1
+    return options
+
+
+def _run(train: Callable[[RunSpec], Measured], job: RunSpec) -> tuple[Measured, dict[str, tuple[float, float]]]:
+    """A way's steps, and by collective how often a step called it and the bytes that it brought together."""
+    calls: dict[str, list[int]] = {}
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce"):
+        setattr(dist, name, _counted(getattr(dist, name), calls.setdefault(name, [])))
+    measured = train(job)
+    steps = len(measured.losses)
+    return measured, {name: (len(nbytes) / steps, sum(nbytes) / steps) for name, nbytes in calls.items()}
+
+
+def _counted(collective: Callable[..., Any], calls: list[int]) -> Callable[..., Any]:
+    def called(*args: Any, **options: Any) -> Any:
+        tensors = [value for value in (*args, *options.values()) if hasattr(value, "nbytes")]
+        calls.append(max(tensor.nbytes for tensor in tensors))
+        return collective(*args, **options)
+
+    return called
+
+
+def _header(options: argparse.Namespace, layers: int) -> str:
+    notes = [
+        f"a LLaMA of {layers} layers of width 64, adapters on all linears (r = 8), gradient checkpointing, batches of "
+        f"2 x 16 tokens, AdamW, fp32; medians of {options.steps} steps, {options.rounds} rounds by turns",
+        "ours: NF4 with double quantization under `PiSSAStrategy`, from a batch's start to its end in Lightning's "
+        "loop; PEFT: forward, backward and step without a Trainer",
+    ]
+    if options.tiny:
+        notes.append("a dry run: its figures mean nothing")
+    return header("CPU time of a training step", "bench_host.py", PACKAGES, "ranks of one thread", notes)
+
+
+def _table(found: dict[str, list[float]], layers: int) -> str:
+    rows = [
+        [
+            way,
+            f"{1e3 * min(times):.1f} / {1e3 * statistics.median(times):.1f}",
+            f"{1e6 * min(times) / layers:.0f}",
+            f"{min(times) / min(found[PEER]):.2f}",
+            f"{min(times) / min(found[DENSE]):.2f}",
+        ]
+        for way, times in found.items()
+    ]
+    columns = ["", "ms a step, least / median round", "us a layer", f"of {PEER}", f"of {DENSE}"]
+    return table(columns, rows)
+
+
+def _collectives(of_step: dict[str, tuple[float, float]], layers: int) -> str:
+    rows = [
+        [name, f"{calls:.1f}", f"{calls / layers:.2f}", f"{nbytes / 1e3:.1f}"]
+        for name, (calls, nbytes) in of_step.items()
+        if calls
+    ]
+    text = "Collectives of ours on 2 ranks (all steps, the first of them and set-up included):\n\n"
+    return text + table(["", "a step", "a layer", "KB a step"], rows)
+
+
+def _verdicts(found: dict[str, list[float]]) -> str:
+    lines = [
+        f"- {way}: {min(found[way]) / min(found[PEER]):.2f} of {PEER}, goal {GOAL}: "
+        f"{verdict(min(found[way]) <= GOAL * min(found[PEER]))}"
+        for way in (OURS, TWO)
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
