@@ -1,9 +1,10 @@
 """Adapted linear layers as one autograd Function: frozen weight and adapter, ``y = x W^T + s (x A^T) B^T``.
 
 PEFT computes it with three modules, and autograd keeps the input of each and the product of the first two. The Function
-here saves x and the parameters, as in `lowrank_dist.layers.frozen` and for the same reason, and computes ``x A^T``
-again in backward: ``2 r in`` flops a token, which is a share of ``r / out`` of the layer. The adapter's term is added
-to the first product in place.
+here saves x and computes ``x A^T`` again in backward: ``2 r in`` flops a token, which is a share of ``r / out`` of the
+layer. The adapter's term is added to the first product in place. Parameters are kept as objects, whose data ZeRO-3
+gathers again before the backward, and not as saved tensors: gradient checkpointing visits every saved tensor three
+times.
 
 It can also be computed as one product, ``y = x (W + s B A)^T`` (`Folding`). The separate term costs ``2 r (in + out)``
 flops a token. Added to the decoded weight, the adapter costs ``2 r in out`` flops once in forward and once in backward,
@@ -16,7 +17,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -37,45 +37,43 @@ _REPEATS = 3  # timed runs, separate and folded
 class _AdaptedFunction(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, a: Tensor, b: Tensor, scaling: float, base: FrozenLinear, fold: bool, *stored: Tensor
+        ctx: Any, x: Tensor, a: nn.Parameter, b: nn.Parameter, scaling: float, base: FrozenLinear, fold: bool
     ) -> Tensor:
-        ctx.save_for_backward(x, a, b, *stored)
-        ctx.how = scaling, base, fold
-        rows = x.flatten(0, -2)
+        ctx.save_for_backward(x)
+        ctx.how = a, b, scaling, base, fold
+        rows, dtype = x.flatten(0, -2), x.dtype
         if fold:
-            y = rows @ _summed(base, stored, a, b, scaling, x.dtype)
+            y = rows @ _summed(base, a, b, scaling, dtype)
         else:
-            y = rows @ base.matrix(stored, x.dtype)
-            y.addmm_(rows @ a.to(x.dtype).mT, b.to(x.dtype).mT, alpha=scaling)
+            y = rows @ base.matrix(base.stored(), dtype)
+            y.addmm_(rows @ a.to(dtype).mT, b.to(dtype).mT, alpha=scaling)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, a, b, *stored = ctx.saved_tensors
-        scaling, base, fold = ctx.how
-        wants_x, wants_a, wants_b = ctx.needs_input_grad[:3]
-        rows, shape, dtype = x.flatten(0, -2), x.shape, grad.dtype
+        (x,) = ctx.saved_tensors
+        a, b, scaling, base, fold = ctx.how
+        wants_x, wants_a, wants_b, *_ = ctx.needs_input_grad
+        rows, dtype = x.flatten(0, -2), grad.dtype
         grad = grad.flatten(0, -2)
         to_x = to_a = to_b = None
         if wants_a or not fold:
             through_b = (grad @ b.to(dtype)).mul_(scaling)
         if wants_x and fold:
-            to_x = grad @ _summed(base, stored, a, b, scaling, dtype).mT
+            to_x = (grad @ _summed(base, a, b, scaling, dtype).mT).view(x.shape)
         elif wants_x:
-            to_x = (grad @ base.matrix(stored, dtype).mT).addmm_(through_b, a.to(dtype))
+            to_x = (grad @ base.matrix(base.stored(), dtype).mT).addmm_(through_b, a.to(dtype)).view(x.shape)
         if wants_a:
             to_a = (through_b.mT @ rows).to(a.dtype)
         if wants_b:
             to_b = (grad.mT @ (rows @ a.to(dtype).mT).mul_(scaling)).to(b.dtype)
-        return None if to_x is None else to_x.view(shape), to_a, to_b, None, None, None, *(None for _ in stored)
+        return to_x, to_a, to_b, None, None, None
 
 
-def _summed(
-    base: FrozenLinear, stored: Sequence[Tensor], a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype
-) -> Tensor:
+def _summed(base: FrozenLinear, a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
     """``(W + s B A)^T``, ``[in, out]``; a view where rows are outputs."""
     left, right = (a.mT, b.mT) if base.input_first else (b, a)
-    return base.matrix(stored, dtype, ((scaling * left).to(dtype), right.to(dtype)))
+    return base.matrix(base.stored(), dtype, ((scaling * left).to(dtype), right.to(dtype)))
 
 
 class Folding:
@@ -135,8 +133,15 @@ class AdaptedLinear(LoraLinear):
         dropout = self.lora_dropout[adapter]
         if adapter in self.lora_variant or (isinstance(dropout, nn.Dropout) and dropout.p > 0 and dropout.training):
             return False
-        used = self.base_layer, self.lora_A[adapter], self.lora_B[adapter]
-        return not any(module._forward_hooks or module._forward_pre_hooks for module in used)
+        base, a, b = self.base_layer, self.lora_A[adapter], self.lora_B[adapter]
+        return not (
+            base._forward_hooks
+            or base._forward_pre_hooks
+            or a._forward_hooks
+            or a._forward_pre_hooks
+            or b._forward_hooks
+            or b._forward_pre_hooks
+        )
 
     def computed(self, x: Tensor, *, fold: bool) -> Tensor:
         """Compute the layer by the Function, as one product if `fold`."""
@@ -144,7 +149,7 @@ class AdaptedLinear(LoraLinear):
         base: FrozenLinear = self.base_layer
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
         scaling = self.scaling[adapter]
-        return base.multiplied(x, lambda x: _AdaptedFunction.apply(x, a, b, scaling, base, fold, *base.stored()))
+        return base.multiplied(x, lambda x: _AdaptedFunction.apply(x, a, b, scaling, base, fold))
 
 
 def fuse_adapters(backbone: nn.Module, fold: FoldAdapters) -> list[AdaptedLinear]:
