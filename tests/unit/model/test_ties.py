@@ -145,7 +145,7 @@ def test_values_are_compared_not_dtypes(llama: Path, tmp_path: Path, same: bool)
 @pytest.mark.parametrize(
     ("head", "text"),
     [
-        (torch.zeros(255, 64), r"lm_head.weight: the model has shape \[256, 64\], the checkpoint \[255, 64\]"),
+        (torch.zeros(255, 64), r"lm_head.weight: the model has shape \[256, 64\], the pretrained weights \[255, 64\]"),
         (torch.zeros(256, 64, dtype=torch.float8_e4m3fn), "lm_head.weight: the pretrained weights store F8_E4M3"),
         (torch.zeros(256, 64, dtype=torch.int32), "lm_head.weight: the pretrained weights store I32"),
     ],
