@@ -1,4 +1,4 @@
-"""Gathers of whole decoder layers: every gradient against an unsharded model, and what a step communicates and walks."""
+"""Gathers of whole decoder layers: every gradient against an unsharded model, and what a step communicates."""
 
 from __future__ import annotations
 
@@ -56,11 +56,12 @@ def gradients(
 def expected_gradients(
     pretrained: Path, frozen: dict[str, Tensor], trained: dict[str, Tensor], ids: Tensor, losses: int = 1
 ) -> dict[str, Tensor]:
-    """Of stock transformers and PEFT in one process; of the sum of the losses of `losses` parts of each rank's batch."""
+    """Of stock transformers and PEFT in one process, of `losses` times the loss."""
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(pretrained), dtype=torch.float32)
     inject_adapter_in_model(LoraConfig(r=4, lora_alpha=4, target_modules=TARGETS), model)
     missing, unexpected = model.load_state_dict(frozen | trained, strict=False)
-    assert not (missing or unexpected)
+    assert not missing
+    assert not unexpected
     parameters = {name: p for name, p in model.named_parameters() if name in trained}
     loss = model(input_ids=ids, labels=ids, use_cache=False).loss * losses
     return dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
