@@ -12,6 +12,7 @@ from lowrank_dist.forecast.checkpoint import checkpoint_bytes
 from lowrank_dist.forecast.job import ModelShapes, RunSpec, parameters
 from lowrank_dist.forecast.memory import Memory, memory
 from lowrank_dist.forecast.rates import Cluster
+from lowrank_dist.forecast.sharding import ShardingChoice, alternatives, choose_sharding
 from lowrank_dist.forecast.startup import Seconds, decomposed_bytes, predict
 from lowrank_dist.forecast.traffic import Traffic, traffic
 from lowrank_dist.quantization.nf4 import NF4
@@ -69,6 +70,9 @@ class Forecast:
         Bytes of each checkpoint that the run writes.
     limit
         Bytes of a rank's device available to the run. None: unknown.
+    sharding
+        The groups of ranks that could share the frozen parameters, and the smallest within which the run fits. None
+        without adapters, or if no parameters are partitioned.
     remedies
         Settings, if the run does not fit, each of which alone would make it fit; of each the mildest value.
     """
@@ -82,6 +86,7 @@ class Forecast:
     disk_reads: int
     checkpoint: int
     limit: int | None
+    sharding: ShardingChoice | None
     remedies: tuple[str, ...]
 
     @property
@@ -103,6 +108,9 @@ class Forecast:
             | {"stays": self.memory.stays, "phases": self.memory.phases, "peak": self.memory.peak},
             "limit": self.limit,
             "fits": self.fits,
+            "shard_within": {"used": self.job.shard_within, "smallest": self.sharding.within, "peaks": self.sharding.peaks}
+            if self.sharding
+            else None,
             "remedies": list(self.remedies),
             "activations_measured": self.activations_measured,
             "initialisation_seconds": None
@@ -156,6 +164,7 @@ def forecast(
         disk_reads=_disk_reads(shapes, job),
         checkpoint=checkpoint_bytes(shapes, job),
         limit=limit,
+        sharding=choose_sharding(shapes, job, limit) if job.adapts and job.stage == 3 else None,
         remedies=tuple(remedies),
     )
 
@@ -177,8 +186,9 @@ def _alternatives(job: RunSpec) -> Iterator[list[tuple[str, RunSpec]]]:
     if job.optimizer != "paged_adamw_8bit":
         yield [("model.optimizer: paged_adamw_8bit", replace(job, optimizer="paged_adamw_8bit"))]
     if job.adapts:
-        if job.shard_within == "node" and job.nodes > 1:
-            yield [("shard_within: world", replace(job, shard_within="world"))]
+        groups = alternatives(job)
+        larger = groups[groups.index(job.shard_within) + 1 :] if job.shard_within in groups else []
+        yield [(f"shard_within: {within}", replace(job, shard_within=within)) for within in larger]
         yield [
             (f"live_layers: {layers}", replace(job, live_layers=layers)) for layers in reversed(range(job.live_layers))
         ]

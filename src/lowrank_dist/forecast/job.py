@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from lowrank_dist.decomposition.walk import check_matrices
 from lowrank_dist.distributed.partition import FlatPartition, FlatStorage
 from lowrank_dist.errors import CheckpointError, InputError
+from lowrank_dist.initialization.open import OpenedModel
 from lowrank_dist.methods.base import Method
 from lowrank_dist.model.factor_layout import FactorLayout, TrainedFactors
 from lowrank_dist.model.plan import Plan, PlannedMatrix, PlannedTensor, open_plan
@@ -24,7 +25,8 @@ from lowrank_dist.storage.reader import CheckpointReader
 from lowrank_dist.storage.source import ShapesOnly, SourceReader
 from lowrank_dist.zero3.gathering import ALIGNMENT
 
-ShardWithin = Literal["world", "node"]
+ShardWithin = Literal["rank", "node", "world"]
+"""The ranks that hold the frozen parameters once between them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +186,12 @@ class RunSpec:
     @property
     def shard_ranks(self) -> int:
         """Size of a shard group, whose ranks together hold the frozen parameters once."""
-        return self.gpus_per_node if self.shard_within == "node" else self.ranks
+        return {"rank": 1, "node": self.gpus_per_node, "world": self.ranks}[self.shard_within]
+
+    @property
+    def keeps_trained(self) -> bool:
+        """Whether gathered trained parameters stay until the end of a step (`lowrank_dist.zero3.gathering`)."""
+        return self.stage == 3 and self.shard_ranks == 1 < self.ranks
 
     @property
     def tokens(self) -> int:
@@ -195,6 +202,19 @@ class RunSpec:
     def global_batch(self) -> int:
         """Sequences per step."""
         return self.batch_size * self.ranks * self.accumulate
+
+
+def planned_run(opened: OpenedModel, job: RunSpec) -> tuple[ModelShapes, RunSpec]:
+    """Shapes of a model whose weights are known, and `job` with the settings that depend on them."""
+    source = opened.source
+    shapes = ModelShapes.planned(opened.backbone, opened.plan, source.reader, nbytes=source.nbytes)
+    return shapes, replace(
+        job,
+        init=source.init,
+        residual=source.residual,
+        starts_at_zero=source.starts_at_zero,
+        fills_cache=source.fills_cache,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

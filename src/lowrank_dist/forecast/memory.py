@@ -131,10 +131,18 @@ def _bucket(job: RunSpec, trained: int) -> int:
 def _gathered_layers(shapes: ModelShapes, job: RunSpec, every: list[Parameter]) -> int:
     """Gathered bytes of the layer in use, twice while its parts are put together, and of `live_layers` more.
 
-    Each is counted as the largest layer.
+    Each is counted as the largest layer. Trained parameters that stay gathered are all counted.
     """
     if job.stage < 3:
         return 0
+    if job.keeps_trained:  # each is put together once; the shards of frozen parameters are the parameters
+        trained = [p for p in every if p.kind == "trained"]
+        return sum(p.gathered_bytes for p in trained) + (job.live_layers + 1) * _largest_layer(shapes, trained)
+    return (job.live_layers + 2) * _largest_layer(shapes, every)
+
+
+def _largest_layer(shapes: ModelShapes, every: list[Parameter]) -> int:
+    """Gathered bytes of the largest decoder layer."""
     prefixes = layer_prefixes(shapes)
     sizes = [0] * len(prefixes)
     index = {prefix: i for i, prefix in enumerate(prefixes)}
@@ -142,11 +150,11 @@ def _gathered_layers(shapes: ModelShapes, job: RunSpec, every: list[Parameter]) 
         layer = next((prefix for prefix in _prefixes(p.name) if prefix in index), None)
         if layer is not None and p.ranks > 1:  # on one rank a shard is the parameter and is not gathered
             sizes[index[layer]] += p.gathered_bytes
-    return (job.live_layers + 2) * max(sizes, default=0)
+    return max(sizes, default=0)
 
 
 def _largest_other(shapes: ModelShapes, job: RunSpec, every: list[Parameter]) -> int:
-    if job.stage < 3:
+    if job.stage < 3 or job.keeps_trained:
         return 0
     inside = set(layer_prefixes(shapes))
     outside = (p for p in every if p.ranks > 1 and not inside.intersection(_prefixes(p.name)))

@@ -5,6 +5,8 @@ gradients. Recomputation under gradient checkpointing finds the parameters gathe
 frozen embedding, which needs no weight in its backward, and the head, which is the last in the forward and the first in
 the backward. A ring over P ranks moves ``(P - 1) / P`` of the gathered bytes over each of its links, one of which leads
 into every node.
+
+If every rank holds all frozen parameters, trained ones are gathered once a step and stay.
 """
 
 from __future__ import annotations
@@ -68,9 +70,11 @@ def traffic(shapes: ModelShapes, job: RunSpec) -> Traffic:
         once = gathered_once(shapes, trained)
         for ranks in sorted({p.ranks for p in every}):
             gathered = [p for p in every if p.ranks == ranks]
-            nbytes = 2 * sum(p.gathered_bytes for p in gathered)
-            nbytes -= sum(p.gathered_bytes for p in gathered if any(_within(p.name, module) for module in once))
-            found.append(_collective("gather", ranks, job.accumulate * nbytes, job))
+            nbytes = sum(p.gathered_bytes for p in gathered)
+            if not job.keeps_trained:
+                spared = sum(p.gathered_bytes for p in gathered if any(_within(p.name, module) for module in once))
+                nbytes = job.accumulate * (2 * nbytes - spared)
+            found.append(_collective("gather", ranks, nbytes, job))
         found.append(_collective("reduce", job.ranks, job.accumulate * _whole(trained), job))
     elif job.stage == 2:  # gradients of every batch to their owners, new parameters once
         found.append(_collective("reduce", job.ranks, job.accumulate * _whole(trained), job))

@@ -95,6 +95,7 @@ def build_model(
     compute_dtype: torch.dtype,
     factor_dtype: torch.dtype,
     calibrate: Calibrate,
+    copies: Callable[[OpenedModel], int] = lambda _: 1,
     fp32_norms: bool = False,
     computation: Computation | None = None,
     sharding: Sharding | None = None,
@@ -125,6 +126,8 @@ def build_model(
         Dtype of trained parameters.
     calibrate
         Called for methods that look at data; opens their calibration pass.
+    copies
+        Called once the model is checked; returns how many groups of consecutive ranks each hold all frozen parameters.
     fp32_norms
         See `materialize`.
     computation
@@ -169,6 +172,7 @@ def build_model(
     pretrained_fingerprint = fingerprint = source_fingerprint(opened.source.reader, group)
     if resume is not None:
         resume.check_pretrained(pretrained_fingerprint)
+    partitioner.replicate(copies(opened))
 
     with ExitStack() as stack:
         bar = stack.enter_context(progress_bar(opened.source.reader.nbytes, show=show_progress and group.rank == 0))

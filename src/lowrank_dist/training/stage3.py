@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import InputError
+from lowrank_dist.forecast.job import ShardWithin
 from lowrank_dist.zero3.gathering import Gathering, take_over
 from lowrank_dist.zero3.gradients import clear_gradients, scale_gradients
 from lowrank_dist.zero3.partition import Partitioner, use_cpu_accelerator, zero_settings
@@ -154,6 +155,8 @@ class Stage3Strategy(DeepSpeedStrategy):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
         output = super().optimizer_step(*args, **kwargs)
         clear_gradients(self.deepspeed_engine.optimizer)
+        assert self._gathering is not None
+        self._gathering.expire()
         return output
 
     def _gathers_with(self, partitioner: Partitioner, backbone: nn.Module, ahead: int) -> None:
@@ -178,8 +181,10 @@ class Stage3Strategy(DeepSpeedStrategy):
             self._gathering = None
         super().teardown()
 
-    def _replicas(self, shard_within: str) -> int:
-        """Number of copies of the frozen parameters; 1 unless nodes hold one each. Collective if it is above 1."""
+    def _copies(self, shard_within: ShardWithin) -> int:
+        """Number of copies of the frozen parameters. Collective if nodes hold one each."""
+        if shard_within == "rank":
+            return self.world_size
         if shard_within == "world" or self.num_nodes == 1:
             return 1
         everyone = ShardGroup(device=self.root_device)

@@ -12,7 +12,9 @@ unit stays gathered from that forward on. The order of gathers is taken from the
 says is needed next is not released. Every gather allocates: a view of a gathered weight that autograd has saved keeps
 its memory, which costs memory, but can never show the bytes of another layer.
 
-Parameters that one rank holds alone are not gathered at all; their data is their shard.
+Parameters that one rank holds alone are not gathered at all; their data is their shard. Where every rank of several
+holds all frozen parameters, trained ones are gathered once a step and stay until the optimizer changes them: then no
+layer waits for a collective in the batches that follow, and adapters are small beside what the rank holds already.
 
 All ranks must run the same units in the same order, as with DeepSpeed.
 """
@@ -114,19 +116,23 @@ class _Pack:
         Places in `local` of shards that DeepSpeed's optimizer owns, with their parameters; filled before every gather.
     users
         Indices of the units that have it gathered.
+    lasts
+        Whether it stays gathered until `expire`.
     """
 
     group: ShardGroup
     local: Tensor
+    lasts: bool
     places: list[_Place] = field(default_factory=list)
     copied: list[tuple[Tensor, nn.Parameter]] = field(default_factory=list)
     users: set[int] = field(default_factory=set)
+    _fresh: bool = False
     _gathered: Tensor | None = None
     _work: Any = None
 
     def begin(self, device: torch.device) -> None:
         """Start the all-gather, unless it has been started or is done."""
-        if self.users or self._gathered is not None:
+        if self.users or self._fresh or self._gathered is not None:
             return
         for place, parameter in self.copied:
             place.copy_(local_shard(parameter), non_blocking=True)
@@ -137,8 +143,9 @@ class _Pack:
         self.begin(device)
         self.users.add(user)
         gathered, ranks = self._gathered, self.group.size
-        if gathered is None:  # another unit has it
+        if gathered is None:  # another unit has it, or it has stayed
             return
+        self._fresh = self.lasts
         if self._work is not None:
             self._work.wait()
         self._gathered = self._work = None
@@ -159,9 +166,18 @@ class _Pack:
         if self._work is not None:
             self._work.wait()
         self._gathered = self._work = None
-        if not self.users:
-            for place in self.places:
-                place.parameter.data = place.parameter.data.new_empty(0)
+        if not self.users and not self._fresh:
+            self._empty()
+
+    def expire(self) -> None:
+        """Empty the parameters, whose shards have changed."""
+        if self._fresh:
+            self._fresh = False
+            self._empty()
+
+    def _empty(self) -> None:
+        for place in self.places:
+            place.parameter.data = place.parameter.data.new_empty(0)
 
 
 @dataclass(eq=False)
@@ -170,6 +186,8 @@ class _Stage:
 
     Attributes
     ----------
+    lasts
+        All its packs last: nothing is released in a step.
     held
         It is gathered.
     pending
@@ -181,6 +199,7 @@ class _Stage:
     """
 
     packs: list[_Pack]
+    lasts: bool
     held: bool = False
     pending: bool = False
     kept: bool = False
@@ -231,14 +250,15 @@ class Gathering:
         for unit in units:
             packs = list(self._packs(unit, uses, shared))
             if packs:
-                self._watch(len(self._stages), unit.module)
-                self._stages.append(_Stage(packs))
+                self._stages.append(_Stage(packs, all(pack.lasts for pack in packs)))
+                self._watch(len(self._stages) - 1, unit.module)
         self._attach()
 
     def remove(self) -> None:
         """Remove the hooks and empty the parameters; their shards stay."""
         for hook in self._hooks:
             hook.remove()
+        self.expire()
         for index in range(len(self._stages)):
             self._release(index)
         for parameter in self._resident:
@@ -257,10 +277,21 @@ class Gathering:
             elif parameter in shared:
                 yield shared[parameter]
             else:
-                shared[parameter] = _packed([parameter], group)
+                shared[parameter] = _packed([parameter], group, lasts=self._lasts([parameter]))
                 yield shared[parameter]
         for group, parameters in by_group.items():
-            yield _packed(parameters, group)
+            yield _packed(parameters, group, lasts=self._lasts(parameters))
+
+    def _lasts(self, parameters: Sequence[nn.Parameter]) -> bool:
+        return self._partitioner.frozen.size == 1 and all(parameter.requires_grad for parameter in parameters)
+
+    def expire(self) -> None:
+        """Drop gathered values of trained parameters, which the optimizer has changed."""
+        for index, stage in enumerate(self._stages):
+            if stage.lasts and stage.held:
+                self._release(index)
+            for pack in stage.packs:
+                pack.expire()
 
     def _attach(self) -> None:
         """Make the shards of parameters that this rank holds alone their data, also where DeepSpeed has moved them."""
@@ -270,8 +301,12 @@ class Gathering:
                 parameter.data = shard.detach()[: shape.numel()].view(shape)
 
     def _watch(self, index: int, module: nn.Module) -> None:
+        lasts = self._stages[index].lasts
+
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             self._acquire(index)
+            if lasts:
+                return None
             tensors = [value for value in (*args, *kwargs.values()) if _wants_gradient(value)]
             if not tensors or not torch.is_grad_enabled():
                 return None
@@ -282,6 +317,8 @@ class Gathering:
             )
 
         def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if lasts:
+                return
             if _in_backward():
                 self._keep_until_backward(index)
                 return
@@ -306,12 +343,13 @@ class Gathering:
         self._depth += 1
         if self._depth > 1:
             return
-        self._orders[self._training] = self._taken
+        if self._taken:  # nothing is, where everything has stayed gathered from an accumulated batch
+            self._orders[self._training] = self._taken
         self._training = torch.is_grad_enabled()
         self._order, self._taken = self._orders[self._training], []
         self._callback_queued = False
         for index, stage in enumerate(self._stages):
-            if stage.held or stage.pending:
+            if (stage.held or stage.pending) and not stage.lasts:
                 self._release(index)
         self._attach()
 
@@ -380,7 +418,7 @@ class _AfterBackward(torch.autograd.Function):
         return None, None, *grads
 
 
-def _packed(parameters: Sequence[nn.Parameter], group: ShardGroup) -> _Pack:
+def _packed(parameters: Sequence[nn.Parameter], group: ShardGroup, *, lasts: bool) -> _Pack:
     """Copy the shards of `parameters` into one buffer, which frozen parameters use from then on."""
     places, end = [], 0
     for parameter in parameters:
@@ -391,7 +429,7 @@ def _packed(parameters: Sequence[nn.Parameter], group: ShardGroup) -> _Pack:
     local = torch.zeros(end, dtype=torch.uint8, device=first.device)
     if first.is_pinned():
         local = local.pin_memory()
-    pack = _Pack(group, local, places)
+    pack = _Pack(group, local, lasts, places)
     for place in places:
         shard = local_shard(place.parameter)
         mine = local[place.start : place.start + place.length].view(shard.dtype)

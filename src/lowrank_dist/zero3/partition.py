@@ -30,25 +30,32 @@ class Partitioner:
     config
         DeepSpeed configuration; ``offload_param`` of its ``zero_optimization`` section decides the device of
         partitions.
-    replicas
-        Number of groups of consecutive ranks that each hold all frozen parameters: the number of nodes, or 1.
 
     Attributes
     ----------
     group : ShardGroup
         All ranks, over which trained parameters are partitioned.
     frozen : ShardGroup
-        The ranks over which frozen parameters are partitioned.
+        The ranks over which frozen parameters are partitioned: all, unless `replicate` is called.
     device : torch.device
         Where shards are computed.
     """
 
-    def __init__(self, config: dict[str, Any], *, replicas: int = 1) -> None:
+    def __init__(self, config: dict[str, Any]) -> None:
         self._init = deepspeed.zero.Init(config_dict_or_path=config)
         self.device = torch.device(self._init.local_device)
         self.group = ShardGroup(self._init.get_dp_process_group(), device=self.device)
-        self.frozen = self.group.split(self.group.size // replicas)
-        self._process_group = None if replicas == 1 else self.frozen.process_group
+        self.frozen = self.group
+        self._process_group: Any = None
+
+    def replicate(self, copies: int) -> None:
+        """Let `copies` groups of consecutive ranks each hold all frozen parameters. Call it before any is made.
+
+        All ranks must call it, because it creates process groups.
+        """
+        if copies > 1:
+            self.frozen = self.group.split(self.group.size // copies)
+            self._process_group = self.frozen.process_group
 
     def group_of(self, parameter: Tensor) -> ShardGroup:
         """The ranks that share a parameter of this partitioner or of DeepSpeed."""

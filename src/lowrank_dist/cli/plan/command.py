@@ -108,6 +108,8 @@ def planned_run(options: argparse.Namespace, of_fit: Sequence[str]) -> Forecast:
     else:
         shapes = ModelShapes.of(_source(settings.model.pretrained, None, options.model_config, beside), None)
     limit = round((options.gpu_memory - options.reserve) * 1e9) if job.on_gpu else None
+    if isinstance(strategy, PiSSAStrategy) and strategy.shard_within == "auto" and not strategy.needs_calibration:
+        job = replace(job, shard_within=choose_sharding(shapes, job, limit).within)
     cluster = Cluster(
         flops=options.tflops * 1e12, bandwidth=(options.bandwidth_within * 1e9, options.bandwidth_between * 1e9)
     )
@@ -148,7 +150,7 @@ def _job(settings: Any, strategy: Any) -> RunSpec:
             "gradient_checkpointing": strategy.gradient_checkpointing,
             "live_layers": strategy.live_layers,
             "fp32_norms": strategy.fp32_norms,
-            "shard_within": strategy.shard_within,
+            "shard_within": "world" if strategy.shard_within == "auto" else strategy.shard_within,
         }
     elif options.get("stage") and compute_dtype == torch.bfloat16:
         options["factor_dtype"] = torch.bfloat16  # DeepSpeed's engine casts the model

@@ -11,7 +11,7 @@ from lowrank_dist.decomposition.schedule import Sharding
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import InputError
 from lowrank_dist.forecast import ModelShapes, RunSpec
-from lowrank_dist.initialization.open import OpenedModel
+from lowrank_dist.forecast.job import planned_run
 from lowrank_dist.initialization.starting_adapter import StartingAdapter
 from lowrank_dist.methods import LoRA
 from lowrank_dist.model.skeleton import build_skeleton, read_config
@@ -42,21 +42,9 @@ def with_adapters(strategy: PiSSAStrategy, source: Path, job: RunSpec) -> tuple[
     )
     try:
         opened = opened.from_cache(job.factor_dtype)
-        return _of_weights(opened, job)
+        return planned_run(opened, job)
     finally:
         opened.close()
-
-
-def _of_weights(opened: OpenedModel, job: RunSpec) -> tuple[ModelShapes, RunSpec]:
-    source = opened.source
-    shapes = ModelShapes.planned(opened.backbone, opened.plan, source.reader, nbytes=source.nbytes)
-    return shapes, replace(
-        job,
-        init=source.init,
-        residual=source.residual,
-        starts_at_zero=source.starts_at_zero,
-        fills_cache=source.fills_cache,
-    )
 
 
 def _of_dimensions(

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from lowrank_dist.cli.units import size
 from lowrank_dist.forecast import Forecast
 from lowrank_dist.forecast.memory import RESIDENT
+from lowrank_dist.forecast.sharding import MARGIN
 
 
 def as_table(found: Forecast) -> str:
     """Sections of ``name  value`` lines."""
-    return "\n".join([*_memory(found), "", *_verdict(found), "", *_network(found), "", *_rest(found)])
+    return "\n".join([*_memory(found), "", *_verdict(found), *_sharding(found), "", *_network(found), "", *_rest(found)])
 
 
 def _memory(found: Forecast) -> Iterator[str]:
@@ -34,7 +35,7 @@ def _memory(found: Forecast) -> Iterator[str]:
     yield f"Per {device}, within a step (at most)"
     for text, nbytes in (
         ("gradients being reduced", memory.bucket),
-        (f"gathered layers ({job.live_layers + 1} at a time)", memory.layers),
+        ("gathered adapters" if job.keeps_trained else f"gathered layers ({job.live_layers + 1} at a time)", memory.layers),
         ("head or embedding, gathered", memory.head),
         ("largest dequantized weight", memory.decoded),
         (kept, memory.kept),
@@ -64,6 +65,17 @@ def _verdict(found: Forecast) -> Iterator[str]:
             yield f"  no single setting makes it fit: {several}"
         for remedy in found.remedies:
             yield f"  would fit with {remedy}"
+
+
+def _sharding(found: Forecast) -> Iterator[str]:
+    if found.sharding is None or len(found.sharding.peaks) < 2:
+        return
+    yield ""
+    yield "Frozen parameters shared within (shard_within), and the peak then"
+    for within, peak in found.sharding.peaks.items():
+        yield _line(f"{within}{' (planned)' * (within == found.job.shard_within)}", peak)
+    if found.limit is not None:
+        yield f"  auto takes: {found.sharding.within}, the smallest that fits with {MARGIN:.0%} to spare"
 
 
 def _network(found: Forecast) -> Iterator[str]:
