@@ -18,7 +18,8 @@ ROOT = Path(lowrank_dist.__file__).parent
 LAW = """
 cli
 slurm callbacks
-training forecast
+training
+forecast
 calibration checkpoints
 initialization export
 residual_model

@@ -493,6 +493,7 @@ OTHERS = {
     "_forward_hooks": "torch.nn.Module's; whether there are any",
     "_forward_pre_hooks": "the same",
     "_C": "torch's; see the next",
+    "_world": "torch.distributed's; the groups that there are",
     "_current_graph_task_id": "torch's; whether a backward runs, as torch.utils.checkpoint asks",
     "_execution_engine": "torch.autograd's; calls back at the end of a backward, as torch's FSDP does",
     "_cdata": "torch's address of a storage; `StorageWeakRef` of torch.multiprocessing uses it",

@@ -103,6 +103,7 @@ def make_strategy(pretrained: Path, **options: Any) -> PiSSAStrategy:
         "init": PiSSA(),
         "quantization": NF4(),
         "show_progress": False,
+        "shard_within": "world",
     }
     return PiSSAStrategy(pretrained, **{**defaults, **options})
 

@@ -108,9 +108,9 @@ class Forecast:
             | {"stays": self.memory.stays, "phases": self.memory.phases, "peak": self.memory.peak},
             "limit": self.limit,
             "fits": self.fits,
-            "shard_within": {"used": self.job.shard_within, "smallest": self.sharding.within, "peaks": self.sharding.peaks}
-            if self.sharding
-            else None,
+            "shard_within": None
+            if self.sharding is None
+            else {"used": self.job.shard_within, "smallest": self.sharding.within, "peaks": self.sharding.peaks},
             "remedies": list(self.remedies),
             "activations_measured": self.activations_measured,
             "initialisation_seconds": None

@@ -136,8 +136,8 @@ def _gathered_layers(shapes: ModelShapes, job: RunSpec, every: list[Parameter]) 
     if job.stage < 3:
         return 0
     if job.keeps_trained:  # each is put together once; the shards of frozen parameters are the parameters
-        trained = [p for p in every if p.kind == "trained"]
-        return sum(p.gathered_bytes for p in trained) + (job.live_layers + 1) * _largest_layer(shapes, trained)
+        shared = [p for p in every if p.ranks > 1]
+        return sum(p.gathered_bytes for p in shared) + (job.live_layers + 1) * _largest_layer(shapes, shared)
     return (job.live_layers + 2) * _largest_layer(shapes, every)
 
 

@@ -144,6 +144,8 @@ class Stage3Strategy(DeepSpeedStrategy):
         Under automatic optimization, Lightning has divided it already, and DeepSpeed would divide it again.
         """
         assert self.lightning_module is not None
+        assert self._gathering is not None
+        self._gathering.backward_begins()
         if self.lightning_module.automatic_optimization:
             kwargs.setdefault("scale_wrt_gas", False)
         return super().backward(closure_loss, optimizer, *args, **kwargs)

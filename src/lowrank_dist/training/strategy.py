@@ -22,8 +22,9 @@ from lowrank_dist.checkpoints.writer import CheckpointWriter
 from lowrank_dist.decomposition.report import InitializationReport
 from lowrank_dist.decomposition.schedule import Sharding
 from lowrank_dist.errors import ModelError
+from lowrank_dist.forecast.job import ShardWithin
 from lowrank_dist.initialization.build import build_model
-from lowrank_dist.initialization.open import ModelRecipe
+from lowrank_dist.initialization.open import ModelRecipe, OpenedModel
 from lowrank_dist.initialization.trainable import Computation
 from lowrank_dist.layers.adapted import FoldAdapters
 from lowrank_dist.methods import Method
@@ -34,6 +35,7 @@ from lowrank_dist.residual_model.reader import ResidualModel
 from lowrank_dist.storage.source import WeightSource
 from lowrank_dist.training.calibration_batches import calibration_pass
 from lowrank_dist.training.checkpointing import CheckpointedStrategy
+from lowrank_dist.training.sharding import run_spec, smallest_group
 from lowrank_dist.zero3.partition import Partitioner, to_device
 
 # by precision: dtype of frozen parameters and arithmetic, dtype of trained factors
@@ -94,9 +96,13 @@ class PiSSAStrategy(CheckpointedStrategy):
     show_progress
         Show a progress bar while the weights are decomposed.
     shard_within
-        Shard group of the frozen parameters: all ranks (``"world"``), or the ranks of one node (``"node"``). With
-        ``"node"``, every node holds a full copy, which takes more memory, and gathers it without traffic between nodes.
-        Adapters, their gradients and optimizer state are sharded over all ranks either way.
+        Ranks that hold the frozen parameters once between them: all (``"world"``), those of one node (``"node"``), or
+        each for itself (``"rank"``). A smaller group takes more memory and communicates less: with ``"node"`` nothing
+        frozen crosses nodes, with ``"rank"`` nothing frozen is gathered. ``"auto"`` takes the smallest group within
+        which the run fits by the forecast of ``lowrank-dist plan``, with a tenth of the device's memory to spare, and
+        says so in one line; it takes the world on CPUs, which share the memory of their host, and for methods that look
+        at data. Adapters, their gradients and optimizer state are sharded over all ranks either way. With ``"rank"``,
+        gathered adapters stay until the optimizer's step.
     fold_adapters
         Compute residual and adapter of a linear layer as one product, ``x (W + s B A)^T``: ``"always"``, ``"never"``,
         or ``"measured"``: only where it was faster when both were timed (`lowrank_dist.layers.adapted`). On CUDA, a
@@ -165,7 +171,7 @@ class PiSSAStrategy(CheckpointedStrategy):
         fp32_norms: bool = False,
         live_layers: int = 2,
         show_progress: bool = True,
-        shard_within: Literal["world", "node"] = "world",
+        shard_within: ShardWithin | Literal["auto"] = "auto",
         fold_adapters: FoldAdapters = "never",
         **deepspeed_options: Any,
     ) -> None:
@@ -180,11 +186,13 @@ class PiSSAStrategy(CheckpointedStrategy):
             raise ValueError(
                 f"PiSSAStrategy: fold_adapters={fold_adapters!r} is none of {', '.join(get_args(FoldAdapters))}"
             )
-        if shard_within not in ("world", "node"):
-            raise ValueError(f"PiSSAStrategy: shard_within={shard_within!r} is neither 'world' nor 'node'")
-        if shard_within == "node" and init is not None and init.statistic is not None:
+        if shard_within not in ("auto", *get_args(ShardWithin)):
             raise ValueError(
-                f"PiSSAStrategy: shard_within='node' cannot be used with init={init}, whose calibration pass "
+                f"PiSSAStrategy: shard_within={shard_within!r} is none of auto, {', '.join(get_args(ShardWithin))}"
+            )
+        if shard_within in ("rank", "node") and init is not None and init.statistic is not None:
+            raise ValueError(
+                f"PiSSAStrategy: shard_within={shard_within!r} cannot be used with init={init}, whose calibration pass "
                 "reads weights from the shards of all ranks; use shard_within='world'"
             )
         super().__init__(**deepspeed_options)
@@ -270,7 +278,7 @@ class PiSSAStrategy(CheckpointedStrategy):
         precision = self.precision_plugin.precision
         compute_dtype, factor_dtype = PRECISIONS[precision]
         autocast = compute_dtype if precision == "bf16-mixed" else None
-        partitioner = Partitioner(self._deepspeed_config, replicas=self._replicas(self.shard_within))
+        partitioner = Partitioner(self._deepspeed_config)
         group = partitioner.group
         with group.shared_errors():
             resume = None if self._resumed is None else earlier_run(self._resumed)
@@ -288,6 +296,7 @@ class PiSSAStrategy(CheckpointedStrategy):
                 fold_adapters=self.fold_adapters,
                 autocast=autocast,
             ),
+            copies=self._copies_of_frozen,
             sharding=Sharding(
                 ranks_per_matrix=self.ranks_per_matrix, ranks_per_node=max(1, group.size // self.num_nodes)
             ),
@@ -313,6 +322,22 @@ class PiSSAStrategy(CheckpointedStrategy):
         )
         module.strict_loading = False  # checkpoints hold the trained parameters only
         self._gathers_with(partitioner, backbone, self.live_layers)
+
+    def _copies_of_frozen(self, opened: OpenedModel) -> int:
+        """Number of copies of the frozen parameters. Collective, unless ``"rank"`` or ``"world"`` was chosen."""
+        within = self.shard_within
+        if within == "auto":
+            compute_dtype, factor_dtype = PRECISIONS[self.precision_plugin.precision]
+            job = run_spec(
+                self,
+                compute_dtype=compute_dtype,
+                factor_dtype=factor_dtype,
+                gradient_checkpointing=self.gradient_checkpointing,
+                live_layers=self.live_layers,
+                fp32_norms=self.fp32_norms,
+            )
+            within = smallest_group(opened, job, self.root_device, announce=rank_zero_info)
+        return self._copies(within)
 
     def _is_set_up(self, module: LightningModule) -> bool:
         if self._backbone is None or not any(child is self._backbone for child in module.modules()):

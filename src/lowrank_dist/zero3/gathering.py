@@ -30,7 +30,8 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_dist.distributed.group import ShardGroup
-from lowrank_dist.zero3.partition import Partitioner, local_shard, repeated_layers, whole_shape
+from lowrank_dist.errors import InputError
+from lowrank_dist.zero3.partition import Partitioner, local_shard, repeated_layers, set_empty, set_whole
 
 ALIGNMENT = 16
 """Bytes to whose multiples the shards of a unit are padded, so that each can be viewed in its dtype."""
@@ -109,11 +110,13 @@ class _Pack:
     group
         The ranks.
     local
-        This rank's shards, flat uint8; frozen parameters' shards are views of it.
+        This rank's shards, flat uint8. Most frozen parameters' shards are views of it: those of the dtype that most
+        bytes have. (DeepSpeed's own checkpoints cannot save views of one storage in several dtypes.)
     places
         Where in `local` the shards are.
     copied
-        Places in `local` of shards that DeepSpeed's optimizer owns, with their parameters; filled before every gather.
+        Places in `local` of the other shards, with their parameters; filled before every gather. Trained parameters'
+        shards are views of a tensor of DeepSpeed's optimizer.
     users
         Indices of the units that have it gathered.
     lasts
@@ -156,9 +159,8 @@ class _Pack:
             parts = [part.view(ranks, -1) for part in whole.split([ranks * size for size in sizes])]
             torch.split_with_sizes_copy(gathered.view(ranks, -1), sizes, dim=1, out=parts)
         for place in self.places:
-            shape = whole_shape(place.parameter)
-            data = whole[ranks * place.start : ranks * (place.start + place.length)].view(place.parameter.dtype)
-            place.parameter.data = data[: shape.numel()].view(shape)
+            flat = whole[ranks * place.start : ranks * (place.start + place.length)]
+            set_whole(place.parameter, flat.view(place.parameter.dtype))
 
     def release(self, user: int) -> None:
         """Empty the parameters unless another unit has them, and drop what was gathered ahead."""
@@ -177,7 +179,7 @@ class _Pack:
 
     def _empty(self) -> None:
         for place in self.places:
-            place.parameter.data = place.parameter.data.new_empty(0)
+            set_empty(place.parameter)
 
 
 @dataclass(eq=False)
@@ -187,7 +189,9 @@ class _Stage:
     Attributes
     ----------
     lasts
-        All its packs last: nothing is released in a step.
+        All its packs last, or there are none: nothing is released in a step.
+    trains
+        It is a decoder layer with trained parameters, whose gradients DeepSpeed reduces together.
     held
         It is gathered.
     pending
@@ -200,6 +204,7 @@ class _Stage:
 
     packs: list[_Pack]
     lasts: bool
+    trains: bool
     held: bool = False
     pending: bool = False
     kept: bool = False
@@ -235,6 +240,7 @@ class Gathering:
         self._order: list[int] = []  # of the step before
         self._taken: list[int] = []  # units in the order in which this step gathered them
         self._callback_queued = False
+        self._reduced: set[int] = set()  # units whose gradients this backward has brought together
 
     # -- set-up -------------------------------------------------------------------------------------------------
 
@@ -244,13 +250,14 @@ class Gathering:
             self._root.register_forward_pre_hook(self._begins),
             self._root.register_forward_hook(self._ends, always_call=True),
         ]
-        units = units_of(self._root)
+        units, layers = units_of(self._root), set(repeated_layers(self._root))
         uses = Counter(parameter for unit in units for parameter in unit.parameters)
         shared: dict[nn.Parameter, _Pack] = {}
         for unit in units:
             packs = list(self._packs(unit, uses, shared))
-            if packs:
-                self._stages.append(_Stage(packs, all(pack.lasts for pack in packs)))
+            trains = unit.module in layers and any(parameter.requires_grad for parameter in unit.parameters)
+            if packs or trains:
+                self._stages.append(_Stage(packs, all(pack.lasts for pack in packs), trains))
                 self._watch(len(self._stages) - 1, unit.module)
         self._attach()
 
@@ -262,7 +269,7 @@ class Gathering:
         for index in range(len(self._stages)):
             self._release(index)
         for parameter in self._resident:
-            parameter.data = parameter.data.new_empty(0)
+            set_empty(parameter)
         self._hooks, self._stages, self._resident = [], [], []
 
     def _packs(self, unit: Unit, uses: Counter[nn.Parameter], shared: dict[nn.Parameter, _Pack]) -> Iterator[_Pack]:
@@ -277,13 +284,14 @@ class Gathering:
             elif parameter in shared:
                 yield shared[parameter]
             else:
-                shared[parameter] = _packed([parameter], group, lasts=self._lasts([parameter]))
+                shared[parameter] = _packed([parameter], group, lasts=self._lasts(group))
                 yield shared[parameter]
         for group, parameters in by_group.items():
-            yield _packed(parameters, group, lasts=self._lasts(parameters))
+            yield _packed(parameters, group, lasts=self._lasts(group))
 
-    def _lasts(self, parameters: Sequence[nn.Parameter]) -> bool:
-        return self._partitioner.frozen.size == 1 and all(parameter.requires_grad for parameter in parameters)
+    def _lasts(self, group: ShardGroup) -> bool:
+        """Whether what `group` shares stays gathered: adapters, where every rank holds the rest."""
+        return self._partitioner.frozen.size == 1 < group.size
 
     def expire(self) -> None:
         """Drop gathered values of trained parameters, which the optimizer has changed."""
@@ -296,16 +304,16 @@ class Gathering:
     def _attach(self) -> None:
         """Make the shards of parameters that this rank holds alone their data, also where DeepSpeed has moved them."""
         for parameter in self._resident:
-            shard, shape = local_shard(parameter), whole_shape(parameter)
-            if parameter.data_ptr() != shard.data_ptr() or parameter.shape != shape:
-                parameter.data = shard.detach()[: shape.numel()].view(shape)
+            shard = local_shard(parameter)
+            if parameter.data_ptr() != shard.data_ptr():
+                set_whole(parameter, shard.detach())
 
     def _watch(self, index: int, module: nn.Module) -> None:
-        lasts = self._stages[index].lasts
+        stage = self._stages[index]
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             self._acquire(index)
-            if lasts:
+            if stage.lasts and not stage.trains:
                 return None
             tensors = [value for value in (*args, *kwargs.values()) if _wants_gradient(value)]
             if not tensors or not torch.is_grad_enabled():
@@ -317,18 +325,18 @@ class Gathering:
             )
 
         def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if lasts:
+            if stage.lasts and not stage.trains:
                 return
             if _in_backward():
-                self._keep_until_backward(index)
+                self._before_backward(index)
                 return
             if torch.is_grad_enabled():
                 for tensor in _tensors(output):
                     if tensor.requires_grad and not tensor.is_leaf:  # an embedding's output is made a leaf
                         tensor.register_hook(lambda _: self._before_backward(index))
             if self._training and self._next(1) == [index]:
-                self._stages[index].kept = True
-            else:
+                stage.kept = True
+            elif not stage.lasts:
                 self._release(index)
 
         self._hooks += [
@@ -384,9 +392,34 @@ class Gathering:
             pack.release(index)
         stage.held = stage.pending = stage.kept = stage.in_backward = False
 
+    def backward_begins(self) -> None:
+        """To be called before every backward."""
+        self._reduced.clear()
+
     def _before_backward(self, index: int) -> None:
-        self._acquire(index)
-        self._keep_until_backward(index)
+        """Gather a unit, or keep it, for its backward.
+
+        Raises
+        ------
+        InputError
+            If it is the unit's second in one backward: DeepSpeed would overwrite the gradients of the first.
+        """
+        stage = self._stages[index]
+        if index in self._reduced and stage.trains:
+            raise InputError(
+                "a decoder layer ran twice before one backward, and DeepSpeed reduces its gradients after the first "
+                "time: pass both batches through the model at once (concatenated), or call manual_backward after each "
+                "forward"
+            )
+        if not stage.lasts:
+            self._acquire(index)
+            self._keep_until_backward(index)
+
+    def after_backward(self, index: int) -> None:
+        """Called when the backward of a unit is done."""
+        self._reduced.add(index)
+        if not self._stages[index].lasts:
+            self._release(index)
 
     def _keep_until_backward(self, index: int) -> None:
         self._stages[index].in_backward = True
@@ -414,12 +447,12 @@ class _AfterBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         gathering, index = ctx.unit
-        gathering._release(index)
+        gathering.after_backward(index)
         return None, None, *grads
 
 
 def _packed(parameters: Sequence[nn.Parameter], group: ShardGroup, *, lasts: bool) -> _Pack:
-    """Copy the shards of `parameters` into one buffer, which frozen parameters use from then on."""
+    """Copy the shards of `parameters` into one buffer, which most frozen parameters use from then on."""
     places, end = [], 0
     for parameter in parameters:
         length = local_shard(parameter).nbytes
@@ -430,10 +463,14 @@ def _packed(parameters: Sequence[nn.Parameter], group: ShardGroup, *, lasts: boo
     if first.is_pinned():
         local = local.pin_memory()
     pack = _Pack(group, local, lasts, places)
+    nbytes: Counter[torch.dtype] = Counter()
+    for place in places:
+        nbytes[place.parameter.dtype] += place.length
+    (dtype, _), *_ = nbytes.most_common()
     for place in places:
         shard = local_shard(place.parameter)
         mine = local[place.start : place.start + place.length].view(shard.dtype)
-        if place.parameter.requires_grad:
+        if place.parameter.requires_grad or shard.dtype != dtype:
             pack.copied.append((mine, place.parameter))
         else:
             mine.copy_(shard)

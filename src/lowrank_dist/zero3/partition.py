@@ -156,9 +156,22 @@ def local_shard(parameter: Tensor) -> Tensor:
     return parameter.ds_tensor  # type: ignore[attr-defined]
 
 
+def set_whole(parameter: Tensor, flat: Tensor) -> None:
+    """Give a parameter its gathered data: the first elements of `flat`, which is not copied."""
+    shape = whole_shape(parameter)
+    parameter.data = flat[: shape.numel()].view(shape)
+    parameter.ds_status = ZeroParamStatus.AVAILABLE  # type: ignore[attr-defined]
+
+
+def set_empty(parameter: Tensor) -> None:
+    """Take its gathered data from a parameter."""
+    parameter.data = parameter.data.new_empty(0)
+    parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE  # type: ignore[attr-defined]
+
+
 def stored_bytes(parameters: Iterable[Tensor]) -> int:
     """Bytes of this rank's partitions, padding included."""
-    return sum(local_shard(p).untyped_storage().nbytes() for p in parameters)
+    return sum(local_shard(p).nbytes for p in parameters)
 
 
 def release(parameters: Iterable[Tensor]) -> None:

@@ -324,7 +324,7 @@ def live_peak(pretrained: Path, options: dict[str, Any]) -> tuple[int, int, int]
     watched: dict[str, Any] = {}
 
     def start(batch: Any, index: int) -> None:
-        if index == 2:  # the first steps record DeepSpeed's trace
+        if index == 2:  # the order of gathers is known from the second step on
             watched["memory"] = LiveMemory(module).__enter__()
 
     module.on_train_batch_start = start
@@ -339,11 +339,11 @@ def live_peak(pretrained: Path, options: dict[str, Any]) -> tuple[int, int, int]
 def test_live_gathered_bytes_stay_within_a_few_layers(
     tmp_path_factory: pytest.TempPathFactory, options: dict[str, Any]
 ) -> None:
-    """Budget: the layer at work, `live_layers` = 2 ahead of it, and the embedding; eight layers would not fit in it."""
+    """Budget: the layer at work while it is put together (twice), `live_layers` = 2 ahead of it, and the embedding."""
     deep = save_checkpoint(tmp_path_factory.mktemp("deep"), "llama", num_hidden_layers=8, tie_word_embeddings=True)
     peak, layer, head = run_ranks(2, live_peak, deep, options)[0]
-    assert 0 < peak <= 3 * layer + head
-    assert 8 * layer > 3 * layer + head
+    assert 0 < peak <= 4 * layer + head
+    assert 8 * layer > 4 * layer + head
 
 
 @pytest.mark.parametrize("architecture", CAUSAL_LMS)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers.models import save_checkpoint
-from helpers.ranks import alone, run_ranks
+from helpers.ranks import alone, run_ranks, run_ranks_catching
 from helpers.traffic import Traffic
 from helpers.training import CausalLM, dense_state, loader, make_strategy, make_trainer, tokens
 from lowrank_dist import LoRA
@@ -54,25 +54,25 @@ def gradients(
 
 
 def expected_gradients(
-    pretrained: Path, frozen: dict[str, Tensor], trained: dict[str, Tensor], ids: Tensor, losses: int = 1
+    pretrained: Path, frozen: dict[str, Tensor], trained: dict[str, Tensor], ids: Tensor
 ) -> dict[str, Tensor]:
-    """Of stock transformers and PEFT in one process, of `losses` times the loss."""
+    """Of stock transformers and PEFT in one process."""
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(pretrained), dtype=torch.float32)
     inject_adapter_in_model(LoraConfig(r=4, lora_alpha=4, target_modules=TARGETS), model)
     missing, unexpected = model.load_state_dict(frozen | trained, strict=False)
     assert not missing
     assert not unexpected
     parameters = {name: p for name, p in model.named_parameters() if name in trained}
-    loss = model(input_ids=ids, labels=ids, use_cache=False).loss * losses
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
     return dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
 
 
-def check_every_gradient(pretrained: Path, ranks: list[Any], steps: int, losses: int = 1) -> None:
+def check_every_gradient(pretrained: Path, ranks: list[Any], steps: int) -> None:
     """fp32: sums over tokens and ranks in another order; 1e-4 of the largest entry of each gradient."""
     for recorded, frozen in ranks:
         assert len(recorded) == steps
         for (trained, found), ids in zip(recorded, tokens(steps), strict=True):
-            expected = expected_gradients(pretrained, frozen, trained, ids, losses)
+            expected = expected_gradients(pretrained, frozen, trained, ids)
             assert found.keys() == expected.keys()
             assert len(found) >= 2 * len(TARGETS)
             for name, gradient in found.items():
@@ -124,7 +124,7 @@ class Twice(CausalLM):
 
 
 class Unsteady(CausalLM):
-    """A forward without gradient between steps, one that fails within a layer, and an order that changes."""
+    """Before the step a forward without gradient, and one that fails within a layer."""
 
     def training_step(self, batch: list[Tensor], index: int) -> Tensor:
         with torch.no_grad():
@@ -141,11 +141,18 @@ def _fails(*_: Any) -> None:
     raise FloatingPointError
 
 
-@pytest.mark.parametrize(("module", "losses"), [(Twice, 2), (Unsteady, 1)])
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
-def test_every_gradient_of_unusual_steps(deep: Path, checkpointing: str, module: type[CausalLM], losses: int) -> None:
-    ranks = run_ranks(2, gradients, deep, 3, CHECKPOINTING[checkpointing], module)
-    check_every_gradient(deep, ranks[:1], 3, losses)
+def test_every_gradient_of_unusual_steps(deep: Path, checkpointing: str) -> None:
+    ranks = run_ranks(2, gradients, deep, 3, CHECKPOINTING[checkpointing], Unsteady)
+    check_every_gradient(deep, ranks[:1], 3)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_two_forwards_before_one_backward_are_refused(deep: Path, checkpointing: str, world_size: int) -> None:
+    """DeepSpeed would overwrite the gradients of the first, or fail with an error that does not say so."""
+    for _, error in run_ranks_catching(world_size, gradients, deep, 3, CHECKPOINTING[checkpointing], Twice):
+        assert "a decoder layer ran twice before one backward" in str(error)
 
 
 class Watch(Callback):
@@ -199,6 +206,9 @@ def resident(pretrained: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
 
     class Look(Callback):
+        def on_train_start(self, trainer: Any, module: Any) -> None:
+            found["traffic"] = Traffic()
+
         def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
             if index == 1:  # someone gathers in between, which empties the parameters again
                 with gathered(list(module.parameters())):
@@ -209,9 +219,8 @@ def resident(pretrained: Path) -> dict[str, Any]:
 
     trainer = make_trainer(make_strategy(pretrained), steps=3, callbacks=[Look()])
     module = CausalLM(pretrained)
-    traffic = Traffic()
     trainer.fit(module, loader(0, 1, 3))
-    found["gathers"] = traffic.nbytes("all_gather_into_tensor")
+    found["gathers"] = found.pop("traffic").nbytes("all_gather_into_tensor")
     found["after"] = sum(p.numel() for p in module.parameters())
     return found
 

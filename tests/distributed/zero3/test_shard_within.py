@@ -1,4 +1,4 @@
-"""``shard_within="node"`` on ranks that are told to be two nodes: the same training, with few bytes between nodes."""
+"""``shard_within``: within nodes, and on every rank alone, the same training; fewer bytes are communicated."""
 
 from __future__ import annotations
 
@@ -105,10 +105,68 @@ def test_the_same_losses_and_adapters_alone_between_nodes(
         assert crosses["all_reduce"] == before["all_reduce"]
 
 
-def train_and_save(pretrained: Path, output: Path) -> list[float]:
+@alone
+def train_on_every_rank(
+    pretrained: Path, within: str, adapter: dict[str, Any], options: dict[str, Any], accumulate: int
+) -> Any:
+    """Losses, bytes of frozen parameters held, and gathered bytes of the third step."""
+    calls, module, begun = Traffic(), CausalLM(pretrained), []
+    strategy = make_strategy(pretrained, adapter=LoraConfig(**adapter), shard_within=within, **options)
+    trainer = make_trainer(strategy, accumulate_grad_batches=accumulate)
+    module.on_train_batch_start = lambda *_: begun.append(len(calls.calls))
+    trainer.fit(module, loader(trainer.global_rank, trainer.world_size, micro_batches=accumulate))
+    frozen = [local_shard(p) for p in module.model.parameters() if not p.requires_grad]
+    held = sum(shard.numel() * shard.element_size() for shard in frozen)
+    step = slice(begun[2 * accumulate], begun[3 * accumulate])
+    return module.losses, held, calls.nbytes("all_gather_into_tensor", calls=step)
+
+
+ALONE: dict[str, tuple[int, dict[str, Any], dict[str, Any], int]] = {
+    "qpissa": (2, LINEARS, {"init": PiSSA(quantization_iterations=2)}, 1),
+    "qpissa, two batches a step": (2, LINEARS, {"init": PiSSA()}, 2),
+    "dense, no gradient checkpointing": (3, LINEARS, {"quantization": None, "gradient_checkpointing": False}, 1),
+    "frozen factors, reentrant": (2, LINEARS, {"init": LoRAXS(), "use_reentrant": True}, 1),
+    "experts": (2, EXPERTS, {"init": LoRA()}, 1),
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_ranks_that_hold_everything_gather_adapters_once_a_step(
+    name: str, llama: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Bit for bit the losses of shards over all ranks; every rank holds every frozen byte."""
+    ranks, adapter, options, accumulate = ALONE[name]
+    pretrained = save_checkpoint(tmp_path_factory.mktemp("experts"), "mixtral") if adapter is EXPERTS else llama
+    world = run_ranks(ranks, train_on_every_rank, pretrained, "world", adapter, options, accumulate)
+    each = run_ranks(ranks, train_on_every_rank, pretrained, "rank", adapter, options, accumulate)
+    init = options.get("init", PiSSA())
+    job = RunSpec(
+        nodes=1,
+        gpus_per_node=ranks,
+        accumulate=accumulate,
+        compute_dtype=torch.float32,
+        factor_dtype=torch.float32,
+        init=init,
+        residual=options.get("quantization", NF4()) or Dense(dtype=torch.float32),
+        shard_within="rank",
+        on_gpu=False,
+    )
+    shapes = ModelShapes.of(pretrained, LoraConfig(**adapter), init=init)
+    every = list(parameters(shapes, job))
+    (said,) = (c.nbytes for c in traffic(shapes, job).collectives if c.what == "gather")
+    assert said == sum(p.gathered_bytes for p in every if p.ranks > 1)
+    for (losses, held, gathered), (others, held_by_world, gathered_by_world) in zip(each, world, strict=True):
+        assert losses == others
+        assert held == sum(p.shard_bytes for p in every if p.kind != "trained") > held_by_world
+        assert gathered == {ranks: said}
+        assert said < gathered_by_world[ranks]
+
+
+def train_and_save(pretrained: Path, output: Path, within: str = "node") -> list[float]:
     callback = AdapterCheckpoint(dirpath=output, filename="{step}", every_n_train_steps=CUT, save_top_k=-1)
-    strategy, module = make_strategy(pretrained, shard_within="node"), CausalLM(pretrained)
-    trainer = make_trainer(strategy, callbacks=[callback], enable_checkpointing=True, **on_nodes())
+    strategy, module = make_strategy(pretrained, shard_within=within), CausalLM(pretrained)
+    nodes = on_nodes() if within == "node" else {}
+    trainer = make_trainer(strategy, callbacks=[callback], enable_checkpointing=True, **nodes)
     trainer.fit(module, loader(trainer.global_rank, trainer.world_size))
     return module.losses
 
@@ -127,6 +185,13 @@ def test_checkpoints_go_from_one_sharding_to_the_other(llama: Path, tmp_path: Pa
     assert run_ranks(2, resume, llama, tmp_path / f"step={CUT}", "world")[0] == pytest.approx(whole[CUT:], rel=1e-5)
 
 
+def test_checkpoints_go_from_and_to_ranks_that_hold_everything(llama: Path, tmp_path: Path) -> None:
+    whole = run_ranks(2, train_and_save, llama, tmp_path / "rank", "rank")[0]
+    assert run_ranks(2, train_and_save, llama, tmp_path / "world", "world")[0] == whole
+    for saved, resumed in (("rank", "rank"), ("rank", "world"), ("world", "rank")):
+        assert run_ranks(2, resume, llama, tmp_path / saved / f"step={CUT}", resumed)[0] == whole[CUT:]
+
+
 def start_in_turn(pretrained: Path) -> None:
     trainer = make_trainer(make_strategy(pretrained, shard_within="node"), **on_nodes(mixed=True))
     trainer.fit(CausalLM(pretrained), loader(trainer.global_rank, trainer.world_size))
@@ -140,10 +205,11 @@ def test_ranks_that_alternate_between_nodes_are_refused_on_all_of_them(llama: Pa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"shard_within": "rack"}, "'rack' is neither 'world' nor 'node'"),
+        ({"shard_within": "rack"}, "'rack' is none of auto, rank, node, world"),
         ({"shard_within": "node", "init": CorDA()}, "calibration pass reads weights from the shards of all ranks"),
+        ({"shard_within": "rank", "init": CorDA()}, "calibration pass reads weights from the shards of all ranks"),
     ],
-    ids=["unknown", "calibrated"],
+    ids=["unknown", "calibrated", "calibrated on every rank"],
 )
 def test_what_does_not_go_is_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

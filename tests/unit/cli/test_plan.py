@@ -54,7 +54,8 @@ def test_a_directory_goes_before_what_is_kept_with_the_configs(tmp_path: Path) -
     directory = save_checkpoint(tmp_path / "Meta-Llama-3-8B", "llama", tie_word_embeddings=False)
     nbytes = ModelShapes.of(directory, None).checkpoint_bytes
     init_args = "--trainer.strategy.init_args.pretrained"
-    found = plan(*EIGHT, f"{init_args}={directory}", "--trainer.strategy.init_args.adapter.init_args.r=4")
+    world = "--trainer.strategy.init_args.shard_within=world"
+    found = plan(*EIGHT, f"{init_args}={directory}", "--trainer.strategy.init_args.adapter.init_args.r=4", world)
     assert (
         found.disk_reads == nbytes == sum(4 * p.numel() for p in ModelShapes.of(directory, None).backbone.parameters())
     )

@@ -12,7 +12,9 @@ from lowrank_dist.forecast.sharding import MARGIN
 
 def as_table(found: Forecast) -> str:
     """Sections of ``name  value`` lines."""
-    return "\n".join([*_memory(found), "", *_verdict(found), *_sharding(found), "", *_network(found), "", *_rest(found)])
+    return "\n".join(
+        [*_memory(found), "", *_verdict(found), *_sharding(found), "", *_network(found), "", *_rest(found)]
+    )
 
 
 def _memory(found: Forecast) -> Iterator[str]:
@@ -32,10 +34,11 @@ def _memory(found: Forecast) -> Iterator[str]:
     yield ""
     estimate = "" if found.activations_measured else ", estimated"
     kept = "inputs of checkpointed layers, and other saved tensors" if job.gradient_checkpointing else "activations"
+    gathered = "gathered adapters" if job.keeps_trained else f"gathered layers ({job.live_layers + 1} at a time)"
     yield f"Per {device}, within a step (at most)"
     for text, nbytes in (
         ("gradients being reduced", memory.bucket),
-        ("gathered adapters" if job.keeps_trained else f"gathered layers ({job.live_layers + 1} at a time)", memory.layers),
+        (gathered, memory.layers),
         ("head or embedding, gathered", memory.head),
         ("largest dequantized weight", memory.decoded),
         (kept, memory.kept),
