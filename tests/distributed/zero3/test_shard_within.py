@@ -214,3 +214,18 @@ def test_ranks_that_alternate_between_nodes_are_refused_on_all_of_them(llama: Pa
 def test_what_does_not_go_is_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PiSSAStrategy(tmp_path, LoraConfig(**LINEARS), **options)
+
+
+def start_by_itself(pretrained: Path) -> tuple[int, int]:
+    strategy, module = make_strategy(pretrained, shard_within="auto"), CausalLM(pretrained)
+    make_trainer(strategy, steps=1).fit(
+        module, loader(torch.distributed.get_rank(), torch.distributed.get_world_size())
+    )
+    report = strategy.init_report
+    return report.residual_bytes_per_rank, report.residual_bytes
+
+
+def test_ranks_of_a_host_share_its_memory(llama: Path) -> None:
+    """On CPUs auto is the world: each rank has half."""
+    for mine, of_all in run_ranks(2, start_by_itself, llama):
+        assert 2 * mine == of_all
