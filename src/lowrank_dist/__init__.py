@@ -35,6 +35,7 @@ _EXPORTS = {
     "InitReport": "lowrank_dist.callbacks",
     "LossHistory": "lowrank_dist.callbacks",
     "Preemption": "lowrank_dist.callbacks",
+    "StepMonitor": "lowrank_dist.callbacks",
     "convert_checkpoint": "lowrank_dist.export",
     "refit_checkpoint": "lowrank_dist.export",
     "merge_checkpoint": "lowrank_dist.export",
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from lowrank_dist.callbacks import InitReport as InitReport
     from lowrank_dist.callbacks import LossHistory as LossHistory
     from lowrank_dist.callbacks import Preemption as Preemption
+    from lowrank_dist.callbacks import StepMonitor as StepMonitor
     from lowrank_dist.data.datamodule import SFTDataModule as SFTDataModule
     from lowrank_dist.errors import CheckpointError as CheckpointError
     from lowrank_dist.errors import InputError as InputError

@@ -306,6 +306,16 @@ CANARIES: dict[tuple[str, str], Callable[..., object]] = {
     ),
     # Lightning: loops and data
     ("lightning", "fit_loop._should_accumulate"): held_by(trainer, "fit_loop._should_accumulate"),
+    ("lightning", "[_TrainingEpochLoop].train_dataloader_next"): check_that(
+        lambda: (
+            '.train_dataloader_next")' in inspect.getsource(at("lightning.pytorch.loops.training_epoch_loop"))
+            and 'profile("run_training_batch")' in inspect.getsource(at("lightning.pytorch.loops.training_epoch_loop"))
+            and 'profile("save_checkpoint")' in inspect.getsource(at("lightning.pytorch.trainer.trainer"))
+            and '"[Callback]{callback.state_key}.{hook_name}"'
+            in inspect.getsource(at("lightning.pytorch.trainer.call"))
+        ),
+        "the Trainer's profiler knows these actions by other names",
+    ),
     ("lightning", "fit_loop._data_source"): held_by(
         trainer, "fit_loop._data_source.is_defined", "fit_loop._data_source.dataloader"
     ),
@@ -500,6 +510,7 @@ OTHERS = {
     "_is_mkldnn_bf16_supported": "torch has no public question",
     "_subcommands_action": "jsonargparse's; it has no public way to the parser of a subcommand",
     "_pytree": "torch's; torch.utils has no public tree_map",
+    "_python_dispatch": "torch's; it has no other place for TorchDispatchMode",
 }
 
 

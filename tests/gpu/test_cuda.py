@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 
 from helpers import training
 from helpers.ranks import run_ranks
+from lowrank_dist import StepMonitor
 
 pytestmark = [
     pytest.mark.gpu,
@@ -82,3 +85,26 @@ def test_a_run_moves_between_devices(llama: Path, tmp_path: Path, first: str, th
     """With `init_cache` the residual is the first run's, whatever the second device would round to."""
     undisturbed = run_ranks(1, run_part, llama, tmp_path / "whole", "cpu", training.STEPS, False, cuda=False)[0]
     assert moved(llama, tmp_path, first, then) == pytest.approx(undisturbed, rel=1e-3)
+
+
+def monitored(pretrained: Path, directory: Path) -> tuple[dict[str, float], list[float]]:
+    monitor = StepMonitor(every_n_steps=4, profile_steps=2)
+    module, _ = training.fit(
+        pretrained, accelerator="gpu", precision="bf16-true", callbacks=[monitor], default_root_dir=directory
+    )
+    return monitor.metrics, module.losses
+
+
+def test_the_step_monitor_reads_the_device(llama: Path, tmp_path: Path) -> None:
+    """Parts between events add up to the step, the peaks of memory are there, and the trace has kernels."""
+    ((metrics, losses),) = run_ranks(1, monitored, llama, tmp_path)
+    found = {name.removeprefix("throughput/"): value for name, value in metrics.items()}
+    parts = {name: value for name, value in found.items() if name.startswith("seconds_") and name != "seconds_per_step"}
+    assert sum(parts.values()) == pytest.approx(found["seconds_per_step"])
+    assert min(parts["seconds_compute"], parts["seconds_optimizer"]) > 0
+    assert 0 < found["memory_allocated_gb"] <= found["memory_reserved_gb"]
+    assert found["gemm_share"] > 0
+    assert losses == pytest.approx(fit(llama, "gpu", "bf16-true")[0], rel=1e-3)
+    with gzip.open(tmp_path / "trace-rank0.json.gz") as file:
+        kinds = {event.get("cat") for event in json.load(file)["traceEvents"]}
+    assert "kernel" in kinds

@@ -177,6 +177,11 @@ class Stage3Strategy(DeepSpeedStrategy):
         self._gathering = Gathering(self.deepspeed_engine.module, self._partitioner, ahead=self._ahead)
         self._gathering.install()
 
+    @property
+    def gathering(self) -> Gathering | None:
+        """What gathers the parameters; None before the engine exists."""
+        return self._gathering
+
     def teardown(self) -> None:
         if self._gathering is not None:
             self._gathering.remove()  # before the parent moves parameters to the CPU

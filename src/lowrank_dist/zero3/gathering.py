@@ -22,7 +22,7 @@ All ranks must run the same units in the same order, as with DeepSpeed.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -223,6 +223,11 @@ class Gathering:
     ahead
         Number of units that are gathered while another computes.
 
+    Attributes
+    ----------
+    on_wait
+        Called with True before a wait for the parameters of a unit, and with False after it.
+
     Notes
     -----
     `install` moves the frozen shards of a unit into one buffer. A parameter of several units (a tied embedding) has a
@@ -230,6 +235,7 @@ class Gathering:
     """
 
     def __init__(self, root: nn.Module, partitioner: Partitioner, *, ahead: int) -> None:
+        self.on_wait: Callable[[bool], None] | None = None
         self._root, self._partitioner, self._ahead = root, partitioner, ahead
         self._stages: list[_Stage] = []
         self._resident: list[nn.Parameter] = []
@@ -382,8 +388,12 @@ class Gathering:
                 for pack in other.packs:
                     pack.begin(device)
                 other.pending = True
+        if self.on_wait is not None:
+            self.on_wait(True)
         for pack in stage.packs:
             pack.finish(index, device)
+        if self.on_wait is not None:
+            self.on_wait(False)
         stage.held, stage.pending, stage.kept = True, False, False
 
     def _release(self, index: int) -> None:
