@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from benchmarks.gpu.trainers import WAYS, Measured, RunSpec, in_fresh_process, save_model, train
-from meters import fastest
 from models import MODELS_OF_CONFIGS
 from peft import LoraConfig, get_peft_model
 from reporting import table, verdict
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig
+
+from lowrank_dist.callbacks.flops import matmul_rate
 
 SPEED_GOAL, MEMORY_GOAL, RATE_GOAL, SHARDING_GOAL = 1.3, 0.8, 0.55, 0.05
 OURS, OURS_FUSED, UNSHARDED, UNSHARDED_FUSED, PEER, CEILING = WAYS
@@ -56,7 +57,7 @@ def cases(*, tiny: bool) -> list[Case]:
 
 def step_table(of: list[Case], device: torch.device, ways: Sequence[str] = tuple(WAYS)) -> str:
     """Markdown."""
-    rate = matmul_rate(device)
+    rate = gemm_rate(device)
     parts = ["## A step (`step`)", _explained(of, device, rate)]
     for case in of:
         flops = flops_of_step(case)
@@ -78,17 +79,9 @@ def step_table(of: list[Case], device: torch.device, ways: Sequence[str] = tuple
     return "\n\n".join(parts)
 
 
-def matmul_rate(device: torch.device) -> float:
+def gemm_rate(device: torch.device) -> float:
     """Flops per second of a large product in the dtype of the arithmetic."""
-    n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
-    left, right = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-
-    def run() -> None:
-        left @ right
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    return 2 * n**3 / fastest(run, repeats=20)
+    return matmul_rate(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
 
 
 def flops_of_step(case: Case) -> int:

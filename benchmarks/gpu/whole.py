@@ -14,7 +14,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from benchmarks.gpu.step import Case, flops_of_step, matmul_rate
+from benchmarks.gpu.step import Case, flops_of_step, gemm_rate
 from benchmarks.gpu.trainers import Measured, Meter, RunSpec, Timing, in_fresh_process, make_trainer
 from models import MODELS_OF_CONFIGS
 from reporting import table
@@ -131,7 +131,7 @@ def whole(
 
 def whole_table(of: Whole, device: torch.device) -> str:
     """Markdown."""
-    rate, parts = matmul_rate(device), ["## A whole job (`whole`)"]
+    rate, parts = gemm_rate(device), ["## A whole job (`whole`)"]
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the runs have the device for themselves
     flops = of.flops(of.layers)
