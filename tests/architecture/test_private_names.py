@@ -296,6 +296,7 @@ CANARIES: dict[tuple[str, str], Callable[..., object]] = {
     ("deepspeed", "engine._stop_timers"): of_engine("engine", "_stop_timers"),
     ("deepspeed", "engine.engine_timers"): of_engine("engine", "engine_timers"),
     ("deepspeed", "module._original_parameters"): of_engine("module", "_original_parameters"),
+    ("deepspeed", "engine.basic_optimizer"): of_engine("engine", "basic_optimizer"),
     ("deepspeed", "engine.global_steps"): of_engine("engine", "global_steps"),
     ("deepspeed", "engine.global_samples"): of_engine("engine", "global_samples"),
     ("deepspeed", "engine.skipped_steps"): of_engine("engine", "skipped_steps"),
@@ -340,6 +341,7 @@ CANARIES: dict[tuple[str, str], Callable[..., object]] = {
     ("lightning", "DeepSpeedStrategy._lightning_module"): held_by(deepspeed_strategy, "_lightning_module"),
     ("lightning", "DeepSpeedStrategy._auto_select_batch_size"): there(f"{STRATEGY}._auto_select_batch_size"),
     ("lightning", "DeepSpeedStrategy._format_config"): there(f"{STRATEGY}._format_config"),
+    ("lightning", "DeepSpeedStrategy._init_optimizers"): there(f"{STRATEGY}._init_optimizers"),
     ("lightning", "DeepSpeedStrategy._init_config_if_needed"): there(f"{STRATEGY}._init_config_if_needed"),
     ("lightning", "DeepSpeedStrategy._init_deepspeed_distributed"): there(f"{STRATEGY}._init_deepspeed_distributed"),
     # Lightning: ModelCheckpoint

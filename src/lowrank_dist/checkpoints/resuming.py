@@ -59,13 +59,16 @@ def load_optimizer(
     *,
     steps: int,
     settings: list[dict[str, Any]],
+    scalars: list[dict[str, Any]] | None,
 ) -> None:
-    """Set fp32 copies and moments of `trained` parameters, and the settings of their groups. Collective.
+    """Set the optimizer's state of `trained` parameters, and the settings of their groups. Collective.
 
     Raises
     ------
     CheckpointError
         On every rank, if a tensor is missing or has another shape.
+    InputError
+        On every rank, if the groups are others, or the optimizer keeps another state.
     """
     names = {id(parameter): name for name, parameter in trained.items()}
     kinds = {key.rpartition(".")[2] for key in checkpoint.part(OPTIMIZER) if key not in trained}
@@ -80,7 +83,7 @@ def load_optimizer(
 
     with group.shared_errors():
         optimizer.settings = settings
-        optimizer.load(shards, steps)
+        optimizer.load(shards, steps, scalars)
 
 
 def _own_range(checkpoint: TrainingCheckpoint, part: str, key: str, shape: torch.Size, group: ShardGroup) -> Tensor:

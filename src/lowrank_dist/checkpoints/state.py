@@ -45,9 +45,14 @@ def encode_training_state(
     StateError
         On every rank, if an object can only be stored by pickle. Such objects among the hyper-parameters raise
         nothing; their ``repr`` is stored.
+    InputError
+        On every rank, if the optimizer's state cannot be saved for another number of ranks.
     """
+    with group.shared_errors():
+        scalars = optimizer.scalars
     own = {
         "steps": optimizer.steps,
+        "scalars": scalars,
         "settings": optimizer.settings,
         "engine": {name: getattr(engine, name) for name in ("global_steps", "global_samples", "skipped_steps")},
         "rng": group.gather_objects(rng_state()),

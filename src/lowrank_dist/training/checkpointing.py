@@ -214,6 +214,7 @@ class CheckpointedStrategy(Stage3Strategy):
             self._group,
             steps=state["steps"],
             settings=state["settings"],
+            scalars=state.get("scalars"),  # absent from checkpoints of earlier versions
         )
         for counter, value in state["engine"].items():
             setattr(engine, counter, value)

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import InputError
 from lowrank_dist.forecast.job import ShardWithin
+from lowrank_dist.zero3.elementwise import check_elementwise
 from lowrank_dist.zero3.gathering import Gathering, take_over
 from lowrank_dist.zero3.gradients import clear_gradients, scale_gradients
+from lowrank_dist.zero3.optimizer import keep_optimizer
 from lowrank_dist.zero3.partition import Partitioner, use_cpu_accelerator, zero_settings
 
 
@@ -170,9 +172,18 @@ class Stage3Strategy(DeepSpeedStrategy):
         zero = self._deepspeed_config["zero_optimization"]
         zero |= {key: value for key, value in zero_settings(backbone).items() if key not in self._chosen}
 
+    def _init_optimizers(self) -> tuple[Any, Any]:
+        """The optimizer and the schedule of the module; InputError if the optimizer would step shards differently."""
+        optimizer, schedule = super()._init_optimizers()
+        check_elementwise(optimizer)
+        return optimizer, schedule
+
     def init_deepspeed(self) -> None:
         super().init_deepspeed()
         assert self._partitioner is not None
+        assert self.lightning_module is not None
+        if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
+            keep_optimizer(self.deepspeed_engine)
         take_over(self.deepspeed_engine)
         self._gathering = Gathering(self.deepspeed_engine.module, self._partitioner, ahead=self._ahead)
         self._gathering.install()

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from helpers.ranks import run_ranks
+from lowrank_dist.checkpoints.codec import decode_state, encode_state
 from lowrank_dist.distributed.partition import FlatPartition
 from lowrank_dist.errors import InputError
-from lowrank_dist.zero3.optimizer import MASTER, ShardedOptimizer
+from lowrank_dist.zero3.elementwise import check_elementwise
+from lowrank_dist.zero3.optimizer import MASTER, ShardedOptimizer, keep_optimizer
 from lowrank_dist.zero3.partition import Partitioner, use_cpu_accelerator
 
 SHAPES = [(6, 5), (7,), (9, 4), (2,)]  # the last one is smaller than three ranks
@@ -78,6 +80,7 @@ class Sharded:
         self.engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer(groups(parameters)), config=settings, dist_init_required=False
         )
+        keep_optimizer(self.engine)
         self.places = {id(parameter): place for place, parameter in enumerate(parameters)}
         self.optimizer = ShardedOptimizer(self.engine.optimizer)
 
@@ -95,9 +98,9 @@ class Sharded:
         found = {self.places[id(p)]: {n: t.clone() for n, t in s.items()} for p, s in self.optimizer.shards()}
         return [found[place] for place in range(len(self.shapes))]
 
-    def load(self, states: list[dict[str, Tensor]], steps: int) -> None:
+    def load(self, states: list[dict[str, Tensor]], steps: int, scalars: list[dict[str, Any]] | None = None) -> None:
         """`ShardedOptimizer.load` of whole tensors."""
-        self.optimizer.load(lambda p: {n: self.own(t) for n, t in states[self.places[id(p)]].items()}, steps)
+        self.optimizer.load(lambda p: {n: self.own(t) for n, t in states[self.places[id(p)]].items()}, steps, scalars)
 
 
 def groups(parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
@@ -105,12 +108,17 @@ def groups(parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
     return [{"params": part, **settings} for part, settings in zip(parts, SETTINGS, strict=True)]
 
 
-class Whole:
-    """The same parameters, whole, under `torch.optim.AdamW`."""
+def rates(given: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of `groups`, what every optimizer takes."""
+    return [{"params": group["params"], "lr": group["lr"]} for group in given]
 
-    def __init__(self) -> None:
+
+class Whole:
+    """The same parameters, whole, under an optimizer of one process."""
+
+    def __init__(self, optimizer: Any = torch.optim.AdamW) -> None:
         self.parameters = [nn.Parameter(value) for value in values(SHAPES)]
-        self.optimizer = torch.optim.AdamW(groups(self.parameters))
+        self.optimizer = optimizer(groups(self.parameters))
 
     def step(self, number: int) -> None:
         for parameter, gradient in zip(self.parameters, gradients(number, SHAPES), strict=True):
@@ -216,7 +224,131 @@ def eight_bits() -> None:
             torch.testing.assert_close(found[name], expected[name], rtol=0, atol=bound)
 
 
+class Lion(torch.optim.Optimizer):
+    """One moment, no step count (arXiv:2302.06675)."""
+
+    def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.99)) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            first, second = group["betas"]
+            for parameter in group["params"]:
+                moment = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
+                parameter.sub_((first * moment + (1 - first) * parameter.grad).sign(), alpha=group["lr"])
+                moment.mul_(second).add_(parameter.grad, alpha=1 - second)
+
+
+def bitsandbytes(name: str, **options: Any) -> Any:
+    def make(given: list[dict[str, Any]]) -> Any:
+        import bitsandbytes.optim
+
+        return getattr(bitsandbytes.optim, name)(rates(given), **options)
+
+    return make
+
+
+def of_torch(name: str, **options: Any) -> Any:
+    return lambda given: getattr(torch.optim, name)(rates(given), **options)
+
+
+#: Whose state differs: step counts as tensors and numbers, further scalars, moments of two entries, none at all.
+ELEMENTWISE: dict[str, Any] = {
+    "SGD": of_torch("SGD"),
+    "SGD with momentum": of_torch("SGD", momentum=0.9, nesterov=True),
+    "AMSGrad": of_torch("AdamW", amsgrad=True),
+    "Adagrad": of_torch("Adagrad", initial_accumulator_value=0.1, lr_decay=0.1),
+    "RMSprop": of_torch("RMSprop", momentum=0.5, centered=True),
+    "RAdam": of_torch("RAdam"),
+    "NAdam": of_torch("NAdam"),
+    "Adamax": of_torch("Adamax"),
+    "Adadelta": of_torch("Adadelta"),
+    "ASGD": of_torch("ASGD", t0=1),
+    "Rprop": of_torch("Rprop"),
+    "Lion": lambda given: Lion(rates(given)),
+    "Lion of bitsandbytes": bitsandbytes("Lion"),
+    "AdEMAMix": bitsandbytes("AdEMAMix"),
+    "AdEMAMix with schedules": bitsandbytes("AdEMAMix", t_alpha=5, t_beta3=5),
+    "AdamW of bitsandbytes": bitsandbytes("AdamW"),
+}
+_NAMES = {"state1": "exp_avg", "state2": "exp_avg_sq"}
+
+
+def moments_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """State with one or two entries per element, by the names of `ShardedOptimizer.shards`."""
+    found = {}
+    for name, value in optimizer.state[parameter].items():
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            found[_NAMES.get(name, name)] = value.clone()
+        elif isinstance(value, Tensor) and value.shape == (2, *parameter.shape):
+            found |= {f"{_NAMES.get(name, name)}_{row}": value[row].clone() for row in range(2)}
+    return found
+
+
+def same(found: list[dict[str, Tensor]], whole: Whole, sharded: Sharded) -> None:
+    """To fp32 rounding: vector instructions end elsewhere in a shard."""
+    for place, parameter in enumerate(whole.parameters):
+        expected = {MASTER: parameter.detach(), **moments_of(whole.optimizer, parameter)}
+        assert found[place].keys() == expected.keys()
+        for name, shard in found[place].items():
+            own = sharded.own(expected[name])
+            torch.testing.assert_close(shard[: own.numel()], own, rtol=1e-5, atol=1e-7)
+
+
+def every_elementwise_one() -> None:
+    """Its steps are those of one process, and go on from its state; learning rates are written as schedules do."""
+    for name, optimizer in ELEMENTWISE.items():
+        try:
+            sharded, other = (Sharded(config(), SHAPES, optimizer) for _ in range(2))
+            whole = Whole(optimizer)
+            check_elementwise(whole.optimizer)
+            for number in range(STEPS):
+                sharded.step(number)
+                whole.step(number)
+            same(sharded.shards(), whole, sharded)
+            value, tensors = encode_state(sharded.optimizer.scalars)
+            states = [{MASTER: p.detach().clone(), **moments_of(whole.optimizer, p)} for p in whole.parameters]
+            other.load(states, STEPS, decode_state(value, tensors))
+            other.optimizer.settings = sharded.optimizer.settings
+            for stepping in (other.engine.basic_optimizer, sharded.engine.basic_optimizer, whole.optimizer):
+                for group in stepping.param_groups:
+                    group["lr"] *= 0.5
+            for number in range(STEPS, 2 * STEPS):
+                for stepping_one in (sharded, other, whole):
+                    stepping_one.step(number)
+            same(sharded.shards(), whole, sharded)
+            same(other.shards(), whole, other)
+            for one, another in zip(sharded.optimizer.scalars, other.optimizer.scalars, strict=True):
+                assert {n: type(v) for n, v in one.items()} == {n: type(v) for n, v in another.items()}
+                assert {n: float(v) for n, v in one.items()} == {n: float(v) for n, v in another.items()}
+        except Exception as error:
+            raise AssertionError(f"{name}: {type(error).__name__}: {error}") from error
+
+
+def other_optimizers() -> None:
+    """State of another optimizer is refused, not dropped or begun anew."""
+    whole = Whole()
+    whole.step(0)
+    for optimizer, message in (
+        (of_torch("SGD", momentum=0.9), "holds the moments exp_avg, exp_avg_sq, but SGD keeps momentum_buffer"),
+        (of_torch("NAdam"), "the checkpoint holds no mu_product, which NAdam keeps"),
+        (of_torch("SGD"), "but SGD keeps none"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Sharded(config(), SHAPES, optimizer).load(whole.states(), 1, [{"step": torch.tensor(1.0)}] * 2)
+
+
+def names_of_groups() -> None:
+    sharded = Sharded(config())
+    with pytest.raises(InputError, match="the parameter group None of the optimizer was 'lora_B' in the checkpoint"):
+        sharded.optimizer.settings = [{"lr": 1.0}, {"lr": 1.0, "name": "lora_B"}]
+
+
 CASES = {
+    "every element-wise one": every_elementwise_one,
+    "other optimizers": other_optimizers,
+    "names of groups": names_of_groups,
     "read": read,
     "written": written,
     "without masters": without_masters,
