@@ -16,6 +16,8 @@ _EXPORTS = {
     "PiSSAStrategy": "lowrank_dist.training.strategy",
     "CausalLMModule": "lowrank_dist.training.module",
     "SFTDataModule": "lowrank_dist.data.datamodule",
+    "PublishedRate": "lowrank_dist.training.published_rates",
+    "published_rates": "lowrank_dist.training.published_rates",
     "NF4": "lowrank_dist.quantization",
     "Calibration": "lowrank_dist.calibration.measure",
     "WeightSource": "lowrank_dist.storage",
@@ -77,6 +79,8 @@ if TYPE_CHECKING:
     from lowrank_dist.storage import WeightSource as WeightSource
     from lowrank_dist.storage.inspect import inspect as inspect
     from lowrank_dist.training.module import CausalLMModule as CausalLMModule
+    from lowrank_dist.training.published_rates import PublishedRate as PublishedRate
+    from lowrank_dist.training.published_rates import published_rates as published_rates
     from lowrank_dist.training.strategy import PiSSAStrategy as PiSSAStrategy
 
 # lightning, deepspeed and bitsandbytes are imported only by who asks for what needs them

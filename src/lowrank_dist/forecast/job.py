@@ -128,7 +128,7 @@ class RunSpec:
     gradient_checkpointing, live_layers, fp32_norms, shard_within
         Options of `PiSSAStrategy`.
     optimizer, fused_cross_entropy
-        Options of `CausalLMModule`.
+        Options of `CausalLMModule`. An optimizer given by import path is taken to keep two moments.
     offload_optimizer, offload_parameters
         Whether optimizer state and partitions are in host memory.
     bucket

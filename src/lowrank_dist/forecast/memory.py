@@ -22,7 +22,8 @@ RESIDENT = {
     "moments": "optimizer's moments",
 }
 _OPTIMIZER = ("masters", "moments", "gradients")
-_MOMENT_BYTES = {"adamw": 8.0, "paged_adamw_32bit": 8.0, "paged_adamw_8bit": 2 + 2 * 4 / 256}  # of two
+_TWO_MOMENTS = 8.0  # in fp32; of optimizers given by import path too, whose state is not known here
+_MOMENT_BYTES = {"paged_adamw_8bit": 2 + 2 * 4 / 256}
 _DS_BUCKET = 200_000_000  # Lightning's default, elements
 
 
@@ -97,7 +98,7 @@ def memory(shapes: ModelShapes, job: RunSpec, activations: Activations) -> Memor
         resident[p.kind] += p.shard_bytes
     resident["gradients"] = reduced * job.factor_dtype.itemsize
     resident["masters"] = 4 * owned if job.stage else 0
-    resident["moments"] = int(owned * _MOMENT_BYTES[job.optimizer if job.on_gpu else "adamw"])
+    resident["moments"] = int(owned * _MOMENT_BYTES.get(job.optimizer if job.on_gpu else "adamw", _TWO_MOMENTS))
     offloaded = (_OPTIMIZER if job.offload_optimizer else ()) + (
         tuple(kind for kind in RESIDENT if kind not in _OPTIMIZER) if job.offload_parameters else ()
     )

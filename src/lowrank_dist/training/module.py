@@ -8,16 +8,24 @@ from typing import Any, Literal, get_args
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
+from lowrank_dist.methods import Method
 from lowrank_dist.training.fused_loss import FusedLoss
-from lowrank_dist.training.optim import OPTIMIZERS, OptimizerName, build_optimizer
+from lowrank_dist.training.optim import build_optimizer, check_optimizer, optimizer_class
+from lowrank_dist.training.parameter_groups import parameter_groups
+from lowrank_dist.training.published_rates import hint
 from lowrank_dist.training.token_mean import TokenMean, accumulator_dtype, check_accumulation, trained_tokens
+from lowrank_dist.zero3.elementwise import check_class
 
 LossAverage = Literal["tokens", "batches"]
 LOSS_AVERAGES: tuple[str, ...] = get_args(LossAverage)
 SchedulerName = Literal["cosine", "linear", "constant"]
 SCHEDULERS: tuple[str, ...] = get_args(SchedulerName)
+
+DEFAULT_LR = 2e-5
 
 _LOAD_DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 # attention implementations for which transformers builds a mask from `position_ids`, one per row of the batch
@@ -39,19 +47,32 @@ class CausalLMModule(L.LightningModule):
     pretrained
         Directory or hub id of the model.
     lr
-        Peak learning rate.
+        Peak learning rate. `lowrank_dist.published_rates` lists starting points.
     weight_decay
-        Decoupled weight decay, of every trained parameter.
+        Weight decay, decoupled under `adamw` and the paged optimizers. Of every trained parameter; of matrices only if
+        one of the three options for learning rates is set.
     betas
-        Decay rates of Adam's running first and second moment.
+        Decay rates of Adam's running first and second moment. For an optimizer given by its import path they are among
+        its `optimizer_options`.
     warmup_ratio
         Share of all steps in which the learning rate rises linearly from 0.
     scheduler
         Learning rate after the warm-up: `cosine` and `linear` decay to 0 (`cosine` along half a period), `constant`
         keeps it.
     optimizer
-        `adamw`, or a paged optimizer of bitsandbytes, `paged_adamw_32bit` or `paged_adamw_8bit`. Paged optimizers need
-        CUDA; on other devices AdamW is used and a warning is logged.
+        `adamw`, or a paged optimizer of bitsandbytes, `paged_adamw_32bit` or `paged_adamw_8bit`, or the import path of
+        any optimizer class, such as `torch.optim.Adagrad` or `bitsandbytes.optim.Lion`. Paged optimizers need CUDA; on
+        other devices AdamW is used and a warning is logged. Under DeepSpeed, optimizers that look at whole tensors
+        (Adafactor, LAMB, Prodigy, Muon, ...) are refused, since they would train differently on shards.
+    optimizer_options
+        Further arguments of the optimizer's class, such as `{momentum: 0.9}`.
+    loraplus_lr_ratio
+        Learning rate of B divided by that of A, which is `lr` (LoRA+, arXiv:2402.12354).
+    embedding_lr
+        Peak learning rate of factors of embeddings, and of input embedding and head where they are trained whole
+        (`modules_to_save`). None: `lr`.
+    norm_lr
+        Peak learning rate of trained normalisation layers. None: `lr`.
     attn_implementation
         Attention implementation of transformers: `sdpa`, `flash_attention_2`, `eager`, ... None: its default.
     gradient_checkpointing
@@ -101,12 +122,16 @@ class CausalLMModule(L.LightningModule):
         self,
         pretrained: str,
         *,
-        lr: float = 2e-5,
+        lr: float = DEFAULT_LR,
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
         warmup_ratio: float = 0.03,
         scheduler: SchedulerName = "cosine",
-        optimizer: OptimizerName = "adamw",
+        optimizer: str = "adamw",
+        optimizer_options: dict[str, Any] | None = None,
+        loraplus_lr_ratio: float = 1.0,
+        embedding_lr: float | None = None,
+        norm_lr: float | None = None,
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
         fused_cross_entropy: bool = False,
@@ -115,8 +140,11 @@ class CausalLMModule(L.LightningModule):
         super().__init__()
         if scheduler not in SCHEDULERS:
             raise ValueError(f"scheduler={scheduler!r} is not known; valid names: {', '.join(SCHEDULERS)}")
-        if optimizer not in OPTIMIZERS:
-            raise ValueError(f"optimizer={optimizer!r} is not known; valid names: {', '.join(OPTIMIZERS)}")
+        check_optimizer(optimizer, optimizer_options)
+        if "." in optimizer and tuple(betas) != (0.9, 0.999):
+            raise ValueError(
+                f"betas={tuple(betas)} has no effect on optimizer={optimizer!r}; set optimizer_options={{'betas': ...}}"
+            )
         if average_loss_over not in LOSS_AVERAGES:
             raise ValueError(
                 f"average_loss_over={average_loss_over!r} is not known; valid names: {', '.join(LOSS_AVERAGES)}"
@@ -125,6 +153,11 @@ class CausalLMModule(L.LightningModule):
             raise ValueError(f"warmup_ratio={warmup_ratio} must be between 0 and 1: it is a share of all steps")
         if lr < 0 or weight_decay < 0:
             raise ValueError(f"lr={lr} and weight_decay={weight_decay} must not be negative")
+        if loraplus_lr_ratio <= 0:
+            raise ValueError(f"loraplus_lr_ratio={loraplus_lr_ratio} must be positive")
+        for name, rate in (("embedding_lr", embedding_lr), ("norm_lr", norm_lr)):
+            if rate is not None and rate < 0:
+                raise ValueError(f"{name}={rate} must not be negative")
         self.save_hyperparameters()
         self.pretrained = pretrained
         self.lr = lr
@@ -133,6 +166,10 @@ class CausalLMModule(L.LightningModule):
         self.warmup_ratio = warmup_ratio
         self.scheduler = scheduler
         self.optimizer = optimizer
+        self.optimizer_options = dict(optimizer_options or {})
+        self.loraplus_lr_ratio = loraplus_lr_ratio
+        self.embedding_lr = embedding_lr
+        self.norm_lr = norm_lr
         self.attn_implementation = attn_implementation
         self.gradient_checkpointing = gradient_checkpointing
         self.fused_cross_entropy = fused_cross_entropy
@@ -145,9 +182,18 @@ class CausalLMModule(L.LightningModule):
         self._evaluated = torch.zeros(2)  # sum of token losses, number of tokens
 
     def setup(self, stage: str) -> None:
-        """Before weights are read, raise ValueError if the strategy cannot average over tokens while accumulating."""
-        if stage == "fit" and self.average_loss_over == "tokens" and self.trainer.accumulate_grad_batches > 1:
+        """Before weights are read, raise ValueError for what the strategy cannot do.
+
+        That is to average over tokens while accumulating, or to step the optimizer's class on shards.
+        """
+        if stage != "fit":
+            return
+        if self.average_loss_over == "tokens" and self.trainer.accumulate_grad_batches > 1:
             check_accumulation(self.trainer)
+        if "." in self.optimizer:
+            kind = optimizer_class(self.optimizer)
+            if isinstance(self.trainer.strategy, DeepSpeedStrategy):
+                check_class(kind)
 
     def configure_model(self) -> None:
         """Build the model on the first call.
@@ -208,6 +254,21 @@ class CausalLMModule(L.LightningModule):
             return self(**batch).loss
 
     # ---- training
+    def on_fit_start(self) -> None:
+        """If the learning rate is the default, say what was published for the method of the run, on rank 0."""
+        strategy = self.trainer.strategy
+        init = getattr(strategy, "init", None)
+        if self.lr != DEFAULT_LR or not isinstance(init, Method):
+            return
+        line = hint(
+            self.lr,
+            init,
+            quantized=getattr(strategy, "quantization", None) is not None,
+            rslora=bool(getattr(getattr(strategy, "adapter", None), "use_rslora", False)),
+        )
+        if line is not None:
+            rank_zero_info(line)
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return this rank's loss for backward, scalar, so that the gradient of the step is that of `train_loss`.
 
@@ -237,10 +298,13 @@ class CausalLMModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """Return the optimizer of the parameters that require grad, and a schedule that advances every optimizer step.
 
+        The schedule multiplies the learning rates of all parameter groups by the same factor.
+
         Raises
         ------
         ValueError
-            If no parameter requires grad, or the run has no fixed number of steps.
+            If no parameter requires grad, the run has no fixed number of steps, or a learning rate is given for
+            parameters that are not trained.
         """
         from transformers import get_scheduler
 
@@ -248,7 +312,8 @@ class CausalLMModule(L.LightningModule):
         if not params:
             raise ValueError("no parameter requires grad; check `target_modules` of the adapter")
         optimizer = build_optimizer(
-            params,
+            self._groups() or params,
+            options=self.optimizer_options,
             name=self.optimizer,
             lr=self.lr,
             weight_decay=self.weight_decay,
@@ -268,6 +333,27 @@ class CausalLMModule(L.LightningModule):
             num_training_steps=int(total),
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"}}
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Parameter groups; none if all parameters have the same learning rate and weight decay."""
+        rates = {
+            "lora_B": None if self.loraplus_lr_ratio == 1 else self.lr * self.loraplus_lr_ratio,
+            "embedding": self.embedding_lr,
+            "norm": self.norm_lr,
+        }
+        given = {role: rate for role, rate in rates.items() if rate is not None}
+        if not given:
+            return []
+        groups = parameter_groups(self, lr=self.lr, rates=given, weight_decay=self.weight_decay)
+        roles = [group["name"] for group in groups]
+        options = {"lora_B": "loraplus_lr_ratio", "embedding": "embedding_lr", "norm": "norm_lr"}
+        for role in given:
+            if role not in roles or (role == "lora_B" and "lora_A" not in roles):
+                raise ValueError(
+                    f"{options[role]} sets the learning rate of {role}, but the run trains {', '.join(roles)}; leave "
+                    "it out, or adapt layers that have it"
+                )
+        return groups
 
     # ---- evaluation
     def on_validation_epoch_start(self) -> None:

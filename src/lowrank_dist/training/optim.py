@@ -1,4 +1,4 @@
-"""Optimizers by name: AdamW, or a paged optimizer of bitsandbytes on CUDA.
+"""Optimizers by name (AdamW, or a paged optimizer of bitsandbytes on CUDA) or by the import path of their class.
 
 Paged optimizers keep their state in CUDA managed memory, which the driver moves to the host when the device runs out of
 memory. On a CPU there is nothing to page, so that `torch.optim.AdamW` is used and one warning is logged.
@@ -6,8 +6,10 @@ memory. On a CPU there is nothing to page, so that `torch.optim.AdamW` is used a
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -31,9 +33,10 @@ def build_optimizer(
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
+    options: Mapping[str, Any] | None = None,
     device: torch.device | None = None,
 ) -> torch.optim.Optimizer:
-    """Build an optimizer by its Hugging Face name.
+    """Build an optimizer by its Hugging Face name, or by the import path of its class.
 
     Parameters
     ----------
@@ -41,15 +44,17 @@ def build_optimizer(
         Parameters to train, or parameter groups. They may be on another device than `device`.
     name
         ``"adamw"`` (`torch.optim.AdamW`), ``"paged_adamw_32bit"`` or ``"paged_adamw_8bit"`` (bitsandbytes; moments in
-        float32, or in blockwise 8 bit).
+        float32, or in blockwise 8 bit), or an import path such as ``"torch.optim.Adagrad"``.
     lr
         Learning rate.
     weight_decay
-        Decoupled weight decay of all parameters.
+        Weight decay of all parameters. Decoupled for the names; for a class by path, whatever the class makes of it.
     betas
-        Decay rates of the running first and second moment.
+        Decay rates of the running first and second moment. A class by path has its own.
     eps
-        Term added to the square root of the second moment.
+        Term added to the square root of the second moment. A class by path has its own.
+    options
+        Further arguments of the optimizer's class, which go before `betas` and `eps`. Lists are passed as tuples.
     device
         Device of the training; by default CUDA if torch sees a CUDA device. On other devices the paged optimizers fall
         back to `torch.optim.AdamW`, and rank zero logs a warning with the reason.
@@ -63,7 +68,7 @@ def build_optimizer(
     Raises
     ------
     ValueError
-        If `name` is unknown.
+        If `name` is unknown or leads to no optimizer, or its class does not take the arguments.
     ImportError
         If `name` is a paged optimizer, `device` is CUDA and bitsandbytes is missing.
 
@@ -74,13 +79,18 @@ def build_optimizer(
     overrides by `bitsandbytes.optim.GlobalOptimManager` match no parameter, and `min_8bit_size` (4096 elements) is
     compared with the size of a sub-group, so that small adapters are quantized too.
     """
-    if name not in OPTIMIZERS:
-        raise ValueError(f"optimizer={name!r} is not known; valid names: {', '.join(OPTIMIZERS)}")
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in (options or {}).items()}
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    settings: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    if name not in OPTIMIZERS:
+        kind = optimizer_class(name)
+        settings = {"lr": lr, **given}
+        if weight_decay or "weight_decay" in inspect.signature(kind).parameters:
+            settings["weight_decay"] = weight_decay
+        return _made(kind, params, settings)
+    settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **given}
     if name == "adamw":
-        return torch.optim.AdamW(params, **settings)
+        return _made(torch.optim.AdamW, params, settings)
     if device.type != "cuda":
         _report(
             "optimizer=%s needs a CUDA device and this run trains on %s: torch.optim.AdamW is used instead, its state "
@@ -88,7 +98,7 @@ def build_optimizer(
             name,
             device.type,
         )
-        return torch.optim.AdamW(params, **settings)
+        return _made(torch.optim.AdamW, params, settings)
     try:
         import bitsandbytes.optim
     except ImportError as error:
@@ -96,8 +106,56 @@ def build_optimizer(
             f"optimizer={name} needs bitsandbytes, which cannot be imported ({error}); run "
             "`pip install bitsandbytes`, or use optimizer=adamw"
         ) from error
-    optimizer: torch.optim.Optimizer = getattr(bitsandbytes.optim, _PAGED_CLASS[name])(params, **settings)
-    return optimizer
+    return _made(getattr(bitsandbytes.optim, _PAGED_CLASS[name]), params, settings)
+
+
+def check_optimizer(name: str, options: Mapping[str, Any] | None) -> None:
+    """Raise ValueError if `name` can be no optimizer, or `options` hold what has an option of its own.
+
+    Nothing is imported.
+    """
+    if name not in OPTIMIZERS and "." not in name:
+        raise ValueError(_unknown(name))
+    for key in ("params", "lr", "weight_decay"):
+        if key in (options or {}):
+            raise ValueError(f"optimizer_options must not hold {key!r}, which has an option of its own")
+
+
+def optimizer_class(path: str) -> type[torch.optim.Optimizer]:
+    """Return the optimizer class at an import path.
+
+    Raises
+    ------
+    ValueError
+        If there is none, or it is no `torch.optim.Optimizer`.
+    """
+    module, _, attribute = path.rpartition(".")
+    if not module:
+        raise ValueError(_unknown(path))
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{_unknown(path)}: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
+        raise ValueError(f"optimizer={path!r} is no class derived from torch.optim.Optimizer")
+    return found
+
+
+def _unknown(name: str) -> str:
+    return (
+        f"optimizer={name!r} is not known; valid names: {', '.join(OPTIMIZERS)}, or the import path of a class, such "
+        "as torch.optim.Adagrad"
+    )
+
+
+def _made(kind: type[torch.optim.Optimizer], params: Any, settings: dict[str, Any]) -> torch.optim.Optimizer:
+    try:
+        return kind(params, **settings)
+    except TypeError as error:
+        raise ValueError(
+            f"{kind.__module__}.{kind.__qualname__} does not take {', '.join(settings)}: {error}; its arguments are "
+            f"{inspect.signature(kind)}"
+        ) from error
 
 
 @rank_zero_only

@@ -234,3 +234,8 @@ def test_a_mixture_of_experts_is_estimated(tmp_path: Path) -> None:
 def test_counts_must_be_positive(field: str) -> None:
     with pytest.raises(ValueError, match=f"{field}=0 must be at least 1"):
         RunSpec(**{"nodes": 1, "gpus_per_node": 1, **JOBS, field: 0})
+
+
+def test_an_optimizer_by_path_is_taken_to_keep_two_moments() -> None:
+    memories = [plan(*EIGHT, f"--model.optimizer={name}").memory for name in ("adamw", "torch.optim.NAdam")]
+    assert memories[0] == memories[1]
