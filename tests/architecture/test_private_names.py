@@ -276,6 +276,14 @@ CANARIES: dict[tuple[str, str], Callable[..., object]] = {
     ("deepspeed", "optimizer.fp32_partitioned_groups_flat"): of_engine("behaves", "state is by flat tensor"),
     ("deepspeed", "optimizer.fp16_groups"): of_engine("behaves", "flat tensors hold their groups end to end"),
     ("deepspeed", "optimizer.sub_group_to_group_id"): of_engine("optimizer", "sub_group_to_group_id"),
+    ("deepspeed", "optimizer.communication_data_type"): of_engine("optimizer", "communication_data_type"),
+    ("deepspeed", "MuonWithAuxAdam"): check_that(
+        lambda: (
+            'getattr(param, "use_muon", False)' in inspect.getsource(at("deepspeed.runtime.zero.stage3"))
+            and at("deepspeed.runtime.zero.muon.muon_optimizer:MuonWithAuxAdam")
+        ),
+        "DeepSpeed's engine does not know Muon's parameters by use_muon",
+    ),
     ("deepspeed", "optimizer.swap_optimizer"): of_engine("optimizer", "swap_optimizer"),
     ("deepspeed", "optimizer.grad_partitions_flat_buffer"): of_engine(
         "behaves", "gradients are summed in one flat tensor"

@@ -23,7 +23,7 @@ RESIDENT = {
 }
 _OPTIMIZER = ("masters", "moments", "gradients")
 _TWO_MOMENTS = 8.0  # in fp32; of optimizers given by import path too, whose state is not known here
-_MOMENT_BYTES = {"paged_adamw_8bit": 2 + 2 * 4 / 256}
+_MOMENT_BYTES = {"muon": 4.0, "paged_adamw_8bit": 2 + 2 * 4 / 256}
 _DS_BUCKET = 200_000_000  # Lightning's default, elements
 
 

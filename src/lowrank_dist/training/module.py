@@ -60,10 +60,11 @@ class CausalLMModule(L.LightningModule):
         Learning rate after the warm-up: `cosine` and `linear` decay to 0 (`cosine` along half a period), `constant`
         keeps it.
     optimizer
-        `adamw`, or a paged optimizer of bitsandbytes, `paged_adamw_32bit` or `paged_adamw_8bit`, or the import path of
-        any optimizer class, such as `torch.optim.Adagrad` or `bitsandbytes.optim.Lion`. Paged optimizers need CUDA; on
-        other devices AdamW is used and a warning is logged. Under DeepSpeed, optimizers that look at whole tensors
-        (Adafactor, LAMB, Prodigy, Muon, ...) are refused, since they would train differently on shards.
+        `adamw`, or a paged optimizer of bitsandbytes, `paged_adamw_32bit` or `paged_adamw_8bit`, or `muon`, DeepSpeed's
+        own, where only matrices are trained, or the import path of any optimizer class, such as `torch.optim.Adagrad`
+        or `bitsandbytes.optim.Lion`. Paged optimizers need CUDA; on other devices AdamW is used and a warning is
+        logged. Under DeepSpeed, other optimizers that look at whole tensors (Adafactor, LAMB, Prodigy, ...) are
+        refused, since they would train differently on shards.
     optimizer_options
         Further arguments of the optimizer's class, such as `{momentum: 0.9}`.
     loraplus_lr_ratio

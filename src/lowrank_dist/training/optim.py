@@ -15,8 +15,10 @@ from typing import Any, Literal, get_args
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-OptimizerName = Literal["adamw", "paged_adamw_32bit", "paged_adamw_8bit"]
-"""Names of `transformers.TrainingArguments.optim` that `build_optimizer` knows."""
+from lowrank_dist.zero3.muon import muon
+
+OptimizerName = Literal["adamw", "paged_adamw_32bit", "paged_adamw_8bit", "muon"]
+"""Names that `build_optimizer` knows; the first three are those of `transformers.TrainingArguments.optim`."""
 
 OPTIMIZERS: tuple[str, ...] = get_args(OptimizerName)
 
@@ -44,7 +46,8 @@ def build_optimizer(
         Parameters to train, or parameter groups. They may be on another device than `device`.
     name
         ``"adamw"`` (`torch.optim.AdamW`), ``"paged_adamw_32bit"`` or ``"paged_adamw_8bit"`` (bitsandbytes; moments in
-        float32, or in blockwise 8 bit), or an import path such as ``"torch.optim.Adagrad"``.
+        float32, or in blockwise 8 bit), ``"muon"`` (DeepSpeed's, of matrices alone; `betas` and `eps` have no effect),
+        or an import path such as ``"torch.optim.Adagrad"``.
     lr
         Learning rate.
     weight_decay
@@ -91,6 +94,8 @@ def build_optimizer(
     settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **given}
     if name == "adamw":
         return _made(torch.optim.AdamW, params, settings)
+    if name == "muon":
+        return muon(params, {"lr": lr, "weight_decay": weight_decay, **given})
     if device.type != "cuda":
         _report(
             "optimizer=%s needs a CUDA device and this run trains on %s: torch.optim.AdamW is used instead, its state "

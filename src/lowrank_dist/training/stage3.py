@@ -22,6 +22,7 @@ from lowrank_dist.forecast.job import ShardWithin
 from lowrank_dist.zero3.elementwise import check_elementwise
 from lowrank_dist.zero3.gathering import Gathering, take_over
 from lowrank_dist.zero3.gradients import clear_gradients, scale_gradients
+from lowrank_dist.zero3.muon import is_muon
 from lowrank_dist.zero3.optimizer import keep_optimizer
 from lowrank_dist.zero3.partition import Partitioner, use_cpu_accelerator, zero_settings
 
@@ -176,6 +177,8 @@ class Stage3Strategy(DeepSpeedStrategy):
         """The optimizer and the schedule of the module; InputError if the optimizer would step shards differently."""
         optimizer, schedule = super()._init_optimizers()
         check_elementwise(optimizer)
+        if is_muon(type(optimizer)):  # it needs whole gradients
+            self._deepspeed_config["zero_optimization"]["reduce_scatter"] = False
         return optimizer, schedule
 
     def init_deepspeed(self) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lowrank_dist.errors import InputError
+from lowrank_dist.zero3.muon import is_muon
 
 # parts of class names in lower case, and what such a class looks at
 _WHOLE_TENSORS = {
@@ -39,7 +40,7 @@ _WHOLE_NAMES = {"came": "keeps one second moment per row and column of a matrix"
 
 _REMEDY = (
     "use an optimizer whose step treats every element alike: torch.optim.AdamW, SGD, RMSprop, Adagrad, NAdam, RAdam, "
-    "Adamax, bitsandbytes.optim.Lion or AdEMAMix"
+    "Adamax, bitsandbytes.optim.Lion or AdEMAMix; or optimizer=muon of CausalLMModule"
 )
 
 _SHAPES = ((4, 6), (5,))  # of the parameters of the trial; odd, so that shards are padded
@@ -49,6 +50,8 @@ _STEPS = 3
 
 def check_elementwise(optimizer: torch.optim.Optimizer) -> None:
     """Raise InputError unless `optimizer` steps flat shards as it would step whole parameters. No communication.
+
+    DeepSpeed's own Muon passes: the engine orthogonalizes whole gradients before it steps the shards.
 
     Classes that are known to look at whole tensors are refused by their names. Any other class is tried: a copy of the
     optimizer, with its groups and settings, steps a small matrix and a vector whole, another one steps the two shards
@@ -66,6 +69,8 @@ def check_elementwise(optimizer: torch.optim.Optimizer) -> None:
     """
     name = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
     check_class(type(optimizer))
+    if is_muon(type(optimizer)):
+        return
     if hasattr(type(optimizer), "__del__"):  # DeepSpeed's for CPUs, element-wise; a copy would free its C++ object
         return
     try:
@@ -87,7 +92,12 @@ def check_elementwise(optimizer: torch.optim.Optimizer) -> None:
 
 
 def check_class(kind: type[torch.optim.Optimizer]) -> None:
-    """Raise InputError if optimizers of class `kind` are known to look at whole tensors, by its name or its bases'."""
+    """Raise InputError if optimizers of class `kind` are known to look at whole tensors, by its name or its bases'.
+
+    Except DeepSpeed's own Muon.
+    """
+    if is_muon(kind):
+        return
     for base in kind.__mro__:
         name = base.__name__.lower().replace("_", "")
         reasons = [reason for part, reason in _WHOLE_TENSORS.items() if part in name]

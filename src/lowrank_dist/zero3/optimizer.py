@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lowrank_dist.errors import InputError
 from lowrank_dist.zero3.elementwise import TRIAL_NUMEL, state_after_a_step
+from lowrank_dist.zero3.muon import is_muon
 from lowrank_dist.zero3.partition import local_shard
 
 #: Key of the fp32 copy that the optimizer updates, among the names of moments.
@@ -158,7 +159,11 @@ class ShardedOptimizer:
         moments: Mapping[str, list[Tensor]],
         scalars: Mapping[str, Any],
     ) -> None:
-        begin_state(self._zero.optimizer, group, flat, moments, scalars)
+        if is_muon(type(self._zero.optimizer)):  # its momentum is the engine's, in the dtype of reductions
+            momentum = torch.zeros_like(flat, dtype=self._zero.communication_data_type, requires_grad=False)
+            self._zero.state[flat] = {"momentum_buffer": momentum}
+        else:
+            begin_state(self._zero.optimizer, group, flat, moments, scalars)
         state = self._zero.state[flat]
         kinds = {kind: name for name in moment_names(state, flat.numel()) for kind in _kinds(state, name, flat.numel())}
         if kinds.keys() != moments.keys():

@@ -29,12 +29,15 @@ RUNS: dict[str, dict[str, Any]] = {
     "NAdam": {"optimizer": "torch.optim.NAdam", "optimizer_options": {"betas": [0.8, 0.99]}},
     "ASGD": {"optimizer": "torch.optim.ASGD", "optimizer_options": {"t0": 2}, "lr": 0.05},
     "Lion": {"optimizer": "bitsandbytes.optim.Lion", "lr": 2e-4},
+    "Muon": {"optimizer": "muon", "loraplus_lr_ratio": 2.0, "weight_decay": 0.1, "lr": 2e-3},
     "AdEMAMix": {"optimizer": "bitsandbytes.optim.AdEMAMix", "optimizer_options": {"t_alpha": 6, "t_beta3": 6}},
 }
 
 
-def adapter() -> LoraConfig:
-    return LoraConfig(r=4, lora_alpha=4, target_modules=TARGETS, modules_to_save=["norm"])
+def adapter(options: dict[str, Any]) -> LoraConfig:
+    """With trained norms, unless only matrices can be trained."""
+    saved = None if options.get("optimizer") == "muon" else ["norm"]
+    return LoraConfig(r=4, lora_alpha=4, target_modules=TARGETS, modules_to_save=saved)
 
 
 class Tuned(CausalLMModule):
@@ -53,36 +56,39 @@ def batches(rank: int, world_size: int, first: int = 0) -> DataLoader:
     return DataLoader([{"input_ids": ids, "labels": ids} for ids in mine], batch_size=None)
 
 
+@torch.compiler.set_stance("force_eager")  # DeepSpeed's Muon is compiled, for which not every machine has a compiler
 def begin(pretrained: Path, output: Path) -> dict[str, tuple[list[float], dict[str, Tensor]]]:
     """Every run to its end, with a checkpoint at the cut: losses, and A and B as they were before."""
     found = {}
     for name, options in RUNS.items():
         callback = AdapterCheckpoint(dirpath=output / name, filename="{step}", every_n_train_steps=CUT, save_top_k=-1)
         module = Tuned(pretrained, options)
-        strategy = make_strategy(pretrained, adapter=adapter(), **PLAIN)
+        strategy = make_strategy(pretrained, adapter=adapter(options), **PLAIN)
         trainer = make_trainer(strategy, callbacks=[callback], enable_checkpointing=True)
         trainer.fit(module, batches(trainer.global_rank, trainer.world_size))
         found[name] = (module.losses, initial_factors(strategy))
     return found
 
 
+@torch.compiler.set_stance("force_eager")
 def go_on(pretrained: Path, output: Path) -> dict[str, list[float]]:
     """Every run from its checkpoint: the losses of the remaining steps."""
     found = {}
     for name, options in RUNS.items():
         module = Tuned(pretrained, options)
-        trainer = make_trainer(make_strategy(pretrained, adapter=adapter(), **PLAIN))
+        trainer = make_trainer(make_strategy(pretrained, adapter=adapter(options), **PLAIN))
         rest = batches(trainer.global_rank, trainer.world_size, first=CUT)
         trainer.fit(module, rest, ckpt_path=output / name / f"step={CUT}")
         found[name] = module.losses
     return found
 
 
+@torch.compiler.set_stance("force_eager")
 def in_one_process(pretrained: Path, options: dict[str, Any], factors: dict[str, Tensor]) -> list[float]:
     """The same factors in stock transformers and PEFT, with the optimizer that the module makes for them."""
     module = Tuned(pretrained, options)
     model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32)
-    inject_adapter_in_model(adapter(), model)
+    inject_adapter_in_model(adapter(options), model)
     assert len(factors) == len([name for name, _ in model.named_parameters() if "lora_" in name])
     assert not model.load_state_dict(factors, strict=False).unexpected_keys
     module.model = model
@@ -114,6 +120,28 @@ def test_every_run_is_that_of_one_process_and_resumes(tmp_path: Path) -> None:
     assert min(later - one for one, later in pairwise(last)) > 1e-4  # settings without effect would make two equal
 
 
+MUON = {"optimizer": "muon", "lr": 2e-3, "optimizer_options": {"momentum": 0.9}}
+
+
+@torch.compiler.set_stance("force_eager")
+def in_bf16(pretrained: Path, output: Path, checkpoint: Path | None) -> list[float]:
+    module = Tuned(pretrained, MUON)
+    callback = AdapterCheckpoint(dirpath=output, filename="{step}", every_n_train_steps=CUT, save_top_k=-1)
+    strategy = make_strategy(pretrained, adapter=adapter(MUON))
+    trainer = make_trainer(strategy, callbacks=[callback], enable_checkpointing=True, precision="bf16-true")
+    first = 0 if checkpoint is None else CUT
+    trainer.fit(module, batches(trainer.global_rank, trainer.world_size, first), ckpt_path=checkpoint)
+    return module.losses
+
+
+def test_momentum_in_bf16_resumes(tmp_path: Path) -> None:
+    """The engine keeps Muon's in the dtype of reductions. On as many ranks nothing is rounded otherwise."""
+    pretrained = save_checkpoint(tmp_path / "llama", "llama", tie_word_embeddings=False)
+    whole = run_ranks(2, in_bf16, pretrained, tmp_path / "whole", None)[0]
+    rest = run_ranks(2, in_bf16, pretrained, tmp_path / "rest", tmp_path / "whole" / f"step={CUT}")[0]
+    assert rest == whole[CUT:]
+
+
 class NormScaled(torch.optim.SGD):
     """Scales every tensor's step by its norm, under a name that says nothing."""
 
@@ -136,13 +164,17 @@ def refuse(pretrained: Path) -> None:
     for module, message in (
         (Tuned(pretrained, {"optimizer": "torch.optim.Adafactor"}), "Adafactor would silently train differently here"),
         (Tuned(pretrained, {"optimizer": "torch.optim.Muon"}), "it orthogonalizes whole matrices"),
+        (
+            Tuned(pretrained, {"optimizer": "muon"}),
+            r"orthogonalizes matrices, but a trained parameter has the shape \[64\]; train matrices only",
+        ),
         (Own(pretrained, {}), "NormScaled would silently train differently here: on a trial its steps on shards"),
     ):
-        strategy = make_strategy(pretrained, quantization=None)
+        strategy = make_strategy(pretrained, adapter=adapter({}), untie_embeddings=True, **PLAIN)
         with pytest.raises(InputError, match=message):
             make_trainer(strategy).fit(module, batches(0, 1))
         reads.append(strategy.init_report is not None)
-    assert reads == [False, False, True]  # classes given by path before weights are read
+    assert reads == [False, False, True, True]  # classes given by path before weights are read
 
 
 def test_optimizers_that_look_at_whole_tensors_are_refused(llama: Path) -> None:

@@ -140,12 +140,12 @@ def test_a_monitor_shows_the_groups_by_name():
         callbacks=[LearningRateMonitor(logging_interval="step")],
         max_steps=2,
         log_every_n_steps=1,
-        limit_val_batches=0,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, DataLoader([{"input_ids": ids, "labels": ids}] * 2, batch_size=None))
+    data = DataLoader([{"input_ids": ids, "labels": ids}] * 2, batch_size=None)
+    trainer.fit(module, data, data)
     assert {name for name in trainer.logger.metrics if name.startswith("lr")} == {"lr/lora_A", "lr/lora_B"}
 
 
