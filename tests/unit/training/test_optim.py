@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from helpers.sft import tiny_llama
 from lowrank_dist.errors import InputError
 from lowrank_dist.training import optim
 from lowrank_dist.training.module import CausalLMModule
@@ -218,3 +219,16 @@ def test_layerwise_ones_of_bitsandbytes_are_refused(name):
 
     with pytest.raises(InputError, match="scales the step by the norm of each whole tensor"):
         check_class(getattr(bitsandbytes.optim, name))
+
+
+def test_those_of_peft_that_pair_a_and_b_are_refused():
+    from peft import LoraConfig, get_peft_model
+    from peft.optimizers import create_lorafa_optimizer
+    from peft.optimizers.riemannian import create_riemannian_optimizer
+
+    model = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj"]))
+    with pytest.raises(InputError, match="projects the gradient of B with its own A"):
+        check_elementwise(create_lorafa_optimizer(model, r=4, lora_alpha=4, lr=1e-3))
+    model = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj"]))
+    with pytest.raises(InputError, match="preconditions A with its own B"):
+        check_elementwise(create_riemannian_optimizer(model, torch.optim.AdamW, lr=1e-3))
