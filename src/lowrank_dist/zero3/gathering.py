@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -381,25 +382,28 @@ class Gathering:
         if self._next(1) != [index]:
             self._order = []  # the step differs from the one before: nothing more is gathered ahead in it
         self._taken.append(index)
-        for pack in stage.packs:
-            pack.begin(device)
-        for other in map(self._stages.__getitem__, self._next(self._ahead)):
-            if not (other.held or other.pending or other is stage):
-                for pack in other.packs:
-                    pack.begin(device)
-                other.pending = True
+        with _ordinary_tensors():
+            for pack in stage.packs:
+                pack.begin(device)
+            for other in map(self._stages.__getitem__, self._next(self._ahead)):
+                if not (other.held or other.pending or other is stage):
+                    for pack in other.packs:
+                        pack.begin(device)
+                    other.pending = True
         if self.on_wait is not None:
             self.on_wait(True)
-        for pack in stage.packs:
-            pack.finish(index, device)
+        with _ordinary_tensors():
+            for pack in stage.packs:
+                pack.finish(index, device)
         if self.on_wait is not None:
             self.on_wait(False)
         stage.held, stage.pending, stage.kept = True, False, False
 
     def _release(self, index: int) -> None:
         stage = self._stages[index]
-        for pack in stage.packs:
-            pack.release(index)
+        with _ordinary_tensors():
+            for pack in stage.packs:
+                pack.release(index)
         stage.held = stage.pending = stage.kept = stage.in_backward = False
 
     def backward_begins(self) -> None:
@@ -486,6 +490,13 @@ def _packed(parameters: Sequence[nn.Parameter], group: ShardGroup, *, lasts: boo
             mine.copy_(shard)
             shard.data = mine
     return pack
+
+
+@contextmanager
+def _ordinary_tensors() -> Iterator[None]:
+    """Tensors made inside are ordinary ones, also in the inference mode of validation: they may stay until training."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _wants_gradient(value: Any) -> bool:

@@ -147,6 +147,25 @@ def test_every_gradient_of_unusual_steps(deep: Path, checkpointing: str) -> None
     check_every_gradient(deep, ranks[:1], 3)
 
 
+class InferenceFirst(CausalLM):
+    """Before each step a forward in inference mode, in which Lightning validates on CUDA."""
+
+    def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+        (ids,) = batch
+        with torch.inference_mode():
+            self.model(input_ids=ids, labels=ids, use_cache=False)
+        return super().training_step(batch, index)
+
+
+@pytest.mark.parametrize("within", ["world", "rank"])
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_inference_mode_leaves_nothing_behind(deep: Path, checkpointing: str, within: str) -> None:
+    """What was gathered in it is saved for backward by PEFT's own layers, which compute dropout."""
+    adapter = LoraConfig(r=4, lora_alpha=4, target_modules=TARGETS, lora_dropout=1e-9)
+    options = {**CHECKPOINTING[checkpointing], "shard_within": within, "adapter": adapter}
+    check_every_gradient(deep, run_ranks(2, gradients, deep, 3, options, InferenceFirst)[:1], 3)
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 def test_two_forwards_before_one_backward_are_refused(deep: Path, checkpointing: str, world_size: int) -> None:
