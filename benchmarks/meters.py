@@ -85,6 +85,10 @@ class PeakMemory:
         self._thread.start()
         return self
 
+    def restart(self) -> None:
+        """Forget the peak so far; the base stays."""
+        self._peak = _resident()
+
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()

@@ -129,3 +129,21 @@ def test_a_whole_job_without_training(tmp_path: Path) -> None:
     assert "| initialise |" in report
     assert not any(f"| {stage} |" in report for stage in ("train", "save", "convert"))
     assert "tokens/s |" not in report
+
+
+def test_the_host_at_tiny_scale(tmp_path: Path) -> None:
+    """Of the figures, those that are no times: one collective brings a layer."""
+    report = dry_run("benchmarks/bench_host.py", output=tmp_path / "host.md")
+    for row in ("PEFT, dense", "PEFT + bitsandbytes", "ours", "ours, folded", "ours, 2 ranks"):
+        assert f"\n| {row} | " in report
+    (gathers,) = re.findall(r"^\| all_gather_into_tensor \| (\d+\.\d) ", report, flags=re.MULTILINE)
+    assert float(gathers) == 2 * 2 + 2 + 2  # of two layers, the norm, the embedding and the head
+
+
+def test_a_step_at_tiny_scale(tmp_path: Path) -> None:
+    """Every way trains the same model: the losses agree, but for those of dense weights."""
+    report = dry_run("benchmarks/bench_step.py", output=tmp_path / "step.md")
+    rows = [line.split("|") for line in report.splitlines() if line.startswith(("| PEFT", "| ours"))]
+    assert [row[1].strip() for row in rows] == ["PEFT, dense", "PEFT + bitsandbytes", "ours", "ours, 2 ranks"]
+    losses = [float(row[-2].split()[0]) for row in rows]
+    assert losses[1] == pytest.approx(losses[2], rel=1e-4)
