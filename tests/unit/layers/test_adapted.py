@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_dist.distributed.group import ShardGroup
@@ -285,3 +287,32 @@ def test_the_kernel_compiles(capability: int, nested: bool, tmp_path: Path, monk
         assert ".local" not in ptx
         assert set(re.findall(r"st\.global[.\w]*", ptx)) == {"st.global.v4.b32"}
         assert shared <= 48 * 2**10  # what every device has
+
+
+#: Operators whose result the host waits for: ``.item()`` and ``if tensor``, and shapes that depend on values.
+WAITS = {f"aten.{name}.default" for name in ("_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique2")}
+
+
+@pytest.mark.parametrize("fold", ["never", "always"])
+@pytest.mark.parametrize("residual", [NF4(), NF4(double_quant=True), Dense(dtype=torch.float32)], ids=str)
+def test_a_decoder_layer_asks_the_device_nothing(residual: Any, fold: Any) -> None:
+    """In its forward and backward, so that the host runs ahead, and a graph of the layer could be captured."""
+    config = LlamaConfig(hidden_size=64, intermediate_size=128, num_attention_heads=2, attn_implementation="sdpa")
+    layer = LlamaDecoderLayer(config, 0)
+    inject_adapter_in_model(LoraConfig(r=RANK, target_modules="all-linear"), layer)
+    for module in [module for module in layer.modules() if hasattr(module, "lora_A")]:
+        weight = module.base_layer.weight.detach()
+        partition = RowPartition(rows=weight.shape[0], columns=weight.shape[1], world_size=1, block=residual.block)
+        frozen = FrozenLinear(partition, residual, compute_dtype=torch.float32)
+        for name, shard in residual.encode(weight, partition, SINGLE).shards.items():
+            setattr(frozen, name, nn.Parameter(shard, requires_grad=False))
+        module.base_layer = frozen
+    assert len(fuse_adapters(layer, fold)) == 7
+    x, rotary = torch.randn(2, 5, 64, requires_grad=True), torch.randn(2, 5, 32)
+    with Operators() as counted:
+        output = layer(x, position_embeddings=(rotary, rotary), attention_mask=None)
+        (output if isinstance(output, Tensor) else output[0]).sum().backward()
+    assert not WAITS & set(counted.names)
+    with Operators() as counted:
+        x.sum().item()
+    assert WAITS & set(counted.names)
