@@ -21,7 +21,7 @@ from lowrank_dist.cli.plan.model import with_adapters
 from lowrank_dist.forecast import Forecast, ModelShapes, RunSpec, forecast
 from lowrank_dist.forecast.activations import measure_activations
 from lowrank_dist.quantization.dense import Dense
-from lowrank_dist.training.strategy import PRECISIONS
+from lowrank_dist.training.model_strategy import PRECISIONS
 from lowrank_dist.zero3.partition import local_shard
 
 LENGTH = 16  # of the sequences of helpers.training

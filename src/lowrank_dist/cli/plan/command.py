@@ -23,7 +23,8 @@ from lowrank_dist.methods import PiSSA
 from lowrank_dist.quantization.dense import Dense
 from lowrank_dist.storage.reader import resolve_checkpoint
 from lowrank_dist.training.fit_cli import instantiated, parse_fit
-from lowrank_dist.training.strategy import PRECISIONS, PiSSAStrategy
+from lowrank_dist.training.model_strategy import PRECISIONS
+from lowrank_dist.training.strategy import PiSSAStrategy
 
 DOES_NOT_FIT = 3  # exit status
 

@@ -1,0 +1,175 @@
+"""The model of a strategy: built from pretrained weights, sharded, gathered for its steps, and saved."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from peft import LoraConfig
+from transformers import PreTrainedModel
+
+from lowrank_dist.calibration.measure import Calibration
+from lowrank_dist.checkpoints.resuming import earlier_run
+from lowrank_dist.checkpoints.writer import CheckpointWriter
+from lowrank_dist.decomposition.report import InitializationReport
+from lowrank_dist.decomposition.schedule import Sharding
+from lowrank_dist.errors import ModelError
+from lowrank_dist.forecast.job import ShardWithin
+from lowrank_dist.initialization.build import build_model
+from lowrank_dist.initialization.open import ModelRecipe, OpenedModel
+from lowrank_dist.initialization.trainable import Computation
+from lowrank_dist.layers.adapted import FoldAdapters
+from lowrank_dist.methods import Method
+from lowrank_dist.model.skeleton import find_backbone
+from lowrank_dist.quantization.nf4 import NF4
+from lowrank_dist.storage.source import WeightSource
+from lowrank_dist.training.calibration_batches import calibration_pass
+from lowrank_dist.training.checkpointing import CheckpointedStrategy
+from lowrank_dist.training.sharding import run_spec, smallest_group
+from lowrank_dist.zero3.partition import Partitioner
+
+# by precision: dtype of frozen parameters and arithmetic, dtype of trained factors
+PRECISIONS = {
+    "32-true": (torch.float32, torch.float32),
+    "bf16-true": (torch.bfloat16, torch.bfloat16),
+    "bf16-mixed": (torch.bfloat16, torch.float32),
+}
+
+
+class ModelStrategy(CheckpointedStrategy):
+    """DeepSpeed at ZeRO stage 3 over a model that `build_model` fills.
+
+    A subclass sets the options, which `lowrank_dist.PiSSAStrategy` describes, and calls `_set_up_model` before
+    DeepSpeed's engine exists.
+
+    Parameters
+    ----------
+    **options
+        Options of `CheckpointedStrategy`.
+
+    Attributes
+    ----------
+    init_report : InitializationReport or None
+        Measurements of the walk; None until the model is set up.
+    """
+
+    weights: WeightSource | None
+    pretrained: str
+    adapter: LoraConfig | str | Path | None
+    init: Method | None
+    quantization: NF4 | None
+    calibration: Calibration | None
+    init_cache: str | os.PathLike[str] | None
+    ranks_per_matrix: int | None
+    revision: str | None
+    untie_embeddings: bool
+    gradient_checkpointing: bool
+    use_reentrant: bool
+    fp32_norms: bool
+    live_layers: int
+    show_progress: bool
+    shard_within: ShardWithin | Literal["auto"]
+    fold_adapters: FoldAdapters
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.init_report: InitializationReport | None = None
+        self._backbone: PreTrainedModel | None = None
+
+    def _set_up_model(self, module: LightningModule) -> None:
+        if self._is_set_up(module):
+            return
+        precision = self.precision_plugin.precision
+        compute_dtype, factor_dtype = PRECISIONS[precision]
+        autocast = compute_dtype if precision == "bf16-mixed" else None
+        partitioner = Partitioner(self._deepspeed_config)
+        group = partitioner.group
+        with group.shared_errors():
+            resume = None if self._resumed is None else earlier_run(self._resumed)
+            _, backbone = find_backbone(module)
+        built = build_model(
+            self.recipe,
+            backbone,
+            partitioner,
+            compute_dtype=compute_dtype,
+            factor_dtype=factor_dtype,
+            fp32_norms=self.fp32_norms,
+            computation=Computation(
+                gradient_checkpointing=self.gradient_checkpointing,
+                use_reentrant=self.use_reentrant,
+                fold_adapters=self.fold_adapters,
+                autocast=autocast,
+            ),
+            copies=self._copies_of_frozen,
+            sharding=Sharding(
+                ranks_per_matrix=self.ranks_per_matrix, ranks_per_node=max(1, group.size // self.num_nodes)
+            ),
+            calibrate=partial(
+                calibration_pass, module=module, calibration=self.calibration or Calibration(), autocast=autocast
+            ),
+            resume=resume,
+            first_on_host=self.local_rank == 0,
+            announce=rank_zero_info,
+            show_progress=self.show_progress,
+        )
+        self._backbone, self.init_report = backbone, built.report
+        self._checkpoints_with(
+            CheckpointWriter(
+                backbone,
+                built.source.adapter,
+                built.materialized,
+                group,
+                base=built.source.base,
+                starts_at_zero=built.source.starts_at_zero,
+                facts=built.facts | {"precision": precision},
+            )
+        )
+        module.strict_loading = False  # checkpoints hold the trained parameters only
+        self._gathers_with(partitioner, backbone, self.live_layers)
+
+    def _copies_of_frozen(self, opened: OpenedModel) -> int:
+        """Number of copies of the frozen parameters. Collective, unless ``"rank"`` or ``"world"`` was chosen."""
+        within = self.shard_within
+        if within == "auto":
+            compute_dtype, factor_dtype = PRECISIONS[self.precision_plugin.precision]
+            job = run_spec(
+                self,
+                compute_dtype=compute_dtype,
+                factor_dtype=factor_dtype,
+                gradient_checkpointing=self.gradient_checkpointing,
+                live_layers=self.live_layers,
+                fp32_norms=self.fp32_norms,
+            )
+            within = smallest_group(opened, job, self.root_device, announce=rank_zero_info)
+        return self._copies(within)
+
+    def _is_set_up(self, module: LightningModule) -> bool:
+        if self._backbone is None or not any(child is self._backbone for child in module.modules()):
+            return False
+        if module.trainer.state.fn == TrainerFn.FITTING:
+            # A DeepSpeed engine leaves hooks in the module that break the backward of the next engine.
+            raise ModelError(
+                "fit was called on a module that was fitted, validated or tested before; DeepSpeed cannot train it "
+                "again; make a new module, strategy and Trainer (to validate first: num_sanity_val_steps=-1)"
+            )
+        self._load_parameters()  # from the checkpoint passed to the Trainer
+        return True
+
+    @property
+    def recipe(self) -> ModelRecipe:
+        """The options of this strategy that determine the model."""
+        return ModelRecipe(
+            pretrained=self.pretrained if self.weights is None else self.weights,
+            adapter=self.adapter,
+            init=self.init,
+            quantization=self.quantization,
+            cache=self.init_cache,
+            revision=self.revision,
+            untie_embeddings=self.untie_embeddings,
+        )
