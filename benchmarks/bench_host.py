@@ -66,7 +66,7 @@ def main() -> None:
             clock=time.process_time,
         )
         found: dict[str, list[float]] = {way: [] for way in WAYS}
-        collectives: dict[str, dict[str, tuple[float, float]]] = {}
+        collectives: dict[str, dict[str, tuple[int, int]]] = {}
         for _ in range(options.rounds):
             for way, (ranks, train) in WAYS.items():
                 print(f"  {way} ...", file=sys.stderr, flush=True)
@@ -90,20 +90,29 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def _run(train: Callable[[RunSpec], Measured], job: RunSpec) -> tuple[Measured, dict[str, tuple[float, float]]]:
-    """A way's steps, and by collective how often a step called it and the bytes that it brought together."""
-    calls: dict[str, list[int]] = {}
+def _run(train: Callable[[RunSpec], Measured], job: RunSpec) -> tuple[Measured, dict[str, tuple[int, int]]]:
+    """A way's steps; by collective, how often the last timed step called it, and bytes that it brought together."""
+    calls: list[tuple[str, int]] = []
+    marks: list[int] = []  # how many calls there were whenever the clock was read; at last, around that step
     for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce"):
-        setattr(dist, name, _counted(getattr(dist, name), calls.setdefault(name, [])))
-    measured = train(job)
-    steps = len(measured.losses)
-    return measured, {name: (len(nbytes) / steps, sum(nbytes) / steps) for name, nbytes in calls.items()}
+        setattr(dist, name, _counted(name, getattr(dist, name), calls))
+
+    def clock() -> float:
+        marks.append(len(calls))
+        return job.clock()
+
+    measured = train(replace(job, clock=clock))
+    found: dict[str, tuple[int, int]] = {}
+    for name, nbytes in calls[marks[-2] : marks[-1]]:
+        before = found.get(name, (0, 0))
+        found[name] = before[0] + 1, before[1] + nbytes
+    return measured, found
 
 
-def _counted(collective: Callable[..., Any], calls: list[int]) -> Callable[..., Any]:
+def _counted(name: str, collective: Callable[..., Any], calls: list[tuple[str, int]]) -> Callable[..., Any]:
     def called(*args: Any, **options: Any) -> Any:
         tensors = [value for value in (*args, *options.values()) if hasattr(value, "nbytes")]
-        calls.append(max(tensor.nbytes for tensor in tensors))
+        calls.append((name, max(tensor.nbytes for tensor in tensors)))
         return collective(*args, **options)
 
     return called
@@ -136,14 +145,9 @@ def _table(found: dict[str, list[float]], layers: int) -> str:
     return table(columns, rows)
 
 
-def _collectives(of_step: dict[str, tuple[float, float]], layers: int) -> str:
-    rows = [
-        [name, f"{calls:.1f}", f"{calls / layers:.2f}", f"{nbytes / 1e3:.1f}"]
-        for name, (calls, nbytes) in of_step.items()
-        if calls
-    ]
-    text = "Collectives of ours on 2 ranks (all steps, the first of them and set-up included):\n\n"
-    return text + table(["", "a step", "a layer", "KB a step"], rows)
+def _collectives(of_step: dict[str, tuple[int, int]], layers: int) -> str:
+    rows = [[name, calls, f"{calls / layers:.2f}", f"{nbytes / 1e3:.1f}"] for name, (calls, nbytes) in of_step.items()]
+    return "Collectives of ours on 2 ranks:\n\n" + table(["", "a step", "a layer", "KB a step"], rows)
 
 
 def _verdicts(found: dict[str, list[float]]) -> str:

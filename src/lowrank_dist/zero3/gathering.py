@@ -156,7 +156,7 @@ class _Pack:
         whole = gathered
         if ranks > 1:
             whole = torch.empty_like(gathered)
-            sizes = [size for place in self.places for size in (place.length, place.padding)]
+            sizes = [size for place in self.places for size in (place.length, place.padding) if size]
             parts = [part.view(ranks, -1) for part in whole.split([ranks * size for size in sizes])]
             torch.split_with_sizes_copy(gathered.view(ranks, -1), sizes, dim=1, out=parts)
         for place in self.places:
