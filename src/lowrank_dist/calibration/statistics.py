@@ -19,7 +19,7 @@ from lowrank_dist.layers.frozen import FrozenLinear
 from lowrank_dist.linalg import all_finite, full_fp32
 from lowrank_dist.model.plan import PlannedMatrix
 from lowrank_dist.quantization.format import ResidualFormat
-from lowrank_dist.zero3.gathering import Unit
+from lowrank_dist.zero3.units import Unit
 
 TRANSIENT_BYTES = 2**28  # size of a product before its rows are sent to their owners
 

@@ -23,7 +23,7 @@ from lowrank_dist.model.skeleton import build_skeleton
 from lowrank_dist.quantization.format import ResidualFormat
 from lowrank_dist.storage.reader import CheckpointReader
 from lowrank_dist.storage.source import ShapesOnly, SourceReader
-from lowrank_dist.zero3.gathering import ALIGNMENT
+from lowrank_dist.zero3.packs import ALIGNMENT
 
 ShardWithin = Literal["rank", "node", "world"]
 """The ranks that hold the frozen parameters once between them."""
@@ -251,7 +251,7 @@ class Parameter:
 
     @property
     def gathered_bytes(self) -> int:
-        """Bytes of the parameter in a gather, in which shards are aligned (`lowrank_dist.zero3.gathering`)."""
+        """Bytes of the parameter in a gather, in which shards are aligned (`lowrank_dist.zero3.packs`)."""
         return -(-self.shard_bytes // ALIGNMENT) * ALIGNMENT * self.ranks
 
 

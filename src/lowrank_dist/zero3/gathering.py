@@ -22,9 +22,9 @@ All ranks must run the same units in the same order, as with DeepSpeed.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,155 +32,9 @@ from torch import Tensor, nn
 
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import InputError
+from lowrank_dist.zero3.packs import Pack, packed
 from lowrank_dist.zero3.partition import Partitioner, local_shard, repeated_layers, set_empty, set_whole
-
-ALIGNMENT = 16
-"""Bytes to whose multiples the shards of a unit are padded, so that each can be viewed in its dtype."""
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A module whose parameters are gathered together: a decoder layer, or another module with parameters.
-
-    Attributes
-    ----------
-    module
-        The module whose forward gathers.
-    members
-        The modules whose parameters are gathered.
-    parameters
-        The parameters of `members`, each once.
-    """
-
-    module: nn.Module
-    members: list[nn.Module]
-    parameters: list[nn.Parameter]
-
-
-def units_of(backbone: nn.Module) -> list[Unit]:
-    """The units of `backbone`; together they hold all of its parameters.
-
-    Outside the decoder layers, a module with parameters is a unit. Containers without a forward of their own
-    (``ParameterList``, ``ModuleDict``) and the parts of an adapted layer belong to the module around them.
-    """
-    stacked = repeated_layers(backbone)
-    inside = {id(module) for layer in stacked for module in layer.modules()}
-    units = [Unit(layer, list(layer.modules()), list(layer.parameters())) for layer in stacked]
-    owners: dict[nn.Module, list[nn.Module]] = {}
-    parents: dict[nn.Module, nn.Module] = {}
-    for module in backbone.modules():
-        if id(module) in inside:
-            continue
-        owner = parents.get(module, module)
-        for child in module.children():
-            if owner is not module or _computes_its_children(module) or not _has_forward(child):
-                parents.setdefault(child, owner)
-        if module._parameters:
-            owners.setdefault(owner, []).append(module)
-    for owner, members in owners.items():
-        parameters = dict.fromkeys(p for member in members for p in member.parameters(recurse=False))
-        units.append(Unit(owner, members, list(parameters)))
-    return units
-
-
-def _has_forward(module: nn.Module) -> bool:
-    return not isinstance(module, nn.ModuleDict | nn.ModuleList | nn.ParameterDict | nn.ParameterList)
-
-
-def _computes_its_children(module: nn.Module) -> bool:
-    """Whether the forward of `module` uses the parameters of its children, as PEFT's adapted layers do."""
-    return hasattr(module, "base_layer")
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a parameter's shard lies in a buffer: `length` bytes from `start` on, then `padding`."""
-
-    parameter: nn.Parameter
-    start: int
-    length: int
-    padding: int
-
-
-@dataclass(eq=False)
-class _Pack:
-    """Shards of parameters that one group of ranks shares, in one buffer; gathered together.
-
-    Attributes
-    ----------
-    group
-        The ranks.
-    local
-        This rank's shards, flat uint8. Most frozen parameters' shards are views of it: those of the dtype that most
-        bytes have. (DeepSpeed's own checkpoints cannot save views of one storage in several dtypes.)
-    places
-        Where in `local` the shards are.
-    copied
-        Places in `local` of the other shards, with their parameters; filled before every gather. Trained parameters'
-        shards are views of a tensor of DeepSpeed's optimizer.
-    users
-        Indices of the units that have it gathered.
-    lasts
-        Whether it stays gathered until `expire`.
-    """
-
-    group: ShardGroup
-    local: Tensor
-    lasts: bool
-    places: list[_Place] = field(default_factory=list)
-    copied: list[tuple[Tensor, nn.Parameter]] = field(default_factory=list)
-    users: set[int] = field(default_factory=set)
-    _fresh: bool = False
-    _gathered: Tensor | None = None
-    _work: Any = None
-
-    def begin(self, device: torch.device) -> None:
-        """Start the all-gather, unless it has been started or is done."""
-        if self.users or self._fresh or self._gathered is not None:
-            return
-        for place, parameter in self.copied:
-            place.copy_(local_shard(parameter), non_blocking=True)
-        self._gathered, self._work = self.group.start_gather(self.local.to(device, non_blocking=True))
-
-    def finish(self, user: int, device: torch.device) -> None:
-        """Wait for the all-gather and give the parameters their data."""
-        self.begin(device)
-        self.users.add(user)
-        gathered, ranks = self._gathered, self.group.size
-        if gathered is None:  # another unit has it, or it has stayed
-            return
-        self._fresh = self.lasts
-        if self._work is not None:
-            self._work.wait()
-        self._gathered = self._work = None
-        whole = gathered
-        if ranks > 1:
-            whole = torch.empty_like(gathered)
-            sizes = [size for place in self.places for size in (place.length, place.padding) if size]
-            parts = [part.view(ranks, -1) for part in whole.split([ranks * size for size in sizes])]
-            torch.split_with_sizes_copy(gathered.view(ranks, -1), sizes, dim=1, out=parts)
-        for place in self.places:
-            flat = whole[ranks * place.start : ranks * (place.start + place.length)]
-            set_whole(place.parameter, flat.view(place.parameter.dtype))
-
-    def release(self, user: int) -> None:
-        """Empty the parameters unless another unit has them, and drop what was gathered ahead."""
-        self.users.discard(user)
-        if self._work is not None:
-            self._work.wait()
-        self._gathered = self._work = None
-        if not self.users and not self._fresh:
-            self._empty()
-
-    def expire(self) -> None:
-        """Empty the parameters, whose shards have changed."""
-        if self._fresh:
-            self._fresh = False
-            self._empty()
-
-    def _empty(self) -> None:
-        for place in self.places:
-            set_empty(place.parameter)
+from lowrank_dist.zero3.units import Unit, units_of
 
 
 @dataclass(eq=False)
@@ -203,7 +57,7 @@ class _Stage:
         It stays gathered until its backward is done.
     """
 
-    packs: list[_Pack]
+    packs: list[Pack]
     lasts: bool
     trains: bool
     held: bool = False
@@ -259,7 +113,7 @@ class Gathering:
         ]
         units, layers = units_of(self._root), set(repeated_layers(self._root))
         uses = Counter(parameter for unit in units for parameter in unit.parameters)
-        shared: dict[nn.Parameter, _Pack] = {}
+        shared: dict[nn.Parameter, Pack] = {}
         for unit in units:
             packs = list(self._packs(unit, uses, shared))
             trains = unit.module in layers and any(parameter.requires_grad for parameter in unit.parameters)
@@ -279,7 +133,7 @@ class Gathering:
             set_empty(parameter)
         self._hooks, self._stages, self._resident = [], [], []
 
-    def _packs(self, unit: Unit, uses: Counter[nn.Parameter], shared: dict[nn.Parameter, _Pack]) -> Iterator[_Pack]:
+    def _packs(self, unit: Unit, uses: Counter[nn.Parameter], shared: dict[nn.Parameter, Pack]) -> Iterator[Pack]:
         by_group: dict[ShardGroup, list[nn.Parameter]] = {}
         for parameter in unit.parameters:
             group, home = self._partitioner.group_of(parameter), local_shard(parameter).device
@@ -291,10 +145,10 @@ class Gathering:
             elif parameter in shared:
                 yield shared[parameter]
             else:
-                shared[parameter] = _packed([parameter], group, lasts=self._lasts(group))
+                shared[parameter] = packed([parameter], group, lasts=self._lasts(group))
                 yield shared[parameter]
         for group, parameters in by_group.items():
-            yield _packed(parameters, group, lasts=self._lasts(group))
+            yield packed(parameters, group, lasts=self._lasts(group))
 
     def _lasts(self, group: ShardGroup) -> bool:
         """Whether what `group` shares stays gathered: adapters, where every rank holds the rest."""
@@ -463,33 +317,6 @@ class _AfterBackward(torch.autograd.Function):
         gathering, index = ctx.unit
         gathering.after_backward(index)
         return None, None, *grads
-
-
-def _packed(parameters: Sequence[nn.Parameter], group: ShardGroup, *, lasts: bool) -> _Pack:
-    """Copy the shards of `parameters` into one buffer, which most frozen parameters use from then on."""
-    places, end = [], 0
-    for parameter in parameters:
-        length = local_shard(parameter).nbytes
-        places.append(_Place(parameter, end, length, -length % ALIGNMENT))
-        end += length + places[-1].padding
-    first = local_shard(parameters[0])
-    local = torch.zeros(end, dtype=torch.uint8, device=first.device)
-    if first.is_pinned():
-        local = local.pin_memory()
-    pack = _Pack(group, local, lasts, places)
-    nbytes: Counter[torch.dtype] = Counter()
-    for place in places:
-        nbytes[place.parameter.dtype] += place.length
-    (dtype, _), *_ = nbytes.most_common()
-    for place in places:
-        shard = local_shard(place.parameter)
-        mine = local[place.start : place.start + place.length].view(shard.dtype)
-        if place.parameter.requires_grad or shard.dtype != dtype:
-            pack.copied.append((mine, place.parameter))
-        else:
-            mine.copy_(shard)
-            shard.data = mine
-    return pack
 
 
 @contextmanager

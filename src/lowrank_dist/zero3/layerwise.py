@@ -18,8 +18,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from lowrank_dist.zero3.gathering import Unit, units_of
 from lowrank_dist.zero3.partition import gathered
+from lowrank_dist.zero3.units import Unit, units_of
 
 
 @contextmanager
