@@ -138,7 +138,8 @@ class ModelStrategy(CheckpointedStrategy):
         within = self.shard_within
         if within == "auto":
             compute_dtype, factor_dtype = PRECISIONS[self.precision_plugin.precision]
-            job = run_spec(
+            run = partial(
+                run_spec,
                 self,
                 compute_dtype=compute_dtype,
                 factor_dtype=factor_dtype,
@@ -146,7 +147,7 @@ class ModelStrategy(CheckpointedStrategy):
                 live_layers=self.live_layers,
                 fp32_norms=self.fp32_norms,
             )
-            within = smallest_group(opened, job, self.root_device, announce=rank_zero_info)
+            within = smallest_group(opened, run, self.root_device, announce=rank_zero_info)
         return self._copies(within)
 
     def _is_set_up(self, module: LightningModule) -> bool:

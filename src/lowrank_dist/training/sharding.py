@@ -46,16 +46,25 @@ def run_spec(strategy: Stage3Strategy, **options: Any) -> RunSpec:
 
 
 def smallest_group(
-    opened: OpenedModel, job: RunSpec, device: torch.device, *, announce: Callable[[str], object]
+    opened: OpenedModel, run: Callable[[], RunSpec], device: torch.device, *, announce: Callable[[str], object]
 ) -> ShardWithin:
     """The smallest group of ranks within which a run fits; the world on CPUs, and for methods that look at data.
 
-    Collective on CUDA: ranks agree on the least free memory of their devices.
+    Collective on CUDA: ranks agree on the least free memory of their devices. `run`, which asks for the training data,
+    is called only then, and its errors are raised on every rank.
     """
-    init = opened.source.init
-    if job.ranks == 1 or device.type != "cuda" or (init is not None and init.statistic is not None):
+    init, group = opened.source.init, ShardGroup(device=device)
+    calibrated = init is not None and init.statistic is not None
+    if group.size == 1:
         return "world"
-    free, _ = torch.cuda.mem_get_info(device)
-    choice = choose_sharding(*planned_run(opened, job), min(ShardGroup(device=device).gather_objects(free)))
+    if calibrated or device.type != "cuda":
+        why = f"{init} reads the shards of all ranks" if calibrated else "ranks on CPUs share the memory of their host"
+        announce(f"shard_within=auto takes world: {why}")
+        return "world"
+    with group.shared_errors():
+        job = run()
+        shapes, job = planned_run(opened, job)
+        free, _ = torch.cuda.mem_get_info(device)
+    choice = choose_sharding(shapes, job, min(group.gather_objects(free)))
     announce(f"shard_within=auto takes {choice}; sequences of {job.length} tokens, {job.batch_size} a batch")
     return choice.within

@@ -1,7 +1,7 @@
 """Gathers of ZeRO-3 parameters, one collective per decoder layer, in place of DeepSpeed's parameter coordinator.
 
 DeepSpeed fetches and releases parameter by parameter: forward and backward of one decoder layer of a QPiSSA model visit
-some 40 parameters four times, which costs the host more than PEFT's whole step. Here a `Unit`, a decoder layer or
+some 40 parameters four times, which costs the host about as much as a step of PEFT. Here a `Unit`, a decoder layer or
 another module that holds parameters, has one flat buffer of bytes with this rank's shards of all its parameters. One
 all-gather brings the whole unit, one copy puts the parts of each parameter together, and while a unit computes the next
 ones are gathered.
