@@ -186,11 +186,12 @@ def describe_engine() -> dict[str, set[str]]:
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=torch.optim.AdamW(module.parameters()), config=config, dist_init_required=False
     )
-    gradients, sums = engine.optimizer.grad_partitions_flat_buffer, []
+    gradients, sums, micro_steps = engine.optimizer.grad_partitions_flat_buffer, [], []
     for last in (False, True):
         engine.set_gradient_accumulation_boundary(last)
         engine.backward(engine(torch.ones(1, 8)))
         sums.append(gradients.clone())
+        micro_steps.append(engine.optimizer.micro_step_id)
         engine.step()
     parameter = next(module.parameters())
     flat = engine.optimizer.fp32_partitioned_groups_flat
@@ -201,6 +202,11 @@ def describe_engine() -> dict[str, set[str]]:
         behaves.add("state is by flat tensor")
     if sums[0].any() and torch.equal(sums[1], 2 * sums[0]):
         behaves.add("gradients are summed in one flat tensor")
+    if micro_steps == [0, 1]:
+        behaves.add("the first gradients of a step overwrite")
+    (bucket,) = engine.optimizer.ipg_buckets.values()
+    if len(bucket.buffer) == engine.optimizer.reduce_bucket_size:
+        behaves.add("gradients are reduced in a bucket")
     return {
         "init": set(dir(init)),
         "parameter": set(dir(parameter)),
@@ -288,6 +294,29 @@ CANARIES: dict[tuple[str, str], Callable[..., object]] = {
     ("deepspeed", "optimizer.grad_partitions_flat_buffer"): of_engine(
         "behaves", "gradients are summed in one flat tensor"
     ),
+    ("deepspeed", "optimizer._leaf_module_hooks"): of_engine("optimizer", "_leaf_module_hooks"),
+    ("deepspeed", "optimizer.overlapping_partition_gradients_reduce_epilogue"): check_that(
+        lambda: (
+            "self.optimizer.overlapping_partition_gradients_reduce_epilogue()"
+            in inspect.getsource(at("deepspeed.runtime.engine"))
+        ),
+        "DeepSpeed's engine does not call overlapping_partition_gradients_reduce_epilogue",
+    ),
+    ("deepspeed", "optimizer.averaged_gradients"): check_that(
+        lambda: (
+            "self.flatten(self.averaged_gradients[sub_group_id])"
+            in inspect.getsource(at("deepspeed.runtime.zero.stage3"))
+        ),
+        "DeepSpeed's optimizer does not copy averaged_gradients",
+    ),
+    ("deepspeed", "optimizer.micro_step_id"): of_engine("behaves", "the first gradients of a step overwrite"),
+    ("deepspeed", "optimizer.ipg_buckets"): of_engine("behaves", "gradients are reduced in a bucket"),
+    ("deepspeed", "optimizer.reduce_bucket_size"): of_engine("optimizer", "reduce_bucket_size"),
+    ("deepspeed", "optimizer.get_param_comm_dtype"): of_engine("optimizer", "get_param_comm_dtype"),
+    ("deepspeed", "optimizer.reduce_scatter"): of_engine("optimizer", "reduce_scatter"),
+    ("deepspeed", "optimizer.all2all_process_group"): of_engine("optimizer", "all2all_process_group"),
+    ("deepspeed", "optimizer.offload_optimizer"): of_engine("optimizer", "offload_optimizer"),
+    ("deepspeed", "optimizer.zenflow"): of_engine("optimizer", "zenflow"),
     ("deepspeed", "optimizer.optimizer"): of_engine("optimizer", "optimizer", "state", "param_groups"),
     ("deepspeed", "optimizer.parameter_offload"): of_engine("optimizer", "parameter_offload"),
     ("deepspeed", "parameter_offload._remove_module_hooks"): of_engine("offload", "_remove_module_hooks"),
@@ -510,6 +539,8 @@ OTHERS = {
     "_Hash": "typeshed's name for what hashlib makes; in annotations only",
     "_replace": "of named tuples; documented",
     "_parameters": "torch.nn.Module's; documented in its notes on parametrization",
+    "_modules": "torch.nn.Module's; `getattr` comes to them last, by a function",
+    "_chunk_cat": "torch's; cuts and joins tensors for a reduce-scatter, as in torch's FSDP",
     "_forward_hooks": "torch.nn.Module's; whether there are any",
     "_forward_pre_hooks": "the same",
     "_C": "torch's; see the next",

@@ -190,6 +190,17 @@ class ShardGroup:
         every = shard.new_empty(self.size * len(shard))
         return every, dist.all_gather_into_tensor(every, shard, group=self._group, async_op=True)
 
+    def start_sum_rows(self, tensor: Tensor) -> tuple[Tensor, dist.Work | None]:
+        """Start one reduce-scatter of `tensor` ``[P, n]``, whose own row ``[n]`` it overwrites with the sum of all.
+
+        It returns the row, which may be used after ``wait()`` of the handle, as that of `start_gather`, and the handle.
+        On a single rank there is no handle.
+        """
+        mine = tensor[self.rank]
+        if self.size == 1:
+            return mine, None
+        return mine, dist.reduce_scatter_tensor(mine, tensor.view(-1), group=self._group, async_op=True)
+
     def broadcast_object(self, value: object) -> object:
         """Return rank 0's `value` on every rank (pickled: trusted peers only). One object broadcast."""
         if self.size == 1:

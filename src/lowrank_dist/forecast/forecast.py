@@ -189,6 +189,8 @@ def _alternatives(job: RunSpec) -> Iterator[list[tuple[str, RunSpec]]]:
         groups = alternatives(job)
         larger = groups[groups.index(job.shard_within) + 1 :] if job.shard_within in groups else []
         yield [(f"shard_within: {within}", replace(job, shard_within=within)) for within in larger]
+        if job.keeps_decoded:
+            yield [("keep_decoded: false", replace(job, keep_decoded=False))]
         yield [
             (f"live_layers: {layers}", replace(job, live_layers=layers)) for layers in reversed(range(job.live_layers))
         ]

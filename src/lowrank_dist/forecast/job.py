@@ -21,6 +21,7 @@ from lowrank_dist.model.factor_layout import FactorLayout, TrainedFactors
 from lowrank_dist.model.plan import Plan, PlannedMatrix, PlannedTensor, open_plan
 from lowrank_dist.model.skeleton import build_skeleton
 from lowrank_dist.quantization.format import ResidualFormat
+from lowrank_dist.quantization.nf4 import NF4
 from lowrank_dist.storage.reader import CheckpointReader
 from lowrank_dist.storage.source import ShapesOnly, SourceReader
 from lowrank_dist.zero3.packs import ALIGNMENT
@@ -125,7 +126,7 @@ class RunSpec:
         Whether the residual model is first written to disk and then read from there.
     stage
         ZeRO stage; 0: replicas (DDP).
-    gradient_checkpointing, live_layers, fp32_norms, shard_within
+    gradient_checkpointing, keep_decoded, live_layers, fp32_norms, shard_within
         Options of `PiSSAStrategy`.
     optimizer, fused_cross_entropy
         Options of `CausalLMModule`. An optimizer given by import path is taken to keep two moments.
@@ -152,6 +153,7 @@ class RunSpec:
     fills_cache: bool = False
     stage: int = 3
     gradient_checkpointing: bool = True
+    keep_decoded: bool = True
     live_layers: int = 2
     fp32_norms: bool = False
     shard_within: ShardWithin = "world"
@@ -187,6 +189,11 @@ class RunSpec:
     def shard_ranks(self) -> int:
         """Size of a shard group, whose ranks together hold the frozen parameters once."""
         return {"rank": 1, "node": self.gpus_per_node, "world": self.ranks}[self.shard_within]
+
+    @property
+    def keeps_decoded(self) -> bool:
+        """Whether a layer's decoded weights stay from its recomputation to its backward."""
+        return isinstance(self.residual, NF4) and self.gradient_checkpointing and self.keep_decoded
 
     @property
     def keeps_trained(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -44,7 +45,8 @@ class Memory:
     head
         The largest other gathered parameter (the head, the embedding), twice while it is put together.
     decoded
-        The largest dequantized matrix; for adapted experts all of a layer and their gradients.
+        The largest dequantized matrix, or all of a layer that keeps them from its recomputation to its backward; for
+        adapted experts all of a layer and their gradients.
     kept, recomputed, logits
         Activations: those kept until the backward, those recomputed in one layer's backward, logits and loss.
     step
@@ -176,12 +178,16 @@ def _prefixes(name: str) -> list[str]:
 def _decoded(shapes: ModelShapes, job: RunSpec) -> int:
     if job.residual is None:
         return 0
-    itemsize, largest = job.compute_dtype.itemsize, 0
+    itemsize, wrapped, single, largest_maxima = job.compute_dtype.itemsize, 0, 0, 0
+    layers, kept = set(layer_prefixes(shapes)), Counter[str]()
     for planned in shapes.plan.matrices:
         elements = planned.rows * planned.columns * planned.experts
         if planned.wrapped:  # PEFT needs the dense parameter, and its gradient, while the layer computes
-            largest = max(largest, 2 * elements * itemsize)
+            wrapped = max(wrapped, 2 * elements * itemsize)
         elif isinstance(job.residual, NF4) and not planned.lookup:
             maxima = 4 * elements // job.residual.block_size if job.residual.double_quant else 0
-            largest = max(largest, elements * itemsize + maxima)
-    return largest
+            single, largest_maxima = max(single, elements * itemsize + maxima), max(largest_maxima, maxima)
+            kept.update(dict.fromkeys(layers.intersection(_prefixes(planned.layer)), elements * itemsize))
+    if job.keeps_decoded:
+        return max(max(kept.values(), default=0) + largest_maxima + wrapped, single)
+    return max(single, wrapped)

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from lowrank_dist.errors import ModelError
 from lowrank_dist.layers.adapted import FoldAdapters, fuse_adapters
+from lowrank_dist.layers.frozen import keep_decoded
 from lowrank_dist.zero3.partition import Partitioner, reduce_by_layer
 
 
@@ -18,7 +19,7 @@ class Computation:
 
     Parameters
     ----------
-    gradient_checkpointing, use_reentrant, fold_adapters
+    gradient_checkpointing, use_reentrant, keep_decoded, fold_adapters
         See `lowrank_dist.PiSSAStrategy`.
     autocast
         Dtype of an autocast around the forward; None: no autocast. DeepSpeed's own autocast would not cover
@@ -27,6 +28,7 @@ class Computation:
 
     gradient_checkpointing: bool = False
     use_reentrant: bool = False
+    keep_decoded: bool = False
     fold_adapters: FoldAdapters = "never"
     autocast: torch.dtype | None = None
 
@@ -49,6 +51,8 @@ def make_trainable(backbone: PreTrainedModel, computation: Computation, partitio
     else:
         partitioner.save_no_views()
     fuse_adapters(backbone, computation.fold_adapters)
+    if computation.gradient_checkpointing and computation.keep_decoded:
+        keep_decoded(backbone)
     if computation.autocast is not None:
         backbone.forward = torch.autocast(partitioner.device.type, dtype=computation.autocast)(backbone.forward)
     reduce_by_layer(backbone)

@@ -36,44 +36,55 @@ _REPEATS = 3  # timed runs, separate and folded
 
 class _AdaptedFunction(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, a: nn.Parameter, b: nn.Parameter, scaling: float, base: FrozenLinear, fold: bool
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, a: nn.Parameter, b: nn.Parameter, how: tuple[FrozenLinear, float, bool]) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.how = a, b, scaling, base, fold
+        ctx.how = a, b, how
+        base, scaling, fold = how
         rows, dtype = x.flatten(0, -2), x.dtype
         if fold:
-            y = rows @ _summed(base, a, b, scaling, dtype)
+            y = rows @ base.used(dtype, _product(base, a, b, scaling, dtype))
         else:
-            y = rows @ base.matrix(base.stored(), dtype)
-            y.addmm_(rows @ a.to(dtype).mT, b.to(dtype).mT, alpha=scaling)
+            y = rows @ base.used(dtype)
+            y.addmm_(rows @ _in(a, dtype).mT, _in(b, dtype).mT, alpha=scaling)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        a, b, scaling, base, fold = ctx.how
+        a, b, (base, scaling, fold) = ctx.how
         wants_x, wants_a, wants_b, *_ = ctx.needs_input_grad
         rows, dtype = x.flatten(0, -2), grad.dtype
-        grad = grad.flatten(0, -2)
+        grad, weight = grad.flatten(0, -2), base.recomputed(dtype)
         to_x = to_a = to_b = None
         if wants_a or not fold:
-            through_b = (grad @ b.to(dtype)).mul_(scaling)
-        if wants_x and fold:
-            to_x = (grad @ _summed(base, a, b, scaling, dtype).mT).view(x.shape)
-        elif wants_x:
-            to_x = (grad @ base.matrix(base.stored(), dtype).mT).addmm_(through_b, a.to(dtype)).view(x.shape)
+            through_b = _scaled(grad @ _in(b, dtype), scaling)
+        if wants_x:
+            if weight is None:
+                weight = base.matrix(dtype, _product(base, a, b, scaling, dtype) if fold else None)
+            to_x = grad @ weight.mT
+            if not fold:
+                to_x.addmm_(through_b, _in(a, dtype))
+            to_x = to_x.view(x.shape)
         if wants_a:
-            to_a = (through_b.mT @ rows).to(a.dtype)
+            to_a = _in(through_b.mT @ rows, a.dtype)
         if wants_b:
-            to_b = (grad.mT @ (rows @ a.to(dtype).mT).mul_(scaling)).to(b.dtype)
-        return to_x, to_a, to_b, None, None, None
+            to_b = _in(grad.mT @ _scaled(rows @ _in(a, dtype).mT, scaling), b.dtype)
+        return to_x, to_a, to_b, None
 
 
-def _summed(base: FrozenLinear, a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
-    """``(W + s B A)^T``, ``[in, out]``; a view where rows are outputs."""
+def _in(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``, without a call of torch where there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _scaled(tensor: Tensor, scaling: float) -> Tensor:
+    return tensor if scaling == 1 else tensor.mul_(scaling)
+
+
+def _product(base: FrozenLinear, a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The factors of ``s B A`` in the orientation of the stored matrix."""
     left, right = (a.mT, b.mT) if base.input_first else (b, a)
-    return base.matrix(base.stored(), dtype, ((scaling * left).to(dtype), right.to(dtype)))
+    return _in(scaling * left, dtype), _in(right, dtype)
 
 
 class Folding:
@@ -127,13 +138,12 @@ class AdaptedLinear(LoraLinear):
 
     def is_plain(self) -> bool:
         """Whether the layer currently computes ``x W^T + s (x A^T) B^T`` and nothing else."""
-        if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
+        active = self.active_adapters
+        if len(active) != 1 or self.disable_adapters or self.merged_adapters or active[0] in self.lora_variant:
             return False
-        (adapter,) = self.active_adapters
-        dropout = self.lora_dropout[adapter]
-        if adapter in self.lora_variant or (isinstance(dropout, nn.Dropout) and dropout.p > 0 and dropout.training):
+        base, a, b, dropout = self._parts(active[0])
+        if isinstance(dropout, nn.Dropout) and dropout.p > 0 and dropout.training:
             return False
-        base, a, b = self.base_layer, self.lora_A[adapter], self.lora_B[adapter]
         return not (
             base._forward_hooks
             or base._forward_pre_hooks
@@ -146,10 +156,19 @@ class AdaptedLinear(LoraLinear):
     def computed(self, x: Tensor, *, fold: bool) -> Tensor:
         """Compute the layer by the Function, as one product if `fold`."""
         (adapter,) = self.active_adapters
-        base: FrozenLinear = self.base_layer
-        a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-        scaling = self.scaling[adapter]
-        return base.multiplied(x, lambda x: _AdaptedFunction.apply(x, a, b, scaling, base, fold))
+        base, a, b, _ = self._parts(adapter)
+        how = base, self.scaling[adapter], fold
+        return base.multiplied(x, _AdaptedFunction, a._parameters["weight"], b._parameters["weight"], how)
+
+    def _parts(self, adapter: str) -> tuple[Any, Any, Any, Any]:
+        """The frozen layer, A, B and the dropout; ``getattr`` of a module is a Python function, seven times a call."""
+        modules: dict[str, Any] = self._modules
+        return (
+            modules["base_layer"],
+            modules["lora_A"]._modules[adapter],
+            modules["lora_B"]._modules[adapter],
+            modules["lora_dropout"]._modules[adapter],
+        )
 
 
 def fuse_adapters(backbone: nn.Module, fold: FoldAdapters) -> list[AdaptedLinear]:

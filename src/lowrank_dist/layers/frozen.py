@@ -1,14 +1,15 @@
 """Layers over an encoded, row-sharded, frozen weight: `FrozenLinear`, one autograd Function, and `FrozenEmbedding`.
 
-The trade-off of the linear layer: the weight is decoded twice per step (forward and backward) and never kept. Memory
-under ZeRO-3 depends on what the Function saves for backward: it saves the stored *Parameter objects*. DeepSpeed frees
-their data after the forward and gathers it again before the backward, when the saved Parameter refers to the gathered
-bytes. Saving a view or a decoded copy instead would keep every layer gathered until its backward.
+The linear layer saves nothing of its weight for backward: it decodes it again, from the parameters that ZeRO-3 has
+gathered again by then. Saving a decoded copy, or a view of the stored bytes, would keep every layer's weights until its
+backward. Under gradient checkpointing there is a third decoding, in the recomputation, shortly before the backward: its
+result may be kept in between (`FrozenLinear.keeps_decoded`), for the memory of one dense decoder layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,21 +18,28 @@ from torch import Tensor, nn
 from lowrank_dist.distributed.partition import RowPartition
 from lowrank_dist.model.factor_layout import FactorLayout
 from lowrank_dist.quantization.format import Product, ResidualFormat
+from lowrank_dist.zero3.backward import in_backward
 
 
 class _FrozenLinearFunction(torch.autograd.Function):
     """``x W^T`` (or ``x W`` where rows are inputs) for a frozen encoded W; only x gets a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: FrozenLinear, *stored: Tensor) -> Tensor:
-        ctx.save_for_backward(*stored)
+    def forward(ctx: Any, x: Tensor, layer: FrozenLinear) -> Tensor:
         ctx.layer = layer
-        return x @ layer.matrix(stored, x.dtype)
+        return x @ layer.used(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        stored = ctx.saved_tensors
-        return grad @ ctx.layer.matrix(stored, grad.dtype).mT, None, *(None for _ in stored)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        weight = ctx.layer.recomputed(grad.dtype)
+        return grad @ (ctx.layer.matrix(grad.dtype) if weight is None else weight).mT, None
+
+
+@dataclass(eq=False)
+class _Kept:
+    """A weight decoded in a recomputation; an object, since attributes of modules are slow to set."""
+
+    weight: Tensor | None = None
 
 
 class FrozenWeight(nn.Module):
@@ -57,7 +65,7 @@ class FrozenWeight(nn.Module):
             self.register_parameter(name, None)
 
     def stored(self) -> list[Tensor]:
-        """The parameters that hold the encoded weight, never views of them (see the module's docstring)."""
+        """The parameters that hold the encoded weight."""
         return [self._parameters[name] for name in self.stored_names]  # type: ignore[misc]
 
     def decode(self, stored: Sequence[Tensor], dtype: torch.dtype, product: Product | None = None) -> Tensor:
@@ -90,6 +98,11 @@ class FrozenLinear(FrozenWeight):
         Inputs are cast to this dtype and outputs have it. Autocast overrides it where enabled.
     input_first
         The stored matrix is ``[in, out]`` (GPT-2's Conv1D).
+
+    Attributes
+    ----------
+    keeps_decoded : bool
+        Whether the weight that gradient checkpointing decodes in a recomputation is kept until the backward.
     """
 
     bias: Tensor | None
@@ -108,29 +121,54 @@ class FrozenLinear(FrozenWeight):
         if input_first:
             self.in_features, self.out_features = self.out_features, self.in_features
         self.register_parameter("bias", None)
+        self.keeps_decoded = False
+        self._kept = _Kept()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in]`` of any floating dtype to ``[..., out]`` in the compute dtype."""
-        return self.multiplied(x, lambda x: _FrozenLinearFunction.apply(x, self, *self.stored()))
+        return self.multiplied(x, _FrozenLinearFunction, self)
 
-    def matrix(self, stored: Sequence[Tensor], dtype: torch.dtype, product: Product | None = None) -> Tensor:
-        """`decode` as ``[in, out]``, for ``x @ matrix``; a view where rows are outputs."""
-        weight = self.decode(stored, dtype, product)
+    def matrix(self, dtype: torch.dtype, product: Product | None = None) -> Tensor:
+        """The weight, decoded to ``[in, out]`` for ``x @ matrix``; a view where rows are outputs.
+
+        `product` is added, in the orientation of the stored matrix.
+        """
+        weight = self.residual.decode(self._parameters, self.partition, dtype, product)  # type: ignore[arg-type]
         return weight if self.input_first else weight.mT
 
-    def multiplied(self, x: Tensor, multiply: Callable[[Tensor], Tensor]) -> Tensor:
-        """Compute ``multiply(x)`` in the compute dtype, or that of autocast where enabled, and add the bias."""
+    def used(self, dtype: torch.dtype, product: Product | None = None) -> Tensor:
+        """`matrix` for a forward, which keeps it if the layer does and the forward is a recomputation."""
+        weight = self.matrix(dtype, product)
+        if self.keeps_decoded:
+            self._kept.weight = weight if in_backward() else None
+        return weight
+
+    def recomputed(self, dtype: torch.dtype) -> Tensor | None:
+        """What the last forward kept, once, if it is in `dtype`."""
+        weight, self._kept.weight = self._kept.weight, None
+        return None if weight is None or weight.dtype != dtype else weight
+
+    def multiplied(self, x: Tensor, function: type[torch.autograd.Function], *args: Any) -> Tensor:
+        """Apply `function` to x in the compute dtype, or that of autocast where enabled, and add the bias."""
         device = x.device.type
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
             with torch.autocast(device, enabled=False):
-                y = multiply(x)
+                y = function.apply(x, *args)
         else:
-            y = multiply(x.to(self.compute_dtype))
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+            y = function.apply(x if x.dtype == self.compute_dtype else x.to(self.compute_dtype), *args)
+        bias = self._parameters["bias"]
+        return y if bias is None else y + bias.to(y.dtype)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, residual={self.residual}"
+
+
+def keep_decoded(backbone: nn.Module) -> None:
+    """Keep what recomputations of `backbone` decode until the backward (`FrozenLinear.keeps_decoded`)."""
+    for module in backbone.modules():
+        if isinstance(module, FrozenLinear):
+            module.keeps_decoded = True
 
 
 class FrozenEmbedding(FrozenWeight):

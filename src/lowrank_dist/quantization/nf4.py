@@ -182,23 +182,32 @@ class NF4:
         self, stored: Mapping[str, Tensor], partition: RowPartition, dtype: torch.dtype
     ) -> Tensor:
         """`decode` with the operators of bitsandbytes, without a product."""
-        _bitsandbytes()
-        packed, absmax, rows = stored["weight_packed"], stored["weight_absmax"], partition.rows
-        blocks = partition.blocks
-        if self.double_quant:
-            absmax = _dequantize_all_absmax(absmax[:blocks], stored["weight_nested"].view(torch.float32))
-        else:
-            absmax = absmax.view(torch.float32)[:blocks]
-        if rows * partition.columns == blocks * self.block_size:
-            packed = packed[: blocks * self.block_size // 2]
-        else:  # the last real block ends in a row of padding
+        packed, absmax, rows, columns = (
+            stored["weight_packed"],
+            stored["weight_absmax"],
+            partition.rows,
+            partition.columns,
+        )
+        if not self.double_quant:
+            absmax = absmax.view(torch.float32)
+        blocks, rest = divmod(rows * columns, self.block_size)
+        if rest:  # the last real block ends in a row of padding
+            blocks += 1
             rows = partition.padded_rows
-            absmax = torch.nn.functional.pad(absmax, (0, rows * partition.columns // self.block_size - blocks))
-        return _dequantize(packed, absmax, self.block_size, (rows, partition.columns), dtype)[: partition.rows]
+        # what pads shards is left out, where there is any
+        absmax = _first(absmax, blocks)
+        if self.double_quant:
+            absmax = _dequantize_all_absmax(absmax, stored["weight_nested"].view(torch.float32))
+        if rest:
+            absmax = torch.nn.functional.pad(absmax, (0, rows * columns // self.block_size - blocks))
+        else:
+            packed = _first(packed, blocks * self.block_size // 2)
+        weight = _dequantize(packed, absmax, self.block_size, (rows, columns), dtype)
+        return weight[: partition.rows] if rest else weight
 
     def has_kernel(self, partition: RowPartition, device: torch.device) -> bool:
         """Whether Triton can decode the matrix: rows consist of whole blocks, on CUDA or in Triton's interpreter."""
-        runs = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+        runs = device.type == "cuda" or _interprets_triton()
         return runs and partition.columns % self.block_size == 0 and _has_triton()
 
     def decode_with_kernel(
@@ -333,9 +342,16 @@ def _dequantize(packed: Tensor, absmax: Tensor, block_size: int, shape: Sequence
     if 0 in shape:
         return torch.empty(shape, dtype=dtype, device=packed.device)
     # Blocks run over the flattened matrix, so it is passed as rows only if they consist of whole blocks.
-    flat = shape if shape[1] % block_size == 0 else (shape[0] * shape[1],)
-    out = torch.ops.bitsandbytes.dequantize_4bit.default(packed.view(-1, 1), absmax, block_size, "nf4", flat, dtype)
-    return out.view(shape)  # type: ignore[no-any-return]
+    whole = shape[1] % block_size == 0
+    flat = shape if whole else (shape[0] * shape[1],)
+    _bitsandbytes()
+    out = torch.ops.bitsandbytes.dequantize_4bit.default(packed, absmax, block_size, "nf4", flat, dtype)
+    return out if whole else out.view(shape)  # type: ignore[no-any-return]
+
+
+def _first(tensor: Tensor, count: int) -> Tensor:
+    """``tensor[:count]`` of a flat tensor, without a slice where there are no more."""
+    return tensor if tensor.numel() == count else tensor[:count]
 
 
 def _quantize_absmax(absmax: Tensor, partition: RowPartition, group: ShardGroup) -> tuple[Tensor, Tensor]:
@@ -389,10 +405,17 @@ def _dequantize_absmax(codes: Tensor, nested: Tensor, blocks: Tensor) -> Tensor:
 
 def _dequantize_all_absmax(codes: Tensor, nested: Tensor) -> Tensor:
     """`_dequantize_absmax` of the first blocks of a matrix, in order, by one operator of bitsandbytes."""
+    _bitsandbytes()
+    offset, maxima = nested.split_with_sizes([1, nested.numel() - 1])
     absmax: Tensor = torch.ops.bitsandbytes.dequantize_blockwise.default(
-        codes, nested[1:], _dynamic_map(codes.device), NESTED_BLOCK, torch.float32
+        codes, maxima, _dynamic_map(codes.device), NESTED_BLOCK, torch.float32
     )
-    return absmax.add_(nested[0])
+    return absmax.add_(offset)
+
+
+@cache
+def _interprets_triton() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @cache

@@ -71,6 +71,7 @@ class ModelStrategy(CheckpointedStrategy):
     untie_embeddings: bool
     gradient_checkpointing: bool
     use_reentrant: bool
+    keep_decoded: bool
     fp32_norms: bool
     live_layers: int
     show_progress: bool
@@ -103,6 +104,7 @@ class ModelStrategy(CheckpointedStrategy):
             computation=Computation(
                 gradient_checkpointing=self.gradient_checkpointing,
                 use_reentrant=self.use_reentrant,
+                keep_decoded=self.keep_decoded,
                 fold_adapters=self.fold_adapters,
                 autocast=autocast,
             ),
@@ -144,6 +146,7 @@ class ModelStrategy(CheckpointedStrategy):
                 compute_dtype=compute_dtype,
                 factor_dtype=factor_dtype,
                 gradient_checkpointing=self.gradient_checkpointing,
+                keep_decoded=self.keep_decoded,
                 live_layers=self.live_layers,
                 fp32_norms=self.fp32_norms,
             )

@@ -25,6 +25,7 @@ from lowrank_dist.zero3.gradients import clear_gradients, scale_gradients
 from lowrank_dist.zero3.muon import is_muon
 from lowrank_dist.zero3.optimizer import keep_optimizer
 from lowrank_dist.zero3.partition import Partitioner, use_cpu_accelerator, zero_settings
+from lowrank_dist.zero3.reduction import LayerReduction
 
 
 class Stage3Strategy(DeepSpeedStrategy):
@@ -188,7 +189,12 @@ class Stage3Strategy(DeepSpeedStrategy):
         if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
             keep_optimizer(self.deepspeed_engine)
         take_over(self.deepspeed_engine)
-        self._gathering = Gathering(self.deepspeed_engine.module, self._partitioner, ahead=self._ahead)
+        zero, reduction = self.deepspeed_engine.optimizer, None
+        if self.lightning_module.trainer.state.fn == TrainerFn.FITTING and LayerReduction.can_reduce(zero):
+            reduction = LayerReduction(zero, self._partitioner.group)
+        self._gathering = Gathering(
+            self.deepspeed_engine.module, self._partitioner, ahead=self._ahead, reduction=reduction
+        )
         self._gathering.install()
 
     @property

@@ -32,8 +32,10 @@ from torch import Tensor, nn
 
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import InputError
+from lowrank_dist.zero3.backward import in_backward
 from lowrank_dist.zero3.packs import Pack, packed
 from lowrank_dist.zero3.partition import Partitioner, local_shard, repeated_layers, set_empty, set_whole
+from lowrank_dist.zero3.reduction import LayerReduction
 from lowrank_dist.zero3.units import Unit, units_of
 
 
@@ -45,8 +47,8 @@ class _Stage:
     ----------
     lasts
         All its packs last, or there are none: nothing is released in a step.
-    trains
-        It is a decoder layer with trained parameters, whose gradients DeepSpeed reduces together.
+    trained
+        Trained parameters of a decoder layer, whose gradients are reduced together.
     held
         It is gathered.
     pending
@@ -59,7 +61,7 @@ class _Stage:
 
     packs: list[Pack]
     lasts: bool
-    trains: bool
+    trained: list[nn.Parameter]
     held: bool = False
     pending: bool = False
     kept: bool = False
@@ -77,6 +79,8 @@ class Gathering:
         Its groups share them.
     ahead
         Number of units that are gathered while another computes.
+    reduction
+        Reduces the gradients of decoder layers; None: DeepSpeed does.
 
     Attributes
     ----------
@@ -89,9 +93,12 @@ class Gathering:
     buffer for itself.
     """
 
-    def __init__(self, root: nn.Module, partitioner: Partitioner, *, ahead: int) -> None:
+    def __init__(
+        self, root: nn.Module, partitioner: Partitioner, *, ahead: int, reduction: LayerReduction | None = None
+    ) -> None:
         self.on_wait: Callable[[bool], None] | None = None
         self._root, self._partitioner, self._ahead = root, partitioner, ahead
+        self._reduction = reduction
         self._stages: list[_Stage] = []
         self._resident: list[nn.Parameter] = []
         self._hooks: list[Any] = []
@@ -116,9 +123,9 @@ class Gathering:
         shared: dict[nn.Parameter, Pack] = {}
         for unit in units:
             packs = list(self._packs(unit, uses, shared))
-            trains = unit.module in layers and any(parameter.requires_grad for parameter in unit.parameters)
-            if packs or trains:
-                self._stages.append(_Stage(packs, all(pack.lasts for pack in packs), trains))
+            trained = [p for p in unit.parameters if p.requires_grad] if unit.module in layers else []
+            if packs or trained:
+                self._stages.append(_Stage(packs, all(pack.lasts for pack in packs), trained))
                 self._watch(len(self._stages) - 1, unit.module)
         self._attach()
 
@@ -174,7 +181,7 @@ class Gathering:
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             self._acquire(index)
-            if stage.lasts and not stage.trains:
+            if stage.lasts and not stage.trained:
                 return None
             tensors = [value for value in (*args, *kwargs.values()) if _wants_gradient(value)]
             if not tensors or not torch.is_grad_enabled():
@@ -186,9 +193,9 @@ class Gathering:
             )
 
         def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if stage.lasts and not stage.trains:
+            if stage.lasts and not stage.trained:
                 return
-            if _in_backward():
+            if in_backward():
                 self._before_backward(index)
                 return
             if torch.is_grad_enabled():
@@ -263,6 +270,8 @@ class Gathering:
     def backward_begins(self) -> None:
         """To be called before every backward."""
         self._reduced.clear()
+        if self._reduction is not None:
+            self._reduction.backward_begins()
 
     def _before_backward(self, index: int) -> None:
         """Gather a unit, or keep it, for its backward.
@@ -270,13 +279,13 @@ class Gathering:
         Raises
         ------
         InputError
-            If it is the unit's second in one backward: DeepSpeed would overwrite the gradients of the first.
+            If it is the unit's second in one backward: its gradients would overwrite those of the first.
         """
         stage = self._stages[index]
-        if index in self._reduced and stage.trains:
+        if index in self._reduced and stage.trained:
             raise InputError(
-                "a decoder layer ran twice before one backward, and DeepSpeed reduces its gradients after the first "
-                "time: pass both batches through the model at once (concatenated), or call manual_backward after each "
+                "a decoder layer ran twice before one backward, and its gradients are reduced after the first time: "
+                "pass both batches through the model at once (concatenated), or call manual_backward after each "
                 "forward"
             )
         if not stage.lasts:
@@ -286,6 +295,8 @@ class Gathering:
     def after_backward(self, index: int) -> None:
         """Called when the backward of a unit is done."""
         self._reduced.add(index)
+        if self._reduction is not None and self._stages[index].trained:
+            self._reduction.take(self._stages[index].trained)
         if not self._stages[index].lasts:
             self._release(index)
 
@@ -340,11 +351,6 @@ def _tensors(output: Any) -> Iterator[Tensor]:
     elif isinstance(output, tuple | list):
         for value in output:
             yield from _tensors(value)
-
-
-def _in_backward() -> bool:
-    """Whether autograd runs a backward: then a forward recomputes activations, and the unit's own backward follows."""
-    return torch._C._current_graph_task_id() != -1
 
 
 def take_over(engine: Any) -> None:

@@ -7,6 +7,7 @@ provides its own shard, and this module sets the attributes that ``zero.Init`` w
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -134,10 +135,12 @@ def use_cpu_accelerator() -> None:
     """Make DeepSpeed compute on the CPU even if CUDA devices are present; call this before anything is partitioned.
 
     This also disables ``deepspeed_shm_comm``, an operator for inference that DeepSpeed would compile at start. The
-    compilation takes minutes under load, and a killed one leaves a lock on which later runs wait forever.
+    compilation takes minutes under load, and a killed one leaves a lock on which later runs wait forever. DeepSpeed
+    would also start a process whenever it reduces gradients, to count the NUMA nodes; they are counted once, here.
     """
     if deepspeed.accelerator.get_accelerator().device_name() != "cpu":
         deepspeed.accelerator.set_accelerator(CPU_Accelerator())
+    os.environ.setdefault("LOCAL_SIZE", str(deepspeed.accelerator.get_accelerator().device_count()))
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 

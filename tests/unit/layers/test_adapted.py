@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from multiprocessing import get_context
@@ -23,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import RowPartition
 from lowrank_dist.layers.adapted import fuse_adapters
-from lowrank_dist.layers.frozen import FrozenLinear
+from lowrank_dist.layers.frozen import FrozenLinear, keep_decoded
 from lowrank_dist.quantization.dense import Dense
 from lowrank_dist.quantization.nf4 import NF4
 
@@ -175,6 +176,46 @@ def test_few_operators(fold: Any) -> None:
     with Operators() as counted:
         checkpoint(layer, x, use_reentrant=False).sum().backward()
     assert len(counted.names) <= 30, counted.names
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("fold", ["never", "always"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_a_recomputation_decodes_is_kept_for_the_backward(fold: Any, reentrant: bool, dropout: float) -> None:
+    """Decoded twice instead of three times, with the same bits; nothing is kept after the backward, or by a forward."""
+    owner, x = adapted(NF4(double_quant=True), dropout=dropout), torch.randn(3, 7, IN)
+    (layer,) = fuse_adapters(owner, fold)
+    decoded: list[weakref.ref[Tensor]] = []
+    decode = layer.base_layer.matrix
+
+    def matrix(*args: Any) -> Tensor:
+        weight = decode(*args)
+        decoded.append(weakref.ref(weight))
+        return weight
+
+    layer.base_layer.matrix = matrix
+
+    def run(layer: nn.Module, x: Tensor) -> Tensor:
+        return checkpoint(layer, x, use_reentrant=reentrant)
+
+    def step() -> tuple[dict[str, Tensor], int]:
+        decoded.clear()
+        torch.manual_seed(0)
+        inputs = x.clone().requires_grad_()
+        run(layer, inputs).sum().backward()
+        grads = {name: p.grad for name, p in [("x", inputs), *layer.named_parameters()] if p.grad is not None}
+        layer.zero_grad()
+        assert all(weight() is None for weight in decoded)
+        return grads, len(decoded)
+
+    expected, without = step()
+    keep_decoded(owner)
+    found, kept = step()
+    assert (without, kept) == (3, 2)
+    assert found.keys() == expected.keys() == {"x", "lora_A.default.weight", "lora_B.default.weight"}
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    layer(x)
+    assert decoded[-1]() is None
 
 
 def test_the_faster_is_used_from_then_on() -> None:

@@ -40,7 +40,7 @@ def _memory(found: Forecast) -> Iterator[str]:
         ("gradients being reduced", memory.bucket),
         (gathered, memory.layers),
         ("head or embedding, gathered", memory.head),
-        ("largest dequantized weight", memory.decoded),
+        ("dequantized weights of a layer" if job.keeps_decoded else "largest dequantized weight", memory.decoded),
         (kept, memory.kept),
         (f"activations of one layer{estimate}", memory.recomputed),
         ("logits and loss", memory.logits),
