@@ -18,6 +18,7 @@ from helpers.ranks import alone, run_ranks, run_ranks_catching
 from helpers.traffic import Traffic
 from helpers.training import CausalLM, dense_state, loader, make_strategy, make_trainer, tokens
 from lowrank_dist import LoRA
+from lowrank_dist.forecast.job import ModelShapes
 from lowrank_dist.zero3.partition import gathered
 
 CHECKPOINTING = {
@@ -114,6 +115,37 @@ def test_every_gradient_with_large_buffers(tmp_path: Path, checkpointing: str) -
     layer = sum(t.nbytes for name, t in ranks[0][1].items() if ".layers.0." in name)
     assert layer > 165 * 2**20
     check_every_gradient(large, ranks[:1], 3)
+
+
+class Rates(CausalLM):
+    """Two parameter groups, so that DeepSpeed keeps the gradients of a layer in two places."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        groups = [{"params": [p for name, p in trained.items() if factor in name]} for factor in ("lora_A", "lora_B")]
+        return torch.optim.AdamW(groups, lr=1e-3)
+
+
+@alone
+def reduced(pretrained: Path, options: dict[str, Any], module: type[CausalLM]) -> tuple[Any, list[int]]:
+    """`gradients` of three steps, and bytes of each reduce-scatter."""
+    traffic = Traffic()
+    found = gradients(pretrained, 3, options, module)
+    return found, [nbytes for name, _, nbytes in traffic.calls if name == "reduce_scatter_tensor"]
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize(("layers_at_once", "module"), [(4, Rates), (2, CausalLM), (1, Rates)])
+def test_gradients_of_layers_are_reduced_together(
+    deep: Path, layers_at_once: int, module: type[CausalLM], checkpointing: str
+) -> None:
+    """As many at once as fit into DeepSpeed's bucket."""
+    adapted = ModelShapes.of(deep, LoraConfig(r=4, target_modules=TARGETS)).plan.matrices
+    numel = sum(4 * (matrix.rows + matrix.columns) for matrix in adapted) // 4
+    options = {**CHECKPOINTING[checkpointing], "reduce_bucket_size": layers_at_once * numel}
+    (found, reductions), _ = run_ranks(2, reduced, deep, options, module)
+    check_every_gradient(deep, [found], 3)
+    assert reductions == [4 * layers_at_once * numel] * (3 * 4 // layers_at_once)
 
 
 class Twice(CausalLM):
