@@ -204,6 +204,8 @@ def describe_engine() -> dict[str, set[str]]:
         behaves.add("gradients are summed in one flat tensor")
     if micro_steps == [0, 1]:
         behaves.add("the first gradients of a step overwrite")
+    if len(engine.optimizer._grad_acc_hooks) == len(list(module.parameters())):
+        behaves.add("parameters outside of leaf modules have hooks")
     (bucket,) = engine.optimizer.ipg_buckets.values()
     if len(bucket.buffer) == engine.optimizer.reduce_bucket_size:
         behaves.add("gradients are reduced in a bucket")
@@ -295,6 +297,7 @@ CANARIES: dict[tuple[str, str], Callable[..., object]] = {
         "behaves", "gradients are summed in one flat tensor"
     ),
     ("deepspeed", "optimizer._leaf_module_hooks"): of_engine("optimizer", "_leaf_module_hooks"),
+    ("deepspeed", "optimizer._grad_acc_hooks"): of_engine("behaves", "parameters outside of leaf modules have hooks"),
     ("deepspeed", "optimizer.overlapping_partition_gradients_reduce_epilogue"): check_that(
         lambda: (
             "self.optimizer.overlapping_partition_gradients_reduce_epilogue()"

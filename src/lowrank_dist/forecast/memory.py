@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from lowrank_dist.forecast.activations import Activations
@@ -40,6 +40,9 @@ class Memory:
         Kinds of `resident` in host memory.
     bucket
         Buffer in which gradients are reduced.
+    waiting
+        Gradients of layers that wait until they fill it, and those of the layer in use; and their copy, if DeepSpeed
+        has the buffer for gradients of other modules.
     layers
         Gathered decoder layers, at most: the layer in use, twice while it is put together, and the prefetched ones.
     head
@@ -58,6 +61,7 @@ class Memory:
     resident: Mapping[str, int]
     offloaded: tuple[str, ...]
     bucket: int
+    waiting: int
     layers: int
     head: int
     decoded: int
@@ -78,7 +82,9 @@ class Memory:
         base = self.stays + self.bucket
         return {
             "logits and loss": base + self.head + self.layers + self.kept + self.logits,
-            "backward of a layer": base + self.head + self.layers + self.decoded + self.kept + self.recomputed,
+            "backward of a layer": sum(
+                (base, self.waiting, self.head, self.layers, self.decoded, self.kept, self.recomputed)
+            ),
             "optimizer step": base + self.step,
         }
 
@@ -108,10 +114,13 @@ def memory(shapes: ModelShapes, job: RunSpec, activations: Activations) -> Memor
     copied = 0
     if job.adapts:  # initial factors, and the copied state from which a checkpoint is written
         copied = resident["trained"] + sum(resident[kind] for kind in ("trained", "masters", "moments"))
+    gradients = sum(p.whole_bytes for p in trained)
+    bucket = _bucket(job, gradients)
     return Memory(
         resident=resident,
         offloaded=offloaded,
-        bucket=_bucket(job, sum(p.whole_bytes for p in trained)),
+        bucket=bucket,
+        waiting=_waiting(_by_layer(shapes, trained, lambda p: p.whole_bytes), gradients, bucket) if job.adapts else 0,
         layers=_gathered_layers(shapes, job, every),
         head=_largest_other(shapes, job, every),
         decoded=_decoded(shapes, job),
@@ -131,6 +140,12 @@ def _bucket(job: RunSpec, trained: int) -> int:
     return min(trained, (job.bucket or default) * job.factor_dtype.itemsize)
 
 
+def _waiting(layers: list[int], gradients: int, bucket: int) -> int:
+    """Bytes of gradients, given those of each layer and of all, and of the bucket."""
+    waiting = min(sum(layers), bucket + max(layers))
+    return waiting if sum(layers) == gradients else 2 * waiting
+
+
 def _gathered_layers(shapes: ModelShapes, job: RunSpec, every: list[Parameter]) -> int:
     """Gathered bytes of the layer in use, twice while its parts are put together, and of `live_layers` more.
 
@@ -146,14 +161,18 @@ def _gathered_layers(shapes: ModelShapes, job: RunSpec, every: list[Parameter]) 
 
 def _largest_layer(shapes: ModelShapes, every: list[Parameter]) -> int:
     """Gathered bytes of the largest decoder layer."""
-    prefixes = layer_prefixes(shapes)
-    sizes = [0] * len(prefixes)
-    index = {prefix: i for i, prefix in enumerate(prefixes)}
+    # on one rank a shard is the parameter and is not gathered
+    return max(_by_layer(shapes, every, lambda p: p.gathered_bytes if p.ranks > 1 else 0))
+
+
+def _by_layer(shapes: ModelShapes, every: list[Parameter], nbytes: Callable[[Parameter], int]) -> list[int]:
+    """Sums over the parameters of each decoder layer; at last, nothing."""
+    sizes = dict.fromkeys([*layer_prefixes(shapes), ""], 0)
     for p in every:
-        layer = next((prefix for prefix in _prefixes(p.name) if prefix in index), None)
-        if layer is not None and p.ranks > 1:  # on one rank a shard is the parameter and is not gathered
-            sizes[index[layer]] += p.gathered_bytes
-    return max(sizes, default=0)
+        layer = next((prefix for prefix in _prefixes(p.name) if prefix in sizes), None)
+        if layer is not None:
+            sizes[layer] += nbytes(p)
+    return list(sizes.values())
 
 
 def _largest_other(shapes: ModelShapes, job: RunSpec, every: list[Parameter]) -> int:

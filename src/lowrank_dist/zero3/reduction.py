@@ -26,8 +26,8 @@ _NORM_NUMEL = 2**22
 class LayerReduction:
     """Reduces the gradients of layers whose backward is done.
 
-    Gradients wait until they fill DeepSpeed's bucket (`reduce_bucket_size`), which they are copied into. Their
-    reduction runs while further layers are computed.
+    Gradients wait until they fill a bucket of `reduce_bucket_size`: DeepSpeed's, unless it reduces gradients of other
+    modules in it. Their reduction runs while further layers are computed.
 
     Parameters
     ----------
@@ -48,6 +48,7 @@ class LayerReduction:
         self._waiting: list[nn.Parameter] = []
         self._numel = 0
         self._running: tuple[Tensor, Any, list[nn.Parameter]] | None = None
+        self._has_bucket = not zero._grad_acc_hooks  # of parameters that are not in layers
         for hook in zero._leaf_module_hooks:
             hook.remove()
         self._finish_of_deepspeed = zero.overlapping_partition_gradients_reduce_epilogue
@@ -99,8 +100,8 @@ class LayerReduction:
         self._running = mine, work, parameters
 
     def _buffer(self, numel: int, like: Tensor) -> Tensor:
-        """DeepSpeed's bucket, or memory of its own for a layer that is larger, or if there is no bucket."""
-        bucket = self._zero.ipg_buckets[like.dtype].buffer
+        """DeepSpeed's bucket, or memory of its own, also for a layer that is larger, or if there is no bucket."""
+        bucket = self._zero.ipg_buckets[like.dtype].buffer if self._has_bucket else None
         return like.new_empty(numel) if bucket is None or len(bucket) < numel else bucket[:numel]
 
     def _wait(self) -> tuple[Tensor, list[nn.Parameter]] | None:

@@ -37,7 +37,7 @@ def _memory(found: Forecast) -> Iterator[str]:
     gathered = "gathered adapters" if job.keeps_trained else f"gathered layers ({job.live_layers + 1} at a time)"
     yield f"Per {device}, within a step (at most)"
     for text, nbytes in (
-        ("gradients being reduced", memory.bucket),
+        ("gradients being reduced", memory.bucket + memory.waiting),
         (gathered, memory.layers),
         ("head or embedding, gathered", memory.head),
         ("dequantized weights of a layer" if job.keeps_decoded else "largest dequantized weight", memory.decoded),
