@@ -9,9 +9,7 @@ host's work is hidden behind the arithmetic, as long as it takes less time.
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,31 +18,36 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # for benchmarks.gpu
+import torch.distributed as dist
+from ranks import run_ranks
+from reporting import table, verdict
+from steps import (
+    DENSE,
+    OURS,
+    PEER,
+    TWO,
+    Measured,
+    RunSpec,
+    Train,
+    Way,
+    by_turns,
+    parser,
+    report,
+    train_ours,
+    trainers,
+    ways,
+)
+from transformers import LlamaConfig
 
-import torch.distributed as dist  # noqa: E402
-from benchmarks.gpu.trainers import Measured, RunSpec, save_model, train_bitsandbytes, train_dense, train_ours  # noqa: E402
-from ranks import preload, run_ranks  # noqa: E402
-from reporting import header, table, verdict, write_report  # noqa: E402
-from transformers import LlamaConfig  # noqa: E402
-
-PACKAGES = ("torch", "lightning", "deepspeed", "peft", "transformers", "bitsandbytes")
-DENSE, PEER, OURS, TWO = "PEFT, dense", "PEFT + bitsandbytes", "ours", "ours, 2 ranks"
 FOLDED = "ours, folded"
-WAYS: dict[str, tuple[int, Callable[[RunSpec], Measured]]] = {
-    DENSE: (1, train_dense),
-    PEER: (1, train_bitsandbytes),
-    OURS: (1, partial(train_ours, fold="never")),
-    FOLDED: (1, partial(train_ours, fold="always")),
-    TWO: (2, partial(train_ours, fold="never")),
-}
+WAYS: dict[str, Way] = ways("never") | {FOLDED: (1, partial(train_ours, fold="always"))}
 GOAL = 0.8  # of PEFT over bitsandbytes
 
 
 def main() -> None:
-    options = _options()
-    preload("benchmarks.gpu.trainers")
+    options = parser(
+        __doc__, "host.md", tiny="of two layers", steps="timed steps of a round", n_steps=30, n_rounds=3
+    ).options()
     layers = 2 if options.tiny else 16
     config = LlamaConfig(
         hidden_size=64,
@@ -57,7 +60,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         job = RunSpec(
             name="host",
-            checkpoint=save_model(Path(folder) / "model", config, "cpu"),
+            checkpoint=trainers.save_model(Path(folder) / "model", config, "cpu"),
             tokens=16,
             sequences=2,
             rank=8,
@@ -67,30 +70,21 @@ def main() -> None:
         )
         found: dict[str, list[float]] = {way: [] for way in WAYS}
         collectives: dict[str, dict[str, tuple[int, int]]] = {}
-        for _ in range(options.rounds):
-            for way, (ranks, train) in WAYS.items():
-                print(f"  {way} ...", file=sys.stderr, flush=True)
-                measured = run_ranks(ranks, _run, train, replace(job, steps=options.steps), group=ranks > 1)
-                found[way].append(max(statistics.median(rank.seconds) for rank, _ in measured))
-                collectives[way] = measured[0][1]
-    parts = [_header(options, layers), _table(found, layers), _collectives(collectives[TWO], layers), _verdicts(found)]
-    write_report(options.output, parts)
-    print("\n\n".join(parts))
+        for way, ranks, train in by_turns(WAYS, options.rounds):
+            measured = run_ranks(ranks, _run, train, job, group=ranks > 1)
+            found[way].append(max(statistics.median(rank.seconds) for rank, _ in measured))
+            collectives[way] = measured[0][1]
+    notes = [
+        f"a LLaMA of {layers} layers of width 64, adapters on all linears (r = 8), gradient checkpointing, batches of "
+        f"2 x 16 tokens, AdamW, fp32; medians of {options.steps} steps, {options.rounds} rounds by turns",
+        "ours: NF4 with double quantization under `PiSSAStrategy`, from a batch's start to its end in Lightning's "
+        "loop; PEFT: forward, backward and step without a Trainer",
+    ]
+    parts = [_table(found, layers), _collectives(collectives[TWO], layers), _verdicts(found)]
+    report(options, "CPU time of a training step", "bench_host.py", notes, parts)
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "host.md")
-    parser.add_argument("--tiny", action="store_true", help="dry run: two layers, two steps")
-    parser.add_argument("--steps", type=int, default=30, help="timed steps of a round")
-    parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
-    if options.tiny:
-        options.steps, options.rounds = 2, 1
-    return options
-
-
-def _run(train: Callable[[RunSpec], Measured], job: RunSpec) -> tuple[Measured, dict[str, tuple[int, int]]]:
+def _run(train: Train, job: RunSpec) -> tuple[Measured, dict[str, tuple[int, int]]]:
     """A way's steps; by collective, how often the last timed step called it, and bytes that it brought together."""
     calls: list[tuple[str, int]] = []
     marks: list[int] = []  # how many calls there were whenever the clock was read; at last, around that step
@@ -116,18 +110,6 @@ def _counted(name: str, collective: Callable[..., Any], calls: list[tuple[str, i
         return collective(*args, **options)
 
     return called
-
-
-def _header(options: argparse.Namespace, layers: int) -> str:
-    notes = [
-        f"a LLaMA of {layers} layers of width 64, adapters on all linears (r = 8), gradient checkpointing, batches of "
-        f"2 x 16 tokens, AdamW, fp32; medians of {options.steps} steps, {options.rounds} rounds by turns",
-        "ours: NF4 with double quantization under `PiSSAStrategy`, from a batch's start to its end in Lightning's "
-        "loop; PEFT: forward, backward and step without a Trainer",
-    ]
-    if options.tiny:
-        notes.append("a dry run: its figures mean nothing")
-    return header("CPU time of a training step", "bench_host.py", PACKAGES, "ranks of one thread", notes)
 
 
 def _table(found: dict[str, list[float]], layers: int) -> str:

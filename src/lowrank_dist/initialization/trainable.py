@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from lowrank_dist.errors import ModelError
 from lowrank_dist.layers.adapted import FoldAdapters, fuse_adapters
 from lowrank_dist.layers.frozen import keep_decoded
-from lowrank_dist.zero3.partition import Partitioner, reduce_by_layer
+from lowrank_dist.zero3.partition import Partitioner, reduce_by_layer, repeated_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,7 @@ class Computation:
 
     Parameters
     ----------
-    gradient_checkpointing, use_reentrant, keep_decoded, fold_adapters
+    gradient_checkpointing, use_reentrant, keep_decoded, fold_adapters, compile_layers
         See `lowrank_dist.PiSSAStrategy`.
     autocast
         Dtype of an autocast around the forward; None: no autocast. DeepSpeed's own autocast would not cover
@@ -30,6 +30,7 @@ class Computation:
     use_reentrant: bool = False
     keep_decoded: bool = False
     fold_adapters: FoldAdapters = "never"
+    compile_layers: str | None = None
     autocast: torch.dtype | None = None
 
     def check(self, backbone: PreTrainedModel) -> None:
@@ -51,7 +52,11 @@ def make_trainable(backbone: PreTrainedModel, computation: Computation, partitio
     else:
         partitioner.save_no_views()
     fuse_adapters(backbone, computation.fold_adapters)
-    if computation.gradient_checkpointing and computation.keep_decoded:
+    if computation.compile_layers is not None:
+        for layer in repeated_layers(backbone):
+            # the function inside of the hooks, which gather and checkpoint; layers of one type share what is compiled
+            layer.forward = torch.compile(layer.forward, backend=computation.compile_layers)
+    elif computation.gradient_checkpointing and computation.keep_decoded:
         keep_decoded(backbone)
     if computation.autocast is not None:
         backbone.forward = torch.autocast(partitioner.device.type, dtype=computation.autocast)(backbone.forward)

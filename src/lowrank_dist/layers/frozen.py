@@ -145,6 +145,8 @@ class FrozenLinear(FrozenWeight):
 
     def recomputed(self, dtype: torch.dtype) -> Tensor | None:
         """What the last forward kept, once, if it is in `dtype`."""
+        if not self.keeps_decoded:
+            return None
         weight, self._kept.weight = self._kept.weight, None
         return None if weight is None or weight.dtype != dtype else weight
 

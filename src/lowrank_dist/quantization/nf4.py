@@ -173,6 +173,12 @@ class NF4:
         self, stored: Mapping[str, Tensor], partition: RowPartition, dtype: torch.dtype, product: Product | None = None
     ) -> Tensor:
         """Decode with the Triton kernel if it runs (`has_kernel`), else with bitsandbytes; see `ResidualFormat`."""
+        if torch.compiler.is_compiling():
+            packed, absmax, nested = (stored.get(f"weight_{name}") for name in ("packed", "absmax", "nested"))
+            left, right = product or (None, None)
+            facts = partition.rows, partition.columns, partition.world_size, self.block_size
+            weight: Tensor = _decode_opaquely(packed, absmax, nested, left, right, *facts, dtype)
+            return weight
         if self.has_kernel(partition, stored["weight_packed"].device):
             return self.decode_with_kernel(stored, partition, dtype, product)
         weight = self.decode_with_bitsandbytes(stored, partition, dtype)
@@ -320,6 +326,41 @@ class NF4:
             name: torch.nn.functional.pad(shard, (0, storages[name].shard_numel - shard.numel()))
             for name, shard in shards.items()
         }
+
+
+@torch.library.custom_op(
+    "lowrank_dist::decode_nf4",
+    mutates_args=(),
+    schema=(
+        "(Tensor packed, Tensor absmax, Tensor? nested, Tensor? left, Tensor? right, SymInt rows, SymInt columns, "
+        "SymInt world_size, SymInt block_size, ScalarType dtype) -> Tensor"
+    ),
+)
+def _decode_opaquely(
+    packed: Tensor,
+    absmax: Tensor,
+    nested: Tensor | None,
+    left: Tensor | None,
+    right: Tensor | None,
+    rows: int,
+    columns: int,
+    world_size: int,
+    block_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`NF4.decode` as one operator in the graphs of ``torch.compile``, which does not look inside."""
+    stored = {"weight_packed": packed, "weight_absmax": absmax}
+    if nested is not None:
+        stored["weight_nested"] = nested
+    partition = RowPartition(rows=rows, columns=columns, world_size=world_size, block=block_size)
+    product = None if left is None or right is None else (left, right)
+    return NF4(block_size=block_size, double_quant=nested is not None).decode(stored, partition, dtype, product)
+
+
+@_decode_opaquely.register_fake
+def _shape_of_decoded(packed: Tensor, *args: Any) -> Tensor:
+    *_, rows, columns, _, _, dtype = args
+    return packed.new_empty((rows, columns), dtype=dtype)
 
 
 def read_quant_state(values: Tensor) -> dict[str, Any]:

@@ -77,6 +77,7 @@ class ModelStrategy(CheckpointedStrategy):
     show_progress: bool
     shard_within: ShardWithin | Literal["auto"]
     fold_adapters: FoldAdapters
+    compile_layers: str | None
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -106,6 +107,7 @@ class ModelStrategy(CheckpointedStrategy):
                 use_reentrant=self.use_reentrant,
                 keep_decoded=self.keep_decoded,
                 fold_adapters=self.fold_adapters,
+                compile_layers=self.compile_layers,
                 autocast=autocast,
             ),
             copies=self._copies_of_frozen,
@@ -146,7 +148,7 @@ class ModelStrategy(CheckpointedStrategy):
                 compute_dtype=compute_dtype,
                 factor_dtype=factor_dtype,
                 gradient_checkpointing=self.gradient_checkpointing,
-                keep_decoded=self.keep_decoded,
+                keep_decoded=self.keep_decoded or self.compile_layers is not None,
                 live_layers=self.live_layers,
                 fp32_norms=self.fp32_norms,
             )

@@ -91,6 +91,13 @@ class PiSSAStrategy(ModelStrategy):
         Compute residual and adapter of a linear layer as one product, ``x (W + s B A)^T``: ``"always"``, ``"never"``,
         or ``"measured"``: only where it was faster when both were timed (`lowrank_dist.layers.adapted`). On CUDA, a
         Triton kernel decodes and adds in one pass. The results agree up to rounding; PEFT computes layers with dropout.
+    compile_layers
+        Backend of ``torch.compile`` for the decoder layers: ``"inductor"`` fuses their operators and launches them with
+        less work of the host; None compiles nothing. Layers are gathered, checkpointed and reduced outside of what is
+        compiled, and layers of one type share it. It is compiled in the first step, which takes up to a minute, and
+        once more when the number of tokens changes. The results agree up to rounding; dropout draws other numbers. It
+        implies `keep_decoded` and therefore needs gradient checkpointing, without which decoded weights of the whole
+        model would be kept.
     **deepspeed_options
         All options of `lightning.pytorch.strategies.DeepSpeedStrategy` (``offload_optimizer``, ``reduce_bucket_size``,
         ``timeout``, ``config``, ...), except ``stage``, which is 3.
@@ -158,6 +165,7 @@ class PiSSAStrategy(ModelStrategy):
         show_progress: bool = True,
         shard_within: ShardWithin | Literal["auto"] = "auto",
         fold_adapters: FoldAdapters = "never",
+        compile_layers: str | None = None,
         **deepspeed_options: Any,
     ) -> None:
         if adapter is not None and not isinstance(adapter, LoraConfig | str | os.PathLike):
@@ -170,6 +178,16 @@ class PiSSAStrategy(ModelStrategy):
         if fold_adapters not in get_args(FoldAdapters):
             raise ValueError(
                 f"PiSSAStrategy: fold_adapters={fold_adapters!r} is none of {', '.join(get_args(FoldAdapters))}"
+            )
+        if compile_layers is not None and not gradient_checkpointing:
+            raise ValueError(
+                f"PiSSAStrategy: compile_layers={compile_layers!r} needs gradient_checkpointing=True: compiled layers "
+                "would keep decoded weights of the whole model until their backward"
+            )
+        if compile_layers is not None and fold_adapters == "measured":
+            raise ValueError(
+                f"PiSSAStrategy: fold_adapters='measured' times layers as they run, which compile_layers="
+                f"{compile_layers!r} does not allow; use 'never' or 'always'"
             )
         if shard_within not in ("auto", *get_args(ShardWithin)):
             raise ValueError(
@@ -200,6 +218,7 @@ class PiSSAStrategy(ModelStrategy):
         self.show_progress = show_progress
         self.shard_within = shard_within
         self.fold_adapters = fold_adapters
+        self.compile_layers = compile_layers
         if init is not None and (self.weights is not None or not ResidualModel.is_at(Path(self.pretrained))):
             init.check(Dense(dtype=torch.float32) if quantization is None else quantization)
         self.calibration = calibration
