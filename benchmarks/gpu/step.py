@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Pretrain
 from lowrank_dist.callbacks.flops import matmul_rate
 
 SPEED_GOAL, MEMORY_GOAL, RATE_GOAL, SHARDING_GOAL = 1.3, 0.8, 0.55, 0.05
-OURS, OURS_FUSED, UNSHARDED, UNSHARDED_FUSED, PEER, CEILING = WAYS
+OURS, OURS_FUSED, COMPILED, UNSHARDED, UNSHARDED_FUSED, PEER, CEILING = WAYS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -138,10 +138,13 @@ class Meter:
 # ---- ours
 
 
-def train_ours(job: RunSpec, *, fold: FoldAdapters, fused_loss: bool = False) -> Measured:
+def train_ours(
+    job: RunSpec, *, fold: FoldAdapters, fused_loss: bool = False, compile_layers: str | None = None
+) -> Measured:
     """`PiSSAStrategy`; zero-start adapters, as the initialisation is not what is measured.
 
     `fold` says where adapters are added to the decoded weight. `fused_loss` takes the loss without logits, on CUDA.
+    `compile_layers` is a backend of ``torch.compile``.
     """
     meter = Meter(job.device, job.clock)
     strategy = PiSSAStrategy(
@@ -150,6 +153,7 @@ def train_ours(job: RunSpec, *, fold: FoldAdapters, fused_loss: bool = False) ->
         LoRA(),
         NF4(double_quant=True),
         fold_adapters=fold,
+        compile_layers=compile_layers,
         show_progress=False,
     )
     module = CausalLMModule(
@@ -281,12 +285,15 @@ WAYS: dict[str, Callable[[RunSpec], Measured]] = {
     "ours, adapters folded in where faster, loss without logits": lambda job: train_ours(
         job, fold="measured", fused_loss=True
     ),
+    "ours, layers compiled": lambda job: train_ours(job, fold="never", compile_layers="inductor"),
     "ours without ZeRO-3": lambda job: train_unsharded(job, fused=False),
     "ours without ZeRO-3, adapters folded in where faster": lambda job: train_unsharded(job, fused=True),
     "PEFT + bitsandbytes `Linear4bit`": train_bitsandbytes,
     "PEFT, dense": train_dense,
 }
-SHORT = dict(zip(("ours", "fused", "unsharded", "unsharded-fused", "bitsandbytes", "dense"), WAYS, strict=True))
+SHORT = dict(
+    zip(("ours", "fused", "compiled", "unsharded", "unsharded-fused", "bitsandbytes", "dense"), WAYS, strict=True)
+)
 
 
 def train(way: str, job: RunSpec) -> Measured | str:
