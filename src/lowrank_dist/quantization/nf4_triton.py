@@ -5,6 +5,9 @@ that, and ``W + s B A`` two more over the weight. This kernel decodes a tile tog
 part of the product, accumulated in fp32, and writes the tile once. It reads 4.5 bits and writes 16 per weight, so the
 write determines its time.
 
+Tiles are constants, so that nothing is tuned at run time, and a run computes what the one before did. Triton keeps what
+it compiles on disk (``TRITON_CACHE_DIR``), for all runs.
+
 The module is imported on use only, because Triton comes with CUDA builds of torch. With ``TRITON_INTERPRET=1`` in the
 environment before the first import of Triton, the kernel runs on the CPU, slowly.
 """

@@ -97,7 +97,7 @@ class PiSSAStrategy(ModelStrategy):
         compiled, and layers of one type share it. It is compiled in the first step, which takes up to a minute, and
         once more when the number of tokens changes. The results agree up to rounding; dropout draws other numbers. It
         implies `keep_decoded` and therefore needs gradient checkpointing, without which decoded weights of the whole
-        model would be kept.
+        model would be kept. Layers that cannot be traced run as they are (stacked experts).
     **deepspeed_options
         All options of `lightning.pytorch.strategies.DeepSpeedStrategy` (``offload_optimizer``, ``reduce_bucket_size``,
         ``timeout``, ``config``, ...), except ``stage``, which is 3.
