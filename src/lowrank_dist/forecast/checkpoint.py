@@ -12,6 +12,7 @@ from lowrank_dist.forecast.job import ModelShapes, RunSpec, parameters
 from lowrank_dist.methods import LoftQ
 from lowrank_dist.methods.principal import AlternatingMethod
 from lowrank_dist.model.names import peft_name
+from lowrank_dist.tuners.files import PeftFiles
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -49,12 +50,24 @@ def _contents(shapes: ModelShapes, job: RunSpec) -> Contents:
         if tensor.trainable:
             all_shapes[tensor.names[0]] = tuple(_shape(shapes, tensor.names[0]))
             trained.append(tensor.names[0])
+    if shapes.tuner is not None:
+        all_shapes |= shapes.tuner.trained
+        trained += shapes.tuner.trained
+        keys = {name: name for name in trained}  # what PEFT's file leaves out is kept beside it, in as many bytes
+        return Contents(
+            shapes=all_shapes,
+            dtypes=dict.fromkeys(all_shapes, job.factor_dtype),
+            trained=trained,
+            initial=(),
+            adapter=PeftFiles(keys=keys),
+            starts_at_zero=True,
+        )
     return Contents(
         shapes=all_shapes,
         dtypes=dict.fromkeys(all_shapes, job.factor_dtype),
         trained=trained,
         initial=factors,
-        layout=layout,
+        adapter=layout,
         encoded=factors if _encoded_differ(job) else (),
         experts=experts,
         starts_at_zero=job.starts_at_zero if job.init is None else job.init.starts_at_zero,

@@ -23,6 +23,7 @@ from lowrank_dist.model.skeleton import build_skeleton
 from lowrank_dist.quantization.format import ResidualFormat
 from lowrank_dist.storage.reader import CheckpointReader
 from lowrank_dist.storage.source import ShapesOnly, SourceReader
+from lowrank_dist.tuners.tuner import TunerPlan
 from lowrank_dist.zero3.packs import ALIGNMENT
 
 ShardWithin = Literal["rank", "node", "world"]
@@ -43,12 +44,15 @@ class ModelShapes:
         Bytes of the pretrained or residual model on disk, all tensors.
     frozen_bytes
         Bytes on disk of the parameters that are neither adapted nor trained.
+    tuner
+        What a tuner of PEFT makes on top of the model; None if adapters are made from the weights.
     """
 
     backbone: PreTrainedModel
     plan: Plan
     checkpoint_bytes: int
     frozen_bytes: int
+    tuner: TunerPlan | None = None
 
     @classmethod
     def of(
@@ -208,7 +212,7 @@ def planned_run(opened: OpenedModel, job: RunSpec) -> tuple[ModelShapes, RunSpec
     """Shapes of a model whose weights are known, and `job` with the settings that depend on them."""
     source = opened.source
     shapes = ModelShapes.planned(opened.backbone, opened.plan, source.reader, nbytes=source.nbytes)
-    return shapes, replace(
+    return replace(shapes, tuner=opened.tuner_plan), replace(
         job,
         init=source.init,
         residual=source.residual,
@@ -224,7 +228,7 @@ class Parameter:
     Attributes
     ----------
     kind
-        ``codes``, ``maxima``, ``dense``, ``other``, ``trained``.
+        ``codes``, ``maxima``, ``dense``, ``other``, ``trained``, ``buffers``.
     name
         Name in the backbone; for storages of a residual, the name of the layer.
     shard_numel, ranks
@@ -270,8 +274,15 @@ def parameters(shapes: ModelShapes, job: RunSpec) -> Iterator[Parameter]:
         for name, numel in factors.items():
             shard = FlatPartition(numel=numel, world_size=trained_ranks).shard_numel
             yield Parameter(kind=kinds[name], name=name, shard_numel=shard, ranks=trained_ranks, dtype=job.factor_dtype)
+    in_place = () if shapes.tuner is None else shapes.tuner.in_place
     for tensor in shapes.plan.parameters:
-        yield _other(shapes, tensor, job, trained_ranks if tensor.trainable else frozen_ranks)
+        if not set(in_place).intersection(tensor.names):
+            yield _other(shapes, tensor, job, trained_ranks if tensor.trainable else frozen_ranks)
+    if shapes.tuner is not None:
+        for name, shape in shapes.tuner.trained.items():
+            shard = FlatPartition(numel=math.prod(shape), world_size=trained_ranks).shard_numel
+            yield Parameter(kind="trained", name=name, shard_numel=shard, ranks=trained_ranks, dtype=job.factor_dtype)
+        yield Parameter(kind="buffers", name="", shard_numel=shapes.tuner.buffers // 4, ranks=1, dtype=job.factor_dtype)
 
 
 def _of_residual(planned: PlannedMatrix, job: RunSpec, ranks: int) -> Iterator[Parameter]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_dist.distributed.partition import RowPartition
+from lowrank_dist.layers.lazy_weight import LazyWeight
 from lowrank_dist.model.factor_layout import FactorLayout
 from lowrank_dist.quantization.format import Product, ResidualFormat
 
@@ -50,7 +51,7 @@ class FrozenWeight(nn.Module):
     """
 
     def __init__(self, partition: RowPartition, residual: ResidualFormat, *, compute_dtype: torch.dtype) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # of a FrozenLinear, nn.Linear would make a dense weight
         self.partition, self.residual, self.compute_dtype = partition, residual, compute_dtype
         self.stored_names = tuple(residual.storages(partition))
         for name in self.stored_names:
@@ -75,10 +76,11 @@ class FrozenWeight(nn.Module):
         return f"rows={self.partition.rows}, columns={self.partition.columns}, residual={self.residual}"
 
 
-class FrozenLinear(FrozenWeight):
+class FrozenLinear(FrozenWeight, nn.Linear):
     """Linear layer whose weight is a frozen, encoded residual.
 
-    It replaces the ``base_layer`` of a PEFT ``lora.Linear``.
+    It replaces linear layers of the model, or the ``base_layer`` of a PEFT ``lora.Linear``. It is an ``nn.Linear``, so
+    that models and PEFT's tuners take it for the layer that it replaces, GPT-2's Conv1D too.
 
     Parameters
     ----------
@@ -92,7 +94,7 @@ class FrozenLinear(FrozenWeight):
         The stored matrix is ``[in, out]`` (GPT-2's Conv1D).
     """
 
-    bias: Tensor | None
+    bias: Any
 
     def __init__(
         self,
@@ -108,6 +110,11 @@ class FrozenLinear(FrozenWeight):
         if input_first:
             self.in_features, self.out_features = self.out_features, self.in_features
         self.register_parameter("bias", None)
+
+    @property
+    def weight(self) -> LazyWeight:  # type: ignore[override]
+        """The weight ``[out, in]`` in the compute dtype; whatever computes with it decodes it (`LazyWeight`)."""
+        return LazyWeight(self, self.compute_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in]`` of any floating dtype to ``[..., out]`` in the compute dtype."""

@@ -7,7 +7,7 @@ same plan or raise the same error.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from peft import LoraConfig
@@ -34,12 +34,12 @@ from lowrank_dist.storage.reader import CheckpointReader
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedMatrix:
-    """One adapted weight, or one matrix of a stacked weight (one expert).
+    """One weight that is encoded, adapted or not, or one matrix of a stacked weight (one expert).
 
     Attributes
     ----------
     layer
-        Name of the PEFT layer in the backbone.
+        Name, in the backbone, of the PEFT layer, or of the linear layer if it is not adapted.
     key
         Name of the weight in the reader of the pretrained weights.
     rows, columns
@@ -47,7 +47,7 @@ class PlannedMatrix:
     input_first
         Whether the weight is stored ``[in, out]`` (Conv1D, embeddings, some experts).
     rank, scaling
-        Rank and scaling of its adapter.
+        Rank and scaling of its adapter; rank 0 if it has none and is encoded as it is.
     parameter
         Name of the weight in the base layer.
     lookup
@@ -83,14 +83,18 @@ class PlannedMatrix:
 
     @property
     def factor_names(self) -> dict[str, str]:
-        """Names of the parameters that hold A (``lora_A``) and B (``lora_B``) in the backbone."""
+        """Names of the parameters that hold A (``lora_A``) and B (``lora_B``) in the backbone; none at rank 0."""
+        if self.rank == 0:
+            return {}
         if self.lookup:
             return {f"lora_{x}": f"{self.layer}.lora_embedding_{x}.{ADAPTER}" for x in "AB"}
         return {f"lora_{x}": f"{self.layer}.lora_{x}.{ADAPTER}.weight" for x in "AB"}
 
     @property
     def factor_shapes(self) -> dict[str, tuple[int, int]]:
-        """Shapes of A ``[r, in]`` and B ``[out, r]``."""
+        """Shapes of A ``[r, in]`` and B ``[out, r]``; none at rank 0."""
+        if self.rank == 0:
+            return {}
         outputs, inputs = (self.columns, self.rows) if self.input_first else (self.rows, self.columns)
         return {"lora_A": (self.rank, inputs), "lora_B": (outputs, self.rank)}
 
@@ -159,6 +163,8 @@ def open_plan(
     backbone: PreTrainedModel | None = None,
     untie: bool = False,
     limit_rank: bool = True,
+    encode: Collection[str] = (),
+    trained_whole: Collection[str] = (),
     group: ShardGroup | None = None,
 ) -> PlannedModel:
     """Inject an adapter's layers into a model on meta and match it with the pretrained weights.
@@ -176,7 +182,7 @@ def open_plan(
     untie
         Give a tied output embedding its own weight first. One that is stored with other values than the input embedding
         has its own in any case.
-    limit_rank
+    limit_rank, encode, trained_whole
         See `plan_walk`.
     group
         The ranks that make the same plan. Default: this process alone.
@@ -196,7 +202,7 @@ def open_plan(
         tied = untie_embeddings(backbone) if untie else {}
         if adapter is not None:
             inject_adapter(backbone, adapter)
-        plan = plan_walk(backbone, reader, tied, limit_rank=limit_rank)
+        plan = plan_walk(backbone, reader, tied, limit_rank=limit_rank, encode=encode, trained_whole=trained_whole)
     return PlannedModel(backbone=backbone, tied=tied, plan=plan)
 
 
@@ -206,6 +212,8 @@ def plan_walk(
     tied: Mapping[str, str] | None = None,
     *,
     limit_rank: bool = True,
+    encode: Collection[str] = (),
+    trained_whole: Collection[str] = (),
 ) -> Plan:
     """Match every parameter of `backbone` with the pretrained weights, and refuse what cannot be executed.
 
@@ -220,6 +228,11 @@ def plan_walk(
     limit_rank
         Refuse ranks above ``min(out, in)``, the number of directions of a matrix. An existing adapter may have a higher
         rank.
+    encode
+        Names of linear layers, as they were before the injection, that are encoded although they have no adapter. The
+        adapted ones among them, and those that are trained whole, are passed over.
+    trained_whole
+        Names of modules that will be trained whole and may be new, beside those under ``modules_to_save``.
 
     Raises
     ------
@@ -231,7 +244,8 @@ def plan_walk(
         raise ModelError(f"{reader.directory} is quantized already; pass the pretrained model it was made from")
     planner = _PlanBuilder(backbone, reader, CheckpointKeys(backbone, reader, tied), limit_rank)
     planner.adapted_layers()
-    planner.other_parameters()
+    planner.encoded_layers(encode)
+    planner.other_parameters(trained_whole)
     planner.persistent_buffers()
     problems = planner.problems
     if problems:
@@ -311,8 +325,34 @@ class _PlanBuilder:
             )
         return None
 
-    def other_parameters(self) -> None:
+    def encoded_layers(self, names: Collection[str]) -> None:
+        for name in names:
+            layer = self.backbone.get_submodule(name)
+            if not isinstance(layer, nn.Linear | Conv1D):  # PEFT's layers around one that is adapted or trained whole
+                continue
+            weight_name = f"{name}.weight"
+            key = self.keys.find(weight_name)
+            problem = self.keys.check(weight_name, key, layer.weight)
+            if problem is not None or key is None:
+                self.problems.append(str(problem))
+                continue
+            self._done.add(id(layer.weight))
+            rows, columns = layer.weight.shape
+            self.plan.matrices.append(
+                PlannedMatrix(
+                    layer=name,
+                    key=key,
+                    rows=rows,
+                    columns=columns,
+                    input_first=isinstance(layer, Conv1D),
+                    rank=0,
+                    scaling=1.0,
+                )
+            )
+
+    def other_parameters(self, trained_whole: Collection[str]) -> None:
         wrappers = [n for n, m in self.backbone.named_modules() if isinstance(m, ModulesToSaveWrapper)]
+        wrappers += trained_whole
         may_be_new = tuple(f"{wrapper}." for wrapper in wrappers)
         for name, parameter in self.backbone.named_parameters():
             if id(parameter) in self._done:

@@ -5,6 +5,7 @@ Nothing is read but the configuration, and nothing is communicated.
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -145,6 +146,21 @@ def untie_embeddings(backbone: PreTrainedModel) -> dict[str, str]:
             model.config.tie_word_embeddings = False
             model.all_tied_weights_keys = {}
     return tied
+
+
+def linear_layers(backbone: PreTrainedModel) -> list[str]:
+    """Names of the linear layers that may be encoded without an adapter.
+
+    Left out are the output embedding, layers whose weight is tied to another parameter, and subclasses of ``nn.Linear``
+    (some routers of mixtures of experts are), whose forward is their own.
+    """
+    output = backbone.get_output_embeddings()
+    uses = Counter(id(p) for _, p in backbone.named_parameters(remove_duplicate=False))
+    return [
+        name
+        for name, module in backbone.named_modules()
+        if type(module) in (nn.Linear, Conv1D) and module is not output and uses[id(module.weight)] == 1
+    ]
 
 
 def inject_adapter(backbone: PreTrainedModel, adapter: LoraConfig) -> None:

@@ -11,10 +11,11 @@ from typing import Any, Literal, get_args
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from peft import LoraConfig
+from peft import PeftConfig
 
 from lowrank_dist.calibration.measure import Calibration, check_options
 from lowrank_dist.forecast.job import ShardWithin
+from lowrank_dist.initialization.open import Encode
 from lowrank_dist.layers.adapted import FoldAdapters
 from lowrank_dist.methods import Method
 from lowrank_dist.model.skeleton import meta_parameters
@@ -23,6 +24,7 @@ from lowrank_dist.quantization.nf4 import NF4
 from lowrank_dist.residual_model.reader import ResidualModel
 from lowrank_dist.storage.source import WeightSource
 from lowrank_dist.training.model_strategy import PRECISIONS, ModelStrategy
+from lowrank_dist.tuners.support import is_for_peft, objection
 from lowrank_dist.zero3.partition import to_device
 
 
@@ -48,6 +50,9 @@ class PiSSAStrategy(ModelStrategy):
         Method that makes adapters and residual from the weights: ``PiSSA(...)``, ``LoRA()``, ``LoftQ(...)``, ...
     quantization
         ``NF4(...)`` for a 4-bit residual; None keeps it in the compute dtype.
+    encode
+        Linear layers that a tuner other than LoRA leaves in the format of `quantization`: all but the output embedding
+        (``"all-linear"``), or the adapted ones. With a LoRA, it is the adapted ones.
     calibration
         Data for methods that look at data (``CorDA``, ``EVA``, ``LoRAGA``); default ``Calibration()``: the first 8
         batches that each rank would train on.
@@ -117,7 +122,7 @@ class PiSSAStrategy(ModelStrategy):
     --------
     QPiSSA of rank 16 for a model on the hub:
 
-    >>> from peft import LoraConfig
+    >>> from peft import PeftConfig
     >>> from lowrank_dist import NF4, PiSSA, PiSSAStrategy
     >>> adapter = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     >>> strategy = PiSSAStrategy(
@@ -137,10 +142,11 @@ class PiSSAStrategy(ModelStrategy):
     def __init__(
         self,
         pretrained: str | os.PathLike[str] | WeightSource,
-        adapter: LoraConfig | str | Path | None = None,  # not os.PathLike, which jsonargparse makes of any dictionary
+        adapter: PeftConfig | str | Path | None = None,  # not os.PathLike, which jsonargparse makes of any dictionary
         init: Method | None = None,
         quantization: NF4 | None = None,
         *,
+        encode: Encode = "all-linear",
         calibration: Calibration | None = None,
         init_cache: str | os.PathLike[str] | None = None,
         ranks_per_matrix: int | None = None,
@@ -155,9 +161,10 @@ class PiSSAStrategy(ModelStrategy):
         fold_adapters: FoldAdapters = "never",
         **deepspeed_options: Any,
     ) -> None:
-        if adapter is not None and not isinstance(adapter, LoraConfig | str | os.PathLike):
+        if adapter is not None and not isinstance(adapter, PeftConfig | str | os.PathLike):
             raise ValueError(
-                "PiSSAStrategy: adapter must be a peft.LoraConfig, or the directory or hub id of an adapter, not "
+                "PiSSAStrategy: adapter must be a configuration of PEFT (a LoraConfig, ...), or the directory or hub "
+                "id of an adapter, not "
                 f"{type(adapter).__name__}"
             )
         if live_layers < 0:
@@ -183,7 +190,13 @@ class PiSSAStrategy(ModelStrategy):
                 f"PiSSAStrategy: init_cache={str(init_cache)!r} stores residual models, which copy the configuration "
                 f"and tokenizer, but {self.pretrained} is a source of weights alone; leave init_cache out"
             )
-        self.adapter = adapter
+        if isinstance(adapter, PeftConfig) and is_for_peft(adapter, init):
+            reason = objection(adapter, gradient_checkpointing=gradient_checkpointing)
+            if reason is not None:
+                raise ValueError(f"PiSSAStrategy: adapter is a {type(adapter).__name__}: {reason}")
+        if encode not in get_args(Encode):
+            raise ValueError(f"PiSSAStrategy: encode={encode!r} is none of {', '.join(get_args(Encode))}")
+        self.adapter, self.encode = adapter, encode
         self.init, self.init_cache, self.ranks_per_matrix = init, init_cache, ranks_per_matrix
         self.quantization = quantization
         self.revision = revision

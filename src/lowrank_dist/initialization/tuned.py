@@ -1,0 +1,92 @@
+"""A tuner of PEFT on top of a filled model: what it makes is partitioned, what it trains of the model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from torch import Tensor, nn
+
+from lowrank_dist.initialization.loading import Loading
+from lowrank_dist.initialization.open import OpenedModel
+from lowrank_dist.tuners.files import PeftFiles, exported, peft_files
+from lowrank_dist.tuners.tuner import Injected
+from lowrank_dist.zero3.partition import Partitioner, gathered, release
+from lowrank_dist.zero3.units import uses
+
+
+@dataclass(frozen=True, kw_only=True)
+class TunedModel:
+    """A model with the layers of a tuner, sharded.
+
+    Attributes
+    ----------
+    root
+        What computes: the backbone, or PEFT's model around it.
+    files
+        What adapter files hold of it.
+    derived
+        Computes the tensors of the adapter file that are not parameters. Collective.
+    """
+
+    root: nn.Module
+    files: PeftFiles
+    derived: Callable[[], dict[str, Tensor]]
+
+
+def put_on(opened: OpenedModel, partitioner: Partitioner, loading: Loading, *, seed: int) -> TunedModel:
+    """Put the tuner of `opened` on top of its filled model. Collective.
+
+    The collectives are those of `Tuner.inject`, a broadcast of every parameter and buffer that PEFT has made, and a
+    gather of these parameters, once, for the names that PEFT's files give them.
+
+    Parameters
+    ----------
+    opened
+        The model, filled; changed in place.
+    partitioner
+        Its groups share the parameters.
+    loading
+        Loads the parameters of the model itself that the tuner trains, or of which it has made copies.
+    seed
+        Seed of the random numbers that PEFT draws, the same on every rank.
+    """
+    assert opened.tuner is not None
+    backbone, dtype = opened.backbone, loading.factor_dtype
+    held = {id(parameter): parameter for parameter in backbone.parameters()}
+    injected = opened.tuner.inject(backbone, opened.plan, seed=seed)
+    loading.parameters(injected.loaded)
+    left = {id(parameter) for parameter in injected.model.parameters()}
+    release(parameter for key, parameter in held.items() if key not in left)
+    for parameter in injected.made:
+        partitioner.adopt(parameter, dtype if parameter.is_floating_point() else parameter.dtype)
+    _share_buffers(injected, partitioner, dtype)
+    for module in injected.model.modules():
+        if isinstance(module, TrainableTokensLayer) and module.tied_adapter is not None:
+            uses(module, module.tied_adapter.trainable_tokens_delta.values())
+    names = {id(parameter): name for name, parameter in injected.root.named_parameters()}
+    with gathered(injected.made):
+        files = peft_files(injected.model, names, is_lora=isinstance(opened.tuner.config, LoraConfig))
+
+    def derived() -> dict[str, Tensor]:
+        if not files.derived:
+            return {}
+        with gathered(injected.made), torch.no_grad():
+            found = exported(injected.model)
+            return {key: found[key].detach().to("cpu", copy=True) for key in files.derived}
+
+    return TunedModel(root=injected.root, files=files, derived=derived)
+
+
+def _share_buffers(injected: Injected, partitioner: Partitioner, dtype: torch.dtype) -> None:
+    """Give every rank the buffers of rank 0, on its device; those of floating-point numbers in `dtype`."""
+    for module, name in injected.buffers:
+        buffer = module._buffers[name]
+        if buffer is None:
+            continue
+        value = buffer.to(partitioner.device, dtype if buffer.is_floating_point() else buffer.dtype).contiguous()
+        partitioner.group.broadcast(value.view(-1).view(torch.uint8), source=0)
+        module._buffers[name] = value
