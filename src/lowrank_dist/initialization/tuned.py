@@ -84,9 +84,7 @@ def put_on(opened: OpenedModel, partitioner: Partitioner, loading: Loading, *, s
 def _share_buffers(injected: Injected, partitioner: Partitioner, dtype: torch.dtype) -> None:
     """Give every rank the buffers of rank 0, on its device; those of floating-point numbers in `dtype`."""
     for module, name in injected.buffers:
-        buffer = module._buffers[name]
-        if buffer is None:
-            continue
+        buffer: Tensor = getattr(module, name)
         value = buffer.to(partitioner.device, dtype if buffer.is_floating_point() else buffer.dtype).contiguous()
         partitioner.group.broadcast(value.view(-1).view(torch.uint8), source=0)
-        module._buffers[name] = value
+        setattr(module, name, value)

@@ -122,7 +122,7 @@ class PiSSAStrategy(ModelStrategy):
     --------
     QPiSSA of rank 16 for a model on the hub:
 
-    >>> from peft import PeftConfig
+    >>> from peft import LoraConfig
     >>> from lowrank_dist import NF4, PiSSA, PiSSAStrategy
     >>> adapter = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     >>> strategy = PiSSAStrategy(
