@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from peft import LoraConfig
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 
+from lowrank_dist.errors import InputError
 from lowrank_dist.initialization.loading import Loading
 from lowrank_dist.initialization.open import OpenedModel
 from lowrank_dist.tuners.files import PeftFiles, exported, peft_files
@@ -67,9 +68,12 @@ def put_on(opened: OpenedModel, partitioner: Partitioner, loading: Loading, *, s
     for module in injected.model.modules():
         if isinstance(module, TrainableTokensLayer) and module.tied_adapter is not None:
             uses(module, module.tied_adapter.trainable_tokens_delta.values())
+    if opened.tuner.config.is_prompt_learning:
+        injected.model.register_forward_pre_hook(_refuse_positions, with_kwargs=True)
     names = {id(parameter): name for name, parameter in injected.root.named_parameters()}
+    own = {id(backbone.get_parameter(planned.names[0])) for planned in injected.loaded if planned.trainable}
     with gathered(injected.made):
-        files = peft_files(injected.model, names, is_lora=isinstance(opened.tuner.config, LoraConfig))
+        files = peft_files(injected.model, names, own=own, is_lora=isinstance(opened.tuner.config, LoraConfig))
 
     def derived() -> dict[str, Tensor]:
         if not files.derived:
@@ -79,6 +83,15 @@ def put_on(opened: OpenedModel, partitioner: Partitioner, loading: Loading, *, s
             return {key: found[key].detach().to("cpu", copy=True) for key in files.derived}
 
     return TunedModel(root=injected.root, files=files, derived=derived)
+
+
+def _refuse_positions(model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
+    """PEFT would ignore positions, and with them the boundaries of packed examples."""
+    if kwargs.get("position_ids") is not None:
+        raise InputError(
+            "position_ids with virtual tokens: PEFT ignores them, so that packed examples would attend to each other; "
+            "set packing=False"
+        )
 
 
 def _share_buffers(injected: Injected, partitioner: Partitioner, dtype: torch.dtype) -> None:
