@@ -10,7 +10,6 @@ from lowrank_dist.methods import LoRA, Method
 
 #: Options of a LoraConfig that PEFT's own layers compute.
 _LORA_OPTIONS = (
-    "use_dora",
     "lora_bias",
     "layer_replication",
     "trainable_token_indices",
