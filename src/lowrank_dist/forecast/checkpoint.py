@@ -12,6 +12,7 @@ from lowrank_dist.forecast.job import ModelShapes, RunSpec, parameters
 from lowrank_dist.methods import LoftQ
 from lowrank_dist.methods.principal import AlternatingMethod
 from lowrank_dist.model.names import peft_name
+from lowrank_dist.storage.reader import FileTensor
 from lowrank_dist.tuners.files import PeftFiles
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -62,6 +63,10 @@ def _contents(shapes: ModelShapes, job: RunSpec) -> Contents:
             trained=trained,
             initial=(),
             adapter=PeftFiles(keys=keys),
+            derived={
+                key: FileTensor(shape=shape, dtype=job.factor_dtype if dtype.is_floating_point else dtype)
+                for key, (shape, dtype) in shapes.tuner.saved.items()
+            },
             starts_at_zero=True,
         )
     return Contents(
