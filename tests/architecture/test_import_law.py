@@ -24,6 +24,7 @@ calibration checkpoints
 initialization export
 residual_model
 decomposition
+tuners
 methods adapters layers
 quantization model
 storage

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lowrank_dist.adapters.lora import to_lora
 from lowrank_dist.checkpoints.layout import OPTIMIZER, PARTS
-from lowrank_dist.model.factor_layout import FactorLayout
+from lowrank_dist.model.adapter_files import AdapterFiles
 from lowrank_dist.model.names import peft_name
 from lowrank_dist.storage.layout import ADAPTER_DIR, ENCODED_DIR, INITIAL_DIR, LORA_DIR
 from lowrank_dist.storage.reader import FileTensor
@@ -32,8 +32,10 @@ class Contents:
         Names of the trained ones.
     initial, encoded
         Names of the factors whose initial values, and whose values that the residual was encoded from, are written.
-    layout
-        What the parameters are.
+    adapter
+        What adapter files hold of the parameters.
+    derived
+        Shapes and dtypes of the tensors in the adapter file that are not parameters.
     experts
         How many experts share a factor, by PEFT's name; only factors of more than one expert.
     starts_at_zero
@@ -44,7 +46,8 @@ class Contents:
     dtypes: Mapping[str, torch.dtype]
     trained: Sequence[str]
     initial: Sequence[str]
-    layout: FactorLayout
+    adapter: AdapterFiles
+    derived: Mapping[str, FileTensor] = field(default_factory=dict)
     encoded: Sequence[str] = ()
     experts: Mapping[str, int] = field(default_factory=dict)
     starts_at_zero: bool = False
@@ -56,13 +59,16 @@ class Contents:
 
         Under their own names, beside the optimizer's, the trained ones that no adapter file holds.
         """
-        adapter = self.layout.adapter(values)
+        adapter = self.adapter.adapter(values)
         start = {peft_name(name): tensor for name, tensor in initial.items()}
-        parts = {ADAPTER_DIR: adapter, INITIAL_DIR: start}
-        parts[LORA_DIR] = adapter if self.starts_at_zero else to_lora(adapter, start, self.experts)
+        parts = {ADAPTER_DIR: adapter}
+        if self.initial:
+            parts[INITIAL_DIR] = start
+        if self.adapter.is_lora:
+            parts[LORA_DIR] = adapter if self.starts_at_zero else to_lora(adapter, start, self.experts)
         if self.encoded:
             parts[ENCODED_DIR] = {peft_name(name): tensor for name, tensor in encoded.items()}
-        parts[OPTIMIZER] = {name: tensor for name, tensor in values.items() if self.layout.kept_beside(name)}
+        parts[OPTIMIZER] = {name: tensor for name, tensor in values.items() if self.adapter.stored_as(name) is None}
         return parts
 
     def files(
@@ -90,10 +96,13 @@ class Contents:
             for name in self.trained if optimized is None else optimized:
                 kinds = [*states, *([] if self.dtypes[name] == torch.float32 else [MASTER])]
                 tensors[OPTIMIZER] |= {f"{name}.{kind}": meta[name].float() for kind in kinds}
-        return {
-            part: {name: FileTensor(shape=tuple(t.shape), dtype=t.dtype) for name, t in sorted(of_part.items())}
+        files = {
+            part: {name: FileTensor(shape=tuple(t.shape), dtype=t.dtype) for name, t in of_part.items()}
             for part, of_part in tensors.items()
         }
+        for part in files.keys() & {ADAPTER_DIR, LORA_DIR}:
+            files[part] |= self.derived
+        return {part: dict(sorted(of_part.items())) for part, of_part in files.items()}
 
 
 def tensor_files(files: Mapping[str, Mapping[str, FileTensor]], directory: Path) -> dict[str, TensorFiles]:

@@ -14,8 +14,7 @@ from lowrank_dist.decomposition.restore import Resume
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import FlatPartition
 from lowrank_dist.errors import CheckpointError
-from lowrank_dist.model.factor_layout import FactorLayout
-from lowrank_dist.model.names import peft_name
+from lowrank_dist.model.adapter_files import AdapterFiles
 from lowrank_dist.storage.layout import ADAPTER_DIR
 from lowrank_dist.storage.reader import CheckpointReader
 from lowrank_dist.zero3.optimizer import MASTER, ShardedOptimizer
@@ -23,7 +22,7 @@ from lowrank_dist.zero3.partition import local_shard, whole_shape
 
 
 def load_parameters(
-    checkpoint: TrainingCheckpoint, trained: Mapping[str, Tensor], layout: FactorLayout, group: ShardGroup
+    checkpoint: TrainingCheckpoint, trained: Mapping[str, Tensor], files: AdapterFiles, group: ShardGroup
 ) -> None:
     """Overwrite this rank's partitions of `trained` parameters with their values in `checkpoint`.
 
@@ -43,7 +42,8 @@ def load_parameters(
                 f"{len(trained)} (the first that one of them lacks: {odd}); resume with the same adapter"
             )
         for name, parameter in trained.items():
-            part, key = (OPTIMIZER, name) if layout.kept_beside(name) else (ADAPTER_DIR, peft_name(name))
+            key = files.stored_as(name)
+            part, key = (OPTIMIZER, name) if key is None else (ADAPTER_DIR, key)
             if part not in checkpoint.manifest["hashes"]:
                 raise CheckpointError(f"{checkpoint.directory}: holds no {name}: it was saved with weights_only")
             shard = _own_range(checkpoint, part, key, whole_shape(parameter), group)

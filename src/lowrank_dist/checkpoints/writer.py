@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from safetensors.torch import save_file
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from lowrank_dist._version import __version__
 from lowrank_dist.adapters.lora import lora_config
@@ -38,6 +37,7 @@ from lowrank_dist.checkpoints.layout import (
 from lowrank_dist.distributed.gather_to_owner import Parcel, assign_owners, deliver, gather_to_owners, pack_for_owners
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.initialization.materialize import Materialized
+from lowrank_dist.model.adapter_files import AdapterFiles
 from lowrank_dist.model.names import peft_name
 from lowrank_dist.storage.atomic import check_free, empty, exclusive, flush_directory, put_in_place, staging_of
 from lowrank_dist.storage.layout import ADAPTER_DIR, INITIAL_DIR, LORA_DIR, MANIFEST
@@ -64,6 +64,8 @@ class Snapshot:
         Lightning's checkpoint without weights, encoded (`lowrank_dist.checkpoints.codec`). None: weights only.
     facts
         Entries for the manifest: step, epoch, ...
+    derived
+        On rank 0, the tensors of the adapter file that are not parameters, on the CPU.
     """
 
     parcels: deque[Parcel]
@@ -71,6 +73,7 @@ class Snapshot:
     optimized: tuple[str, ...] = ()
     state: tuple[Any, dict[str, Tensor]] | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+    derived: dict[str, Tensor] = field(default_factory=dict)
 
 
 class CheckpointWriter:
@@ -78,7 +81,7 @@ class CheckpointWriter:
 
     Parameters
     ----------
-    backbone
+    model
         The sharded model.
     config
         PEFT configuration of the adapter.
@@ -93,6 +96,10 @@ class CheckpointWriter:
         Whether the adapter is a LoRA for the unmodified `base`.
     facts
         Further entries of the manifest: method, quantization, fingerprint of the base, ...
+    files
+        What adapter files hold of the model. Default: what the layout of `materialized` says.
+    derived
+        Computes the tensors of the adapter file that are not parameters; called with every snapshot. Collective.
 
     Attributes
     ----------
@@ -100,29 +107,32 @@ class CheckpointWriter:
         The trained parameters, by name.
     initial
         A0 and B0 of the layers that this rank owns, whole, by parameter name. Every factor has one owner.
-    layout
-        The parametrization of the adapter.
+    files
+        What adapter files hold of the model.
     """
 
     def __init__(
         self,
-        backbone: PreTrainedModel,
-        config: LoraConfig,
+        model: nn.Module,
+        config: PeftConfig,
         materialized: Materialized,
         group: ShardGroup,
         *,
         base: str,
         starts_at_zero: bool,
         facts: Mapping[str, Any],
+        files: AdapterFiles | None = None,
+        derived: Callable[[], dict[str, Tensor]] = dict,
     ) -> None:
-        parameters = dict(backbone.named_parameters())
+        parameters = dict(model.named_parameters())
         self._names = {id(parameter): name for name, parameter in parameters.items() if parameter.requires_grad}
         self.trained = {name: parameters[name] for name in self._names.values()}
         # factors that are frozen belong to the adapter too
         self._frozen = {name: parameters[name] for name in materialized.initial if name not in self.trained}
         self._config = copy.deepcopy(config)
         self._config.base_model_name_or_path, self._config.inference_mode = base, True
-        self._group, self._starts_at_zero, self.layout = group, starts_at_zero, materialized.layout
+        self._group, self._starts_at_zero, self._derived = group, starts_at_zero, derived
+        self.files = materialized.layout if files is None else files
         experts = {peft_name(name): count for name, count in materialized.experts.items()}
         self._shapes = {name: whole_shape(p) for name, p in (self.trained | self._frozen).items()}
         self._dtypes = {name: p.dtype for name, p in (self.trained | self._frozen).items()}
@@ -140,7 +150,10 @@ class CheckpointWriter:
             dtypes=self._dtypes,
             trained=list(self.trained),
             initial=list(materialized.initial),
-            layout=self.layout,
+            adapter=self.files,
+            derived={
+                key: FileTensor(shape=tuple(value.shape), dtype=value.dtype) for key, value in sorted(derived().items())
+            },
             encoded=list(materialized.encoded_from),
             experts=experts,
             starts_at_zero=starts_at_zero,
@@ -175,7 +188,7 @@ class CheckpointWriter:
         state: tuple[Any, dict[str, Tensor]] | None = None,
         facts: Mapping[str, Any] | None = None,
     ) -> Snapshot:
-        """Copy this rank's shards that a checkpoint needs to the host. No communication.
+        """Copy this rank's shards that a checkpoint needs to the host. No communication, but for what is derived.
 
         A rank needs host memory for its shards of the adapters or, with an optimizer, of their fp32 copies and moments.
         """
@@ -190,8 +203,14 @@ class CheckpointWriter:
 
         parcels = deque(pack_for_owners(named(), self._owner_of, self._group, device=torch.device("cpu")))
         states = tuple(kind for kind in kinds if kind != MASTER)
+        derived = self._derived()
         return Snapshot(
-            parcels=parcels, states=states, optimized=tuple(optimized), state=state, facts=dict(facts or {})
+            parcels=parcels,
+            states=states,
+            optimized=tuple(optimized),
+            state=state,
+            facts=dict(facts or {}),
+            derived=derived if self._group.rank == 0 else {},
         )
 
     def _owner_of(self, key: str) -> int:
@@ -282,6 +301,9 @@ class CheckpointWriter:
                 hashes[part][name] = tensor_digest(tensor)
                 files[part].write(name, 0, tensor.flatten())
 
+        for name, tensor in taken.derived.items():
+            for part in (ADAPTER_DIR, LORA_DIR):
+                write(part, name, tensor)
         values: dict[str, dict[str, Tensor]] = {}
         with _to_the_end(deliver(_consumed(taken.parcels), group)) as arriving:
             for key, whole in arriving:
@@ -314,8 +336,11 @@ class CheckpointWriter:
         everyone: list[dict[str, dict[str, str]]],
     ) -> None:
         """Write the configurations, the training state and, last, the manifest. Called by rank 0."""
-        for part, config in ((ADAPTER_DIR, self._config), (INITIAL_DIR, self._config), (LORA_DIR, self._lora_config())):
-            config.save_pretrained(str(staging / part))
+        self._config.save_pretrained(str(staging / ADAPTER_DIR))
+        if INITIAL_DIR in contents:
+            self._config.save_pretrained(str(staging / INITIAL_DIR))
+        if LORA_DIR in contents:
+            self._lora_config().save_pretrained(str(staging / LORA_DIR))
         hashes: dict[str, dict[str, str]] = {}
         for one in everyone:
             for part, found in one.items():
@@ -339,8 +364,11 @@ class CheckpointWriter:
         write_json(staging / MANIFEST, sealed(facts))
         flush_directory(staging)
 
-    def _lora_config(self) -> LoraConfig:
-        return self._config if self._starts_at_zero else lora_config(self._config)
+    def _lora_config(self) -> PeftConfig:
+        if self._starts_at_zero:
+            return self._config
+        assert isinstance(self._config, LoraConfig)
+        return lora_config(self._config)
 
 
 def _consumed(parcels: deque[Parcel]) -> Iterator[Parcel]:

@@ -74,6 +74,8 @@ class StoredDecompositions:
             Reports of the earlier run, by the name of the matrix; may be empty.
         """
         for planned in plan.matrices:
+            if not planned.factor_names:
+                continue
             for stored in (self.initial, self.encoded_from):
                 if stored is not None and (stored is self.initial or stored.holds(planned.factor_names)):
                     stored.check(planned, factor_dtype)
@@ -278,6 +280,8 @@ class Resume:
         Fingerprint of the weights that filled the model: the pretrained model, or its residual model in a cache.
     method, quantization
         The method that decomposed the model, and the format of a quantized residual.
+    tuner_seed
+        Seed of the random numbers that PEFT drew for a tuner; None if there was none.
     reports
         Reports of the matrices, by their names. These matrices are not measured again.
     """
@@ -288,12 +292,14 @@ class Resume:
     source: str
     method: str
     quantization: str | None
+    tuner_seed: int | None = None
     reports: Mapping[str, MatrixReport] = field(default_factory=dict)
 
     @classmethod
     def from_facts(cls, checkpoint: Path, facts: Mapping[str, Any], reports: Iterable[MatrixReport]) -> Resume:
         """Make it from entries of a manifest (`lowrank_dist.initialization.build.BuiltModel.facts`); ignore others."""
-        known = {entry.name: facts[entry.name] for entry in fields(cls) if entry.name not in ("checkpoint", "reports")}
+        known = {entry.name: facts[entry.name] for entry in fields(cls) if entry.name in facts}
+        known.pop("checkpoint", None), known.pop("reports", None)
         return cls(checkpoint=checkpoint, reports={report.name: report for report in reports}, **known)
 
     def check_settings(self, *, method: str, quantization: str | None) -> None:

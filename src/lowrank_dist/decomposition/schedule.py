@@ -28,6 +28,7 @@ from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import RowPartition
 from lowrank_dist.errors import InputError
 from lowrank_dist.methods.base import Method, Work
+from lowrank_dist.methods.frozen import method_for
 from lowrank_dist.model.plan import PlannedMatrix
 from lowrank_dist.quantization.format import ResidualFormat
 
@@ -275,7 +276,11 @@ def _cost(
     """Seconds that a matrix takes, divided by the number of matrices that run at the same time."""
     if size < world_size and -(-matrix.rows // size) * matrix.columns * 4 > MAX_BLOCK_BYTES:
         return float("inf")
-    seconds = machine.seconds(method.work(matrix.rows, matrix.columns, matrix.rank), size) * size / world_size
+    seconds = (
+        machine.seconds(method_for(matrix, method).work(matrix.rows, matrix.columns, matrix.rank), size)
+        * size
+        / world_size
+    )
     if size == world_size:
         return seconds
     nbytes = _encoded_bytes(matrix, size, residual)

@@ -24,6 +24,7 @@ from lowrank_dist.distributed.partition import FlatPartition, FlatStorage, RowPa
 from lowrank_dist.distributed.reshard import redistribute, whole_left
 from lowrank_dist.errors import ModelError
 from lowrank_dist.methods.base import Factors, Matrix, Method
+from lowrank_dist.methods.frozen import method_for
 from lowrank_dist.model.plan import Plan, PlannedMatrix
 from lowrank_dist.quantization.format import ResidualFormat
 from lowrank_dist.storage.buffers import Buffers
@@ -63,7 +64,8 @@ class DecomposedMatrix:
     residual
         This rank's flat shards of the encoded residual, by storage name.
     factors
-        This rank's flat shards of A ``[r, in]`` (``lora_A``) and B ``[out, r]`` (``lora_B``), possibly padded.
+        This rank's flat shards of A ``[r, in]`` (``lora_A``) and B ``[out, r]`` (``lora_B``), possibly padded; none if
+        the matrix has no adapter (rank 0).
     report
         The measures, the same on every rank except for `seconds`.
     encoded_from
@@ -83,7 +85,7 @@ def check_matrices(plan: Plan, init: Method) -> None:
     """Raise ModelError if `init` cannot decompose a matrix of `plan`."""
     for m in plan.matrices:
         shape = {"rows": m.rows, "columns": m.columns, "rank": m.rank}
-        objection = init.objection(**shape, lookup=m.lookup, wrapped=m.wrapped)
+        objection = method_for(m, init).objection(**shape, lookup=m.lookup, wrapped=m.wrapped)
         if objection is not None:
             raise ModelError(f"{m.name}: {objection}")
 
@@ -139,7 +141,6 @@ class Walk:
         self.reader, self.group, self.init, self.residual = reader, group, init, residual
         self.factor_dtype, self.device = factor_dtype, device or torch.device("cpu")
         self.advance, self.statistics, self.known, self.thorough = advance, statistics, known or {}, thorough
-        self.measure = Measure(init, residual, thorough=thorough)
 
     def run(self, batches: Iterable[Batch]) -> Iterator[DecomposedMatrix]:
         """Decompose all matrices of `batches`. Collective: all ranks iterate to the end.
@@ -200,25 +201,28 @@ class Walk:
             partition=partition,
             factor_dtype=self.factor_dtype,
             spare=block.spare,
-            statistic=None if self.statistics is None else self.statistics(planned),
+            statistic=None if self.statistics is None or planned.rank == 0 else self.statistics(planned),
             thorough=self.thorough,
             buffers=buffers,
         )
-        measured = planned.name not in self.known
-        before = self.measure.before(matrix) if measured else {}
-        decomposition = self.init.decompose(matrix, self.residual)
+        init, measured = method_for(planned, self.init), planned.name not in self.known
+        measure = Measure(init, self.residual, thorough=self.thorough)
+        before = measure.before(matrix) if measured else {}
+        decomposition = init.decompose(matrix, self.residual)
         shards = decomposition.residual.shards | self._factor_shards(planned, partition, decomposition.factors, group)
         if decomposition.encoded_from is not None:
             further = self._factor_shards(planned, partition, decomposition.encoded_from, group)
             shards |= {_ENCODED_FROM[name]: shard for name, shard in further.items()}
         measures[0] = decomposition.encoded_from is not None
         if measured:
-            self.measure.after(matrix, decomposition, before, out=measures[1:])
+            measure.after(matrix, decomposition, before, out=measures[1:])
         return shards
 
     def _factor_shards(
         self, planned: PlannedMatrix, partition: RowPartition, factors: Factors, group: ShardGroup
     ) -> dict[str, Tensor]:
+        if planned.rank == 0:
+            return {}
         left, right = factors.left, factors.right
         # without padding a rank's rows of B are its flat shard of B, so that nothing needs to be gathered
         rows_are_shard = not planned.input_first and partition.padded_rows == partition.rows
@@ -252,7 +256,7 @@ class Walk:
                 planned=planned,
                 partition=planned.row_partition(self.group.size, block=self.residual.block),
                 residual={name: mine[name] for name in self._storages(planned, self.group.size)},
-                factors={name: mine[name] for name in FACTORS},
+                factors={name: mine[name] for name in planned.factor_names},
                 encoded_from={name: mine[key] for name, key in _ENCODED_FROM.items() if key in mine},
                 report=replace(
                     self._report(planned, every[index, 1:]),

@@ -12,6 +12,8 @@ from lowrank_dist.forecast.job import ModelShapes, RunSpec, parameters
 from lowrank_dist.methods import LoftQ
 from lowrank_dist.methods.principal import AlternatingMethod
 from lowrank_dist.model.names import peft_name
+from lowrank_dist.storage.reader import FileTensor
+from lowrank_dist.tuners.files import PeftFiles
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -43,18 +45,36 @@ def _contents(shapes: ModelShapes, job: RunSpec) -> Contents:
                 experts |= dict.fromkeys(map(peft_name, planned.factor_names.values()), planned.experts)
             frozen |= {name for factor, name in planned.factor_names.items() if factor not in layout.trained}
             further |= layout.parameter_shapes(planned)
+            if planned.magnitude is not None:
+                further[planned.magnitude] = planned.factor_shapes["lora_B"][:1]
     all_shapes = {name: tuple(_shape(shapes, name)) for name in factors} | further
     trained = [name for name in all_shapes if name not in frozen]
     for tensor in shapes.plan.parameters:
         if tensor.trainable:
             all_shapes[tensor.names[0]] = tuple(_shape(shapes, tensor.names[0]))
             trained.append(tensor.names[0])
+    if shapes.tuner is not None:
+        all_shapes |= shapes.tuner.trained
+        trained += shapes.tuner.trained
+        keys = {name: name for name in trained}  # what PEFT's file leaves out is kept beside it, in as many bytes
+        return Contents(
+            shapes=all_shapes,
+            dtypes=dict.fromkeys(all_shapes, job.factor_dtype),
+            trained=trained,
+            initial=(),
+            adapter=PeftFiles(keys=keys),
+            derived={
+                key: FileTensor(shape=shape, dtype=job.factor_dtype if dtype.is_floating_point else dtype)
+                for key, (shape, dtype) in shapes.tuner.saved.items()
+            },
+            starts_at_zero=True,
+        )
     return Contents(
         shapes=all_shapes,
         dtypes=dict.fromkeys(all_shapes, job.factor_dtype),
         trained=trained,
         initial=factors,
-        layout=layout,
+        adapter=layout,
         encoded=factors if _encoded_differ(job) else (),
         experts=experts,
         starts_at_zero=job.starts_at_zero if job.init is None else job.init.starts_at_zero,

@@ -24,6 +24,7 @@ from lowrank_dist.quantization.format import ResidualFormat
 from lowrank_dist.quantization.nf4 import NF4
 from lowrank_dist.storage.reader import CheckpointReader
 from lowrank_dist.storage.source import ShapesOnly, SourceReader
+from lowrank_dist.tuners.tuner import TunerPlan
 from lowrank_dist.zero3.packs import ALIGNMENT
 
 ShardWithin = Literal["rank", "node", "world"]
@@ -44,12 +45,15 @@ class ModelShapes:
         Bytes of the pretrained or residual model on disk, all tensors.
     frozen_bytes
         Bytes on disk of the parameters that are neither adapted nor trained.
+    tuner
+        What a tuner of PEFT makes on top of the model; None if adapters are made from the weights.
     """
 
     backbone: PreTrainedModel
     plan: Plan
     checkpoint_bytes: int
     frozen_bytes: int
+    tuner: TunerPlan | None = None
 
     @classmethod
     def of(
@@ -215,7 +219,7 @@ def planned_run(opened: OpenedModel, job: RunSpec) -> tuple[ModelShapes, RunSpec
     """Shapes of a model whose weights are known, and `job` with the settings that depend on them."""
     source = opened.source
     shapes = ModelShapes.planned(opened.backbone, opened.plan, source.reader, nbytes=source.nbytes)
-    return shapes, replace(
+    return replace(shapes, tuner=opened.tuner_plan), replace(
         job,
         init=source.init,
         residual=source.residual,
@@ -231,7 +235,7 @@ class Parameter:
     Attributes
     ----------
     kind
-        ``codes``, ``maxima``, ``dense``, ``other``, ``trained``.
+        ``codes``, ``maxima``, ``dense``, ``other``, ``trained``, ``buffers``.
     name
         Name in the backbone; for storages of a residual, the name of the layer.
     shard_numel, ranks
@@ -274,11 +278,23 @@ def parameters(shapes: ModelShapes, job: RunSpec) -> Iterator[Parameter]:
         kinds = {n: "trained" if f in job.layout.trained else "other" for f, n in planned.factor_names.items()}
         for name, shape in job.layout.parameter_shapes(planned).items():
             factors[name], kinds[name] = math.prod(shape), "trained"
+        if planned.magnitude is not None:
+            factors[planned.magnitude] = planned.factor_shapes["lora_B"][0]
+            kinds[planned.magnitude] = "trained"
         for name, numel in factors.items():
             shard = FlatPartition(numel=numel, world_size=trained_ranks).shard_numel
             yield Parameter(kind=kinds[name], name=name, shard_numel=shard, ranks=trained_ranks, dtype=job.factor_dtype)
+    in_place = () if shapes.tuner is None else shapes.tuner.in_place
     for tensor in shapes.plan.parameters:
-        yield _other(shapes, tensor, job, trained_ranks if tensor.trainable else frozen_ranks)
+        if not set(in_place).intersection(tensor.names):
+            yield _other(shapes, tensor, job, trained_ranks if tensor.trainable else frozen_ranks)
+    if shapes.tuner is not None:
+        for name, shape in shapes.tuner.trained.items():
+            shard = FlatPartition(numel=math.prod(shape), world_size=trained_ranks).shard_numel
+            yield Parameter(kind="trained", name=name, shard_numel=shard, ranks=trained_ranks, dtype=job.factor_dtype)
+        for shape, dtype in shapes.tuner.buffers:
+            kept = job.factor_dtype if dtype.is_floating_point else dtype
+            yield Parameter(kind="buffers", name="", shard_numel=math.prod(shape), ranks=1, dtype=kept)
 
 
 def _of_residual(planned: PlannedMatrix, job: RunSpec, ranks: int) -> Iterator[Parameter]:

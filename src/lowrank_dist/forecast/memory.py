@@ -18,6 +18,7 @@ RESIDENT = {
     "dense": "dense residual",
     "other": "other frozen parameters",
     "trained": "trained parameters",
+    "buffers": "buffers of the tuner",
     "gradients": "their gradients",
     "masters": "optimizer's fp32 copy",
     "moments": "optimizer's moments",
@@ -108,7 +109,7 @@ def memory(shapes: ModelShapes, job: RunSpec, activations: Activations) -> Memor
     resident["masters"] = 4 * owned if job.stage else 0
     resident["moments"] = int(owned * _MOMENT_BYTES.get(job.optimizer if job.on_gpu else "adamw", _TWO_MOMENTS))
     offloaded = (_OPTIMIZER if job.offload_optimizer else ()) + (
-        tuple(kind for kind in RESIDENT if kind not in _OPTIMIZER) if job.offload_parameters else ()
+        tuple(kind for kind in RESIDENT if kind not in (*_OPTIMIZER, "buffers")) if job.offload_parameters else ()
     )
     kept = activations.inputs if job.gradient_checkpointing else sum(activations.layers)
     copied = 0

@@ -19,6 +19,7 @@ from dataclasses import dataclass, fields
 from lowrank_dist.decomposition.schedule import Machine, Sharding, plan_schedule
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.methods.base import Method, Work
+from lowrank_dist.methods.frozen import method_for
 from lowrank_dist.methods.principal import PrincipalMethod
 from lowrank_dist.model.plan import PlannedMatrix
 from lowrank_dist.quantization.format import ResidualFormat
@@ -117,7 +118,7 @@ def residual_bytes(residual: ResidualFormat) -> float:
 
 
 def _matrix_seconds(matrix: PlannedMatrix, method: Method, residual: ResidualFormat, host: Host, ranks: int) -> Seconds:
-    work = method.work(matrix.rows, matrix.columns, matrix.rank)
+    work = method_for(matrix, method).work(matrix.rows, matrix.columns, matrix.rank)
     elements, small = matrix.rows * matrix.columns, sum(10.0 * d**3 for d in dimensions(matrix, method))
     decompositions = 1 + _refinements(method)
     # one product B A for each residual, and one for the measurements

@@ -12,16 +12,21 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowrank_dist.decomposition.report import InitializationReport
 from lowrank_dist.decomposition.restore import Resume, check_digests
 from lowrank_dist.decomposition.schedule import Sharding
 from lowrank_dist.decomposition.walk import Calibrated, DecomposedMatrix
+from lowrank_dist.distributed.group import ShardGroup
+from lowrank_dist.initialization.loading import Loading
 from lowrank_dist.initialization.materialize import Materialized, materialize
 from lowrank_dist.initialization.open import ModelRecipe, OpenedModel
 from lowrank_dist.initialization.source import MatrixSource
 from lowrank_dist.initialization.trainable import Computation, make_trainable
+from lowrank_dist.initialization.tuned import TunedModel, put_on
+from lowrank_dist.model.adapter_files import AdapterFiles
 from lowrank_dist.model.plan import Plan
 from lowrank_dist.progress import progress_bar
 from lowrank_dist.quantization.nf4 import format_as_dict
@@ -67,6 +72,8 @@ class BuiltModel:
     ----------
     backbone
         The model.
+    root
+        What computes: the backbone, or PEFT's model around it.
     source
         The source that filled it; its files are closed.
     materialized
@@ -74,12 +81,19 @@ class BuiltModel:
     facts
         Entries for the manifest of checkpoints: the pretrained weights, the method and the formats that the model was
         made with. `Resume.from_facts` takes them.
+    files
+        What adapter files hold of the model.
+    derived
+        Computes the tensors of adapter files that are not parameters. Collective.
     """
 
     backbone: PreTrainedModel
+    root: nn.Module
     source: MatrixSource
     materialized: Materialized
     facts: dict[str, Any]
+    files: AdapterFiles
+    derived: Callable[[], dict[str, Tensor]] = dict
 
     @property
     def report(self) -> InitializationReport:
@@ -222,6 +236,21 @@ def build_model(
                     advance=bar.update,
                 )
 
+    tuned: TunedModel | None = None
+    seed: int | None = None
+    if opened.tuner is not None:
+        seed = _tuner_seed(group) if resume is None else resume.tuner_seed
+        assert seed is not None
+        loading = Loading(
+            backbone,
+            source.reader,
+            partitioner,
+            compute_dtype=compute_dtype,
+            factor_dtype=factor_dtype,
+            advance=bar.update,
+        )
+        tuned = put_on(opened, partitioner, loading, seed=seed)
+
     # A resumed run takes its values from its checkpoint instead; its residual must be the same, bit for bit.
     if opened.start is not None and resume is None:
         opened.start.load(backbone, group, result.initial)
@@ -247,5 +276,25 @@ def build_model(
         "method": source.method,
         "quantization": opened.quantization,
         "residual": format_as_dict(source.residual),
+        "tuner_seed": seed,
     }
-    return BuiltModel(backbone=backbone, source=source, materialized=result, facts=facts)
+    if tuned is None:
+        return BuiltModel(
+            backbone=backbone, root=backbone, source=source, materialized=result, facts=facts, files=result.layout
+        )
+    return BuiltModel(
+        backbone=backbone,
+        root=tuned.root,
+        source=source,
+        materialized=result,
+        facts=facts,
+        files=tuned.files,
+        derived=tuned.derived,
+    )
+
+
+def _tuner_seed(group: ShardGroup) -> int:
+    """The seed that the user has given torch on rank 0. Collective."""
+    seed = group.broadcast_object(torch.initial_seed() % 2**63)
+    assert isinstance(seed, int)
+    return seed

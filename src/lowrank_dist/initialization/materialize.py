@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowrank_dist.decomposition.report import InitializationReport
@@ -21,16 +21,17 @@ from lowrank_dist.decomposition.walk import DecomposedMatrix
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import FlatPartition
 from lowrank_dist.distributed.reshard import redistribute
+from lowrank_dist.initialization.loading import Loading
+from lowrank_dist.initialization.magnitudes import start_magnitudes
 from lowrank_dist.layers.experts import AdaptedParameter
 from lowrank_dist.layers.frozen import ExtendedLinear, FrozenEmbedding, FrozenLinear, FrozenWeight
-from lowrank_dist.linalg import seed_from_name
 from lowrank_dist.model.factor_layout import FactorLayout, TrainedFactors
 from lowrank_dist.model.names import ADAPTER, plain_name
-from lowrank_dist.model.plan import Plan, PlannedMatrix, PlannedTensor
+from lowrank_dist.model.plan import Plan, PlannedMatrix
 from lowrank_dist.model.stacking import StackedFactors
 from lowrank_dist.quantization.format import ResidualFormat
 from lowrank_dist.storage.digest import digest_sums, digests
-from lowrank_dist.storage.reader import CheckpointReader, check_finite
+from lowrank_dist.storage.reader import CheckpointReader
 from lowrank_dist.zero3.partition import Partitioner, local_shard, stored_bytes, whole_shape
 
 
@@ -117,7 +118,7 @@ def materialize(
     """
     started = time.monotonic()
     layout = layout or TrainedFactors()
-    filling = _Filling(backbone, reader, partitioner, residual, compute_dtype, factor_dtype, layout, advance)
+    filling = _Filling(backbone, partitioner, residual, compute_dtype, factor_dtype, layout)
     sums = []
     for matrix in decomposed:
         if digest:
@@ -125,8 +126,12 @@ def materialize(
             sums.append(digest_sums(matrix.residual, storages, partitioner.group.rank).to(partitioner.device))
         filling.matrix(matrix)
         del matrix  # free its memory before the next one is decomposed
-    filling.parameters(plan.parameters, fp32_norms)
-    filling.buffers(plan.buffers)
+    loading = Loading(
+        backbone, reader, partitioner, compute_dtype=compute_dtype, factor_dtype=factor_dtype, advance=advance
+    )
+    loading.parameters(plan.parameters, fp32_norms=fp32_norms)
+    loading.buffers(plan.buffers)
+    start_magnitudes(backbone, plan, partitioner, factor_dtype)
     report = filling.report
     for of_matrix, text in zip(report.matrices, digests(sums, partitioner.group), strict=False):
         of_matrix.digest = text
@@ -152,32 +157,28 @@ def materialize(
 
 
 class _Filling:
-    """A model that is being filled, and the results collected so far."""
+    """A model whose encoded weights are being filled, and the results collected so far."""
 
     def __init__(
         self,
         backbone: PreTrainedModel,
-        reader: CheckpointReader,
         partitioner: Partitioner,
         residual: ResidualFormat,
         compute_dtype: torch.dtype,
         factor_dtype: torch.dtype,
         layout: FactorLayout,
-        advance: Callable[[int], object],
     ) -> None:
-        self.backbone, self.reader, self.partitioner = backbone, reader, partitioner
+        self.backbone, self.partitioner = backbone, partitioner
         self.group: ShardGroup = partitioner.group
         self.shared: ShardGroup = partitioner.frozen
         self.residual, self.compute_dtype, self.factor_dtype = residual, compute_dtype, factor_dtype
-        self.layout, self.advance = layout, advance
+        self.layout = layout
         self.report = InitializationReport()
         self.initial: dict[str, Tensor] = {}
         self.experts: dict[str, int] = {}
         self.parameter_names: dict[str, str] = {}
         self.encoded_from: dict[str, Tensor] = {}
         self._stacks: dict[str, _Stack] = {}
-
-    # -- adapted weights ----------------------------------------------------------------------------------------
 
     def matrix(self, matrix: DecomposedMatrix) -> None:
         """Replace the parameters of an adapted layer by this rank's shards. Collective.
@@ -204,17 +205,18 @@ class _Filling:
         if planned.wrapped:
             weight = f"{plain_name(planned.layer)}.{planned.parameter}"
             self.parameter_names |= dict.fromkeys(planned.factor_names.values(), weight)
-            parent, _, child = planned.layer.rpartition(".")
-            setattr(self.backbone.get_submodule(parent), child, frozen)
-        else:
-            layer.base_layer = frozen
+        # PEFT's layer keeps its place around a module; one around a parameter is replaced
+        replaced = planned.layer if planned.wrapped or planned.rank == 0 else f"{planned.layer}.base_layer"
+        parent, _, child = replaced.rpartition(".")
+        setattr(self.backbone.get_submodule(parent), child, frozen)
         for factor, name in planned.factor_names.items():
             self.factor(name, factors[factor], trained=factor in self.layout.trained)
             if encoded_from:
                 padded = torch.zeros_like(self.initial[name])
                 padded[: encoded_from[factor].numel()] = encoded_from[factor]
                 self.encoded_from[name] = padded
-        self.further(layer, planned)
+        if planned.rank > 0:
+            self.further(layer, planned)
 
     def within_nodes(self, matrix: DecomposedMatrix) -> DecomposedMatrix:
         """Reshard the residual to its shard group, unless that is the world. Collective: one all-to-all of its bytes.
@@ -250,7 +252,8 @@ class _Filling:
         linear = FrozenLinear(
             partition, self.residual, compute_dtype=self.compute_dtype, input_first=planned.input_first
         )
-        linear.bias = layer.base_layer.bias  # still on meta; loaded with the other parameters
+        replaced = layer if planned.rank == 0 else layer.base_layer
+        linear.bias = replaced.bias  # still on meta; loaded with the other parameters
         return linear
 
     def factor(self, name: str, shard: Tensor, *, trained: bool) -> None:
@@ -273,64 +276,6 @@ class _Filling:
             parameters[name] = self.partitioner.parameter(shape, self.factor_dtype, shard, requires_grad=True)
         if parameters:
             layer.lora_B[ADAPTER] = ExtendedLinear(self.layout, layer.lora_B[ADAPTER].weight, parameters)
-
-    # -- everything else ----------------------------------------------------------------------------------------
-
-    def parameters(self, planned: list[PlannedTensor], fp32_norms: bool) -> None:
-        """Load the parameters that are not adapted, a flat range per rank."""
-        norms = norm_modules(self.backbone) if fp32_norms and self.compute_dtype != torch.float32 else {}
-        with self.group.shared_errors():
-            for tensor in planned:
-                owner, _, leaf = tensor.names[0].rpartition(".")
-                parameter = getattr(self.backbone.get_submodule(owner), leaf)
-                dtype = torch.float32 if owner in norms else self.compute_dtype
-                if tensor.trainable:
-                    dtype = self.factor_dtype
-                partitioned = self.partitioner.parameter(
-                    parameter.shape,
-                    dtype,
-                    self.flat_shard(tensor, parameter, dtype),
-                    requires_grad=tensor.trainable,
-                    group=self.group if tensor.trainable else self.shared,
-                )
-                for name in tensor.names:
-                    owner, _, leaf = name.rpartition(".")
-                    setattr(self.backbone.get_submodule(owner), leaf, partitioned)
-        for module in norms.values():
-            compute_in_fp32(module, self.compute_dtype)
-
-    def flat_shard(self, tensor: PlannedTensor, parameter: Tensor, dtype: torch.dtype) -> Tensor:
-        """This rank's flat shard of a parameter, read or newly initialised, in `dtype`."""
-        group = self.group if tensor.trainable else self.shared
-        start, stop = FlatPartition(numel=parameter.numel(), world_size=group.size).bounds(group.rank)
-        if tensor.key is None:
-            return self.fresh(tensor.names[0], parameter).flatten()[start:stop].to(self.partitioner.device, dtype)
-        shard = self.reader.flat(tensor.key, start, stop)
-        check_finite(tensor.key, shard, start)
-        self.advance(self.reader.info(tensor.key).nbytes)
-        return shard.to(self.partitioner.device, dtype)
-
-    def fresh(self, name: str, parameter: Tensor) -> Tensor:
-        """Transformers' initial value of a linear layer missing in the pretrained weights; the same on every rank."""
-        if name.endswith(".bias"):
-            return torch.zeros(parameter.shape)
-        generator = torch.Generator().manual_seed(seed_from_name(name))
-        std = getattr(self.backbone.config, "initializer_range", 0.02)
-        return torch.randn(parameter.shape, generator=generator) * std
-
-    def buffers(self, planned: list[PlannedTensor]) -> None:
-        """Load persistent buffers: rank 0 reads them, and they are replicated. Collective."""
-        for tensor in planned:
-            (name,), key = tensor.names, tensor.key
-            buffer = self.backbone.get_buffer(name)
-            value = torch.zeros(buffer.shape, dtype=buffer.dtype, device=self.partitioner.device)
-
-            def read(key: str = str(key), value: Tensor = value) -> Tensor:
-                whole = self.reader.flat(key, 0, value.numel()).view(value.shape)
-                self.advance(whole.nbytes)
-                return whole.to(value)
-
-            buffer.data = self.group.once(value, read)
 
 
 class _Stack:
@@ -368,15 +313,3 @@ class _Stack:
         """This rank's shards of the residuals of all experts, concatenated in order, by storage name."""
         ordered = [self._residuals[expert] for expert in range(self.experts)]
         return {name: torch.cat([shards[name] for shards in ordered]) for name in ordered[0]}
-
-
-def norm_modules(backbone: nn.Module) -> dict[str, nn.Module]:
-    """Normalisation layers by name: modules whose class name contains "Norm"."""
-    return {name: module for name, module in backbone.named_modules() if "Norm" in type(module).__name__}
-
-
-def compute_in_fp32(module: nn.Module, output_dtype: torch.dtype) -> None:
-    """Cast the input of `module` to fp32 and its output to `output_dtype`, in place."""
-    cast: Callable[..., Any] = lambda _, args: (args[0].float(), *args[1:])  # noqa: E731
-    module.register_forward_pre_hook(cast)
-    module.register_forward_hook(lambda _, args, output: output.to(output_dtype))

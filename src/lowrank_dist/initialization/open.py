@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeGuard
+from typing import Literal, TypeGuard
 
 import torch
-from peft import LoraConfig
+from peft import PeftConfig
 from transformers import PreTrainedModel
 
 from lowrank_dist.decomposition.restore import Resume
@@ -20,13 +20,20 @@ from lowrank_dist.errors import ModelError
 from lowrank_dist.initialization.source import MatrixSource, open_source
 from lowrank_dist.initialization.starting_adapter import StartingAdapter
 from lowrank_dist.methods import LoRA, Method
+from lowrank_dist.methods.frozen import Frozen
 from lowrank_dist.model.factor_layout import FactorLayout, TrainedFactors
 from lowrank_dist.model.names import plain_name
 from lowrank_dist.model.plan import Plan, open_plan
+from lowrank_dist.model.skeleton import linear_layers
 from lowrank_dist.quantization.format import ResidualFormat
 from lowrank_dist.residual_model.reader import ResidualModel, starts_at_zero
 from lowrank_dist.storage.reader import resolve_checkpoint
 from lowrank_dist.storage.source import WeightSource
+from lowrank_dist.tuners.support import is_for_peft
+from lowrank_dist.tuners.tuner import Tuner, TunerPlan
+
+Encode = Literal["all-linear", "adapted"]
+"""Which linear layers are stored in the residual format under a tuner of PEFT."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +50,9 @@ class OpenedModel:
         The adapter that training starts from; None: a new adapter.
     resume
         State of the run that is resumed; None: a new run.
+    tuner, tuner_plan
+        The tuner of PEFT that is put on top of the filled model, and what it does; None if the adapter is injected
+        already, because it is made from the weights.
     """
 
     backbone: PreTrainedModel
@@ -50,6 +60,8 @@ class OpenedModel:
     source: MatrixSource
     start: StartingAdapter | None
     resume: Resume | None
+    tuner: Tuner | None = None
+    tuner_plan: TunerPlan | None = None
 
     @property
     def layout(self) -> FactorLayout:
@@ -98,9 +110,11 @@ class ModelRecipe:
     """The user's options for a model; they are those of `lowrank_dist.PiSSAStrategy`."""
 
     pretrained: str | WeightSource
-    adapter: LoraConfig | str | Path | None = None
+    adapter: PeftConfig | str | Path | None = None
     init: Method | None = None
     quantization: ResidualFormat | None = None
+    encode: Encode = "all-linear"
+    train_also: Sequence[str] = ()
     cache: str | os.PathLike[str] | None = None
     revision: str | None = None
     untie_embeddings: bool = False
@@ -126,7 +140,7 @@ class ModelRecipe:
             pretrained = resolve_checkpoint(self.pretrained, revision=self.revision)
         else:
             pretrained = self.pretrained
-        if self.adapter is None or isinstance(self.adapter, LoraConfig):
+        if self.adapter is None or isinstance(self.adapter, PeftConfig):
             return pretrained, None
         return pretrained, resolve_checkpoint(self.adapter, option="adapter")
 
@@ -163,13 +177,18 @@ class ModelRecipe:
         with group.shared_errors():
             directory, adapter_directory = self.directories()
             start, adapter, init = None, self.adapter, self.init
+            tuner, tuner_plan = self._tuner(directory), None
+            if tuner is not None:
+                adapter, init, tuner_plan = tuner.config, Frozen(adapter=tuner.name), tuner.plan(backbone)
+                backbone.requires_grad_(False)
+                announce(tuner.says(tuner_plan))
             if adapter_directory is not None:
                 start = self._starting_adapter(adapter_directory, directory)
                 adapter, init = start.config, None if _is_decomposed(directory) else LoRA()
             source = open_source(
                 self.name,
                 directory,
-                adapter=adapter if isinstance(adapter, LoraConfig) else None,
+                adapter=adapter if isinstance(adapter, PeftConfig) else None,
                 init=init,
                 quantization=self.quantization,
                 compute_dtype=compute_dtype,
@@ -180,10 +199,13 @@ class ModelRecipe:
             )
         plan = open_plan(
             source.reader,
-            source.adapter,
+            source.adapter if tuner is None else None,
             backbone=backbone,
             untie=self.untie_embeddings,
             limit_rank=start is None,
+            encode=() if tuner_plan is None else self._encoded(backbone, tuner_plan),
+            trained_whole=() if tuner_plan is None else tuner_plan.whole,
+            also=() if tuner is not None else self.train_also,
             group=group,
         ).plan
         with group.shared_errors():
@@ -192,7 +214,39 @@ class ModelRecipe:
         if fresh and start is None and resume is None:
             more = f" and {len(fresh) - 5} more" if len(fresh) > 5 else ""
             announce(f"{source.reader.directory} holds no {', '.join(fresh[:5])}{more}: newly initialised and trained")
-        return OpenedModel(backbone=backbone, plan=plan, source=source, start=start, resume=resume)
+        return OpenedModel(
+            backbone=backbone,
+            plan=plan,
+            source=source,
+            start=start,
+            resume=resume,
+            tuner=tuner,
+            tuner_plan=tuner_plan,
+        )
+
+    def _tuner(self, directory: Path | WeightSource) -> Tuner | None:
+        if not isinstance(self.adapter, PeftConfig) or not is_for_peft(self.adapter, self.init):
+            return None
+        tuner = Tuner(self.adapter, also=self.train_also)
+        if _is_decomposed(directory):
+            raise ModelError(
+                f"pretrained={self.name!r} is a residual model, whose residuals belong to its own adapter; with "
+                f"{tuner.name}, pass the pretrained model that it was made from"
+            )
+        if self.cache is not None:
+            raise ModelError(
+                f"init_cache={str(self.cache)!r} keeps decompositions, but {tuner.name} needs none; leave it out"
+            )
+        return tuner
+
+    def _encoded(self, backbone: PreTrainedModel, planned: TunerPlan) -> list[str]:
+        """Names of the linear layers that are encoded: all, or the adapted ones; none that is trained whole."""
+        whole, adapted = tuple(f"{name}." for name in planned.whole), set(planned.adapted)
+        taken = {name.rpartition(".")[0] for name in planned.in_place if name.endswith(".weight")}
+        layers = (n for n in linear_layers(backbone) if not f"{n}.".startswith(whole) and n not in taken)
+        if planned.of_plain_layers:
+            layers = (name for name in layers if name not in adapted)
+        return [name for name in layers if self.encode == "all-linear" or name in adapted]
 
     def _starting_adapter(self, directory: Path, pretrained: Path | WeightSource) -> StartingAdapter:
         decomposed = _is_decomposed(pretrained)

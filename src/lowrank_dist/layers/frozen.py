@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_dist.distributed.partition import RowPartition
+from lowrank_dist.layers.lazy_weight import LazyWeight
 from lowrank_dist.model.factor_layout import FactorLayout
 from lowrank_dist.quantization.format import Product, ResidualFormat
 from lowrank_dist.zero3.backward import in_backward
+from lowrank_dist.zero3.partition import gathered, is_gathered
 
 
 class _FrozenLinearFunction(torch.autograd.Function):
@@ -58,7 +60,7 @@ class FrozenWeight(nn.Module):
     """
 
     def __init__(self, partition: RowPartition, residual: ResidualFormat, *, compute_dtype: torch.dtype) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # of a FrozenLinear, nn.Linear would make a dense weight
         self.partition, self.residual, self.compute_dtype = partition, residual, compute_dtype
         self.stored_names = tuple(residual.storages(partition))
         for name in self.stored_names:
@@ -83,10 +85,11 @@ class FrozenWeight(nn.Module):
         return f"rows={self.partition.rows}, columns={self.partition.columns}, residual={self.residual}"
 
 
-class FrozenLinear(FrozenWeight):
+class FrozenLinear(FrozenWeight, nn.Linear):
     """Linear layer whose weight is a frozen, encoded residual.
 
-    It replaces the ``base_layer`` of a PEFT ``lora.Linear``.
+    It replaces linear layers of the model, or the ``base_layer`` of a PEFT ``lora.Linear``. It is an ``nn.Linear``, so
+    that models and PEFT's tuners take it for the layer that it replaces, GPT-2's Conv1D too.
 
     Parameters
     ----------
@@ -105,7 +108,7 @@ class FrozenLinear(FrozenWeight):
         Whether the weight that gradient checkpointing decodes in a recomputation is kept until the backward.
     """
 
-    bias: Tensor | None
+    bias: Any
 
     def __init__(
         self,
@@ -123,6 +126,24 @@ class FrozenLinear(FrozenWeight):
         self.register_parameter("bias", None)
         self.keeps_decoded = False
         self._kept = _Kept()
+
+    @property
+    def weight(self) -> LazyWeight:  # type: ignore[override]
+        """The weight ``[out, in]`` in the compute dtype; whatever computes with it decodes it (`LazyWeight`)."""
+        shape, device = (self.out_features, self.in_features), self.stored()[0].device
+        return LazyWeight(self.dense, shape, dtype=self.compute_dtype, device=device)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight ``[out, in]``, decoded in `dtype`; it may be a view of the stored values.
+
+        Outside the forward and the backward of the layer, its shards are gathered for it. That is collective, so all
+        ranks must ask together.
+        """
+        stored = self.stored()
+        if all(map(is_gathered, stored)):
+            return self.matrix(dtype).mT
+        with gathered(stored):
+            return self.matrix(dtype).mT.clone()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in]`` of any floating dtype to ``[..., out]`` in the compute dtype."""

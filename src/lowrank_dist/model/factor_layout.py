@@ -65,6 +65,20 @@ class FactorLayout(ABC):
         """Manifest entries, from which `stored_layout` restores the layout."""
 
     @property
+    def derived(self) -> tuple[str, ...]:
+        """Nothing: the adapter file holds parameters only."""
+        return ()
+
+    @property
+    def is_lora(self) -> bool:
+        """True: whatever is trained, its update is ``scaling * f(B) A``."""
+        return True
+
+    def stored_as(self, name: str) -> str | None:
+        """PEFT's name in the adapter file for the parameter `name` of the backbone; None if it is kept beside."""
+        return None if self.kept_beside(name) else peft_name(name)
+
+    @property
     def folds(self) -> bool:
         """Whether adapter files hold ``f(B)`` in place of B, which is kept beside them."""
         return bool(self.further)

@@ -7,13 +7,14 @@ same plan or raise the same error.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from peft import LoraConfig
 from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer, ParamWrapper
+from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
@@ -24,9 +25,9 @@ from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import RowPartition
 from lowrank_dist.errors import ModelError
 from lowrank_dist.model.names import ADAPTER as ADAPTER
-from lowrank_dist.model.names import CheckpointKeys
+from lowrank_dist.model.names import MAGNITUDE, CheckpointKeys
 from lowrank_dist.model.names import plain_name as plain_name
-from lowrank_dist.model.skeleton import build_skeleton, inject_adapter, untie_embeddings
+from lowrank_dist.model.skeleton import build_skeleton, inject_adapter, train_also, untie_embeddings
 from lowrank_dist.model.stacking import stacked_shapes
 from lowrank_dist.model.ties import separate_ties
 from lowrank_dist.storage.reader import CheckpointReader
@@ -34,12 +35,12 @@ from lowrank_dist.storage.reader import CheckpointReader
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedMatrix:
-    """One adapted weight, or one matrix of a stacked weight (one expert).
+    """One weight that is encoded, adapted or not, or one matrix of a stacked weight (one expert).
 
     Attributes
     ----------
     layer
-        Name of the PEFT layer in the backbone.
+        Name, in the backbone, of the PEFT layer, or of the linear layer if it is not adapted.
     key
         Name of the weight in the reader of the pretrained weights.
     rows, columns
@@ -47,13 +48,15 @@ class PlannedMatrix:
     input_first
         Whether the weight is stored ``[in, out]`` (Conv1D, embeddings, some experts).
     rank, scaling
-        Rank and scaling of its adapter.
+        Rank and scaling of its adapter; rank 0 if it has none and is encoded as it is.
     parameter
         Name of the weight in the base layer.
     lookup
         Whether the layer looks rows up instead of multiplying by the matrix (embeddings).
     wrapped
         Whether PEFT adapts the parameter, not the module that holds it (``target_parameters``).
+    dora
+        Whether the adapter has a magnitude ``[out]`` (DoRA).
     expert, experts
         Index of the matrix in the stack, and number of matrices; None and 1 if the weight is a single matrix.
     """
@@ -68,6 +71,7 @@ class PlannedMatrix:
     parameter: str = "weight"
     lookup: bool = False
     wrapped: bool = False
+    dora: bool = False
     expert: int | None = None
     experts: int = 1
 
@@ -83,14 +87,23 @@ class PlannedMatrix:
 
     @property
     def factor_names(self) -> dict[str, str]:
-        """Names of the parameters that hold A (``lora_A``) and B (``lora_B``) in the backbone."""
+        """Names of the parameters that hold A (``lora_A``) and B (``lora_B``) in the backbone; none at rank 0."""
+        if self.rank == 0:
+            return {}
         if self.lookup:
             return {f"lora_{x}": f"{self.layer}.lora_embedding_{x}.{ADAPTER}" for x in "AB"}
         return {f"lora_{x}": f"{self.layer}.lora_{x}.{ADAPTER}.weight" for x in "AB"}
 
     @property
+    def magnitude(self) -> str | None:
+        """Name of the parameter that holds the magnitude in the backbone; None without DoRA."""
+        return f"{self.layer}{MAGNITUDE}" if self.dora else None
+
+    @property
     def factor_shapes(self) -> dict[str, tuple[int, int]]:
-        """Shapes of A ``[r, in]`` and B ``[out, r]``."""
+        """Shapes of A ``[r, in]`` and B ``[out, r]``; none at rank 0."""
+        if self.rank == 0:
+            return {}
         outputs, inputs = (self.columns, self.rows) if self.input_first else (self.rows, self.columns)
         return {"lora_A": (self.rank, inputs), "lora_B": (outputs, self.rank)}
 
@@ -159,6 +172,9 @@ def open_plan(
     backbone: PreTrainedModel | None = None,
     untie: bool = False,
     limit_rank: bool = True,
+    encode: Collection[str] = (),
+    trained_whole: Collection[str] = (),
+    also: Sequence[str] = (),
     group: ShardGroup | None = None,
 ) -> PlannedModel:
     """Inject an adapter's layers into a model on meta and match it with the pretrained weights.
@@ -176,8 +192,10 @@ def open_plan(
     untie
         Give a tied output embedding its own weight first. One that is stored with other values than the input embedding
         has its own in any case.
-    limit_rank
+    limit_rank, encode, trained_whole
         See `plan_walk`.
+    also
+        Patterns of `lowrank_dist.model.skeleton.train_also`.
     group
         The ranks that make the same plan. Default: this process alone.
 
@@ -196,7 +214,8 @@ def open_plan(
         tied = untie_embeddings(backbone) if untie else {}
         if adapter is not None:
             inject_adapter(backbone, adapter)
-        plan = plan_walk(backbone, reader, tied, limit_rank=limit_rank)
+        train_also(backbone, also)
+        plan = plan_walk(backbone, reader, tied, limit_rank=limit_rank, encode=encode, trained_whole=trained_whole)
     return PlannedModel(backbone=backbone, tied=tied, plan=plan)
 
 
@@ -206,6 +225,8 @@ def plan_walk(
     tied: Mapping[str, str] | None = None,
     *,
     limit_rank: bool = True,
+    encode: Collection[str] = (),
+    trained_whole: Collection[str] = (),
 ) -> Plan:
     """Match every parameter of `backbone` with the pretrained weights, and refuse what cannot be executed.
 
@@ -220,6 +241,11 @@ def plan_walk(
     limit_rank
         Refuse ranks above ``min(out, in)``, the number of directions of a matrix. An existing adapter may have a higher
         rank.
+    encode
+        Names of linear layers, as they were before the injection, that are encoded although they have no adapter. The
+        adapted ones among them, and those that are trained whole, are passed over.
+    trained_whole
+        Names of modules that will be trained whole and may be new, beside those under ``modules_to_save``.
 
     Raises
     ------
@@ -231,7 +257,8 @@ def plan_walk(
         raise ModelError(f"{reader.directory} is quantized already; pass the pretrained model it was made from")
     planner = _PlanBuilder(backbone, reader, CheckpointKeys(backbone, reader, tied), limit_rank)
     planner.adapted_layers()
-    planner.other_parameters()
+    planner.encoded_layers(encode)
+    planner.other_parameters(trained_whole)
     planner.persistent_buffers()
     problems = planner.problems
     if problems:
@@ -305,14 +332,41 @@ class _PlanBuilder:
                     parameter=parameter,
                     lookup=lookup,
                     wrapped=wrapped,
+                    dora=bool(layer.lora_variant),
                     expert=expert,
                     experts=len(weight) if stacked else 1,
                 )
             )
         return None
 
-    def other_parameters(self) -> None:
+    def encoded_layers(self, names: Collection[str]) -> None:
+        for name in names:
+            layer = self.backbone.get_submodule(name)
+            if not isinstance(layer, nn.Linear | Conv1D):  # PEFT's layers around one that is adapted or trained whole
+                continue
+            weight_name = f"{name}.weight"
+            key = self.keys.find(weight_name)
+            problem = self.keys.check(weight_name, key, layer.weight)
+            if problem is not None or key is None:
+                self.problems.append(str(problem))
+                continue
+            self._done.add(id(layer.weight))
+            rows, columns = layer.weight.shape
+            self.plan.matrices.append(
+                PlannedMatrix(
+                    layer=name,
+                    key=key,
+                    rows=rows,
+                    columns=columns,
+                    input_first=isinstance(layer, Conv1D),
+                    rank=0,
+                    scaling=1.0,
+                )
+            )
+
+    def other_parameters(self, trained_whole: Collection[str]) -> None:
         wrappers = [n for n, m in self.backbone.named_modules() if isinstance(m, ModulesToSaveWrapper)]
+        wrappers += trained_whole
         may_be_new = tuple(f"{wrapper}." for wrapper in wrappers)
         for name, parameter in self.backbone.named_parameters():
             if id(parameter) in self._done:
@@ -336,11 +390,17 @@ class _PlanBuilder:
                 self.plan.buffers.append(PlannedTensor(names=(name,), key=key))
 
 
+def is_dora(layer: LoraLayer) -> bool:
+    """Whether DoRA of a linear layer is the only variant of a layer of PEFT."""
+    variants = list(layer.lora_variant.values())
+    return bool(variants) and all(type(variant) is DoraLinearVariant for variant in variants)
+
+
 def _unsupported_layer(layer: BaseTunerLayer, base: nn.Module) -> str | None:
     """Reason why a PEFT layer cannot work on a sharded residual, to be appended to its name; or None."""
     drop, kind = "; drop it from target_modules", type(base).__name__
-    if getattr(layer, "lora_variant", None):
-        return f": the variant {type(layer.lora_variant[ADAPTER]).__name__} of LoRA reads the dense weight; turn it off"
+    if getattr(layer, "lora_variant", None) and not is_dora(layer):
+        return f": the variant {type(layer.lora_variant[ADAPTER]).__name__} of LoRA is not supported here; turn it off"
     if isinstance(layer, ParamWrapper):
         return _unsupported_parameter(layer, base)
     if isinstance(layer, LoraEmbedding) and isinstance(base, nn.Embedding):

@@ -67,7 +67,7 @@ class CheckpointedStrategy(Stage3Strategy):
 
     def _load_parameters(self) -> None:
         if self._resumed is not None and self._writer is not None:
-            load_parameters(self._resumed, self._writer.trained, self._writer.layout, self._group)
+            load_parameters(self._resumed, self._writer.trained, self._writer.files, self._group)
 
     def init_deepspeed(self) -> None:
         super().init_deepspeed()

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from peft import LoraConfig
+from peft import PeftConfig
 from transformers import PreTrainedModel
 
 from lowrank_dist.calibration.measure import Calibration
@@ -22,7 +22,7 @@ from lowrank_dist.decomposition.schedule import Sharding
 from lowrank_dist.errors import ModelError
 from lowrank_dist.forecast.job import ShardWithin
 from lowrank_dist.initialization.build import build_model
-from lowrank_dist.initialization.open import ModelRecipe, OpenedModel
+from lowrank_dist.initialization.open import Encode, ModelRecipe, OpenedModel
 from lowrank_dist.initialization.trainable import Computation
 from lowrank_dist.layers.adapted import FoldAdapters
 from lowrank_dist.methods import Method
@@ -61,9 +61,11 @@ class ModelStrategy(CheckpointedStrategy):
 
     weights: WeightSource | None
     pretrained: str
-    adapter: LoraConfig | str | Path | None
+    adapter: PeftConfig | str | Path | None
     init: Method | None
     quantization: NF4 | None
+    encode: Encode
+    train_also: tuple[str, ...]
     calibration: Calibration | None
     init_cache: str | os.PathLike[str] | None
     ranks_per_matrix: int | None
@@ -94,7 +96,7 @@ class ModelStrategy(CheckpointedStrategy):
         group = partitioner.group
         with group.shared_errors():
             resume = None if self._resumed is None else earlier_run(self._resumed)
-            _, backbone = find_backbone(module)
+            name, backbone = find_backbone(module)
         built = build_model(
             self.recipe,
             backbone,
@@ -123,19 +125,24 @@ class ModelStrategy(CheckpointedStrategy):
             show_progress=self.show_progress,
         )
         self._backbone, self.init_report = backbone, built.report
+        if built.root is not backbone:
+            parent, _, child = name.rpartition(".")
+            setattr(module.get_submodule(parent), child, built.root)
         self._checkpoints_with(
             CheckpointWriter(
-                backbone,
+                built.root,
                 built.source.adapter,
                 built.materialized,
                 group,
                 base=built.source.base,
                 starts_at_zero=built.source.starts_at_zero,
                 facts=built.facts | {"precision": precision},
+                files=built.files,
+                derived=built.derived,
             )
         )
         module.strict_loading = False  # checkpoints hold the trained parameters only
-        self._gathers_with(partitioner, backbone, self.live_layers)
+        self._gathers_with(partitioner, built.root, self.live_layers)
 
     def _copies_of_frozen(self, opened: OpenedModel) -> int:
         """Number of copies of the frozen parameters. Collective, unless ``"rank"`` or ``"world"`` was chosen."""
@@ -175,6 +182,8 @@ class ModelStrategy(CheckpointedStrategy):
             adapter=self.adapter,
             init=self.init,
             quantization=self.quantization,
+            encode=self.encode,
+            train_also=self.train_also,
             cache=self.init_cache,
             revision=self.revision,
             untie_embeddings=self.untie_embeddings,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -11,10 +11,11 @@ from typing import Any, Literal, get_args
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from peft import LoraConfig
+from peft import PeftConfig
 
 from lowrank_dist.calibration.measure import Calibration, check_options
 from lowrank_dist.forecast.job import ShardWithin
+from lowrank_dist.initialization.open import Encode
 from lowrank_dist.layers.adapted import FoldAdapters
 from lowrank_dist.methods import Method
 from lowrank_dist.model.skeleton import meta_parameters
@@ -23,6 +24,7 @@ from lowrank_dist.quantization.nf4 import NF4
 from lowrank_dist.residual_model.reader import ResidualModel
 from lowrank_dist.storage.source import WeightSource
 from lowrank_dist.training.model_strategy import PRECISIONS, ModelStrategy
+from lowrank_dist.tuners.support import is_for_peft, objection
 from lowrank_dist.zero3.partition import to_device
 
 
@@ -48,6 +50,13 @@ class PiSSAStrategy(ModelStrategy):
         Method that makes adapters and residual from the weights: ``PiSSA(...)``, ``LoRA()``, ``LoftQ(...)``, ...
     quantization
         ``NF4(...)`` for a 4-bit residual; None keeps it in the compute dtype.
+    encode
+        Linear layers that a tuner other than LoRA leaves in the format of `quantization`: all but the output embedding
+        (``"all-linear"``), or the adapted ones. With a LoRA, it is the adapted ones.
+    train_also
+        Shell patterns for names of parameters of the model itself that are trained as well, whole, as its checkpoint
+        holds them: ``["*norm*", "*.bias", "model.embed_tokens.weight"]``. They are saved with the adapter, and stock
+        PEFT loads them with it.
     calibration
         Data for methods that look at data (``CorDA``, ``EVA``, ``LoRAGA``); default ``Calibration()``: the first 8
         batches that each rank would train on.
@@ -148,10 +157,12 @@ class PiSSAStrategy(ModelStrategy):
     def __init__(
         self,
         pretrained: str | os.PathLike[str] | WeightSource,
-        adapter: LoraConfig | str | Path | None = None,  # not os.PathLike, which jsonargparse makes of any dictionary
+        adapter: PeftConfig | str | Path | None = None,  # not os.PathLike, which jsonargparse makes of any dictionary
         init: Method | None = None,
         quantization: NF4 | None = None,
         *,
+        encode: Encode = "all-linear",
+        train_also: Sequence[str] = (),
         calibration: Calibration | None = None,
         init_cache: str | os.PathLike[str] | None = None,
         ranks_per_matrix: int | None = None,
@@ -168,9 +179,10 @@ class PiSSAStrategy(ModelStrategy):
         compile_layers: str | None = None,
         **deepspeed_options: Any,
     ) -> None:
-        if adapter is not None and not isinstance(adapter, LoraConfig | str | os.PathLike):
+        if adapter is not None and not isinstance(adapter, PeftConfig | str | os.PathLike):
             raise ValueError(
-                "PiSSAStrategy: adapter must be a peft.LoraConfig, or the directory or hub id of an adapter, not "
+                "PiSSAStrategy: adapter must be a configuration of PEFT (a LoraConfig, ...), or the directory or hub "
+                "id of an adapter, not "
                 f"{type(adapter).__name__}"
             )
         if live_layers < 0:
@@ -206,7 +218,15 @@ class PiSSAStrategy(ModelStrategy):
                 f"PiSSAStrategy: init_cache={str(init_cache)!r} stores residual models, which copy the configuration "
                 f"and tokenizer, but {self.pretrained} is a source of weights alone; leave init_cache out"
             )
-        self.adapter = adapter
+        if isinstance(adapter, PeftConfig) and is_for_peft(adapter, init):
+            reason = objection(adapter, gradient_checkpointing=gradient_checkpointing)
+            if reason is not None:
+                raise ValueError(f"PiSSAStrategy: adapter is a {type(adapter).__name__}: {reason}")
+        if encode not in get_args(Encode):
+            raise ValueError(f"PiSSAStrategy: encode={encode!r} is none of {', '.join(get_args(Encode))}")
+        if isinstance(train_also, str):
+            raise ValueError(f"PiSSAStrategy: train_also={train_also!r} must be a list of patterns")
+        self.adapter, self.encode, self.train_also = adapter, encode, tuple(train_also)
         self.init, self.init_cache, self.ranks_per_matrix = init, init_cache, ranks_per_matrix
         self.quantization = quantization
         self.revision = revision

@@ -102,7 +102,24 @@ class Partitioner:
             If `shard` has another dtype or is too long.
         """
         group = group or self.group
-        partition = FlatPartition(numel=torch.Size(shape).numel(), world_size=group.size)
+        parameter = nn.Parameter(torch.empty(0, dtype=dtype, device=self.device), requires_grad=requires_grad)
+        self._partition(parameter, torch.Size(shape), shard, group)
+        return parameter
+
+    def adopt(self, parameter: nn.Parameter, dtype: torch.dtype) -> None:
+        """Make a parameter that every rank holds whole a ZeRO-3 parameter of `dtype`, in place. One broadcast.
+
+        Whatever refers to the parameter refers to the partitioned one. The values are those of rank 0.
+        """
+        whole = parameter.data.to(self.device).contiguous()
+        self.group.broadcast(whole.view(-1).view(torch.uint8), source=0)
+        start, stop = FlatPartition(numel=whole.numel(), world_size=self.group.size).bounds(self.group.rank)
+        parameter.data = torch.empty(0, dtype=dtype, device=self.device)
+        self._partition(parameter, whole.shape, whole.view(-1)[start:stop].to(dtype), self.group)
+
+    def _partition(self, parameter: nn.Parameter, shape: torch.Size, shard: Tensor, group: ShardGroup) -> None:
+        """Give an empty parameter its shape and this rank's shard."""
+        dtype, partition = parameter.dtype, FlatPartition(numel=shape.numel(), world_size=group.size)
         if shard.dtype != dtype or shard.numel() > partition.shard_numel:
             raise ValueError(
                 f"shard of {shard.numel()} {shard.dtype} elements does not fit a partition of "
@@ -115,12 +132,11 @@ class Partitioner:
             stored = stored.pin_memory()
         stored[: shard.numel()] = shard
 
-        parameter = nn.Parameter(torch.empty(0, dtype=dtype, device=self.device), requires_grad=requires_grad)
         ds: Any = parameter
         if group is not self.group:
             ds.ds_zero_partition_process_group = self._process_group
         self._init._convert_to_deepspeed_param(parameter)
-        ds.ds_shape = torch.Size(shape)
+        ds.ds_shape = shape
         ds.ds_numel = partition.numel
         ds.ds_numel_aligned = partition.shard_numel * partition.world_size
         ds.ds_tensor = stored
@@ -128,7 +144,6 @@ class Partitioner:
         ds.ds_tensor.status = PartitionedParamStatus.AVAILABLE
         ds.ds_tensor.final_location = None
         ds.ds_status = ZeroParamStatus.NOT_AVAILABLE
-        return parameter
 
 
 def use_cpu_accelerator() -> None:
@@ -147,6 +162,11 @@ def use_cpu_accelerator() -> None:
 def is_partitioned(parameter: Tensor) -> bool:
     """Whether `parameter` is a ZeRO-3 parameter."""
     return hasattr(parameter, "ds_id")
+
+
+def is_gathered(parameter: Tensor) -> bool:
+    """Whether `parameter` holds its whole tensor: it is gathered, or not partitioned at all."""
+    return not is_partitioned(parameter) or parameter.ds_status is ZeroParamStatus.AVAILABLE  # type: ignore[attr-defined]
 
 
 def whole_shape(parameter: Tensor) -> torch.Size:

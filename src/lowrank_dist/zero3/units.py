@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -20,12 +21,17 @@ class Unit:
     members
         The modules whose parameters are gathered.
     parameters
-        The parameters of `members`, each once.
+        The parameters of `members`, and those that they use (`uses`), each once.
     """
 
     module: nn.Module
     members: list[nn.Module]
     parameters: list[nn.Parameter]
+
+
+def uses(module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Have `parameters` gathered with `module`, whose forward uses them although another module holds them."""
+    module.__dict__["used_parameters"] = tuple(parameters)
 
 
 def units_of(backbone: nn.Module) -> list[Unit]:
@@ -36,7 +42,10 @@ def units_of(backbone: nn.Module) -> list[Unit]:
     """
     stacked = repeated_layers(backbone)
     inside = {id(module) for layer in stacked for module in layer.modules()}
-    units = [Unit(layer, list(layer.modules()), list(layer.parameters())) for layer in stacked]
+    units = [
+        Unit(layer, list(layer.modules()), list(dict.fromkeys(p for m in layer.modules() for p in _parameters(m))))
+        for layer in stacked
+    ]
     owners: dict[nn.Module, list[nn.Module]] = {}
     parents: dict[nn.Module, nn.Module] = {}
     for module in backbone.modules():
@@ -44,14 +53,19 @@ def units_of(backbone: nn.Module) -> list[Unit]:
             continue
         owner = parents.get(module, module)
         for child in module.children():
-            if owner is not module or _computes_its_children(module) or not _has_forward(child):
+            if _computes_its_children(owner) or not _has_forward(child):
                 parents.setdefault(child, owner)
-        if module._parameters:
+        if module._parameters or "used_parameters" in module.__dict__:
             owners.setdefault(owner, []).append(module)
     for owner, members in owners.items():
-        parameters = dict.fromkeys(p for member in members for p in member.parameters(recurse=False))
+        parameters = dict.fromkeys(p for member in members for p in _parameters(member))
         units.append(Unit(owner, members, list(parameters)))
     return units
+
+
+def _parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    yield from module.parameters(recurse=False)
+    yield from module.__dict__.get("used_parameters", ())
 
 
 def _has_forward(module: nn.Module) -> bool:

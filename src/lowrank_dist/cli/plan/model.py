@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 
 from lowrank_dist.decomposition.schedule import Sharding
 from lowrank_dist.distributed.group import ShardGroup
@@ -15,7 +15,9 @@ from lowrank_dist.forecast.job import planned_run
 from lowrank_dist.initialization.starting_adapter import StartingAdapter
 from lowrank_dist.methods import LoRA
 from lowrank_dist.model.skeleton import build_skeleton, read_config
+from lowrank_dist.storage.source import ShapesOnly, WeightSource
 from lowrank_dist.training.strategy import PiSSAStrategy
+from lowrank_dist.tuners.support import is_for_peft
 
 
 def with_adapters(strategy: PiSSAStrategy, source: Path, job: RunSpec) -> tuple[ModelShapes, RunSpec]:
@@ -30,10 +32,14 @@ def with_adapters(strategy: PiSSAStrategy, source: Path, job: RunSpec) -> tuple[
         As in the set-up of a run.
     """
     adapter = _local_adapter(strategy.adapter)
+    backbone = build_skeleton(source, read_config(source))
+    pretrained: str | WeightSource = str(source)
     if not (source.is_dir() and any(source.glob("*.safetensors"))):
-        return _of_dimensions(strategy, adapter, source, job)
-    opened = replace(strategy.recipe, pretrained=str(source), adapter=adapter, revision=None).open(
-        build_skeleton(source, read_config(source)),
+        if not (isinstance(adapter, PeftConfig) and is_for_peft(adapter, strategy.init)):
+            return _of_dimensions(strategy, adapter, source, job)
+        pretrained = ShapesOnly(backbone)
+    opened = replace(strategy.recipe, pretrained=pretrained, adapter=adapter, revision=None).open(
+        backbone,
         ShardGroup.single(),
         compute_dtype=job.compute_dtype,
         sharding=Sharding(ranks_per_matrix=strategy.ranks_per_matrix, ranks_per_node=job.gpus_per_node),
@@ -48,21 +54,22 @@ def with_adapters(strategy: PiSSAStrategy, source: Path, job: RunSpec) -> tuple[
 
 
 def _of_dimensions(
-    strategy: PiSSAStrategy, adapter: LoraConfig | str | Path | None, source: Path, job: RunSpec
+    strategy: PiSSAStrategy, adapter: PeftConfig | str | Path | None, source: Path, job: RunSpec
 ) -> tuple[ModelShapes, RunSpec]:
     if adapter is None:
         raise InputError("plan: the strategy has no adapter: pass adapter=LoraConfig(...) with the layers to decompose")
-    if not isinstance(adapter, LoraConfig):
+    if not isinstance(adapter, PeftConfig):
         start = StartingAdapter(Path(adapter), for_residual=False)
         start.close()
         adapter, job = start.config, replace(job, init=LoRA())
+    assert isinstance(adapter, LoraConfig)
     shapes = ModelShapes.of(source, adapter, init=job.init, untie=strategy.untie_embeddings)
     return shapes, replace(job, fills_cache=strategy.init_cache is not None)
 
 
-def _local_adapter(adapter: LoraConfig | str | Path | None) -> LoraConfig | str | Path | None:
+def _local_adapter(adapter: PeftConfig | str | Path | None) -> PeftConfig | str | Path | None:
     """`adapter`, where a hub id becomes its directory in the hub's cache; nothing is downloaded."""
-    if adapter is None or isinstance(adapter, LoraConfig) or Path(adapter).is_dir():
+    if adapter is None or isinstance(adapter, PeftConfig) or Path(adapter).is_dir():
         return adapter
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError

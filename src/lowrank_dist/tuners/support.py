@@ -1,0 +1,125 @@
+"""Which configurations of PEFT go with a frozen, sharded base, and under which conditions."""
+
+from __future__ import annotations
+
+from peft import AdaLoraConfig, LoraConfig, PeftConfig
+from peft.utils import PeftType
+
+from lowrank_dist.errors import InputError
+from lowrank_dist.methods import LoRA, Method
+
+#: Options of a LoraConfig that PEFT's own layers compute.
+_LORA_OPTIONS = (
+    "lora_bias",
+    "layer_replication",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+    "use_bdlora",
+    "use_qalora",
+    "velora_config",
+    "monteclora_config",
+    "kasa_config",
+    "arrow_config",
+    "lora_ga_config",
+)
+
+#: Types that are refused, and why.
+_REFUSED = {
+    "ADALORA": "its budget is allocated from gradients that ZeRO-3 shards; use LoraConfig with init=PiSSA()",
+    "CPT": "it writes its parameter in the forward, where ZeRO-3 holds a gathered copy; use PromptTuningConfig",
+    "FROD": "it decomposes all weights jointly and takes its part off the frozen weights; use init=PiSSA()",
+    "XLORA": "it mixes adapters that exist already; train them one by one",
+    "MIXED": "a mixed model holds several adapters; train them one by one",
+    "SHADOW": "it trains a copy of the model that is sharded with the base; use LoraConfig",
+}
+
+#: Types whose update depends on which samples share a batch, or on random numbers of every forward.
+_DEPENDS_ON_RANK = {
+    "LILY": "its router",
+    "POLY": "its router, which draws in every forward,",
+    "PVERA": "its update, which is drawn in every forward,",
+}
+
+#: Types whose layers take only what is exactly an ``nn.Linear``.
+_PLAIN_LAYERS = ("GLORA",)
+
+#: Types that pass keys and values of virtual tokens, or hooks, which a recomputed layer would not see.
+_NOT_RECOMPUTED = ("PREFIX_TUNING", "CARTRIDGE", "POLY")
+
+
+def name_of(config: PeftConfig) -> str:
+    """The type of a configuration as PEFT's files name it, such as ``"VERA"``."""
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+def option_for_peft(config: LoraConfig) -> str | None:
+    """The option of a LoraConfig that only PEFT's own layers compute, as text; None if there is none."""
+    given = (option for option in _LORA_OPTIONS if getattr(config, option, None))
+    return next((f"{option}={getattr(config, option)!r}" for option in given), None)
+
+
+def is_for_peft(config: PeftConfig, init: Method | None) -> bool:
+    """Whether PEFT makes the adapter, on top of the filled model; False if it is made from the weights by `init`.
+
+    Raises
+    ------
+    InputError
+        If `config` and `init` contradict each other, or if a LoraConfig leaves open which of them is meant.
+    """
+    if not isinstance(config, LoraConfig) or isinstance(config, AdaLoraConfig):
+        if init is not None:
+            raise InputError(
+                f"init={init} makes the factors of a LoraConfig from the weights, but adapter is a "
+                f"{type(config).__name__}, which PEFT initialises; leave init out"
+            )
+        return True
+    option = option_for_peft(config)
+    if option is None:
+        return False
+    if isinstance(init, LoRA):
+        return True
+    raise InputError(
+        f"LoraConfig.{option} is computed by PEFT's own layers, on weights that stay whole: pass init=LoRA(), which "
+        f"leaves the start to PEFT, or leave {option.partition('=')[0]} unset"
+        + ("" if init is None else f" to train with init={init}")
+    )
+
+
+def objection(config: PeftConfig, *, gradient_checkpointing: bool) -> str | None:
+    """Why a configuration cannot be trained on a frozen, sharded base, with the remedy; None if it can."""
+    name = name_of(config)
+    if name in _REFUSED:
+        return f"{_REFUSED[name]}"
+    if name not in set(PeftType):
+        return f"the installed PEFT has no tuner {name}"
+    if isinstance(config, LoraConfig):
+        start = config.init_lora_weights
+        if start not in (True, False, "gaussian", "orthogonal"):
+            return (
+                f"init_lora_weights={start!r} needs whole weights or takes its part off them; choose the start by "
+                "PiSSAStrategy(init=PiSSA(...)) and leave init_lora_weights unset"
+            )
+        if getattr(config, "kasa_config", None):
+            return "KaSA takes its part off the frozen weights; use init=PiSSA()"
+        for option in ("megatron_config", "ensure_weight_tying"):
+            if getattr(config, option, None):
+                return f"{option}={getattr(config, option)!r} is not supported; leave it unset"
+    if gradient_checkpointing and name in _NOT_RECOMPUTED:
+        return "it does not work with gradient checkpointing; pass gradient_checkpointing=False"
+    return None
+
+
+def wants_plain_layers(config: PeftConfig) -> bool:
+    """Whether PEFT adapts only layers that are exactly ``nn.Linear``, no subclass."""
+    return name_of(config) in _PLAIN_LAYERS
+
+
+def remark(config: PeftConfig) -> str | None:
+    """What users should know before they train with a configuration on several ranks; None if there is nothing."""
+    part = _DEPENDS_ON_RANK.get(name_of(config))
+    if isinstance(config, LoraConfig):
+        for option in ("velora_config", "monteclora_config"):
+            part = f"{option}" if getattr(config, option, None) else part
+    if part is None:
+        return None
+    return f"{part} depends on the rank's own batch or random numbers, so that losses vary with the number of ranks"
