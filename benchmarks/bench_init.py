@@ -18,6 +18,7 @@ from pathlib import Path
 import models
 from bench import Bench, Settings
 from projection import projection
+from ranks import preload
 from reporting import ROOT, header, write_report
 from tables import layers, limit, peft, reduction, svd
 
@@ -36,6 +37,7 @@ PACKAGES = ("torch", "numpy", "peft", "transformers", "bitsandbytes", "dask", "h
 
 def main() -> None:
     options = _options()
+    preload("projection", "tables")
     chosen = list(dict.fromkeys(options.table or TABLES))
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         bench = Bench(_settings(options, Path(scratch)))

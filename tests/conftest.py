@@ -20,24 +20,30 @@ settings.load_profile("ci" if os.environ.get("CI") else "here")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from helpers.models import save_checkpoint  # noqa: E402 (after the environment is set)
-from helpers.sft import save_material  # noqa: E402
-
 #: Files that take longest, begun first: no worker ends alone with one of them.
 LONG = (
     "system/test_benchmarks.py",
     "system/test_launch.py",
     "slurm/",
-    "checkpoints/test_save_faults.py",
-    "system/test_interop.py",
+    "zero3/test_gathering.py",
     "decomposition/test_restore.py",
-    "checkpoints/test_resume.py",
-    "initialization/test_memory.py",
-    "residual_model/test_create",
-    "checkpoints/test_model_checkpoint.py",
-    "system/test_parity.py",
+    "system/test_configs.py",
     "initialization/test_materialize.py",
+    "checkpoints/test_save_faults.py",
+    "cli/test_decompose.py",
+    "training/test_accumulation.py",
+    "checkpoints/test_resume.py",
+    "residual_model/test_",
     "decomposition/test_walk.py",
+    "checkpoints/test_model_checkpoint.py",
+    "zero3/test_shard_within.py",
+    "calibration/test_fit.py",
+    "system/test_parity.py",
+    "forecast/test_forecast.py",
+    "initialization/test_starting_adapter.py",
+    "initialization/test_memory.py",
+    "system/test_interop.py",
+    "system/test_readme.py",
 )
 
 
@@ -69,12 +75,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny LLaMA with tied embeddings, fp32, in several files."""
+    from helpers.models import save_checkpoint  # imports torch, which xdist's own process does not need
+
     return save_checkpoint(tmp_path_factory.mktemp("llama"), "llama", tie_word_embeddings=True)
 
 
 @pytest.fixture(scope="session")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with its tokenizer, and a few prompts with completions."""
+    from helpers.sft import save_material
+
     records = [{"prompt": f"{i} + {i} = ", "completion": str(2 * i)} for i in range(24)]
     return save_material(tmp_path_factory.mktemp("material"), records)
 

@@ -1,4 +1,4 @@
-"""Runs ``lowrank-dist`` in processes of its own that fork from a server which has imported everything already.
+"""Runs ``lowrank-dist``, or a program, in processes that fork from a server which has imported everything already.
 
 Fresh interpreters take seconds to import what the commands need; what a command does, prints and returns is the same.
 Some tests start interpreters all the same (`test_launch.py`), since that is what users do.
@@ -7,29 +7,63 @@ Some tests start interpreters all the same (`test_launch.py`), since that is wha
 from __future__ import annotations
 
 import os
+import runpy
+import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from subprocess import CompletedProcess
+
+import torch
 
 from helpers.ranks import CONTEXT, environment_of, meeting_place
 
 LAUNCHERS = ("SLURM", "TORCHELASTIC", "LOCAL_", "RANK", "WORLD_SIZE", "MASTER", "NODE_RANK", "GROUP_RANK")
 
 
-def lowrank_dist(*arguments: str | Path, ranks: int | None = None, timeout: float = 240) -> CompletedProcess[str]:
+ROOT = Path(__file__).parents[2]
+
+
+def lowrank_dist(
+    *arguments: str | Path,
+    ranks: int | None = None,
+    environments: Sequence[Mapping[str, str]] | None = None,
+    timeout: float = 240,
+) -> CompletedProcess[str]:
     """``lowrank-dist arguments`` in one process, or in `ranks` processes that torchrun seems to have started.
 
-    Status and output are those of the first rank; of another one where only that failed.
+    With `environments`, a process in each of them, which some other launcher seems to have started. Status and output
+    are those of the first rank; of another one where only that failed.
     """
-    argv = list(map(str, arguments))
     store = meeting_place()
+    if environments is None:
+        environments = [{}] if ranks is None else [environment_of(rank, ranks, store.port) for rank in range(ranks)]
+    found = _run(_command, list(map(str, arguments)), environments, timeout)
+    return next((one for one in found if one.returncode != 0), found[0])
+
+
+def python(*arguments: str, timeout: float = 540) -> CompletedProcess[str]:
+    """``python arguments``, a program or ``-m`` and a module, in the directory of the project.
+
+    It forks only where no CUDA device is visible, as ranks do.
+    """
+    if torch.cuda.device_count() > 0:
+        command = [sys.executable, *arguments]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    return _run(_program, list(arguments), [{}], timeout)[0]
+
+
+def _run(
+    main: Callable[[list[str]], int], argv: list[str], environments: Sequence[Mapping[str, str]], timeout: float
+) -> list[CompletedProcess[str]]:
+    """``main(argv)`` in one process for each of `environments`."""
     with tempfile.TemporaryDirectory() as directory:
-        started = []
-        for rank in range(ranks or 1):
-            environment = {} if ranks is None else environment_of(rank, ranks, store.port)
+        started: list[tuple[BaseProcess, Path]] = []
+        for rank, environment in enumerate(environments):
             output = Path(directory) / str(rank)
-            process = CONTEXT.Process(target=_main, args=(argv, output, environment), daemon=False)
+            process = CONTEXT.Process(target=_main, args=(main, argv, output, dict(environment)), daemon=False)
             process.start()
             started.append((process, output))
         for process, _ in started:
@@ -37,24 +71,38 @@ def lowrank_dist(*arguments: str | Path, ranks: int | None = None, timeout: floa
             if process.is_alive():
                 process.kill()
                 process.join()
-        found = [
+        return [
             CompletedProcess(argv, process.exitcode, *(output.with_suffix(s).read_text() for s in (".out", ".err")))
             for process, output in started
         ]
-    return next((one for one in found if one.returncode != 0), found[0])
 
 
-def _main(argv: list[str], output: Path, environment: dict[str, str]) -> None:
+def _main(main: Callable[[list[str]], int], argv: list[str], output: Path, environment: dict[str, str]) -> None:
     for name in [name for name in os.environ if name.startswith(LAUNCHERS)]:
         del os.environ[name]
     os.environ.update(environment)
     for descriptor, suffix in ((1, ".out"), (2, ".err")):
         os.dup2(os.open(output.with_suffix(suffix), os.O_WRONLY | os.O_CREAT), descriptor)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-    from lowrank_dist.cli import main
-
     try:
         sys.exit(main(argv))
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+
+
+def _command(argv: list[str]) -> int:
+    from lowrank_dist.cli import main
+
+    return main(argv)
+
+
+def _program(argv: list[str]) -> int:
+    os.chdir(ROOT)
+    if argv[0] == "-m":
+        sys.argv, sys.path[:0] = argv[1:], [str(ROOT)]
+        runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv, sys.path[:0] = argv, [str((ROOT / argv[0]).parent)]
+        runpy.run_path(argv[0], run_name="__main__")
+    return 0

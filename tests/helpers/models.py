@@ -71,18 +71,20 @@ def save_checkpoint(
     max_shard_size: str = "100KB",
     auto_class: Any = AutoModelForCausalLM,
     save_original_format: bool = True,
+    spectra: bool = True,
     **changes: Any,
 ) -> Path:
     """A tiny model of `architecture` as sharded safetensors under `directory`.
 
-    Experts are on disk one by one, as models are published, unless `save_original_format` is off.
+    Experts are on disk one by one, as models are published, unless `save_original_format` is off. Without `spectra` the
+    weights are those that transformers draws: the spectra of a model that is not tiny take minutes.
     """
     options = {**ARCHITECTURES.get(architecture, {}), **changes}
     config = AutoConfig.for_model(architecture, **options)
     torch.manual_seed(0)
     model: PreTrainedModel = auto_class.from_config(config)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in model.parameters() if spectra else ():
             for matrix in parameter if parameter.ndim == 3 else [parameter] if parameter.ndim == 2 else []:
                 rows, columns = matrix.shape
                 scale = torch.arange(1, columns + 1) ** -0.5

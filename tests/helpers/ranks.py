@@ -36,6 +36,7 @@ CONTEXT.set_forkserver_preload(
         "deepspeed.runtime.superoffload.superoffload_stage3",
         "deepspeed.runtime.zero.muon.muon_optimizer",
         "helpers.training",
+        "helpers.warm",
         "peft.tuners.lora.bnb",
         "pytest",
         "torch.testing",

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from benchmarks.gpu.profiles import overlap
 
-ROOT = Path(__file__).resolve().parents[2]
+from helpers.command import python
 
 
 def dry_run(*program: str, output: Path) -> str:
-    command = [sys.executable, *program, "--tiny", "--output", str(output)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = python(*program, "--tiny", "--output", str(output))
     assert done.returncode == 0, done.stderr[-3000:]
     report = output.read_text()
     assert "dry run" in report

@@ -13,7 +13,9 @@ import yaml
 from lightning.pytorch.strategies import DDPStrategy
 
 from lowrank_dist import NF4, LoftQ, LoRA, PiSSA, PiSSAStrategy
+from lowrank_dist.cli.plan import command
 from lowrank_dist.cli.plan.command import parser, planned_run
+from lowrank_dist.forecast import Forecast
 from lowrank_dist.training.fit_cli import fit_parser, instantiated, parse_fit
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -35,6 +37,13 @@ def parsed_once(*paths: Path) -> Any:
 def parse(*paths: Path) -> Any:
     """Settings that the caller may change."""
     return parsed_once(*paths).clone()
+
+
+def plan(*paths: Path) -> Forecast:
+    """That of ``lowrank-dist plan``, whose settings have been parsed already."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "parse_fit", lambda of_fit: parse(*(Path(one.partition("=")[2]) for one in of_fit)))
+        return planned_run(*parser().parse_known_args([f"--config={path}" for path in paths]))
 
 
 def parts_of(path: Path) -> dict[str, str]:
@@ -174,7 +183,7 @@ def test_a_base_with_a_method_is_the_papers_run(base: str, method: str, rank: in
         assert strategy.adapter.r == strategy.adapter.lora_alpha == (rank or 128)
         assert strategy.adapter.lora_dropout == 0
         assert strategy.pretrained == model.pretrained == data.tokenizer
-    found = planned_run(*parser().parse_known_args([f"--config={path}" for path in paths]))
+    found = plan(*paths)
     assert found.job.global_batch == 128
     assert found.job.steps == 782
     assert found.fits
@@ -183,7 +192,7 @@ def test_a_base_with_a_method_is_the_papers_run(base: str, method: str, rank: in
 
 def test_full_fine_tuning_of_70b_is_said_not_to_fit() -> None:
     paths = composed("llama3-70b_32gpu", "full")
-    assert planned_run(*parser().parse_known_args([f"--config={path}" for path in paths])).fits is False
+    assert plan(*paths).fits is False
 
 
 def test_the_reference_run_is_its_base_with_its_method() -> None:
@@ -204,7 +213,7 @@ def test_the_demos_runs_can_be_planned_before_the_model_is_there(
     path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    found = planned_run(*parser().parse_known_args([f"--config={path}"]))
+    found = plan(path)
     assert found.fits is None
     assert found.job.steps == 40
     assert found.memory.resident["trained"] > 0

@@ -1,4 +1,7 @@
-"""One YAML launched by Lightning itself, by torchrun and under SLURM's environment; then loaded by stock PEFT."""
+"""One YAML launched by Lightning itself, by torchrun and under SLURM's environment; then loaded by stock PEFT.
+
+Lightning and torchrun start interpreters, as for a user; SLURM's tasks fork from a server that has imported everything.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from helpers.command import lowrank_dist
+from helpers.command import LAUNCHERS, lowrank_dist
 
 CONFIG = Path(__file__).parents[2] / "configs" / "smollm2-135m_qpissa_2cpu.yaml"
 CLI = ["-m", "lowrank_dist.cli"]
@@ -37,7 +40,7 @@ def arguments(material: Path, output: Path) -> list[str]:
         "--trainer.val_check_interval": STEPS,
         "--trainer.precision": "32-true",
     }
-    return [*CLI, "fit", *(f"{key}={value}" for key, value in options.items())]
+    return ["fit", *(f"{key}={value}" for key, value in options.items())]
 
 
 def free_port() -> int:
@@ -46,23 +49,15 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def environment(**extra: str) -> dict[str, str]:
-    """This environment without a trace of a launcher, plus `extra`."""
-    launchers = ("SLURM", "TORCHELASTIC", "LOCAL_", "RANK", "WORLD_SIZE", "MASTER", "NODE_RANK", "GROUP_RANK")
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(launchers)}
-    return {**clean, "PYTHONWARNINGS": "ignore", **extra}
+def by_lightning(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    return interpreter([*CLI, *arguments])
 
 
-def by_lightning(command: list[str]) -> list[subprocess.Popen[str]]:
-    return [start([sys.executable, *command], environment())]
+def by_torchrun(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    return interpreter(["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", *CLI, *arguments])
 
 
-def by_torchrun(command: list[str]) -> list[subprocess.Popen[str]]:
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    return [start([sys.executable, *launcher, *command], environment())]
-
-
-def by_slurm(command: list[str]) -> list[subprocess.Popen[str]]:
+def by_slurm(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     """What ``srun --ntasks=2`` sets for its two tasks on one node."""
     common = {
         "SLURM_JOB_ID": "7",
@@ -74,17 +69,20 @@ def by_slurm(command: list[str]) -> list[subprocess.Popen[str]]:
         "SLURM_NODEID": "0",
         "SLURM_NODELIST": "127.0.0.1",
     }
-    tasks = [environment(**common, SLURM_PROCID=str(task), SLURM_LOCALID=str(task)) for task in range(2)]
-    return [start([sys.executable, *command], task) for task in tasks]
+    tasks = [{**common, "SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)} for task in range(2)]
+    return lowrank_dist(*arguments, environments=tasks)
 
 
-def start(command: list[str], env: dict[str, str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def interpreter(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """One of its own, in this environment without a trace of a launcher."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(LAUNCHERS)}
+    command, env = [sys.executable, *arguments], {**clean, "PYTHONWARNINGS": "ignore"}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
 
 
 def test_a_bad_checkpoint_is_one_line_and_no_traceback(material: Path, tmp_path: Path) -> None:
     command = [*arguments(material, tmp_path), f"--trainer.strategy.init_args.pretrained={tmp_path / 'none'}"]
-    done = lowrank_dist(*command[len(CLI) :], "--trainer.devices=1")
+    done = lowrank_dist(*command, "--trainer.devices=1")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == f"lowrank-dist fit: pretrained={str(tmp_path / 'none')!r}: no such directory"
     assert "Traceback" not in done.stderr + done.stdout
@@ -93,10 +91,8 @@ def test_a_bad_checkpoint_is_one_line_and_no_traceback(material: Path, tmp_path:
 
 @pytest.mark.parametrize("launch", [by_lightning, by_torchrun, by_slurm])
 def test_fit_convert_and_load(material: Path, tmp_path: Path, launch: object) -> None:
-    processes = launch(arguments(material, tmp_path))  # type: ignore[operator]
-    for process in processes:
-        output, _ = process.communicate(timeout=240)
-        assert process.returncode == 0, output[-4000:]
+    done = launch(arguments(material, tmp_path))  # type: ignore[operator]
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     history = json.loads((tmp_path / "history.json").read_text())
     assert [entry["step"] for entry in history["train"]] == list(range(1, STEPS + 1))
     assert [entry["step"] for entry in history["validation"]] == [0, STEPS]

@@ -8,18 +8,24 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import InputError
 
+if TYPE_CHECKING:  # it takes seconds, and the process that starts ranks does without
+    from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+
 
 def launched() -> bool:
     """Whether torchrun or SLURM has started this process as one of its ranks."""
+    if not any(name.startswith(("SLURM_", "TORCHELASTIC_")) for name in os.environ):
+        return False
+    from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+
     return TorchElasticEnvironment.detect() or SLURMEnvironment.detect()
 
 
@@ -87,6 +93,8 @@ def _environment() -> TorchElasticEnvironment | SLURMEnvironment | None:
     """The launcher's environment, with ``MASTER_ADDR`` and ``MASTER_PORT`` set; None without a launcher."""
     if not launched():
         return None
+    from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+
     if TorchElasticEnvironment.detect():
         return TorchElasticEnvironment()
     environment = SLURMEnvironment(auto_requeue=False)
