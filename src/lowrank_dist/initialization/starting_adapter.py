@@ -51,7 +51,7 @@ class StartingAdapter:
                 f"original model, pass its {ADAPTER_DIR}/ with the residual model that it began from, or resume "
                 "with ckpt_path"
             )
-        self.config = self._source.config
+        self.config = self._source.lora
 
     def check(self, backbone: PreTrainedModel, plan: Plan, base: CheckpointReader, group: ShardGroup) -> None:
         """Raise, on every rank, if the adapter does not fit this model. Collective.

@@ -58,6 +58,12 @@ def option_for_peft(config: LoraConfig) -> str | None:
     return next((f"{option}={getattr(config, option)!r}" for option in given), None)
 
 
+def needs_peft(config: PeftConfig) -> bool:
+    """Whether only PEFT's own layers compute an adapter; False for LoRAs of two factors per matrix."""
+    is_lora = isinstance(config, LoraConfig) and not isinstance(config, AdaLoraConfig)
+    return not is_lora or option_for_peft(config) is not None
+
+
 def is_for_peft(config: PeftConfig, init: Method | None) -> bool:
     """Whether PEFT makes the adapter, on top of the filled model; False if it is made from the weights by `init`.
 
