@@ -32,17 +32,16 @@ from torch import Tensor
 
 from lowrank_dist.adapters.source import AdapterSource, find_adapter
 from lowrank_dist.errors import CheckpointError, InputError
-from lowrank_dist.export.merge_plan import MergedTensor, MergePlan, plan_merge
+from lowrank_dist.export.merge_plan import MergedTensor, MergePlan, find_base, plan_merge
 from lowrank_dist.export.tuned import TunedModel
 from lowrank_dist.linalg import all_finite, full_fp32, squared_norm
 from lowrank_dist.model.names import peft_name
 from lowrank_dist.model.plan import PlannedMatrix
 from lowrank_dist.model.stacking import concat_a, concat_b, split_a, split_b
 from lowrank_dist.progress import progress_bar
-from lowrank_dist.residual_model.reader import initial_directory
 from lowrank_dist.storage.atomic import atomic_directory, check_free
 from lowrank_dist.storage.layout import CONFIG, MANIFEST
-from lowrank_dist.storage.reader import CheckpointReader, check_finite, resolve_checkpoint
+from lowrank_dist.storage.reader import CheckpointReader, check_finite
 from lowrank_dist.storage.writer import MAX_BYTES, TensorFiles, copy_other_files, write_json
 
 BLOCK_BYTES = 32 * 2**20  # of fp32 values
@@ -127,7 +126,7 @@ def merge_checkpoint(
     'GPT2LMHeadModel'
     """
     adapter = find_adapter(Path(checkpoint), any_type=True)
-    directory = _find_base(adapter, base, revision)
+    directory = find_base(adapter, base, revision)
     output = Path(output).absolute()
     _check_output(output, [adapter.directory, directory], overwrite)
     if max_file_bytes < 1:
@@ -146,22 +145,6 @@ def merge_checkpoint(
         plan.reader.close()
         adapter.close()
     return output
-
-
-def _find_base(adapter: AdapterSource, base: str | os.PathLike[str] | None, revision: str | None) -> Path:
-    name = base or adapter.base
-    if not name:
-        raise CheckpointError(f"{adapter.directory}: {CONFIG} names no base model; pass base")
-    try:
-        directory = resolve_checkpoint(name, revision=revision or (None if base else adapter.config.revision))
-    except CheckpointError as error:
-        hint = "" if base else f" ({adapter.directory} names this base model; pass base if it is elsewhere now)"
-        raise CheckpointError(f"{error}{hint}") from error
-    if adapter.has_manifest and initial_directory(directory) is not None:
-        raise CheckpointError(
-            f"{directory} is a residual model, but the adapter is for the original model; pass the original"
-        )
-    return directory
 
 
 def _check_output(output: Path, inputs: list[Path], overwrite: bool) -> None:

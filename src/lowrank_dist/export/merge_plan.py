@@ -7,6 +7,7 @@ new name only if the base has no tensor for it: a new head, or a head that was t
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,12 +21,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from lowrank_dist.adapters.match import changes_tied, match_adapter
 from lowrank_dist.adapters.source import AdapterSource
-from lowrank_dist.errors import ModelError
+from lowrank_dist.errors import CheckpointError, ModelError
 from lowrank_dist.export.tuned import TunedModel, check_merges
 from lowrank_dist.model.names import CheckpointKeys, peft_name, plain_name
 from lowrank_dist.model.plan import Plan, PlannedMatrix, open_plan
 from lowrank_dist.model.skeleton import build_skeleton, read_config
-from lowrank_dist.storage.reader import CheckpointReader, FileTensor
+from lowrank_dist.residual_model.reader import initial_directory
+from lowrank_dist.storage.layout import CONFIG
+from lowrank_dist.storage.reader import CheckpointReader, FileTensor, resolve_checkpoint
 from lowrank_dist.storage.writer import stored_dtype
 from lowrank_dist.tuners.support import needs_peft
 
@@ -104,6 +107,29 @@ class MergePlan:
     def nbytes(self) -> int:
         """Bytes of all tensors of the merged model."""
         return sum(tensor.numel * tensor.dtype.itemsize for tensor in self.files.values())
+
+
+def find_base(adapter: AdapterSource, base: str | os.PathLike[str] | None = None, revision: str | None = None) -> Path:
+    """Directory of the original model: `base`, or else the one that the adapter names.
+
+    Raises
+    ------
+    CheckpointError
+        If it is not there, or is a residual model although the adapter is for the original one.
+    """
+    name = base or adapter.base
+    if not name:
+        raise CheckpointError(f"{adapter.directory}: {CONFIG} names no base model; pass base")
+    try:
+        directory = resolve_checkpoint(name, revision=revision or (None if base else adapter.config.revision))
+    except CheckpointError as error:
+        hint = "" if base else f" ({adapter.directory} names this base model; pass base if it is elsewhere now)"
+        raise CheckpointError(f"{error}{hint}") from error
+    if adapter.has_manifest and initial_directory(directory) is not None:
+        raise CheckpointError(
+            f"{directory} is a residual model, but the adapter is for the original model; pass the original"
+        )
+    return directory
 
 
 def plan_merge(adapter: AdapterSource, directory: Path, dtype: torch.dtype | None = None) -> MergePlan:

@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lowrank_dist.adapters.files import changed_config, open_adapter, whole_tensor
+from lowrank_dist.adapters.files import changed_config, open_adapter, read_config, whole_tensor
 from lowrank_dist.adapters.match import changes_tied
 from lowrank_dist.decomposition.report import MatrixReport
 from lowrank_dist.decomposition.restore import StoredDecompositions, StoredFactors
@@ -47,6 +47,7 @@ from lowrank_dist.storage.dtypes import DTYPES
 from lowrank_dist.storage.layout import ADAPTER_DIR, MANIFEST, WEIGHTS, read_manifest
 from lowrank_dist.storage.reader import CheckpointReader, FileTensor, check_finite, resolve_checkpoint
 from lowrank_dist.storage.writer import TensorFiles, write_json
+from lowrank_dist.tuners.support import needs_peft, said
 
 log = logging.getLogger(__name__)
 
@@ -222,6 +223,12 @@ class _Refit:
         self.checkpoint, self.rank, self.group, self.device = checkpoint, rank, group, device
         with group.shared_errors():
             self.manifest = read_manifest(checkpoint)
+            config = read_config(checkpoint / ADAPTER_DIR)
+            if needs_peft(config):
+                raise InputError(
+                    f"base={base!r} fits the factors of a LoRA, but the adapter of {checkpoint} is a {said(config)}; "
+                    "leave it out (--base): the nearest LoRA of its update needs the rank only"
+                )
             for key in ("residual", "pretrained", "matrices"):
                 if key not in self.manifest:
                     raise CheckpointError(

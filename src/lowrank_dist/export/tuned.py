@@ -150,6 +150,12 @@ class TunedModel:
     ----------
     changed : list of PlannedTensor
         The parameters of the model that merging may change.
+    in_place : list of PlannedTensor
+        Those among them that were trained themselves, outside of adapted layers (biases).
+    whole : tuple of str
+        Names of the modules that were trained whole, with a final dot.
+    modules : dict
+        Classes of the modules of the model, by name.
 
     Raises
     ------
@@ -161,12 +167,14 @@ class TunedModel:
 
     def __init__(self, adapter: AdapterSource, backbone: PreTrainedModel, plan: Plan, reader: CheckpointReader) -> None:
         self.adapter, self.backbone, self._reader = adapter, backbone, reader
+        self.modules = {name: type(module) for name, module in backbone.named_modules()}
         self._tensors = {name: tensor for tensor in plan.parameters for name in tensor.names}
         # PEFT saves some weights of the model with an adapter: they replace those of the base
         plain = {plain_name(key.removeprefix(PEFT_PREFIX)): key for key in adapter.trained}
         self._along = {t.names[0]: plain[name] for t in plan.parameters for name in t.names if name in plain}
+        self._shapes: dict[str, torch.Size] = {}
         for tensor in plan.parameters:
-            shape = backbone.get_parameter(tensor.names[0]).shape
+            shape = self._shapes[tensor.names[0]] = backbone.get_parameter(tensor.names[0]).shape
             value = torch.zeros(shape) if tensor.key is None else StoredWeight(shape, self._reading(tensor))
             self._set(tensor, nn.Parameter(value, requires_grad=False))
         self._model = self._with_layers()
@@ -179,7 +187,8 @@ class TunedModel:
             for tensor in plan.parameters
             if any(name.startswith(within) or name in in_place for name in tensor.names)
         ]
-        self._in_place = [tensor for tensor in self.changed if not tensor.names[0].startswith(within)]
+        self.whole = tuple(f"{name}." for name, unit in self._units if isinstance(unit, ModulesToSaveWrapper))
+        self.in_place = [tensor for tensor in self.changed if not tensor.names[0].startswith(within)]
         self._try_every_kind()
 
     def _set(self, tensor: PlannedTensor, parameter: nn.Parameter) -> None:
@@ -290,7 +299,7 @@ class TunedModel:
                     left.remove(tensor.names[0])
                     yield tensor, None if isinstance(values, StoredWeight) else values
 
-        yield from new({t.names[0]: self.backbone.get_parameter(t.names[0]).detach() for t in self._in_place})
+        yield from new({t.names[0]: self.backbone.get_parameter(t.names[0]).detach() for t in self.in_place})
         self._units.reverse()
         while self._units:
             name, unit = self._units.pop()
@@ -299,6 +308,10 @@ class TunedModel:
             setattr(self.backbone.get_submodule(owner), leaf, nn.Identity())
         if left:
             raise _not_merged(self.adapter, f"PEFT's merge leaves out {min(left)}")
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the parameter `name` of the model."""
+        return tuple(self._shapes[self._tensors[name].names[0]])
 
     def source(self, tensor: PlannedTensor) -> tuple[CheckpointReader, str]:
         """Reader, and name in it, of the values before the merge."""

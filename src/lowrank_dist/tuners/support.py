@@ -58,6 +58,12 @@ def option_for_peft(config: LoraConfig) -> str | None:
     return next((f"{option}={getattr(config, option)!r}" for option in given), None)
 
 
+def said(config: PeftConfig) -> str:
+    """A configuration in messages: its type, and the option that makes a LoRA one that only PEFT computes."""
+    option = option_for_peft(config) if isinstance(config, LoraConfig) else None
+    return name_of(config) if option is None else f"{name_of(config)} with {option}"
+
+
 def needs_peft(config: PeftConfig) -> bool:
     """Whether only PEFT's own layers compute an adapter; False for LoRAs of two factors per matrix."""
     is_lora = isinstance(config, LoraConfig) and not isinstance(config, AdaLoraConfig)
