@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Collection, Container, Iterable
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -17,19 +17,35 @@ _DOUBLES = (".modules_to_save.", ".original_module.")
 _KEEPS_TIES = ".trainable_tokens_delta"
 
 
-def changes_tied(backbone: PreTrainedModel, tensors: Iterable[str]) -> bool:
-    """Whether an adapter with tensors of these names changes one of two tied weights, which are then no longer equal.
+def changes_tied(backbone: PreTrainedModel, tensors: Iterable[str], whole: Collection[str] | None) -> bool:
+    """Whether an adapter changes one of two tied weights, which are then no longer equal.
 
-    PEFT adds the adapter to one of the two only, apart from trained rows (``trainable_tokens``).
+    PEFT adds an adapter to one of the two only, apart from trained rows (``trainable_tokens``). A weight itself, in the
+    file under its own name, is both of them.
+
+    Parameters
+    ----------
+    backbone
+        The model on meta, without PEFT's layers.
+    tensors
+        Names in the adapter file.
+    whole
+        ``modules_to_save`` of the adapter, whose copies are trained and not the weights themselves.
     """
     names: dict[int, list[str]] = {}
     for name, parameter in backbone.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    tied = tuple(f"{name.rpartition('.')[0]}." for same in names.values() if len(same) > 1 for name in same)
-    # both ...lm_head.lora_A.weight and ...lm_head.weight change ...lm_head
-    return any(
-        plain_name(key.removeprefix(PEFT_PREFIX)).startswith(tied) for key in tensors if not key.endswith(_KEEPS_TIES)
-    )
+    tied = {name for same in names.values() if len(same) > 1 for name in same}
+    modules = {name.rpartition(".")[0] for name in tied}
+
+    def changes(key: str) -> bool:
+        name = plain_name(key.removeprefix(PEFT_PREFIX))
+        if name in tied:
+            return name.rpartition(".")[0].endswith(tuple(whole or ()))
+        # ...lm_head.lora_A.weight changes ...lm_head
+        return name.startswith(tuple(f"{module}." for module in modules)) and not key.endswith(_KEEPS_TIES)
+
+    return any(map(changes, tensors))
 
 
 def written_twice(key: str, tensors: Container[str]) -> bool:

@@ -158,7 +158,7 @@ def plan_merge(adapter: AdapterSource, directory: Path, dtype: torch.dtype | Non
     backbone, config_changes = _skeleton(adapter, directory)
     if dtype is not None:
         config_changes["dtype"] = str(dtype).removeprefix("torch.")
-    untie = changes_tied(backbone, adapter.trained)
+    untie = changes_tied(backbone, adapter.trained, getattr(adapter.config, "modules_to_save", None))
     try:
         with warnings.catch_warnings():
             # PEFT 0.21 warns of patterns that match parameters although it applies them

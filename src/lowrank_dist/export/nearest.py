@@ -1,8 +1,8 @@
 """The nearest LoRA to an adapter that only PEFT's layers compute: the SVD of what its merge adds to every matrix.
 
 With the merged weight M (`lowrank_dist.export.tuned`) and the original W, the LoRA of rank K is the best approximation
-of that rank to ``M - W`` (Eckart-Young). The update must be one of linear layers; modules that were trained whole go
-along.
+of that rank to ``M - W`` (Eckart-Young). The update must be one of linear layers. What the adapter file holds of the
+model itself (modules trained whole, norms, biases) goes along.
 """
 
 from __future__ import annotations
@@ -104,24 +104,23 @@ def write_nearest(
             a, b = _keys(name)
             tensors[a] = FileTensor(shape=(rank, inputs), dtype=dtype)
             tensors[b] = FileTensor(shape=(outputs, rank), dtype=dtype)
-        whole = [key for key in adapter.trained if key.removeprefix(PEFT_PREFIX).startswith(tuned.whole)]
-        for key in whole:
+        for key in tuned.along.values():
             info = adapter.trained.info(key)
             tensors[key] = FileTensor(shape=info.shape, dtype=DTYPES[info.dtype])
         files = stack.enter_context(
             closing(TensorFiles(staging, dict(sorted(tensors.items())), stem=Path(WEIGHTS).stem, max_bytes=sys.maxsize))
         )
         files.create()
-        for key in whole:
+        for key in tuned.along.values():
             files.write(key, 0, whole_tensor(adapter.trained, key).flatten())
         squares: dict[str, tuple[float, float]] = {}
         total = sum(4 * rows * columns for rows, columns in shapes.values())
         bar = stack.enter_context(progress_bar(total, show=show_progress, doing="Fitting"))
         for tensor, merged in tuned.merged():
             name, _, leaf = tensor.names[0].rpartition(".")
-            if tensor.names[0].startswith(tuned.whole):
+            if _is_along(tuned, tensor):
                 continue
-            if name not in layers or leaf != "weight":
+            if leaf != "weight":
                 if merged is not None and not torch.equal(merged, tuned.original(tensor)):
                     raise _not_linear(adapter, tensor)
                 continue
@@ -151,9 +150,9 @@ def _linear_layers(adapter: AdapterSource, tuned: TunedModel) -> list[str]:
     layers = []
     for tensor in tuned.changed:
         name, _, leaf = tensor.names[0].rpartition(".")
-        if tensor.names[0].startswith(tuned.whole):
+        if _is_along(tuned, tensor):
             continue
-        if tensor in tuned.in_place or not issubclass(tuned.modules[name], nn.Linear | Conv1D):
+        if not issubclass(tuned.modules[name], nn.Linear | Conv1D):
             raise _not_linear(adapter, tensor)
         if leaf == "weight":
             layers.append(name)
@@ -163,6 +162,11 @@ def _linear_layers(adapter: AdapterSource, tuned: TunedModel) -> list[str]:
             "(lowrank-dist merge)"
         )
     return layers
+
+
+def _is_along(tuned: TunedModel, tensor: PlannedTensor) -> bool:
+    """Whether a parameter was trained itself, or with its whole module, so that it goes along."""
+    return tensor in tuned.in_place or tensor.names[0].startswith(tuned.whole)
 
 
 def _not_linear(adapter: AdapterSource, tensor: PlannedTensor) -> ModelError:

@@ -248,7 +248,7 @@ class _Refit:
             self.config.init_lora_weights = True
             head = {name for name, module in backbone.named_modules() if module is backbone.get_output_embeddings()}
             linears = {name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)}
-            untie = changes_tied(backbone, self.trained)
+            untie = changes_tied(backbone, self.trained, self.config.modules_to_save)
         opened = open_plan(self.reader, self.config, backbone=backbone, untie=untie, limit_rank=False, group=group)
         self.plan = opened.plan
         with group.shared_errors():

@@ -152,6 +152,8 @@ class TunedModel:
         The parameters of the model that merging may change.
     in_place : list of PlannedTensor
         Those among them that were trained themselves, outside of adapted layers (biases).
+    along : dict
+        Names in the adapter file of weights of the model that it holds themselves, by the first name of the parameter.
     whole : tuple of str
         Names of the modules that were trained whole, with a final dot.
     modules : dict
@@ -169,9 +171,9 @@ class TunedModel:
         self.adapter, self.backbone, self._reader = adapter, backbone, reader
         self.modules = {name: type(module) for name, module in backbone.named_modules()}
         self._tensors = {name: tensor for tensor in plan.parameters for name in tensor.names}
-        # PEFT saves some weights of the model with an adapter: they replace those of the base
+        # those that were trained, and embeddings that PEFT saves with an adapter
         plain = {plain_name(key.removeprefix(PEFT_PREFIX)): key for key in adapter.trained}
-        self._along = {t.names[0]: plain[name] for t in plan.parameters for name in t.names if name in plain}
+        self.along = {t.names[0]: plain[name] for t in plan.parameters for name in t.names if name in plain}
         self._shapes: dict[str, torch.Size] = {}
         for tensor in plan.parameters:
             shape = self._shapes[tensor.names[0]] = backbone.get_parameter(tensor.names[0]).shape
@@ -232,7 +234,7 @@ class TunedModel:
             expected = {key: tuple(tensor.shape) for key, tensor in exported(self._model).items()}
         for key in stored:
             shape = stored.info(key).shape
-            if key not in expected and key not in self._along.values() and not written_twice(key, stored):
+            if key not in expected and key not in self.along.values() and not written_twice(key, stored):
                 problems.append(f"{key} {list(shape)} has no parameter in the model")
             elif expected.get(key, shape) != shape:
                 problems.append(f"{key} has shape {list(shape)}, but the model needs {list(expected[key])}")
@@ -315,7 +317,7 @@ class TunedModel:
 
     def source(self, tensor: PlannedTensor) -> tuple[CheckpointReader, str]:
         """Reader, and name in it, of the values before the merge."""
-        along = self._along.get(tensor.names[0])
+        along = self.along.get(tensor.names[0])
         if along is not None:
             return self.adapter.trained, along
         assert tensor.key is not None  # new modules are in the adapter

@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -166,6 +167,19 @@ def test_a_new_head(tmp_path: Path) -> None:
     found = AutoModelForSequenceClassification.from_pretrained(output).state_dict()
     assert found["classifier.weight"].shape[0] == 3
     assert not differing(found, stock(base, adapter, AutoModelForSequenceClassification, num_labels=3))
+
+
+def test_parameters_of_the_model_itself(llama: Path, tmp_path: Path) -> None:
+    """Norms and tied embeddings that were trained beside a tuner: in the file under their own names."""
+    adapter = draw(llama, tmp_path / "adapter", CASES["vera"]())
+    file = adapter / "adapter_model.safetensors"
+    own = {"model.norm.weight": torch.rand(64), "model.embed_tokens.weight": torch.randn(256, 64)}
+    save_file(load_file(file) | {f"base_model.model.{name}": value for name, value in own.items()}, file)
+    output = merge_checkpoint(adapter, tmp_path / "merged", base=llama)
+    found = weights(output)
+    assert not differing(found, stock(llama, adapter))
+    assert all(torch.equal(found[name], value) for name, value in own.items())
+    assert json.loads((output / "config.json").read_text())["tie_word_embeddings"] is True
 
 
 def test_a_base_in_bf16_is_rounded_once(tmp_path: Path) -> None:
