@@ -147,18 +147,24 @@ def convert_checkpoint(
 
     The result is an ordinary PEFT adapter: ``PeftModel.from_pretrained(original, "lora")`` loads it.
     """
-    from lowrank_dist.tuners.support import needs_peft, said  # takes seconds to import
-
     checkpoint, output = Path(checkpoint), Path(output)
     manifest = read_manifest(checkpoint)
     _check_output(checkpoint, output)
+
+    from lowrank_dist.tuners.support import needs_peft, said  # takes seconds to import
+
     config = read_config(checkpoint / ADAPTER_DIR)
     if needs_peft(config):
         if rank is None:
             raise InputError(
-                f"{checkpoint}: its adapter is a {said(config)}, which has no exact LoRA. {checkpoint / ADAPTER_DIR} "
-                "is for the original model already, and stock PEFT loads it. For servers that take a LoRA or a plain "
-                "model only, choose the rank of the nearest LoRA (--rank), or merge it (lowrank-dist merge)"
+                f"{checkpoint}: its adapter is of {said(config)} and has no exact LoRA. {checkpoint / ADAPTER_DIR} is "
+                "for the original model already, and stock PEFT loads it. "
+                + (
+                    "Its virtual tokens are in no weight, so that there is no LoRA or merged model either"
+                    if config.is_prompt_learning
+                    else "For servers that take a LoRA or a plain model only, choose the rank of the nearest LoRA "
+                    "(--rank), or merge it (lowrank-dist merge)"
+                )
             )
         return _nearest(checkpoint, output, manifest, rank=rank, dtype=dtype, progress=progress)
     lora = ExactLora(checkpoint)

@@ -32,7 +32,7 @@ from lowrank_dist.storage.dtypes import DTYPES, FLOAT_DTYPES
 from lowrank_dist.storage.layout import WEIGHTS
 from lowrank_dist.storage.reader import FileTensor
 from lowrank_dist.storage.writer import TensorFiles
-from lowrank_dist.tuners.support import name_of
+from lowrank_dist.tuners.support import said
 
 TOLERANCE = 1e-4  # of the SVD; the energy is measured, whatever it is
 
@@ -158,7 +158,7 @@ def _linear_layers(adapter: AdapterSource, tuned: TunedModel) -> list[str]:
             layers.append(name)
     if not layers:
         raise ModelError(
-            f"{adapter.directory}: an adapter of type {name_of(adapter.config)} that updates no linear layer; merge it "
+            f"{adapter.directory}: an adapter of {said(adapter.config)} that updates no linear layer; merge it "
             "(lowrank-dist merge)"
         )
     return layers
@@ -171,7 +171,7 @@ def _is_along(tuned: TunedModel, tensor: PlannedTensor) -> bool:
 
 def _not_linear(adapter: AdapterSource, tensor: PlannedTensor) -> ModelError:
     return ModelError(
-        f"{adapter.directory}: an adapter of type {name_of(adapter.config)} that changes {tensor.names[0]}, but the "
+        f"{adapter.directory}: an adapter of {said(adapter.config)} that changes {tensor.names[0]}, but the "
         "factors of a LoRA update weights of linear layers only; merge it (lowrank-dist merge)"
     )
 

@@ -226,7 +226,7 @@ class _Refit:
             config = read_config(checkpoint / ADAPTER_DIR)
             if needs_peft(config):
                 raise InputError(
-                    f"base={base!r} fits the factors of a LoRA, but the adapter of {checkpoint} is a {said(config)}; "
+                    f"base={base!r} fits the factors of a LoRA, but the adapter of {checkpoint} is of {said(config)}; "
                     "leave it out (--base): the nearest LoRA of its update needs the rank only"
                 )
             for key in ("residual", "pretrained", "matrices"):

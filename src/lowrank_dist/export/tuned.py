@@ -34,7 +34,7 @@ from lowrank_dist.model.plan import Plan, PlannedTensor
 from lowrank_dist.storage.layout import ADAPTER_DIR
 from lowrank_dist.storage.reader import CheckpointReader, check_finite
 from lowrank_dist.tuners.files import exported
-from lowrank_dist.tuners.support import name_of
+from lowrank_dist.tuners.support import said
 
 #: Options of adapters that PEFT's merge does not get right, and why.
 _NOT_MERGED = {
@@ -127,7 +127,7 @@ def _not_merged(adapter: AdapterSource, reason: object) -> ModelError:
     files = adapter.directory / ADAPTER_DIR if adapter.has_manifest else adapter.directory
     text = str(reason) or "PEFT has no merge for it"
     return ModelError(
-        f"{adapter.directory}: an adapter of type {name_of(adapter.config)} cannot be merged ({text}); load {files} "
+        f"{adapter.directory}: an adapter of {said(adapter.config)} cannot be merged ({text}); load {files} "
         "with PEFT on top of the base model"
     )
 
@@ -260,9 +260,6 @@ class TunedModel:
         ModelError
             If PEFT cannot merge a layer.
         """
-        with self._named_errors(), _quiet():
-            tuner: Any = self._model.base_model
-            tuner._check_merge_allowed()
         kinds: dict[tuple[object, ...], tuple[str, nn.Module]] = {}
         for name, unit in self._units:
             names = {plain_name(inside) for inside, _ in unit.named_parameters()}

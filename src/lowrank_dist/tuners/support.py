@@ -61,7 +61,7 @@ def option_for_peft(config: LoraConfig) -> str | None:
 def said(config: PeftConfig) -> str:
     """A configuration in messages: its type, and the option that makes a LoRA one that only PEFT computes."""
     option = option_for_peft(config) if isinstance(config, LoraConfig) else None
-    return name_of(config) if option is None else f"{name_of(config)} with {option}"
+    return f"type {name_of(config)}" if option is None else f"type {name_of(config)} with {option}"
 
 
 def needs_peft(config: PeftConfig) -> bool:

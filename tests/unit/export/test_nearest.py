@@ -118,12 +118,18 @@ def test_updates_that_no_lora_holds(tmp_path: Path, config: PeftConfig, text: st
 
 def test_what_is_asked_for_must_exist(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = save_run(llama, tmp_path / "run", CASES["dora"]())
-    for text in ("is a LORA with use_dora=True, which has no exact LoRA", f"{run}/adapter is for the original model"):
+    for text in (
+        "is of type LORA with use_dora=True and has no exact LoRA",
+        f"{run}/adapter is for the original model",
+    ):
         with pytest.raises(InputError, match=text):
             convert_checkpoint(run, tmp_path / "lora")
+    prompt = save_run(llama, tmp_path / "prompt", CASES["prompt_tuning"]())
+    with pytest.raises(InputError, match="Its virtual tokens are in no weight"):
+        convert_checkpoint(prompt, tmp_path / "lora")
     with pytest.raises(InputError, match="rank=65: the updates of .* have at most rank 64"):
         convert_checkpoint(run, tmp_path / "lora", rank=65)
-    with pytest.raises(InputError, match=r"fits the factors of a LoRA, but .* is a LORA with use_dora=True"):
+    with pytest.raises(InputError, match=r"fits the factors of a LoRA, but .* is of type LORA with use_dora=True"):
         refit_checkpoint(run, tmp_path / "lora", rank=4, base="nf4")
     assert command.run([str(run), "--output", str(tmp_path / "lora"), "--rank", "8"]) == 0
     assert "Rank 8 of 64 keeps " in capsys.readouterr().out
