@@ -8,7 +8,7 @@ from typing import Any
 
 from peft import LoraConfig, PeftConfig
 
-from lowrank_dist.adapters.files import open_adapter, open_tuned
+from lowrank_dist.adapters.files import open_adapter, open_tuned, read_config
 from lowrank_dist.errors import CheckpointError
 from lowrank_dist.storage.dtypes import FLOAT_DTYPES
 from lowrank_dist.storage.layout import ADAPTER_DIR, CONFIG, INITIAL_DIR, LORA_DIR, MANIFEST, read_manifest
@@ -97,7 +97,8 @@ def find_adapter(directory: Path, *, for_residual: bool = False, any_type: bool 
     for_residual
         Whether the adapter is to be used on a residual model instead of the original one.
     any_type
-        Whether adapters other than LoRAs are taken too.
+        Whether adapters other than LoRAs are taken too. Of a DoRA that was trained on a residual, it is the converted
+        one.
 
     Raises
     ------
@@ -118,6 +119,9 @@ def find_adapter(directory: Path, *, for_residual: bool = False, any_type: bool 
             f"{directory}: holds neither {ADAPTER_DIR}/ and {MANIFEST} nor {CONFIG}; pass a directory that "
             "AdapterCheckpoint or PEFT wrote"
         )
+    if any_type and initial is not None and getattr(read_config(trained), "use_dora", False):
+        # what DoRA adds to a weight is no product, so that the initial one cannot be subtracted from the merged weight
+        trained, initial = directory / LORA_DIR, None
     reader, config = _open(trained, any_type=any_type)
     if isinstance(config, LoraConfig) and config.init_lora_weights not in _LEAVES_BASE:
         raise CheckpointError(

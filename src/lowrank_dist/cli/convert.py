@@ -97,6 +97,8 @@ def _refit(options: argparse.Namespace, dtype: torch.dtype | None, argv: Sequenc
 def advice(done: Conversion) -> list[str]:
     """Lines that say why servers may not load the LoRA as written, and the alternative ranks with their energy."""
     lines = []
+    if done.is_dora:
+        lines.append("It is a DoRA, which servers such as vLLM do not load; --rank writes the nearest LoRA.")
     if not done.uniform:
         lines.append(
             f"Ranks (up to {done.rank}) or scalings differ between modules; servers such as vLLM need one rank "

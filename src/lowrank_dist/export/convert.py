@@ -1,8 +1,8 @@
 """PiSSA to LoRA: converts a checkpoint's adapter to an ordinary LoRA for the original model.
 
 The LoRA is exact (`lowrank_dist.adapters.lora`), or truncated to a lower rank (`lowrank_dist.linalg.truncate`).
-Adapters that only PEFT's layers compute (DoRA, VeRA, ...) have a nearest LoRA of a given rank
-(`lowrank_dist.export.nearest`). The conversion runs on the CPU and needs neither a trainer nor a process group.
+Adapters of other types (DoRA, VeRA, ...) have a nearest LoRA of a given rank (`lowrank_dist.export.nearest`).
+The conversion runs on the CPU and needs neither a trainer nor a process group.
 """
 
 from __future__ import annotations
@@ -45,15 +45,17 @@ class Conversion:
     rank
         Rank of the LoRA; the largest if its modules differ.
     exact_rank
-        Rank of the exact LoRA; the largest if its modules differ. For adapters that only PEFT's layers compute: the
-        largest that an update may have.
+        Rank of the exact LoRA; the largest if its modules differ. For adapters of other types: the largest that an
+        update may have.
     uniform
         Whether all modules have the same rank and scaling.
     energy
         Share of the exact update that truncation kept; None if no rank was given.
     spectra
         Singular values of every matrix of the exact update, scaling included, descending, fp64. Empty if they were not
-        needed: the LoRA is exact, not rounded, and of a rank that servers accept.
+        needed: the LoRA is exact, not rounded, and of a rank that servers accept. Empty for a DoRA, too.
+    is_dora
+        Whether it is a DoRA: the exact conversion of a DoRA is one of the same magnitudes.
     """
 
     path: Path
@@ -62,6 +64,7 @@ class Conversion:
     uniform: bool
     energy: EnergyKept | None
     spectra: dict[str, Tensor]
+    is_dora: bool = False
 
     @property
     def alternatives(self) -> dict[int, EnergyKept]:
@@ -101,9 +104,9 @@ def convert_checkpoint(
         (`lowrank_dist.linalg.truncate.truncate`). All modules then have this rank and a scaling of 1: ``rank_pattern``,
         ``alpha_pattern`` and rsLoRA are folded into the factors, and the factors of modules with a smaller rank are
         padded with zeros. None: the exact LoRA of rank 2r, or r if the method starts at zero, with the patterns of its
-        configuration. Adapters that only PEFT's layers compute need it: their update is the difference between the
-        merged and the original weights, of linear layers, and its approximation is that of
-        `lowrank_dist.export.nearest`.
+        configuration. Adapters of other types need it: their update is the difference between the merged and the
+        original weights, of linear layers, and its approximation is that of `lowrank_dist.export.nearest`. It is what a
+        rank gives of a DoRA, too, whose exact conversion is a DoRA.
     dtype
         Dtype of the written factors; None: that of the checkpoint's factors. Whole modules keep theirs. If this rounds
         ``[A; A_0]`` and ``[B | -B_0]``, singular vectors of their product are written instead, at the same rank. Their
@@ -124,7 +127,7 @@ def convert_checkpoint(
     CheckpointError
         If `checkpoint` is not a checkpoint, is damaged, or holds NaN or infinity.
     ModelError
-        If an adapter that only PEFT's layers compute cannot be merged, or changes more than linear layers.
+        If an adapter of another type cannot be merged, or changes more than linear layers.
 
     See Also
     --------
@@ -151,29 +154,29 @@ def convert_checkpoint(
     manifest = read_manifest(checkpoint)
     _check_output(checkpoint, output)
 
-    from lowrank_dist.tuners.support import needs_peft, said  # takes seconds to import
+    from lowrank_dist.tuners.support import adds_product, needs_peft, said  # takes seconds to import
 
     config = read_config(checkpoint / ADAPTER_DIR)
-    if needs_peft(config):
-        if rank is None:
-            raise InputError(
-                f"{checkpoint}: its adapter is of {said(config)} and has no exact LoRA. {checkpoint / ADAPTER_DIR} is "
-                "for the original model already, and stock PEFT loads it. "
-                + (
-                    "Its virtual tokens are in no weight, so that there is no LoRA or merged model either"
-                    if config.is_prompt_learning
-                    else "For servers that take a LoRA or a plain model only, choose the rank of the nearest LoRA "
-                    "(--rank), or merge it (lowrank-dist merge)"
-                )
-            )
+    if not adds_product(config) and rank is not None:
         return _nearest(checkpoint, output, manifest, rank=rank, dtype=dtype, progress=progress)
+    if needs_peft(config):
+        raise InputError(
+            f"{checkpoint}: its adapter is of {said(config)} and has no exact LoRA. {checkpoint / ADAPTER_DIR} is "
+            "for the original model already, and stock PEFT loads it. "
+            + (
+                "Its virtual tokens are in no weight, so that there is no LoRA or merged model either"
+                if config.is_prompt_learning
+                else "For servers that take a LoRA or a plain model only, choose the rank of the nearest LoRA "
+                "(--rank), or merge it (lowrank-dist merge)"
+            )
+        )
     lora = ExactLora(checkpoint)
     if rank is not None:
         _check_rank(rank, lora)
     tensors = _layout(lora, rank, dtype)
     refactor = rank is not None or (lora.cancels and _rounds(lora, tensors))
     written, uniform = rank or lora.rank, rank is not None or lora.uniform
-    measure = lora.scalings_known and not _served(written, uniform)
+    measure = lora.scalings_known and not lora.config.use_dora and not _served(written, uniform)
     spectra: dict[str, Tensor] = {}
     with atomic_directory(output) as staging:
         with closing(TensorFiles(staging, tensors, stem=Path(WEIGHTS).stem, max_bytes=sys.maxsize)) as files:
@@ -208,7 +211,8 @@ def convert_checkpoint(
         exact_rank=lora.rank,
         uniform=uniform,
         energy=energy,
-        spectra=spectra,
+        spectra={} if lora.config.use_dora else spectra,
+        is_dora=lora.config.use_dora,
     )
 
 
@@ -229,7 +233,7 @@ def _nearest(
     dtype: torch.dtype | None,
     progress: bool,
 ) -> Conversion:
-    """Convert an adapter that only PEFT's layers compute."""
+    """Convert an adapter whose update is no product of two factors."""
     from lowrank_dist.export.nearest import write_nearest  # builds the model, which LoRAs do not need
 
     with atomic_directory(output) as staging:

@@ -8,8 +8,7 @@ computed in fp32 and rounded once, to the dtype of the output. ``A_0, B_0`` are 
 trained on a residual (`lowrank_dist.export.convert`); otherwise their product is left out. Modules that were trained
 whole replace those of the base, and everything else is copied.
 
-Adapters that only PEFT's layers compute (DoRA, VeRA, IA3, ...) are merged by these, in fp32
-(`lowrank_dist.export.tuned`).
+Adapters of other types (DoRA, VeRA, IA3, ...) are merged by PEFT's own layers, in fp32 (`lowrank_dist.export.tuned`).
 
 Host memory does not depend on the size of the model. For a LoRA it holds five blocks of at most `BLOCK_BYTES` (the
 rows, their sum with the product, the rounded sum, and temporaries of the checks and of the matrix product) and the

@@ -30,7 +30,7 @@ from lowrank_dist.residual_model.reader import initial_directory
 from lowrank_dist.storage.layout import CONFIG
 from lowrank_dist.storage.reader import CheckpointReader, FileTensor, resolve_checkpoint
 from lowrank_dist.storage.writer import stored_dtype
-from lowrank_dist.tuners.support import needs_peft
+from lowrank_dist.tuners.support import adds_product
 
 # PEFT's task types and their names in transformers; models of other tasks lack the heads of these
 _HEADS = {
@@ -91,7 +91,7 @@ class MergePlan:
     config_changes
         Entries of ``config.json`` that differ from those of the base.
     tuned
-        Merges the layers of adapters that only PEFT computes; None for LoRAs.
+        Merges the layers of adapters other than LoRAs of two factors per matrix; None for these.
     of_tuned
         The tensors that `tuned` changes, by the first name of the parameter. They are not among `tensors`.
     """
@@ -151,7 +151,7 @@ def plan_merge(adapter: AdapterSource, directory: Path, dtype: torch.dtype | Non
     ModelError
         If the adapter does not fit the base (the message names tensors and shapes), or cannot be merged.
     """
-    by_peft = needs_peft(adapter.config)
+    by_peft = not adds_product(adapter.config)
     if by_peft:
         check_merges(adapter)
     reader = CheckpointReader(directory)

@@ -1,4 +1,4 @@
-"""The nearest LoRA to an adapter that only PEFT's layers compute: the SVD of what its merge adds to every matrix.
+"""The nearest LoRA to an adapter of another type: the SVD of what its merge adds to every matrix.
 
 With the merged weight M (`lowrank_dist.export.tuned`) and the original W, the LoRA of rank K is the best approximation
 of that rank to ``M - W`` (Eckart-Young). The update must be one of linear layers. What the adapter file holds of the

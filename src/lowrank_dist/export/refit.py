@@ -47,7 +47,7 @@ from lowrank_dist.storage.dtypes import DTYPES
 from lowrank_dist.storage.layout import ADAPTER_DIR, MANIFEST, WEIGHTS, read_manifest
 from lowrank_dist.storage.reader import CheckpointReader, FileTensor, check_finite, resolve_checkpoint
 from lowrank_dist.storage.writer import TensorFiles, write_json
-from lowrank_dist.tuners.support import needs_peft, said
+from lowrank_dist.tuners.support import adds_product, said
 
 log = logging.getLogger(__name__)
 
@@ -224,7 +224,7 @@ class _Refit:
         with group.shared_errors():
             self.manifest = read_manifest(checkpoint)
             config = read_config(checkpoint / ADAPTER_DIR)
-            if needs_peft(config):
+            if not adds_product(config):
                 raise InputError(
                     f"base={base!r} fits the factors of a LoRA, but the adapter of {checkpoint} is of {said(config)}; "
                     "leave it out (--base): the nearest LoRA of its update needs the rank only"

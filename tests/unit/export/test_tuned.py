@@ -26,8 +26,17 @@ from lowrank_dist.export.merge_plan import plan_merge
 # PEFT warns of tied weights and of rounding in merges
 pytestmark = pytest.mark.filterwarnings("ignore")
 
+QV = ["q_proj", "v_proj", "down_proj"]
+TUNERS: dict[str, Callable[[], PeftConfig]] = {
+    **CASES,
+    "dora": lambda: peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", use_dora=True),
+    "dora+norms": lambda: peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=QV, use_dora=True, modules_to_save=["input_layernorm", "lm_head"]
+    ),
+}
 #: Why PEFT has no merge for these.
 REFUSED = {
+    "lora_bias+norms": "the base layer has no bias",
     "lora_bias": "the base layer has no bias",
     "lora+replication": "the copies of a layer share its weights",
     "lora+alora": "aLoRA does not support merging",
@@ -78,10 +87,10 @@ def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
     return [name for name in one if not torch.equal(one[name], other[name])]
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name not in REFUSED and not name.startswith(VIRTUAL)])
+@pytest.mark.parametrize("name", [name for name in TUNERS if name not in REFUSED and not name.startswith(VIRTUAL)])
 def test_every_tuner(llama: Path, tmp_path: Path, name: str) -> None:
     """The bits of stock PEFT's merge; on a model with tied embeddings."""
-    adapter = draw(llama, tmp_path / "adapter", CASES[name]())
+    adapter = draw(llama, tmp_path / "adapter", TUNERS[name]())
     output = merge_checkpoint(adapter, tmp_path / "merged", base=llama, max_file_bytes=100_000)
     found = weights(output)
     assert not differing(found, stock(llama, adapter))
@@ -171,7 +180,7 @@ def test_a_new_head(tmp_path: Path) -> None:
 
 def test_parameters_of_the_model_itself(llama: Path, tmp_path: Path) -> None:
     """Norms and tied embeddings that were trained beside a tuner: in the file under their own names."""
-    adapter = draw(llama, tmp_path / "adapter", CASES["vera"]())
+    adapter = draw(llama, tmp_path / "adapter", TUNERS["vera"]())
     file = adapter / "adapter_model.safetensors"
     own = {"model.norm.weight": torch.rand(64), "model.embed_tokens.weight": torch.randn(256, 64)}
     save_file(load_file(file) | {f"base_model.model.{name}": value for name, value in own.items()}, file)
@@ -184,7 +193,7 @@ def test_parameters_of_the_model_itself(llama: Path, tmp_path: Path) -> None:
 
 def test_a_base_in_bf16_is_rounded_once(tmp_path: Path) -> None:
     base = save_checkpoint(tmp_path / "base", "llama", dtype=torch.bfloat16)
-    adapter = draw(base, tmp_path / "adapter", CASES["dora"]())
+    adapter = draw(base, tmp_path / "adapter", TUNERS["dora"]())
     found = weights(merge_checkpoint(adapter, tmp_path / "merged"))
     assert not differing(found, {name: weight.bfloat16() for name, weight in stock(base, adapter).items()})
     wide = weights(merge_checkpoint(adapter, tmp_path / "wide", dtype=torch.float32))
@@ -193,7 +202,7 @@ def test_a_base_in_bf16_is_rounded_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_peft_cannot_merge(llama: Path, tmp_path: Path, name: str) -> None:
-    adapter = draw(llama, tmp_path / "adapter", CASES[name]())
+    adapter = draw(llama, tmp_path / "adapter", TUNERS[name]())
     before = sorted(tmp_path.iterdir())
     with pytest.raises(ModelError) as caught:
         merge_checkpoint(adapter, tmp_path / "merged", base=llama)
@@ -205,7 +214,7 @@ def test_what_peft_cannot_merge(llama: Path, tmp_path: Path, name: str) -> None:
 
 def test_one_layer_at_a_time(llama: Path, tmp_path: Path) -> None:
     """Merged weights are let go; beforehand, only one layer of every kind is read."""
-    adapter = find_adapter(draw(llama, tmp_path / "adapter", CASES["vera"]()), any_type=True)
+    adapter = find_adapter(draw(llama, tmp_path / "adapter", TUNERS["vera"]()), any_type=True)
     plan = plan_merge(adapter, llama)
     assert plan.tuned is not None
     assert len(plan.tuned.changed) == 14
@@ -221,7 +230,7 @@ def test_one_layer_at_a_time(llama: Path, tmp_path: Path) -> None:
 
 def test_weights_of_another_model(llama: Path, tmp_path: Path) -> None:
     """A checkpoint knows the norms of the weights that it was trained from."""
-    adapter = draw(llama, tmp_path / "checkpoint" / "adapter", CASES["vera"]())
+    adapter = draw(llama, tmp_path / "checkpoint" / "adapter", TUNERS["vera"]())
     norms = [{"name": "model.layers.1.mlp.up_proj", "norm": 1.0}]
     manifest = {"base": str(llama), "starts_at_zero": True, "matrices": norms}
     (adapter.parent / "lowrank_dist.json").write_text(json.dumps(manifest))
