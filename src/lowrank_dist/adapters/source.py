@@ -85,7 +85,9 @@ class AdapterSource:
             part.close()
 
 
-def find_adapter(directory: Path, *, for_residual: bool = False, any_type: bool = False) -> AdapterSource:
+def find_adapter(
+    directory: Path, *, for_residual: bool = False, any_type: bool = False, converted_dora: bool = False
+) -> AdapterSource:
     """Open the adapter of a checkpoint, or of a directory that PEFT or `convert_checkpoint` wrote.
 
     Only headers are read.
@@ -97,8 +99,9 @@ def find_adapter(directory: Path, *, for_residual: bool = False, any_type: bool 
     for_residual
         Whether the adapter is to be used on a residual model instead of the original one.
     any_type
-        Whether adapters other than LoRAs are taken too. Of a DoRA that was trained on a residual, it is the converted
-        one.
+        Whether adapters other than LoRAs are taken too.
+    converted_dora
+        Whether to take the converted DoRA of a checkpoint instead of the two that it has for the residual.
 
     Raises
     ------
@@ -119,7 +122,7 @@ def find_adapter(directory: Path, *, for_residual: bool = False, any_type: bool 
             f"{directory}: holds neither {ADAPTER_DIR}/ and {MANIFEST} nor {CONFIG}; pass a directory that "
             "AdapterCheckpoint or PEFT wrote"
         )
-    if any_type and initial is not None and getattr(read_config(trained), "use_dora", False):
+    if converted_dora and initial is not None and getattr(read_config(trained), "use_dora", False):
         # what DoRA adds to a weight is no product, so that the initial one cannot be subtracted from the merged weight
         trained, initial = directory / LORA_DIR, None
     reader, config = _open(trained, any_type=any_type)

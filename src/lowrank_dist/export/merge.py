@@ -124,7 +124,7 @@ def merge_checkpoint(
     >>> type(AutoModelForCausalLM.from_pretrained(path)).__name__
     'GPT2LMHeadModel'
     """
-    adapter = find_adapter(Path(checkpoint), any_type=True)
+    adapter = find_adapter(Path(checkpoint), any_type=True, converted_dora=True)
     directory = find_base(adapter, base, revision)
     output = Path(output).absolute()
     _check_output(output, [adapter.directory, directory], overwrite)

@@ -84,7 +84,7 @@ def write_nearest(
         If PEFT cannot merge the adapter, or if it changes more than linear layers and whole modules.
     """
     with ExitStack() as stack:
-        adapter = stack.enter_context(closing(find_adapter(checkpoint, any_type=True)))
+        adapter = stack.enter_context(closing(find_adapter(checkpoint, any_type=True, converted_dora=True)))
         plan = plan_merge(adapter, find_base(adapter))
         stack.enter_context(closing(plan.reader))
         tuned = plan.tuned
