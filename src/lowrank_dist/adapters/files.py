@@ -15,7 +15,7 @@ from lowrank_dist.storage.reader import CheckpointReader
 from lowrank_dist.storage.writer import write_tensors
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from peft import LoraConfig, PeftConfig
 
 
 def write_adapter(directory: Path, tensors: Mapping[str, Tensor], config: LoraConfig) -> None:
@@ -33,6 +33,44 @@ def write_adapter(directory: Path, tensors: Mapping[str, Tensor], config: LoraCo
     write_tensors(directory / WEIGHTS, tensors)
 
 
+def open_tuned(directory: Path) -> tuple[CheckpointReader, PeftConfig]:
+    """Open an adapter of any type that PEFT wrote: a reader of its tensors, and its configuration.
+
+    Only headers are read.
+
+    Raises
+    ------
+    CheckpointError
+        If `directory` holds no adapter, a damaged one, or one of a type that the installed PEFT does not know.
+    """
+    for file in (CONFIG, WEIGHTS):
+        if not (directory / file).is_file():
+            raise CheckpointError(f"{directory}: holds no {file}; pass a directory that an adapter was saved to")
+    config = read_config(directory)
+    return CheckpointReader(directory, stem=Path(WEIGHTS).stem), config
+
+
+def read_config(directory: Path) -> PeftConfig:
+    """The configuration of an adapter of any type that PEFT wrote.
+
+    Raises
+    ------
+    CheckpointError
+        If it is missing, damaged, or of a type that the installed PEFT does not know.
+    """
+    from peft import PeftConfig
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    values = read_json(directory / CONFIG)
+    kind = values.get("peft_type")
+    if isinstance(kind, str) and kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise CheckpointError(f"{directory / CONFIG}: the installed PEFT knows no adapters of type {kind}; update PEFT")
+    try:
+        return PeftConfig.from_peft_type(**values)
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{directory / CONFIG}: cannot be read ({error!r}); it is damaged") from error
+
+
 def open_adapter(directory: Path) -> tuple[CheckpointReader, LoraConfig]:
     """Open a LoRA adapter that PEFT or `write_adapter` wrote: a reader of its tensors, and its configuration.
 
@@ -45,17 +83,12 @@ def open_adapter(directory: Path) -> tuple[CheckpointReader, LoraConfig]:
     """
     from peft import LoraConfig
 
-    for file in (CONFIG, WEIGHTS):
-        if not (directory / file).is_file():
-            raise CheckpointError(f"{directory}: holds no {file}; pass a directory that an adapter was saved to")
-    values = read_json(directory / CONFIG)
-    try:
-        config = LoraConfig.from_peft_type(**values)
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{directory / CONFIG}: cannot be read ({error!r}); it is damaged") from error
+    reader, config = open_tuned(directory)
     if not isinstance(config, LoraConfig):
-        raise CheckpointError(f"{directory}: a {config.peft_type} adapter, not a LoRA; pass a LoRA adapter")
-    return CheckpointReader(directory, stem=Path(WEIGHTS).stem), config
+        reader.close()
+        kind = config.peft_type.value
+        raise CheckpointError(f"{directory}: an adapter of type {kind}, not a LoRA; pass a LoRA adapter")
+    return reader, config
 
 
 def whole_tensor(reader: CheckpointReader, name: str) -> Tensor:

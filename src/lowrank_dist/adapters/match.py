@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Container, Iterable
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -14,21 +14,43 @@ from lowrank_dist.model.plan import Plan
 
 # with save_embedding_layers, PEFT 0.21 writes a head under modules_to_save a second time, under these names
 _DOUBLES = (".modules_to_save.", ".original_module.")
+_KEEPS_TIES = ".trainable_tokens_delta"
 
 
-def changes_tied(backbone: PreTrainedModel, tensors: Iterable[str]) -> bool:
-    """Whether an adapter with tensors of these names changes one of two tied weights, which are then no longer equal.
+def changes_tied(backbone: PreTrainedModel, tensors: Iterable[str], whole: Collection[str] | None) -> bool:
+    """Whether an adapter changes one of two tied weights, which are then no longer equal.
 
-    PEFT adds the adapter to one of the two only.
+    PEFT adds an adapter to one of the two only, apart from trained rows (``trainable_tokens``). A weight itself, in the
+    file under its own name, is both of them.
+
+    Parameters
+    ----------
+    backbone
+        The model on meta, without PEFT's layers.
+    tensors
+        Names in the adapter file.
+    whole
+        ``modules_to_save`` of the adapter, whose copies are trained and not the weights themselves.
     """
     names: dict[int, list[str]] = {}
     for name, parameter in backbone.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    tied = {name.rpartition(".")[0] for same in names.values() if len(same) > 1 for name in same}
-    changed = {plain_name(key.removeprefix(PEFT_PREFIX)) for key in tensors}
-    # both ...lm_head.lora_A.weight and ...lm_head.weight change ...lm_head
-    changed = {name.partition(".lora_")[0] if ".lora_" in name else name.rpartition(".")[0] for name in changed}
-    return bool(tied & changed)
+    tied = {name for same in names.values() if len(same) > 1 for name in same}
+    modules = {name.rpartition(".")[0] for name in tied}
+
+    def changes(key: str) -> bool:
+        name = plain_name(key.removeprefix(PEFT_PREFIX))
+        if name in tied:
+            return name.rpartition(".")[0].endswith(tuple(whole or ()))
+        # ...lm_head.lora_A.weight changes ...lm_head
+        return name.startswith(tuple(f"{module}." for module in modules)) and not key.endswith(_KEEPS_TIES)
+
+    return any(map(changes, tensors))
+
+
+def written_twice(key: str, tensors: Container[str]) -> bool:
+    """Whether PEFT has saved the tensor `key` under another name, too, among `tensors`."""
+    return any(double in key and key.replace(double, ".") in tensors for double in _DOUBLES)
 
 
 def match_adapter(adapter: AdapterSource, backbone: PreTrainedModel, plan: Plan, base: Path) -> dict[str, str]:
@@ -64,7 +86,7 @@ def match_adapter(adapter: AdapterSource, backbone: PreTrainedModel, plan: Plan,
     problems, saved_along = [], {}
     for part, expected in zip(adapter.parts, (factors | whole, factors), strict=False):
         for key in part:
-            if any(double in key and key.replace(double, ".") in part for double in _DOUBLES):
+            if written_twice(key, part):
                 continue
             shape, name = part.info(key).shape, plain_name(key.removeprefix(PEFT_PREFIX))
             wanted = expected.get(key, weights.get(name) if part is adapter.trained else None)
@@ -77,9 +99,14 @@ def match_adapter(adapter: AdapterSource, backbone: PreTrainedModel, plan: Plan,
         missing = [key for key in expected if key not in part]
         problems += [f"{key} {list(expected[key])} is missing in {part.directory}" for key in missing]
     if problems:
-        more = f"\n  ... and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ModelError(
-            f"{adapter.directory} does not fit {type(backbone).__name__} of {base}; "
-            "pass the model that it was trained from:\n  " + "\n  ".join(problems[:5]) + more
-        )
+        raise mismatch(adapter, backbone, base, problems)
     return saved_along
+
+
+def mismatch(adapter: AdapterSource, backbone: PreTrainedModel, base: Path, problems: list[str]) -> ModelError:
+    """The error that names why an adapter does not fit a model at `base`."""
+    more = f"\n  ... and {len(problems) - 5} more" if len(problems) > 5 else ""
+    return ModelError(
+        f"{adapter.directory} does not fit {type(backbone).__name__} of {base}; "
+        "pass the model that it was trained from:\n  " + "\n  ".join(problems[:5]) + more
+    )

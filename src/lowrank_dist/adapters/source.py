@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 
-from lowrank_dist.adapters.files import open_adapter
+from lowrank_dist.adapters.files import open_adapter, open_tuned, read_config
 from lowrank_dist.errors import CheckpointError
 from lowrank_dist.storage.dtypes import FLOAT_DTYPES
 from lowrank_dist.storage.layout import ADAPTER_DIR, CONFIG, INITIAL_DIR, LORA_DIR, MANIFEST, read_manifest
@@ -16,6 +16,7 @@ from lowrank_dist.storage.reader import CheckpointReader
 
 # values of init_lora_weights with which PEFT leaves the base model unchanged, so that the adapter is for the base model
 _LEAVES_BASE = (True, False, "gaussian", "eva", "orthogonal")
+_NORM_TOLERANCE = 1e-4  # relative; some weights were rounded before their norm was taken
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class AdapterSource:
     """
 
     directory: Path
-    config: LoraConfig
+    config: PeftConfig
     trained: CheckpointReader
     initial: CheckpointReader | None
     base: str | None
@@ -53,13 +54,40 @@ class AdapterSource:
         """Readers of the trained tensors and, if there are any, of the initial ones."""
         return [self.trained] if self.initial is None else [self.trained, self.initial]
 
+    @property
+    def lora(self) -> LoraConfig:
+        """The configuration of a LoRA."""
+        assert isinstance(self.config, LoraConfig)
+        return self.config
+
+    def check_norm(self, name: str, norm: float, stored: str) -> None:
+        """Raise CheckpointError if `norm`, of a matrix of a base model, is not the one that training started from.
+
+        Parameters
+        ----------
+        name
+            Name of the matrix.
+        norm
+            Its Frobenius norm.
+        stored
+            What it is and where, for the message.
+        """
+        known = self.norms.get(name)
+        if known is not None and abs(norm - known) > _NORM_TOLERANCE * known:
+            raise CheckpointError(
+                f"{stored} has norm {norm:.6g}, but the weight that {self.directory} was trained from has norm "
+                f"{known:.6g}: this is another model or revision; pass the right one"
+            )
+
     def close(self) -> None:
         """Close the files."""
         for part in self.parts:
             part.close()
 
 
-def find_adapter(directory: Path, *, for_residual: bool = False) -> AdapterSource:
+def find_adapter(
+    directory: Path, *, for_residual: bool = False, any_type: bool = False, converted_dora: bool = False
+) -> AdapterSource:
     """Open the adapter of a checkpoint, or of a directory that PEFT or `convert_checkpoint` wrote.
 
     Only headers are read.
@@ -70,11 +98,15 @@ def find_adapter(directory: Path, *, for_residual: bool = False) -> AdapterSourc
         The checkpoint, or the directory with PEFT's files.
     for_residual
         Whether the adapter is to be used on a residual model instead of the original one.
+    any_type
+        Whether adapters other than LoRAs are taken too.
+    converted_dora
+        Whether to take the converted DoRA of a checkpoint instead of the two that it has for the residual.
 
     Raises
     ------
     CheckpointError
-        If there is no adapter, if it is damaged or not a LoRA, or if it is for another kind of base model.
+        If there is no adapter, if it is damaged, not a LoRA but for `any_type`, or for another kind of base model.
     """
     manifest: dict[str, Any] = read_manifest(directory) if (directory / MANIFEST).is_file() else {}
     if for_residual:
@@ -90,14 +122,19 @@ def find_adapter(directory: Path, *, for_residual: bool = False) -> AdapterSourc
             f"{directory}: holds neither {ADAPTER_DIR}/ and {MANIFEST} nor {CONFIG}; pass a directory that "
             "AdapterCheckpoint or PEFT wrote"
         )
-    reader, config = _open(trained)
-    if config.init_lora_weights not in _LEAVES_BASE:
+    if converted_dora and initial is not None and getattr(read_config(trained), "use_dora", False):
+        # what DoRA adds to a weight is no product, so that the initial one cannot be subtracted from the merged weight
+        trained, initial = directory / LORA_DIR, None
+    reader, config = _open(trained, any_type=any_type)
+    if isinstance(config, LoraConfig) and config.init_lora_weights not in _LEAVES_BASE:
         raise CheckpointError(
             f"{trained}: made with init_lora_weights={config.init_lora_weights!r}, so it is for a residual that PEFT "
             "computes from the base model; convert it with PEFT's "
             "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
-    config.init_lora_weights, config.inference_mode = True, False
+    if isinstance(config, LoraConfig):
+        config.init_lora_weights = True
+    config.inference_mode = False
     norms = {entry["name"]: entry.get("norm") for entry in manifest.get("matrices", [])}
     return AdapterSource(
         directory=directory,
@@ -133,10 +170,10 @@ def _refuse_if_for_original(directory: Path) -> None:
         )
 
 
-def _open(directory: Path) -> tuple[CheckpointReader, LoraConfig]:
-    """Open one LoRA and check the dtypes of its tensors."""
-    reader, config = open_adapter(directory)
-    for name in reader:
+def _open(directory: Path, *, any_type: bool = False) -> tuple[CheckpointReader, PeftConfig]:
+    """Open one adapter and check the dtypes of a LoRA's tensors."""
+    reader, config = open_tuned(directory) if any_type else open_adapter(directory)
+    for name in reader if isinstance(config, LoraConfig) else ():
         if reader.info(name).dtype not in FLOAT_DTYPES:
             raise CheckpointError(
                 f"{directory}: {name} is stored as {reader.info(name).dtype}; only {', '.join(FLOAT_DTYPES)} are read"

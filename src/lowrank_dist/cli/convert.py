@@ -34,12 +34,13 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lowrank-dist convert",
         description="Convert a checkpoint's adapter to a LoRA for the original model: the exact one, [A; A_0], "
-        "[B | -B_0] of rank 2r, or the nearest one of a lower rank. Stock PEFT loads it.",
+        "[B | -B_0] of rank 2r, or the nearest one of a lower rank. Stock PEFT loads it. Adapters that are no LoRA "
+        "(VeRA, DoRA, ...) have a nearest one only.",
     )
     parser.add_argument("checkpoint", help="directory that AdapterCheckpoint wrote")
     parser.add_argument("--output", required=True, help="directory to write; an existing one is replaced")
     parser.add_argument(
-        "--rank", type=int, help="truncate every module to this rank, by singular values (default: exact, rank 2r)"
+        "--rank", type=int, help="rank of the nearest LoRA, by singular values (default: exact, rank 2r)"
     )
     parser.add_argument(
         "--dtype",
@@ -96,6 +97,8 @@ def _refit(options: argparse.Namespace, dtype: torch.dtype | None, argv: Sequenc
 def advice(done: Conversion) -> list[str]:
     """Lines that say why servers may not load the LoRA as written, and the alternative ranks with their energy."""
     lines = []
+    if done.is_dora:
+        lines.append("It is a DoRA, which servers such as vLLM do not load; --rank writes the nearest LoRA.")
     if not done.uniform:
         lines.append(
             f"Ranks (up to {done.rank}) or scalings differ between modules; servers such as vLLM need one rank "

@@ -35,9 +35,9 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lowrank-dist merge",
         description="Write the original model with an adapter merged into it, as an ordinary Hugging Face model. "
-        "It works by blocks of rows, so that memory does not grow with the model.",
+        "It works by blocks of rows or by modules, so that memory does not grow with the model.",
     )
-    parser.add_argument("checkpoint", help="directory that AdapterCheckpoint, convert or PEFT (LoRA) wrote")
+    parser.add_argument("checkpoint", help="directory that AdapterCheckpoint, convert or PEFT wrote")
     parser.add_argument("--output", required=True, help="directory to write; complete or absent")
     parser.add_argument("--overwrite", action="store_true", help="replace what is at --output")
     parser.add_argument(

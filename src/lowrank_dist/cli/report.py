@@ -52,7 +52,10 @@ def read_report(path: Path) -> list[MatrixReport]:
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file}: not a report: {error!r}") from error
     if not entries:
-        raise CheckpointError(f"{file}: the report has no matrices")
+        raise CheckpointError(
+            f"{file}: the run decomposed no matrix and stored none in a residual format, so that there is nothing to "
+            "report"
+        )
     return [MatrixReport.from_dict(entry) for entry in entries]
 
 
@@ -69,7 +72,7 @@ def draw(matrices: list[MatrixReport], path: Path) -> Path:
     layers = sorted({_layer(matrix.name) for matrix in matrices})
     maps = {
         "error / norm": lambda m: m.relative_error,
-        "error reduction, Frobenius": lambda m: m.error_reduction if m.quantization_error else None,
+        "error reduction, Frobenius": lambda m: m.error_reduction if m.rank and m.quantization_error else None,
         "error reduction, nuclear": lambda m: m.nuclear_reduction,
         "energy in the factors": lambda m: m.captured_energy,
         "sigma_1 / sigma_r": lambda m: m.sigma_1 / m.sigma_r if m.sigma_1 and m.sigma_r else None,

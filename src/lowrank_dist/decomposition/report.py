@@ -140,7 +140,12 @@ def layer_type(name: str) -> str:
 
 
 def as_table(matrices: list[MatrixReport]) -> str:
-    """Format one line per layer type: number of matrices, shape, rank, means over the matrices and total seconds."""
+    """Format one line per layer type: number of matrices, shape, rank, means over the matrices and total seconds.
+
+    Matrices without an adapter, which are only stored in the residual format, have no rank and nothing to reduce.
+    """
+    if not matrices:
+        return "No matrix was decomposed or stored in a residual format."
     groups: dict[tuple[str, int, int, int], list[MatrixReport]] = defaultdict(list)
     for matrix in matrices:
         groups[layer_type(matrix.name), matrix.rows, matrix.columns, matrix.rank].append(matrix)
@@ -150,12 +155,12 @@ def as_table(matrices: list[MatrixReport]) -> str:
     ]
     for (layer, rows, columns, rank), members in sorted(groups.items()):
         lines.append(
-            f"{layer:<16}{len(members):>9}{f'{rows} x {columns}':>15}{rank:>6}"
+            f"{layer:<16}{len(members):>9}{f'{rows} x {columns}':>15}{rank or '-':>6}"
             f"{_mean(members, lambda m: m.sigma_1, '.3g'):>10}{_mean(members, lambda m: m.sigma_r, '.3g'):>10}"
             f"{_mean(members, lambda m: m.captured_energy, '.1%'):>8}"
             f"{_mean(members, lambda m: m.excess_residual, '.1e'):>10}"
             f"{_mean(members, lambda m: m.relative_error, '.2e'):>12}"
-            f"{_mean(members, lambda m: m.error_reduction, '.1%'):>17}"
+            f"{_mean(members, lambda m: m.error_reduction if m.rank else None, '.1%'):>17}"
             f"{_mean(members, lambda m: m.nuclear_reduction, '.1%'):>9}"
             f"{sum(m.seconds for m in members):>9.1f}"
         )

@@ -1,7 +1,8 @@
 """PiSSA to LoRA: converts a checkpoint's adapter to an ordinary LoRA for the original model.
 
-The LoRA is exact (`lowrank_dist.adapters.lora`), or truncated to a lower rank (`lowrank_dist.linalg.truncate`). The
-conversion runs on the CPU and needs neither a trainer nor a process group.
+The LoRA is exact (`lowrank_dist.adapters.lora`), or truncated to a lower rank (`lowrank_dist.linalg.truncate`).
+Adapters of other types (DoRA, VeRA, ...) have a nearest LoRA of a given rank (`lowrank_dist.export.nearest`).
+The conversion runs on the CPU and needs neither a trainer nor a process group.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lowrank_dist.adapters.files import changed_config, whole_tensor
+from lowrank_dist.adapters.files import changed_config, read_config, whole_tensor
 from lowrank_dist.adapters.lora import ExactLora, LoraModule
 from lowrank_dist.errors import CheckpointError, InputError
 from lowrank_dist.linalg.truncate import EnergyKept, energy_kept, singular_values, truncate
 from lowrank_dist.model.stacking import stacked_shapes
 from lowrank_dist.storage.atomic import atomic_directory
 from lowrank_dist.storage.dtypes import DTYPES
-from lowrank_dist.storage.layout import ADAPTER_DIR, INITIAL_DIR, MANIFEST, WEIGHTS
+from lowrank_dist.storage.layout import ADAPTER_DIR, INITIAL_DIR, MANIFEST, WEIGHTS, read_manifest
 from lowrank_dist.storage.reader import FileTensor
 from lowrank_dist.storage.writer import TensorFiles, write_json
 
@@ -44,14 +45,17 @@ class Conversion:
     rank
         Rank of the LoRA; the largest if its modules differ.
     exact_rank
-        Rank of the exact LoRA; the largest if its modules differ.
+        Rank of the exact LoRA; the largest if its modules differ. For adapters of other types: the largest that an
+        update may have.
     uniform
         Whether all modules have the same rank and scaling.
     energy
         Share of the exact update that truncation kept; None if no rank was given.
     spectra
         Singular values of every matrix of the exact update, scaling included, descending, fp64. Empty if they were not
-        needed: the LoRA is exact, not rounded, and of a rank that servers accept.
+        needed: the LoRA is exact, not rounded, and of a rank that servers accept. Empty for a DoRA, too.
+    is_dora
+        Whether it is a DoRA: the exact conversion of a DoRA is one of the same magnitudes.
     """
 
     path: Path
@@ -60,6 +64,7 @@ class Conversion:
     uniform: bool
     energy: EnergyKept | None
     spectra: dict[str, Tensor]
+    is_dora: bool = False
 
     @property
     def alternatives(self) -> dict[int, EnergyKept]:
@@ -99,7 +104,9 @@ def convert_checkpoint(
         (`lowrank_dist.linalg.truncate.truncate`). All modules then have this rank and a scaling of 1: ``rank_pattern``,
         ``alpha_pattern`` and rsLoRA are folded into the factors, and the factors of modules with a smaller rank are
         padded with zeros. None: the exact LoRA of rank 2r, or r if the method starts at zero, with the patterns of its
-        configuration.
+        configuration. Adapters of other types need it: their update is the difference between the merged and the
+        original weights, of linear layers, and its approximation is that of `lowrank_dist.export.nearest`. It is what a
+        rank gives of a DoRA, too, whose exact conversion is a DoRA.
     dtype
         Dtype of the written factors; None: that of the checkpoint's factors. Whole modules keep theirs. If this rounds
         ``[A; A_0]`` and ``[B | -B_0]``, singular vectors of their product are written instead, at the same rank. Their
@@ -115,10 +122,12 @@ def convert_checkpoint(
     Raises
     ------
     InputError
-        If `rank` is below 1 or above that of the exact LoRA, if `dtype` cannot hold the factors, or if `output` is
-        the checkpoint itself, one of its parents, or a directory that the LoRA is made from.
+        If `rank` is below 1 or above that of the exact LoRA, or missing where there is none, if `dtype` cannot hold the
+        factors, or if `output` is the checkpoint itself, one of its parents, or a directory that the LoRA is made from.
     CheckpointError
         If `checkpoint` is not a checkpoint, is damaged, or holds NaN or infinity.
+    ModelError
+        If an adapter of another type cannot be merged, or changes more than linear layers.
 
     See Also
     --------
@@ -142,18 +151,32 @@ def convert_checkpoint(
     The result is an ordinary PEFT adapter: ``PeftModel.from_pretrained(original, "lora")`` loads it.
     """
     checkpoint, output = Path(checkpoint), Path(output)
+    manifest = read_manifest(checkpoint)
+    _check_output(checkpoint, output)
+
+    from lowrank_dist.tuners.support import adds_product, needs_peft, said  # takes seconds to import
+
+    config = read_config(checkpoint / ADAPTER_DIR)
+    if not adds_product(config) and rank is not None:
+        return _nearest(checkpoint, output, manifest, rank=rank, dtype=dtype, progress=progress)
+    if needs_peft(config):
+        raise InputError(
+            f"{checkpoint}: its adapter is of {said(config)} and has no exact LoRA. {checkpoint / ADAPTER_DIR} is "
+            "for the original model already, and stock PEFT loads it. "
+            + (
+                "Its virtual tokens are in no weight, so that there is no LoRA or merged model either"
+                if config.is_prompt_learning
+                else "For servers that take a LoRA or a plain model only, choose the rank of the nearest LoRA "
+                "(--rank), or merge it (lowrank-dist merge)"
+            )
+        )
     lora = ExactLora(checkpoint)
     if rank is not None:
         _check_rank(rank, lora)
-    source = checkpoint.resolve()
-    if output.resolve() in (source, *source.parents, source / ADAPTER_DIR, source / INITIAL_DIR):
-        raise InputError(
-            f"{output}: the LoRA would replace the files that it is made from ({checkpoint}); choose another directory"
-        )
     tensors = _layout(lora, rank, dtype)
     refactor = rank is not None or (lora.cancels and _rounds(lora, tensors))
     written, uniform = rank or lora.rank, rank is not None or lora.uniform
-    measure = lora.scalings_known and not _served(written, uniform)
+    measure = lora.scalings_known and not lora.config.use_dora and not _served(written, uniform)
     spectra: dict[str, Tensor] = {}
     with atomic_directory(output) as staging:
         with closing(TensorFiles(staging, tensors, stem=Path(WEIGHTS).stem, max_bytes=sys.maxsize)) as files:
@@ -181,14 +204,43 @@ def convert_checkpoint(
                 config, r=rank, lora_alpha=rank, use_rslora=False, rank_pattern={}, alpha_pattern={}
             )
         config.save_pretrained(str(staging))
-        write_json(staging / MANIFEST, _manifest(lora, written, energy))
+        write_json(staging / MANIFEST, _manifest(manifest, written, energy))
     return Conversion(
         path=output,
         rank=written,
         exact_rank=lora.rank,
         uniform=uniform,
         energy=energy,
-        spectra=spectra,
+        spectra={} if lora.config.use_dora else spectra,
+        is_dora=lora.config.use_dora,
+    )
+
+
+def _check_output(checkpoint: Path, output: Path) -> None:
+    source = checkpoint.resolve()
+    if output.resolve() in (source, *source.parents, source / ADAPTER_DIR, source / INITIAL_DIR):
+        raise InputError(
+            f"{output}: the LoRA would replace the files that it is made from ({checkpoint}); choose another directory"
+        )
+
+
+def _nearest(
+    checkpoint: Path,
+    output: Path,
+    manifest: dict[str, Any],
+    *,
+    rank: int,
+    dtype: torch.dtype | None,
+    progress: bool,
+) -> Conversion:
+    """Convert an adapter whose update is no product of two factors."""
+    from lowrank_dist.export.nearest import write_nearest  # builds the model, which LoRAs do not need
+
+    with atomic_directory(output) as staging:
+        found = write_nearest(checkpoint, staging, rank=rank, dtype=dtype, show_progress=progress)
+        write_json(staging / MANIFEST, _manifest(manifest, rank, found.energy))
+    return Conversion(
+        path=output, rank=rank, exact_rank=found.exact_rank, uniform=True, energy=found.energy, spectra={}
     )
 
 
@@ -257,9 +309,9 @@ def _rounded(name: str, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return rounded
 
 
-def _manifest(lora: ExactLora, rank: int, energy: EnergyKept | None) -> dict[str, Any]:
+def _manifest(of_checkpoint: dict[str, Any], rank: int, energy: EnergyKept | None) -> dict[str, Any]:
     """Manifest of the LoRA: the checkpoint's, without the entries about its files, with those of the conversion."""
-    manifest = {key: value for key, value in lora.manifest.items() if key not in _OF_THE_FILES}
+    manifest = {key: value for key, value in of_checkpoint.items() if key not in _OF_THE_FILES}
     manifest |= {"kind": "lora", "adapter_is_for": "the base", "rank": rank}
     if energy is not None:
         manifest["energy_kept"] = {

@@ -8,9 +8,12 @@ computed in fp32 and rounded once, to the dtype of the output. ``A_0, B_0`` are 
 trained on a residual (`lowrank_dist.export.convert`); otherwise their product is left out. Modules that were trained
 whole replace those of the base, and everything else is copied.
 
-Host memory does not depend on the size of the model: it holds five blocks of at most `BLOCK_BYTES` (the rows, their sum
-with the product, the rounded sum, and temporaries of the checks and of the matrix product) and the factors of one
-adapted parameter in fp32. Files are mapped, not loaded.
+Adapters of other types (DoRA, VeRA, IA3, ...) are merged by PEFT's own layers, in fp32 (`lowrank_dist.export.tuned`).
+
+Host memory does not depend on the size of the model. For a LoRA it holds five blocks of at most `BLOCK_BYTES` (the
+rows, their sum with the product, the rounded sum, and temporaries of the checks and of the matrix product) and the
+factors of one adapted parameter in fp32. For other adapters it holds what `lowrank_dist.export.tuned` says. Files are
+mapped, not loaded.
 """
 
 from __future__ import annotations
@@ -28,20 +31,19 @@ from torch import Tensor
 
 from lowrank_dist.adapters.source import AdapterSource, find_adapter
 from lowrank_dist.errors import CheckpointError, InputError
-from lowrank_dist.export.merge_plan import MergedTensor, MergePlan, plan_merge
+from lowrank_dist.export.merge_plan import MergedTensor, MergePlan, find_base, plan_merge
+from lowrank_dist.export.tuned import TunedModel
 from lowrank_dist.linalg import all_finite, full_fp32, squared_norm
 from lowrank_dist.model.names import peft_name
 from lowrank_dist.model.plan import PlannedMatrix
 from lowrank_dist.model.stacking import concat_a, concat_b, split_a, split_b
 from lowrank_dist.progress import progress_bar
-from lowrank_dist.residual_model.reader import initial_directory
 from lowrank_dist.storage.atomic import atomic_directory, check_free
 from lowrank_dist.storage.layout import CONFIG, MANIFEST
-from lowrank_dist.storage.reader import CheckpointReader, check_finite, resolve_checkpoint
+from lowrank_dist.storage.reader import CheckpointReader, check_finite
 from lowrank_dist.storage.writer import MAX_BYTES, TensorFiles, copy_other_files, write_json
 
 BLOCK_BYTES = 32 * 2**20  # of fp32 values
-_NORM_TOLERANCE = 1e-4  # relative; some weights were rounded before their norm was taken
 
 
 def merge_checkpoint(
@@ -60,7 +62,7 @@ def merge_checkpoint(
     Parameters
     ----------
     checkpoint
-        Directory that `lowrank_dist.callbacks.AdapterCheckpoint` wrote, or one with a LoRA that PEFT or
+        Directory that `lowrank_dist.callbacks.AdapterCheckpoint` wrote, or one with an adapter that PEFT or
         `lowrank_dist.export.convert.convert_checkpoint` wrote.
     output
         Directory to write: a model for ``from_pretrained`` of transformers. It is written completely or not at all.
@@ -122,8 +124,8 @@ def merge_checkpoint(
     >>> type(AutoModelForCausalLM.from_pretrained(path)).__name__
     'GPT2LMHeadModel'
     """
-    adapter = find_adapter(Path(checkpoint))
-    directory = _find_base(adapter, base, revision)
+    adapter = find_adapter(Path(checkpoint), any_type=True, converted_dora=True)
+    directory = find_base(adapter, base, revision)
     output = Path(output).absolute()
     _check_output(output, [adapter.directory, directory], overwrite)
     if max_file_bytes < 1:
@@ -142,22 +144,6 @@ def merge_checkpoint(
         plan.reader.close()
         adapter.close()
     return output
-
-
-def _find_base(adapter: AdapterSource, base: str | os.PathLike[str] | None, revision: str | None) -> Path:
-    name = base or adapter.base
-    if not name:
-        raise CheckpointError(f"{adapter.directory}: {CONFIG} names no base model; pass base")
-    try:
-        directory = resolve_checkpoint(name, revision=revision or (None if base else adapter.config.revision))
-    except CheckpointError as error:
-        hint = "" if base else f" ({adapter.directory} names this base model; pass base if it is elsewhere now)"
-        raise CheckpointError(f"{error}{hint}") from error
-    if adapter.has_manifest and initial_directory(directory) is not None:
-        raise CheckpointError(
-            f"{directory} is a residual model, but the adapter is for the original model; pass the original"
-        )
-    return directory
 
 
 def _check_output(output: Path, inputs: list[Path], overwrite: bool) -> None:
@@ -187,6 +173,8 @@ class _Merge:
                 blocks = self._copied(tensor) if tensor.planned is None else self._merged(tensor, tensor.planned)
                 for start, values in blocks:
                     self._put(files, tensor, start, values)
+            if self.plan.tuned is not None:
+                self._merge_tuned(self.plan.tuned, files)
         finally:
             files.close()
         for name, file_tensor in self.plan.files.items():
@@ -194,6 +182,12 @@ class _Merge:
                 raise RuntimeError(f"{name}: {self._written[name]} of {file_tensor.numel} elements were written")
         copy_other_files(self.plan.reader.directory, staging, leave=(MANIFEST, CONFIG))
         self._write_config(staging / "config.json")
+
+    def _merge_tuned(self, tuned: TunedModel, files: TensorFiles) -> None:
+        for planned, values in tuned.merged():
+            tensor = self.plan.of_tuned[planned.names[0]]
+            for start, block in self._copied(tensor) if values is None else [(0, values)]:
+                self._put(files, tensor, start, block)
 
     def _copied(self, tensor: MergedTensor) -> Iterator[tuple[int, Tensor]]:
         """Yield the index of the first element and the flat values, block by block."""
@@ -220,13 +214,9 @@ class _Merge:
             with full_fp32():  # not in place: fp32 rows are a view of the mapped file
                 block = torch.addmm(block, left[start : start + step], right, alpha=planned.scaling)
             yield start * planned.columns, block
-        known = self.adapter.norms.get(planned.name) if tensor.source is self.plan.reader else None
-        if known is not None and abs(math.sqrt(squares) - known) > _NORM_TOLERANCE * known:
-            raise CheckpointError(
-                f"{planned.key} of {self.plan.reader.directory} has norm {math.sqrt(squares):.6g}, but the weight that "
-                f"{self.adapter.directory} was trained from has norm {known:.6g}: this is another model or "
-                "revision; pass the right one"
-            )
+        if tensor.source is self.plan.reader:
+            stored = f"{planned.key} of {self.plan.reader.directory}"
+            self.adapter.check_norm(planned.name, math.sqrt(squares), stored)
 
     def _put(self, files: TensorFiles, tensor: MergedTensor, start: int, values: Tensor) -> None:
         """Round `values`, flat or row-major from element `start` of `tensor` on, and write them."""

@@ -7,25 +7,30 @@ new name only if the base has no tensor for it: a new head, or a head that was t
 from __future__ import annotations
 
 import math
+import os
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from peft import LoraConfig
+from peft import PeftConfig
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lowrank_dist.adapters.match import changes_tied, match_adapter
 from lowrank_dist.adapters.source import AdapterSource
-from lowrank_dist.errors import ModelError
+from lowrank_dist.errors import CheckpointError, ModelError
+from lowrank_dist.export.tuned import TunedModel, check_merges
 from lowrank_dist.model.names import CheckpointKeys, peft_name, plain_name
 from lowrank_dist.model.plan import Plan, PlannedMatrix, open_plan
 from lowrank_dist.model.skeleton import build_skeleton, read_config
-from lowrank_dist.storage.reader import CheckpointReader, FileTensor
+from lowrank_dist.residual_model.reader import initial_directory
+from lowrank_dist.storage.layout import CONFIG
+from lowrank_dist.storage.reader import CheckpointReader, FileTensor, resolve_checkpoint
 from lowrank_dist.storage.writer import stored_dtype
+from lowrank_dist.tuners.support import adds_product
 
 # PEFT's task types and their names in transformers; models of other tasks lack the heads of these
 _HEADS = {
@@ -82,20 +87,49 @@ class MergePlan:
     files
         Shape and dtype of the tensors of the merged model, by name.
     tensors
-        How their values are computed; every element of `files` belongs to exactly one of these.
+        How their values are computed; every element of `files` belongs to exactly one of these or of `of_tuned`.
     config_changes
         Entries of ``config.json`` that differ from those of the base.
+    tuned
+        Merges the layers of adapters other than LoRAs of two factors per matrix; None for these.
+    of_tuned
+        The tensors that `tuned` changes, by the first name of the parameter. They are not among `tensors`.
     """
 
     reader: CheckpointReader
     files: dict[str, FileTensor]
     tensors: list[MergedTensor]
     config_changes: dict[str, Any]
+    tuned: TunedModel | None = None
+    of_tuned: Mapping[str, MergedTensor] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors of the merged model."""
         return sum(tensor.numel * tensor.dtype.itemsize for tensor in self.files.values())
+
+
+def find_base(adapter: AdapterSource, base: str | os.PathLike[str] | None = None, revision: str | None = None) -> Path:
+    """Directory of the original model: `base`, or else the one that the adapter names.
+
+    Raises
+    ------
+    CheckpointError
+        If it is not there, or is a residual model although the adapter is for the original one.
+    """
+    name = base or adapter.base
+    if not name:
+        raise CheckpointError(f"{adapter.directory}: {CONFIG} names no base model; pass base")
+    try:
+        directory = resolve_checkpoint(name, revision=revision or (None if base else adapter.config.revision))
+    except CheckpointError as error:
+        hint = "" if base else f" ({adapter.directory} names this base model; pass base if it is elsewhere now)"
+        raise CheckpointError(f"{error}{hint}") from error
+    if adapter.has_manifest and initial_directory(directory) is not None:
+        raise CheckpointError(
+            f"{directory} is a residual model, but the adapter is for the original model; pass the original"
+        )
+    return directory
 
 
 def plan_merge(adapter: AdapterSource, directory: Path, dtype: torch.dtype | None = None) -> MergePlan:
@@ -117,16 +151,26 @@ def plan_merge(adapter: AdapterSource, directory: Path, dtype: torch.dtype | Non
     ModelError
         If the adapter does not fit the base (the message names tensors and shapes), or cannot be merged.
     """
+    by_peft = not adds_product(adapter.config)
+    if by_peft:
+        check_merges(adapter)
     reader = CheckpointReader(directory)
     backbone, config_changes = _skeleton(adapter, directory)
     if dtype is not None:
         config_changes["dtype"] = str(dtype).removeprefix("torch.")
-    untie = changes_tied(backbone, adapter.trained)
+    untie = changes_tied(backbone, adapter.trained, getattr(adapter.config, "modules_to_save", None))
     try:
         with warnings.catch_warnings():
             # PEFT 0.21 warns of patterns that match parameters although it applies them
             warnings.filterwarnings("ignore", message="The following .*_pattern keys did not match any targeted module")
-            opened = open_plan(reader, adapter.config, backbone=backbone, untie=untie, limit_rank=False)
+            opened = open_plan(
+                reader,
+                None if by_peft else adapter.lora,
+                backbone=backbone,
+                untie=untie,
+                limit_rank=False,
+                trained_whole=_in_file(backbone, adapter.trained) if by_peft else (),
+            )
     except ModelError as error:
         raise ModelError(
             f"{adapter.directory} cannot be merged into {directory} (PEFT's merge_and_unload may support it): {error}"
@@ -134,9 +178,25 @@ def plan_merge(adapter: AdapterSource, directory: Path, dtype: torch.dtype | Non
     if opened.tied:
         config_changes["tie_word_embeddings"] = False
     planner = _MergePlanBuilder(adapter, reader, backbone, CheckpointKeys(backbone, reader, opened.tied), dtype)
-    planner.changes(opened.plan)
+    tuned = TunedModel(adapter, backbone, opened.plan, reader) if by_peft else None
+    if tuned is None:
+        planner.changes(opened.plan)
+    else:
+        planner.changes_by_peft(opened.plan, tuned)
     planner.copies()
-    return MergePlan(reader=reader, files=planner.files, tensors=planner.tensors, config_changes=config_changes)
+    return MergePlan(
+        reader=reader,
+        files=planner.files,
+        tensors=planner.tensors,
+        config_changes=config_changes,
+        tuned=tuned,
+        of_tuned=planner.of_tuned,
+    )
+
+
+def _in_file(backbone: PreTrainedModel, trained: CheckpointReader) -> list[str]:
+    """Modules that an adapter file holds whole, which the base may lack."""
+    return [name for name, _ in backbone.named_modules() if peft_name(f"{name}.weight") in trained]
 
 
 def _skeleton(adapter: AdapterSource, directory: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -160,7 +220,7 @@ def _skeleton(adapter: AdapterSource, directory: Path) -> tuple[PreTrainedModel,
     return backbone, changes
 
 
-def _class_name(adapter: LoraConfig, config: PretrainedConfig) -> str | None:
+def _class_name(adapter: PeftConfig, config: PretrainedConfig) -> str | None:
     """Class of the model that was adapted; None if the adapter does not record it.
 
     Raises
@@ -194,10 +254,13 @@ class _MergePlanBuilder:
         dtype: torch.dtype | None,
     ) -> None:
         self.adapter, self.reader, self.backbone, self.keys, self.dtype = adapter, reader, backbone, keys, dtype
+        # with stored experts joined, and before PEFT's layers are injected
+        self._shapes = {n: tuple(p.shape) for n, p in backbone.named_parameters(remove_duplicate=False)}
         self.files = {
             name: FileTensor(shape=reader.stored(name).shape, dtype=self._dtype(name)) for name in self.reader
         }
         self.tensors: list[MergedTensor] = []
+        self.of_tuned: dict[str, MergedTensor] = {}
 
     def _dtype(self, key: str) -> torch.dtype:
         stored = stored_dtype(key, self.reader.info(key))
@@ -229,9 +292,27 @@ class _MergePlanBuilder:
             elif tensor.key is not None and not self.keys.holds(name):  # was tied to a weight that is adapted
                 self._change(name, shape, self.reader, tensor.key, base_key=tensor.key, main_dtype=main_dtype)
 
+    def changes_by_peft(self, plan: Plan, tuned: TunedModel) -> None:
+        """Add all tensors that differ from the base, if `tuned` merges the adapter."""
+        changed = {tensor.names[0] for tensor in tuned.changed}
+        matrices = (t.key for t in plan.parameters if t.key is not None and len(self.reader.info(t.key).shape) == 2)
+        main_dtype = next(map(self._dtype, matrices), torch.float32)
+        for tensor in plan.parameters:
+            name = next(filter(self.keys.holds, tensor.names), tensor.names[0])
+            shape = self._shapes[tensor.names[0]]
+            if tensor.key is None:
+                source, key = self.adapter.trained, peft_name(tensor.names[0])
+            else:
+                source, key = tuned.source(tensor)
+            if tensor.names[0] in changed or source is not self.reader or not self.keys.holds(name):
+                self._change(name, shape, source, key, base_key=tensor.key, main_dtype=main_dtype)
+            if tensor.names[0] in changed:
+                self.of_tuned[tensor.names[0]] = self.tensors.pop()
+
     def copies(self) -> None:
         """Add all other tensors, unchanged."""
-        changed = {span.name for tensor in self.tensors for span in tensor.target}
+        changes = (*self.tensors, *self.of_tuned.values())
+        changed = {span.name for tensor in changes for span in tensor.target}
         for name in self.reader:
             if name not in changed:
                 target = (Span(name=name, start=0, numel=self.files[name].numel),)

@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lowrank_dist.adapters.files import changed_config, open_adapter, whole_tensor
+from lowrank_dist.adapters.files import changed_config, open_adapter, read_config, whole_tensor
 from lowrank_dist.adapters.match import changes_tied
 from lowrank_dist.decomposition.report import MatrixReport
 from lowrank_dist.decomposition.restore import StoredDecompositions, StoredFactors
@@ -47,6 +47,7 @@ from lowrank_dist.storage.dtypes import DTYPES
 from lowrank_dist.storage.layout import ADAPTER_DIR, MANIFEST, WEIGHTS, read_manifest
 from lowrank_dist.storage.reader import CheckpointReader, FileTensor, check_finite, resolve_checkpoint
 from lowrank_dist.storage.writer import TensorFiles, write_json
+from lowrank_dist.tuners.support import adds_product, said
 
 log = logging.getLogger(__name__)
 
@@ -222,6 +223,12 @@ class _Refit:
         self.checkpoint, self.rank, self.group, self.device = checkpoint, rank, group, device
         with group.shared_errors():
             self.manifest = read_manifest(checkpoint)
+            config = read_config(checkpoint / ADAPTER_DIR)
+            if not adds_product(config):
+                raise InputError(
+                    f"base={base!r} fits the factors of a LoRA, but the adapter of {checkpoint} is of {said(config)}; "
+                    "leave it out (--base): the nearest LoRA of its update needs the rank only"
+                )
             for key in ("residual", "pretrained", "matrices"):
                 if key not in self.manifest:
                     raise CheckpointError(
@@ -241,7 +248,7 @@ class _Refit:
             self.config.init_lora_weights = True
             head = {name for name, module in backbone.named_modules() if module is backbone.get_output_embeddings()}
             linears = {name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)}
-            untie = changes_tied(backbone, self.trained)
+            untie = changes_tied(backbone, self.trained, self.config.modules_to_save)
         opened = open_plan(self.reader, self.config, backbone=backbone, untie=untie, limit_rank=False, group=group)
         self.plan = opened.plan
         with group.shared_errors():

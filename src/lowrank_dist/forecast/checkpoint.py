@@ -10,6 +10,7 @@ import torch
 from lowrank_dist.checkpoints.contents import Contents, tensor_files
 from lowrank_dist.forecast.job import ModelShapes, RunSpec, parameters
 from lowrank_dist.methods import LoftQ
+from lowrank_dist.methods.frozen import Frozen
 from lowrank_dist.methods.principal import AlternatingMethod
 from lowrank_dist.model.names import peft_name
 from lowrank_dist.storage.reader import FileTensor
@@ -62,7 +63,7 @@ def _contents(shapes: ModelShapes, job: RunSpec) -> Contents:
             dtypes=dict.fromkeys(all_shapes, job.factor_dtype),
             trained=trained,
             initial=(),
-            adapter=PeftFiles(keys=keys),
+            adapter=PeftFiles(keys=keys, is_lora=isinstance(job.init, Frozen) and job.init.adapter == "LORA"),
             derived={
                 key: FileTensor(shape=shape, dtype=job.factor_dtype if dtype.is_floating_point else dtype)
                 for key, (shape, dtype) in shapes.tuner.saved.items()

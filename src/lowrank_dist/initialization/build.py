@@ -20,6 +20,7 @@ from lowrank_dist.decomposition.restore import Resume, check_digests
 from lowrank_dist.decomposition.schedule import Sharding
 from lowrank_dist.decomposition.walk import Calibrated, DecomposedMatrix
 from lowrank_dist.distributed.group import ShardGroup
+from lowrank_dist.errors import ModelError
 from lowrank_dist.initialization.loading import Loading
 from lowrank_dist.initialization.materialize import Materialized, materialize
 from lowrank_dist.initialization.open import ModelRecipe, OpenedModel
@@ -32,6 +33,7 @@ from lowrank_dist.progress import progress_bar
 from lowrank_dist.quantization.nf4 import format_as_dict
 from lowrank_dist.residual_model.fingerprint import source_fingerprint
 from lowrank_dist.storage.reader import CheckpointReader
+from lowrank_dist.tuners.support import objection
 from lowrank_dist.zero3.partition import Partitioner
 
 
@@ -179,6 +181,10 @@ def build_model(
         announce=announce,
         resume=resume,
     )
+    if opened.tuner is not None and opened.start is not None:  # that of other adapters is known to the strategy
+        reason = objection(opened.tuner.config, gradient_checkpointing=computation.gradient_checkpointing)
+        if reason is not None:
+            raise ModelError(f"adapter={str(recipe.adapter)!r} is a {opened.tuner.name}: {reason}")
     if resume is not None:
         with group.shared_errors():
             resume.check_settings(method=opened.source.method, quantization=opened.quantization)
@@ -253,7 +259,10 @@ def build_model(
 
     # A resumed run takes its values from its checkpoint instead; its residual must be the same, bit for bit.
     if opened.start is not None and resume is None:
-        opened.start.load(backbone, group, result.initial)
+        if tuned is None:
+            opened.start.load(backbone, group, result.initial)
+        else:
+            opened.start.load_tuned(tuned.root, tuned.files, tuned.buffers, group, base=source.reader.directory)
     if source is not pretrained:
         fingerprint = source_fingerprint(source.reader, group)
     opened.close()

@@ -29,7 +29,7 @@ from lowrank_dist.quantization.format import ResidualFormat
 from lowrank_dist.residual_model.reader import ResidualModel, starts_at_zero
 from lowrank_dist.storage.reader import resolve_checkpoint
 from lowrank_dist.storage.source import WeightSource
-from lowrank_dist.tuners.support import is_for_peft
+from lowrank_dist.tuners.support import is_for_peft, needs_peft
 from lowrank_dist.tuners.tuner import Tuner, TunerPlan
 
 Encode = Literal["all-linear", "adapted"]
@@ -47,7 +47,7 @@ class OpenedModel:
     source
         The source that fills it.
     start
-        The adapter that training starts from; None: a new adapter.
+        The adapter that training starts from; None: a new adapter. With a `tuner`, it is loaded once that is put on.
     resume
         State of the run that is resumed; None: a new run.
     tuner, tuner_plan
@@ -65,8 +65,8 @@ class OpenedModel:
 
     @property
     def layout(self) -> FactorLayout:
-        """Which parameters of an update are trained; A and B if there is a `start`, which is always a LoRA."""
-        return self.source.layout if self.start is None else TrainedFactors()
+        """Which parameters of an update are trained; A and B if there is a `start` that is a LoRA."""
+        return self.source.layout if self.start is None or self.tuner is not None else TrainedFactors()
 
     @property
     def quantization(self) -> str | None:
@@ -95,7 +95,7 @@ class OpenedModel:
 
     def check_start(self, group: ShardGroup) -> None:
         """Raise, on every rank, if the starting adapter does not fit this model. Collective."""
-        if self.start is not None:
+        if self.start is not None and self.tuner is None:
             self.start.check(self.backbone, self.plan, self.source.reader, group)
 
     def close(self) -> None:
@@ -177,14 +177,14 @@ class ModelRecipe:
         with group.shared_errors():
             directory, adapter_directory = self.directories()
             start, adapter, init = None, self.adapter, self.init
-            tuner, tuner_plan = self._tuner(directory), None
+            if adapter_directory is not None:
+                start = self._starting_adapter(adapter_directory, directory)
+                adapter, init = start.config, None if _is_decomposed(directory) else LoRA()
+            tuner, tuner_plan = self._tuner(directory, start), None
             if tuner is not None:
                 adapter, init, tuner_plan = tuner.config, Frozen(adapter=tuner.name), tuner.plan(backbone)
                 backbone.requires_grad_(False)
                 announce(tuner.says(tuner_plan))
-            if adapter_directory is not None:
-                start = self._starting_adapter(adapter_directory, directory)
-                adapter, init = start.config, None if _is_decomposed(directory) else LoRA()
             source = open_source(
                 self.name,
                 directory,
@@ -224,10 +224,13 @@ class ModelRecipe:
             tuner_plan=tuner_plan,
         )
 
-    def _tuner(self, directory: Path | WeightSource) -> Tuner | None:
-        if not isinstance(self.adapter, PeftConfig) or not is_for_peft(self.adapter, self.init):
+    def _tuner(self, directory: Path | WeightSource, start: StartingAdapter | None) -> Tuner | None:
+        config = self.adapter if start is None else start.config
+        if not isinstance(config, PeftConfig):
             return None
-        tuner = Tuner(self.adapter, also=self.train_also)
+        if not (needs_peft(config) if start is not None else is_for_peft(config, self.init)):
+            return None
+        tuner = Tuner(config, also=self.train_also)
         if _is_decomposed(directory):
             raise ModelError(
                 f"pretrained={self.name!r} is a residual model, whose residuals belong to its own adapter; with "

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lowrank_dist.adapters.match import match_adapter
+from lowrank_dist.adapters.files import whole_tensor
+from lowrank_dist.adapters.match import match_adapter, written_twice
 from lowrank_dist.adapters.source import find_adapter
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import FlatPartition
 from lowrank_dist.errors import CheckpointError, ModelError
+from lowrank_dist.model.adapter_files import AdapterFiles
 from lowrank_dist.model.names import peft_name, plain_name
 from lowrank_dist.model.plan import Plan
 from lowrank_dist.storage.layout import ADAPTER_DIR, LORA_DIR
@@ -29,12 +31,12 @@ class StartingAdapter:
     directory
         Directory with ``adapter_config.json`` and ``adapter_model.safetensors``.
     for_residual
-        Whether it was trained on the residual of a residual model; otherwise it is a LoRA for the original model.
+        Whether it was trained on the residual of a residual model; otherwise it is for the original model.
 
     Attributes
     ----------
-    config : peft.LoraConfig
-        Its configuration, ready for training.
+    config : peft.PeftConfig
+        Its configuration, ready for training; a LoraConfig if `for_residual`.
 
     Raises
     ------
@@ -43,7 +45,10 @@ class StartingAdapter:
     """
 
     def __init__(self, directory: Path, *, for_residual: bool) -> None:
-        self._source, self._for_residual = find_adapter(directory, for_residual=for_residual), for_residual
+        self._source, self._for_residual = (
+            find_adapter(directory, for_residual=for_residual, any_type=not for_residual),
+            for_residual,
+        )
         if self._source.initial is not None:
             self._source.close()
             raise CheckpointError(
@@ -108,6 +113,63 @@ class StartingAdapter:
                 local_shard(parameter)[: stop - start].copy_(shard)
                 if name in initial and not self._for_residual:
                     initial[name] = local_shard(parameter).detach().to("cpu", copy=True)
+
+    def load_tuned(
+        self, root: nn.Module, files: AdapterFiles, made: Mapping[str, Tensor], group: ShardGroup, *, base: Path
+    ) -> None:
+        """Overwrite what a tuner of PEFT trains and has made. Collective.
+
+        Parameters
+        ----------
+        root
+            The sharded model that computes.
+        files
+            What adapter files hold of it.
+        made
+            Buffers of the tuner by their names in the file, whole on every rank.
+        group
+            The ranks that share the model.
+        base
+            Directory of the pretrained weights, for the message.
+
+        Raises
+        ------
+        CheckpointError
+            On every rank, if any rank finds a NaN or infinity or cannot read.
+        ModelError
+            On every rank, if the adapter lacks what is trained, or holds what is not.
+        """
+        trained = {name: parameter for name, parameter in root.named_parameters() if parameter.requires_grad}
+        stored, start = self._source.trained, self._source.directory
+        with group.shared_errors():
+            left = set(stored) - set(files.derived)
+            for name, parameter in trained.items():
+                key, shape = files.stored_as(name), whole_shape(parameter)
+                if key is None:
+                    raise ModelError(
+                        f"{start}: PEFT saves no {name} with adapters of this type, so that training cannot go on from "
+                        "it; resume the run that wrote it (ckpt_path)"
+                    )
+                if key not in stored or stored.info(key).shape != tuple(shape):
+                    found = "is missing" if key not in stored else f"has shape {list(stored.info(key).shape)}"
+                    raise ModelError(
+                        f"{start} does not fit {base}: {key} {list(shape)} {found}; pass the model and the options "
+                        "(train_also) that it was trained with"
+                    )
+                left.discard(key)
+                first, stop = FlatPartition(numel=shape.numel(), world_size=group.size).bounds(group.rank)
+                shard = stored.flat(key, first, stop)
+                check_finite(key, shard, first)
+                local_shard(parameter)[: stop - first].copy_(shard)
+            left = {key for key in left if not written_twice(key, stored)}
+            if left:
+                raise ModelError(
+                    f"{start} does not fit {base}: {min(left)} would not be trained; pass the model and the options "
+                    "(train_also) that it was trained with"
+                )
+            for key, buffer in made.items():
+                if key in stored:
+                    buffer.copy_(whole_tensor(stored, key))
 
     def close(self) -> None:
         """Close the files."""

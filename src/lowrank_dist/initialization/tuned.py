@@ -31,11 +31,14 @@ class TunedModel:
         What adapter files hold of it.
     derived
         Computes the tensors of the adapter file that are not parameters. Collective.
+    buffers
+        Those among them that are buffers, whole on every rank.
     """
 
     root: nn.Module
     files: PeftFiles
     derived: Callable[[], dict[str, Tensor]]
+    buffers: Mapping[str, Tensor]
 
 
 def put_on(opened: OpenedModel, partitioner: Partitioner, loading: Loading, *, seed: int) -> TunedModel:
@@ -72,6 +75,7 @@ def put_on(opened: OpenedModel, partitioner: Partitioner, loading: Loading, *, s
     names = {parameter: name for name, parameter in injected.root.named_parameters()}
     own = {backbone.get_parameter(planned.names[0]) for planned in injected.loaded if planned.trainable}
     with gathered(injected.made):
+        saved = exported(injected.model)
         files = peft_files(injected.model, names, own=own, is_lora=isinstance(opened.tuner.config, LoraConfig))
 
     def derived() -> dict[str, Tensor]:
@@ -81,7 +85,9 @@ def put_on(opened: OpenedModel, partitioner: Partitioner, loading: Loading, *, s
             found = exported(injected.model)
             return {key: found[key].detach().to("cpu", copy=True) for key in files.derived}
 
-    return TunedModel(root=injected.root, files=files, derived=derived)
+    made = {id(getattr(module, name)) for module, name in injected.buffers}
+    buffers = {key: saved[key] for key in files.derived if id(saved[key]) in made}
+    return TunedModel(root=injected.root, files=files, derived=derived, buffers=buffers)
 
 
 def _refuse_positions(model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:

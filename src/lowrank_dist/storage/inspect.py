@@ -163,7 +163,8 @@ def _adapter_checkpoint(directory: Path, found: Description) -> None:
             facts["bytes"][part] = sum(path.stat().st_size for path in files)
     facts["training can resume"] = "optimizer" in facts["bytes"]
     lacking = [f"{name} is missing" for name in manifest.get("files", {}) if not (directory / name).is_file()]
-    for part in [LORA_DIR] + ([] if manifest.get("starts_at_zero") else [INITIAL_DIR]):
+    is_lora = facts.get("type", "LORA") == "LORA"  # other types have no lora/
+    for part in [LORA_DIR] * is_lora + ([] if manifest.get("starts_at_zero") else [INITIAL_DIR]):
         absent = [file for file in (CONFIG, WEIGHTS) if not (directory / part / file).is_file()]
         lacking += [f"{part}/{file} is missing" for file in absent]
     found.problems += dict.fromkeys(lacking)
@@ -252,6 +253,22 @@ def _manifest_facts(manifest: dict[str, Any]) -> dict[str, Any]:
     return facts
 
 
+#: Entries of an adapter's configuration that are listed if they are set.
+_LISTED = (
+    "rank_pattern",
+    "alpha_pattern",
+    "target_modules",
+    "target_parameters",
+    "modules_to_save",
+    "use_dora",
+    "lora_bias",
+    "layer_replication",
+    "trainable_token_indices",
+    "token_indices",
+    "num_virtual_tokens",
+)
+
+
 def _add_adapter(directory: Path, found: Description) -> None:
     """Add the facts of an adapter that PEFT or this package wrote."""
     config, facts = read_json(directory / CONFIG), found.facts
@@ -259,13 +276,16 @@ def _add_adapter(directory: Path, found: Description) -> None:
         facts.setdefault("base", config["base_model_name_or_path"])  # a manifest takes precedence
     facts["type"] = config.get("peft_type", "unknown")
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if isinstance(rank, int) and isinstance(alpha, int | float) and rank > 0:
-        facts["rank"], facts["alpha"] = rank, alpha
-        rslora = bool(config.get("use_rslora"))
-        facts["scaling"] = alpha / (math.sqrt(rank) if rslora else rank)
-        if rslora:
-            facts["rsLoRA"] = True
-    for key in ("rank_pattern", "alpha_pattern", "target_modules", "target_parameters", "modules_to_save"):
+    if isinstance(rank, int) and rank > 0:
+        facts["rank"] = rank
+        if isinstance(alpha, int | float):
+            rslora = bool(config.get("use_rslora"))
+            facts |= {"alpha": alpha, "scaling": alpha / (math.sqrt(rank) if rslora else rank)}
+            if rslora:
+                facts["rsLoRA"] = True
+    if config.get("bias", "none") != "none":
+        facts["bias"] = config["bias"]
+    for key in _LISTED:
         if config.get(key):
             facts[key.replace("_", " ")] = sorted(config[key]) if isinstance(config[key], list) else config[key]
     try:

@@ -58,6 +58,25 @@ def option_for_peft(config: LoraConfig) -> str | None:
     return next((f"{option}={getattr(config, option)!r}" for option in given), None)
 
 
+def said(config: PeftConfig) -> str:
+    """A configuration in messages: its type, and the option that makes a LoRA more than two factors per matrix."""
+    option = option_for_peft(config) if isinstance(config, LoraConfig) else None
+    if option is None and getattr(config, "use_dora", False):
+        option = "use_dora=True"
+    return f"type {name_of(config)}" if option is None else f"type {name_of(config)} with {option}"
+
+
+def needs_peft(config: PeftConfig) -> bool:
+    """Whether only PEFT's own layers compute an adapter; False for LoRAs of two factors per matrix."""
+    is_lora = isinstance(config, LoraConfig) and not isinstance(config, AdaLoraConfig)
+    return not is_lora or option_for_peft(config) is not None
+
+
+def adds_product(config: PeftConfig) -> bool:
+    """Whether an adapter adds ``s B A`` to every weight, and nothing else: a LoRA of two factors, without DoRA."""
+    return not needs_peft(config) and not getattr(config, "use_dora", False)
+
+
 def is_for_peft(config: PeftConfig, init: Method | None) -> bool:
     """Whether PEFT makes the adapter, on top of the filled model; False if it is made from the weights by `init`.
 

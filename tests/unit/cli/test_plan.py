@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
+from safetensors.torch import save_file
 
 from helpers.models import save_checkpoint
 from lowrank_dist import NF4, LoRA, PiSSA
@@ -79,6 +80,24 @@ def test_a_damaged_checkpoint_is_not_passed_over(tmp_path: Path) -> None:
     next(iter(directory.glob("*.safetensors"))).unlink()
     with pytest.raises(ValueError, match="missing, though the index names it"):
         ModelShapes.of(directory, LINEARS)
+
+
+def test_an_adapter_of_another_type_to_start_from(tmp_path: Path) -> None:
+    """What a directory holds is planned as its configuration is, without weights of the model."""
+    adapter = {"peft_type": "VERA", "r": 8, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(adapter))
+    empty = {"unused": torch.zeros(1)}
+    save_file(empty, tmp_path / "adapter" / "adapter_model.safetensors")
+    strategy = "--trainer.strategy.init_args"
+    world = f"{strategy}.shard_within=world"
+    from_config = (f"{strategy}.adapter=peft.VeraConfig", f"{strategy}.adapter.init_args.r=8")
+    targets = f"{strategy}.adapter.init_args.target_modules=[q_proj]"
+    init = f"{strategy}.init=null"
+    found = plan(*EIGHT, f"{strategy}.adapter={tmp_path / 'adapter'}", init, world)
+    expected = plan(*EIGHT, *from_config, targets, init, world)
+    assert found.memory.resident == expected.memory.resident
+    assert found.memory.resident["trained"] > 0
 
 
 def test_unknown_models_are_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -417,9 +417,11 @@ def test_an_adapter_with_something_missing_or_too_much(pair: tuple[Path, Path], 
     ("error", "values", "text"),
     [
         (CheckpointError, {"init_lora_weights": "pissa"}, "path_initial_model_for_weight_conversion"),
-        (CheckpointError, {"peft_type": "IA3", "r": None}, "not a LoRA"),
-        (ModelError, {"use_dora": True}, "LoraConfig.use_dora=True"),
-        (ModelError, {"bias": "all"}, "LoraConfig.bias='all'"),
+        (ModelError, {"peft_type": "IA3", "r": None}, "lora_A.weight [4, 64] has no parameter in the model"),
+        (CheckpointError, {"peft_type": "LATER"}, "the installed PEFT knows no adapters of type LATER"),
+        (ModelError, {"use_dora": True}, "q_proj.lora_magnitude_vector [64] is missing"),
+        (ModelError, {"lora_bias": True}, "q_proj.lora_B.bias [64] is missing"),
+        (ModelError, {"ensure_weight_tying": True}, "ensure_weight_tying=True is not supported"),
     ],
     ids=str,
 )
@@ -429,7 +431,8 @@ def test_adapters_of_other_kinds(
     adapter = shutil.copytree(pair[1], tmp_path / "adapter")
     config = adapter / "adapter_config.json"
     if values.get("peft_type") == "IA3":
-        config.write_text(json.dumps({"peft_type": "IA3", "base_model_name_or_path": str(pair[0])}))
+        targets = {"target_modules": ["q_proj"], "feedforward_modules": []}
+        config.write_text(json.dumps({"peft_type": "IA3", "base_model_name_or_path": str(pair[0]), **targets}))
     else:
         change_json(config, **values)
     refused(error, adapter, tmp_path / "out", text)

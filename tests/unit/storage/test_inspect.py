@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PromptTuningConfig, VeraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -134,6 +134,30 @@ def test_an_adapter_of_another_type(base: Path, tmp_path: Path) -> None:
     parameters = save_adapter(base, tmp_path, IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
     found = inspect(tmp_path)
     assert (found.facts["type"], found.facts["trained parameters"]) == ("IA3", parameters)
+
+
+@pytest.mark.parametrize(
+    ("config", "facts"),
+    [
+        (VeraConfig(r=8, target_modules=["q_proj"]), {"type": "VERA", "rank": 8, "target modules": ["q_proj"]}),
+        (PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"), {"num virtual tokens": 5}),
+        (LoraConfig(r=4, lora_alpha=6, use_dora=True, bias="all"), {"use dora": True, "bias": "all", "scaling": 1.5}),
+        (LoraConfig(r=4, trainable_token_indices=[3, 9]), {"type": "LORA", "trainable token indices": [3, 9]}),
+    ],
+    ids=["vera", "prompt", "dora", "tokens"],
+)
+def test_a_checkpoint_of_a_tuner(base: Path, tmp_path: Path, config: Any, facts: dict[str, Any]) -> None:
+    """There is no lora/ beside what is no LoRA; all that distinguishes an adapter is said."""
+    checkpoint = tmp_path / "step=8"
+    save_adapter(base, checkpoint / "adapter", config)
+    if config.peft_type == "LORA":
+        shutil.copytree(checkpoint / "adapter", checkpoint / "lora")
+    manifest = {"method": config.peft_type.value, "starts_at_zero": True, "matrices": []}
+    (checkpoint / "lowrank_dist.json").write_text(json.dumps(manifest))
+    found = inspect(checkpoint)
+    assert (found.kind, found.problems) == ("checkpoint of an adapter", [])
+    assert facts.items() <= found.facts.items()
+    assert ("rank" in found.facts) == hasattr(config, "r")
 
 
 def test_a_checkpoint(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

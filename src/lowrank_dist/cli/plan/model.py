@@ -7,6 +7,7 @@ from pathlib import Path
 
 from peft import LoraConfig, PeftConfig
 
+from lowrank_dist.adapters.files import read_config as read_adapter_config
 from lowrank_dist.decomposition.schedule import Sharding
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import InputError
@@ -17,7 +18,7 @@ from lowrank_dist.methods import LoRA
 from lowrank_dist.model.skeleton import build_skeleton, read_config
 from lowrank_dist.storage.source import ShapesOnly, WeightSource
 from lowrank_dist.training.strategy import PiSSAStrategy
-from lowrank_dist.tuners.support import is_for_peft
+from lowrank_dist.tuners.support import is_for_peft, needs_peft
 
 
 def with_adapters(strategy: PiSSAStrategy, source: Path, job: RunSpec) -> tuple[ModelShapes, RunSpec]:
@@ -35,7 +36,7 @@ def with_adapters(strategy: PiSSAStrategy, source: Path, job: RunSpec) -> tuple[
     backbone = build_skeleton(source, read_config(source))
     pretrained: str | WeightSource = str(source)
     if not (source.is_dir() and any(source.glob("*.safetensors"))):
-        if not (isinstance(adapter, PeftConfig) and is_for_peft(adapter, strategy.init)):
+        if not _made_by_peft(adapter, strategy):
             return _of_dimensions(strategy, adapter, source, job)
         pretrained = ShapesOnly(backbone)
     opened = replace(strategy.recipe, pretrained=pretrained, adapter=adapter, revision=None).open(
@@ -51,6 +52,12 @@ def with_adapters(strategy: PiSSAStrategy, source: Path, job: RunSpec) -> tuple[
         return planned_run(opened, job)
     finally:
         opened.close()
+
+
+def _made_by_peft(adapter: PeftConfig | str | Path | None, strategy: PiSSAStrategy) -> bool:
+    if isinstance(adapter, PeftConfig):
+        return is_for_peft(adapter, strategy.init)
+    return adapter is not None and needs_peft(read_adapter_config(Path(adapter)))
 
 
 def _of_dimensions(
