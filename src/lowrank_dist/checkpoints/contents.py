@@ -72,7 +72,10 @@ class Contents:
         return parts
 
     def files(
-        self, states: Sequence[str] | None = None, optimized: Sequence[str] | None = None
+        self,
+        states: Sequence[str] | None = None,
+        optimized: Sequence[str] | None = None,
+        further: Sequence[tuple[str, str]] = (),
     ) -> dict[str, dict[str, FileTensor]]:
         """Names, shapes and dtypes by part.
 
@@ -82,6 +85,8 @@ class Contents:
             Names of the optimizer's states of a parameter. None: no optimizer state is written.
         optimized
             Names of the parameters in the optimizer. None: all trained parameters.
+        further
+            Names of parameters and of states that the optimizer does not keep, such as those of AdaLoRA.
         """
         meta = {
             name: torch.empty(tuple(shape), dtype=self.dtypes[name], device="meta")
@@ -96,6 +101,7 @@ class Contents:
             for name in self.trained if optimized is None else optimized:
                 kinds = [*states, *([] if self.dtypes[name] == torch.float32 else [MASTER])]
                 tensors[OPTIMIZER] |= {f"{name}.{kind}": meta[name].float() for kind in kinds}
+            tensors[OPTIMIZER] |= {f"{name}.{kind}": meta[name].float() for name, kind in further}
         files = {
             part: {name: FileTensor(shape=tuple(t.shape), dtype=t.dtype) for name, t in of_part.items()}
             for part, of_part in tensors.items()

@@ -6,13 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from peft import LoraConfig
+from peft import AdaLoraConfig, LoraConfig
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 
 from lowrank_dist.initialization.loading import Loading
 from lowrank_dist.initialization.open import OpenedModel
-from lowrank_dist.tuners.files import PeftFiles, exported, peft_files
+from lowrank_dist.model.adapter_files import AdapterFiles
+from lowrank_dist.tuners.adalora.allocation import RankAllocation
+from lowrank_dist.tuners.adalora.penalty import OrthogonalityPenalty
+from lowrank_dist.tuners.files import exported, peft_files
 from lowrank_dist.tuners.tuner import Injected
 from lowrank_dist.zero3.partition import Partitioner, gathered, release
 from lowrank_dist.zero3.units import uses
@@ -30,11 +33,14 @@ class TunedModel:
         What adapter files hold of it.
     derived
         Computes the tensors of the adapter file that are not parameters. Collective.
+    allocation
+        Allocates ranks while it is trained; None for all tuners but AdaLoRA.
     """
 
     root: nn.Module
-    files: PeftFiles
+    files: AdapterFiles
     derived: Callable[[], dict[str, Tensor]]
+    allocation: RankAllocation | None = None
 
 
 def put_on(opened: OpenedModel, partitioner: Partitioner, loading: Loading, *, seed: int) -> TunedModel:
@@ -67,9 +73,15 @@ def put_on(opened: OpenedModel, partitioner: Partitioner, loading: Loading, *, s
     for module in injected.model.modules():
         if isinstance(module, TrainableTokensLayer) and module.tied_adapter is not None:
             uses(module, module.tied_adapter.trainable_tokens_delta.values())
+    config = opened.tuner.config
     names = {id(parameter): name for name, parameter in injected.root.named_parameters()}
+    is_lora = isinstance(config, LoraConfig) and not isinstance(config, AdaLoraConfig)
     with gathered(injected.made):
-        files = peft_files(injected.model, names, is_lora=isinstance(opened.tuner.config, LoraConfig))
+        files = peft_files(injected.model, names, is_lora=is_lora)
+    allocation = None
+    if isinstance(config, AdaLoraConfig):
+        OrthogonalityPenalty(config.orth_reg_weight).add_to(backbone)
+        allocation = RankAllocation(config, dict(backbone.named_parameters()), files, partitioner.group)
 
     def derived() -> dict[str, Tensor]:
         if not files.derived:
@@ -78,7 +90,12 @@ def put_on(opened: OpenedModel, partitioner: Partitioner, loading: Loading, *, s
             found = exported(injected.model)
             return {key: found[key].detach().to("cpu", copy=True) for key in files.derived}
 
-    return TunedModel(root=injected.root, files=files, derived=derived)
+    return TunedModel(
+        root=injected.root,
+        files=files if allocation is None else allocation.files,
+        derived=derived,
+        allocation=allocation,
+    )
 
 
 def _share_buffers(injected: Injected, partitioner: Partitioner, dtype: torch.dtype) -> None:

@@ -7,6 +7,7 @@ from peft.utils import PeftType
 
 from lowrank_dist.errors import InputError
 from lowrank_dist.methods import LoRA, Method
+from lowrank_dist.tuners.adalora import schedule
 
 #: Options of a LoraConfig that PEFT's own layers compute.
 _LORA_OPTIONS = (
@@ -26,7 +27,6 @@ _LORA_OPTIONS = (
 
 #: Types that are refused, and why.
 _REFUSED = {
-    "ADALORA": "its budget is allocated from gradients that ZeRO-3 shards; use LoraConfig with init=PiSSA()",
     "CPT": "it writes its parameter in the forward, where ZeRO-3 holds a gathered copy; use PromptTuningConfig",
     "FROD": "it decomposes all weights jointly and takes its part off the frozen weights; use init=PiSSA()",
     "XLORA": "it mixes adapters that exist already; train them one by one",
@@ -95,6 +95,8 @@ def objection(config: PeftConfig, *, gradient_checkpointing: bool) -> str | None
         return f"{_REFUSED[name]}"
     if name not in set(PeftType):
         return f"the installed PEFT has no tuner {name}"
+    if isinstance(config, AdaLoraConfig) and (reason := schedule.objection(config)) is not None:
+        return reason
     if isinstance(config, LoraConfig):
         start = config.init_lora_weights
         if start not in (True, False, "gaussian", "orthogonal"):

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, AdaLoraModel, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from lowrank_dist.errors import ModelError
 from lowrank_dist.model.names import ADAPTER, plain_name
 from lowrank_dist.model.plan import Plan, PlannedTensor
+from lowrank_dist.tuners.adalora.layers import freeze_divisors
 from lowrank_dist.tuners.support import name_of, remark, wants_plain_layers
 from lowrank_dist.zero3.partition import gathered, is_partitioned
 
@@ -96,6 +97,8 @@ class Tuner:
     def __init__(self, config: PeftConfig) -> None:
         self.config = copy.deepcopy(config)
         self.config.inference_mode = False  # saved configurations set it, and PEFT would freeze what it makes
+        if isinstance(config, AdaLoraConfig):
+            self.config.rank_pattern = None  # likewise: the ranks that an earlier run has ended with
 
     @property
     def name(self) -> str:
@@ -153,7 +156,9 @@ class Tuner:
     def _on(self, backbone: PreTrainedModel, *, low_cpu_mem_usage: bool) -> PeftModel:
         backbone.requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
-            return get_peft_model(backbone, copy.deepcopy(self.config), low_cpu_mem_usage=low_cpu_mem_usage)
+            model = get_peft_model(backbone, copy.deepcopy(self.config), low_cpu_mem_usage=low_cpu_mem_usage)
+        freeze_divisors(model)
+        return model
 
     def inject(self, backbone: PreTrainedModel, base: Plan, *, seed: int) -> Injected:
         """Put the tuner on top of a filled model, in place. Collective: PEFT may compute with weights.
@@ -174,6 +179,7 @@ class Tuner:
         keys = {id(backbone.get_parameter(planned.names[0])): planned.key for planned in base.parameters}
         with _random_numbers(seed), gathered(_looked_at(backbone, self.config)):
             model = get_peft_model(backbone, copy.deepcopy(self.config), autocast_adapter_dtype=False)
+        freeze_divisors(model)
         copies = dict(_copies(backbone))
         made, loaded = [], []
         names: dict[int, list[str]] = {}
@@ -270,4 +276,6 @@ def _wraps(model: PeftModel) -> bool:
     tuner = model.base_model
     if not isinstance(tuner, BaseTuner):
         return True
+    if isinstance(tuner, AdaLoraModel):  # its forward computes the penalty from parameters that are not gathered
+        return False
     return type(tuner).forward is not BaseTuner.forward or hasattr(tuner, "_enable_peft_forward_hooks")
