@@ -63,7 +63,7 @@ class RankAllocation:
         layers = dict.fromkeys(layer for layer, _ in map(layer_and_factor, self._factors))
         self._layers = {layer: index for index, layer in enumerate(layers)}
         self._schedule = BudgetSchedule.of(config)
-        self._smoothed: dict[str, list[Tensor]] = {}
+        self._smoothed: dict[str, Tensor] = {}
         self._gradients: Tensor | None = None
         self._kept: Tensor | None = None
 
@@ -92,18 +92,22 @@ class RankAllocation:
             self._smoothed.clear()
 
     def _measure(self, masters: Mapping[Tensor, Tensor], gradients: Tensor) -> None:
-        sizes = [master.numel() for master in masters.values()]
-        by_parameter = dict(zip(masters, gradients.split(sizes), strict=True))
-        values = [masters[p] for p in self._factors.values()]
+        by_parameter = dict(zip(masters, gradients.split([master.numel() for master in masters.values()]), strict=True))
+        now = self._joined(masters).mul_(self._joined(by_parameter)).abs_()
         if not self._smoothed:
-            self._smoothed = {state: [torch.zeros_like(value) for value in values] for state in STATES}
+            self._smoothed = {state: torch.zeros_like(now) for state in STATES}
         sensitivity, uncertainty = self._smoothed["sensitivity"], self._smoothed["uncertainty"]
-        now = torch._foreach_mul(values, [by_parameter[p] for p in self._factors.values()])
-        torch._foreach_abs_(now)
-        torch._foreach_lerp_(sensitivity, now, 1 - self._config.beta1)
-        torch._foreach_sub_(now, sensitivity)
-        torch._foreach_abs_(now)
-        torch._foreach_lerp_(uncertainty, now, 1 - self._config.beta2)
+        sensitivity.lerp_(now, 1 - self._config.beta1)
+        uncertainty.lerp_(now.sub_(sensitivity).abs_(), 1 - self._config.beta2)
+
+    def _joined(self, shards: Mapping[Tensor, Tensor]) -> Tensor:
+        """A new flat tensor of the shards of the factors, one after the other."""
+        return torch.cat([shards[parameter] for parameter in self._factors.values()])
+
+    def _split(self, joined: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """The factors' names, and views of their shards in what `_joined` returned."""
+        sizes = [local_shard(parameter).numel() for parameter in self._factors.values()]
+        return zip(self._factors, joined.split(sizes), strict=True)
 
     def _choose(self) -> None:
         scores = self._importance()
@@ -115,9 +119,9 @@ class RankAllocation:
 
     def _importance(self) -> Tensor:
         """Importance of all triplets, fp64, layer after layer; replicated on the device of the group."""
-        products = torch._foreach_mul(self._smoothed["sensitivity"], self._smoothed["uncertainty"])
-        scores = torch.zeros(len(self._layers), self._schedule.initial, dtype=torch.float64, device=products[0].device)
-        for name, product in zip(self._factors, products, strict=True):
+        products = self._smoothed["sensitivity"] * self._smoothed["uncertainty"]
+        scores = torch.zeros(len(self._layers), self._schedule.initial, dtype=torch.float64, device=products.device)
+        for name, product in self._split(products):
             layer, factor = layer_and_factor(name)
             start, stop = self._bounds(name)
             rows, columns = whole_shape(self._factors[name])
@@ -166,8 +170,8 @@ class RankAllocation:
 
     def shards(self) -> Iterator[tuple[str, str, Tensor]]:
         """Parameter, state and this rank's flat fp32 shard, padding included, of the state per element."""
-        for state, shards in self._smoothed.items():
-            for name, shard in zip(self._factors, shards, strict=True):
+        for state, joined in self._smoothed.items():
+            for name, shard in self._split(joined):
                 yield name, state, shard
 
     def state(self) -> dict[str, Any]:
@@ -212,11 +216,10 @@ class RankAllocation:
             self._kept = torch.tensor(rows, dtype=torch.bool, device=self._group.device).flatten()
         if state["measured"]:
             masters = dict(ShardedOptimizer(engine.optimizer).masters())
-            self._smoothed = {kind: [torch.zeros_like(masters[p]) for p in self._factors.values()] for kind in STATES}
-            for kind, shards in self._smoothed.items():
-                for name, mine_of in zip(self._factors, shards, strict=True):
-                    found = shard(name, kind)
-                    mine_of[: found.numel()] = found
+            self._smoothed = {kind: torch.zeros_like(self._joined(masters)) for kind in STATES}
+            for name, kind, loaded in self.shards():
+                found = shard(name, kind)
+                loaded[: found.numel()] = found
 
     def _bounds(self, name: str) -> tuple[int, int]:
         numel = whole_shape(self._factors[name]).numel()

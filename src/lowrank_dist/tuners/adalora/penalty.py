@@ -56,7 +56,8 @@ class OrthogonalityPenalty:
         self.factor, self.terms = None, [] if module.training and torch.is_grad_enabled() else None
 
     def _of_layer(self, layer: Any, args: Any, output: Tensor) -> Tensor:
-        if not (layer.training and torch.is_grad_enabled()) or layer.disable_adapters:
+        # without gradients in the first forward of a layer that is recomputed, if it is the reentrant way
+        if layer.disable_adapters or not layer.training or (self.terms is None and not torch.is_grad_enabled()):
             return output
         penalized: Tensor = _Penalized.apply(output, layer.lora_A[ADAPTER], layer.lora_B[ADAPTER], self)
         return penalized
