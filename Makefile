@@ -1,9 +1,9 @@
-# make demo | test | test-slurm | test-lowest | lint | bench | clean; each fails when something in it fails.
+# make demo | test | test-matrix | test-slurm | test-lowest | lint | bench | clean; each fails when something in it fails.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slurm test-lowest lint bench clean
+.PHONY: help setup demo test test-matrix test-slurm test-lowest lint bench clean
 
 PYTHON ?= python3
 # files of tests that run at a time, one more than CI has cores: each waits a quarter of its time, for ranks to meet;
@@ -31,6 +31,7 @@ RUN := env PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 help:
 	@echo "make demo    train QPiSSA on a small model with 2 CPU ranks, convert, evaluate with stock PEFT (runs/demo)"
 	@echo "make test    set up and run the tests, but for tests/slurm"
+	@echo "make test-matrix  pass what make test leaves out: every tuner of PEFT on other ranks, formats and precisions"
 	@echo "make test-slurm  install Debian's Slurm (as root) and pass tests/slurm on it, on loopback"
 	@echo "make test-lowest  pass a smoke set with the lowest versions that pyproject.toml admits (.venv-lowest)"
 	@echo "make lint    ruff check, ruff format --check, mypy"
@@ -48,9 +49,12 @@ demo: $(INSTALLED)
 	$(RUN) lowrank-dist demo --output runs/demo
 
 # one thread per rank: the distributed tests start several ranks on few cores
-test test-slurm: export OMP_NUM_THREADS := 1
+test test-matrix test-slurm: export OMP_NUM_THREADS := 1
 test: $(INSTALLED)
 	$(RUN) python -m pytest --ignore=tests/slurm --numprocesses $(JOBS) --dist loadfile $(PYTEST_ARGS)
+
+test-matrix: $(INSTALLED)
+	$(RUN) python -m pytest tests/system -m matrix --numprocesses $(JOBS) $(PYTEST_ARGS)
 
 # not root, no Debian, or daemons that do not run here: the tests are skipped and say why
 test-slurm: $(INSTALLED)

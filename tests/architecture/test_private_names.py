@@ -87,6 +87,15 @@ def held_by(make: Callable[[], object], *attributes: str) -> Callable[[], object
     return lambda: [functools.reduce(getattr, attribute.split("."), make()) for attribute in attributes]
 
 
+def exports_parameters_themselves() -> bool:
+    """Whether PEFT's state of an adapter holds the objects that it was given."""
+    model = at("peft:get_peft_model")(nn.Sequential(nn.Linear(4, 4)), at("peft:LoraConfig")(r=2, target_modules=["0"]))
+    state = model.state_dict(keep_vars=True)
+    found = at("peft:get_peft_model_state_dict")(model, state_dict=state, save_embedding_layers=False)
+    held = {id(parameter) for parameter in model.parameters()}
+    return len(found) == 2 and all(id(tensor) in held for tensor in found.values())
+
+
 def check_that(condition: Callable[[], bool], otherwise: str) -> Callable[[], None]:
     """Looks whether a behaviour is what it was."""
 
@@ -399,6 +408,30 @@ CANARIES: dict[tuple[str, str], Callable[..., object]] = {
     ("peft", "inject_adapter_in_model(low_cpu_mem_usage)"): check_that(
         lambda: lora().linear.lora_A["default"].weight.is_meta, "low_cpu_mem_usage=True does not leave factors on meta"
     ),
+    ("peft", "get_peft_model(low_cpu_mem_usage)"): check_that(
+        lambda: all(
+            parameter.is_meta
+            for parameter in at("peft:get_peft_model")(
+                nn.Sequential(nn.Linear(4, 4)), at("peft:VeraConfig")(target_modules=["0"]), low_cpu_mem_usage=True
+            ).parameters()
+            if parameter.requires_grad
+        ),
+        "low_cpu_mem_usage=True does not leave what a tuner trains on meta",
+    ),
+    ("peft", "get_peft_model_state_dict"): check_that(exports_parameters_themselves, "PEFT exports copies"),
+    ("peft", "AuxiliaryTrainingWrapper"): there(
+        "peft.utils.other:AuxiliaryTrainingWrapper", "peft.utils.other:ModulesToSaveWrapper.init_modules"
+    ),
+    ("peft", "BaseTuner._enable_peft_forward_hooks"): check_that(
+        lambda: (
+            "_enable_peft_forward_hooks" in inspect.getsource(at("peft:PeftModel"))
+            and not hasattr(at("peft.tuners.tuners_utils:BaseTuner"), "_enable_peft_forward_hooks")
+        ),
+        "PeftModel asks tuners in another way for the hooks around a forward, or all tuners have them",
+    ),
+    ("peft", "TrainableTokensLayer.tied_adapter"): there(
+        "peft.tuners.trainable_tokens:TrainableTokensLayer.tied_adapter"
+    ),
     # only tests use it; releases without LoRA-GA need not have it
     ("peft", "_peft_loraga_grad"): check_that(
         lambda: (
@@ -519,6 +552,10 @@ OTHERS = {
     "_cdata": "torch's address of a storage; `StorageWeakRef` of torch.multiprocessing uses it",
     "_is_mkldnn_bf16_supported": "torch has no public question",
     "_subcommands_action": "jsonargparse's; it has no public way to the parser of a subcommand",
+    "_disabled_torch_function_impl": "torch's; its documentation of __torch_function__ names it",
+    "_make_wrapper_subclass": "torch's; tensors that hold none are made by it",
+    "_schema": "torch's; what an operator writes to",
+    "_to_copy": "torch's operator of Tensor.to",
     "_pytree": "torch's; torch.utils has no public tree_map",
     "_python_dispatch": "torch's; it has no other place for TorchDispatchMode",
 }

@@ -170,12 +170,19 @@ def train_tuned(
     return module.losses
 
 
-def train_stock(pretrained: Path, name: str, quantization: NF4 | None, steps: int) -> tuple[list[float], nn.Module]:
-    """Losses of AdamW on the global batch at once with stock PEFT, and the model."""
+def train_stock(
+    pretrained: Path, name: str, quantization: NF4 | None, steps: int, also: str = ""
+) -> tuple[list[float], nn.Module]:
+    """Losses of AdamW on the global batch at once with stock PEFT, and the model.
+
+    Parameters of the model itself whose names contain `also` are trained as well.
+    """
     model = decoded(pretrained, quantization, name).requires_grad_(False).train()
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
         model = get_peft_model(model, CASES[name]())
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or bool(also and also in parameter_name))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR)
     losses = []
     for ids in tokens(steps):

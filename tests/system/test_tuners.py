@@ -43,3 +43,26 @@ def check(pretrained: Path, directory: Path, name: str, first: int, then: int, q
 def test_trains_resumes_and_reloads_as_stock_peft(llama: Path, tmp_path: Path, name: str) -> None:
     """NF4, two ranks and then one; fp32, so that only the order of sums differs."""
     check(llama, tmp_path, name, 2, 1, NF4())
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("ranks", [(1, 3), (3, 2)], ids=["1-3", "3-2"])
+@pytest.mark.parametrize("quantization", [None, NF4(double_quant=True)], ids=["dense", "nf4"])
+@pytest.mark.parametrize("name", CASES)
+def test_on_other_ranks_and_formats(
+    llama: Path, tmp_path: Path, name: str, quantization: NF4 | None, ranks: tuple[int, int]
+) -> None:
+    check(llama, tmp_path, name, *ranks, quantization)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize("name", CASES)
+def test_in_bf16(llama: Path, tmp_path: Path, name: str, precision: str) -> None:
+    """Losses are those of stock PEFT in fp32 up to bf16's rounding; stock PEFT loads what is saved."""
+    save = tmp_path / "save"
+    options = {"quantization": NF4(), "steps": BEFORE, "save": save, "precision": precision}
+    losses = run_ranks(2, train, llama, name, options)[0]
+    expected, _ = train_stock(llama, name, NF4(), BEFORE)
+    assert losses == pytest.approx(expected, rel=1e-2)
+    assert logits(reloaded(llama, name, NF4(), save / "adapter"), name).isfinite().all()

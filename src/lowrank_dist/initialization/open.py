@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeGuard
@@ -114,6 +114,7 @@ class ModelRecipe:
     init: Method | None = None
     quantization: ResidualFormat | None = None
     encode: Encode = "all-linear"
+    train_also: Sequence[str] = ()
     cache: str | os.PathLike[str] | None = None
     revision: str | None = None
     untie_embeddings: bool = False
@@ -204,6 +205,7 @@ class ModelRecipe:
             limit_rank=start is None,
             encode=() if tuner_plan is None else self._encoded(backbone, tuner_plan),
             trained_whole=() if tuner_plan is None else tuner_plan.whole,
+            also=() if tuner is not None else self.train_also,
             group=group,
         ).plan
         with group.shared_errors():
@@ -225,7 +227,7 @@ class ModelRecipe:
     def _tuner(self, directory: Path | WeightSource) -> Tuner | None:
         if not isinstance(self.adapter, PeftConfig) or not is_for_peft(self.adapter, self.init):
             return None
-        tuner = Tuner(self.adapter)
+        tuner = Tuner(self.adapter, also=self.train_also)
         if _is_decomposed(directory):
             raise ModelError(
                 f"pretrained={self.name!r} is a residual model, whose residuals belong to its own adapter; with "
@@ -240,7 +242,8 @@ class ModelRecipe:
     def _encoded(self, backbone: PreTrainedModel, planned: TunerPlan) -> list[str]:
         """Names of the linear layers that are encoded: all, or the adapted ones; none that is trained whole."""
         whole, adapted = tuple(f"{name}." for name in planned.whole), set(planned.adapted)
-        layers = (name for name in linear_layers(backbone) if not f"{name}.".startswith(whole))
+        taken = {name.rpartition(".")[0] for name in planned.in_place if name.endswith(".weight")}
+        layers = (n for n in linear_layers(backbone) if not f"{n}.".startswith(whole) and n not in taken)
         if planned.of_plain_layers:
             layers = (name for name in layers if name not in adapted)
         return [name for name in layers if self.encode == "all-linear" or name in adapted]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from peft import AdaLoraConfig, LoraConfig
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 
+from lowrank_dist.errors import InputError
 from lowrank_dist.initialization.loading import Loading
 from lowrank_dist.initialization.open import OpenedModel
 from lowrank_dist.model.adapter_files import AdapterFiles
@@ -74,10 +75,13 @@ def put_on(opened: OpenedModel, partitioner: Partitioner, loading: Loading, *, s
         if isinstance(module, TrainableTokensLayer) and module.tied_adapter is not None:
             uses(module, module.tied_adapter.trainable_tokens_delta.values())
     config = opened.tuner.config
+    if config.is_prompt_learning:
+        injected.model.register_forward_pre_hook(_refuse_positions, with_kwargs=True)
     names = {id(parameter): name for name, parameter in injected.root.named_parameters()}
+    own = {id(backbone.get_parameter(planned.names[0])) for planned in injected.loaded if planned.trainable}
     is_lora = isinstance(config, LoraConfig) and not isinstance(config, AdaLoraConfig)
     with gathered(injected.made):
-        files = peft_files(injected.model, names, is_lora=is_lora)
+        files = peft_files(injected.model, names, own=own, is_lora=is_lora)
     allocation = None
     if isinstance(config, AdaLoraConfig):
         OrthogonalityPenalty(config.orth_reg_weight).add_to(backbone)
@@ -98,12 +102,19 @@ def put_on(opened: OpenedModel, partitioner: Partitioner, loading: Loading, *, s
     )
 
 
+def _refuse_positions(model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
+    """PEFT would ignore positions, and with them the boundaries of packed examples."""
+    if kwargs.get("position_ids") is not None:
+        raise InputError(
+            "position_ids with virtual tokens: PEFT ignores them, so that packed examples would attend to each other; "
+            "set packing=False"
+        )
+
+
 def _share_buffers(injected: Injected, partitioner: Partitioner, dtype: torch.dtype) -> None:
     """Give every rank the buffers of rank 0, on its device; those of floating-point numbers in `dtype`."""
     for module, name in injected.buffers:
-        buffer = module._buffers[name]
-        if buffer is None:
-            continue
+        buffer: Tensor = getattr(module, name)
         value = buffer.to(partitioner.device, dtype if buffer.is_floating_point() else buffer.dtype).contiguous()
         partitioner.group.broadcast(value.view(-1).view(torch.uint8), source=0)
-        module._buffers[name] = value
+        setattr(module, name, value)

@@ -18,6 +18,7 @@ from lowrank_dist.distributed.partition import RowPartition
 from lowrank_dist.layers.lazy_weight import LazyWeight
 from lowrank_dist.model.factor_layout import FactorLayout
 from lowrank_dist.quantization.format import Product, ResidualFormat
+from lowrank_dist.zero3.partition import gathered, is_gathered
 
 
 class _FrozenLinearFunction(torch.autograd.Function):
@@ -114,7 +115,20 @@ class FrozenLinear(FrozenWeight, nn.Linear):
     @property
     def weight(self) -> LazyWeight:  # type: ignore[override]
         """The weight ``[out, in]`` in the compute dtype; whatever computes with it decodes it (`LazyWeight`)."""
-        return LazyWeight(self, self.compute_dtype)
+        shape, device = (self.out_features, self.in_features), self.stored()[0].device
+        return LazyWeight(self.dense, shape, dtype=self.compute_dtype, device=device)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight ``[out, in]``, decoded in `dtype`; it may be a view of the stored values.
+
+        Outside the forward and the backward of the layer, its shards are gathered for it. That is collective, so all
+        ranks must ask together.
+        """
+        stored = self.stored()
+        if all(map(is_gathered, stored)):
+            return self.matrix([parameter.detach() for parameter in stored], dtype).mT
+        with gathered(stored):
+            return self.matrix([parameter.detach() for parameter in stored], dtype).mT.clone()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in]`` of any floating dtype to ``[..., out]`` in the compute dtype."""

@@ -1,76 +1,90 @@
-"""`LazyWeight`: a frozen, encoded weight as a tensor whose values are decoded when an operator needs them."""
+"""`LazyWeight`: an encoded weight as a tensor whose values are decoded when an operator needs them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from lowrank_dist.errors import InputError
-from lowrank_dist.zero3.partition import gathered, is_gathered
-
-if TYPE_CHECKING:
-    from lowrank_dist.layers.frozen import FrozenLinear
 
 _aten = torch.ops.aten
 
 
 class LazyWeight(Tensor):
-    """The weight of a `FrozenLinear`, ``[out, in]``: its shape, dtype and device are known, its values are not held.
+    """A frozen, encoded matrix ``[m, n]``: its shape, dtype and device are known, its values are not held.
 
     Transposing, detaching and casting it give another lazy weight. Every other operator gets the decoded values, which
     live as long as it keeps them. Autograd saves this object and not the values, so that a product with the weight
-    decodes it again in backward. Outside the forward and the backward of its layer the stored shards are gathered for
-    the operator; that is collective, so all ranks must compute with the weight together.
+    decodes it again in backward.
 
     Parameters
     ----------
-    layer
-        The layer.
-    dtype
-        Dtype of the values.
+    decode
+        Returns the values ``[m, n]`` in a dtype.
+    shape
+        ``(m, n)``.
+    dtype, device
+        Dtype and device of the values.
     transposed
-        Whether this is the transposed weight, ``[in, out]``.
+        Whether this is the transposed matrix, ``[n, m]``.
 
     Raises
     ------
     InputError
-        If the weight is assigned or changed in place: the residual is frozen, and a change of decoded values would be
-        lost.
+        If the weight is assigned or changed in place: a change of decoded values would be lost.
     """
 
     # results of operators are ordinary tensors
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, layer: FrozenLinear, dtype: torch.dtype, *, transposed: bool = False) -> LazyWeight:
-        shape = (layer.out_features, layer.in_features)
+    def __new__(
+        cls,
+        decode: Callable[[torch.dtype], Tensor],
+        shape: tuple[int, int],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        transposed: bool = False,
+    ) -> LazyWeight:
         return torch.Tensor._make_wrapper_subclass(
-            cls, shape[::-1] if transposed else shape, dtype=dtype, device=layer.stored()[0].device
+            cls, shape[::-1] if transposed else shape, dtype=dtype, device=device
         )
 
-    def __init__(self, layer: FrozenLinear, dtype: torch.dtype, *, transposed: bool = False) -> None:
-        self.layer, self.transposed = layer, transposed
+    def __init__(
+        self,
+        decode: Callable[[torch.dtype], Tensor],
+        shape: tuple[int, int],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        transposed: bool = False,
+    ) -> None:
+        self._decode, self._matrix_shape, self._transposed = decode, shape, transposed
 
     def values(self) -> Tensor:
-        """Decode the weight. Collective unless its layer computes."""
-        stored = self.layer.stored()
+        """Decode the weight."""
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            if all(map(is_gathered, stored)):
-                return self._decoded(stored)
-            with gathered(stored):
-                return self._decoded(stored).clone()  # it may be a view of what is released here
+            values = self._decode(self.dtype)
+        return values.mT if self._transposed else values
 
-    def _decoded(self, stored: list[Tensor]) -> Tensor:
-        weight = self.layer.matrix([parameter.detach() for parameter in stored], self.dtype)  # [in, out]
-        return weight if self.transposed else weight.mT
+    def _like(self, *, dtype: torch.dtype | None = None, transpose: bool = False) -> LazyWeight:
+        return LazyWeight(
+            self._decode,
+            self._matrix_shape,
+            dtype=dtype or self.dtype,
+            device=self.device,
+            transposed=self._transposed != transpose,
+        )
 
     @property
     def data(self) -> LazyWeight:
         """The weight itself."""
-        return LazyWeight(self.layer, self.dtype, transposed=self.transposed)
+        return self._like()
 
     @data.setter
     def data(self, value: Tensor) -> None:
@@ -90,11 +104,11 @@ class LazyWeight(Tensor):
         first = args[0] if args else None
         if isinstance(first, LazyWeight):
             if func in (_aten.detach.default, _aten.alias.default):
-                return LazyWeight(first.layer, first.dtype, transposed=first.transposed)
+                return first._like()
             if _transposes(func, args):
-                return LazyWeight(first.layer, first.dtype, transposed=not first.transposed)
+                return first._like(transpose=True)
             if func is _aten._to_copy.default and set(kwargs) == {"dtype"}:
-                return LazyWeight(first.layer, kwargs["dtype"], transposed=first.transposed)
+                return first._like(dtype=kwargs["dtype"])
         for argument, value in zip(func._schema.arguments, args, strict=False):
             if isinstance(value, LazyWeight) and argument.alias_info is not None and argument.alias_info.is_write:
                 raise InputError(_FROZEN)

@@ -7,7 +7,7 @@ same plan or raise the same error.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from peft import LoraConfig
@@ -26,7 +26,7 @@ from lowrank_dist.errors import ModelError
 from lowrank_dist.model.names import ADAPTER as ADAPTER
 from lowrank_dist.model.names import CheckpointKeys
 from lowrank_dist.model.names import plain_name as plain_name
-from lowrank_dist.model.skeleton import build_skeleton, inject_adapter, untie_embeddings
+from lowrank_dist.model.skeleton import build_skeleton, inject_adapter, train_also, untie_embeddings
 from lowrank_dist.model.stacking import stacked_shapes
 from lowrank_dist.model.ties import separate_ties
 from lowrank_dist.storage.reader import CheckpointReader
@@ -165,6 +165,7 @@ def open_plan(
     limit_rank: bool = True,
     encode: Collection[str] = (),
     trained_whole: Collection[str] = (),
+    also: Sequence[str] = (),
     group: ShardGroup | None = None,
 ) -> PlannedModel:
     """Inject an adapter's layers into a model on meta and match it with the pretrained weights.
@@ -184,6 +185,8 @@ def open_plan(
         has its own in any case.
     limit_rank, encode, trained_whole
         See `plan_walk`.
+    also
+        Patterns of `lowrank_dist.model.skeleton.train_also`.
     group
         The ranks that make the same plan. Default: this process alone.
 
@@ -202,6 +205,7 @@ def open_plan(
         tied = untie_embeddings(backbone) if untie else {}
         if adapter is not None:
             inject_adapter(backbone, adapter)
+        train_also(backbone, also)
         plan = plan_walk(backbone, reader, tied, limit_rank=limit_rank, encode=encode, trained_whole=trained_whole)
     return PlannedModel(backbone=backbone, tied=tied, plan=plan)
 

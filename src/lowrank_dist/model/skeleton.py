@@ -5,19 +5,22 @@ Nothing is read but the configuration, and nothing is communicated.
 
 from __future__ import annotations
 
+import fnmatch
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 import transformers
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_dist.errors import ModelError
-from lowrank_dist.model.names import ADAPTER
+from lowrank_dist.model.names import ADAPTER, plain_name
 
 _UNSUPPORTED_OPTIONS = {
     "use_dora": "its magnitude vector reads the dense weight in every step",
@@ -148,6 +151,57 @@ def untie_embeddings(backbone: PreTrainedModel) -> dict[str, str]:
     return tied
 
 
+def train_also(backbone: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Let the parameters of the model be trained whose names match one of `patterns`, and return these names.
+
+    Parameters
+    ----------
+    backbone
+        The model, with the layers of an adapter or without; changed in place.
+    patterns
+        Shell patterns (``"*norm*"``, ``"*.bias"``) for names of parameters as they are without an adapter.
+
+    Raises
+    ------
+    ModelError
+        If a pattern matches no parameter, or a weight that is adapted already.
+    """
+    adapted = {
+        f"{plain_name(name)}.weight" for name, module in backbone.named_modules() if isinstance(module, BaseTunerLayer)
+    }
+    trained: dict[str, nn.Parameter] = {}
+    own = {
+        plain_name(name): parameter
+        for name, parameter in backbone.named_parameters(remove_duplicate=False)
+        if not any(part in name for part in (".original_module.", ".modules_to_save."))
+        and (name.endswith((".base_layer.weight", ".base_layer.bias")) or not _inside_a_tuner(backbone, name))
+    }
+    for pattern in patterns:
+        found = fnmatch.filter(own, pattern)
+        if not found:
+            raise ModelError(f"train_also: {pattern!r} matches no parameter of {type(backbone).__name__}")
+        both = sorted(adapted.intersection(found))
+        if both:
+            raise ModelError(
+                f"train_also: {pattern!r} matches {both[0]}, which is adapted; drop the layer from the adapter's "
+                "targets, or choose a pattern that leaves it out"
+            )
+        trained |= {name: own[name] for name in found}
+    for parameter in trained.values():
+        parameter.requires_grad_(True)
+    return list(trained)
+
+
+def _inside_a_tuner(backbone: nn.Module, name: str) -> bool:
+    """Whether a parameter belongs to the layer of an adapter."""
+    owner = name.rpartition(".")[0]
+    while owner:
+        if isinstance(backbone.get_submodule(owner), BaseTunerLayer):
+            return True
+        owner = owner.rpartition(".")[0]
+    return False
+
+
 def linear_layers(backbone: PreTrainedModel) -> list[str]:
     """Names of the linear layers that may be encoded without an adapter.
 
@@ -176,8 +230,6 @@ def inject_adapter(backbone: PreTrainedModel, adapter: LoraConfig) -> None:
             raise ModelError(
                 f"LoraConfig.{option}={getattr(adapter, option)!r} is not supported: {reason}; leave it unset"
             )
-    if adapter.bias != "none":
-        raise ModelError(f"LoraConfig.bias={adapter.bias!r} is not supported: biases stay frozen; use bias='none'")
     if adapter.init_lora_weights not in (True, False):
         raise ModelError(
             f"LoraConfig.init_lora_weights={adapter.init_lora_weights!r}: the initialisation is chosen by "
@@ -188,10 +240,13 @@ def inject_adapter(backbone: PreTrainedModel, adapter: LoraConfig) -> None:
     try:
         inject_adapter_in_model(adapter, backbone, adapter_name=ADAPTER, low_cpu_mem_usage=True)
     except ValueError as error:
-        linears = sorted(
-            {n.rsplit(".", 1)[-1] for n, m in backbone.named_modules() if isinstance(m, nn.Linear | Conv1D)}
-        )
         raise ModelError(
             f"LoraConfig.target_modules={adapter.target_modules!r} cannot be applied to {type(backbone).__name__}: "
-            f"{error} Linear layers of this model: {', '.join(linears)}"
+            f"{error} {named_linears(backbone)}"
         ) from error
+
+
+def named_linears(backbone: nn.Module) -> str:
+    """The last parts of the names of a model's linear layers, as a sentence for messages."""
+    names = {n.rsplit(".", 1)[-1] for n, m in backbone.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    return f"Linear layers of this model: {', '.join(sorted(names))}"

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from lowrank_dist.data.tokenizing import IGNORE_INDEX
@@ -40,6 +41,13 @@ class FusedLoss:
     """
 
     def __init__(self, model: Any) -> None:
+        if isinstance(model, PeftModel):
+            if model.active_peft_config.is_prompt_learning:
+                raise InputError(
+                    "fused_cross_entropy: virtual tokens have no labels, which this loss would not know; set "
+                    "fused_cross_entropy=False"
+                )
+            model = model.get_base_model()
         name = type(model).__name__
         head = model.get_output_embeddings()
         if type(head) is not nn.Linear:

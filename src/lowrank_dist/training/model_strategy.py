@@ -66,6 +66,7 @@ class ModelStrategy(CheckpointedStrategy):
     init: Method | None
     quantization: NF4 | None
     encode: Encode
+    train_also: tuple[str, ...]
     calibration: Calibration | None
     init_cache: str | os.PathLike[str] | None
     ranks_per_matrix: int | None
@@ -198,6 +199,7 @@ class ModelStrategy(CheckpointedStrategy):
             init=self.init,
             quantization=self.quantization,
             encode=self.encode,
+            train_also=self.train_also,
             cache=self.init_cache,
             revision=self.revision,
             untie_embeddings=self.untie_embeddings,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -53,6 +53,10 @@ class PiSSAStrategy(ModelStrategy):
     encode
         Linear layers that a tuner other than LoRA leaves in the format of `quantization`: all but the output embedding
         (``"all-linear"``), or the adapted ones. With a LoRA, it is the adapted ones.
+    train_also
+        Shell patterns for names of parameters of the model itself that are trained as well, whole, as its checkpoint
+        holds them: ``["*norm*", "*.bias", "model.embed_tokens.weight"]``. They are saved with the adapter, and stock
+        PEFT loads them with it.
     calibration
         Data for methods that look at data (``CorDA``, ``EVA``, ``LoRAGA``); default ``Calibration()``: the first 8
         batches that each rank would train on.
@@ -122,7 +126,7 @@ class PiSSAStrategy(ModelStrategy):
     --------
     QPiSSA of rank 16 for a model on the hub:
 
-    >>> from peft import PeftConfig
+    >>> from peft import LoraConfig
     >>> from lowrank_dist import NF4, PiSSA, PiSSAStrategy
     >>> adapter = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     >>> strategy = PiSSAStrategy(
@@ -147,6 +151,7 @@ class PiSSAStrategy(ModelStrategy):
         quantization: NF4 | None = None,
         *,
         encode: Encode = "all-linear",
+        train_also: Sequence[str] = (),
         calibration: Calibration | None = None,
         init_cache: str | os.PathLike[str] | None = None,
         ranks_per_matrix: int | None = None,
@@ -196,7 +201,9 @@ class PiSSAStrategy(ModelStrategy):
                 raise ValueError(f"PiSSAStrategy: adapter is a {type(adapter).__name__}: {reason}")
         if encode not in get_args(Encode):
             raise ValueError(f"PiSSAStrategy: encode={encode!r} is none of {', '.join(get_args(Encode))}")
-        self.adapter, self.encode = adapter, encode
+        if isinstance(train_also, str):
+            raise ValueError(f"PiSSAStrategy: train_also={train_also!r} must be a list of patterns")
+        self.adapter, self.encode, self.train_also = adapter, encode, tuple(train_also)
         self.init, self.init_cache, self.ranks_per_matrix = init, init_cache, ranks_per_matrix
         self.quantization = quantization
         self.revision = revision

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,13 +49,29 @@ def exported(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def peft_files(model: nn.Module, names: Mapping[int, str], *, is_lora: bool) -> PeftFiles:
-    """The file names of the adapter of `model`; `names` has its parameters by ``id``."""
+def peft_files(model: nn.Module, names: Mapping[int, str], *, own: Collection[int], is_lora: bool) -> PeftFiles:
+    """The file names of the adapter of a model.
+
+    Parameters
+    ----------
+    model
+        PEFT's model.
+    names
+        Names of its parameters in what is trained, by ``id``.
+    own
+        ``id`` of the parameters of the model itself that are trained. PEFT does not save all of them; it loads them
+        under the names that they have in its model.
+    is_lora
+        See `PeftFiles`.
+    """
     found = exported(model)
     keys: dict[str, str] = {}
     for key, tensor in found.items():
         if id(tensor) in names:
             keys.setdefault(names[id(tensor)], key)
+    for name, parameter in model.named_parameters():
+        if id(parameter) in own:
+            keys.setdefault(names[id(parameter)], name)
     stored = set(keys.values())
     # an object that PEFT saves under several keys is written once for each of them
     derived = tuple(key for key in found if key not in stored)

@@ -55,10 +55,8 @@ def name_of(config: PeftConfig) -> str:
 
 def option_for_peft(config: LoraConfig) -> str | None:
     """The option of a LoraConfig that only PEFT's own layers compute, as text; None if there is none."""
-    for option in _LORA_OPTIONS:
-        if getattr(config, option, None):
-            return f"{option}={getattr(config, option)!r}"
-    return f"bias={config.bias!r}" if config.bias != "none" else None
+    given = (option for option in _LORA_OPTIONS if getattr(config, option, None))
+    return next((f"{option}={getattr(config, option)!r}" for option in given), None)
 
 
 def is_for_peft(config: PeftConfig, init: Method | None) -> bool:

@@ -12,7 +12,7 @@ What a tuner trains, and which layers it adapts, is known before: it is first in
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from lowrank_dist.errors import ModelError
 from lowrank_dist.model.names import ADAPTER, plain_name
 from lowrank_dist.model.plan import Plan, PlannedTensor
+from lowrank_dist.model.skeleton import named_linears, train_also
 from lowrank_dist.tuners.adalora.layers import freeze_divisors
 from lowrank_dist.tuners.support import name_of, remark, wants_plain_layers
 from lowrank_dist.zero3.partition import gathered, is_partitioned
@@ -92,10 +93,12 @@ class Tuner:
     ----------
     config
         PEFT's configuration; it is copied.
+    also
+        Patterns of `lowrank_dist.model.skeleton.train_also`.
     """
 
-    def __init__(self, config: PeftConfig) -> None:
-        self.config = copy.deepcopy(config)
+    def __init__(self, config: PeftConfig, *, also: Sequence[str] = ()) -> None:
+        self.config, self.also = copy.deepcopy(config), tuple(also)
         self.config.inference_mode = False  # saved configurations set it, and PEFT would freeze what it makes
         if isinstance(config, AdaLoraConfig):
             self.config.rank_pattern = None  # likewise: the ranks that an earlier run has ended with
@@ -124,7 +127,8 @@ class Tuner:
                 model = self._on(backbone, low_cpu_mem_usage=False)
         except (ValueError, TypeError, RuntimeError, AttributeError) as error:
             raise ModelError(
-                f"{type(self.config).__name__} cannot be applied to {type(skeleton).__name__}: {error}"
+                f"{type(self.config).__name__} cannot be applied to {type(skeleton).__name__}: {error} "
+                f"{named_linears(skeleton)}"
             ) from error
         modules, inside = dict(backbone.named_modules()), _named(backbone)
         return TunerPlan(
@@ -157,6 +161,7 @@ class Tuner:
         backbone.requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
             model = get_peft_model(backbone, copy.deepcopy(self.config), low_cpu_mem_usage=low_cpu_mem_usage)
+        train_also(backbone, self.also)
         freeze_divisors(model)
         return model
 
@@ -179,6 +184,7 @@ class Tuner:
         keys = {id(backbone.get_parameter(planned.names[0])): planned.key for planned in base.parameters}
         with _random_numbers(seed), gathered(_looked_at(backbone, self.config)):
             model = get_peft_model(backbone, copy.deepcopy(self.config), autocast_adapter_dtype=False)
+        train_also(backbone, self.also)
         freeze_divisors(model)
         copies = dict(_copies(backbone))
         made, loaded = [], []

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lowrank_dist.distributed.partition import FlatPartition
-from lowrank_dist.tuners.adalora.allocation import _add_means
+from lowrank_dist.tuners.adalora.allocation import add_means
 from lowrank_dist.tuners.adalora.penalty import OrthogonalityPenalty
 from lowrank_dist.tuners.adalora.schedule import BudgetSchedule, objection, objection_to_steps
 
@@ -62,7 +62,7 @@ def test_means_over_triplets_are_sums_over_shards(ranks: int, shape: tuple[int, 
     partition = FlatPartition(numel=whole.numel(), world_size=ranks)
     for rank in range(ranks):
         start, stop = partition.bounds(rank)
-        _add_means(scores, whole.flatten()[start:stop], start, shape, triplets)
+        add_means(scores, whole.flatten()[start:stop], start, shape, triplets)
     torch.testing.assert_close(scores, whole.double().mean(1 - triplets), rtol=1e-12, atol=0)
 
 

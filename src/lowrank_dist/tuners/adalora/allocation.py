@@ -125,7 +125,7 @@ class RankAllocation:
             layer, factor = layer_and_factor(name)
             start, stop = self._bounds(name)
             rows, columns = whole_shape(self._factors[name])
-            _add_means(scores[self._layers[layer]], product[: stop - start], start, (rows, columns), TRIPLETS[factor])
+            add_means(scores[self._layers[layer]], product[: stop - start], start, (rows, columns), TRIPLETS[factor])
         return self._group.sum(scores.to(self._group.device)).flatten()
 
     def _mask(self, masters: Mapping[Tensor, Tensor]) -> None:
@@ -226,7 +226,7 @@ class RankAllocation:
         return FlatPartition(numel=numel, world_size=self._group.size).bounds(self._group.rank)
 
 
-def _add_means(scores: Tensor, values: Tensor, start: int, shape: tuple[int, int], triplets: int) -> None:
+def add_means(scores: Tensor, values: Tensor, start: int, shape: tuple[int, int], triplets: int) -> None:
     """Add to `scores` this rank's part of the means over the triplets of a factor.
 
     Parameters
