@@ -16,6 +16,7 @@ from helpers.ranks import run_ranks, run_ranks_catching
 from helpers.training import make_strategy
 from helpers.tuners import decoded, logits
 from lowrank_dist import NF4, PiSSA
+from lowrank_dist.cli import report
 from lowrank_dist.storage.layout import MANIFEST
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT warns that it does not save tied embeddings
@@ -85,8 +86,27 @@ def test_resumes_on_other_ranks(llama: Path, tmp_path: Path, first: int, then: i
     assert further[at:] == kept[at:]
     ours, theirs = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (end, whole))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=3e-5)
-    ranks = json.loads((end / MANIFEST).read_text())["ranks"]
-    assert ranks == {layer: sum(keeps) for layer, keeps in kept[-1].items()}
+    by_layer = json.loads((end / MANIFEST).read_text())["rank_by_layer"]
+    assert by_layer == {layer: sum(keeps) for layer, keeps in kept[-1].items()}
+
+
+def test_the_report_has_the_ranks_by_type(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    end, figures, picture = tmp_path / "end", tmp_path / "report.json", tmp_path / "report.png"
+    _, kept = train(1, llama, {}, quantization=NF4(), saves={TOTAL: end})
+    assert report.run([str(end), "--json", str(figures), "--picture", str(picture)]) == 0
+    by_layer = {layer: sum(keeps) for layer, keeps in kept[-1].items()}
+    assert json.loads(figures.read_text())["rank_by_layer"] == by_layer
+    said = {words[0]: words[1:] for line in capsys.readouterr().out.splitlines() if len(words := line.split()) == 6}
+    assert said["all"][:3] == ["6", "18", "3.00"]
+    of_type = [rank for layer, rank in by_layer.items() if layer.endswith("down_proj")]
+    assert said["down_proj"] == [
+        "2",
+        str(sum(of_type)),
+        f"{sum(of_type) / 2:.2f}",
+        str(min(of_type)),
+        str(max(of_type)),
+    ]
+    assert picture.stat().st_size > 10_000
 
 
 def test_a_resumed_run_has_the_schedule_of_the_first(llama: Path, tmp_path: Path) -> None:

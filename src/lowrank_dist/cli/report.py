@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowrank_dist.decomposition.report import MatrixReport, as_table, layer_type
+from lowrank_dist.decomposition.report import MatrixReport, as_table, layer_type, ranks_as_table
 from lowrank_dist.errors import CheckpointError, InputError
 from lowrank_dist.storage.layout import MANIFEST
 from lowrank_dist.storage.writer import write_json
@@ -18,12 +18,15 @@ from lowrank_dist.storage.writer import write_json
 def run(argv: Sequence[str]) -> int:
     """Run ``lowrank-dist report``; `argv` excludes the command's name. Returns the exit status."""
     options = parser().parse_args(argv)
-    matrices = read_report(Path(options.directory))
+    matrices, rank_by_layer = read_report(Path(options.directory))
     print(as_table(matrices))
+    if rank_by_layer:
+        print(f"\nRanks that the adapter keeps:\n{ranks_as_table(rank_by_layer)}")
     if options.json is not None:
-        write_json(Path(options.json), {"matrices": [matrix.as_dict() for matrix in matrices]})
+        figures: dict[str, Any] = {"matrices": [matrix.as_dict() for matrix in matrices]}
+        write_json(Path(options.json), figures | ({"rank_by_layer": rank_by_layer} if rank_by_layer else {}))
     if options.picture is not None:
-        print(draw(matrices, Path(options.picture)))
+        print(draw(matrices, Path(options.picture), rank_by_layer))
     return 0
 
 
@@ -31,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     """The parser of ``lowrank-dist report``."""
     parser = argparse.ArgumentParser(
         prog="lowrank-dist report",
-        description="Print a table, by layer type, of what an initialisation measured.",
+        description="Print a table, by layer type, of what an initialisation measured, and of the ranks of AdaLoRA.",
     )
     parser.add_argument("directory", help="residual model, checkpoint of AdapterCheckpoint, or JSON of InitReport")
     parser.add_argument("--json", help="file to write the figures of every matrix to")
@@ -39,8 +42,11 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_report(path: Path) -> list[MatrixReport]:
-    """The report stored in a residual model, in a checkpoint, or in a JSON file that `InitReport` wrote."""
+def read_report(path: Path) -> tuple[list[MatrixReport], dict[str, int]]:
+    """The report stored in a residual model, in a checkpoint, or in a JSON file that `InitReport` wrote.
+
+    The second result has the ranks that the adapter of a checkpoint keeps by layer, if they change while it is trained.
+    """
     file = path / MANIFEST if path.is_dir() else path
     if not file.is_file():
         raise CheckpointError(
@@ -48,16 +54,20 @@ def read_report(path: Path) -> list[MatrixReport]:
             "JSON of InitReport"
         )
     try:
-        entries: list[dict[str, Any]] = json.loads(file.read_text())["matrices"]
+        manifest = json.loads(file.read_text())
+        entries: list[dict[str, Any]] = manifest["matrices"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file}: not a report: {error!r}") from error
     if not entries:
         raise CheckpointError(f"{file}: the report has no matrices")
-    return [MatrixReport.from_dict(entry) for entry in entries]
+    return [MatrixReport.from_dict(entry) for entry in entries], manifest.get("rank_by_layer", {})
 
 
-def draw(matrices: list[MatrixReport], path: Path) -> Path:
-    """Draw heat maps of every measured figure over layers and layer types, and the singular values in the factors."""
+def draw(matrices: list[MatrixReport], path: Path, rank_by_layer: Mapping[str, int] | None = None) -> Path:
+    """Draw heat maps of every measured figure over layers and layer types, and the singular values in the factors.
+
+    `rank_by_layer` adds one of the ranks that the adapter keeps.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -67,12 +77,13 @@ def draw(matrices: list[MatrixReport], path: Path) -> Path:
     # the object interface: no pyplot, no global state, no display
     types = list(dict.fromkeys(layer_type(matrix.name) for matrix in matrices))
     layers = sorted({_layer(matrix.name) for matrix in matrices})
-    maps = {
+    maps: dict[str, Callable[[MatrixReport], float | None]] = {
         "error / norm": lambda m: m.relative_error,
         "error reduction, Frobenius": lambda m: m.error_reduction if m.quantization_error else None,
         "error reduction, nuclear": lambda m: m.nuclear_reduction,
         "energy in the factors": lambda m: m.captured_energy,
         "sigma_1 / sigma_r": lambda m: m.sigma_1 / m.sigma_r if m.sigma_1 and m.sigma_r else None,
+        "rank that is kept": lambda m: (rank_by_layer or {}).get(m.name),
     }
     shown = {title: value for title, value in maps.items() if any(value(m) is not None for m in matrices)}
     spectra = [matrix for matrix in matrices if matrix.singular_values]
@@ -89,6 +100,7 @@ def draw(matrices: list[MatrixReport], path: Path) -> Path:
         image = ax.imshow(grid, aspect="auto", interpolation="nearest", cmap="viridis")
         ax.set_title(title, fontsize=9)
         ax.set_xticks(range(len(types)), types, rotation=60, ha="right", fontsize=7)
+        ax.yaxis.get_major_locator().set_params(integer=True)
         ax.set_ylabel("layer", fontsize=8)
         figure.colorbar(image, ax=ax)
     if spectra:

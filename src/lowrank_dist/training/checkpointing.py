@@ -115,7 +115,7 @@ class CheckpointedStrategy(Stage3Strategy):
                 self._group,
                 allocation=None if self._allocation is None else self._allocation.state(),
             )
-        facts: dict[str, Any] = {} if self._allocation is None else {"ranks": self._allocation.ranks}
+        facts: dict[str, Any] = {} if self._allocation is None else {"rank_by_layer": self._allocation.rank_by_layer}
         facts |= {
             "step": trainer.global_step,
             "epoch": trainer.current_epoch,

@@ -152,7 +152,7 @@ class RankAllocation:
         return {layer: tuple(row) for layer, row in zip(self._layers, rows, strict=True)}
 
     @property
-    def ranks(self) -> dict[str, int]:
+    def rank_by_layer(self) -> dict[str, int]:
         """Number of triplets that are kept, by layer. Waits for the device."""
         kept = self.kept
         return {layer: sum(kept[layer]) if kept else self._schedule.initial for layer in self._layers}
