@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -17,6 +18,8 @@ from helpers.training import make_strategy
 from helpers.tuners import decoded, logits
 from lowrank_dist import NF4, PiSSA
 from lowrank_dist.cli import report
+from lowrank_dist.cli.plan.model import with_adapters
+from lowrank_dist.forecast import RunSpec, forecast
 from lowrank_dist.storage.layout import MANIFEST
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT warns that it does not save tied embeddings
@@ -107,6 +110,40 @@ def test_the_report_has_the_ranks_by_type(llama: Path, tmp_path: Path, capsys: p
         str(max(of_type)),
     ]
     assert picture.stat().st_size > 10_000
+
+
+def held(pretrained: Path, save: Path) -> int:
+    """Bytes of importance that a rank holds; saves before anything is pruned."""
+    captured: list[int] = []
+
+    class Counting(Callback):
+        def on_before_zero_grad(self, trainer: Trainer, *_: Any) -> None:
+            allocation = trainer.strategy.saver.writer.allocation
+            captured.append(sum(shard.nbytes for _, _, shard in allocation.shards()))
+
+    train_sharded(pretrained, {}, NF4(), saves={2: save}, precision="bf16-true", callbacks=[Counting()])
+    return max(captured)
+
+
+def test_the_forecast_counts_its_state(llama: Path, tmp_path: Path) -> None:
+    (importance, other) = run_ranks(2, held, llama, tmp_path / "early")
+    strategy = make_strategy(llama, adapter=config(), init=None, quantization=NF4())
+    job = RunSpec(
+        nodes=1,
+        gpus_per_node=2,
+        batch_size=6,
+        length=16,
+        compute_dtype=torch.bfloat16,
+        factor_dtype=torch.bfloat16,
+        init=None,
+        residual=NF4(),
+        on_gpu=False,
+    )
+    said = forecast(*with_adapters(strategy, llama, job))
+    assert said.memory.resident["importance"] == importance == other
+    assert said.memory.step > importance
+    files = [path for path in (tmp_path / "early").rglob("*.safetensors") if path.name != "state.safetensors"]
+    assert said.checkpoint == pytest.approx(sum(path.stat().st_size for path in files), rel=0.02)  # names differ
 
 
 def test_a_resumed_run_has_the_schedule_of_the_first(llama: Path, tmp_path: Path) -> None:

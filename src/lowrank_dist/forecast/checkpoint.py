@@ -12,6 +12,8 @@ from lowrank_dist.forecast.job import ModelShapes, RunSpec, parameters
 from lowrank_dist.methods import LoftQ
 from lowrank_dist.methods.principal import AlternatingMethod
 from lowrank_dist.model.names import peft_name
+from lowrank_dist.tuners.adalora.allocation import STATES
+from lowrank_dist.tuners.adalora.files import AdaLoraFiles
 from lowrank_dist.tuners.files import PeftFiles
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -27,7 +29,8 @@ def checkpoint_bytes(shapes: ModelShapes, job: RunSpec) -> int:
     if not job.adapts:
         every = [(math.prod(_shape(shapes, p.name)), p.dtype.itemsize) for p in parameters(shapes, job)]
         return sum(numel * (itemsize + (12 if job.stage else 8)) for numel, itemsize in every)
-    files = _contents(shapes, job).files(_MOMENTS)
+    scored = () if shapes.tuner is None else shapes.tuner.scored
+    files = _contents(shapes, job).files(_MOMENTS, further=[(name, kind) for name in scored for kind in STATES])
     return sum(part.nbytes for part in tensor_files(files, Path()).values())
 
 
@@ -59,7 +62,7 @@ def _contents(shapes: ModelShapes, job: RunSpec) -> Contents:
             dtypes=dict.fromkeys(all_shapes, job.factor_dtype),
             trained=trained,
             initial=(),
-            adapter=PeftFiles(keys=keys),
+            adapter=AdaLoraFiles(whole=PeftFiles(keys=keys)) if shapes.tuner.scored else PeftFiles(keys=keys),
             starts_at_zero=True,
         )
     return Contents(

@@ -28,6 +28,7 @@ from lowrank_dist.errors import ModelError
 from lowrank_dist.model.names import ADAPTER, plain_name
 from lowrank_dist.model.plan import Plan, PlannedTensor
 from lowrank_dist.model.skeleton import named_linears, train_also
+from lowrank_dist.tuners.adalora.files import is_factor
 from lowrank_dist.tuners.adalora.layers import freeze_divisors
 from lowrank_dist.tuners.support import name_of, remark, wants_plain_layers
 from lowrank_dist.zero3.partition import gathered, is_partitioned
@@ -49,6 +50,8 @@ class TunerPlan:
         Names of parameters of the model that it trains themselves, not copies of them (biases).
     buffers
         Bytes of the buffers that it makes, which every rank holds, with numbers in fp32.
+    scored
+        Names of the trained parameters whose elements have a smoothed importance (AdaLoRA).
     of_plain_layers
         Whether PEFT adapts layers only that are exactly ``nn.Linear``, so that they are not encoded.
     """
@@ -58,6 +61,7 @@ class TunerPlan:
     trained: Mapping[str, tuple[int, ...]]
     in_place: tuple[str, ...]
     buffers: int
+    scored: tuple[str, ...] = ()
     of_plain_layers: bool = False
 
 
@@ -131,6 +135,7 @@ class Tuner:
                 f"{named_linears(skeleton)}"
             ) from error
         modules, inside = dict(backbone.named_modules()), _named(backbone)
+        trained = {inside.get(id(p), name): tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
         return TunerPlan(
             adapted=tuple(
                 plain_name(name)
@@ -140,11 +145,10 @@ class Tuner:
             whole=tuple(
                 plain_name(name) for name, module in modules.items() if isinstance(module, AuxiliaryTrainingWrapper)
             ),
-            trained={
-                inside.get(id(p), name): tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad
-            },
+            trained=trained,
             in_place=tuple(originals[id(p)] for p in backbone.parameters() if p.requires_grad and id(p) in originals),
             buffers=sum(buffer.nbytes for buffer in model.buffers() if id(buffer) not in buffers),
+            scored=tuple(filter(is_factor, trained)) if isinstance(self.config, AdaLoraConfig) else (),
             of_plain_layers=wants_plain_layers(self.config),
         )
 
