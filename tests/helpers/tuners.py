@@ -26,14 +26,13 @@ SEED = 11
 
 #: Configurations for the tiny LLaMA (hidden size 64, intermediate size 136, two layers).
 CASES: dict[str, Callable[[], PeftConfig]] = {
-    "dora": lambda: peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", use_dora=True),
     "lora_bias": lambda: peft.LoraConfig(r=4, lora_alpha=8, target_modules=QV, lora_bias=True),
     "lora+tokens": lambda: peft.LoraConfig(r=4, lora_alpha=8, target_modules=QV, trainable_token_indices=[3, 7, 50]),
     "lora+replication": lambda: peft.LoraConfig(
         r=4, lora_alpha=8, target_modules=QV, layer_replication=[[0, 2], [0, 2]]
     ),
-    "dora+norms": lambda: peft.LoraConfig(
-        r=4, lora_alpha=8, target_modules=QV, use_dora=True, modules_to_save=["input_layernorm", "lm_head"]
+    "lora_bias+norms": lambda: peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=QV, lora_bias=True, modules_to_save=["input_layernorm", "lm_head"]
     ),
     "lora+alora": lambda: peft.LoraConfig(r=4, lora_alpha=8, target_modules=QV, alora_invocation_tokens=[5], **LM),
     "lora+bdlora": lambda: peft.LoraConfig(

@@ -161,7 +161,7 @@ def test_embedding_target(llama: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("adapter", "text"),
     [
-        ({"use_dora": True}, "LoraConfig.use_dora=True is computed by PEFT's own layers"),
+        ({"lora_bias": True}, "LoraConfig.lora_bias=True is computed by PEFT's own layers"),
         ({"init_lora_weights": "pissa_niter_4"}, "PiSSAStrategy(init=PiSSA(...))"),
     ],
 )

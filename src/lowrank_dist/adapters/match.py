@@ -59,6 +59,7 @@ def match_adapter(adapter: AdapterSource, backbone: PreTrainedModel, plan: Plan,
     shapes = {name: tuple(parameter.shape) for name, parameter in backbone.named_parameters(remove_duplicate=False)}
     factors = {peft_name(name): shapes[name] for planned in plan.matrices for name in planned.factor_names.values()}
     whole = {peft_name(t.names[0]): shapes[t.names[0]] for t in plan.parameters if t.trainable}
+    whole |= {peft_name(m.magnitude): shapes[m.magnitude] for m in plan.matrices if m.magnitude is not None}
     weights = {plain_name(name): shape for name, shape in shapes.items() if ".lora_" not in name}
     problems, saved_along = [], {}
     for part, expected in zip(adapter.parts, (factors | whole, factors), strict=False):

@@ -47,6 +47,8 @@ def _contents(shapes: ModelShapes, job: RunSpec) -> Contents:
                 experts |= dict.fromkeys(map(peft_name, planned.factor_names.values()), planned.experts)
             frozen |= {name for factor, name in planned.factor_names.items() if factor not in layout.trained}
             further |= layout.parameter_shapes(planned)
+            if planned.magnitude is not None:
+                further[planned.magnitude] = planned.factor_shapes["lora_B"][:1]
     all_shapes = {name: tuple(_shape(shapes, name)) for name in factors} | further
     trained = [name for name in all_shapes if name not in frozen]
     for tensor in shapes.plan.parameters:

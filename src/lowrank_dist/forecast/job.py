@@ -271,6 +271,9 @@ def parameters(shapes: ModelShapes, job: RunSpec) -> Iterator[Parameter]:
         kinds = {n: "trained" if f in job.layout.trained else "other" for f, n in planned.factor_names.items()}
         for name, shape in job.layout.parameter_shapes(planned).items():
             factors[name], kinds[name] = math.prod(shape), "trained"
+        if planned.magnitude is not None:
+            factors[planned.magnitude] = planned.factor_shapes["lora_B"][0]
+            kinds[planned.magnitude] = "trained"
         for name, numel in factors.items():
             shard = FlatPartition(numel=numel, world_size=trained_ranks).shard_numel
             yield Parameter(kind=kinds[name], name=name, shard_numel=shard, ranks=trained_ranks, dtype=job.factor_dtype)

@@ -22,6 +22,7 @@ from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import FlatPartition
 from lowrank_dist.distributed.reshard import redistribute
 from lowrank_dist.initialization.loading import Loading
+from lowrank_dist.initialization.magnitudes import start_magnitudes
 from lowrank_dist.layers.experts import AdaptedParameter
 from lowrank_dist.layers.frozen import ExtendedLinear, FrozenEmbedding, FrozenLinear, FrozenWeight
 from lowrank_dist.model.factor_layout import FactorLayout, TrainedFactors
@@ -130,6 +131,7 @@ def materialize(
     )
     loading.parameters(plan.parameters, fp32_norms=fp32_norms)
     loading.buffers(plan.buffers)
+    start_magnitudes(backbone, plan, partitioner, factor_dtype)
     report = filling.report
     for of_matrix, text in zip(report.matrices, digests(sums, partitioner.group), strict=False):
         of_matrix.digest = text

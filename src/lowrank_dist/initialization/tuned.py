@@ -63,11 +63,10 @@ def put_on(opened: OpenedModel, partitioner: Partitioner, loading: Loading, *, s
     """
     assert opened.tuner is not None
     backbone, dtype = opened.backbone, loading.factor_dtype
-    held = {id(parameter): parameter for parameter in backbone.parameters()}
+    held = set(backbone.parameters())
     injected = opened.tuner.inject(backbone, opened.plan, seed=seed)
     loading.parameters(injected.loaded)
-    left = {id(parameter) for parameter in injected.model.parameters()}
-    release(parameter for key, parameter in held.items() if key not in left)
+    release(held - set(injected.model.parameters()))
     for parameter in injected.made:
         partitioner.adopt(parameter, dtype if parameter.is_floating_point() else parameter.dtype)
     _share_buffers(injected, partitioner, dtype)
@@ -77,8 +76,8 @@ def put_on(opened: OpenedModel, partitioner: Partitioner, loading: Loading, *, s
     config = opened.tuner.config
     if config.is_prompt_learning:
         injected.model.register_forward_pre_hook(_refuse_positions, with_kwargs=True)
-    names = {id(parameter): name for name, parameter in injected.root.named_parameters()}
-    own = {id(backbone.get_parameter(planned.names[0])) for planned in injected.loaded if planned.trainable}
+    names = {parameter: name for name, parameter in injected.root.named_parameters()}
+    own = {backbone.get_parameter(planned.names[0]) for planned in injected.loaded if planned.trainable}
     is_lora = isinstance(config, LoraConfig) and not isinstance(config, AdaLoraConfig)
     with gathered(injected.made):
         files = peft_files(injected.model, names, own=own, is_lora=is_lora)

@@ -24,7 +24,9 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from lowrank_dist.layers.dora import DoraLinear
 from lowrank_dist.layers.frozen import FrozenLinear
+from lowrank_dist.model.plan import is_dora
 
 FoldAdapters = Literal["never", "always", "measured"]
 """Whether adapters are added to the decoded weight; see `Folding`."""
@@ -155,7 +157,8 @@ class AdaptedLinear(LoraLinear):
 def fuse_adapters(backbone: nn.Module, fold: FoldAdapters) -> list[AdaptedLinear]:
     """Turn PEFT's layers over frozen ones into `AdaptedLinear`, in place, and return them.
 
-    Embeddings, experts, and layers whose B is more than a matrix (further parameters, a bias) are left as they are.
+    Layers of DoRA become `lowrank_dist.layers.dora.DoraLinear`, which is never folded. Embeddings, experts, and layers
+    whose B is more than a matrix (further parameters, a bias) are left as they are.
     """
     folding = Folding(fold)
     layers: list[Any] = [
@@ -166,8 +169,11 @@ def fuse_adapters(backbone: nn.Module, fold: FoldAdapters) -> list[AdaptedLinear
         and all(isinstance(b, nn.Linear) and b.bias is None for b in module.get_submodule("lora_B").children())
     ]
     for layer in layers:
-        layer.__class__, layer.folding = AdaptedLinear, folding
-    return layers
+        if is_dora(layer):
+            layer.__class__ = DoraLinear
+        else:
+            layer.__class__, layer.folding = AdaptedLinear, folding
+    return [layer for layer in layers if isinstance(layer, AdaptedLinear)]
 
 
 def _measure(layer: AdaptedLinear, x: Tensor) -> tuple[float, float]:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ADAPTER = "default"
+#: Suffix of the name of a magnitude of DoRA, whose files say less.
+MAGNITUDE = f".lora_magnitude_vector.{ADAPTER}.weight"
 
 # operations of transformers.core_model_loading that only stack: (type, dimension)
 _STACK = [("MergeModulelist", 0)]
@@ -40,6 +42,7 @@ PEFT_PREFIX = "base_model.model."
 
 def peft_name(name: str) -> str:
     """PEFT's name in adapter files for the parameter `name` of the backbone."""
+    name = name.removesuffix(".weight") if name.endswith(MAGNITUDE) else name
     name = name.replace(f".modules_to_save.{ADAPTER}", "").replace(f".{ADAPTER}.", ".")
     return PEFT_PREFIX + name.removesuffix(f".{ADAPTER}")
 

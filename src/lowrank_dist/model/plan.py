@@ -14,6 +14,7 @@ from peft import LoraConfig
 from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer, ParamWrapper
+from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
@@ -24,7 +25,7 @@ from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import RowPartition
 from lowrank_dist.errors import ModelError
 from lowrank_dist.model.names import ADAPTER as ADAPTER
-from lowrank_dist.model.names import CheckpointKeys
+from lowrank_dist.model.names import MAGNITUDE, CheckpointKeys
 from lowrank_dist.model.names import plain_name as plain_name
 from lowrank_dist.model.skeleton import build_skeleton, inject_adapter, train_also, untie_embeddings
 from lowrank_dist.model.stacking import stacked_shapes
@@ -54,6 +55,8 @@ class PlannedMatrix:
         Whether the layer looks rows up instead of multiplying by the matrix (embeddings).
     wrapped
         Whether PEFT adapts the parameter, not the module that holds it (``target_parameters``).
+    dora
+        Whether the adapter has a magnitude ``[out]`` (DoRA).
     expert, experts
         Index of the matrix in the stack, and number of matrices; None and 1 if the weight is a single matrix.
     """
@@ -68,6 +71,7 @@ class PlannedMatrix:
     parameter: str = "weight"
     lookup: bool = False
     wrapped: bool = False
+    dora: bool = False
     expert: int | None = None
     experts: int = 1
 
@@ -89,6 +93,11 @@ class PlannedMatrix:
         if self.lookup:
             return {f"lora_{x}": f"{self.layer}.lora_embedding_{x}.{ADAPTER}" for x in "AB"}
         return {f"lora_{x}": f"{self.layer}.lora_{x}.{ADAPTER}.weight" for x in "AB"}
+
+    @property
+    def magnitude(self) -> str | None:
+        """Name of the parameter that holds the magnitude in the backbone; None without DoRA."""
+        return f"{self.layer}{MAGNITUDE}" if self.dora else None
 
     @property
     def factor_shapes(self) -> dict[str, tuple[int, int]]:
@@ -323,6 +332,7 @@ class _PlanBuilder:
                     parameter=parameter,
                     lookup=lookup,
                     wrapped=wrapped,
+                    dora=bool(layer.lora_variant),
                     expert=expert,
                     experts=len(weight) if stacked else 1,
                 )
@@ -380,11 +390,17 @@ class _PlanBuilder:
                 self.plan.buffers.append(PlannedTensor(names=(name,), key=key))
 
 
+def is_dora(layer: LoraLayer) -> bool:
+    """Whether DoRA of a linear layer is the only variant of a layer of PEFT."""
+    variants = list(layer.lora_variant.values())
+    return bool(variants) and all(type(variant) is DoraLinearVariant for variant in variants)
+
+
 def _unsupported_layer(layer: BaseTunerLayer, base: nn.Module) -> str | None:
     """Reason why a PEFT layer cannot work on a sharded residual, to be appended to its name; or None."""
     drop, kind = "; drop it from target_modules", type(base).__name__
-    if getattr(layer, "lora_variant", None):
-        return f": the variant {type(layer.lora_variant[ADAPTER]).__name__} of LoRA reads the dense weight; turn it off"
+    if getattr(layer, "lora_variant", None) and not is_dora(layer):
+        return f": the variant {type(layer.lora_variant[ADAPTER]).__name__} of LoRA is not supported here; turn it off"
     if isinstance(layer, ParamWrapper):
         return _unsupported_parameter(layer, base)
     if isinstance(layer, LoraEmbedding) and isinstance(base, nn.Embedding):

@@ -23,7 +23,6 @@ from lowrank_dist.errors import ModelError
 from lowrank_dist.model.names import ADAPTER, plain_name
 
 _UNSUPPORTED_OPTIONS = {
-    "use_dora": "its magnitude vector reads the dense weight in every step",
     "lora_bias": "converted adapters cannot carry it",
     "layer_replication": "replicated layers would share one sharded residual",
     "ensure_weight_tying": "layers that share an adapter would share one sharded residual",

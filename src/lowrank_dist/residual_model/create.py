@@ -104,6 +104,11 @@ def _check_layout(plan: Plan, init: Method) -> None:
             f"{init}: the manifest of a residual model has no entry for {init.layout}; train without saving one (no "
             "init_cache)"
         )
+    if any(planned.dora for planned in plan.matrices):
+        raise ModelError(
+            "LoraConfig.use_dora=True: a residual model has no magnitudes; train without saving one (no init_cache), "
+            "or decompose with use_dora=False and train DoRA on the result"
+        )
     shared = {parameter.key for parameter in plan.parameters}
     keys = [planned.key for planned in plan.matrices]
     for planned in plan.matrices:

@@ -49,7 +49,9 @@ def exported(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def peft_files(model: nn.Module, names: Mapping[int, str], *, own: Collection[int], is_lora: bool) -> PeftFiles:
+def peft_files(
+    model: nn.Module, names: Mapping[nn.Parameter, str], *, own: Collection[nn.Parameter], is_lora: bool
+) -> PeftFiles:
     """The file names of the adapter of a model.
 
     Parameters
@@ -57,9 +59,9 @@ def peft_files(model: nn.Module, names: Mapping[int, str], *, own: Collection[in
     model
         PEFT's model.
     names
-        Names of its parameters in what is trained, by ``id``.
+        Names of its parameters in what is trained.
     own
-        ``id`` of the parameters of the model itself that are trained. PEFT does not save all of them; it loads them
+        The parameters of the model itself that are trained. PEFT does not save all of them; it loads them
         under the names that they have in its model.
     is_lora
         See `PeftFiles`.
@@ -67,11 +69,11 @@ def peft_files(model: nn.Module, names: Mapping[int, str], *, own: Collection[in
     found = exported(model)
     keys: dict[str, str] = {}
     for key, tensor in found.items():
-        if id(tensor) in names:
-            keys.setdefault(names[id(tensor)], key)
+        if isinstance(tensor, nn.Parameter) and tensor in names:
+            keys.setdefault(names[tensor], key)
     for name, parameter in model.named_parameters():
-        if id(parameter) in own:
-            keys.setdefault(names[id(parameter)], name)
+        if parameter in own:
+            keys.setdefault(names[parameter], name)
     stored = set(keys.values())
     # an object that PEFT saves under several keys is written once for each of them
     derived = tuple(key for key in found if key not in stored)

@@ -11,7 +11,6 @@ from lowrank_dist.tuners.adalora import schedule
 
 #: Options of a LoraConfig that PEFT's own layers compute.
 _LORA_OPTIONS = (
-    "use_dora",
     "lora_bias",
     "layer_replication",
     "trainable_token_indices",

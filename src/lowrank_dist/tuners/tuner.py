@@ -12,7 +12,7 @@ What a tuner trains, and which layers it adapts, is known before: it is first in
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -122,12 +122,12 @@ class Tuner:
         """
         backbone = copy.deepcopy(skeleton)
         try:
-            originals, buffers = _named(backbone), {id(buffer) for buffer in backbone.buffers()}
+            originals, buffers = _named(backbone), set(backbone.buffers())
             try:
                 model = self._on(backbone, low_cpu_mem_usage=True)
             except NotImplementedError:  # PEFT needs the places of values (SHiRA's mask)
                 backbone = _of_zeros(copy.deepcopy(skeleton))
-                originals, buffers = _named(backbone), {id(buffer) for buffer in backbone.buffers()}
+                originals, buffers = _named(backbone), set(backbone.buffers())
                 model = self._on(backbone, low_cpu_mem_usage=False)
         except (ValueError, TypeError, RuntimeError, AttributeError) as error:
             raise ModelError(
@@ -135,7 +135,7 @@ class Tuner:
                 f"{named_linears(skeleton)}"
             ) from error
         modules, inside = dict(backbone.named_modules()), _named(backbone)
-        trained = {inside.get(id(p), name): tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+        trained = {inside.get(p, name): tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
         return TunerPlan(
             adapted=tuple(
                 plain_name(name)
@@ -146,8 +146,8 @@ class Tuner:
                 plain_name(name) for name, module in modules.items() if isinstance(module, AuxiliaryTrainingWrapper)
             ),
             trained=trained,
-            in_place=tuple(originals[id(p)] for p in backbone.parameters() if p.requires_grad and id(p) in originals),
-            buffers=sum(buffer.nbytes for buffer in model.buffers() if id(buffer) not in buffers),
+            in_place=tuple(originals[p] for p in backbone.parameters() if p.requires_grad and p in originals),
+            buffers=sum(buffer.nbytes for buffer in model.buffers() if buffer not in buffers),
             scored=tuple(filter(is_factor, trained)) if isinstance(self.config, AdaLoraConfig) else (),
             of_plain_layers=wants_plain_layers(self.config),
         )
@@ -183,34 +183,31 @@ class Tuner:
         seed
             Seed of PEFT's random numbers, the same on every rank.
         """
-        before = _named(backbone)
-        buffers = {id(buffer) for buffer in backbone.buffers()}
-        keys = {id(backbone.get_parameter(planned.names[0])): planned.key for planned in base.parameters}
+        before, buffers = _named(backbone), set(backbone.buffers())
+        keys = {backbone.get_parameter(planned.names[0]): planned.key for planned in base.parameters}
+        originals = {name: parameter for parameter, name in before.items()}
         with _random_numbers(seed), gathered(_looked_at(backbone, self.config)):
             model = get_peft_model(backbone, copy.deepcopy(self.config), autocast_adapter_dtype=False)
         train_also(backbone, self.also)
         freeze_divisors(model)
         copies = dict(_copies(backbone))
-        made, loaded = [], []
-        names: dict[int, list[str]] = {}
+        names: dict[nn.Parameter, list[str]] = {}
         for name, parameter in backbone.named_parameters(remove_duplicate=False):
-            names.setdefault(id(parameter), []).append(name)
-        originals = {name: parameter_id for parameter_id, name in before.items()}
+            names.setdefault(parameter, []).append(name)
+        made, loaded = [], []
         for parameter in model.parameters():
             source = None
-            if id(parameter) in before:
-                source = id(parameter) if parameter.requires_grad else None
-            elif id(parameter) in copies:
-                source = copies[id(parameter)]
+            if parameter in before:
+                source = parameter if parameter.requires_grad else None
+            elif parameter in copies:
+                source = copies[parameter]
             elif parameter.numel() == 0 and not is_partitioned(parameter):
-                source = originals[_original(names[id(parameter)][0], originals)]
+                source = originals[_original(names[parameter][0], originals)]
             elif not is_partitioned(parameter):
                 made.append(parameter)
             if source is not None:
                 loaded.append(
-                    PlannedTensor(
-                        names=tuple(names[id(parameter)]), key=keys[source], trainable=parameter.requires_grad
-                    )
+                    PlannedTensor(names=tuple(names[parameter]), key=keys[source], trainable=parameter.requires_grad)
                 )
         return Injected(
             model=model,
@@ -221,14 +218,14 @@ class Tuner:
                 (module, name)
                 for module in model.modules()
                 for name, buffer in module.named_buffers(recurse=False)
-                if id(buffer) not in buffers
+                if buffer not in buffers
             ),
         )
 
 
-def _named(module: nn.Module) -> dict[int, str]:
-    """Names of parameters by their ``id``."""
-    return {id(parameter): name for name, parameter in module.named_parameters()}
+def _named(module: nn.Module) -> dict[nn.Parameter, str]:
+    """Names of parameters by the parameters themselves, which stay alive: others could otherwise take their ``id``."""
+    return {parameter: name for name, parameter in module.named_parameters()}
 
 
 def _of_zeros(backbone: PreTrainedModel) -> PreTrainedModel:
@@ -258,16 +255,16 @@ def _looked_at(backbone: PreTrainedModel, config: PeftConfig) -> list[Tensor]:
     return [weight for weight in weights.values() if is_partitioned(weight)]
 
 
-def _copies(backbone: nn.Module) -> Iterator[tuple[int, int]]:
-    """``id`` of every parameter of a module that PEFT has copied to train it, and of the original parameter."""
+def _copies(backbone: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+    """Every parameter of a module that PEFT has copied to train it, and the original parameter."""
     for wrapper in backbone.modules():
         copied = getattr(wrapper, "modules_to_save", None)
         if isinstance(wrapper, AuxiliaryTrainingWrapper) and isinstance(copied, nn.ModuleDict) and ADAPTER in copied:
             for name, parameter in copied[ADAPTER].named_parameters():
-                yield id(parameter), id(wrapper.original_module.get_parameter(name))
+                yield parameter, wrapper.original_module.get_parameter(name)
 
 
-def _original(name: str, originals: Mapping[str, int]) -> str:
+def _original(name: str, originals: Collection[str]) -> str:
     """The parameter that PEFT has copied to `name`: the longest name of which every part occurs in it, in order."""
     parts = name.split(".")
 

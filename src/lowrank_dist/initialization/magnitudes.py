@@ -1,0 +1,30 @@
+"""Magnitudes of DoRA at the start: the norms of the rows of the weight that the model computes with."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from lowrank_dist.distributed.partition import FlatPartition
+from lowrank_dist.layers.dora import row_norms
+from lowrank_dist.model.names import ADAPTER
+from lowrank_dist.model.plan import Plan
+from lowrank_dist.zero3.partition import Partitioner, gathered
+
+
+def start_magnitudes(backbone: PreTrainedModel, plan: Plan, partitioner: Partitioner, dtype: torch.dtype) -> None:
+    """Make the magnitudes ``||W_res + s B A||_row`` of all layers with DoRA, ``[out]`` in `dtype`, sharded. Collective.
+
+    The residual is taken as it is decoded, as PEFT does. Layers are gathered one by one, as in training.
+    """
+    for planned in plan.matrices:
+        if planned.magnitude is None:
+            continue
+        layer = backbone.get_submodule(planned.layer)
+        base = layer.get_submodule("base_layer")
+        a, b = (backbone.get_parameter(planned.factor_names[f"lora_{x}"]) for x in "AB")
+        with gathered([*base.stored(), a, b]), torch.no_grad():
+            norms = row_norms(base.dense(torch.float32), a.float(), b.float(), planned.scaling)
+        start, stop = FlatPartition(numel=len(norms), world_size=partitioner.group.size).bounds(partitioner.group.rank)
+        parameter = partitioner.parameter(norms.shape, dtype, norms[start:stop].to(dtype), requires_grad=True)
+        layer.get_submodule(f"lora_magnitude_vector.{ADAPTER}").register_parameter("weight", parameter)
