@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 
 from helpers.adalora import TOTAL, Kept, config, train_sharded, train_stock
@@ -52,6 +52,8 @@ def check_adapter(pretrained: Path, directory: Path, stock: PeftModel, quantizat
     assert patterns[0] == patterns[1]
     assert {sum(keeps) for keeps in patterns[0].values()} != {3}, "no rank has moved from a layer to another"
     loaded = PeftModel.from_pretrained(decoded(pretrained, quantization, "adalora"), directory)
+    base = logits(decoded(pretrained, quantization, "adalora"), "adalora")
+    assert (logits(stock, "adalora") - base).abs().max() > 0.01, "the adapter does nothing"
     torch.testing.assert_close(logits(loaded, "adalora"), logits(stock, "adalora"), rtol=0, atol=1e-5)
 
 
@@ -66,6 +68,10 @@ def test_losses_budgets_and_adapter_are_those_of_stock_peft(
     assert kept == budgets
     assert sums(kept) == [0, 0, 27, 21, 19, 18, 18, 18]
     check_adapter(llama, saved[TOTAL] / "adapter", stock, quantization, tmp_path / "stock")
+    lora = PeftModel.from_pretrained(decoded(llama, quantization, "adalora"), saved[TOTAL] / "lora")
+    assert type(lora.peft_config["default"]) is LoraConfig
+    assert lora.peft_config["default"].r == max(sum(keeps) for keeps in kept[-1].values())
+    torch.testing.assert_close(logits(lora, "adalora"), logits(stock, "adalora"), rtol=0, atol=1e-5)
 
 
 def test_accumulation_clipping_and_interval(llama: Path) -> None:

@@ -17,6 +17,7 @@ from lowrank_dist.model.names import peft_name
 from lowrank_dist.storage.layout import ADAPTER_DIR, ENCODED_DIR, INITIAL_DIR, LORA_DIR
 from lowrank_dist.storage.reader import FileTensor
 from lowrank_dist.storage.writer import TensorFiles
+from lowrank_dist.tuners.adalora.files import AdaLoraFiles
 from lowrank_dist.zero3.optimizer import MASTER
 
 
@@ -66,6 +67,8 @@ class Contents:
             parts[INITIAL_DIR] = start
         if self.adapter.is_lora:
             parts[LORA_DIR] = adapter if self.starts_at_zero else to_lora(adapter, start, self.experts)
+        if isinstance(self.adapter, AdaLoraFiles):
+            parts[LORA_DIR] = self.adapter.lora(values)
         if self.encoded:
             parts[ENCODED_DIR] = {peft_name(name): tensor for name, tensor in encoded.items()}
         parts[OPTIMIZER] = {name: tensor for name, tensor in values.items() if self.adapter.stored_as(name) is None}

@@ -43,7 +43,9 @@ from lowrank_dist.storage.atomic import check_free, empty, exclusive, flush_dire
 from lowrank_dist.storage.layout import ADAPTER_DIR, INITIAL_DIR, LORA_DIR, MANIFEST
 from lowrank_dist.storage.reader import FileTensor
 from lowrank_dist.storage.writer import TensorFiles, write_json
+from lowrank_dist.tuners.adalora import files as adalora
 from lowrank_dist.tuners.adalora.allocation import RankAllocation
+from lowrank_dist.tuners.adalora.files import AdaLoraFiles
 from lowrank_dist.zero3.optimizer import MASTER, ShardedOptimizer
 from lowrank_dist.zero3.partition import local_shard, whole_shape
 
@@ -367,7 +369,7 @@ class CheckpointWriter:
         if INITIAL_DIR in contents:
             taken.config.save_pretrained(str(staging / INITIAL_DIR))
         if LORA_DIR in contents:
-            self._lora_config().save_pretrained(str(staging / LORA_DIR))
+            self._lora_config(taken).save_pretrained(str(staging / LORA_DIR))
         hashes: dict[str, dict[str, str]] = {}
         for one in everyone:
             for part, found in one.items():
@@ -391,7 +393,10 @@ class CheckpointWriter:
         write_json(staging / MANIFEST, sealed(facts))
         flush_directory(staging)
 
-    def _lora_config(self) -> PeftConfig:
+    def _lora_config(self, taken: Snapshot) -> PeftConfig:
+        adapter = taken.contents.adapter
+        if isinstance(adapter, AdaLoraFiles):
+            return adalora.lora_config(taken.config, adapter.lora_rank or taken.config.init_r)
         if self._starts_at_zero:
             return self._config
         assert isinstance(self._config, LoraConfig)
@@ -428,7 +433,7 @@ def _name_and_kind(key: str) -> tuple[str, str]:
 
 def _unit(name: str) -> str:
     """Name of the layer of a factor, whose tensors are written together; other parameters stand for themselves."""
-    for mark in (".lora_A", ".lora_B", ".lora_embedding_A", ".lora_embedding_B"):
+    for mark in (".lora_A", ".lora_B", ".lora_E", ".lora_embedding_A", ".lora_embedding_B"):
         if mark in name:
             return name.partition(mark)[0]
     return name

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import FlatPartition
 from lowrank_dist.errors import CheckpointError
-from lowrank_dist.tuners.adalora.files import TRIPLETS, AdaLoraFiles, is_factor, layer_and_factor
+from lowrank_dist.tuners.adalora.files import TRIPLETS, AdaLoraFiles, is_factor, layer_and_factor, scaling_of
 from lowrank_dist.tuners.adalora.schedule import BudgetSchedule
 from lowrank_dist.tuners.files import PeftFiles
 from lowrank_dist.zero3.gradients import copied_gradients
@@ -160,7 +160,7 @@ class RankAllocation:
     @property
     def files(self) -> AdaLoraFiles:
         """What the adapter file holds now. Waits for the device."""
-        return AdaLoraFiles(whole=self._whole, kept=self.kept)
+        return AdaLoraFiles(whole=self._whole, kept=self.kept, scaling=scaling_of(self._config))
 
     def with_ranks(self, config: PeftConfig) -> PeftConfig:
         """A copy of PEFT's configuration with the ``rank_pattern`` of now. Waits for the device."""
