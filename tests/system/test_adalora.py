@@ -194,5 +194,5 @@ def test_schedules_that_do_not_fit_are_refused(llama: Path, options: dict[str, A
 
 
 def test_it_starts_from_zero_only(llama: Path) -> None:
-    with pytest.raises(ValueError, match="leave init out"):
+    with pytest.raises(ValueError, match="an AdaLoraConfig, which starts from zero"):
         make_strategy(llama, adapter=config(), init=PiSSA())

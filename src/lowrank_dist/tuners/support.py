@@ -67,6 +67,11 @@ def is_for_peft(config: PeftConfig, init: Method | None) -> bool:
         If `config` and `init` contradict each other, or if a LoraConfig leaves open which of them is meant.
     """
     if not isinstance(config, LoraConfig) or isinstance(config, AdaLoraConfig):
+        if init is not None and isinstance(config, AdaLoraConfig):
+            raise InputError(
+                f"init={init} makes factors from the weights, but adapter is an AdaLoraConfig, which starts from zero: "
+                "a pruned triplet is set to 0, which would cut the weight; leave init out, or pass a LoraConfig"
+            )
         if init is not None:
             raise InputError(
                 f"init={init} makes the factors of a LoraConfig from the weights, but adapter is a "
