@@ -99,9 +99,12 @@ def test_resumes_on_other_ranks(llama: Path, tmp_path: Path, first: int, then: i
     assert by_layer == {layer: sum(keeps) for layer, keeps in kept[-1].items()}
 
 
-def test_the_report_has_the_ranks_by_type(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("quantization", [None, NF4()], ids=["dense", "nf4"])
+def test_the_report_has_the_ranks_by_type(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], quantization: NF4 | None
+) -> None:
     end, figures, picture = tmp_path / "end", tmp_path / "report.json", tmp_path / "report.png"
-    _, kept = train(1, llama, {}, quantization=NF4(), saves={TOTAL: end})
+    _, kept = train(1, llama, {}, quantization=quantization, saves={TOTAL: end})
     assert report.run([str(end), "--json", str(figures), "--picture", str(picture)]) == 0
     by_layer = {layer: sum(keeps) for layer, keeps in kept[-1].items()}
     assert json.loads(figures.read_text())["rank_by_layer"] == by_layer

@@ -19,9 +19,10 @@ def run(argv: Sequence[str]) -> int:
     """Run ``lowrank-dist report``; `argv` excludes the command's name. Returns the exit status."""
     options = parser().parse_args(argv)
     matrices, rank_by_layer = read_report(Path(options.directory))
-    print(as_table(matrices))
+    tables = [as_table(matrices)] if matrices else []
     if rank_by_layer:
-        print(f"\nRanks that the adapter keeps:\n{ranks_as_table(rank_by_layer)}")
+        tables.append(f"Ranks that the adapter keeps:\n{ranks_as_table(rank_by_layer)}")
+    print("\n\n".join(tables))
     if options.json is not None:
         figures: dict[str, Any] = {"matrices": [matrix.as_dict() for matrix in matrices]}
         write_json(Path(options.json), figures | ({"rank_by_layer": rank_by_layer} if rank_by_layer else {}))
@@ -58,9 +59,10 @@ def read_report(path: Path) -> tuple[list[MatrixReport], dict[str, int]]:
         entries: list[dict[str, Any]] = manifest["matrices"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file}: not a report: {error!r}") from error
-    if not entries:
+    rank_by_layer: dict[str, int] = manifest.get("rank_by_layer", {})
+    if not entries and not rank_by_layer:
         raise CheckpointError(f"{file}: the report has no matrices")
-    return [MatrixReport.from_dict(entry) for entry in entries], manifest.get("rank_by_layer", {})
+    return [MatrixReport.from_dict(entry) for entry in entries], rank_by_layer
 
 
 def draw(matrices: list[MatrixReport], path: Path, rank_by_layer: Mapping[str, int] | None = None) -> Path:
@@ -75,28 +77,28 @@ def draw(matrices: list[MatrixReport], path: Path, rank_by_layer: Mapping[str, i
         raise InputError(f"--picture needs matplotlib ({error}); install it, or lowrank-dist[demo]") from error
 
     # the object interface: no pyplot, no global state, no display
-    types = list(dict.fromkeys(layer_type(matrix.name) for matrix in matrices))
-    layers = sorted({_layer(matrix.name) for matrix in matrices})
+    names = list(dict.fromkeys([*(matrix.name for matrix in matrices), *(rank_by_layer or {})]))
+    types = list(dict.fromkeys(map(layer_type, names)))
+    layers = sorted(set(map(_layer, names)))
     maps: dict[str, Callable[[MatrixReport], float | None]] = {
         "error / norm": lambda m: m.relative_error,
         "error reduction, Frobenius": lambda m: m.error_reduction if m.quantization_error else None,
         "error reduction, nuclear": lambda m: m.nuclear_reduction,
         "energy in the factors": lambda m: m.captured_energy,
         "sigma_1 / sigma_r": lambda m: m.sigma_1 / m.sigma_r if m.sigma_1 and m.sigma_r else None,
-        "rank that is kept": lambda m: (rank_by_layer or {}).get(m.name),
     }
-    shown = {title: value for title, value in maps.items() if any(value(m) is not None for m in matrices)}
+    figures = {title: {matrix.name: value(matrix) for matrix in matrices} for title, value in maps.items()}
+    figures["rank that is kept"] = dict(rank_by_layer or {})
+    shown = {title: found for title, found in figures.items() if any(value is not None for value in found.values())}
     spectra = [matrix for matrix in matrices if matrix.singular_values]
     panels = len(shown) + bool(spectra)
     figure = Figure(figsize=(1.2 + 3.4 * panels, 1.5 + max(2.5, 0.16 * len(layers))), layout="constrained")
     axes = FigureCanvasAgg(figure).figure.subplots(1, max(panels, 1), squeeze=False)[0]
-    for ax, (title, value) in zip(axes, shown.items(), strict=False):
+    for ax, (title, found) in zip(axes, shown.items(), strict=False):
         grid = [[float("nan")] * len(types) for _ in layers]
-        for matrix in matrices:
-            found = value(matrix)
-            grid[layers.index(_layer(matrix.name))][types.index(layer_type(matrix.name))] = (
-                float("nan") if found is None else found
-            )
+        for name, value in found.items():
+            if value is not None:
+                grid[layers.index(_layer(name))][types.index(layer_type(name))] = value
         image = ax.imshow(grid, aspect="auto", interpolation="nearest", cmap="viridis")
         ax.set_title(title, fontsize=9)
         ax.set_xticks(range(len(types)), types, rotation=60, ha="right", fontsize=7)
