@@ -64,12 +64,14 @@ def train_sharded(
     saves: dict[int, Path] | None = None,
     resume: tuple[int, Path] | None = None,
     precision: str = "32-true",
+    strategy_options: dict[str, Any] | None = None,
     **trainer_options: Any,
 ) -> tuple[list[float], list[Kept]]:
     """Losses of all batches, and the triplets that are kept after every step, on the ranks of the test."""
     warnings.filterwarnings("ignore", module="peft")
     torch.manual_seed(SEED)
-    strategy = make_strategy(pretrained, adapter=config(**options), init=None, quantization=quantization)
+    more = {"quantization": quantization, **(strategy_options or {})}
+    strategy = make_strategy(pretrained, adapter=config(**options), init=None, **more)
     module = Allocated(pretrained, saves or {})
     trainer = make_trainer(strategy, steps=TOTAL, precision=precision, **trainer_options)
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()

@@ -16,7 +16,7 @@ from helpers.adalora import TOTAL, Kept, config, train_sharded, train_stock
 from helpers.ranks import run_ranks, run_ranks_catching
 from helpers.training import make_strategy
 from helpers.tuners import decoded, logits
-from lowrank_dist import NF4, PiSSA
+from lowrank_dist import NF4, PiSSA, inspect
 from lowrank_dist.cli import report
 from lowrank_dist.cli.plan.model import with_adapters
 from lowrank_dist.forecast import RunSpec, forecast
@@ -119,6 +119,8 @@ def test_the_report_has_the_ranks_by_type(
         str(max(of_type)),
     ]
     assert picture.stat().st_size > 10_000
+    facts = inspect(end).facts
+    assert (facts["rank"], facts["rank pattern"], facts["scaling"]) == (6, by_layer, pytest.approx(400 / 6))
 
 
 def held(pretrained: Path, save: Path) -> int:

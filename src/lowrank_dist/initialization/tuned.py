@@ -83,7 +83,8 @@ def put_on(opened: OpenedModel, partitioner: Partitioner, loading: Loading, *, s
         files = peft_files(injected.model, names, own=own, is_lora=is_lora)
     allocation = None
     if isinstance(config, AdaLoraConfig):
-        OrthogonalityPenalty(config.orth_reg_weight).add_to(backbone)
+        if config.orth_reg_weight:
+            OrthogonalityPenalty(config.orth_reg_weight).add_to(backbone)
         allocation = RankAllocation(config, dict(backbone.named_parameters()), files, partitioner.group)
 
     def derived() -> dict[str, Tensor]:
