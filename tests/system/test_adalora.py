@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 
 from helpers.adalora import TOTAL, Kept, config, train_sharded, train_stock
+from helpers.models import save_checkpoint
 from helpers.ranks import run_ranks, run_ranks_catching
 from helpers.training import make_strategy
 from helpers.tuners import decoded, logits
@@ -83,6 +84,28 @@ def test_accumulation_clipping_and_interval(llama: Path) -> None:
     torch.testing.assert_close(steps, torch.tensor(expected), rtol=1e-6, atol=0)
     assert kept == budgets
     assert sums(kept) == [0, 0, 0, 21, 21, 21, 18, 18]
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("llama"), "llama", tie_word_embeddings=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "strategy"),
+    [
+        ({"target_modules": ["q_proj", "lm_head"]}, {}),
+        ({"modules_to_save": ["lm_head"], "lora_alpha": -1}, {"use_reentrant": True}),
+        ({}, {"shard_within": "rank"}),
+        ({"orth_reg_weight": 0.0}, {"gradient_checkpointing": False, "offload_optimizer": True}),
+    ],
+    ids=["adapted head", "trained head", "whole base", "offloaded"],
+)
+def test_other_ways_to_hold_what_is_trained(untied: Path, options: dict[str, Any], strategy: dict[str, Any]) -> None:
+    losses, kept = train(2, untied, options, strategy_options=strategy)
+    expected, budgets, _ = train_stock(untied, options)
+    assert losses == pytest.approx(expected, rel=1e-6)
+    assert kept == budgets
 
 
 @pytest.mark.parametrize(("first", "then", "at"), [(2, 1, 3), (1, 2, 7)], ids=["falling", "fixed"])
