@@ -138,8 +138,9 @@ class RankAllocation:
                 continue
             first, (start, stop) = self._layers[layer] * rank, self._bounds(name)
             for shard in (masters[parameter], local_shard(parameter)):
-                gone = on.setdefault(shard.device, pruned.to(shard.device))
-                shard[: stop - start].masked_fill_(gone[first + start : first + stop], 0)
+                if shard.device not in on:  # the optimizer, or everything, is offloaded
+                    on[shard.device] = pruned.to(shard.device)
+                shard[: stop - start].masked_fill_(on[shard.device][first + start : first + stop], 0)
 
     # -- what is saved ------------------------------------------------------------------------------------------
 
