@@ -12,6 +12,7 @@ from lowrank_dist.forecast.job import ModelShapes, RunSpec, parameters
 from lowrank_dist.methods import LoftQ
 from lowrank_dist.methods.principal import AlternatingMethod
 from lowrank_dist.model.names import peft_name
+from lowrank_dist.storage.reader import FileTensor
 from lowrank_dist.tuners.adalora.allocation import STATES
 from lowrank_dist.tuners.adalora.files import AdaLoraFiles
 from lowrank_dist.tuners.files import PeftFiles
@@ -65,6 +66,10 @@ def _contents(shapes: ModelShapes, job: RunSpec) -> Contents:
             trained=trained,
             initial=(),
             adapter=AdaLoraFiles(whole=PeftFiles(keys=keys)) if shapes.tuner.scored else PeftFiles(keys=keys),
+            derived={
+                key: FileTensor(shape=shape, dtype=job.factor_dtype if dtype.is_floating_point else dtype)
+                for key, (shape, dtype) in shapes.tuner.saved.items()
+            },
             starts_at_zero=True,
         )
     return Contents(

@@ -285,7 +285,9 @@ def parameters(shapes: ModelShapes, job: RunSpec) -> Iterator[Parameter]:
         for name, shape in shapes.tuner.trained.items():
             shard = FlatPartition(numel=math.prod(shape), world_size=trained_ranks).shard_numel
             yield Parameter(kind="trained", name=name, shard_numel=shard, ranks=trained_ranks, dtype=job.factor_dtype)
-        yield Parameter(kind="buffers", name="", shard_numel=shapes.tuner.buffers // 4, ranks=1, dtype=job.factor_dtype)
+        for shape, dtype in shapes.tuner.buffers:
+            kept = job.factor_dtype if dtype.is_floating_point else dtype
+            yield Parameter(kind="buffers", name="", shard_numel=math.prod(shape), ranks=1, dtype=kept)
 
 
 def _of_residual(planned: PlannedMatrix, job: RunSpec, ranks: int) -> Iterator[Parameter]:

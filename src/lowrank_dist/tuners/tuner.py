@@ -30,6 +30,7 @@ from lowrank_dist.model.plan import Plan, PlannedTensor
 from lowrank_dist.model.skeleton import named_linears, train_also
 from lowrank_dist.tuners.adalora.files import is_factor
 from lowrank_dist.tuners.adalora.layers import freeze_divisors
+from lowrank_dist.tuners.files import exported
 from lowrank_dist.tuners.support import name_of, remark, wants_plain_layers
 from lowrank_dist.zero3.partition import gathered, is_partitioned
 
@@ -49,7 +50,10 @@ class TunerPlan:
     in_place
         Names of parameters of the model that it trains themselves, not copies of them (biases).
     buffers
-        Bytes of the buffers that it makes, which every rank holds, with numbers in fp32.
+        Shapes and dtypes of the buffers that it makes, which every rank holds.
+    saved
+        Shapes and dtypes of what its files hold beside parameters. Virtual tokens that PEFT computes from an encoder
+        are left out: their values would be needed.
     scored
         Names of the trained parameters whose elements have a smoothed importance (AdaLoRA).
     of_plain_layers
@@ -60,7 +64,8 @@ class TunerPlan:
     whole: tuple[str, ...]
     trained: Mapping[str, tuple[int, ...]]
     in_place: tuple[str, ...]
-    buffers: int
+    buffers: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+    saved: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
     scored: tuple[str, ...] = ()
     of_plain_layers: bool = False
 
@@ -147,7 +152,8 @@ class Tuner:
             ),
             trained=trained,
             in_place=tuple(originals[p] for p in backbone.parameters() if p.requires_grad and p in originals),
-            buffers=sum(buffer.nbytes for buffer in model.buffers() if buffer not in buffers),
+            buffers=tuple((tuple(b.shape), b.dtype) for b in model.buffers() if b not in buffers),
+            saved=_saved_beside(model),
             scored=tuple(filter(is_factor, trained)) if isinstance(self.config, AdaLoraConfig) else (),
             of_plain_layers=wants_plain_layers(self.config),
         )
@@ -226,6 +232,15 @@ class Tuner:
 def _named(module: nn.Module) -> dict[nn.Parameter, str]:
     """Names of parameters by the parameters themselves, which stay alive: others could otherwise take their ``id``."""
     return {parameter: name for name, parameter in module.named_parameters()}
+
+
+def _saved_beside(model: PeftModel) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    parameters = set(model.parameters())
+    try:
+        found = exported(model)
+    except NotImplementedError:  # PEFT copies what an encoder computes to the CPU
+        return {}
+    return {key: (tuple(t.shape), t.dtype) for key, t in found.items() if t not in parameters}
 
 
 def _of_zeros(backbone: PreTrainedModel) -> PreTrainedModel:

@@ -53,7 +53,7 @@ def units_of(backbone: nn.Module) -> list[Unit]:
             continue
         owner = parents.get(module, module)
         for child in module.children():
-            if owner is not module or _computes_its_children(module) or not _has_forward(child):
+            if _computes_its_children(owner) or not _has_forward(child):
                 parents.setdefault(child, owner)
         if module._parameters or "used_parameters" in module.__dict__:
             owners.setdefault(owner, []).append(module)
