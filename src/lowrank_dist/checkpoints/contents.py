@@ -17,6 +17,7 @@ from lowrank_dist.model.names import peft_name
 from lowrank_dist.storage.layout import ADAPTER_DIR, ENCODED_DIR, INITIAL_DIR, LORA_DIR
 from lowrank_dist.storage.reader import FileTensor
 from lowrank_dist.storage.writer import TensorFiles
+from lowrank_dist.tuners.adalora.files import AdaLoraFiles
 from lowrank_dist.zero3.optimizer import MASTER
 
 
@@ -66,13 +67,18 @@ class Contents:
             parts[INITIAL_DIR] = start
         if self.adapter.is_lora:
             parts[LORA_DIR] = adapter if self.starts_at_zero else to_lora(adapter, start, self.experts)
+        if isinstance(self.adapter, AdaLoraFiles):
+            parts[LORA_DIR] = self.adapter.lora(values)
         if self.encoded:
             parts[ENCODED_DIR] = {peft_name(name): tensor for name, tensor in encoded.items()}
         parts[OPTIMIZER] = {name: tensor for name, tensor in values.items() if self.adapter.stored_as(name) is None}
         return parts
 
     def files(
-        self, states: Sequence[str] | None = None, optimized: Sequence[str] | None = None
+        self,
+        states: Sequence[str] | None = None,
+        optimized: Sequence[str] | None = None,
+        further: Sequence[tuple[str, str]] = (),
     ) -> dict[str, dict[str, FileTensor]]:
         """Names, shapes and dtypes by part.
 
@@ -82,6 +88,8 @@ class Contents:
             Names of the optimizer's states of a parameter. None: no optimizer state is written.
         optimized
             Names of the parameters in the optimizer. None: all trained parameters.
+        further
+            Names of parameters and of states that the optimizer does not keep, such as those of AdaLoRA.
         """
         meta = {
             name: torch.empty(tuple(shape), dtype=self.dtypes[name], device="meta")
@@ -96,6 +104,7 @@ class Contents:
             for name in self.trained if optimized is None else optimized:
                 kinds = [*states, *([] if self.dtypes[name] == torch.float32 else [MASTER])]
                 tensors[OPTIMIZER] |= {f"{name}.{kind}": meta[name].float() for kind in kinds}
+            tensors[OPTIMIZER] |= {f"{name}.{kind}": meta[name].float() for name, kind in further}
         files = {
             part: {name: FileTensor(shape=tuple(t.shape), dtype=t.dtype) for name, t in of_part.items()}
             for part, of_part in tensors.items()

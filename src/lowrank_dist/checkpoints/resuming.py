@@ -17,6 +17,7 @@ from lowrank_dist.errors import CheckpointError
 from lowrank_dist.model.adapter_files import AdapterFiles
 from lowrank_dist.storage.layout import ADAPTER_DIR
 from lowrank_dist.storage.reader import CheckpointReader
+from lowrank_dist.tuners.adalora.allocation import STATES, RankAllocation
 from lowrank_dist.zero3.optimizer import MASTER, ShardedOptimizer
 from lowrank_dist.zero3.partition import local_shard, whole_shape
 
@@ -71,7 +72,7 @@ def load_optimizer(
         On every rank, if the groups are others, or the optimizer keeps another state.
     """
     names = {id(parameter): name for name, parameter in trained.items()}
-    kinds = {key.rpartition(".")[2] for key in checkpoint.part(OPTIMIZER) if key not in trained}
+    kinds = {key.rpartition(".")[2] for key in checkpoint.part(OPTIMIZER) if key not in trained} - set(STATES)
 
     def shards(parameter: Tensor) -> dict[str, Tensor]:
         name, found = names[id(parameter)], {}
@@ -84,6 +85,30 @@ def load_optimizer(
     with group.shared_errors():
         optimizer.settings = settings
         optimizer.load(shards, steps, scalars)
+
+
+def load_allocation(
+    checkpoint: TrainingCheckpoint,
+    trained: Mapping[str, Tensor],
+    allocation: RankAllocation,
+    engine: Any,
+    group: ShardGroup,
+    *,
+    state: Mapping[str, Any],
+) -> None:
+    """Continue an allocation of ranks. Collective.
+
+    Raises
+    ------
+    CheckpointError
+        On every rank, if a tensor is missing or has another shape, or if the schedule is another.
+    """
+
+    def shard(name: str, kind: str) -> Tensor:
+        return _own_range(checkpoint, OPTIMIZER, f"{name}.{kind}", whole_shape(trained[name]), group)
+
+    with group.shared_errors():
+        allocation.load(state, shard, engine)
 
 
 def _own_range(checkpoint: TrainingCheckpoint, part: str, key: str, shape: torch.Size, group: ShardGroup) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,12 @@ log = logging.getLogger(__name__)
 
 
 def encode_training_state(
-    checkpoint: dict[str, Any], optimizer: ShardedOptimizer, engine: Any, group: ShardGroup
+    checkpoint: dict[str, Any],
+    optimizer: ShardedOptimizer,
+    engine: Any,
+    group: ShardGroup,
+    *,
+    allocation: Mapping[str, Any] | None = None,
 ) -> tuple[Any, dict[str, Tensor]]:
     """JSON value and tensors of a training run's state.
 
@@ -39,6 +45,8 @@ def encode_training_state(
         DeepSpeed's optimizer and engine.
     group
         All ranks.
+    allocation
+        State of an allocation of ranks (`lowrank_dist.tuners.adalora.allocation.RankAllocation`).
 
     Raises
     ------
@@ -57,6 +65,8 @@ def encode_training_state(
         "engine": {name: getattr(engine, name) for name in ("global_steps", "global_samples", "skipped_steps")},
         "rng": group.gather_objects(rng_state()),
     }
+    if allocation is not None:
+        own["allocation"] = dict(allocation)
     with group.shared_errors():
         described = {key: checkpoint[key] for key in _HYPER_PARAMETERS if key in checkpoint}
         shown, shown_tensors = encode_state(described, lossy=True)

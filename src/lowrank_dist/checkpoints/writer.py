@@ -14,7 +14,7 @@ import shutil
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,9 @@ from lowrank_dist.storage.atomic import check_free, empty, exclusive, flush_dire
 from lowrank_dist.storage.layout import ADAPTER_DIR, INITIAL_DIR, LORA_DIR, MANIFEST
 from lowrank_dist.storage.reader import FileTensor
 from lowrank_dist.storage.writer import TensorFiles, write_json
+from lowrank_dist.tuners.adalora import files as adalora
+from lowrank_dist.tuners.adalora.allocation import RankAllocation
+from lowrank_dist.tuners.adalora.files import AdaLoraFiles
 from lowrank_dist.zero3.optimizer import MASTER, ShardedOptimizer
 from lowrank_dist.zero3.partition import local_shard, whole_shape
 
@@ -53,6 +56,8 @@ class Snapshot:
 
     Attributes
     ----------
+    contents, config
+        What the checkpoint holds, and PEFT's configuration of the adapter, at this step.
     parcels
         Copies of this rank's shards, on the CPU: all states in the optimizer, and trained parameters that are not in
         the optimizer.
@@ -66,14 +71,19 @@ class Snapshot:
         Entries for the manifest: step, epoch, ...
     derived
         On rank 0, the tensors of the adapter file that are not parameters, on the CPU.
+    further
+        Names of parameters and of states that are not the optimizer's.
     """
 
+    contents: Contents
+    config: PeftConfig
     parcels: deque[Parcel]
     states: tuple[str, ...] = ()
     optimized: tuple[str, ...] = ()
     state: tuple[Any, dict[str, Tensor]] | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     derived: dict[str, Tensor] = field(default_factory=dict)
+    further: tuple[tuple[str, str], ...] = ()
 
 
 class CheckpointWriter:
@@ -100,6 +110,8 @@ class CheckpointWriter:
         What adapter files hold of the model. Default: what the layout of `materialized` says.
     derived
         Computes the tensors of the adapter file that are not parameters; called with every snapshot. Collective.
+    allocation
+        What changes the ranks of the adapter while it is trained; its state is part of every snapshot.
 
     Attributes
     ----------
@@ -123,6 +135,7 @@ class CheckpointWriter:
         facts: Mapping[str, Any],
         files: AdapterFiles | None = None,
         derived: Callable[[], dict[str, Tensor]] = dict,
+        allocation: RankAllocation | None = None,
     ) -> None:
         parameters = dict(model.named_parameters())
         self._names = {id(parameter): name for name, parameter in parameters.items() if parameter.requires_grad}
@@ -133,6 +146,7 @@ class CheckpointWriter:
         self._config.base_model_name_or_path, self._config.inference_mode = base, True
         self._group, self._starts_at_zero, self._derived = group, starts_at_zero, derived
         self.files = materialized.layout if files is None else files
+        self.allocation = allocation
         experts = {peft_name(name): count for name, count in materialized.experts.items()}
         self._shapes = {name: whole_shape(p) for name, p in (self.trained | self._frozen).items()}
         self._dtypes = {name: p.dtype for name, p in (self.trained | self._frozen).items()}
@@ -144,7 +158,7 @@ class CheckpointWriter:
         self._trained_of = Counter(map(_unit, self.trained))  # how many tensors of a layer are trained
         self.initial = self._to_owners(materialized.initial)
         self._encoded = self._to_owners(materialized.encoded_from)
-        self._laid_out: dict[tuple[tuple[str, ...], ...] | None, dict[str, dict[str, FileTensor]]] = {}
+        self._laid_out: dict[bool, tuple[tuple[Any, ...], dict[str, dict[str, FileTensor]]]] = {}
         self._contents = Contents(
             shapes=self._shapes,
             dtypes=self._dtypes,
@@ -194,6 +208,7 @@ class CheckpointWriter:
         """
         kinds: dict[str, None] = {}
         optimized: dict[str, None] = {}
+        further: list[tuple[str, str]] = []
 
         def named() -> Iterator[tuple[str, Tensor, int]]:
             for name, kind, shard in self._shards(optimizer):
@@ -201,16 +216,28 @@ class CheckpointWriter:
                     kinds[kind] = optimized[name] = None
                 yield _key(name, kind), shard, self._shapes[name].numel()
 
+            if optimizer is not None and self.allocation is not None:
+                for name, kind, shard in self.allocation.shards():
+                    further.append((name, kind))
+                    yield _key(name, kind), shard, self._shapes[name].numel()
+
         parcels = deque(pack_for_owners(named(), self._owner_of, self._group, device=torch.device("cpu")))
         states = tuple(kind for kind in kinds if kind != MASTER)
         derived = self._derived()
+        contents, config = self._contents, self._config
+        if self.allocation is not None:
+            config = self.allocation.with_ranks(config)
+            contents = replace(contents, adapter=self.allocation.files)
         return Snapshot(
+            contents=contents,
+            config=config,
             parcels=parcels,
             states=states,
             optimized=tuple(optimized),
             state=state,
             facts=dict(facts or {}),
             derived=derived if self._group.rank == 0 else {},
+            further=tuple(further),
         )
 
     def _owner_of(self, key: str) -> int:
@@ -277,10 +304,12 @@ class CheckpointWriter:
 
         The result is cached: operations on meta tensors hold the GIL, and the training thread would wait for it.
         """
-        key = None if taken.state is None else (taken.states, taken.optimized)
-        if key not in self._laid_out:
-            self._laid_out[key] = self._contents.files() if key is None else self._contents.files(*key)
-        return self._laid_out[key]
+        whole = taken.state is not None
+        states = (taken.states, taken.optimized, taken.further) if whole else ()
+        key = (*states, taken.contents.adapter)
+        if whole not in self._laid_out or self._laid_out[whole][0] != key:
+            self._laid_out[whole] = key, taken.contents.files(*states)
+        return self._laid_out[whole][1]
 
     def _begin(self, staging: Path, files: Mapping[str, TensorFiles]) -> None:
         empty(staging)
@@ -315,16 +344,16 @@ class CheckpointWriter:
                     layer = values.setdefault(_unit(name), {})
                     layer[name] = tensor.to(self._dtypes[name])
                     if len(layer) == self._trained_of[_unit(name)]:
-                        self._layer(values.pop(_unit(name)), write)
+                        self._layer(values.pop(_unit(name)), taken.contents, write)
         return hashes
 
-    def _layer(self, values: dict[str, Tensor], write: Callable[[str, str, Tensor], None]) -> None:
+    def _layer(self, values: dict[str, Tensor], contents: Contents, write: Callable[[str, str, Tensor], None]) -> None:
         """Write one layer's tensors of every part, given all of its trained values."""
         unit = _unit(next(iter(values)))
         values |= {name: self.initial[name] for name in self._frozen if _unit(name) == unit}
         own = {name: self.initial[name] for name in values if name in self.initial}
         encoded = {name: self._encoded[name] for name in values if name in self._encoded}
-        for part, tensors in self._contents.parts(values, own, encoded).items():
+        for part, tensors in contents.parts(values, own, encoded).items():
             for name, tensor in tensors.items():
                 write(part, name, tensor)
 
@@ -336,11 +365,11 @@ class CheckpointWriter:
         everyone: list[dict[str, dict[str, str]]],
     ) -> None:
         """Write the configurations, the training state and, last, the manifest. Called by rank 0."""
-        self._config.save_pretrained(str(staging / ADAPTER_DIR))
+        taken.config.save_pretrained(str(staging / ADAPTER_DIR))
         if INITIAL_DIR in contents:
-            self._config.save_pretrained(str(staging / INITIAL_DIR))
+            taken.config.save_pretrained(str(staging / INITIAL_DIR))
         if LORA_DIR in contents:
-            self._lora_config().save_pretrained(str(staging / LORA_DIR))
+            self._lora_config(taken).save_pretrained(str(staging / LORA_DIR))
         hashes: dict[str, dict[str, str]] = {}
         for one in everyone:
             for part, found in one.items():
@@ -364,7 +393,10 @@ class CheckpointWriter:
         write_json(staging / MANIFEST, sealed(facts))
         flush_directory(staging)
 
-    def _lora_config(self) -> PeftConfig:
+    def _lora_config(self, taken: Snapshot) -> PeftConfig:
+        adapter = taken.contents.adapter
+        if isinstance(adapter, AdaLoraFiles):
+            return adalora.lora_config(taken.config, adapter.lora_rank or taken.config.init_r)
         if self._starts_at_zero:
             return self._config
         assert isinstance(self._config, LoraConfig)
@@ -401,7 +433,7 @@ def _name_and_kind(key: str) -> tuple[str, str]:
 
 def _unit(name: str) -> str:
     """Name of the layer of a factor, whose tensors are written together; other parameters stand for themselves."""
-    for mark in (".lora_A", ".lora_B", ".lora_embedding_A", ".lora_embedding_B"):
+    for mark in (".lora_A", ".lora_B", ".lora_E", ".lora_embedding_A", ".lora_embedding_B"):
         if mark in name:
             return name.partition(mark)[0]
     return name

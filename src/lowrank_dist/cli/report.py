@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowrank_dist.decomposition.report import MatrixReport, as_table, layer_type
+from lowrank_dist.decomposition.report import MatrixReport, as_table, layer_type, ranks_as_table
 from lowrank_dist.errors import CheckpointError, InputError
 from lowrank_dist.storage.layout import MANIFEST
 from lowrank_dist.storage.writer import write_json
@@ -18,12 +18,16 @@ from lowrank_dist.storage.writer import write_json
 def run(argv: Sequence[str]) -> int:
     """Run ``lowrank-dist report``; `argv` excludes the command's name. Returns the exit status."""
     options = parser().parse_args(argv)
-    matrices = read_report(Path(options.directory))
-    print(as_table(matrices))
+    matrices, rank_by_layer = read_report(Path(options.directory))
+    tables = [as_table(matrices)] if matrices else []
+    if rank_by_layer:
+        tables.append(f"Ranks that the adapter keeps:\n{ranks_as_table(rank_by_layer)}")
+    print("\n\n".join(tables))
     if options.json is not None:
-        write_json(Path(options.json), {"matrices": [matrix.as_dict() for matrix in matrices]})
+        figures: dict[str, Any] = {"matrices": [matrix.as_dict() for matrix in matrices]}
+        write_json(Path(options.json), figures | ({"rank_by_layer": rank_by_layer} if rank_by_layer else {}))
     if options.picture is not None:
-        print(draw(matrices, Path(options.picture)))
+        print(draw(matrices, Path(options.picture), rank_by_layer))
     return 0
 
 
@@ -31,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     """The parser of ``lowrank-dist report``."""
     parser = argparse.ArgumentParser(
         prog="lowrank-dist report",
-        description="Print a table, by layer type, of what an initialisation measured.",
+        description="Print a table, by layer type, of what an initialisation measured, and of the ranks of AdaLoRA.",
     )
     parser.add_argument("directory", help="residual model, checkpoint of AdapterCheckpoint, or JSON of InitReport")
     parser.add_argument("--json", help="file to write the figures of every matrix to")
@@ -39,8 +43,11 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_report(path: Path) -> list[MatrixReport]:
-    """The report stored in a residual model, in a checkpoint, or in a JSON file that `InitReport` wrote."""
+def read_report(path: Path) -> tuple[list[MatrixReport], dict[str, int]]:
+    """The report stored in a residual model, in a checkpoint, or in a JSON file that `InitReport` wrote.
+
+    The second result has the ranks that the adapter of a checkpoint keeps by layer, if they change while it is trained.
+    """
     file = path / MANIFEST if path.is_dir() else path
     if not file.is_file():
         raise CheckpointError(
@@ -48,19 +55,24 @@ def read_report(path: Path) -> list[MatrixReport]:
             "JSON of InitReport"
         )
     try:
-        entries: list[dict[str, Any]] = json.loads(file.read_text())["matrices"]
+        manifest = json.loads(file.read_text())
+        entries: list[dict[str, Any]] = manifest["matrices"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file}: not a report: {error!r}") from error
-    if not entries:
+    rank_by_layer: dict[str, int] = manifest.get("rank_by_layer", {})
+    if not entries and not rank_by_layer:
         raise CheckpointError(
             f"{file}: the run decomposed no matrix and stored none in a residual format, so that there is nothing to "
             "report"
         )
-    return [MatrixReport.from_dict(entry) for entry in entries]
+    return [MatrixReport.from_dict(entry) for entry in entries], rank_by_layer
 
 
-def draw(matrices: list[MatrixReport], path: Path) -> Path:
-    """Draw heat maps of every measured figure over layers and layer types, and the singular values in the factors."""
+def draw(matrices: list[MatrixReport], path: Path, rank_by_layer: Mapping[str, int] | None = None) -> Path:
+    """Draw heat maps of every measured figure over layers and layer types, and the singular values in the factors.
+
+    `rank_by_layer` adds one of the ranks that the adapter keeps.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -68,30 +80,32 @@ def draw(matrices: list[MatrixReport], path: Path) -> Path:
         raise InputError(f"--picture needs matplotlib ({error}); install it, or lowrank-dist[demo]") from error
 
     # the object interface: no pyplot, no global state, no display
-    types = list(dict.fromkeys(layer_type(matrix.name) for matrix in matrices))
-    layers = sorted({_layer(matrix.name) for matrix in matrices})
-    maps = {
+    names = list(dict.fromkeys([*(matrix.name for matrix in matrices), *(rank_by_layer or {})]))
+    types = list(dict.fromkeys(map(layer_type, names)))
+    layers = sorted(set(map(_layer, names)))
+    maps: dict[str, Callable[[MatrixReport], float | None]] = {
         "error / norm": lambda m: m.relative_error,
         "error reduction, Frobenius": lambda m: m.error_reduction if m.rank and m.quantization_error else None,
         "error reduction, nuclear": lambda m: m.nuclear_reduction,
         "energy in the factors": lambda m: m.captured_energy,
         "sigma_1 / sigma_r": lambda m: m.sigma_1 / m.sigma_r if m.sigma_1 and m.sigma_r else None,
     }
-    shown = {title: value for title, value in maps.items() if any(value(m) is not None for m in matrices)}
+    figures = {title: {matrix.name: value(matrix) for matrix in matrices} for title, value in maps.items()}
+    figures["rank that is kept"] = dict(rank_by_layer or {})
+    shown = {title: found for title, found in figures.items() if any(value is not None for value in found.values())}
     spectra = [matrix for matrix in matrices if matrix.singular_values]
     panels = len(shown) + bool(spectra)
     figure = Figure(figsize=(1.2 + 3.4 * panels, 1.5 + max(2.5, 0.16 * len(layers))), layout="constrained")
     axes = FigureCanvasAgg(figure).figure.subplots(1, max(panels, 1), squeeze=False)[0]
-    for ax, (title, value) in zip(axes, shown.items(), strict=False):
+    for ax, (title, found) in zip(axes, shown.items(), strict=False):
         grid = [[float("nan")] * len(types) for _ in layers]
-        for matrix in matrices:
-            found = value(matrix)
-            grid[layers.index(_layer(matrix.name))][types.index(layer_type(matrix.name))] = (
-                float("nan") if found is None else found
-            )
+        for name, value in found.items():
+            if value is not None:
+                grid[layers.index(_layer(name))][types.index(layer_type(name))] = value
         image = ax.imshow(grid, aspect="auto", interpolation="nearest", cmap="viridis")
         ax.set_title(title, fontsize=9)
         ax.set_xticks(range(len(types)), types, rotation=60, ha="right", fontsize=7)
+        ax.yaxis.get_major_locator().set_params(integer=True)
         ax.set_ylabel("layer", fontsize=8)
         figure.colorbar(image, ax=ax)
     if spectra:

@@ -167,6 +167,23 @@ def as_table(matrices: list[MatrixReport]) -> str:
     return "\n".join(lines)
 
 
+def ranks_as_table(rank_by_layer: Mapping[str, int]) -> str:
+    """Format one line per layer type, and one for all: number of layers, sum, mean, least and largest of their ranks.
+
+    `rank_by_layer` has the ranks that an adapter keeps, such as AdaLoRA's.
+    """
+    groups: dict[str, list[int]] = defaultdict(list)
+    for name, rank in rank_by_layer.items():
+        groups[layer_type(name)].append(rank)
+    groups["all"] = list(rank_by_layer.values())
+    lines = [f"{'layer':<16}{'layers':>9}{'triplets':>10}{'mean rank':>11}{'least':>7}{'largest':>9}"]
+    for layer, ranks in groups.items():
+        lines.append(
+            f"{layer:<16}{len(ranks):>9}{sum(ranks):>10}{sum(ranks) / len(ranks):>11.2f}{min(ranks):>7}{max(ranks):>9}"
+        )
+    return "\n".join(lines)
+
+
 def _mean(members: list[MatrixReport], value: Callable[[MatrixReport], float | None], spec: str) -> str:
     values = [v for v in map(value, members) if v is not None]
     return format(sum(values) / len(values), spec) if values else "-"

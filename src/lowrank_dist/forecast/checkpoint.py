@@ -14,6 +14,8 @@ from lowrank_dist.methods.frozen import Frozen
 from lowrank_dist.methods.principal import AlternatingMethod
 from lowrank_dist.model.names import peft_name
 from lowrank_dist.storage.reader import FileTensor
+from lowrank_dist.tuners.adalora.allocation import STATES
+from lowrank_dist.tuners.adalora.files import AdaLoraFiles
 from lowrank_dist.tuners.files import PeftFiles
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -29,7 +31,8 @@ def checkpoint_bytes(shapes: ModelShapes, job: RunSpec) -> int:
     if not job.adapts:
         every = [(math.prod(_shape(shapes, p.name)), p.dtype.itemsize) for p in parameters(shapes, job)]
         return sum(numel * (itemsize + (12 if job.stage else 8)) for numel, itemsize in every)
-    files = _contents(shapes, job).files(_MOMENTS)
+    scored = () if shapes.tuner is None else shapes.tuner.scored
+    files = _contents(shapes, job).files(_MOMENTS, further=[(name, kind) for name in scored for kind in STATES])
     return sum(part.nbytes for part in tensor_files(files, Path()).values())
 
 
@@ -58,12 +61,13 @@ def _contents(shapes: ModelShapes, job: RunSpec) -> Contents:
         all_shapes |= shapes.tuner.trained
         trained += shapes.tuner.trained
         keys = {name: name for name in trained}  # what PEFT's file leaves out is kept beside it, in as many bytes
+        whole = PeftFiles(keys=keys, is_lora=isinstance(job.init, Frozen) and job.init.adapter == "LORA")
         return Contents(
             shapes=all_shapes,
             dtypes=dict.fromkeys(all_shapes, job.factor_dtype),
             trained=trained,
             initial=(),
-            adapter=PeftFiles(keys=keys, is_lora=isinstance(job.init, Frozen) and job.init.adapter == "LORA"),
+            adapter=AdaLoraFiles(whole=whole) if shapes.tuner.scored else whole,
             derived={
                 key: FileTensor(shape=shape, dtype=job.factor_dtype if dtype.is_floating_point else dtype)
                 for key, (shape, dtype) in shapes.tuner.saved.items()

@@ -22,8 +22,9 @@ RESIDENT = {
     "gradients": "their gradients",
     "masters": "optimizer's fp32 copy",
     "moments": "optimizer's moments",
+    "importance": "importance of AdaLoRA's triplets",
 }
-_OPTIMIZER = ("masters", "moments", "gradients")
+_OPTIMIZER = ("masters", "moments", "gradients", "importance")
 _TWO_MOMENTS = 8.0  # in fp32; of optimizers given by import path too, whose state is not known here
 _MOMENT_BYTES = {"muon": 4.0, "paged_adamw_8bit": 2 + 2 * 4 / 256}
 _DS_BUCKET = 200_000_000  # Lightning's default, elements
@@ -108,13 +109,19 @@ def memory(shapes: ModelShapes, job: RunSpec, activations: Activations) -> Memor
     resident["gradients"] = reduced * job.factor_dtype.itemsize
     resident["masters"] = 4 * owned if job.stage else 0
     resident["moments"] = int(owned * _MOMENT_BYTES.get(job.optimizer if job.on_gpu else "adamw", _TWO_MOMENTS))
+    scored = set() if shapes.tuner is None else set(shapes.tuner.scored)
+    importance = sum(p.shard_numel for p in trained if p.name in scored)
+    resident["importance"] = 8 * importance  # sensitivity and uncertainty
+    step = 4 * owned if job.stage and job.factor_dtype.itemsize != 4 else 0
+    if importance:  # a copy of the gradients lasts over the step; then values and gradients of the factors are copied
+        step = 4 * owned + max(step, 8 * importance)
     offloaded = (_OPTIMIZER if job.offload_optimizer else ()) + (
         tuple(kind for kind in RESIDENT if kind not in (*_OPTIMIZER, "buffers")) if job.offload_parameters else ()
     )
     kept = activations.inputs if job.gradient_checkpointing else sum(activations.layers)
     copied = 0
     if job.adapts:  # initial factors, and the copied state from which a checkpoint is written
-        copied = resident["trained"] + sum(resident[kind] for kind in ("trained", "masters", "moments"))
+        copied = resident["trained"] + sum(resident[kind] for kind in ("trained", "masters", "moments", "importance"))
     gradients = sum(p.whole_bytes for p in trained)
     bucket = _bucket(job, gradients)
     return Memory(
@@ -128,7 +135,7 @@ def memory(shapes: ModelShapes, job: RunSpec, activations: Activations) -> Memor
         kept=kept + activations.outside,
         recomputed=max(activations.layers, default=0) if job.gradient_checkpointing else 0,
         logits=activations.fused if job.fused_cross_entropy else activations.logits,
-        step=4 * owned if job.stage and job.factor_dtype.itemsize != 4 else 0,
+        step=step,
         host=copied + sum(resident[kind] for kind in offloaded),
     )
 

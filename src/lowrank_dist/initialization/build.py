@@ -33,6 +33,7 @@ from lowrank_dist.progress import progress_bar
 from lowrank_dist.quantization.nf4 import format_as_dict
 from lowrank_dist.residual_model.fingerprint import source_fingerprint
 from lowrank_dist.storage.reader import CheckpointReader
+from lowrank_dist.tuners.adalora.allocation import RankAllocation
 from lowrank_dist.tuners.support import objection
 from lowrank_dist.zero3.partition import Partitioner
 
@@ -87,6 +88,8 @@ class BuiltModel:
         What adapter files hold of the model.
     derived
         Computes the tensors of adapter files that are not parameters. Collective.
+    allocation
+        Allocates ranks while the model is trained; None: ranks do not change.
     """
 
     backbone: PreTrainedModel
@@ -96,6 +99,7 @@ class BuiltModel:
     facts: dict[str, Any]
     files: AdapterFiles
     derived: Callable[[], dict[str, Tensor]] = dict
+    allocation: RankAllocation | None = None
 
     @property
     def report(self) -> InitializationReport:
@@ -299,6 +303,7 @@ def build_model(
         facts=facts,
         files=tuned.files,
         derived=tuned.derived,
+        allocation=tuned.allocation,
     )
 
 

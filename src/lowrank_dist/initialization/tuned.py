@@ -6,14 +6,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from peft import LoraConfig
+from peft import AdaLoraConfig, LoraConfig
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 
 from lowrank_dist.errors import InputError
 from lowrank_dist.initialization.loading import Loading
 from lowrank_dist.initialization.open import OpenedModel
-from lowrank_dist.tuners.files import PeftFiles, exported, peft_files
+from lowrank_dist.model.adapter_files import AdapterFiles
+from lowrank_dist.tuners.adalora.allocation import RankAllocation
+from lowrank_dist.tuners.adalora.penalty import OrthogonalityPenalty
+from lowrank_dist.tuners.files import exported, peft_files
 from lowrank_dist.tuners.tuner import Injected
 from lowrank_dist.zero3.partition import Partitioner, gathered, release
 from lowrank_dist.zero3.units import uses
@@ -33,12 +36,15 @@ class TunedModel:
         Computes the tensors of the adapter file that are not parameters. Collective.
     buffers
         Those among them that are buffers, whole on every rank.
+    allocation
+        Allocates ranks while it is trained; None for all tuners but AdaLoRA.
     """
 
     root: nn.Module
-    files: PeftFiles
+    files: AdapterFiles
     derived: Callable[[], dict[str, Tensor]]
     buffers: Mapping[str, Tensor]
+    allocation: RankAllocation | None = None
 
 
 def put_on(opened: OpenedModel, partitioner: Partitioner, loading: Loading, *, seed: int) -> TunedModel:
@@ -70,13 +76,20 @@ def put_on(opened: OpenedModel, partitioner: Partitioner, loading: Loading, *, s
     for module in injected.model.modules():
         if isinstance(module, TrainableTokensLayer) and module.tied_adapter is not None:
             uses(module, module.tied_adapter.trainable_tokens_delta.values())
-    if opened.tuner.config.is_prompt_learning:
+    config = opened.tuner.config
+    if config.is_prompt_learning:
         injected.model.register_forward_pre_hook(_refuse_positions, with_kwargs=True)
     names = {parameter: name for name, parameter in injected.root.named_parameters()}
     own = {backbone.get_parameter(planned.names[0]) for planned in injected.loaded if planned.trainable}
+    is_lora = isinstance(config, LoraConfig) and not isinstance(config, AdaLoraConfig)
     with gathered(injected.made):
         saved = exported(injected.model)
-        files = peft_files(injected.model, names, own=own, is_lora=isinstance(opened.tuner.config, LoraConfig))
+        files = peft_files(injected.model, names, own=own, is_lora=is_lora)
+    allocation = None
+    if isinstance(config, AdaLoraConfig):
+        if config.orth_reg_weight:
+            OrthogonalityPenalty(config.orth_reg_weight).add_to(backbone)
+        allocation = RankAllocation(config, dict(backbone.named_parameters()), files, partitioner.group)
 
     def derived() -> dict[str, Tensor]:
         if not files.derived:
@@ -87,7 +100,13 @@ def put_on(opened: OpenedModel, partitioner: Partitioner, loading: Loading, *, s
 
     made = {id(getattr(module, name)) for module, name in injected.buffers}
     buffers = {key: saved[key] for key in files.derived if id(saved[key]) in made}
-    return TunedModel(root=injected.root, files=files, derived=derived, buffers=buffers)
+    return TunedModel(
+        root=injected.root,
+        files=files if allocation is None else allocation.files,
+        derived=derived,
+        buffers=buffers,
+        allocation=allocation,
+    )
 
 
 def _refuse_positions(model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:

@@ -271,7 +271,7 @@ _LISTED = (
 
 def _add_adapter(directory: Path, found: Description) -> None:
     """Add the facts of an adapter that PEFT or this package wrote."""
-    config, facts = read_json(directory / CONFIG), found.facts
+    config, facts = _adapter_config(directory), found.facts
     if config.get("base_model_name_or_path"):
         facts.setdefault("base", config["base_model_name_or_path"])  # a manifest takes precedence
     facts["type"] = config.get("peft_type", "unknown")
@@ -298,6 +298,16 @@ def _add_adapter(directory: Path, found: Description) -> None:
     facts["adapter dtype"] = ", ".join(weights.parameters)
     if weights.not_read:
         facts["not read"] = weights.not_read
+
+
+def _adapter_config(directory: Path) -> dict[str, Any]:
+    """PEFT's configuration; of AdaLoRA with the ranks that it means."""
+    config: dict[str, Any] = read_json(directory / CONFIG)
+    if config.get("peft_type") == "ADALORA":  # it has no use for `r`, and the pattern lists every triplet
+        kept = config.get("rank_pattern") or {}
+        config["r"] = config.get("init_r")
+        config["rank_pattern"] = {name.removesuffix(".lora_E"): sum(keeps) for name, keeps in kept.items()}
+    return config
 
 
 def _add_weights(weights: Weights, found: Description) -> None:

@@ -21,7 +21,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lowrank_dist.checkpoints.layout import TrainingCheckpoint
-from lowrank_dist.checkpoints.resuming import load_optimizer, load_parameters
+from lowrank_dist.checkpoints.resuming import load_allocation, load_optimizer, load_parameters
 from lowrank_dist.checkpoints.saving import Saver
 from lowrank_dist.checkpoints.state import OWN_STATE, decode_training_state, encode_training_state, restore_rng
 from lowrank_dist.checkpoints.writer import CheckpointWriter
@@ -63,6 +63,7 @@ class CheckpointedStrategy(Stage3Strategy):
         Must be called before DeepSpeed's engine exists.
         """
         self._writer, self._saver = writer, Saver(writer, self._timeout or timedelta(minutes=30))
+        self._allocation = writer.allocation
         self._load_parameters()
 
     def _load_parameters(self) -> None:
@@ -107,8 +108,15 @@ class CheckpointedStrategy(Stage3Strategy):
         optimizer = ShardedOptimizer(self.deepspeed_engine.optimizer) if fitting else None
         state = None
         if optimizer is not None:
-            state = encode_training_state(checkpoint, optimizer, self.deepspeed_engine, self._group)
-        facts = {
+            state = encode_training_state(
+                checkpoint,
+                optimizer,
+                self.deepspeed_engine,
+                self._group,
+                allocation=None if self._allocation is None else self._allocation.state(),
+            )
+        facts: dict[str, Any] = {} if self._allocation is None else {"rank_by_layer": self._allocation.rank_by_layer}
+        facts |= {
             "step": trainer.global_step,
             "epoch": trainer.current_epoch,
             "accumulate_grad_batches": trainer.accumulate_grad_batches,
@@ -216,6 +224,15 @@ class CheckpointedStrategy(Stage3Strategy):
             settings=state["settings"],
             scalars=state.get("scalars"),  # absent from checkpoints of earlier versions
         )
+        if self._allocation is not None:
+            load_allocation(
+                self._resumed,
+                self._writer.trained,
+                self._allocation,
+                engine,
+                self._group,
+                state=state["allocation"],
+            )
         for counter, value in state["engine"].items():
             setattr(engine, counter, value)
 

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from peft import PeftConfig
+from peft import AdaLoraConfig, PeftConfig
 from transformers import PreTrainedModel
 
 from lowrank_dist.calibration.measure import Calibration
@@ -19,7 +19,7 @@ from lowrank_dist.checkpoints.resuming import earlier_run
 from lowrank_dist.checkpoints.writer import CheckpointWriter
 from lowrank_dist.decomposition.report import InitializationReport
 from lowrank_dist.decomposition.schedule import Sharding
-from lowrank_dist.errors import ModelError
+from lowrank_dist.errors import InputError, ModelError
 from lowrank_dist.forecast.job import ShardWithin
 from lowrank_dist.initialization.build import build_model
 from lowrank_dist.initialization.open import Encode, ModelRecipe, OpenedModel
@@ -32,6 +32,7 @@ from lowrank_dist.storage.source import WeightSource
 from lowrank_dist.training.calibration_batches import calibration_pass
 from lowrank_dist.training.checkpointing import CheckpointedStrategy
 from lowrank_dist.training.sharding import run_spec, smallest_group
+from lowrank_dist.tuners.adalora.schedule import objection_to_steps
 from lowrank_dist.zero3.partition import Partitioner
 
 # by precision: dtype of frozen parameters and arithmetic, dtype of trained factors
@@ -94,7 +95,9 @@ class ModelStrategy(CheckpointedStrategy):
         autocast = compute_dtype if precision == "bf16-mixed" else None
         partitioner = Partitioner(self._deepspeed_config)
         group = partitioner.group
+        steps = self._steps_of_schedule(module)
         with group.shared_errors():
+            self._check_schedule(steps)
             resume = None if self._resumed is None else earlier_run(self._resumed)
             name, backbone = find_backbone(module)
         built = build_model(
@@ -139,10 +142,28 @@ class ModelStrategy(CheckpointedStrategy):
                 facts=built.facts | {"precision": precision},
                 files=built.files,
                 derived=built.derived,
+                allocation=built.allocation,
             )
         )
         module.strict_loading = False  # checkpoints hold the trained parameters only
         self._gathers_with(partitioner, built.root, self.live_layers)
+
+    def _steps_of_schedule(self, module: LightningModule) -> float | None:
+        """Number of optimizer steps of the run if the adapter has a schedule; None otherwise. Lightning's collectives.
+
+        Lightning sets up the training data for it, unless only `max_steps` bounds the run.
+        """
+        if not isinstance(self.adapter, AdaLoraConfig) or module.trainer.state.fn != TrainerFn.FITTING:
+            return None
+        return module.trainer.estimated_stepping_batches
+
+    def _check_schedule(self, steps: float | None) -> None:
+        if steps is None:
+            return
+        assert isinstance(self.adapter, AdaLoraConfig)
+        reason = objection_to_steps(self.adapter, steps)
+        if reason is not None:
+            raise InputError(reason)
 
     def _copies_of_frozen(self, opened: OpenedModel) -> int:
         """Number of copies of the frozen parameters. Collective, unless ``"rank"`` or ``"world"`` was chosen."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import InputError
 from lowrank_dist.forecast.job import ShardWithin
+from lowrank_dist.tuners.adalora.allocation import RankAllocation
 from lowrank_dist.zero3.elementwise import check_elementwise
 from lowrank_dist.zero3.gathering import Gathering, take_over
 from lowrank_dist.zero3.gradients import clear_gradients, scale_gradients
@@ -47,6 +48,7 @@ class Stage3Strategy(DeepSpeedStrategy):
                 )
         super().__init__(stage=3, **options)
         self._partitioner: Partitioner | None = None
+        self._allocation: RankAllocation | None = None
         self._ahead = 0
         self._gathering: Gathering | None = None
         # The user's own ZeRO settings are kept. The command line passes all options, so those at their defaults do not
@@ -158,8 +160,19 @@ class Stage3Strategy(DeepSpeedStrategy):
         """Multiply the gradients of the accumulated batches of this step by `factor`, a scalar equal on all ranks."""
         scale_gradients(self.deepspeed_engine.optimizer, factor)
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().optimizer_step(*args, **kwargs)
+    def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
+        allocation = self._allocation
+        if allocation is None:
+            output = super().optimizer_step(optimizer, closure, *args, **kwargs)
+        else:
+
+            def closure_and_copy() -> Any:
+                result = closure()
+                allocation.before_step(self.deepspeed_engine)
+                return result
+
+            output = super().optimizer_step(optimizer, closure_and_copy, *args, **kwargs)
+            allocation.after_step(self.deepspeed_engine)
         clear_gradients(self.deepspeed_engine.optimizer)
         assert self._gathering is not None
         self._gathering.expire()

@@ -7,6 +7,7 @@ from peft.utils import PeftType
 
 from lowrank_dist.errors import InputError
 from lowrank_dist.methods import LoRA, Method
+from lowrank_dist.tuners.adalora import schedule
 
 #: Options of a LoraConfig that PEFT's own layers compute.
 _LORA_OPTIONS = (
@@ -25,7 +26,6 @@ _LORA_OPTIONS = (
 
 #: Types that are refused, and why.
 _REFUSED = {
-    "ADALORA": "its budget is allocated from gradients that ZeRO-3 shards; use LoraConfig with init=PiSSA()",
     "CPT": "it writes its parameter in the forward, where ZeRO-3 holds a gathered copy; use PromptTuningConfig",
     "FROD": "it decomposes all weights jointly and takes its part off the frozen weights; use init=PiSSA()",
     "XLORA": "it mixes adapters that exist already; train them one by one",
@@ -86,6 +86,11 @@ def is_for_peft(config: PeftConfig, init: Method | None) -> bool:
         If `config` and `init` contradict each other, or if a LoraConfig leaves open which of them is meant.
     """
     if not isinstance(config, LoraConfig) or isinstance(config, AdaLoraConfig):
+        if init is not None and isinstance(config, AdaLoraConfig):
+            raise InputError(
+                f"init={init} makes factors from the weights, but adapter is an AdaLoraConfig, which starts from zero: "
+                "a pruned triplet is set to 0, which would cut the weight; leave init out, or pass a LoraConfig"
+            )
         if init is not None:
             raise InputError(
                 f"init={init} makes the factors of a LoraConfig from the weights, but adapter is a "
@@ -111,6 +116,8 @@ def objection(config: PeftConfig, *, gradient_checkpointing: bool) -> str | None
         return f"{_REFUSED[name]}"
     if name not in set(PeftType):
         return f"the installed PEFT has no tuner {name}"
+    if isinstance(config, AdaLoraConfig) and (reason := schedule.objection(config)) is not None:
+        return reason
     if isinstance(config, LoraConfig):
         start = config.init_lora_weights
         if start not in (True, False, "gaussian", "orthogonal"):

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, AdaLoraModel, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ from lowrank_dist.errors import ModelError
 from lowrank_dist.model.names import ADAPTER, plain_name
 from lowrank_dist.model.plan import Plan, PlannedTensor
 from lowrank_dist.model.skeleton import named_linears, train_also
+from lowrank_dist.tuners.adalora.files import is_factor
+from lowrank_dist.tuners.adalora.layers import freeze_divisors
 from lowrank_dist.tuners.files import exported
 from lowrank_dist.tuners.support import name_of, remark, wants_plain_layers
 from lowrank_dist.zero3.partition import gathered, is_partitioned
@@ -52,6 +54,8 @@ class TunerPlan:
     saved
         Shapes and dtypes of what its files hold beside parameters. Virtual tokens that PEFT computes from an encoder
         are left out: their values would be needed.
+    scored
+        Names of the trained parameters whose elements have a smoothed importance (AdaLoRA).
     of_plain_layers
         Whether PEFT adapts layers only that are exactly ``nn.Linear``, so that they are not encoded.
     """
@@ -62,6 +66,7 @@ class TunerPlan:
     in_place: tuple[str, ...]
     buffers: tuple[tuple[tuple[int, ...], torch.dtype], ...]
     saved: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+    scored: tuple[str, ...] = ()
     of_plain_layers: bool = False
 
 
@@ -104,6 +109,8 @@ class Tuner:
     def __init__(self, config: PeftConfig, *, also: Sequence[str] = ()) -> None:
         self.config, self.also = copy.deepcopy(config), tuple(also)
         self.config.inference_mode = False  # saved configurations set it, and PEFT would freeze what it makes
+        if isinstance(config, AdaLoraConfig):
+            self.config.rank_pattern = None  # likewise: the ranks that an earlier run has ended with
 
     @property
     def name(self) -> str:
@@ -133,6 +140,7 @@ class Tuner:
                 f"{named_linears(skeleton)}"
             ) from error
         modules, inside = dict(backbone.named_modules()), _named(backbone)
+        trained = {inside.get(p, name): tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
         return TunerPlan(
             adapted=tuple(
                 plain_name(name)
@@ -142,10 +150,11 @@ class Tuner:
             whole=tuple(
                 plain_name(name) for name, module in modules.items() if isinstance(module, AuxiliaryTrainingWrapper)
             ),
-            trained={inside.get(p, name): tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad},
+            trained=trained,
             in_place=tuple(originals[p] for p in backbone.parameters() if p.requires_grad and p in originals),
             buffers=tuple((tuple(b.shape), b.dtype) for b in model.buffers() if b not in buffers),
             saved=_saved_beside(model),
+            scored=tuple(filter(is_factor, trained)) if isinstance(self.config, AdaLoraConfig) else (),
             of_plain_layers=wants_plain_layers(self.config),
         )
 
@@ -163,6 +172,7 @@ class Tuner:
         with torch.random.fork_rng(devices=[]):
             model = get_peft_model(backbone, copy.deepcopy(self.config), low_cpu_mem_usage=low_cpu_mem_usage)
         train_also(backbone, self.also)
+        freeze_divisors(model)
         return model
 
     def inject(self, backbone: PreTrainedModel, base: Plan, *, seed: int) -> Injected:
@@ -185,6 +195,7 @@ class Tuner:
         with _random_numbers(seed), gathered(_looked_at(backbone, self.config)):
             model = get_peft_model(backbone, copy.deepcopy(self.config), autocast_adapter_dtype=False)
         train_also(backbone, self.also)
+        freeze_divisors(model)
         copies = dict(_copies(backbone))
         names: dict[nn.Parameter, list[str]] = {}
         for name, parameter in backbone.named_parameters(remove_duplicate=False):
@@ -287,4 +298,6 @@ def _wraps(model: PeftModel) -> bool:
     tuner = model.base_model
     if not isinstance(tuner, BaseTuner):
         return True
+    if isinstance(tuner, AdaLoraModel):  # its forward computes the penalty from parameters that are not gathered
+        return False
     return type(tuner).forward is not BaseTuner.forward or hasattr(tuner, "_enable_peft_forward_hooks")

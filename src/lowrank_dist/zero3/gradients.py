@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -27,6 +28,21 @@ def scale_gradients(zero: Any, factor: Tensor) -> None:
     """
     gradients = zero.grad_partitions_flat_buffer
     gradients.mul_(factor.to(gradients.device))
+
+
+def copied_gradients(zero: Any) -> Tensor:
+    """Return a copy of the gradients of this step in fp32, flat, where they are. No communication.
+
+    It has this rank's shards of all trained parameters, padding included, in the order of
+    `lowrank_dist.zero3.optimizer.ShardedOptimizer.masters`.
+
+    Parameters
+    ----------
+    zero
+        ``engine.optimizer`` of a DeepSpeed engine at ZeRO stage 3.
+    """
+    gradients: Tensor = zero.grad_partitions_flat_buffer
+    return gradients.to(torch.float32, copy=True)
 
 
 def clear_gradients(zero: Any) -> None:

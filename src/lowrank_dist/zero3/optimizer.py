@@ -84,6 +84,16 @@ class ShardedOptimizer:
                         found[kind] = whole.detach().float()
                 yield parameter, found
 
+    def masters(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every trained parameter with this rank's flat shard of its fp32 copy, padding included.
+
+        The shards are views, on the host if the optimizer is offloaded, in the order of the gradients
+        (`lowrank_dist.zero3.gradients.copied_gradients`). There is no communication.
+        """
+        for flat, parameters in self._sub_groups():
+            sizes = [local_shard(parameter).numel() for parameter in parameters]
+            yield from zip(parameters, flat.detach().split(sizes), strict=True)
+
     @property
     def scalars(self) -> list[dict[str, Any]]:
         """State that is not per element, by name, of every parameter group; empty before the first step.

@@ -20,7 +20,8 @@ TARGETS: dict[str, Any] = {"target_modules": ["q_proj"]}
     [
         (peft.LoraConfig(**TARGETS), None, False),
         (peft.LoraConfig(**TARGETS, bias="all"), PiSSA(), False),
-        (peft.LoraConfig(**TARGETS, use_dora=True), LoRA(), True),
+        (peft.LoraConfig(**TARGETS, use_dora=True), LoRA(), False),
+        (peft.LoraConfig(**TARGETS, lora_bias=True), LoRA(), True),
         (peft.VeraConfig(**TARGETS), None, True),
         (peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), None, True),
     ],
@@ -33,7 +34,7 @@ def test_peft_makes_what_is_not_made_from_the_weights(config: Any, init: Any, ex
     ("config", "init", "message"),
     [
         (peft.VeraConfig(**TARGETS), PiSSA(), "init=PiSSA.* adapter is a VeraConfig, which PEFT initialises"),
-        (peft.LoraConfig(**TARGETS, use_dora=True), None, "LoraConfig.use_dora=True is .* pass init=LoRA"),
+        (peft.LoraConfig(**TARGETS, lora_bias=True), None, "LoraConfig.lora_bias=True is .* pass init=LoRA"),
         (peft.LoraConfig(**TARGETS, lora_bias=True), PiSSA(), "leave lora_bias unset to train with init=PiSSA"),
     ],
 )
