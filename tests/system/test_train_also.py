@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from helpers.models import save_checkpoint
 from helpers.ranks import run_ranks
-from helpers.training import LR, STEPS, dense_state, fit, tokens
-from helpers.tuners import logits, reloaded, train_stock, train_tuned
-from lowrank_dist import NF4, PiSSA
+from helpers.training import BATCHES, LR, STEPS, ByStep, dense_state, fit, loader, make_strategy, make_trainer, tokens
+from helpers.tuners import decoded, logits, reloaded, train_stock, train_tuned
+from lowrank_dist import NF4, LoRA, PiSSA
+from lowrank_dist.layers.frozen import FrozenLinear
 
 CONFIG: dict[str, Any] = {"r": 4, "lora_alpha": 4, "target_modules": ["q_proj", "down_proj"], "bias": "all"}
 
@@ -101,3 +102,29 @@ def test_patterns_that_match_nothing_or_an_adapted_weight_are_refused(
 
 def fit_with(pretrained: Path, patterns: list[str]) -> None:
     fit(pretrained, train_also=patterns)
+
+
+def train_query(pretrained: Path, options: dict[str, Any], steps: int, save: Path, resume: Path | None) -> list[float]:
+    adapter = LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj"])
+    strategy = make_strategy(pretrained, adapter=adapter, encode="all-linear", **options)
+    module, trainer = ByStep(pretrained), make_trainer(strategy, steps=steps)
+    data = loader(torch.distributed.get_rank(), torch.distributed.get_world_size(), BATCHES)
+    trainer.fit(module, data, ckpt_path=None if resume is None else str(resume))
+    trainer.save_checkpoint(save)
+    frozen = [layer for layer in module.model.modules() if isinstance(layer, FrozenLinear)]
+    assert len(frozen) == 14
+    return module.losses
+
+
+@pytest.mark.parametrize("init", [LoRA(), PiSSA(quantization_iterations=2)], ids=["qlora", "qpissa"])
+def test_all_linear_layers_are_encoded_with_few_adapted(llama: Path, tmp_path: Path, init: Any) -> None:
+    """QLoRA's losses are those of stock PEFT on a base of which every linear layer is decoded NF4; both resume."""
+    options, saves = {"init": init, "quantization": NF4()}, [tmp_path / name for name in ("first", "then")]
+    losses = run_ranks(2, train_query, llama, options, 3, saves[0], None)[0]
+    losses += run_ranks(1, train_query, llama, options, 5, saves[1], saves[0])[0]
+    assert losses == pytest.approx(run_ranks(3, train_query, llama, options, 5, tmp_path / "whole", None)[0], rel=1e-5)
+    if isinstance(init, LoRA):
+        base = decoded(llama, NF4(), "")
+        with torch.no_grad():
+            before = PeftModel.from_pretrained(base, saves[0] / "adapter")(input_ids=tokens(4)[3], labels=tokens(4)[3])
+        assert losses[3] == pytest.approx(float(before.loss), rel=1e-5)

@@ -33,7 +33,7 @@ from lowrank_dist.tuners.support import is_for_peft, needs_peft
 from lowrank_dist.tuners.tuner import Tuner, TunerPlan
 
 Encode = Literal["all-linear", "adapted"]
-"""Which linear layers are stored in the residual format under a tuner of PEFT."""
+"""Which linear layers are stored in the residual format."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,7 @@ class ModelRecipe:
     adapter: PeftConfig | str | Path | None = None
     init: Method | None = None
     quantization: ResidualFormat | None = None
-    encode: Encode = "all-linear"
+    encode: Encode | None = None
     train_also: Sequence[str] = ()
     cache: str | os.PathLike[str] | None = None
     revision: str | None = None
@@ -197,13 +197,14 @@ class ModelRecipe:
                 announce=announce,
                 resume=resume,
             )
+            encode = self._encoded(backbone, tuner_plan, source)
         plan = open_plan(
             source.reader,
             source.adapter if tuner is None else None,
             backbone=backbone,
             untie=self.untie_embeddings,
             limit_rank=start is None,
-            encode=() if tuner_plan is None else self._encoded(backbone, tuner_plan),
+            encode=encode,
             trained_whole=() if tuner_plan is None else tuner_plan.whole,
             also=() if tuner is not None else self.train_also,
             group=group,
@@ -242,14 +243,23 @@ class ModelRecipe:
             )
         return tuner
 
-    def _encoded(self, backbone: PreTrainedModel, planned: TunerPlan) -> list[str]:
-        """Names of the linear layers that are encoded: all, or the adapted ones; none that is trained whole."""
+    def _encoded(self, backbone: PreTrainedModel, planned: TunerPlan | None, source: MatrixSource) -> list[str]:
+        """Names of the linear layers that are encoded beside those with factors; none that a tuner trains whole."""
+        if planned is None:
+            if self.encode != "all-linear":
+                return []
+            if source.init is None or source.init.statistic is not None or self.cache is not None:
+                raise ModelError(
+                    "encode='all-linear' reads the pretrained weights of all layers in the run itself: it goes with no "
+                    "residual model, no init_cache and no method that looks at data; leave it out, or adapt all layers"
+                )
+            return linear_layers(backbone)
         whole, adapted = tuple(f"{name}." for name in planned.whole), set(planned.adapted)
         taken = {name.rpartition(".")[0] for name in planned.in_place if name.endswith(".weight")}
         layers = (n for n in linear_layers(backbone) if not f"{n}.".startswith(whole) and n not in taken)
         if planned.of_plain_layers:
             layers = (name for name in layers if name not in adapted)
-        return [name for name in layers if self.encode == "all-linear" or name in adapted]
+        return [name for name in layers if self.encode != "adapted" or name in adapted]
 
     def _starting_adapter(self, directory: Path, pretrained: Path | WeightSource) -> StartingAdapter:
         decomposed = _is_decomposed(pretrained)

@@ -84,7 +84,9 @@ class FactorLayout(ABC):
         return bool(self.further)
 
     def parameter_shapes(self, planned: PlannedMatrix) -> dict[str, tuple[int, ...]]:
-        """Shapes of the further parameters of a matrix, by name in the backbone."""
+        """Shapes of the further parameters of a matrix, by name in the backbone; none if it has no adapter."""
+        if planned.rank == 0:
+            return {}
         return {f"{planned.layer}{_end(name)}": shape for name, shape in self.shapes(planned).items()}
 
     def kept_beside(self, name: str) -> bool:

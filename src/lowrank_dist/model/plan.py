@@ -342,7 +342,8 @@ class _PlanBuilder:
     def encoded_layers(self, names: Collection[str]) -> None:
         for name in names:
             layer = self.backbone.get_submodule(name)
-            if not isinstance(layer, nn.Linear | Conv1D):  # PEFT's layers around one that is adapted or trained whole
+            # PEFT has layers of its own around one that is adapted or trained whole
+            if not isinstance(layer, nn.Linear | Conv1D) or layer.weight.requires_grad:
                 continue
             weight_name = f"{name}.weight"
             key = self.keys.find(weight_name)

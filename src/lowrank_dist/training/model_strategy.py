@@ -65,7 +65,7 @@ class ModelStrategy(CheckpointedStrategy):
     adapter: PeftConfig | str | Path | None
     init: Method | None
     quantization: NF4 | None
-    encode: Encode
+    encode: Encode | None
     train_also: tuple[str, ...]
     calibration: Calibration | None
     init_cache: str | os.PathLike[str] | None

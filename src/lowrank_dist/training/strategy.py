@@ -51,8 +51,8 @@ class PiSSAStrategy(ModelStrategy):
     quantization
         ``NF4(...)`` for a 4-bit residual; None keeps it in the compute dtype.
     encode
-        Linear layers that a tuner other than LoRA leaves in the format of `quantization`: all but the output embedding
-        (``"all-linear"``), or the adapted ones. With a LoRA, it is the adapted ones.
+        Linear layers in the format of `quantization`: all but the output embedding (``"all-linear"``), or the adapted
+        ones (``"adapted"``). Default: the adapted ones with a LoRA, whose residuals are made with it, else all.
     train_also
         Shell patterns for names of parameters of the model itself that are trained as well, whole, as its checkpoint
         holds them: ``["*norm*", "*.bias", "model.embed_tokens.weight"]``. They are saved with the adapter, and stock
@@ -161,7 +161,7 @@ class PiSSAStrategy(ModelStrategy):
         init: Method | None = None,
         quantization: NF4 | None = None,
         *,
-        encode: Encode = "all-linear",
+        encode: Encode | None = None,
         train_also: Sequence[str] = (),
         calibration: Calibration | None = None,
         init_cache: str | os.PathLike[str] | None = None,
@@ -222,7 +222,7 @@ class PiSSAStrategy(ModelStrategy):
             reason = objection(adapter, gradient_checkpointing=gradient_checkpointing)
             if reason is not None:
                 raise ValueError(f"PiSSAStrategy: adapter is a {type(adapter).__name__}: {reason}")
-        if encode not in get_args(Encode):
+        if encode not in (None, *get_args(Encode)):
             raise ValueError(f"PiSSAStrategy: encode={encode!r} is none of {', '.join(get_args(Encode))}")
         if isinstance(train_also, str):
             raise ValueError(f"PiSSAStrategy: train_also={train_also!r} must be a list of patterns")
