@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from helpers.ranks import run_ranks
+from helpers.tuner_table import DOCUMENT
 from helpers.tuners import CASES, logits, reloaded, train_stock, train_tuned
 from lowrank_dist import NF4
 
@@ -66,3 +67,8 @@ def test_in_bf16(llama: Path, tmp_path: Path, name: str, precision: str) -> None
     expected, _ = train_stock(llama, name, NF4(), BEFORE)
     assert losses == pytest.approx(expected, rel=1e-2)
     assert logits(reloaded(llama, name, NF4(), save / "adapter"), name).isfinite().all()
+
+
+def test_the_documents_have_a_row_for_each() -> None:
+    rows = [line.split("|")[1].strip() for line in DOCUMENT.read_text().splitlines() if line.startswith("|")]
+    assert not set(CASES) - set(rows), "run `make test-matrix`"
