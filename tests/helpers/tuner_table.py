@@ -1,4 +1,4 @@
-"""The table of ``docs/tuners.md`` from the results of ``make test-matrix``: ``python tests/helpers/tuner_table.py XML``."""
+"""The table of ``docs/tuners.md`` from the report of ``make test-matrix``: ``python tests/helpers/tuner_table.py XML``."""
 
 from __future__ import annotations
 
@@ -48,10 +48,11 @@ def table(passed: dict[str, bool]) -> str:
 def main() -> None:
     before, _, _ = DOCUMENT.read_text().partition(HEADING)
     text = """
-Made by `make test-matrix` on tiny models (`tests/helpers/tuners.py` has the configurations). "Yes" under a number of ranks: three
-steps and a checkpoint there, two more after resuming, all losses equal to those of stock PEFT in one process on the same decoded
-weights to 1e-5, and `adapter/` gives the same logits in stock PEFT (Lily, VeLoRA and Poly: 1e-3, since they depend on the ranks).
-Under a precision: losses within 1e-2 of those in fp32. Under merge: bit for bit PEFT's `merge_and_unload`; "-" cannot be merged.
+Made by `make test-matrix` on tiny models (`tests/helpers/tuners.py` has the configurations). "Yes" under a number of
+ranks: three steps and a checkpoint there, two more after resuming, all losses equal to those of stock PEFT in one
+process on the same decoded weights to 1e-5, and `adapter/` gives the same logits in stock PEFT (Lily, VeLoRA and Poly:
+1e-3, since they depend on the ranks). Under a precision: losses within 1e-2 of those in fp32. Under merge: bit for bit
+PEFT's `merge_and_unload`; "-" cannot be merged.
 
 """
     DOCUMENT.write_text(before + HEADING + text + table(outcomes(Path(sys.argv[1]))) + "\n")
