@@ -1,4 +1,4 @@
-"""The table of ``docs/tuners.md`` from the report of ``make test-matrix``: ``python tests/helpers/tuner_table.py XML``."""
+"""The table of ``docs/tuners.md`` from a report of ``make test-matrix``: ``python tests/helpers/tuner_table.py X``."""
 
 from __future__ import annotations
 

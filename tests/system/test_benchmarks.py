@@ -137,6 +137,12 @@ def test_the_host_at_tiny_scale(tmp_path: Path) -> None:
     assert int(gathers) == 2 * 2 + 2 + 2  # of two layers, the norm, the embedding and the head
 
 
+def test_dora_at_tiny_scale(tmp_path: Path) -> None:
+    report = dry_run("benchmarks/bench_dora.py", output=tmp_path / "dora.md")
+    for way in ("LoRA, ours", "DoRA, ours", "DoRA, PEFT's layer on ours", "DoRA, PEFT + bitsandbytes"):
+        assert f"| {way} |" in report
+
+
 def test_a_step_at_tiny_scale(tmp_path: Path) -> None:
     """Every way trains the same model: the losses agree, but for those of dense weights."""
     report = dry_run("benchmarks/bench_step.py", output=tmp_path / "step.md")
