@@ -27,6 +27,7 @@ _UNSUPPORTED_OPTIONS = {
     "layer_replication": "replicated layers would share one sharded residual",
     "ensure_weight_tying": "layers that share an adapter would share one sharded residual",
     "trainable_token_indices": "embedding rows are not sharded separately",
+    "arrow_config": "it routes between adapters that exist already",
     "megatron_config": "tensor-parallel layers are sharded already",
 }
 

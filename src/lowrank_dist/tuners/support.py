@@ -20,8 +20,6 @@ _LORA_OPTIONS = (
     "velora_config",
     "monteclora_config",
     "kasa_config",
-    "arrow_config",
-    "lora_ga_config",
 )
 
 #: Types that are refused, and why.
@@ -103,8 +101,8 @@ def is_for_peft(config: PeftConfig, init: Method | None) -> bool:
     if isinstance(init, LoRA):
         return True
     raise InputError(
-        f"LoraConfig.{option} is computed by PEFT's own layers, on weights that stay whole: pass init=LoRA(), which "
-        f"leaves the start to PEFT, or leave {option.partition('=')[0]} unset"
+        f"LoraConfig.{option} is computed by PEFT's own layers, which start as PEFT starts them: pass init=LoRA() for "
+        f"that, or leave {option.partition('=')[0]} unset"
         + ("" if init is None else f" to train with init={init}")
     )
 
@@ -113,7 +111,7 @@ def objection(config: PeftConfig, *, gradient_checkpointing: bool) -> str | None
     """Why a configuration cannot be trained on a frozen, sharded base, with the remedy; None if it can."""
     name = name_of(config)
     if name in _REFUSED:
-        return f"{_REFUSED[name]}"
+        return _REFUSED[name]
     if name not in set(PeftType):
         return f"the installed PEFT has no tuner {name}"
     if isinstance(config, AdaLoraConfig) and (reason := schedule.objection(config)) is not None:
@@ -145,7 +143,7 @@ def remark(config: PeftConfig) -> str | None:
     part = _DEPENDS_ON_RANK.get(name_of(config))
     if isinstance(config, LoraConfig):
         for option in ("velora_config", "monteclora_config"):
-            part = f"{option}" if getattr(config, option, None) else part
+            part = option if getattr(config, option, None) else part
     if part is None:
         return None
     return f"{part} depends on the rank's own batch or random numbers, so that losses vary with the number of ranks"
