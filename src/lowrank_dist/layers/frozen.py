@@ -29,12 +29,18 @@ class _FrozenLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: FrozenLinear) -> Tensor:
         ctx.layer = layer
+        stored = layer.stored()
+        if not isinstance(stored[0], nn.Parameter):  # whole tensors in their place, which are gone in backward
+            ctx.save_for_backward(*stored)
         return x @ layer.used(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        weight = ctx.layer.recomputed(grad.dtype)
-        return grad @ (ctx.layer.matrix(grad.dtype) if weight is None else weight).mT, None
+        layer, stored = ctx.layer, ctx.saved_tensors  # asked for once: gradient checkpointing recomputes them
+        weight = layer.recomputed(grad.dtype)
+        if weight is None:
+            weight = layer.matrix(grad.dtype, stored=layer.by_name(stored) if stored else None)
+        return grad @ weight.mT, None
 
 
 @dataclass(eq=False)
@@ -149,12 +155,16 @@ class FrozenLinear(FrozenWeight, nn.Linear):
         """Map ``[..., in]`` of any floating dtype to ``[..., out]`` in the compute dtype."""
         return self.multiplied(x, _FrozenLinearFunction, self)
 
-    def matrix(self, dtype: torch.dtype, product: Product | None = None) -> Tensor:
+    def matrix(
+        self, dtype: torch.dtype, product: Product | None = None, *, stored: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
         """The weight, decoded to ``[in, out]`` for ``x @ matrix``; a view where rows are outputs.
 
-        `product` is added, in the orientation of the stored matrix.
+        `product` is added, in the orientation of the stored matrix. It is decoded from `stored`, by default from what
+        the layer holds.
         """
-        weight = self.residual.decode(self._parameters, self.partition, dtype, product)  # type: ignore[arg-type]
+        held: Any = self._parameters if stored is None else stored
+        weight = self.residual.decode(held, self.partition, dtype, product)
         return weight if self.input_first else weight.mT
 
     def used(self, dtype: torch.dtype, product: Product | None = None) -> Tensor:

@@ -102,8 +102,7 @@ def is_for_peft(config: PeftConfig, init: Method | None) -> bool:
         return True
     raise InputError(
         f"LoraConfig.{option} is computed by PEFT's own layers, which start as PEFT starts them: pass init=LoRA() for "
-        f"that, or leave {option.partition('=')[0]} unset"
-        + ("" if init is None else f" to train with init={init}")
+        f"that, or leave {option.partition('=')[0]} unset" + ("" if init is None else f" to train with init={init}")
     )
 
 

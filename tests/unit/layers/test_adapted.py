@@ -188,8 +188,8 @@ def test_what_a_recomputation_decodes_is_kept_for_the_backward(fold: Any, reentr
     decoded: list[weakref.ref[Tensor]] = []
     decode = layer.base_layer.matrix
 
-    def matrix(*args: Any) -> Tensor:
-        weight = decode(*args)
+    def matrix(*args: Any, **options: Any) -> Tensor:
+        weight = decode(*args, **options)
         decoded.append(weakref.ref(weight))
         return weight
 
