@@ -14,6 +14,7 @@ from lowrank_dist.methods.lora_xs import LoRAXS
 from lowrank_dist.methods.milora import MiLoRA
 from lowrank_dist.methods.olora import OLoRA
 from lowrank_dist.methods.pissa import PiSSA
+from lowrank_dist.methods.qera import QERA
 from lowrank_dist.methods.registry import METHODS, method_named, register
 
 register("pissa")(PiSSA)
@@ -25,10 +26,12 @@ register("corda")(CorDA)
 register("eva")(EVA)
 register("lora_ga")(LoRAGA)
 register("lora_xs")(LoRAXS)
+register("qera")(QERA)
 
 __all__ = [
     "EVA",
     "METHODS",
+    "QERA",
     "CorDA",
     "Decomposition",
     "Factors",

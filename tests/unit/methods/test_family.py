@@ -19,7 +19,7 @@ from peft.utils.incremental_pca import IncrementalPCA
 from torch import Tensor, nn
 
 from helpers.ranks import alone, run_ranks
-from lowrank_dist import EVA, NF4, CorDA, LoftQ, LoRA, LoRAGA, LoRAXS, MiLoRA, OLoRA, PiSSA, register
+from lowrank_dist import EVA, NF4, QERA, CorDA, LoftQ, LoRA, LoRAGA, LoRAXS, MiLoRA, OLoRA, PiSSA, register
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import RowPartition
 from lowrank_dist.errors import InputError
@@ -412,32 +412,46 @@ def test_senseless_options_are_refused(build: Any, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "statistic"), [(CorDA(), "covariance"), (EVA(), "covariance"), (LoRAGA(), "gradient")], ids=str
+    ("method", "statistic"),
+    [(CorDA(), "covariance"), (EVA(), "covariance"), (LoRAGA(), "gradient"), (QERA(), "covariance")],
+    ids=str,
 )
 def test_without_calibration_the_error_says_what_to_do(method: Method, statistic: str) -> None:
     m = matrix(gaussian(24, 16), 4, method, statistic=None)
     with pytest.raises(ValueError, match=rf"needs the {statistic} of w .* PiSSAStrategy\(calibration=\.\.\.\)"):
-        method.decompose(m, FP32)
+        method.decompose(m, NF4())
 
 
-@pytest.mark.parametrize("method", [CorDA(), EVA()], ids=str)
+@pytest.mark.parametrize("method", [CorDA(), EVA(), QERA()], ids=str)
 def test_embeddings_have_no_covariance(method: Method) -> None:
     options = {"rows": 16, "columns": 24, "rank": 4, "wrapped": False}
     assert method.objection(**options, lookup=False) is None
     assert "those of an embedding are ids; drop it" in str(method.objection(**options, lookup=True))
 
 
-def test_a_layer_that_saw_no_input_is_refused() -> None:
-    m = matrix(gaussian(24, 16), 4, CorDA(), statistic=torch.zeros(16, 16))
+@pytest.mark.parametrize("method", [CorDA(), QERA(), QERA(approximate=True)], ids=repr)
+def test_a_layer_that_saw_no_input_is_refused(method: Method) -> None:
+    m = matrix(gaussian(24, 16), 4, method, statistic=torch.zeros(16, 16))
     with pytest.raises(InputError, match="the covariance of w is zero, its layer saw no input"):
-        CorDA().decompose(m, FP32)
+        method.decompose(m, NF4())
 
 
 # -- the registry ------------------------------------------------------------------------------------------------------
 
 
 def test_the_family_is_registered() -> None:
-    assert sorted(METHODS) == ["corda", "eva", "loftq", "lora", "lora_ga", "lora_xs", "milora", "olora", "pissa"]
+    assert sorted(METHODS) == [
+        "corda",
+        "eva",
+        "loftq",
+        "lora",
+        "lora_ga",
+        "lora_xs",
+        "milora",
+        "olora",
+        "pissa",
+        "qera",
+    ]
     assert all(str(cls()).lower() == name.replace("_", "") for name, cls in METHODS.items())
     assert method_named("milora") is MiLoRA
 
