@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from helpers.ranks import alone, run_ranks
-from lowrank_dist import EVA, NF4, QERA, CorDA, LoRAGA, MiLoRA, OLoRA
+from lowrank_dist import EVA, NF4, QERA, SVFT, CorDA, LoRAGA, MiLoRA, OLoRA
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import RowPartition
 from lowrank_dist.errors import InputError
@@ -29,6 +29,7 @@ FAMILY: dict[str, Method] = {
     "eva": EVA(oversampling=1000),
     "lora_ga": LoRAGA(scale="weight_svd", oversampling=1000),
     "random": LoRAGA(direction="random", oversampling=1000),
+    "svft": SVFT(oversampling=1000),
     "qera": QERA(oversampling=1000),
     "qera_approx": QERA(approximate=True, oversampling=1000),
 }
