@@ -87,6 +87,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/demo"), help="where `make demo` puts model and data")
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--examples", type=int, default=64, help="for calibration, and as many held out")
+    parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS))
     parser.add_argument("--train", type=int, nargs="*", default=[], metavar="STEPS", help="report losses after these")
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3, 3e-3])
     parser.add_argument("--tiny", action="store_true", help="dry run on a random model of two layers")
@@ -126,7 +127,8 @@ def report(model: Path, data: Data, options: argparse.Namespace) -> None:
         columns = ["", "weight error %", "output error %", "held out %", "loss at step 0", "seconds"]
         columns += [f"after {steps} steps (rate)" for steps in options.train]
         rows = []
-        for label, method in STARTS.items():
+        for label in options.starts:
+            method = STARTS[label]
             found = start(backbone, model, method, rank, (calibration, held_out), data.held_out)
             row = [label, *(f"{100 * value:.2f}" for value in (found.weight, found.output, found.held_out))]
             row += [f"{found.loss:.4f}", f"{found.seconds:.0f}"]
