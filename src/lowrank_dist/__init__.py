@@ -32,6 +32,8 @@ _EXPORTS = {
     "EVA": "lowrank_dist.methods",
     "LoRAGA": "lowrank_dist.methods",
     "LoRAXS": "lowrank_dist.methods",
+    "QERA": "lowrank_dist.methods",
+    "SVFT": "lowrank_dist.methods",
     "AdapterCheckpoint": "lowrank_dist.callbacks",
     "HealthCheck": "lowrank_dist.callbacks",
     "InitReport": "lowrank_dist.callbacks",
@@ -65,6 +67,8 @@ if TYPE_CHECKING:
     from lowrank_dist.export import merge_checkpoint as merge_checkpoint
     from lowrank_dist.export import refit_checkpoint as refit_checkpoint
     from lowrank_dist.methods import EVA as EVA
+    from lowrank_dist.methods import QERA as QERA
+    from lowrank_dist.methods import SVFT as SVFT
     from lowrank_dist.methods import CorDA as CorDA
     from lowrank_dist.methods import LoftQ as LoftQ
     from lowrank_dist.methods import LoRA as LoRA

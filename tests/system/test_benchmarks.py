@@ -46,6 +46,16 @@ def test_every_table_at_tiny_scale(tmp_path: Path) -> None:
         assert f"| {row}" in report
 
 
+def test_quantized_starts_at_tiny_scale(tmp_path: Path) -> None:
+    """QERA errs less in the outputs than the quantized weight alone; training gives two more columns."""
+    options = ["--starts", "QLoRA", "QERA, exact", "--train", "1", "2"]
+    report = dry_run("benchmarks/bench_quantized_starts.py", *options, output=tmp_path / "quantized_starts.md")
+    rows = {cells[1].strip(): cells[2:-1] for line in report.splitlines() if len(cells := line.split("|")) > 3}
+    assert rows[""][-2:] == [" after 1 steps (rate) ", " after 2 steps (rate) "]
+    assert float(rows["QERA, exact"][1]) < float(rows["QLoRA"][1])
+    assert all(float(cell.split()[0]) > 0 for label in ("QLoRA", "QERA, exact") for cell in rows[label][-2:])
+
+
 def test_checkpoints_at_tiny_scale(tmp_path: Path) -> None:
     """Of the figures, those that are no times: what can be resumed elsewhere, and what holds pickles."""
     report = dry_run("benchmarks/bench_checkpoint.py", output=tmp_path / "checkpoint.md")

@@ -68,6 +68,7 @@ class Calibration:
     --------
     lowrank_dist.CorDA : Initialisation from the covariance of a layer's inputs.
     lowrank_dist.EVA : Initialisation from the covariance of a layer's inputs.
+    lowrank_dist.QERA : Quantization error that the covariance of a layer's inputs weighs.
     lowrank_dist.LoRAGA : Initialisation from the gradient of the weight.
 
     Examples
@@ -105,7 +106,7 @@ def check_options(init: Method | None, calibration: Calibration | None, **others
     if calibration is not None and not looks:
         raise InputError(
             f"calibration={calibration} has no effect: {init or 'the default initialisation'} does not look at data; "
-            "leave it out, or choose CorDA(), EVA() or LoRAGA()"
+            "leave it out, or choose CorDA(), EVA(), LoRAGA() or QERA()"
         )
     for option, value in others.items():
         if looks and value is not None:

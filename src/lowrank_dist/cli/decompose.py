@@ -17,6 +17,7 @@ from lowrank_dist.quantization.nf4 import NF4
 from lowrank_dist.storage.dtypes import NAMED_DTYPES
 
 QUANTIZED = {"qpissa": "pissa", "qlora": "lora"}  # common names of a method with an NF4 residual
+NEED_NF4 = (*QUANTIZED, "loftq", "qera")
 FACTOR_DTYPES = [name for name in NAMED_DTYPES if name != "float16"]
 
 
@@ -26,7 +27,7 @@ def run(argv: Sequence[str]) -> int:
     options = parser(name).parse_args(list(argv))
     if options.devices > 1 and not launched():
         return launch(["decompose", *argv], options.devices)
-    quantized = options.quantization == "nf4" or (options.quantization is None and name in (*QUANTIZED, "loftq"))
+    quantized = options.quantization == "nf4" or (options.quantization is None and name in NEED_NF4)
     if name in QUANTIZED and not quantized:
         raise InputError(
             f"--method {name} requires an NF4 residual; leave --quantization out, or use {QUANTIZED[name]}"
@@ -80,7 +81,7 @@ def parser(method: str) -> ArgumentParser:
     parser.add_argument(
         "--quantization",
         choices=["nf4", "none"],
-        help="format of the residual (default: nf4 for qpissa, qlora and loftq, else none: the dtype of --pretrained)",
+        help=f"format of the residual (default: nf4 for {', '.join(NEED_NF4)}; else none: the dtype of --pretrained)",
     )
     parser.add_class_arguments(NF4, "nf4")
     parser.add_argument(

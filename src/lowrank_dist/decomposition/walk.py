@@ -141,6 +141,7 @@ class Walk:
         self.reader, self.group, self.init, self.residual = reader, group, init, residual
         self.factor_dtype, self.device = factor_dtype, device or torch.device("cpu")
         self.advance, self.statistics, self.known, self.thorough = advance, statistics, known or {}, thorough
+        self.measure = Measure(init, residual, thorough=thorough)
 
     def run(self, batches: Iterable[Batch]) -> Iterator[DecomposedMatrix]:
         """Decompose all matrices of `batches`. Collective: all ranks iterate to the end.
@@ -206,7 +207,7 @@ class Walk:
             buffers=buffers,
         )
         init, measured = method_for(planned, self.init), planned.name not in self.known
-        measure = Measure(init, self.residual, thorough=self.thorough)
+        measure = self.measure if init is self.init else Measure(init, self.residual, thorough=self.thorough)
         before = measure.before(matrix) if measured else {}
         decomposition = init.decompose(matrix, self.residual)
         shards = decomposition.residual.shards | self._factor_shards(planned, partition, decomposition.factors, group)

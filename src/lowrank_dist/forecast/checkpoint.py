@@ -9,7 +9,7 @@ import torch
 
 from lowrank_dist.checkpoints.contents import Contents, tensor_files
 from lowrank_dist.forecast.job import ModelShapes, RunSpec, parameters
-from lowrank_dist.methods import LoftQ
+from lowrank_dist.methods import QERA, LoftQ
 from lowrank_dist.methods.frozen import Frozen
 from lowrank_dist.methods.principal import AlternatingMethod
 from lowrank_dist.model.names import peft_name
@@ -91,7 +91,7 @@ def _encoded_differ(job: RunSpec) -> bool:
     if job.fills_cache or job.residual is None or job.residual.exact:
         return False
     rounds = job.init.quantization_iterations if isinstance(job.init, AlternatingMethod) else 1
-    return isinstance(job.init, LoftQ) or rounds > 1
+    return isinstance(job.init, LoftQ | QERA) or rounds > 1
 
 
 def _shape(shapes: ModelShapes, name: str) -> torch.Size:

@@ -70,7 +70,7 @@ def row_blocks(block: Tensor, group: ShardGroup) -> Iterator[tuple[int, Tensor]]
         yield 0, block
         return
     start = 0
-    for owner, count in enumerate(_row_counts(block, group)):
+    for owner, count in enumerate(row_counts(block, group)):
         if count:
             rows = block.contiguous() if owner == group.rank else block.new_empty(count, block.shape[1])
             yield start, group.broadcast(rows, owner)
@@ -181,11 +181,11 @@ def _rotated(left: Tensor, middle: Tensor, right: Tensor, group: ShardGroup) -> 
 
 def own_rows(block: Tensor, group: ShardGroup) -> tuple[int, int]:
     """Half-open range of this rank's rows. One all-reduce of P integers."""
-    first = sum(_row_counts(block, group)[: group.rank])
+    first = sum(row_counts(block, group)[: group.rank])
     return first, first + block.shape[0]
 
 
-def _row_counts(block: Tensor, group: ShardGroup) -> list[int]:
+def row_counts(block: Tensor, group: ShardGroup) -> list[int]:
     """Rows of every rank. One all-reduce of P integers."""
     counts = torch.zeros(group.size, dtype=torch.int64, device=block.device)
     counts[group.rank] = block.shape[0]

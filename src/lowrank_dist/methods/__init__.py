@@ -14,7 +14,9 @@ from lowrank_dist.methods.lora_xs import LoRAXS
 from lowrank_dist.methods.milora import MiLoRA
 from lowrank_dist.methods.olora import OLoRA
 from lowrank_dist.methods.pissa import PiSSA
+from lowrank_dist.methods.qera import QERA
 from lowrank_dist.methods.registry import METHODS, method_named, register
+from lowrank_dist.methods.svft import SVFT
 
 register("pissa")(PiSSA)
 register("lora")(LoRA)
@@ -25,10 +27,14 @@ register("corda")(CorDA)
 register("eva")(EVA)
 register("lora_ga")(LoRAGA)
 register("lora_xs")(LoRAXS)
+register("qera")(QERA)
+register("svft")(SVFT)
 
 __all__ = [
     "EVA",
     "METHODS",
+    "QERA",
+    "SVFT",
     "CorDA",
     "Decomposition",
     "Factors",

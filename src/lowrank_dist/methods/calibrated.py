@@ -55,6 +55,14 @@ class CalibratedMethod(PrincipalMethod):
             )
         return matrix.statistic
 
+    def check_seen(self, matrix: Matrix, variance: float) -> None:
+        """Raise InputError if the `variance` of a layer's inputs (total or mean, the same on all ranks) is zero."""
+        if not variance > 0:
+            raise InputError(
+                f"{self}: the covariance of {matrix.name} is zero, its layer saw no input in the calibration pass; "
+                "calibrate on more data or drop it from target_modules"
+            )
+
     def leading(self, matrix: Matrix, block: Tensor, rank: int, *, rows: int) -> SVD:
         """Leading `rank` triplets of a row-sharded matrix of `rows` rows, computed in the group of `matrix`."""
         return randomized_svd(

@@ -129,10 +129,6 @@ class CorDA(CalibratedMethod):
         partition = RowPartition(rows=inputs, columns=inputs, world_size=matrix.group.size)
         diagonal = covariance[:, slice(*partition.bounds(matrix.group.rank))].diagonal()
         mean = matrix.group.sum(diagonal.double().sum()) / inputs
-        if not float(mean) > 0:
-            raise InputError(
-                f"{self}: the covariance of {matrix.name} is zero, its layer saw no input in the calibration pass; "
-                "calibrate on more data or drop it from target_modules"
-            )
+        self.check_seen(matrix, float(mean))
         diagonal.add_(self.damping * mean.to(diagonal.dtype))
         return covariance

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from lowrank_dist.errors import InputError
 from lowrank_dist.methods.assembly import unchanged
 from lowrank_dist.methods.base import Decomposition, Factors, Matrix
-from lowrank_dist.methods.principal import PrincipalMethod
+from lowrank_dist.methods.core import CoreMethod
 from lowrank_dist.model.factor_layout import FactorLayout, TrainedCore
 from lowrank_dist.quantization.format import ResidualFormat
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRAXS(PrincipalMethod):
+class LoRAXS(CoreMethod):
     """Low-rank adaptation with an extremely small number of parameters: ``W + scaling * B R A``, only R is trained.
 
     ``B = U_r S_r`` and ``A = V_r^T`` of W are frozen. The core R is ``r x r`` and drawn from ``N(0, core_std^2)``. The
@@ -31,6 +31,7 @@ class LoRAXS(PrincipalMethod):
     See Also
     --------
     LoRA : Trains both factors.
+    SVFT : Trains some entries of the core.
     PiSSA : Trains the principal factors themselves.
 
     References
@@ -70,17 +71,8 @@ class LoRAXS(PrincipalMethod):
             raise InputError(f"{self}: core_std={self.core_std} must be positive")
 
     @property
-    def starts_at_zero(self) -> bool:
-        return True
-
-    @property
     def layout(self) -> FactorLayout:
         return TrainedCore(std=self.core_std)
-
-    def objection(self, *, rows: int, columns: int, rank: int, lookup: bool, wrapped: bool) -> str | None:
-        if lookup or wrapped:
-            return f"{self} puts its core between the factors of linear layers only; drop it from the targets"
-        return None
 
     def decompose(self, matrix: Matrix, residual: ResidualFormat) -> Decomposition:
         _, svd = self.principal_factors(matrix, matrix.block)

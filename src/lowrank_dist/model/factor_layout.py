@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -146,9 +147,27 @@ class TrainedFactors(FactorLayout):
         return {"core": None}
 
 
+class CoreLayout(FactorLayout):
+    """A core R ``[r, r]`` between the factors is trained, ``B R A``; the factors are frozen."""
+
+    trained: ClassVar[tuple[str, ...]] = ()
+    further: ClassVar[tuple[str, ...]] = ("core",)
+    adds_product: ClassVar[bool] = False
+
+    @abstractmethod
+    def matrix(self, core: Tensor, rank: int) -> Tensor:
+        """R, ``[r, r]``, from the parameter that is trained."""
+
+    def multiply(self, x: Tensor, b: Tensor, further: Mapping[str, Tensor]) -> Tensor:
+        return nn.functional.linear(nn.functional.linear(x, self.matrix(further["core"], b.shape[1])), b)
+
+    def folded(self, b: Tensor, further: Mapping[str, Tensor]) -> Tensor:
+        return (b.float() @ self.matrix(further["core"], b.shape[1]).float()).to(b.dtype)
+
+
 @dataclass(frozen=True, kw_only=True)
-class TrainedCore(FactorLayout):
-    """A and B are frozen, and a core R ``[r, r]`` between them is trained: ``B R A``, as in LoRA-XS.
+class TrainedCore(CoreLayout):
+    """All of R is trained, as in LoRA-XS.
 
     Parameters
     ----------
@@ -157,9 +176,6 @@ class TrainedCore(FactorLayout):
     """
 
     std: float
-    trained: ClassVar[tuple[str, ...]] = ()
-    further: ClassVar[tuple[str, ...]] = ("core",)
-    adds_product: ClassVar[bool] = False
 
     def shapes(self, planned: PlannedMatrix) -> dict[str, tuple[int, ...]]:
         return {"core": (planned.rank, planned.rank)}
@@ -168,17 +184,66 @@ class TrainedCore(FactorLayout):
         generator = torch.Generator().manual_seed(seed_from_name(f"{planned.key}:core"))
         return {"core": torch.randn(planned.rank, planned.rank, generator=generator) * self.std}
 
-    def multiply(self, x: Tensor, b: Tensor, further: Mapping[str, Tensor]) -> Tensor:
-        return nn.functional.linear(nn.functional.linear(x, further["core"]), b)
-
-    def folded(self, b: Tensor, further: Mapping[str, Tensor]) -> Tensor:
-        return (b.float() @ further["core"].float()).to(b.dtype)
+    def matrix(self, core: Tensor, rank: int) -> Tensor:
+        return core
 
     def facts(self) -> dict[str, Any]:
         return {"core": self.std}
 
 
+CorePattern = Literal["plain", "banded", "random"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseCore(CoreLayout):
+    """Some entries of R are trained, from zero, as in SVFT; the others are zero and are stored nowhere.
+
+    Parameters
+    ----------
+    pattern : {"plain", "banded", "random"}
+        Which entries: the diagonal; a band around it; or as many as the band has, at random positions.
+    off_diagonal
+        Number d of diagonals on each side of the band: ``|i - j| <= d``.
+    seed
+        Seed of the random positions. Matrices of equal rank have the same positions.
+    """
+
+    pattern: CorePattern
+    off_diagonal: int
+    seed: int
+
+    def shapes(self, planned: PlannedMatrix) -> dict[str, tuple[int, ...]]:
+        return {"core": (len(self.positions(planned.rank)),)}
+
+    def initial(self, planned: PlannedMatrix) -> dict[str, Tensor]:
+        return {"core": torch.zeros(*self.shapes(planned)["core"])}
+
+    def matrix(self, core: Tensor, rank: int) -> Tensor:
+        where = self.positions(rank).to(core.device)
+        return core.new_zeros(rank * rank).index_put((where,), core).view(rank, rank)
+
+    def positions(self, rank: int) -> Tensor:
+        """Indices of the trained entries in the flattened R, ascending."""
+        return _positions(self, rank)
+
+    def facts(self) -> dict[str, Any]:
+        return {"core": asdict(self)}
+
+
+@cache
+def _positions(layout: SparseCore, rank: int) -> Tensor:
+    index = torch.arange(rank)
+    width = 0 if layout.pattern == "plain" else layout.off_diagonal
+    band = ((index[:, None] - index).abs() <= width).flatten().nonzero().flatten()
+    if layout.pattern != "random":
+        return band
+    generator = torch.Generator().manual_seed(seed_from_name(f"core of rank {rank}", layout.seed))
+    return torch.randperm(rank * rank, generator=generator)[: len(band)].sort().values
+
+
 def stored_layout(manifest: Mapping[str, Any]) -> FactorLayout:
     """The layout whose `FactorLayout.facts` a manifest holds; `TrainedFactors` if it holds none (other origin)."""
     core = manifest.get("core")
-    return TrainedFactors() if core is None else TrainedCore(std=core)
+    if core is None:
+        return TrainedFactors()
+    return SparseCore(**core) if isinstance(core, Mapping) else TrainedCore(std=core)

@@ -155,6 +155,8 @@ def _adapter_checkpoint(directory: Path, found: Description) -> None:
     _add_adapter(directory / ADAPTER_DIR, found)
     if manifest.get("method") == "LoRAXS":  # the adapter file holds B times the core
         facts["trained parameters"] = sum(entry["rank"] ** 2 for entry in manifest["matrices"])
+    elif manifest.get("method") == "SVFT":  # how many entries of the core are trained, only the core itself says
+        facts["trained parameters"] = _numel_of_cores(directory) or "those of the core, which the checkpoint lacks"
     parts = [part for part in (ADAPTER_DIR, INITIAL_DIR, ENCODED_DIR, LORA_DIR) if (directory / part).is_dir()]
     facts["bytes"] = {part: _size(directory / part) for part in parts}
     for part in ("optimizer", "state"):
@@ -168,6 +170,12 @@ def _adapter_checkpoint(directory: Path, found: Description) -> None:
         absent = [file for file in (CONFIG, WEIGHTS) if not (directory / part / file).is_file()]
         lacking += [f"{part}/{file} is missing" for file in absent]
     found.problems += dict.fromkeys(lacking)
+
+
+def _numel_of_cores(directory: Path) -> int:
+    """Number of elements of the cores, which lie beside the state of the optimizer; 0 if it was not saved."""
+    headers = map(_header, sorted(directory.glob("optimizer*.safetensors")))
+    return sum(numel for header in headers for name, (_, numel) in header.items() if name.endswith(".core"))
 
 
 def _decomposed(directory: Path, found: Description) -> None:

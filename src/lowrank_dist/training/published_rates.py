@@ -63,6 +63,13 @@ _QLORA = (
     _rate(1e-4, "LLaMA 33B and 65B, batches of 16, constant, r = 64, alpha = 16", "arXiv:2305.14314"),
 )
 _LOFTQ = _rate(3e-4, "Llama-2-7B, 4 bits, rank 64, GSM8K and WikiText-2, weight decay 0.1", "github.com/yxli2123/LoftQ")
+_QERA = _rate(
+    3e-5, "Llama-2-7B, 4 bits, rank 128, alpha = 2 r, GSM8K, cosine, warm-up 100", "github.com/ChengZhang-98/QERA"
+)
+_SVFT = tuple(
+    _rate(rate, f"{pattern}; Gemma-2B, MetaMathQA-40K, batches of 64, cosine", "github.com/VijayLingam95/SVFT")
+    for rate, pattern in ((5e-2, "plain"), (5e-3, "banded, off_diagonal=16"))
+)
 _LORA_PLUS = PublishedRate(
     advice="B 16 times as fast as A (loraplus_lr_ratio=16), A slower than in LoRA",
     setting="LoRA+, which starts at B = 0",
@@ -117,6 +124,8 @@ def published_rates(init: str | Method, *, quantized: bool = False, rslora: bool
         METHODS["pissa"]: (_PISSA,),
         METHODS["lora"]: (*(_QLORA if quantized else ()), _TEN_TIMES, _LORA, _LORA_PLUS),
         METHODS["loftq"]: (_LOFTQ,),
+        METHODS["qera"]: (_QERA,),
+        METHODS["svft"]: _SVFT,
     }
     found = known.get(kind, ())
     return (*found, _RSLORA) if rslora and found else found

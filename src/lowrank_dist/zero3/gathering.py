@@ -123,10 +123,14 @@ class Gathering:
         shared: dict[nn.Parameter, Pack] = {}
         for unit in units:
             packs = list(self._packs(unit, uses, shared))
-            trained = [p for p in unit.parameters if p.requires_grad] if unit.module in layers else []
+            own = (p for p in unit.parameters if p.requires_grad and uses[p] == 1)
+            trained = list(own) if unit.module in layers else []
             if packs or trained:
                 self._stages.append(_Stage(packs, all(pack.lasts for pack in packs), trained))
                 self._watch(len(self._stages) - 1, unit.module)
+        if self._reduction is not None:
+            inside = dict.fromkeys(p for unit in units if unit.module in layers for p in unit.parameters)
+            self._reduction.at_the_end = [p for p in inside if p.requires_grad and uses[p] > 1]
         self._attach()
 
     def remove(self) -> None:

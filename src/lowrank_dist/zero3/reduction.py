@@ -36,6 +36,11 @@ class LayerReduction:
         its leaf modules any more.
     group
         The ranks over which trained parameters are partitioned.
+
+    Attributes
+    ----------
+    at_the_end : sequence of Parameter
+        Parameters that several layers share, whose gradients are complete when the backward ends.
     """
 
     def __init__(self, zero: Any, group: ShardGroup) -> None:
@@ -45,6 +50,7 @@ class LayerReduction:
         for parameter in chain.from_iterable(zero.fp16_groups):
             begin, end = end, end + local_shard(parameter).numel()
             self._stretch[parameter] = begin, end
+        self.at_the_end: Sequence[nn.Parameter] = ()
         self._waiting: list[nn.Parameter] = []
         self._numel = 0
         self._running: tuple[Tensor, Any, list[nn.Parameter]] | None = None
@@ -70,8 +76,13 @@ class LayerReduction:
     def take(self, parameters: Sequence[nn.Parameter]) -> None:
         """Average the gradients of `parameters` over the ranks, now or later. One reduce-scatter for a full bucket.
 
-        All ranks call it for the same layers in the same order. A missing gradient counts as zeros.
+        All ranks call it for the same layers in the same order. A missing gradient counts as zeros. Gradients of
+        parameters that the optimizer does not have are dropped.
         """
+        for parameter in parameters:
+            if parameter not in self._stretch:
+                parameter.grad = None
+        parameters = [parameter for parameter in parameters if parameter in self._stretch]
         numel = sum(whole_shape(parameter).numel() for parameter in parameters)
         if self._waiting and self._numel + numel > self._zero.reduce_bucket_size:
             self._start()
@@ -142,6 +153,7 @@ class LayerReduction:
 
     def _backward_ends(self) -> None:
         """Reduce what waits; then let DeepSpeed do the same, and hand it this step's gradients in a few pieces."""
+        self.take(self.at_the_end)
         if self._waiting:
             self._start()
         self._finish()

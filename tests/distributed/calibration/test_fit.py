@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from helpers.models import save_checkpoint
 from helpers.ranks import run_ranks
 from helpers.training import BATCHES, CausalLM, dense_state, loader, make_strategy, make_trainer, tokens
-from lowrank_dist import EVA, Calibration, CorDA, LoRA, LoRAGA, PiSSA
+from lowrank_dist import EVA, QERA, Calibration, CorDA, LoRA, LoRAGA, PiSSA
 from lowrank_dist.data.datamodule import SFTDataModule
 from lowrank_dist.errors import InputError
 from lowrank_dist.methods import Method
@@ -58,7 +58,7 @@ def test_step_0_is_the_original_model(llama: Path, init: Method, world_size: int
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
-@pytest.mark.parametrize("init", [CorDA(), LoRAGA()], ids=repr)
+@pytest.mark.parametrize("init", [CorDA(), LoRAGA(), QERA()], ids=repr)
 def test_quantized_in_bf16(llama: Path, init: Method, precision: str) -> None:
     """NF4 moves the loss of this random model by less than a tenth."""
     losses, _ = run_ranks(2, fitted, llama, init, precision, True)[0]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from helpers.ranks import run_ranks, run_ranks_catching
 from helpers.training import STEPS, CausalLM, fit, loader, make_strategy, make_trainer
-from lowrank_dist import NF4, AdapterCheckpoint, LoftQ, LoRA, LoRAXS, PiSSA
+from lowrank_dist import NF4, SVFT, AdapterCheckpoint, LoftQ, LoRA, LoRAXS, PiSSA
 
 CUT = 3
 _TRAINER = ("precision", "accumulate_grad_batches", "gradient_clip_val")
@@ -111,6 +111,7 @@ def saved(llama: Path, begun: Begun) -> tuple[Path, Path]:
         (3, 2, {"quantization": None, "gradient_clip_val": 0.1}, {}),
         (2, 3, {"precision": "bf16-mixed"}, {}),
         (2, 2, {"init": LoRAXS()}, {}),
+        (2, 3, {"init": SVFT(pattern="random", off_diagonal=1)}, {}),
         (2, 1, {"init": PiSSA(quantization_iterations=3)}, {}),
         (1, 3, {"init": LoftQ(quantization_iterations=2)}, {}),
     ],

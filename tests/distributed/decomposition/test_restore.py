@@ -21,7 +21,7 @@ from torch import Tensor
 from helpers.models import save_checkpoint
 from helpers.ranks import run_ranks, run_ranks_catching
 from helpers.training import DEEPSPEED_CONFIG
-from lowrank_dist import EVA, NF4, CorDA, LoftQ, LoRA, LoRAGA, LoRAXS, MiLoRA, OLoRA, PiSSA
+from lowrank_dist import EVA, NF4, QERA, CorDA, LoftQ, LoRA, LoRAGA, LoRAXS, MiLoRA, OLoRA, PiSSA
 from lowrank_dist.adapters.files import write_adapter
 from lowrank_dist.calibration.measure import Calibration
 from lowrank_dist.calibration.walk import CalibrationPass
@@ -282,7 +282,9 @@ def test_every_kind_of_weight(tmp_path: Path, name: str, first: int, again: int)
 def test_without_a_second_calibration(odd: Path, tmp_path: Path, first: int, again: int) -> None:
     inits = [CorDA(), CorDA(corda_method="kpm"), EVA(), LoRAGA()]
     cases = [Case(init, residual) for init in inits for residual in (DOUBLE, Dense(dtype=FP32))]
-    round_trip(tmp_path, odd, (first, again), cases)
+    cases += [Case(QERA(), DOUBLE), Case(QERA(approximate=True), NF4())]
+    results = round_trip(tmp_path, odd, (first, again), cases)
+    assert all(result["encoded"].keys() == result["factors"].keys() for result in results[-2:])
 
 
 # -- what is not the same is found ----------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from helpers.ranks import alone, run_ranks
-from lowrank_dist import EVA, CorDA, LoRAGA, MiLoRA, OLoRA
+from lowrank_dist import EVA, NF4, QERA, SVFT, CorDA, LoRAGA, MiLoRA, OLoRA
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import RowPartition
 from lowrank_dist.errors import InputError
@@ -29,6 +29,9 @@ FAMILY: dict[str, Method] = {
     "eva": EVA(oversampling=1000),
     "lora_ga": LoRAGA(scale="weight_svd", oversampling=1000),
     "random": LoRAGA(direction="random", oversampling=1000),
+    "svft": SVFT(oversampling=1000),
+    "qera": QERA(oversampling=1000),
+    "qera_approx": QERA(approximate=True, oversampling=1000),
 }
 
 
@@ -77,7 +80,7 @@ def decompose_all(group: ShardGroup | None = None) -> dict[tuple[Any, ...], tupl
         for shape in SHAPES:
             for input_first in (False, True):
                 m = matrix(group, shape, method, input_first)
-                d = method.decompose(m, Dense(dtype=torch.float32))
+                d = method.decompose(m, NF4() if isinstance(method, QERA) else Dense(dtype=torch.float32))
                 results[name, shape, input_first] = (d.factors.left, d.factors.right, d.residual.decoded)
     return results
 
@@ -133,18 +136,19 @@ def test_row_blocks_and_inverse_iteration(world_size: int, rows: int, columns: i
     torch.testing.assert_close((u.mT @ whole).norm(), torch.ones(()), rtol=1e-3, atol=0)
 
 
-def refused(shape: tuple[int, int, int]) -> str:
-    m = matrix(ShardGroup(), shape, CorDA(), False)
+def refused(shape: tuple[int, int, int], method: Method) -> str:
+    m = matrix(ShardGroup(), shape, method, False)
     assert m.statistic is not None
     m.statistic.zero_()
     try:
-        CorDA().decompose(m, Dense(dtype=torch.float32))
+        method.decompose(m, NF4())
     except InputError as error:
         return str(error)
     return ""
 
 
-def test_refusals_come_on_every_rank() -> None:
+@pytest.mark.parametrize("method", [CorDA(), QERA()], ids=str)
+def test_refusals_come_on_every_rank(method: Method) -> None:
     """No rank is left waiting in a collective, also one without rows."""
-    for text in run_ranks(3, refused, (5, 3, 2)):
+    for text in run_ranks(3, refused, (5, 3, 2), method):
         assert "the covariance of w is zero" in text

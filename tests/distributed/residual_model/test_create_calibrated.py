@@ -21,7 +21,7 @@ from helpers.command import lowrank_dist
 from helpers.faults import kill_after_commits
 from helpers.ranks import alone, run_ranks, run_ranks_catching
 from helpers.training import BATCHES, ByStep, CausalLM, initial_factors, loader, make_strategy, make_trainer, tokens
-from lowrank_dist import EVA, NF4, AdapterCheckpoint, Calibration, CorDA, LoRAGA, PiSSAStrategy
+from lowrank_dist import EVA, NF4, QERA, AdapterCheckpoint, Calibration, CorDA, LoRAGA, PiSSAStrategy
 from lowrank_dist.calibration.measure import draw, step_name
 from lowrank_dist.data.datamodule import SFTDataModule
 from lowrank_dist.distributed.group import ShardGroup
@@ -79,6 +79,7 @@ def from_directory(directory: Path) -> Tensor:
         (CorDA(), None, 2),
         (CorDA(corda_method="kpm"), NF4(double_quant=True), 1),
         (EVA(), NF4(), 3),
+        (QERA(), NF4(), 2),
         (LoRAGA(), None, 1),
         (LoRAGA(), NF4(), 2),
     ],

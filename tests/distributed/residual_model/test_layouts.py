@@ -22,7 +22,7 @@ from helpers.faults import kill_after_commits
 from helpers.models import save_checkpoint
 from helpers.ranks import run_ranks, run_ranks_catching
 from helpers.training import CausalLM, loader, make_strategy, make_trainer, tokens
-from lowrank_dist import NF4, LoRAXS, PiSSA, PiSSAStrategy
+from lowrank_dist import NF4, SVFT, LoRAXS, PiSSA, PiSSAStrategy
 from lowrank_dist.decomposition.schedule import Sharding
 from lowrank_dist.decomposition.walk import Walk
 from lowrank_dist.distributed.group import ShardGroup
@@ -63,6 +63,7 @@ CASES = {
     "conv1d": Case("gpt2", {"target_modules": ["c_attn", "c_fc", "c_proj"]}),
     "embedding": Case("llama", {"target_modules": ["v_proj", "embed_tokens"]}),
     "lora_xs": Case("llama", {"target_modules": "all-linear"}, stock_in_4_bits=True, init=LoRAXS(core_std=0.1)),
+    "svft": Case("llama", {"target_modules": "all-linear"}, stock_in_4_bits=True, init=SVFT()),
 }
 
 
@@ -175,15 +176,27 @@ def test_lora_xs_keeps_what_is_trained_apart(llama: Path, tmp_path: Path) -> Non
     assert losses[0][-1] != pytest.approx(losses[0][0], rel=1e-4)
 
 
+def test_an_svft_goes_on_from_its_residual_model(llama: Path, tmp_path: Path) -> None:
+    """The manifest holds the pattern; B lies beside the adapter, whose B M is zero."""
+    case = CASES["svft"]
+    run_ranks(1, write, llama, tmp_path / "out", case, None)
+    folded = load_file(tmp_path / "out" / "svft_init" / "adapter_model.safetensors")
+    assert all(float(tensor.abs().max()) == 0 for name, tensor in folded.items() if "lora_B" in name)
+    losses = run_ranks(2, cores_trained, llama, tmp_path / "out", case)[0]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert losses[0][-1] != pytest.approx(losses[0][0], rel=1e-4)
+
+
 def cores_trained(base: Path, output: Path, case: Case) -> list[list[float]]:
-    """Losses of a run from the original and of one from the residual model; only r x r matrices are trained."""
+    """Losses of a run from the original and of one from the residual model; only cores are trained."""
     losses = []
     options = {"adapter": adapter_of(case), "init": case.init, "quantization": None}
     for pretrained, given in ((base, options), (output, dict.fromkeys(options))):
         module, strategy = CausalLM(pretrained), make_strategy(pretrained, **given)
         trainer = make_trainer(strategy, steps=3)
         trainer.fit(module, loader(trainer.global_rank, trainer.world_size, 3))
-        assert {tuple(p.ds_shape) for p in module.parameters() if p.requires_grad} == {(4, 4)}
+        shape = (4, 4) if isinstance(case.init, LoRAXS) else (4,)
+        assert {tuple(p.ds_shape) for p in module.parameters() if p.requires_grad} == {shape}
         losses.append(module.losses)
     return losses
 

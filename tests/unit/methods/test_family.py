@@ -19,7 +19,7 @@ from peft.utils.incremental_pca import IncrementalPCA
 from torch import Tensor, nn
 
 from helpers.ranks import alone, run_ranks
-from lowrank_dist import EVA, NF4, CorDA, LoftQ, LoRA, LoRAGA, LoRAXS, MiLoRA, OLoRA, PiSSA, register
+from lowrank_dist import EVA, NF4, QERA, SVFT, CorDA, LoftQ, LoRA, LoRAGA, LoRAXS, MiLoRA, OLoRA, PiSSA, register
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import RowPartition
 from lowrank_dist.errors import InputError
@@ -164,7 +164,7 @@ def test_a_quantized_residual_is_that_of_the_factors(method: Method, input_first
 @pytest.mark.parametrize("residual", [FP32, Dense(dtype=torch.bfloat16), NF4(double_quant=True)], ids=str)
 @pytest.mark.parametrize(
     "method",
-    [*FAMILY, LoRA(), LoRAXS(), PiSSA(), PiSSA(quantization_iterations=3), LoftQ(quantization_iterations=2)],
+    [*FAMILY, LoRA(), LoRAXS(), SVFT(), PiSSA(), PiSSA(quantization_iterations=3), LoftQ(quantization_iterations=2)],
     ids=repr,
 )
 def test_what_may_be_overwritten(method: Method, residual: ResidualFormat) -> None:
@@ -355,6 +355,20 @@ def test_milora_takes_the_minor_triplets(outputs: int, inputs: int) -> None:
     assert float(kept[-4:].max()) < 1e-5
 
 
+@SHAPES
+@pytest.mark.parametrize("input_first", [False, True])
+def test_svft_freezes_the_leading_singular_vectors(outputs: int, inputs: int, input_first: bool) -> None:
+    init = SVFT(oversampling=WHOLE)
+    m = matrix(gaussian(outputs, inputs), 4, init, input_first=input_first)
+    d = init.decompose(m, FP32)
+    a, b = adapter(m, d)
+    u, _, vh = torch.linalg.svd(gaussian(outputs, inputs).double(), full_matrices=False)
+    torch.testing.assert_close((b.T.double() @ u[:, :4]).abs(), torch.eye(4).double(), rtol=0, atol=1e-5)
+    torch.testing.assert_close((a.double() @ vh[:4].T).abs(), torch.eye(4).double(), rtol=0, atol=1e-5)
+    assert bool(((b.T @ gaussian(outputs, inputs) @ a.T).diagonal() > 0).all())
+    assert torch.equal(d.residual.decoded, m.block)
+
+
 def test_eva_takes_the_leading_eigenvectors() -> None:
     """Those of the covariance; on centred inputs they are the components of PEFT's incremental PCA too."""
     x = gaussian(200, 16) * torch.linspace(0.5, 3, 16)
@@ -404,6 +418,9 @@ def test_corda_keeps_what_the_inputs_use() -> None:
         (lambda: LoRAGA(scale="stabel"), "scale='stabel' is none of stable, weight_svd, gd_scale, unit"),
         (lambda: LoRAGA(stable_gamma=0), "stable_gamma=0 must be positive"),
         (lambda: EVA(power_iterations=-1), "power_iterations=-1 must not be negative"),
+        (lambda: SVFT(pattern="top-k"), "pattern='top-k' is none of plain, banded, random"),  # type: ignore[arg-type]
+        (lambda: SVFT(pattern="banded", off_diagonal=-1), "off_diagonal=-1 must not be negative"),
+        (lambda: SVFT(off_diagonal=2), "off_diagonal=2 has no effect with pattern='plain'"),
     ],
 )
 def test_senseless_options_are_refused(build: Any, text: str) -> None:
@@ -412,32 +429,47 @@ def test_senseless_options_are_refused(build: Any, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "statistic"), [(CorDA(), "covariance"), (EVA(), "covariance"), (LoRAGA(), "gradient")], ids=str
+    ("method", "statistic"),
+    [(CorDA(), "covariance"), (EVA(), "covariance"), (LoRAGA(), "gradient"), (QERA(), "covariance")],
+    ids=str,
 )
 def test_without_calibration_the_error_says_what_to_do(method: Method, statistic: str) -> None:
     m = matrix(gaussian(24, 16), 4, method, statistic=None)
     with pytest.raises(ValueError, match=rf"needs the {statistic} of w .* PiSSAStrategy\(calibration=\.\.\.\)"):
-        method.decompose(m, FP32)
+        method.decompose(m, NF4())
 
 
-@pytest.mark.parametrize("method", [CorDA(), EVA()], ids=str)
+@pytest.mark.parametrize("method", [CorDA(), EVA(), QERA()], ids=str)
 def test_embeddings_have_no_covariance(method: Method) -> None:
     options = {"rows": 16, "columns": 24, "rank": 4, "wrapped": False}
     assert method.objection(**options, lookup=False) is None
     assert "those of an embedding are ids; drop it" in str(method.objection(**options, lookup=True))
 
 
-def test_a_layer_that_saw_no_input_is_refused() -> None:
-    m = matrix(gaussian(24, 16), 4, CorDA(), statistic=torch.zeros(16, 16))
+@pytest.mark.parametrize("method", [CorDA(), QERA(), QERA(approximate=True)], ids=repr)
+def test_a_layer_that_saw_no_input_is_refused(method: Method) -> None:
+    m = matrix(gaussian(24, 16), 4, method, statistic=torch.zeros(16, 16))
     with pytest.raises(InputError, match="the covariance of w is zero, its layer saw no input"):
-        CorDA().decompose(m, FP32)
+        method.decompose(m, NF4())
 
 
 # -- the registry ------------------------------------------------------------------------------------------------------
 
 
 def test_the_family_is_registered() -> None:
-    assert sorted(METHODS) == ["corda", "eva", "loftq", "lora", "lora_ga", "lora_xs", "milora", "olora", "pissa"]
+    assert sorted(METHODS) == [
+        "corda",
+        "eva",
+        "loftq",
+        "lora",
+        "lora_ga",
+        "lora_xs",
+        "milora",
+        "olora",
+        "pissa",
+        "qera",
+        "svft",
+    ]
     assert all(str(cls()).lower() == name.replace("_", "") for name, cls in METHODS.items())
     assert method_named("milora") is MiLoRA
 

@@ -12,13 +12,18 @@ from torch import Tensor, nn
 from lowrank_dist import LoRAXS
 from lowrank_dist.layers.frozen import ExtendedLinear
 from lowrank_dist.model import factor_layout
-from lowrank_dist.model.factor_layout import FactorLayout, TrainedCore, TrainedFactors, stored_layout
+from lowrank_dist.model.factor_layout import FactorLayout, SparseCore, TrainedCore, TrainedFactors, stored_layout
 from lowrank_dist.model.plan import PlannedMatrix
 
 PLANNED = PlannedMatrix(
     layer="model.q", key="model.q.weight", rows=12, columns=8, input_first=False, rank=3, scaling=1.0
 )
-LAYOUTS: list[FactorLayout] = [TrainedFactors(), TrainedCore(std=0.5)]
+SPARSE = [
+    SparseCore(pattern="plain", off_diagonal=0, seed=0),
+    SparseCore(pattern="banded", off_diagonal=1, seed=0),
+    SparseCore(pattern="random", off_diagonal=1, seed=3),
+]
+LAYOUTS: list[FactorLayout] = [TrainedFactors(), TrainedCore(std=0.5), *SPARSE]
 
 
 def test_all_layouts_are_tested() -> None:
@@ -30,10 +35,13 @@ def test_all_layouts_are_tested() -> None:
 def test_module_and_files_have_one_b(layout: FactorLayout) -> None:
     generator = torch.Generator().manual_seed(0)
     b, x = torch.randn(12, 3, generator=generator), torch.randn(5, 3, generator=generator)
-    further = layout.initial(PLANNED)
+    further = {
+        name: value + torch.randn(value.shape, generator=generator) for name, value in layout.initial(PLANNED).items()
+    }
     module = ExtendedLinear(layout, nn.Parameter(b), {name: nn.Parameter(value) for name, value in further.items()})
     torch.testing.assert_close(module(x).detach(), x @ layout.folded(b, further).mT)
     assert layout.folded(b, further).shape == b.shape
+    assert layout.folded(b.to("meta"), {name: value.to("meta") for name, value in further.items()}).shape == b.shape
     assert layout.folds == bool(further)
 
 
@@ -51,6 +59,28 @@ def test_what_is_announced_is_what_there_is(layout: FactorLayout) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_manifests_give_it_back(layout: FactorLayout) -> None:
     assert stored_layout({"base": "a", **layout.facts()}) == layout
+
+
+@pytest.mark.parametrize("layout", SPARSE, ids=str)
+@pytest.mark.parametrize("rank", [1, 2, 7])
+def test_a_sparse_core_has_its_entries_and_no_others(layout: SparseCore, rank: int) -> None:
+    """Each of them once, in the place that the pattern says; a band that is wider than the core is all of it."""
+    positions = layout.positions(rank)
+    entries = torch.arange(1.0, len(positions) + 1)
+    m = layout.matrix(entries, rank)
+    assert torch.equal(m.flatten()[positions], entries)
+    assert int((m != 0).sum()) == len(positions)
+    i, j = positions // rank, positions % rank
+    if layout.pattern == "random":
+        d = min(layout.off_diagonal, rank - 1)
+        assert len(positions) == rank * (2 * d + 1) - d * (d + 1)
+        assert torch.equal(positions, layout.positions(rank))
+        if rank == 7:
+            assert bool(((i - j).abs() > 1).any())
+            other = SparseCore(pattern="random", off_diagonal=1, seed=4)
+            assert not torch.equal(positions, other.positions(rank))
+    else:
+        assert torch.equal(m != 0, (torch.arange(rank)[:, None] - torch.arange(rank)).abs() <= layout.off_diagonal)
 
 
 def test_models_of_other_origin_have_a_and_b() -> None:

@@ -11,7 +11,7 @@ from lowrank_dist.errors import InputError
 
 
 def test_every_entry_has_its_source():
-    for name in ("pissa", "lora", "loftq"):
+    for name in ("pissa", "lora", "loftq", "qera", "svft"):
         for found in published_rates(name, quantized=True, rslora=True):
             assert "arXiv" in found.source or "." in found.source
             assert found.setting
@@ -26,6 +26,8 @@ def test_every_entry_has_its_source():
         (LoRA(), False, [None, 2e-4, None]),
         (LoRA(), True, [2e-4, 1e-4, None, 2e-4, None]),
         (LoftQ(), True, [3e-4]),
+        ("qera", True, [3e-5]),
+        ("svft", False, [5e-2, 5e-3]),
         (MiLoRA(), False, []),
     ],
 )

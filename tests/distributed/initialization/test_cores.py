@@ -1,7 +1,8 @@
-"""LoRA-XS: only the r x r matrices are trained, losses are those of a plain process, and what is saved is a LoRA."""
+"""LoRA-XS and SVFT: only the cores are trained, losses are those of a plain process, and what is saved is a LoRA."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,17 @@ from transformers import AutoModelForCausalLM
 
 from helpers.ranks import run_ranks
 from helpers.training import LR, STEPS, CausalLM, dense_state, loader, make_strategy, make_trainer, tokens
-from lowrank_dist import NF4, AdapterCheckpoint, LoRAXS, convert_checkpoint, merge_checkpoint
+from lowrank_dist import NF4, SVFT, AdapterCheckpoint, LoRAXS, convert_checkpoint, merge_checkpoint
 from lowrank_dist.decomposition.walk import check_matrices
 from lowrank_dist.errors import ModelError
 from lowrank_dist.layers.frozen import ExtendedLinear
+from lowrank_dist.methods import Method
+from lowrank_dist.model.factor_layout import FactorLayout
 from lowrank_dist.storage.inspect import inspect
 
 INIT = LoRAXS(core_std=1e-2)
+BAND = SVFT(pattern="banded", off_diagonal=1)  # at r = 4, 4 + 3 + 3 entries
+CASES = {"lora_xs": (INIT, (4, 4)), "svft": (BAND, (10,))}
 
 
 class Evaluated(CausalLM):
@@ -34,7 +39,7 @@ class Evaluated(CausalLM):
 
 
 def train(pretrained: Path, output: Path, options: dict[str, Any]) -> dict[str, Any]:
-    strategy = make_strategy(pretrained, init=INIT, **options)
+    strategy = make_strategy(pretrained, **options)
     callback = AdapterCheckpoint(dirpath=output, filename="{step}", every_n_train_steps=STEPS)
     trainer = make_trainer(strategy, callbacks=[callback], enable_checkpointing=True)
     state: dict[str, Tensor] = {}
@@ -49,14 +54,14 @@ def train(pretrained: Path, output: Path, options: dict[str, Any]) -> dict[str, 
     return {"losses": module.losses, "state": state, "logits": module.logits, "trained": shapes}
 
 
-def train_plainly(pretrained: Path, state: dict[str, Tensor]) -> list[float]:
+def train_plainly(pretrained: Path, state: dict[str, Tensor], layout: FactorLayout) -> list[float]:
     """The same weights, factors and cores in stock transformers + PEFT, one process."""
     model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32)
     inject_adapter_in_model(LoraConfig(r=4, lora_alpha=4, target_modules="all-linear"), model)
-    for layer in model.modules():
+    for name, layer in model.named_modules():
         if isinstance(layer, LoraLinear):
-            b, core = layer.lora_B["default"].weight, nn.Parameter(torch.zeros(4, 4))
-            layer.lora_B["default"] = ExtendedLinear(INIT.layout, b, {"core": core})
+            b, core = layer.lora_B["default"].weight, nn.Parameter(state[f"{name}.lora_B.default.core"].clone())
+            layer.lora_B["default"] = ExtendedLinear(layout, b, {"core": core})
     model.load_state_dict(state)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.endswith(".core"))
@@ -71,22 +76,35 @@ def train_plainly(pretrained: Path, state: dict[str, Tensor]) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("quantization", [None, NF4()], ids=str)
+@pytest.mark.parametrize(
+    ("name", "world_size", "quantization"),
+    [
+        *[("lora_xs", world_size, quantization) for world_size in (1, 2, 3) for quantization in (None, NF4())],
+        ("svft", 2, None),
+        ("svft", 3, NF4()),
+    ],
+    ids=str,
+)
 def test_only_the_cores_are_trained_as_in_a_plain_process(
-    llama: Path, tmp_path: Path, world_size: int, quantization: Any
+    llama: Path, tmp_path: Path, name: str, world_size: int, quantization: Any
 ) -> None:
-    result = run_ranks(world_size, train, llama, tmp_path, {"quantization": quantization})[0]
-    assert result["trained"] == [(4, 4)] * 14
+    init, shape = CASES[name]
+    result = run_ranks(world_size, train, llama, tmp_path, {"init": init, "quantization": quantization})[0]
+    assert result["trained"] == [shape] * 14
     state = result["state"]
     cores = [tensor for name, tensor in state.items() if name.endswith(".core")]
-    assert 0.5e-2 < float(torch.stack(cores).std()) < 2e-2
-    assert result["losses"] == pytest.approx(train_plainly(llama, state), rel=1e-5)
+    if init is INIT:
+        assert 0.5e-2 < float(torch.stack(cores).std()) < 2e-2
+    else:
+        assert float(torch.stack(cores).abs().max()) == 0
+    assert result["losses"] == pytest.approx(train_plainly(llama, state, init.layout), rel=1e-5)
     assert result["losses"][-1] != pytest.approx(result["losses"][0], rel=1e-4)
 
 
-def test_the_saved_lora_fits_the_original_model(llama: Path, tmp_path: Path) -> None:
-    result = run_ranks(2, train, llama, tmp_path, {"quantization": None})[0]
+@pytest.mark.parametrize("name", CASES)
+def test_the_saved_lora_fits_the_original_model(llama: Path, tmp_path: Path, name: str) -> None:
+    init, shape = CASES[name]
+    result = run_ranks(2, train, llama, tmp_path, {"init": init, "quantization": None})[0]
     directory = tmp_path / f"step={STEPS}" / "lora"
     names = load_file(directory / "adapter_model.safetensors")
     assert len(names) == 28
@@ -99,17 +117,18 @@ def test_the_saved_lora_fits_the_original_model(llama: Path, tmp_path: Path) -> 
         with torch.no_grad():
             torch.testing.assert_close(model(input_ids=tokens()[0]).logits, result["logits"], rtol=1e-4, atol=1e-5)
     checkpoint = tmp_path / f"step={STEPS}"
-    assert inspect(checkpoint).facts["trained parameters"] == 14 * 4 * 4
+    assert inspect(checkpoint).facts["trained parameters"] == 14 * math.prod(shape)
     merged = AutoModelForCausalLM.from_pretrained(merge_checkpoint(checkpoint, tmp_path / "merged"))
     with torch.no_grad():
         torch.testing.assert_close(merged(input_ids=tokens()[0]).logits, result["logits"], rtol=1e-4, atol=1e-5)
 
 
-def test_embeddings_and_experts_are_refused() -> None:
+@pytest.mark.parametrize("init", [INIT, BAND], ids=str)
+def test_embeddings_and_experts_are_refused(init: Method) -> None:
     from lowrank_dist.model.plan import Plan, PlannedMatrix
 
     shape: dict[str, Any] = {"rows": 8, "columns": 8, "input_first": True, "rank": 2, "scaling": 1.0}
     for kind in ("lookup", "wrapped"):
         plan = Plan(matrices=[PlannedMatrix(layer="e", key="e.weight", **shape, **{kind: True})])
         with pytest.raises(ModelError, match="linear layers only; drop it from the targets"):
-            check_matrices(plan, INIT)
+            check_matrices(plan, init)
