@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,21 +61,15 @@ def test_on_other_ranks_and_formats(
 NOT_IN_MIXED = "adaption_prompt"
 
 
+def in_bf16() -> Iterator[Any]:
+    for name in CASES:
+        yield pytest.param(name, "bf16-true")
+        fails = [pytest.mark.xfail(reason="PEFT mixes dtypes")] if name == NOT_IN_MIXED else []
+        yield pytest.param(name, "bf16-mixed", marks=fails)
+
+
 @pytest.mark.matrix
-@pytest.mark.parametrize(
-    ("name", "precision"),
-    [
-        pytest.param(
-            name,
-            precision,
-            marks=[pytest.mark.xfail(reason="PEFT mixes dtypes")]
-            if (name, precision[-5:]) == (NOT_IN_MIXED, "mixed")
-            else [],
-        )
-        for name in CASES
-        for precision in ("bf16-true", "bf16-mixed")
-    ],
-)
+@pytest.mark.parametrize(("name", "precision"), list(in_bf16()))
 def test_in_bf16(llama: Path, tmp_path: Path, name: str, precision: str) -> None:
     """Losses are those of stock PEFT in fp32 up to bf16's rounding; stock PEFT loads what is saved."""
     save = tmp_path / "save"
