@@ -69,7 +69,8 @@ class SFTDataModule(L.LightningDataModule):
         Examples (with `packing`: packed rows) in a batch on one device.
     packing
         Put several examples into one row of up to `max_length` tokens, without attention between them. The model must
-        find the boundaries from `position_ids`, as models of transformers with rotary or learned positions do.
+        find the borders from `position_ids`. Many models of transformers do; convolutions, state spaces, linear
+        attention and some others do not, and are refused with the first batch.
     group_by_length
         Form steps, over all devices, from examples of similar length. Cannot be combined with `packing`.
     limit

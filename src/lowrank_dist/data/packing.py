@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
@@ -80,6 +80,8 @@ class TokenDataset(Dataset[dict[str, Tensor]]):
         order = list(chain.from_iterable(self.rows))
         self.tokens, self.labels = torch.cat([examples[index] for index in order], dim=1)  # [total] each
         self.sizes = [[sizes[index] for index in row] for row in self.rows]
+        # nothing predicts the first token of an example; in a packed row the last one of another example would
+        self.labels[list(accumulate(chain.from_iterable(self.sizes), initial=0))[:-1]] = IGNORE_INDEX
         self.lengths = [sum(row) for row in self.sizes]
         self.offsets = [0, *torch.tensor(self.lengths).cumsum(0).tolist()]
 

@@ -81,6 +81,8 @@ class FusedLoss:
         found: list[Tensor] = []
 
         def forward(hidden: Tensor) -> Tensor:
+            if hidden.shape[:-1] != labels.shape:  # not the batch: `PackedExamples` asks the model
+                return nn.Linear.forward(self._head, hidden)
             targets = nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:].flatten().to(hidden.device)
             found.append(self._loss(hidden.flatten(0, -2), targets))
             return found[-1]

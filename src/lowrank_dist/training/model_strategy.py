@@ -31,6 +31,7 @@ from lowrank_dist.quantization.nf4 import NF4
 from lowrank_dist.storage.source import WeightSource
 from lowrank_dist.training.calibration_batches import calibration_pass
 from lowrank_dist.training.checkpointing import CheckpointedStrategy
+from lowrank_dist.training.packed_examples import PackedExamples
 from lowrank_dist.training.sharding import run_spec, smallest_group
 from lowrank_dist.tuners.adalora.schedule import objection_to_steps
 from lowrank_dist.zero3.partition import Partitioner
@@ -145,6 +146,7 @@ class ModelStrategy(CheckpointedStrategy):
                 allocation=built.allocation,
             )
         )
+        PackedExamples(backbone, group)
         module.strict_loading = False  # checkpoints hold the trained parameters only
         self._gathers_with(partitioner, built.root, self.live_layers)
 

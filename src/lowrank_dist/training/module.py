@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from typing import Any, Literal, get_args
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from lowrank_dist.methods import Method
 from lowrank_dist.training.fused_loss import FusedLoss
 from lowrank_dist.training.optim import build_optimizer, check_optimizer, optimizer_class
+from lowrank_dist.training.packed_examples import PackedExamples
 from lowrank_dist.training.parameter_groups import parameter_groups
 from lowrank_dist.training.published_rates import hint
 from lowrank_dist.training.token_mean import TokenMean, accumulator_dtype, check_accumulation, trained_tokens
@@ -177,7 +177,6 @@ class CausalLMModule(L.LightningModule):
         self.average_loss_over = average_loss_over
         self._fused_loss: FusedLoss | None = None
         self.model: nn.Module | None = None
-        self._takes_position_ids = True
         self._token_mean = TokenMean()
         self._step_losses: list[Tensor] = []  # losses of the batches of the current step
         self._evaluated = torch.zeros(2)  # sum of token losses, number of tokens
@@ -221,7 +220,7 @@ class CausalLMModule(L.LightningModule):
             model.train()  # from_pretrained returns evaluation mode, which Lightning would keep
             if self.gradient_checkpointing:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self._takes_position_ids = "position_ids" in inspect.signature(model.forward).parameters
+            PackedExamples(model)
         self.model = model
 
     def forward(self, **batch: Tensor) -> Any:
@@ -229,20 +228,16 @@ class CausalLMModule(L.LightningModule):
 
         Raises
         ------
-        ValueError
-            If the batch is packed and the model takes no `position_ids`, which separate the examples.
+        InputError
+            If the batch is packed and packed examples see each other in the model
+            (`lowrank_dist.training.packed_examples`).
         """
         assert self.model is not None
-        if "position_ids" in batch:
-            if not self._takes_position_ids:
-                raise ValueError(
-                    f"packing=True, but {type(self.model).__name__} takes no `position_ids` and would attend across "
-                    "packed examples; set packing=False (and group_by_length=True)"
-                )
-            if getattr(getattr(self.model, "config", None), "_attn_implementation", None) not in _MASKED_ATTENTION:
-                # flash attention finds boundaries only in a batch of one row (`_is_packed_sequence`) and otherwise
-                # silently attends across them; every row begins at position 0, so that rows can be joined
-                batch = {name: values.reshape(1, -1) for name, values in batch.items()}
+        attention = getattr(getattr(self.model, "config", None), "_attn_implementation", None)
+        if "position_ids" in batch and attention not in _MASKED_ATTENTION:
+            # flash attention finds boundaries only in a batch of one row (`_is_packed_sequence`) and otherwise
+            # silently attends across them; every row begins at position 0, so that rows can be joined
+            batch = {name: values.reshape(1, -1) for name, values in batch.items()}
         return self.model(**batch, use_cache=False)
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:

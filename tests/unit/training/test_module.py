@@ -9,7 +9,7 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from helpers.ranks import run_ranks
 from helpers.sft import byte_level_tokenizer, tiny_llama, write_jsonl
@@ -110,16 +110,6 @@ def test_attention_without_masks_gets_one_row(monkeypatch):
     module.model.config._attn_implementation = "flash_attention_2"
     torch.testing.assert_close(module(**batch).loss, expected, rtol=1e-12, atol=0)
     assert shapes == [dict.fromkeys(("input_ids", "labels", "position_ids"), (1, 3 * 24))]
-
-
-def test_a_model_without_position_ids_refuses_packing(tmp_path):
-    config = AutoConfig.for_model("bloom", vocab_size=64, hidden_size=16, n_layer=1, n_head=2)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    module = attach(CausalLMModule(str(tmp_path)), materializes=False)
-    module.configure_model()
-    batch = Collator(0)([TokenDataset(random_examples([3, 4]), capacity=8)[0]])
-    with pytest.raises(ValueError, match="BloomForCausalLM takes no `position_ids`"):
-        module(**batch)
 
 
 # ------------------------------------------------------------------------------------------------ loss
