@@ -21,6 +21,7 @@ from helpers.models import save_checkpoint
 from helpers.ranks import run_ranks_catching
 from helpers.training import CausalLM, loader, make_strategy, make_trainer
 from lowrank_dist import NF4, AdapterCheckpoint, PiSSA
+from lowrank_dist.errors import InputError
 from lowrank_dist.storage.reader import INDEX_NAME
 
 
@@ -262,3 +263,13 @@ def test_fit_of_a_module_that_ran_before(llama: Path, first: str) -> None:
     """DeepSpeed would fail in the first backward, and not say why."""
     for _, error in run_ranks_catching(2, twice, llama, first):
         assert "make a new module, strategy and Trainer" in str(error)
+
+
+def test_fewer_ranks_than_devices(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable that a shell inside of an allocation has kept makes Lightning start no processes."""
+    for name, value in {"SLURM_NTASKS": 1, "SLURM_PROCID": 0, "SLURM_LOCALID": 0, "SLURM_NODEID": 0}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.delenv("SLURM_JOB_NAME", raising=False)
+    trainer = make_trainer(make_strategy(llama), devices=2, steps=1)
+    with pytest.raises(InputError, match="devices=2 on num_nodes=1 make 2 ranks.*reports 1:.*unset SLURM_NTASKS"):
+        trainer.fit(CausalLM(llama), loader(0, 2, 1))

@@ -12,6 +12,7 @@ from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
@@ -73,6 +74,22 @@ class Stage3Strategy(DeepSpeedStrategy):
         if isinstance(self.accelerator, CPUAccelerator):
             use_cpu_accelerator()
         DDPStrategy.setup_environment(self)  # DeepSpeedStrategy's own refuses every accelerator but CUDA
+
+    def set_world_ranks(self) -> None:
+        """Set the ranks, and raise InputError if fewer or more processes were started than the Trainer asks for."""
+        super().set_world_ranks()
+        asked = self.num_nodes * self.num_processes
+        if self.world_size != asked:
+            environment = type(self.cluster_environment).__name__
+            remedy = (
+                "start the program with srun and this many tasks, or, in a shell inside an allocation, unset SLURM_NTASKS"
+                if isinstance(self.cluster_environment, SLURMEnvironment)
+                else "start this many processes, or set devices and num_nodes to what was started"
+            )
+            raise InputError(
+                f"devices={self.num_processes} on num_nodes={self.num_nodes} make {asked} ranks, but {environment} reports "
+                f"{self.world_size}: {remedy}"
+            )
 
     def setup_distributed(self) -> None:
         if self.root_device.type == "cuda":
