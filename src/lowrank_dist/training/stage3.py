@@ -80,15 +80,14 @@ class Stage3Strategy(DeepSpeedStrategy):
         super().set_world_ranks()
         asked = self.num_nodes * self.num_processes
         if self.world_size != asked:
-            environment = type(self.cluster_environment).__name__
             remedy = (
-                "start the program with srun and this many tasks, or, in a shell inside an allocation, unset SLURM_NTASKS"
+                "start this many tasks by srun, or, in a shell inside an allocation, unset SLURM_NTASKS"
                 if isinstance(self.cluster_environment, SLURMEnvironment)
                 else "start this many processes, or set devices and num_nodes to what was started"
             )
             raise InputError(
-                f"devices={self.num_processes} on num_nodes={self.num_nodes} make {asked} ranks, but {environment} reports "
-                f"{self.world_size}: {remedy}"
+                f"devices={self.num_processes} on num_nodes={self.num_nodes} make {asked} ranks, but "
+                f"{type(self.cluster_environment).__name__} reports {self.world_size}: {remedy}"
             )
 
     def setup_distributed(self) -> None:
