@@ -40,7 +40,7 @@ def lowrank_dist(
     store = meeting_place()
     if environments is None:
         environments = [{}] if ranks is None else [environment_of(rank, ranks, store.port) for rank in range(ranks)]
-    found = _run(_command, list(map(str, arguments)), environments, timeout)
+    found = run_main(_command, list(map(str, arguments)), environments, timeout)
     return next((one for one in found if one.returncode != 0), found[0])
 
 
@@ -52,11 +52,11 @@ def python(*arguments: str, timeout: float = 540) -> CompletedProcess[str]:
     if torch.cuda.device_count() > 0:
         command = [sys.executable, *arguments]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
-    return _run(_program, list(arguments), [{}], timeout)[0]
+    return run_main(_program, list(arguments), [{}], timeout)[0]
 
 
-def _run(
-    main: Callable[[list[str]], int], argv: list[str], environments: Sequence[Mapping[str, str]], timeout: float
+def run_main(
+    main: Callable[[list[str]], int], argv: list[str], environments: Sequence[Mapping[str, str]], timeout: float = 240
 ) -> list[CompletedProcess[str]]:
     """``main(argv)`` in one process for each of `environments`."""
     with tempfile.TemporaryDirectory() as directory:
