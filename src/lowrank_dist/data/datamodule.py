@@ -269,7 +269,12 @@ class SFTDataModule(L.LightningDataModule):
             shuffle=shuffle,
             seed=self.seed,
             group_by_length=self.group_by_length,
+            repeats=shuffle and not self._module_takes_fillers(),
         )
+
+    def _module_takes_fillers(self) -> bool:
+        module = None if self.trainer is None else self.trainer.lightning_module
+        return bool(getattr(module, "takes_fillers", False))
 
     def _load(self, role: str, name: str, split: str, limit: int | None) -> TokenDataset:
         from transformers import AutoTokenizer
