@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +270,20 @@ class ShardGroup:
 
     def _global(self, rank: int) -> int:
         return rank if self._group is None else dist.get_global_rank(self._group, rank)
+
+
+@contextmanager
+def groups_with_timeout(timeout: timedelta | None) -> Iterator[None]:
+    """Give `timeout` to the process groups that other libraries make inside, which have torch's default otherwise.
+
+    No communication. None: leave them as they are.
+    """
+    c10d = dist.distributed_c10d
+    before = set(c10d._world.pg_map) if dist.is_initialized() else set()
+    yield
+    if timeout is not None and dist.is_initialized():
+        for group in set(c10d._world.pg_map) - before:
+            c10d._set_pg_timeout(timeout, group)
 
 
 def _asks_for_low_latency() -> bool:
