@@ -24,10 +24,14 @@ def _task(argv: list[str]) -> int:
     return 0
 
 
-@pytest.mark.parametrize("what", ["a disk that fails for a while", "no such model"])
+@pytest.mark.parametrize("what", ["a disk that fails for a while", "no such model", "a bad record"])
 def test_only_bad_input_stops_a_job_for_good(material: Path, tmp_path: Path, what: str) -> None:
     passing = what.startswith("a disk")
-    model = material / "model" if passing else tmp_path / "none"
+    model = tmp_path / "none" if what == "no such model" else material / "model"
+    data = material / "data.jsonl"
+    if what == "a bad record":
+        data = tmp_path / "bad.jsonl"
+        data.write_text((material / "data.jsonl").read_text() + '{"prompt": 1}\n')
     strategy = "--trainer.strategy.init_args"
     arguments = [
         *(f"--config={CONFIG}", f"--folder={tmp_path}", "--batches=2"),
@@ -35,7 +39,7 @@ def test_only_bad_input_stops_a_job_for_good(material: Path, tmp_path: Path, wha
         f"{strategy}.pretrained={model}",
         f"{strategy}.adapter.init_args.r=4",
         f"--data.tokenizer={material / 'model'}",
-        f"--data.train={material / 'data.jsonl'}",
+        f"--data.train={data}",
         "--data.validation=null",
         f"--trainer.default_root_dir={tmp_path}",
         f"--trainer.logger.init_args.save_dir={tmp_path}",
@@ -51,6 +55,9 @@ def test_only_bad_input_stops_a_job_for_good(material: Path, tmp_path: Path, wha
     assert list(tmp_path.glob("*.stopped")) == ([] if passing else [tmp_path / f"{os.getpid()}.stopped"])
     events = map(json.loads, (tmp_path / f"{os.getpid()}_attempts.jsonl").read_text().splitlines())
     errors = {event["rank"]: event["error"] for event in events if event["event"] == "error"}
+    if what == "a bad record":
+        assert f"{data}:25: " in ranks[0].stderr
+        assert "matrices:" not in ranks[0].stdout + ranks[0].stderr  # before the walk
     if passing:
         assert errors[1].startswith("OSError: [Errno 5]")
         assert errors[0].startswith("RemoteError: rank 1: OSError: [Errno 5]")

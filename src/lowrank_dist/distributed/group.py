@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -270,6 +271,16 @@ class ShardGroup:
 
     def _global(self, rank: int) -> int:
         return rank if self._group is None else dist.get_global_rank(self._group, rank)
+
+
+def ignore_renamed() -> None:
+    """Ignore what torch 2.13 says of names that it renamed, a line for every call.
+
+    DeepSpeed 0.19 and Lightning 2.6 call them. So does this module: torch 2.6, the lowest supported release, knows no
+    other names.
+    """
+    for name in ("torch.distributed.", r"isinstance\(treespec, LeafSpec\)"):
+        warnings.filterwarnings("ignore", message=f"`{name}.*` is deprecated", category=FutureWarning)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from lowrank_dist.checkpoints.writer import CheckpointWriter
 from lowrank_dist.cluster.watch import PeerWatch, end_with_launcher, mark_launcher
 from lowrank_dist.decomposition.report import InitializationReport
 from lowrank_dist.decomposition.schedule import Sharding
-from lowrank_dist.distributed.group import ShardGroup, groups_with_timeout
+from lowrank_dist.distributed.group import ShardGroup, groups_with_timeout, ignore_renamed
 from lowrank_dist.errors import InputError, ModelError
 from lowrank_dist.forecast.job import ShardWithin
 from lowrank_dist.initialization.build import build_model
@@ -110,6 +110,7 @@ class ModelStrategy(CheckpointedStrategy):
 
     def setup_environment(self) -> None:
         """Meet the other ranks; from here until `teardown` each notices when another has ended."""
+        ignore_renamed()
         if self._lightning_launches and self.local_rank > 0:
             end_with_launcher(armed=True)
         super().setup_environment()

@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
+from lowrank_dist.errors import InputError
 from lowrank_dist.methods import Method
 from lowrank_dist.model.skeleton import read_config
 from lowrank_dist.training.fused_loss import FusedLoss
@@ -225,8 +226,20 @@ class CausalLMModule(L.LightningModule):
             model.train()  # from_pretrained returns evaluation mode, which Lightning would keep
             if self.gradient_checkpointing:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self._check_tokens(model)
         self._takes_position_ids = "position_ids" in inspect.signature(model.forward).parameters
         self.model = model
+
+    def _check_tokens(self, model: Any) -> None:
+        """Raise InputError if the data have tokens without an embedding, rather than at the batch that has one."""
+        data = getattr(self.trainer, "datamodule", None)
+        largest = getattr(data, "largest_token", 0)
+        rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+        if rows is not None and largest >= rows:
+            raise InputError(
+                f"the data have the token {largest}, but the embedding of {self.pretrained} has {rows} rows; set "
+                f"data.tokenizer={getattr(data, 'tokenizer', None)!r} to that of the model"
+            )
 
     def forward(self, **batch: Tensor) -> Any:
         """Return the output of the model, with `loss` if the batch has `labels`, int64 of shape [batch, length].
