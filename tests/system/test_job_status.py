@@ -59,6 +59,7 @@ def test_only_bad_input_stops_a_job_for_good(material: Path, tmp_path: Path, wha
         assert f"{data}:25: " in ranks[0].stderr
         assert "matrices:" not in ranks[0].stdout + ranks[0].stderr  # before the walk
     if passing:
+        assert "FutureWarning" not in ranks[0].stderr + ranks[1].stderr
         assert errors[1].startswith("OSError: [Errno 5]")
         assert errors[0].startswith("RemoteError: rank 1: OSError: [Errno 5]")
         assert "rank 1: OSError" in ranks[0].stderr
