@@ -1,9 +1,9 @@
-# make demo | test | test-matrix | test-slurm | test-lowest | lint | bench | clean; each fails when something in it fails.
+# make demo | test | test-matrix | test-slurm | test-lowest | kills | lint | bench | clean; each fails when something in it fails.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-matrix test-slurm test-lowest lint bench clean
+.PHONY: help setup demo test test-matrix test-slurm test-lowest kills lint bench clean
 
 PYTHON ?= python3
 # files of tests that run at a time, one more than CI has cores: each waits a quarter of its time, for ranks to meet;
@@ -34,6 +34,7 @@ help:
 	@echo "make test-matrix  every tuner of PEFT on all ranks, formats and precisions; writes the table of docs/tuners.md"
 	@echo "make test-slurm  install Debian's Slurm (as root) and pass tests/slurm on it, on loopback"
 	@echo "make test-lowest  pass a smoke set with the lowest versions that pyproject.toml admits (.venv-lowest)"
+	@echo "make kills   end ranks of training runs at random moments, and resume (KILLS=30 SEED=0 RANKS=2; not in CI)"
 	@echo "make lint    ruff check, ruff format --check, mypy"
 	@echo "make bench   run every benchmarks/bench_*.py"
 	@echo "make clean   remove the environment, caches and build output; runs/ stays"
@@ -74,6 +75,13 @@ test-lowest:
 		-e ".[slurm]" pytest pytest-timeout hypothesis
 	env PATH="$(CURDIR)/$(LOWEST)/bin:$$PATH" python -m pytest -o filterwarnings=default --disable-warnings \
 		$(SMOKE) $(PYTEST_ARGS)
+
+KILLS ?= 30
+SEED ?= 0
+RANKS ?= 2
+kills: export OMP_NUM_THREADS := 1
+kills: $(INSTALLED)
+	$(RUN) python tests/helpers/kills.py --kills $(KILLS) --seed $(SEED) --ranks $(RANKS)
 
 lint: $(INSTALLED)
 	$(RUN) ruff check .

@@ -71,7 +71,7 @@ def main() -> None:
         top = _header(options)
         results = _measure(job, options, scratch)
     parts = [top, _saves(job, options.ranks, results), _steps(results), _starts(options.ranks, results)]
-    write_report(options.output, parts)
+    write_report(options.output, parts, dry=options.tiny)
     print("\n\n".join(parts))
 
 

@@ -115,7 +115,7 @@ def main() -> None:
         table(("", "ms", "of LoRA", "MiB kept for backward"), rows),
         f"Goal: DoRA at most 1.1 of LoRA (median of the ratios of rounds: {ratio:.2f}): {verdict(ratio <= 1.1)}.",
     ]
-    write_report(options.output, parts)
+    write_report(options.output, parts, dry=options.tiny)
     print("\n\n".join(parts))
 
 

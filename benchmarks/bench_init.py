@@ -46,7 +46,7 @@ def main() -> None:
             title, make = TABLES[name]
             print(f"{name}: {title}", file=sys.stderr, flush=True)
             parts.append(f"## {title} (`{name}`)\n\n{make(bench)}")
-            write_report(options.output, parts)  # what is complete stays if the rest is interrupted
+            write_report(options.output, parts, dry=options.tiny)  # what is complete stays if the rest is interrupted
     print("\n\n".join(parts))
 
 

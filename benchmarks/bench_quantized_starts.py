@@ -136,7 +136,7 @@ def report(model: Path, data: Data, options: argparse.Namespace) -> None:
             rows.append(row)
             print(f"r = {rank}: {' | '.join(row)}", flush=True)
         parts.append(f"## r = {rank}\n\n{table(columns, rows)}")
-        write_report(options.output, parts)
+        write_report(options.output, parts, dry=options.tiny)
 
 
 def batches_of(path: Path, tokenizer: Any, limit: int | None) -> Batches:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def header(title: str, script: str, packages: Sequence[str], machine: str, notes: Sequence[str]) -> str:
@@ -43,7 +44,11 @@ def header(title: str, script: str, packages: Sequence[str], machine: str, notes
     return f"# {title}\n\n" + "\n".join(f"- {line}" for line in lines)
 
 
-def write_report(output: Path, parts: Sequence[str]) -> None:
+def write_report(output: Path, parts: Sequence[str], *, dry: bool) -> None:
+    """Write a report; that of a dry run goes to ``runs/dry`` where it would replace what was measured."""
+    if dry and output.resolve().parent == RESULTS:
+        output = ROOT / "runs" / "dry" / output.name
+        print(f"a dry run: {output}", file=sys.stderr)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text("\n\n".join(parts) + "\n")
 

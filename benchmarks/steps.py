@@ -78,5 +78,5 @@ def report(options: argparse.Namespace, title: str, script: str, notes: list[str
     if options.tiny:
         notes = [*notes, "a dry run: its figures mean nothing"]
     parts = [header(title, script, PACKAGES, "ranks of one thread", notes), *parts]
-    write_report(options.output, parts)
+    write_report(options.output, parts, dry=options.tiny)
     print("\n\n".join(parts))

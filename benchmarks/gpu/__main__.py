@@ -27,8 +27,10 @@ def main() -> None:
     device = torch.device(options.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    notes = ["a dry run at a tiny scale: its figures mean nothing"] if options.tiny else []
-    parts = [header("On an accelerator: measured", "gpu", PACKAGES, machine, notes)]
+    dry = options.tiny or device.type != "cuda"
+    notes = ["a dry run at a tiny scale or without an accelerator: its figures mean nothing"] if dry else []
+    title = "On an accelerator: " + ("a dry run" if dry else "measured")
+    parts = [header(title, "gpu", PACKAGES, machine, notes)]
     if options.all or "layers" in options.table:
         parts.append(layers_table(scale(tiny=options.tiny), device, dtype))
     if options.all or "step" in options.table:
@@ -40,7 +42,7 @@ def main() -> None:
     if options.all or "whole" in options.table:
         of = {name: getattr(options, name) for name in ("layers", "rounds", "steps", "skip")}
         parts.append(whole_table(whole(tiny=options.tiny, weights_only=options.weights_only, **of), device))
-    write_report(options.output, parts)
+    write_report(options.output, parts, dry=dry)
     print("\n\n".join(parts))
 
 

@@ -581,6 +581,8 @@ OTHERS = {
     "_forward_pre_hooks": "the same",
     "_C": "torch's; see the next",
     "_world": "torch.distributed's; the groups that there are",
+    "_set_pg_timeout": "torch.distributed's; no public function changes the timeout of a group",
+    "_exit": "os._exit; documented",
     "_current_graph_task_id": "torch's; whether a backward runs, as torch.utils.checkpoint asks",
     "_execution_engine": "torch.autograd's; calls back at the end of a backward, as torch's FSDP does",
     "_cdata": "torch's address of a storage; `StorageWeakRef` of torch.multiprocessing uses it",

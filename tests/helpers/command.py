@@ -31,6 +31,7 @@ def lowrank_dist(
     ranks: int | None = None,
     environments: Sequence[Mapping[str, str]] | None = None,
     timeout: float = 240,
+    cwd: Path = ROOT,
 ) -> CompletedProcess[str]:
     """``lowrank-dist arguments`` in one process, or in `ranks` processes that torchrun seems to have started.
 
@@ -40,7 +41,7 @@ def lowrank_dist(
     store = meeting_place()
     if environments is None:
         environments = [{}] if ranks is None else [environment_of(rank, ranks, store.port) for rank in range(ranks)]
-    found = _run(_command, list(map(str, arguments)), environments, timeout)
+    found = run_main(_command, list(map(str, arguments)), environments, timeout, cwd)
     return next((one for one in found if one.returncode != 0), found[0])
 
 
@@ -52,18 +53,22 @@ def python(*arguments: str, timeout: float = 540) -> CompletedProcess[str]:
     if torch.cuda.device_count() > 0:
         command = [sys.executable, *arguments]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
-    return _run(_program, list(arguments), [{}], timeout)[0]
+    return run_main(_program, list(arguments), [{}], timeout)[0]
 
 
-def _run(
-    main: Callable[[list[str]], int], argv: list[str], environments: Sequence[Mapping[str, str]], timeout: float
+def run_main(
+    main: Callable[[list[str]], int],
+    argv: list[str],
+    environments: Sequence[Mapping[str, str]],
+    timeout: float = 240,
+    cwd: Path = ROOT,
 ) -> list[CompletedProcess[str]]:
     """``main(argv)`` in one process for each of `environments`."""
     with tempfile.TemporaryDirectory() as directory:
         started: list[tuple[BaseProcess, Path]] = []
         for rank, environment in enumerate(environments):
             output = Path(directory) / str(rank)
-            process = CONTEXT.Process(target=_main, args=(main, argv, output, dict(environment)), daemon=False)
+            process = CONTEXT.Process(target=_main, args=(main, argv, output, dict(environment), cwd), daemon=False)
             process.start()
             started.append((process, output))
         for process, _ in started:
@@ -77,7 +82,10 @@ def _run(
         ]
 
 
-def _main(main: Callable[[list[str]], int], argv: list[str], output: Path, environment: dict[str, str]) -> None:
+def _main(
+    main: Callable[[list[str]], int], argv: list[str], output: Path, environment: dict[str, str], cwd: Path
+) -> None:
+    os.chdir(cwd)
     for name in [name for name in os.environ if name.startswith(LAUNCHERS)]:
         del os.environ[name]
     os.environ.update(environment)

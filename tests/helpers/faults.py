@@ -74,3 +74,15 @@ def little_room_at(part_of_path: str) -> None:
         return usage._replace(free=1000) if part_of_path in str(path) else usage
 
     shutil.disk_usage = disk_usage
+
+
+def failing_disk_at(part_of_path: str, number: int) -> None:
+    """Make this rank's writes to files with `part_of_path` in their path end with the error `number`."""
+    real = os.pwrite
+
+    def pwrite(descriptor: int, data: Any, offset: int) -> int:
+        if part_of_path in (path := os.readlink(f"/proc/self/fd/{descriptor}")):
+            raise OSError(number, os.strerror(number), path)
+        return real(descriptor, data, offset)
+
+    os.pwrite = pwrite

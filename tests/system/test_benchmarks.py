@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from benchmarks.gpu.profiles import overlap
 
-from helpers.command import python
+from helpers.command import ROOT, python
 
 
 def dry_run(*program: str, output: Path) -> str:
@@ -30,6 +34,26 @@ def of_an_accelerator(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
     found = re.split(r"^## .*\(`(\w+)`\)$", report, flags=re.MULTILINE)[1:]
     assert found[::2] == list(names)
     return dict(zip(found[::2], found[1::2], strict=True))
+
+
+def test_a_dry_run_replaces_nothing_that_was_measured(tmp_path: Path) -> None:
+    """It is told to, by default or by name; the test's own copy of the project stands in for this one."""
+    project = tmp_path / "project"
+    shutil.copytree(ROOT / "benchmarks", project / "benchmarks")
+    before = {path: path.read_bytes() for path in (project / "benchmarks" / "results").iterdir()}
+    command = [sys.executable, "-m", "benchmarks.gpu", "--table", "layers", "--device", "cpu", "--tiny"]
+    done = subprocess.run(
+        command,
+        cwd=project,
+        env={**os.environ, "PYTHONPATH": f"{project}{os.pathsep}{project / 'benchmarks'}{os.pathsep}{ROOT / 'src'}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {path: path.read_bytes() for path in (project / "benchmarks" / "results").iterdir()} == before
+    report = (project / "runs" / "dry" / "gpu.md").read_text()
+    assert report.startswith("# On an accelerator: a dry run\n")
+    assert "measured" not in report.splitlines()[0]
 
 
 def test_every_table_at_tiny_scale(tmp_path: Path) -> None:

@@ -1,28 +1,36 @@
-"""The README's example, run as a user would run it; only the hardware, the model and the data are replaced."""
+"""Every block and command of the README, run as a user would run it; only hardware, model and data are replaced."""
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from helpers.command import ROOT, lowrank_dist, python
 from helpers.sft import byte_level_tokenizer, tiny_llama, write_jsonl
+from lowrank_dist.training.fit_cli import parse_fit
 
 README = Path(__file__).parents[2] / "README.md"
 EXAMPLES = 12  # of two ranks with batches of 4: two steps
 
 
+def blocks(language: str) -> list[str]:
+    """The blocks of `language` in the README."""
+    text = README.read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
 def example() -> str:
-    """The first block of Python in the README."""
-    found = re.search(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    assert found is not None
-    return found[1]
+    return blocks("python")[0]
 
 
 def replace_once(text: str, old: str, new: str) -> str:
@@ -80,3 +88,104 @@ def test_the_example_trains_and_writes_a_lora(tmp_path: Path) -> None:
         assert tuned.peft_config["default"].r == 256
         after = tuned(ids).logits
     assert 0 < (after - before).abs().max() < 1
+
+
+def test_the_other_blocks_of_python(tmp_path: Path) -> None:
+    """In a process of their own, since one registers a method."""
+    _, own_method, tuners = blocks("python")
+    tuners = replace_once(tuners, "total_step=3086, ...", 'total_step=3086, target_modules="all-linear"')
+    needed = (
+        "from peft import AdaLoraConfig, LoraConfig, PromptTuningConfig, VeraConfig\n"
+        "from lowrank_dist import NF4, PiSSA, PiSSAStrategy\n"
+        "from lowrank_dist.methods.registry import method_named\n"
+        "assert method_named('orthogonal') is Orthogonal\n"
+        "pretrained = 'model'\n"
+    )
+    (tmp_path / "blocks.py").write_text(own_method + needed + tuners)
+    done = python(str(tmp_path / "blocks.py"))
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the README's commands are run: the configurations, and small stand-ins for what `make demo` fetches."""
+    root = tmp_path_factory.mktemp("project")
+    (root / "configs").symlink_to(ROOT / "configs")
+    model = root / "runs" / "demo" / "smollm2-135m-instruct"
+    tokenizer = byte_level_tokenizer()
+    torch.manual_seed(0)
+    tiny_llama(len(tokenizer), hidden_size=64, intermediate_size=96).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    (root / "runs" / "demo" / "bfcl").mkdir()
+    records = [{"prompt": f"{i} + {i} = ", "completion": str(2 * i)} for i in range(45)]
+    write_jsonl(root / "runs" / "demo" / "bfcl" / "train.jsonl", records[:37])
+    write_jsonl(root / "runs" / "demo" / "bfcl" / "test.jsonl", records[37:])
+    return root
+
+
+def commands() -> list[list[str]]:
+    """Words of every command in the README's shell blocks."""
+    text = "\n".join(blocks("sh")).replace("\\\n", " ")
+    return [words for line in text.splitlines() if (words := shlex.split(line, comments=True))]
+
+
+#: Begin commands that other tests run, or that only set up a machine.
+ELSEWHERE = {
+    ("make", "demo"): "tests/system/test_demo.py",
+    ("lowrank-dist", "demo"): "tests/system/test_demo.py",
+    ("make", "test"): "this is it",
+    ("python", "-m", "benchmarks.gpu"): "tests/system/test_benchmarks.py",
+    ("pip", "install"): "make setup",
+}
+#: Short runs; the schedule of the configuration has the interval of its checkpoints.
+SHORT = ["--trainer.max_steps=40", "--trainer.limit_val_batches=2", "--trainer.enable_progress_bar=false"]
+
+
+def run(project: Path, words: list[str]) -> None:
+    """One command; those for a cluster are parsed by the program that it would start."""
+    if words[0] == "srun":
+        words = words[1:]
+    elif words[0] == "torchrun":
+        words = ["lowrank-dist", *words[words.index("lowrank_dist.cli") + 1 :]]
+    assert words[0] == "lowrank-dist", f"what runs {shlex.join(words)}?"
+    name, arguments = words[1], words[2:]
+    two_ranks = any("2cpu" in word for word in arguments) or "--devices" in arguments
+    if name == "fit" and not two_ranks:
+        os.chdir(project)
+        parse_fit(arguments)
+        return
+    if name == "submit":
+        small = "configs/smollm2-135m_qpissa_2cpu.yaml"
+        arguments = [small if word == "FILE" else word for word in arguments] + ["--dry-run"]
+        if "--cluster" in arguments:  # processes on this machine need no file for sbatch
+            arguments = [word for word in arguments if word not in ("--cluster", "local")]
+    if "--devices" in arguments:
+        at = arguments.index("--devices")
+        assert arguments[at + 1] == "2"
+        arguments = arguments[:at] + arguments[at + 2 :]
+    done = lowrank_dist(
+        name,
+        *arguments,
+        *(SHORT if name == "fit" else ()),
+        ranks=2 if two_ranks and name != "submit" else None,
+        cwd=project,
+    )
+    assert done.returncode == 0, f"{shlex.join(words)}\n{done.stderr[-3000:]}"
+    if name in ("validate", "test"):
+        assert f"{'val' if name == 'validate' else 'test'}_loss" in done.stdout
+    if name == "fit":
+        trained = project / "runs" / "smollm2-135m_qpissa_2cpu" / "checkpoints"
+        shutil.copytree(trained, project / "runs" / "demo" / "checkpoints")
+
+
+def test_every_command(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the README's order, but for the run that others start from: it comes first."""
+    monkeypatch.chdir(project)
+    todo = [words for words in commands() if not any(tuple(words[: len(one)]) == one for one in ELSEWHERE)]
+    trained = next(words for words in todo if words[1] == "fit" and any("2cpu" in word for word in words))
+    for words in [trained, *(words for words in todo if words is not trained)]:
+        run(project, words)
+    (options,) = blocks("yaml")
+    (project / "options.yaml").write_text(options)
+    settings = parse_fit(["--config=configs/smollm2-135m_qpissa_2cpu.yaml", "--config=options.yaml"])
+    assert settings.model.optimizer == "bitsandbytes.optim.AdEMAMix"

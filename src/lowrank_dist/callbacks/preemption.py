@@ -6,22 +6,20 @@ import logging
 import time
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from lightning.fabric.plugins.environments import SLURMEnvironment
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lowrank_dist.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lowrank_dist.cluster.allocation import Allocation
 from lowrank_dist.cluster.attempts import AttemptLog
-from lowrank_dist.cluster.signals import SIGNALS, Request
-from lowrank_dist.distributed.group import ShardGroup
+from lowrank_dist.cluster.signals import Request
+from lowrank_dist.training.stopping import StopAtStep
 
 log = logging.getLogger(__name__)
 
 
-class Preemption(Callback):
+class Preemption(StopAtStep):
     """Save and requeue the job when SLURM announces preemption or the end of its time.
 
     SIGUSR2 (``#SBATCH --signal=USR2@SECONDS``) sets a flag on the ranks that receive it. After every optimizer step
@@ -50,8 +48,9 @@ class Preemption(Callback):
 
     Notes
     -----
-    Nothing is saved during validation or before the first step. A signal that arrives then takes effect at the end of
-    the next step, if the job still runs.
+    Nothing is saved during validation or before the first step. SIGUSR2 then takes effect at the end of the next step,
+    if the job still runs; so does SIGTERM during validation. Before training it ends the job at once, which is started
+    again unless it was cancelled.
 
     Examples
     --------
@@ -70,13 +69,13 @@ class Preemption(Callback):
         self.grace_seconds = grace_seconds
         self._folder = attempts
         self._attempts: AttemptLog | None = None
-        self._group = ShardGroup.single()
         self._step_began = 0.0
         self._longest_step = 0.0
         self._warned = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
+            super().setup(trainer, pl_module, stage)
             return
         environment: Any = trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
@@ -88,18 +87,10 @@ class Preemption(Callback):
             raise MisconfigurationException(
                 "Preemption: AdapterCheckpoint(save_weights_only=True) saves nothing to resume from; leave it out"
             )
-        if dist.is_initialized():
-            self._group = ShardGroup(dist.new_group(backend="gloo"))
+        super().setup(trainer, pl_module, stage)
         allocation = Allocation.current()
         if self._folder is not None and allocation is not None and trainer.is_global_zero:
             self._attempts = AttemptLog(self._folder, allocation.job_id)
-        SIGNALS.arm()
-
-    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        SIGNALS.arm()  # since `setup` Lightning has set its own SIGTERM handler, which broadcasts
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        SIGNALS.arm()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._step_began = self._step_began or time.monotonic()
@@ -113,20 +104,10 @@ class Preemption(Callback):
         self._step_began = 0.0
         if self._attempts is not None:
             self._attempts.progress(trainer.global_step)
-        request = Request(int(self._group.max(torch.tensor([int(SIGNALS.request)]))))
-        if request is not Request.NONE:
-            self._leave(trainer, request)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self._check_grace(trainer)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if not isinstance(exception, SystemExit):
-            SIGNALS.disarm()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if not trainer.interrupted:
-            SIGNALS.disarm()
-
-    def _leave(self, trainer: Trainer, request: Request) -> None:
+    def leave(self, trainer: Trainer, request: Request) -> None:
         """Save, requeue and exit, all ranks at the same step. Collective."""
         self._checkpoint(trainer).save_now(trainer)
         allocation, status = Allocation.current(), 0

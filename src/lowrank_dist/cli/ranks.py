@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -13,8 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from lowrank_dist.distributed.group import ShardGroup
+from lowrank_dist.cluster.watch import PeerWatch
+from lowrank_dist.distributed.group import ShardGroup, ignore_renamed
 from lowrank_dist.errors import InputError
+
+#: Seconds that a rank is left for ending by itself when another one has ended.
+_WITHIN = 10.0
 
 if TYPE_CHECKING:  # it takes seconds, and the process that starts ranks does without
     from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
@@ -40,10 +46,22 @@ def local_ranks() -> int:
 
 
 def launch(argv: Sequence[str], devices: int) -> int:
-    """Run ``lowrank-dist argv`` with `devices` processes on this host; returns the exit status."""
+    """Run ``lowrank-dist argv`` with `devices` processes on this host; returns the exit status.
+
+    SIGTERM and SIGINT end these processes too.
+    """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"]
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // devices))}
-    return subprocess.run([*command, "-m", "lowrank_dist.cli", *argv], env=threads | os.environ).returncode
+    process = subprocess.Popen([*command, "-m", "lowrank_dist.cli", *argv], env=threads | os.environ)
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, lambda number, _: process.send_signal(number))
+    try:
+        return process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -65,6 +83,7 @@ def shard_group(accelerator: str, *, sharded_model: bool = False) -> Iterator[tu
     """
     if accelerator == "gpu" and not torch.cuda.is_available():
         raise InputError("--accelerator gpu: no CUDA device is visible; use cpu, or check the driver")
+    ignore_renamed()
     on_gpu = accelerator != "cpu" and torch.cuda.is_available()
     environment = _environment()
     local_rank = 0 if environment is None else environment.local_rank()
@@ -82,7 +101,9 @@ def shard_group(accelerator: str, *, sharded_model: bool = False) -> Iterator[tu
     try:
         if sharded_model:
             os.environ["LOCAL_RANK"] = str(local_rank)
-        yield ShardGroup(device=device), device
+        group = ShardGroup(device=device)
+        with PeerWatch(group, within=_WITHIN):
+            yield group, device
     finally:
         dist.destroy_process_group()
         if before is None:

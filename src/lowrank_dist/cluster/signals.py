@@ -28,11 +28,14 @@ class StopSignals:
         self._before: dict[signal.Signals, Any] = {}
         self._kept = False
 
-    def arm(self, *, keep: bool = False) -> None:
+    def arm(self, *, training: bool = True, keep: bool = False) -> None:
         """Install the handlers; a repeated call also replaces handlers installed in the meantime.
 
         Parameters
         ----------
+        training
+            Whether steps end at which the run acts on a request. Otherwise SIGTERM gets the handler that it had before
+            the first call (of a kept one the default, which ends the process): nobody would look at the request.
         keep
             Make `disarm` keep the handlers. A process of a single run needs this, because a signal after the run must
             not reach the previous handlers.
@@ -43,6 +46,9 @@ class StopSignals:
         for number in self.REQUESTS:
             before = signal.signal(number, self._remember)
             self._before.setdefault(number, before)
+        if not training:
+            before = signal.SIG_DFL if self._kept else self._before[signal.SIGTERM]
+            signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
     def disarm(self) -> None:
         """Restore the handlers that were installed before the first `arm`, and reset the request."""

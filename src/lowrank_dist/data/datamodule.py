@@ -22,9 +22,10 @@ from torch.utils.data import DataLoader
 
 from lowrank_dist.data.packing import Collator, TokenDataset
 from lowrank_dist.data.records import read_hub, read_jsonl
-from lowrank_dist.data.rendering import Renderer
+from lowrank_dist.data.rendering import Example, Renderer
 from lowrank_dist.data.sampler import ResumableLoader, ShardedSampler
 from lowrank_dist.data.tokenizing import IGNORE_INDEX, Encoder
+from lowrank_dist.errors import InputError
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ class SFTDataModule(L.LightningDataModule):
 
     Raises
     ------
-    ValueError
+    InputError
         If a number is out of range, or both `packing` and `group_by_length` are set. From `setup`, if the data cannot
         be read or used; the message names the file and line.
 
@@ -127,7 +128,7 @@ class SFTDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         if packing and group_by_length:
-            raise ValueError(
+            raise InputError(
                 "packing=True and group_by_length=True exclude each other, because packed rows all have about "
                 "max_length tokens; set one of them to false"
             )
@@ -139,7 +140,7 @@ class SFTDataModule(L.LightningDataModule):
             ("num_workers", num_workers, 0),
         ):
             if value is not None and value < least:
-                raise ValueError(f"{name}={value} must be at least {least}")
+                raise InputError(f"{name}={value} must be at least {least}")
         self.tokenizer = tokenizer
         self.sources = {
             "train": (train, train_split, limit),
@@ -154,6 +155,8 @@ class SFTDataModule(L.LightningDataModule):
         self.group_by_length = group_by_length
         self.num_workers = num_workers
         self.seed = seed
+        #: Largest token id of the data that were read.
+        self.largest_token = 0
         self._sets: dict[str, TokenDataset] = {}
         self._pad_token_id = 0
         self._train_loader: ResumableLoader | None = None
@@ -185,7 +188,7 @@ class SFTDataModule(L.LightningDataModule):
             if name is not None:
                 self._sets[role] = self._load(role, name, split, limit)
             elif stage != "fit":
-                raise ValueError(f"{stage} needs data: set `{role}` to a .jsonl file or the id of a data set")
+                raise InputError(f"{stage} needs data: set `{role}` to a .jsonl file or the id of a data set")
 
     def teardown(self, stage: str) -> None:
         if self.trainer is not None and self._limit_val_batches is not None:
@@ -270,7 +273,12 @@ class SFTDataModule(L.LightningDataModule):
             shuffle=shuffle,
             seed=self.seed,
             group_by_length=self.group_by_length,
+            repeats=shuffle and not self._module_takes_fillers(),
         )
+
+    def _module_takes_fillers(self) -> bool:
+        module = None if self.trainer is None else self.trainer.lightning_module
+        return bool(getattr(module, "takes_fillers", False))
 
     def _load(self, role: str, name: str, split: str, limit: int | None) -> TokenDataset:
         from transformers import AutoTokenizer
@@ -280,12 +288,12 @@ class SFTDataModule(L.LightningDataModule):
         template = None
         if self.chat_template is not None:
             if not Path(self.chat_template).is_file():
-                raise ValueError(f"chat_template={self.chat_template!r} is not a file; give the path of a Jinja file")
+                raise InputError(f"chat_template={self.chat_template!r} is not a file; give the path of a Jinja file")
             template = Path(self.chat_template).read_text(encoding="utf-8")
         renderer, encoder = Renderer(tokenizer, template), Encoder(tokenizer)
         is_file = _looks_like_file(name)
         if is_file and not Path(name).is_file():
-            raise ValueError(
+            raise InputError(
                 f"{role}={name!r} does not exist; give the path of a .jsonl file, or the id of a Hugging Face data set"
             )
 
@@ -293,16 +301,17 @@ class SFTDataModule(L.LightningDataModule):
         kept: list[Tensor] = []
         total = cut = 0
         while chunk := list(islice(records, 1000)):
-            for tokens, labels in encoder([e for where, record in chunk for e in renderer.examples(record, where)]):
+            examples = [(where, e) for where, record in chunk for e in renderer.examples(record, where)]
+            for tokens, labels in _encoded(encoder, examples):
                 total += 1
                 cut += len(tokens) > self.max_length
                 example = torch.tensor([tokens, labels], dtype=torch.int32)[:, : self.max_length]
                 if (example[1] != IGNORE_INDEX).any():
                     kept.append(example)
         if not total:
-            raise ValueError(f"{role}={name!r} holds no record; every line must hold one JSON object")
+            raise InputError(f"{role}={name!r} holds no record; every line must hold one JSON object")
         if not kept:
-            raise ValueError(
+            raise InputError(
                 f"{role}={name!r}: none of the {total} examples has a response token within max_length="
                 f"{self.max_length}; raise max_length"
             )
@@ -317,12 +326,27 @@ class SFTDataModule(L.LightningDataModule):
                 self.max_length,
                 total - len(kept),
             )
+        largest = max(int(example[0].max()) for example in kept)
+        self.largest_token = max(largest, self.largest_token)
         return TokenDataset(kept, self.max_length if self.packing else None)
 
     @staticmethod
     @rank_zero_only
     def _report(message: str, *values: object) -> None:
         log.warning(message, *values)
+
+
+def _encoded(encoder: Encoder, examples: list[tuple[str, Example]]) -> list[tuple[list[int], list[int]]]:
+    """Token ids and labels of examples; InputError with file and line of the first that has none."""
+    try:
+        return encoder([example for _, example in examples])
+    except (TypeError, ValueError, OverflowError):  # half of a surrogate pair, which is valid JSON but no text
+        for where, example in examples:
+            try:
+                encoder([example])
+            except (TypeError, ValueError, OverflowError) as error:
+                raise InputError(f"{where}: the text cannot be tokenized: {error}") from error
+        raise
 
 
 def _looks_like_file(name: str) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import jinja2
+from lowrank_dist.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,7 +58,7 @@ class Renderer:
 
         Raises
         ------
-        ValueError
+        InputError
             If the record has no known columns, a column is not text, or the chat template cannot render the record.
         """
         columns = set(record)
@@ -75,7 +75,7 @@ class Renderer:
             response = " " + _text(record, "response", where)
         else:
             found = ", ".join(f"`{column}`" for column in sorted(columns)) or "none"
-            raise ValueError(f"{where}: columns found: {found}; valid choices: {COLUMNS}")
+            raise InputError(f"{where}: columns found: {found}; valid choices: {COLUMNS}")
         return [Example([(prompt, False), (response, True)], templated="messages" in columns)]
 
     def conversation(self, messages: list[dict[str, Any]], tools: Any, where: str) -> list[Segments]:
@@ -88,18 +88,18 @@ class Renderer:
         """
         turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         if not turns:
-            raise ValueError(
+            raise InputError(
                 f"{where}: `messages` has no assistant turn to train on; add one, or a column `completion`"
             )
         if turns[0] == 0:
-            raise ValueError(f"{where}: `messages` begins with an assistant turn; put a prompt before it")
+            raise InputError(f"{where}: `messages` begins with an assistant turn; put a prompt before it")
         whole = self.chat(messages, tools, where)
         spans: list[tuple[str, str]] = []
         for turn in turns:
             prompt = self.chat(messages[:turn], tools, where, prompt=True)
             rendered = self.chat(messages[: turn + 1], tools, where)
             if not rendered.startswith(prompt):
-                raise ValueError(
+                raise InputError(
                     f"{where}: the chat template renders message {turn} differently from the prompt before it (prompt "
                     f"ends in {prompt[-40:]!r}); give a `chat_template` whose generation prompt is the beginning of "
                     "the assistant turn, or use `messages` with a `completion`"
@@ -117,7 +117,7 @@ class Renderer:
     def chat(self, messages: list[dict[str, Any]], tools: Any, where: str, *, prompt: bool = False) -> str:
         """Render `messages` to text, followed by the generation prompt if `prompt`."""
         if self.template is None and self.tokenizer.chat_template is None:
-            raise ValueError(
+            raise InputError(
                 f"{where}: `messages` need a chat template and the tokenizer {self.tokenizer.name_or_path!r} has none; "
                 "give `chat_template` (a .jinja file), or use the columns `prompt` and `completion`"
             )
@@ -125,8 +125,8 @@ class Renderer:
             text: str = self.tokenizer.apply_chat_template(
                 messages, tools=tools, chat_template=self.template, add_generation_prompt=prompt, tokenize=False
             )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-            raise ValueError(f"{where}: the chat template cannot render `messages`: {error}") from error
+        except Exception as error:  # whatever a template runs into
+            raise InputError(f"{where}: the chat template cannot render `messages`: {error}") from error
         return text
 
     def _until_last_marker(self, text: str, start: int) -> str:
@@ -136,7 +136,7 @@ class Renderer:
 
 def _messages(value: Any, where: str) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not value or not all(isinstance(m, dict) and "role" in m for m in value):
-        raise ValueError(f"{where}: `messages` must be a non-empty list of objects with `role` and `content`")
+        raise InputError(f"{where}: `messages` must be a non-empty list of objects with `role` and `content`")
     return value
 
 
@@ -144,5 +144,5 @@ def _text(record: dict[str, Any], column: str, where: str) -> str:
     if not isinstance(value := record.get(column), str):
         found = ", ".join(f"`{name}`" for name in sorted(record))
         kind = f"a {type(value).__name__}, not text" if column in record else "missing"
-        raise ValueError(f"{where}: `{column}` is {kind} (columns found: {found}); valid choices: {COLUMNS}")
+        raise InputError(f"{where}: `{column}` is {kind} (columns found: {found}); valid choices: {COLUMNS}")
     return value

@@ -17,9 +17,8 @@ class ShardedSampler(DistributedSampler[Any]):
     """A rank's share of every step. All ranks have the same number of batches, of the same sizes.
 
     The order of an epoch is global and the same on every rank. A step takes the next ``batch_size * num_replicas``
-    items and gives each rank a consecutive part. The last step may be smaller. It is padded to a multiple of the number
-    of ranks: in training (`shuffle`) with items from the front of the epoch, in evaluation with fillers without labels
-    (see `TokenDataset`), so that every item counts exactly once.
+    items and gives each rank a consecutive part. The last step may be smaller, and its parts then differ by one item:
+    those that lack it have a filler without labels (see `TokenDataset`), so that every item counts exactly once.
 
     The class derives from `DistributedSampler` because Lightning wraps or replaces any other sampler.
 
@@ -50,9 +49,11 @@ class ShardedSampler(DistributedSampler[Any]):
         shuffle: bool,
         seed: int = 0,
         group_by_length: bool = False,
+        repeats: bool = False,
     ) -> None:
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)
         self.lengths = torch.tensor(dataset.lengths) if group_by_length else None
+        self.repeats = repeats
         self.step_size = self.order_step_size = batch_size * num_replicas
         self.start = self.handed_out = 0
 
@@ -93,12 +94,13 @@ class ShardedSampler(DistributedSampler[Any]):
     def __iter__(self) -> Iterator[int]:
         order = self.order()
         todo = order[self.start :]
-        lacking = -len(todo) % self.num_replicas
-        todo += [order[i % len(order)] if self.shuffle else ~order[0] for i in range(lacking)]
         for at in range(0, len(todo), self.step_size):
             step = todo[at : at + self.step_size]
-            share = len(step) // self.num_replicas
-            yield from step[self.rank * share : (self.rank + 1) * share]
+            first, last = (rank * len(step) // self.num_replicas for rank in (self.rank, self.rank + 1))
+            mine = step[first:last]
+            yield from mine
+            if len(mine) * self.num_replicas < len(step):
+                yield order[self.rank % len(order)] if self.repeats and not mine else ~step[0]
 
 
 class ResumableLoader(DataLoader[dict[str, Tensor]]):

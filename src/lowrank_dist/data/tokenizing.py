@@ -7,6 +7,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from lowrank_dist.data.rendering import Example
+from lowrank_dist.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,13 +26,13 @@ class Encoder:
 
     Raises
     ------
-    ValueError
+    InputError
         If the tokenizer has no end-of-sequence token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if tokenizer.eos_token_id is None:
-            raise ValueError(
+            raise InputError(
                 f"the tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token, and a model trained with it "
                 "would never stop; set `eos_token` in its tokenizer_config.json"
             )

@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lowrank_dist.errors import InputError, RemoteError
+from lowrank_dist.errors import InputError, Report
 
 LOW_LATENCY = "LOWRANK_DIST_LOW_LATENCY"
 """Environment variable: with ``1``, ranks on CPUs take more of their cores so that collectives end sooner.
@@ -223,19 +225,21 @@ class ShardGroup:
     def raise_together(self, error: Exception | None) -> None:
         """Raise on every rank if any rank has an error, so that no rank waits in a collective for ever.
 
-        A rank with an error raises its own. The other ranks raise a `RemoteError` with the text of the first. One
-        all-reduce of a flag, and one object all-gather if the flag is set.
+        All raise the same kind of error, so that they go the same way whoever handles it: if ranks have different ones,
+        that of the first rank whose error may pass (which is not an `InputError`), else of the first. A rank with an
+        error of this class raises its own; the others a `RemoteError` that is an instance of the class too. One
+        all-reduce of a flag, and one object all-gather if the flag is set (pickled: trusted peers only).
         """
         if self.size > 1:
             flag = torch.tensor([0 if error is None else 1], dtype=torch.int32, device=self.device)
             if int(self.max(flag)) == 0:
                 return
-            reports = self.gather_objects(None if error is None else (type(error).__name__, str(error)))
-            if error is None:
-                failed = [(r, report) for r, report in enumerate(reports) if report is not None]
-                # Prefers the cause to a RemoteError that it has caused on a rank of a smaller group.
-                rank, report = min(failed, key=lambda one: one[1][0] == RemoteError.__name__)
-                raise RemoteError(f"rank {rank}: {report[0]}: {report[1]}")
+            mine = None if error is None else Report.of(error, rank=self.rank)
+            reports: list[Report] = [report for report in self.gather_objects(mine) if report is not None]
+            # Prefers the cause to a RemoteError that it has caused on a rank of a smaller group.
+            first = min(reports, key=lambda report: (report.is_remote, report.is_input, report.rank))
+            if error is None or mine is None or (mine.kind, mine.is_remote) != (first.kind, first.is_remote):
+                raise first.error()
         if error is not None:
             raise error
 
@@ -267,6 +271,30 @@ class ShardGroup:
 
     def _global(self, rank: int) -> int:
         return rank if self._group is None else dist.get_global_rank(self._group, rank)
+
+
+def ignore_renamed() -> None:
+    """Ignore what torch 2.13 says of names that it renamed, a line for every call.
+
+    DeepSpeed 0.19 and Lightning 2.6 call them. So does this module: torch 2.6, the lowest supported release, knows no
+    other names.
+    """
+    for name in ("torch.distributed.", r"isinstance\(treespec, LeafSpec\)"):
+        warnings.filterwarnings("ignore", message=f"`{name}.*` is deprecated", category=FutureWarning)
+
+
+@contextmanager
+def groups_with_timeout(timeout: timedelta | None) -> Iterator[None]:
+    """Give `timeout` to the process groups that other libraries make inside, which have torch's default otherwise.
+
+    No communication. None: leave them as they are.
+    """
+    c10d = dist.distributed_c10d
+    before = set(c10d._world.pg_map) if dist.is_initialized() else set()
+    yield
+    if timeout is not None and dist.is_initialized():
+        for group in set(c10d._world.pg_map) - before:
+            c10d._set_pg_timeout(timeout, group)
 
 
 def _asks_for_low_latency() -> bool:

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lowrank_dist.errors import ModelError
+from lowrank_dist.errors import ModelError, is_passing
 from lowrank_dist.model.names import ADAPTER, plain_name
 
 _UNSUPPORTED_OPTIONS = {
@@ -79,8 +79,8 @@ def find_backbone(module: nn.Module) -> tuple[str, PreTrainedModel]:
     return name, backbone
 
 
-def read_config(directory: Path) -> PretrainedConfig:
-    """The ``config.json`` of a pretrained model.
+def read_config(directory: str | Path) -> PretrainedConfig:
+    """The ``config.json`` of a pretrained model, in a directory or on the hub.
 
     Raises
     ------
@@ -90,6 +90,8 @@ def read_config(directory: Path) -> PretrainedConfig:
     try:
         config: PretrainedConfig = transformers.AutoConfig.from_pretrained(directory)
     except (OSError, ValueError) as error:
+        if is_passing(error):
+            raise
         raise ModelError(f"{directory}: no configuration that transformers reads: {error}") from error
     return config
 

@@ -7,7 +7,6 @@ import socket
 import sys
 import tempfile
 import time
-import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
@@ -101,7 +100,5 @@ class PrefixedStream:
 
 def prefix_output(allocation: Allocation) -> None:
     """Prefix every later line of Python's stdout and stderr with node and rank."""
-    # DeepSpeed 0.19 calls functions that torch 2.13 renamed; every call would write a line to the log
-    warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)
     prefix = f"[{allocation.host} {allocation.rank}] "
     sys.stdout, sys.stderr = PrefixedStream(sys.stdout, prefix), PrefixedStream(sys.stderr, prefix)

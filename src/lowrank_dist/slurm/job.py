@@ -58,7 +58,7 @@ class TrainingJob:
             With `STOPPED` if starting again would not help; with 0 (on one machine `LOCAL_REQUEUE_STATUS`) if the job
             is requeued.
         """
-        SIGNALS.arm(keep=True)  # replaces submitit's handlers, which requeue without a checkpoint
+        SIGNALS.arm(training=False, keep=True)  # replaces submitit's handlers, which requeue without a checkpoint
         allocation = Allocation.current()
         if allocation is None:
             raise InputError("not a task of a job; submit it with `lowrank-dist submit`, or start it with srun")

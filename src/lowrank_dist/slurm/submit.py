@@ -9,8 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,23 +50,35 @@ class Submission:
     roots: tuple[Path, ...]
 
     def script(self) -> str:
-        """Text of the file for sbatch.
+        """Text of the file for sbatch, which need not be there.
 
         Raises
         ------
         SubmitError
             For ``--cluster local``, which needs no such file.
         """
-        executor = self._executor()
         if self.options.cluster == "local":
             raise SubmitError("--dry-run prints the file for sbatch, but --cluster local needs none; drop one of them")
+        with _anywhere():
+            executor = self._executor()
         slurm = executor._executor
         if len(self.jobs) > 1:
             slurm.parameters["map_count"] = len(self.jobs)
         return str(slurm._make_submission_file_text(slurm._submitit_command_str, "dry-run"))
 
     def submit(self) -> list[Any]:
-        """Submit and return submitit's jobs. Only the owner can read the folder."""
+        """Submit and return submitit's jobs. Only the owner can read the folder.
+
+        Raises
+        ------
+        SubmitError
+            Where sbatch is not on PATH.
+        """
+        if self.options.cluster == "slurm" and shutil.which("sbatch") is None:
+            raise SubmitError(
+                "sbatch is not on PATH: submit from a login node, or use --cluster local; launch/qpissa.sbatch is a "
+                "batch file for sites without submitit"
+            )
         self.folder.mkdir(parents=True, mode=0o700)
         os.chmod(self.folder, 0o700)
         executor = self._executor()
@@ -75,11 +87,6 @@ class Submission:
 
     def _executor(self) -> Any:
         options, shape = self.options, self.shape
-        if options.cluster == "slurm" and shutil.which("sbatch") is None:
-            raise SubmitError(
-                "sbatch is not on PATH: submit from a login node, or use --cluster local; launch/qpissa.sbatch is a "
-                "batch file for sites without submitit"
-            )
         executor = submitit.AutoExecutor(folder=self.folder, cluster=options.cluster)
         executor.update_parameters(
             name=options.job_name,
@@ -132,6 +139,18 @@ class Submission:
             name, equals, value = option.partition("=")
             additional[name] = value if equals else True
         return additional
+
+
+@contextmanager
+def _anywhere() -> Iterator[None]:
+    """Inside, submitit makes its executor for SLURM also where there is no srun."""
+    kind = submitit.SlurmExecutor
+    known = vars(kind)["affinity"]
+    kind.affinity = classmethod(lambda cls: 2)
+    try:
+        yield
+    finally:
+        kind.affinity = known
 
 
 def prepare(options: SubmitOptions) -> Submission:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -17,8 +18,10 @@ from transformers import PreTrainedModel
 from lowrank_dist.calibration.measure import Calibration
 from lowrank_dist.checkpoints.resuming import earlier_run
 from lowrank_dist.checkpoints.writer import CheckpointWriter
+from lowrank_dist.cluster.watch import PeerWatch, end_with_launcher, mark_launcher
 from lowrank_dist.decomposition.report import InitializationReport
 from lowrank_dist.decomposition.schedule import Sharding
+from lowrank_dist.distributed.group import ShardGroup, groups_with_timeout, ignore_renamed
 from lowrank_dist.errors import InputError, ModelError
 from lowrank_dist.forecast.job import ShardWithin
 from lowrank_dist.initialization.build import build_model
@@ -33,6 +36,7 @@ from lowrank_dist.training.calibration_batches import calibration_pass
 from lowrank_dist.training.checkpointing import CheckpointedStrategy
 from lowrank_dist.training.packed_examples import PackedExamples
 from lowrank_dist.training.sharding import run_spec, smallest_group
+from lowrank_dist.training.stopping import add_to
 from lowrank_dist.tuners.adalora.schedule import objection_to_steps
 from lowrank_dist.zero3.partition import Partitioner
 
@@ -52,6 +56,8 @@ class ModelStrategy(CheckpointedStrategy):
 
     Parameters
     ----------
+    end_within
+        Seconds within which all ranks end once one has failed or ended.
     **options
         Options of `CheckpointedStrategy`.
 
@@ -83,10 +89,51 @@ class ModelStrategy(CheckpointedStrategy):
     fold_adapters: FoldAdapters
     compile_layers: str | None
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *, end_within: float = 30.0, **options: Any) -> None:
         super().__init__(**options)
+        if end_within <= 0:
+            raise ValueError(f"PiSSAStrategy: end_within={end_within} must be positive: it is a number of seconds")
+        self.end_within = end_within
+        self._watch: PeerWatch | None = None
         self.init_report: InitializationReport | None = None
         self._backbone: PreTrainedModel | None = None
+
+    # -- all ranks end together -------------------------------------------------------------------------------------
+
+    def _configure_launcher(self) -> None:
+        super()._configure_launcher()
+        if self._lightning_launches and self.local_rank == 0:
+            mark_launcher()
+
+    @property
+    def _lightning_launches(self) -> bool:
+        return isinstance(self.cluster_environment, LightningEnvironment)
+
+    def setup_environment(self) -> None:
+        """Meet the other ranks; from here until `teardown` each notices when another has ended."""
+        ignore_renamed()
+        if self._lightning_launches and self.local_rank > 0:
+            end_with_launcher(armed=True)
+        super().setup_environment()
+        group = ShardGroup(device=self.root_device)
+        # some of the time is for noticing, some for the rank that failed, whose error the others may have to end first
+        self._watch = PeerWatch(group, within=self.end_within / 3)
+        if self._lightning_launches and self.local_rank > 0:
+            end_with_launcher(armed=False)
+        assert self.lightning_module is not None
+        add_to(self.lightning_module.trainer, failed=self._watch.failed)
+
+    def init_deepspeed(self) -> None:
+        with groups_with_timeout(self._timeout):
+            super().init_deepspeed()
+
+    def teardown(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
+        super().teardown()
+
+    # -- the model ----------------------------------------------------------------------------------------------------
 
     def _set_up_model(self, module: LightningModule) -> None:
         if self._is_set_up(module):
@@ -94,7 +141,8 @@ class ModelStrategy(CheckpointedStrategy):
         precision = self.precision_plugin.precision
         compute_dtype, factor_dtype = PRECISIONS[precision]
         autocast = compute_dtype if precision == "bf16-mixed" else None
-        partitioner = Partitioner(self._deepspeed_config)
+        with groups_with_timeout(self._timeout):
+            partitioner = Partitioner(self._deepspeed_config)
         group = partitioner.group
         steps = self._steps_of_schedule(module)
         with group.shared_errors():

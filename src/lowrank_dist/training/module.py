@@ -11,7 +11,9 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
+from lowrank_dist.errors import InputError
 from lowrank_dist.methods import Method
+from lowrank_dist.model.skeleton import read_config
 from lowrank_dist.training.fused_loss import FusedLoss
 from lowrank_dist.training.optim import build_optimizer, check_optimizer, optimizer_class
 from lowrank_dist.training.packed_examples import PackedExamples
@@ -119,6 +121,9 @@ class CausalLMModule(L.LightningModule):
     The model is built by ``trainer.fit(module, data)``, not by the constructor.
     """
 
+    #: Tells data modules that batches without trained tokens count for nothing.
+    takes_fillers = True
+
     def __init__(
         self,
         pretrained: str,
@@ -204,7 +209,7 @@ class CausalLMModule(L.LightningModule):
         """
         if self.model is not None:
             return
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
 
         attention = {} if self.attn_implementation is None else {"attn_implementation": self.attn_implementation}
         if getattr(self.trainer.strategy, "materializes_weights", False):
@@ -213,7 +218,7 @@ class CausalLMModule(L.LightningModule):
                     f"gradient_checkpointing=True of the model has no effect under "
                     f"{type(self.trainer.strategy).__name__}, which has its own option; set it to false in the model"
                 )
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.pretrained), **attention)
+            model = AutoModelForCausalLM.from_config(read_config(self.pretrained), **attention)
         else:
             dtype = _LOAD_DTYPES.get(str(self.trainer.precision), torch.float32)
             model = AutoModelForCausalLM.from_pretrained(self.pretrained, dtype=dtype, **attention)
@@ -221,7 +226,19 @@ class CausalLMModule(L.LightningModule):
             if self.gradient_checkpointing:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             PackedExamples(model)
+        self._check_tokens(model)
         self.model = model
+
+    def _check_tokens(self, model: Any) -> None:
+        """Raise InputError if the data have tokens without an embedding, rather than at the batch that has one."""
+        data = getattr(self.trainer, "datamodule", None)
+        largest = getattr(data, "largest_token", 0)
+        rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+        if rows is not None and largest >= rows:
+            raise InputError(
+                f"the data have the token {largest}, but the embedding of {self.pretrained} has {rows} rows; set "
+                f"data.tokenizer={getattr(data, 'tokenizer', None)!r} to that of the model"
+            )
 
     def forward(self, **batch: Tensor) -> Any:
         """Return the output of the model, with `loss` if the batch has `labels`, int64 of shape [batch, length].
@@ -270,8 +287,9 @@ class CausalLMModule(L.LightningModule):
 
         If the loss is averaged over tokens, the returned one is the mean of the batch times its share of the trained
         tokens of the step (`lowrank_dist.training.token_mean.TokenMean`). `train_loss` is logged with the last batch of
-        a step, which issues one all-reduce. If it is averaged over batches, the returned one is the mean of the batch.
-        `train_loss` is logged with every batch, which issues one all-reduce each (``sync_dist``).
+        a step, which issues one all-reduce. If it is averaged over batches, the returned one is the mean of the batch,
+        and that of the batches of the ranks that have trained tokens counts. `train_loss` is logged with every batch,
+        which issues two all-reduces each.
         """
         loss, size = self.loss(batch), len(batch["input_ids"])
         first = batch_idx % self.trainer.accumulate_grad_batches == 0
@@ -282,14 +300,21 @@ class CausalLMModule(L.LightningModule):
             return loss
         if first:
             self._step_losses = []
+        loss = self._over_batches(loss, trained_tokens(batch["labels"]))
         self._step_losses.append(loss.detach())
         # the loss whose gradient is the averaged gradient
         self.log("train_loss", torch.stack(self._step_losses).mean(), prog_bar=True, sync_dist=True, batch_size=size)
         return loss
 
+    def _over_batches(self, loss: Tensor, count: Tensor) -> Tensor:
+        """The loss whose mean over the ranks is that of the ranks whose `count` of tokens is not 0. One all-reduce."""
+        trained = (count > 0).float()
+        ranks = self.trainer.strategy.reduce(trained.clone(), reduce_op="sum")
+        return torch.where(count > 0, loss, 0.0) * (self.trainer.world_size / ranks.clamp(min=1))
+
     def calibration_step(self, batch: dict[str, Tensor]) -> Tensor:
-        """Return the loss of a batch of a calibration pass (`lowrank_dist.Calibration`)."""
-        return self.loss(batch)
+        """Return the loss of a batch of a calibration pass (`lowrank_dist.Calibration`); 0 if no token is trained."""
+        return torch.where(trained_tokens(batch["labels"]) > 0, self.loss(batch), 0.0)
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer of the parameters that require grad, and a schedule that advances every optimizer step.

@@ -107,6 +107,9 @@ class PiSSAStrategy(ModelStrategy):
         once more when the number of tokens changes. The results agree up to rounding; dropout draws other numbers. It
         implies `keep_decoded` and therefore needs gradient checkpointing, without which decoded weights of the whole
         model would be kept. Layers that cannot be traced run as they are (stacked experts).
+    end_within
+        Seconds within which all ranks end once one has ended, whatever ended it and whatever the others wait for: they
+        notice at once, and have a third of this to end by themselves. Errors, signals and lost processes are alike.
     **deepspeed_options
         All options of `lightning.pytorch.strategies.DeepSpeedStrategy` (``offload_optimizer``, ``reduce_bucket_size``,
         ``timeout``, ``config``, ...), except ``stage``, which is 3.
@@ -177,6 +180,7 @@ class PiSSAStrategy(ModelStrategy):
         shard_within: ShardWithin | Literal["auto"] = "auto",
         fold_adapters: FoldAdapters = "never",
         compile_layers: str | None = None,
+        end_within: float = 30.0,
         **deepspeed_options: Any,
     ) -> None:
         if adapter is not None and not isinstance(adapter, PeftConfig | str | os.PathLike):
@@ -210,7 +214,7 @@ class PiSSAStrategy(ModelStrategy):
                 f"PiSSAStrategy: shard_within={shard_within!r} cannot be used with init={init}, whose calibration pass "
                 "reads weights from the shards of all ranks; use shard_within='world'"
             )
-        super().__init__(**deepspeed_options)
+        super().__init__(end_within=end_within, **deepspeed_options)
         self.weights = None if isinstance(pretrained, str | os.PathLike) else pretrained
         self.pretrained = os.fspath(pretrained) if isinstance(pretrained, str | os.PathLike) else pretrained.name
         if self.weights is not None and init_cache is not None:

@@ -234,10 +234,10 @@ def communicate(pretrained: Path, average: str) -> list[int]:
 
 
 def test_one_small_all_reduce_a_step(llama: Path) -> None:
-    """Of two fp64 numbers. The old way has one of 4 bytes for every batch, two a step."""
+    """Of two fp64 numbers. The old way has two of 4 bytes for every batch, four a step."""
     tokens, batches = (run_ranks(2, communicate, llama, average)[0] for average in ("tokens", "batches"))
     assert tokens.count(16) - batches.count(16) == 3
-    assert batches.count(4) - tokens.count(4) == 6
+    assert batches.count(4) - tokens.count(4) == 12
     assert sorted(n for n in tokens if n not in (4, 16)) == sorted(n for n in batches if n not in (4, 16))
 
 
@@ -270,6 +270,28 @@ def test_a_save_within_a_step(material: Path, tmp_path: Path) -> None:
     rest = run_ranks(2, tune, material, tmp_path / "saved", True)[0]
     assert list(whole) == [1, 2, 3, 4, 5]
     assert rest == {step: loss for step, loss in whole.items() if step > 2}
+
+
+def epochs(material: Path, limit: int, batch_size: int, average: str) -> list[float]:
+    """``train_loss`` of the steps of two epochs of `limit` records."""
+    data = SFTDataModule(str(material / "model"), str(material / "data.jsonl"), batch_size=batch_size, limit=limit)
+    module = CausalLMModule(str(material / "model"), lr=1e-3, average_loss_over=average)  # type: ignore[arg-type]
+    losses: list[float] = []
+    record = lambda *_: losses.append(float(module.trainer.callback_metrics["train_loss"]))  # noqa: E731
+    module.on_train_batch_end = record
+    make_trainer(make_strategy(material / "model"), steps=-1, max_epochs=2).fit(module, data)
+    return losses
+
+
+@pytest.mark.parametrize("limit", [20, 22])
+def test_the_tail_of_an_epoch_trains_on_no_fillers(material: Path, limit: int) -> None:
+    """Steps of 6 records; the last has 2, of which 3 ranks get none or one each, or 4. fp32, four steps of rounding."""
+    one, three = (run_ranks(ranks, epochs, material, limit, 6 // ranks, "tokens")[0] for ranks in (1, 3))
+    assert len(one) == 8
+    assert three == pytest.approx(one, rel=2e-5)
+    batches = run_ranks(3, epochs, material, limit, 2, "batches")
+    # of 2 records the ranks with one each have the mean of all; each weighs the same, however long
+    assert all(loss == pytest.approx(expected, rel=0.1) for loss, expected in zip(batches[0], one, strict=True))
 
 
 # -- Lightning's own strategies ---------------------------------------------------------------------------------------

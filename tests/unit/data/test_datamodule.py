@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from helpers.sft import byte_level_tokenizer, write_jsonl
 from lowrank_dist.data.datamodule import SFTDataModule
 from lowrank_dist.data.sampler import ShardedSampler
 from lowrank_dist.data.tokenizing import IGNORE_INDEX
+from lowrank_dist.errors import InputError
 
 RECORDS = [{"prompt": f"hello {index}", "completion": " world" * (1 + index % 5)} for index in range(23)]
 
@@ -273,3 +275,24 @@ def test_workers_and_overfitting_work(tokenizer_dir, train, tmp_path):
         module, _ = fit(data, tmp_path, epochs=2, overfit_batches=1)
     assert len(module.seen) == 2
     assert module.seen[0] == module.seen[1]
+
+
+def test_bad_records_are_bad_input_with_file_and_line(tmp_path):
+    """A job with one of them stops for good: it is found before the weights are read, by the data module's set-up."""
+    byte_level_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    good = json.dumps({"prompt": "a", "completion": "b"})
+    bad = [
+        "",
+        "{",
+        "[1]",
+        "{}",
+        '{"prompt": "a", "completion": 1}',
+        '{"prompt": "\\ud800", "completion": "b"}',
+        b"\xff",
+    ]
+    for number, line in enumerate(bad):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_bytes(f"{good}\n{good}\n".encode() + (line if isinstance(line, bytes) else line.encode()) + b"\n")
+        with pytest.raises(InputError) as caught:
+            SFTDataModule(str(tmp_path / "tokenizer"), str(path)).setup("fit")
+        assert str(caught.value).startswith(f"{path}:3: "), line

@@ -104,8 +104,12 @@ def test_the_text_for_sbatch(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert not (tmp_path / "runs").exists()  # nothing is written either
 
 
-@pytest.mark.usefixtures("no_sbatch")
-def test_configurations_that_are_composed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_configurations_that_are_composed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Printed where there is no SLURM, which refuses to submit them."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     folder = Path(CONFIG).parent
     files = [
         f"--config={folder / part}" for part in ("base/llama3-70b_32gpu.yaml", "method/pissa.yaml", "rank/64.yaml")
@@ -115,6 +119,9 @@ def test_configurations_that_are_composed(capsys: pytest.CaptureFixture[str]) ->
     assert "#SBATCH --job-name=llama3-70b_32gpu-pissa-64\n" in script
     assert "#SBATCH --nodes=4\n" in script
     assert "#SBATCH --ntasks-per-node=8\n" in script
+    assert main(["submit", *files, "--partition=gpu"]) == 1
+    assert "sbatch is not on PATH" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_points_of_a_sweep_do_not_share_a_directory_of_checkpoints(
