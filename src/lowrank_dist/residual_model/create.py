@@ -17,6 +17,7 @@ from lowrank_dist.model.factor_layout import stored_layout
 from lowrank_dist.model.plan import Plan
 from lowrank_dist.residual_model.fingerprint import fingerprint
 from lowrank_dist.residual_model.writer import ResidualModelWriter
+from lowrank_dist.storage.atomic import check_target, is_ours
 from lowrank_dist.storage.layout import MANIFEST
 
 
@@ -54,7 +55,8 @@ def decompose(
     sharding, announce
         See `lowrank_dist.decomposition.schedule.scheduled`.
     overwrite
-        Replace a directory at `output` that has another fingerprint.
+        Replace a directory at `output` that has another fingerprint, if this package wrote it
+        (`lowrank_dist.storage.atomic.check_target`).
     key
         The `fingerprint`, if it is known already.
     calibrated
@@ -73,19 +75,23 @@ def decompose(
         If the stored weight of a matrix also provides another parameter, or if
         `lowrank_dist.model.factor_layout.stored_layout` cannot restore the method's layout of factors.
     """
-    output, group = Path(output).absolute(), walk.group
+    group = walk.group
+    with group.shared_errors():
+        check_target(output, overwrite=True)
+    output = Path(output).absolute()
     _check_layout(plan, walk.init)
     key = key or fingerprint(walk, plan, calibrated)
     if group.broadcast_object(is_complete(output, key)):
         return output
     with group.shared_errors():
-        if output.exists() and not overwrite:
+        if is_ours(output) and not overwrite:
             raise InputError(
                 f"{output}: exists, and is not this model decomposed with these settings; remove it, choose another "
                 "directory, or pass overwrite"
             )
+        check_target(output, overwrite=overwrite)
     writer = ResidualModelWriter(plan, walk, output, key)
-    with writer.locked():
+    with writer.building(overwrite=overwrite):
         writer.begin()
         remaining = [planned for planned in plan.matrices if planned.name not in writer.reports]
         walk.advance(sum(report.nbytes for report in writer.reports.values()))

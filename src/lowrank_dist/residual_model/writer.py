@@ -26,7 +26,7 @@ from lowrank_dist.model.plan import Plan, PlannedMatrix
 from lowrank_dist.model.stacking import StackedFactors
 from lowrank_dist.quantization.nf4 import NF4
 from lowrank_dist.residual_model.reader import FROZEN_STEM, factor_keys, has_stock_layout, packed_name
-from lowrank_dist.storage.atomic import check_free, empty, exclusive, flush_directory, put_in_place, staging_of
+from lowrank_dist.storage.atomic import atomic_directory, check_free, flush_directory
 from lowrank_dist.storage.layout import MANIFEST, RESIDUAL_STEM, WEIGHTS
 from lowrank_dist.storage.reader import FileTensor, check_finite
 from lowrank_dist.storage.writer import TensorFiles, copy_other_files, stored_dtype, write_json
@@ -63,7 +63,6 @@ class ResidualModelWriter:
     def __init__(self, plan: Plan, walk: Walk, output: Path, key: str) -> None:
         self.plan, self.walk, self.output, self.key = plan, walk, output, key
         self.reader, self.group, self.residual = walk.reader, walk.group, walk.residual
-        self.staging = staging_of(output)
         self.reports: dict[str, MatrixReport] = {}
         self._pending: list[MatrixReport] = []
         self._error: Exception | None = None
@@ -83,37 +82,59 @@ class ResidualModelWriter:
         self.stock = all(has_stock_layout(planned, self.residual, self.reader) for planned in plan.matrices)
         self._stacks: dict[str, StackedFactors] = {}
         self._stack_reports: dict[str, list[MatrixReport]] = {}
-        self.initial = self.staging / f"{str(walk.init).lower()}_init"
         one_file: dict[str, Any] = {"max_bytes": sys.maxsize}
-        self._root = TensorFiles(self.staging, root, stem="model" if self.stock else RESIDUAL_STEM)
-        self._factors = TensorFiles(self.initial, factors, stem=Path(WEIGHTS).stem, **one_file)
+        # `building` says where
+        self._root = TensorFiles(output, root, stem="model" if self.stock else RESIDUAL_STEM)
+        self._factors = TensorFiles(output, factors, stem=Path(WEIGHTS).stem, **one_file)
         self._files = [self._root, self._factors]
         self.layout = walk.init.layout
         if self.layout.folds:
             names = [factor_keys(planned)["lora_B"] for planned in plan.matrices]
             beside = {name: factors[name] for name in names}
-            self._beside = TensorFiles(self.initial, beside, stem=FROZEN_STEM, **one_file)
+            self._beside = TensorFiles(output, beside, stem=FROZEN_STEM, **one_file)
             self._files.append(self._beside)
 
     def _dtype(self, name: str) -> torch.dtype:
         return stored_dtype(name, self.reader.info(name))
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Lock the directory under construction on rank 0, and close the files at the end.
+    def building(self, *, overwrite: bool) -> Iterator[None]:
+        """Build the directory inside, and put it in place at the end; on errors it is kept, for a later run.
+
+        Parameters
+        ----------
+        overwrite
+            Whether a directory that this package wrote is replaced.
 
         Raises
         ------
         InputError
-            On every rank, if another run has the lock. A lock ends with its process.
+            On every rank, if another run is building it, or something else is in its place.
         """
         with ExitStack() as stack:
             for files in self._files:
                 stack.callback(files.close)
+            made = Path()
             with self.group.shared_errors():
                 if self.group.rank == 0:
-                    stack.enter_context(exclusive(self.staging))
+                    directory = atomic_directory(self.output, overwrite=overwrite, resumes=self._resumes)
+                    made = stack.enter_context(directory)
+            self._build_in(Path(str(self.group.broadcast_object(str(made)))))
             yield
+            with self.group.shared_errors():
+                stack.pop_all().close()
+                if self.group.rank == 0:
+                    (self.output / JOURNAL).unlink()
+
+    def _build_in(self, directory: Path) -> None:
+        self.staging, self.initial = directory, directory / f"{str(self.walk.init).lower()}_init"
+        self._root.directory = directory
+        for files in self._files[1:]:
+            files.directory = self.initial
+
+    def _resumes(self, directory: Path) -> bool:
+        self._build_in(directory)
+        return bool(self._journal())
 
     def begin(self) -> None:
         """Create the files, or fill `reports` with the matrices that a killed run has completed.
@@ -153,7 +174,6 @@ class ResidualModelWriter:
         return entries if entries and entries[0] == {"fingerprint": self.key} else []
 
     def _create(self) -> None:
-        empty(self.staging)
         check_free(self.output, sum(files.nbytes for files in self._files))
         self.initial.mkdir()
         for files in self._files:
@@ -283,7 +303,7 @@ class ResidualModelWriter:
         self.commit()
 
     def finish(self, adapter: LoraConfig, base: str) -> None:
-        """Write configurations and manifest on rank 0 and rename the directory to its final path.
+        """Write configurations and, last, the manifest on rank 0.
 
         Parameters
         ----------
@@ -314,10 +334,8 @@ class ResidualModelWriter:
                 config = copy.deepcopy(adapter)
                 config.base_model_name_or_path, config.inference_mode = str(self.output), True
                 config.save_pretrained(str(self.initial))
-                write_json(self.staging / MANIFEST, manifest)
                 flush_directory(self.staging)
-                put_in_place(self.staging, self.output)
-                (self.output / JOURNAL).unlink()
+                write_json(self.staging / MANIFEST, manifest)
 
     def _copy_small_files(self) -> None:
         """Copy configuration, tokenizer and licence of the pretrained model.

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_dist.errors import CheckpointError
-from lowrank_dist.storage.atomic import replaced_of, staging_of
+from lowrank_dist.storage.atomic import unfinished
 from lowrank_dist.storage.layout import (
     ADAPTER_DIR,
     CONFIG,
@@ -140,12 +140,14 @@ def _describe(directory: Path) -> Description | None:
 
 def _unfinished(directory: Path, found: Description) -> None:
     """A directory that a dead writer left, or that is being written."""
-    target = _target_of(directory)
-    assert target is not None
-    if directory == replaced_of(target):
-        found.problems.append(f"was to be replaced by a new {target.name}")
+    item = unfinished(directory)
+    assert item is not None
+    if item.kind == "old":
+        found.problems.append(f"was to be replaced by a new {item.target.name}")
+    elif item.kind == "removed":
+        found.problems.append(f"{item.target.name} was being removed, or replaced")
     else:
-        found.problems.append(f"{target.name} is being written, or its writer died")
+        found.problems.append(f"{item.target.name} is being written, or its writer died")
 
 
 def _adapter_checkpoint(directory: Path, found: Description) -> None:
@@ -218,15 +220,6 @@ def _model(directory: Path, found: Description) -> None:
         _add_weights(Weights(directory), found)
 
 
-def _target_of(directory: Path) -> Path | None:
-    """Target of a directory that is named as unfinished; None for any other name."""
-    for suffix, name_of in ((".partial", staging_of), (".old", replaced_of)):
-        name = directory.name.removeprefix(".").removesuffix(suffix)
-        if name and directory == name_of(directory.with_name(name)):
-            return directory.with_name(name)
-    return None
-
-
 def _has_weights(directory: Path) -> bool:
     if (directory / INDEX_NAME).is_file() or (directory / "model.safetensors").is_file():
         return True
@@ -236,7 +229,7 @@ def _has_weights(directory: Path) -> bool:
 
 # the first kind whose test passes is taken
 _KINDS: list[tuple[str, Callable[[Path], bool], Callable[[Path, Description], None]]] = [
-    ("unfinished directory", lambda path: _target_of(path) is not None, _unfinished),
+    ("unfinished directory", lambda path: unfinished(path) is not None, _unfinished),
     (
         "checkpoint of an adapter",
         lambda path: (path / MANIFEST).is_file() and (path / ADAPTER_DIR).is_dir(),

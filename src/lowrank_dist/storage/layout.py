@@ -37,6 +37,11 @@ def residual_stem(directory: Path) -> str:
     return RESIDUAL_STEM if any(directory.glob(f"{RESIDUAL_STEM}*.safetensors")) else "model"
 
 
+def parts_of(checkpoint: Path) -> list[Path]:
+    """The directories of a checkpoint from which other adapters are made, the checkpoint among them."""
+    return [checkpoint, *(checkpoint / part for part in (ADAPTER_DIR, INITIAL_DIR, ENCODED_DIR))]
+
+
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """The manifest of a checkpoint directory."""
     path = checkpoint / MANIFEST

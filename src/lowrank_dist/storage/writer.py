@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lowrank_dist.errors import CheckpointError
+from lowrank_dist.storage.atomic import atomic_file
 from lowrank_dist.storage.dtypes import CODES, DTYPES
 from lowrank_dist.storage.reader import FileTensor, TensorInfo
 
@@ -179,6 +180,12 @@ def copy_other_files(source: Path, target: Path, *, leave: Sequence[str] = ()) -
     for path in source.iterdir():
         if path.is_file() and not path.name.endswith(WEIGHT_FILES) and path.name not in leave:
             shutil.copyfile(path, target / path.name)
+
+
+def write_report(path: Path, value: Mapping[str, Any], *, overwrite: bool = True) -> None:
+    """Write JSON to a file that a user has chosen; complete or absent (`lowrank_dist.storage.atomic.atomic_file`)."""
+    with atomic_file(path, overwrite=overwrite) as fresh:
+        write_json(fresh, value)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

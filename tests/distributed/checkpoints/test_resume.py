@@ -15,6 +15,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from helpers.ranks import run_ranks, run_ranks_catching
+from helpers.staging import RANDOM
 from helpers.training import STEPS, CausalLM, fit, loader, make_strategy, make_trainer
 from lowrank_dist import NF4, SVFT, AdapterCheckpoint, LoftQ, LoRA, LoRAXS, PiSSA
 
@@ -172,11 +173,11 @@ def test_last_is_the_newest_complete_one(llama: Path, begun: Begun, tmp_path: Pa
     newest = tmp_path / f"step={STEPS}"
     manifest = json.loads((newest / "lowrank_dist.json").read_text())
     (newest / "lowrank_dist.json").write_text(json.dumps({**manifest, "step": 999}))  # damaged
-    (tmp_path / ".step=9.partial").mkdir()
+    (tmp_path / f".step=9.{RANDOM}.partial").mkdir()
     step, losses = run_ranks(2, go_on_with_last, llama, tmp_path)[0]
     assert step == CUT
     assert losses == pytest.approx(whole[CUT:], rel=1e-5)
-    assert not (tmp_path / ".step=9.partial").exists()
+    assert not (tmp_path / f".step=9.{RANDOM}.partial").exists()
 
 
 def test_without_any_the_run_begins_anew(llama: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import random
@@ -21,7 +20,7 @@ from helpers.training import BATCHES, ByStep, loader, make_strategy, make_traine
 from lowrank_dist import AdapterCheckpoint, LoRA
 from lowrank_dist.checkpoints.layout import TrainingCheckpoint, newest_checkpoint
 from lowrank_dist.distributed.group import ShardGroup
-from lowrank_dist.storage.atomic import staging_of
+from lowrank_dist.storage.atomic import exclusive
 
 STEPS = 16
 
@@ -211,13 +210,8 @@ def test_training_goes_on_beside_a_full_disk(
 
 def test_a_second_run_is_refused_and_leaves_the_first_alone(llama: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    staging = staging_of(output / "step=2")
-    staging.mkdir(parents=True)
-    (staging / "of another run").touch()
-    descriptor = os.open(staging, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    for _, error in run_ranks_catching(2, train, llama, output):
-        assert "another run is writing it" in str(error)
-    assert (staging / "of another run").exists()
-    os.close(descriptor)
+    output.mkdir()
+    with exclusive(output / "step=2"):
+        for _, error in run_ranks_catching(2, train, llama, output):
+            assert "another run is writing it" in str(error)
     assert run_ranks(2, train, llama, output)[0]["best"] == str(output / f"step={STEPS}")

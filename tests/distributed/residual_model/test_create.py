@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from helpers.faults import kill_after_commits
 from helpers.models import save_checkpoint
 from helpers.ranks import run_ranks, run_ranks_catching
+from helpers.staging import staging_of
 from helpers.training import CausalLM, dense_state, fit, loader, make_trainer, tokens
 from lowrank_dist import NF4, LoftQ, LoRA, PiSSA, PiSSAStrategy
 from lowrank_dist.decomposition.schedule import Sharding
@@ -30,7 +31,7 @@ from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.model.plan import open_plan
 from lowrank_dist.quantization.dense import Dense
 from lowrank_dist.residual_model.create import decompose
-from lowrank_dist.storage.atomic import staging_of
+from lowrank_dist.storage.atomic import exclusive
 from lowrank_dist.storage.reader import CheckpointReader
 
 FP32 = torch.float32
@@ -295,17 +296,23 @@ def test_killed_at_any_moment_a_rerun_goes_on(llama: Path, tmp_path: Path, victi
         run_ranks_catching(2, write_and_die, llama, output, 0.005 * attempt * (attempt + 1), victim)
         if output.exists():
             break
-        journal = staging_of(output) / "journal.jsonl"
-        lines = len(journal.read_text().splitlines()) if journal.exists() else 0
+        journals = list(tmp_path.glob(".out.*.partial/journal.jsonl"))
+        lines = len(journals[0].read_text().splitlines()) if journals else 0
         assert lines >= kept
         kept = lines
     run_ranks(2, write, llama, output, PiSSA(quantization_iterations=5), None, TOGETHER)
-    assert not staging_of(output).exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
     for file in ("model.safetensors", "pissa_init/adapter_model.safetensors"):
         assert (output / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
 def test_what_is_in_the_way_is_not_touched(llama: Path, tmp_path: Path) -> None:
+    thesis = tmp_path / "thesis"
+    thesis.mkdir()
+    (thesis / "chapter-1").touch()
+    for _, error in run_ranks_catching(2, write, llama, thesis, LoRA(), NF4(), {"overwrite": True}):
+        assert "was not written by lowrank_dist" in str(error)
+    assert [path.name for path in thesis.iterdir()] == ["chapter-1"]
     run_ranks(1, write, llama, tmp_path / "out", PiSSA(), NF4())
     before = (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns
     for _, error in run_ranks_catching(2, write, llama, tmp_path / "out", LoRA(), NF4()):
@@ -333,13 +340,7 @@ def test_a_full_disk_is_an_error_on_every_rank(llama: Path, tmp_path: Path) -> N
 
 
 def test_a_second_writer_is_refused(llama: Path, tmp_path: Path) -> None:
-    import fcntl
-
-    staging = staging_of(tmp_path / "out")
-    staging.mkdir()
-    descriptor = os.open(staging, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    for _, error in run_ranks_catching(2, write, llama, tmp_path / "out"):
-        assert "another run is writing it" in str(error)
-    os.close(descriptor)
+    with exclusive(tmp_path / "out"):
+        for _, error in run_ranks_catching(2, write, llama, tmp_path / "out"):
+            assert "another run is writing it" in str(error)
     run_ranks(2, write, llama, tmp_path / "out")

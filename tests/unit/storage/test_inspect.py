@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from helpers.models import save_checkpoint
+from helpers.staging import RANDOM
 from lowrank_dist import cli
 from lowrank_dist.errors import CheckpointError
-from lowrank_dist.storage.atomic import replaced_of, staging_of
 from lowrank_dist.storage.inspect import Description, inspect
 
 
@@ -207,7 +207,7 @@ def test_a_directory_of_checkpoints(base: Path, tmp_path: Path, capsys: pytest.C
         checkpoint = save_as_checkpoint(base, tmp_path / f"step={step}", step=step)
         for file in checkpoint.rglob("*"):
             os.utime(file, (1e9 + number, 1e9 + number))
-    partial, old = staging_of(tmp_path / "step=16"), replaced_of(tmp_path / "step=4")
+    partial, old = tmp_path / f".step=16.{RANDOM}.partial", tmp_path / f".step=4.{RANDOM}.old"
     shutil.copytree(tmp_path / "step=8", partial, copy_function=shutil.copyfile)
     old.mkdir()
     (tmp_path / "logs").mkdir()
