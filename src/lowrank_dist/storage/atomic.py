@@ -9,14 +9,13 @@ Names beside a target ``out``, all of them hidden, with 16 random hexadecimal di
 - ``.out.<random>.old`` is whole, and was about to be replaced. It is put back if there is no ``out``.
 - ``.out.<random>.removed`` is being removed.
 - ``.out.<random>.link`` is a link that is about to become ``out``.
-- ``.out.lowrank_dist.lock`` is held by the writer of ``out``.
+- ``.out.lock`` is the lock (`lowrank_dist.storage.lock`) that is held by the writer of ``out``.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import os
 import re
 import secrets
@@ -30,10 +29,10 @@ from typing import Literal
 
 from lowrank_dist.errors import InputError
 from lowrank_dist.storage.layout import MANIFEST
+from lowrank_dist.storage.lock import Lock, held, lock_of, target_of
 
 Kind = Literal["partial", "old", "removed", "link"]
 
-_LOCK = ".lowrank_dist.lock"
 _BESIDE = re.compile(r"\.(?P<target>.+)\.[0-9a-f]{16}\.(?P<kind>partial|old|removed|link)", re.DOTALL)
 
 
@@ -327,11 +326,12 @@ def sweep(directory: Path) -> None:
 
     Only real directories and links of this user are touched, and nothing that another process is writing.
     """
-    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
-    locks = {name[1 : -len(_LOCK)] for name in names if name.startswith(".") and name.endswith(_LOCK)}
-    found = [item for name in names if (item := unfinished(directory / name)) is not None]
-    for target in sorted({item.target for item in found} | {directory / name for name in locks if name}):
-        with suppress(InputError, OSError), exclusive(target):
+    paths = list(directory.iterdir()) if directory.is_dir() else []
+    found = {item.target for item in map(unfinished, paths) if item is not None}
+    for target in sorted(found | {target for target in map(target_of, paths) if target is not None}):
+        with suppress(InputError, OSError), _if_free(target) as free:
+            if not free:
+                continue
             _restore(target)
             for kind in ("old", "partial", "removed", "link"):
                 for left in _beside(target, kind):
@@ -346,8 +346,9 @@ def restore_replaced(directory: Path) -> None:
     found = map(unfinished, directory.iterdir() if directory.is_dir() else ())
     for target in {item.target for item in found if item is not None and item.kind == "old"}:
         if not os.path.lexists(target):
-            with suppress(InputError, OSError), exclusive(target):
-                _restore(target)
+            with suppress(InputError, OSError), _if_free(target) as free:
+                if free:
+                    _restore(target)
 
 
 def _restore(target: Path) -> None:
@@ -377,35 +378,27 @@ def _fresh(target: Path, kind: Kind) -> Path:
 
 @contextmanager
 def exclusive(target: Path) -> Iterator[None]:
-    """Lock `target`, which need not exist, against other processes; the lock ends with its process.
+    """Lock `target`, which need not exist, against other processes. A lock does not outlive its process.
 
     Raises
     ------
     InputError
-        If another process has the lock. File systems without locks exclude nobody.
+        If another process has the lock; the message names it.
     """
-    path = target.with_name(f".{target.name}{_LOCK}")
-    while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(
-                    f"{target}: another run is writing it; wait for that run, or choose another directory"
-                ) from None
-            except OSError:
-                pass  # a file system without locks
-            if path.exists() and os.path.samestat(os.fstat(descriptor), path.lstat()):
-                try:
-                    yield
-                finally:
-                    path.unlink(missing_ok=True)
-                return
-        finally:
-            os.close(descriptor)
-        # the former owner has removed it meanwhile: the lock is not on `path` any more
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with held(Lock(lock_of(target), str(target)), wait=False):
+        yield
+
+
+@contextmanager
+def _if_free(target: Path) -> Iterator[bool]:
+    """Lock `target` if no other process has the lock; yields whether that is so."""
+    lock = Lock(lock_of(target), str(target))
+    free = lock.attempt() is None
+    try:
+        yield free
+    finally:
+        lock.release()
 
 
 # -- the disk ---------------------------------------------------------------------------------------------------------

@@ -285,9 +285,17 @@ class Lock:
     # -- looking --------------------------------------------------------------------------------------------------
 
     def _look(self) -> _Seen | None:
-        """The owner's file, or None if the lock is free."""
+        """The owner's file, or None if the lock is free.
+
+        Raises
+        ------
+        InputError
+            If something else is in its place: nothing in there is renamed or removed.
+        """
         while True:
             try:
+                if self.path.is_symlink():
+                    raise InputError(f"{self.path}: is a link in the place of a lock; remove it")
                 tokens = os.listdir(self.path)
             except FileNotFoundError:
                 return None
@@ -295,6 +303,8 @@ class Lock:
                 tokens = [""]
             if not tokens:
                 return None
+            if not all(map(_TOKEN.fullmatch, tokens)):
+                raise InputError(f"{self.path}: is in the place of a lock, but holds other files; move them away")
             if self.path.is_symlink() or not all(map(_TOKEN.fullmatch, tokens)):
                 raise InputError(f"{self.path}: is in the place of a lock, but is none; remove it") from None
             with suppress(FileNotFoundError):  # it has changed hands in between
@@ -342,6 +352,15 @@ def held(lock: Lock, *, wait: bool, announce: Callable[[str], object] = log.warn
 def lock_of(target: Path) -> Path:
     """The lock beside `target` for those who write it."""
     return target.with_name(f".{target.name}.lock")
+
+
+def target_of(path: Path) -> Path | None:
+    """The target whose lock `path` is, if a process holds it or died with it; else None."""
+    match = re.fullmatch(r"\.(.+)\.lock", path.name, re.DOTALL)
+    if match is None or path.is_symlink() or not path.is_dir():
+        return None
+    tokens = os.listdir(path)
+    return path.with_name(match[1]) if tokens and all(map(_TOKEN.fullmatch, tokens)) else None
 
 
 def _started(pid: int) -> str | None:

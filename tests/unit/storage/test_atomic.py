@@ -30,6 +30,7 @@ from lowrank_dist.storage.atomic import (
     sweep,
 )
 from lowrank_dist.storage.layout import MANIFEST
+from lowrank_dist.storage.lock import Lock, lock_of
 from lowrank_dist.storage.writer import write_json, write_report
 
 
@@ -148,7 +149,12 @@ def test_remains_are_swept(tmp_path: Path) -> None:
     (tmp_path / f".between.{RANDOM}.partial").mkdir()
     put(tmp_path / f".first.{RANDOM}.old", 6)  # killed while it was renamed, before any other was built
     (tmp_path / f".last.{RANDOM}.link").symlink_to("kept")
-    (tmp_path / ".dead.lowrank_dist.lock").touch()
+    dead = Lock(lock_of(tmp_path / "kept"), "kept")
+    dead.attempt()
+    shutil.copytree(tmp_path / ".kept.lock", tmp_path / ".dead.lock")
+    dead.release()
+    (token,) = (tmp_path / ".dead.lock").iterdir()
+    token.rename(token.with_name(token.name.replace(f"_{os.getpid()}_", "_999999999_")))
     sweep(tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["between", "first", "kept"]
     assert value_of(tmp_path / "between") == 5
@@ -189,7 +195,14 @@ def test_links_and_directories_in_the_way_are_not_followed(tmp_path: Path) -> No
     """Under the names of earlier versions, and under those that a dead writer leaves."""
     thesis, out = thesis_in(tmp_path), tmp_path / "run" / "out"
     out.parent.mkdir()
-    for name in (".out.partial", ".out.old", f".out.{RANDOM}.partial", f".out.{RANDOM}.old", f".out.{RANDOM}.removed"):
+    for name in (
+        ".out.partial",
+        ".out.old",
+        ".other.lock",
+        f".out.{RANDOM}.partial",
+        f".out.{RANDOM}.old",
+        f".out.{RANDOM}.removed",
+    ):
         (out.parent / name).symlink_to(thesis)
     sweep(out.parent)
     restore_replaced(out.parent)
@@ -197,11 +210,18 @@ def test_links_and_directories_in_the_way_are_not_followed(tmp_path: Path) -> No
     put(out, 2)
     sweep(out.parent)
     assert value_of(out) == 2
-    assert os.listdir(thesis) == ["chapter-1"]
+    (out.parent / ".out.lock").symlink_to(thesis)
+    with pytest.raises(InputError, match="is a link in the place of a lock"):
+        put(out, 3)
+    shutil.copytree(thesis, out.parent / ".more.lock")
+    with pytest.raises(InputError, match="in the place of a lock, but holds other files"):
+        put(out.with_name("more"), 1)
+    sweep(out.parent)
+    assert os.listdir(thesis) == os.listdir(out.parent / ".more.lock") == ["chapter-1"]
 
 
 def test_names_of_other_programs_are_left_alone(tmp_path: Path) -> None:
-    for name in (".thesis.partial", ".thesis.old", ".thesis.link", ".thesis.lock", ".rsync.0123.partial"):
+    for name in (".thesis.partial", ".thesis.old", ".thesis.link", ".other.lock", ".rsync.0123.partial"):
         (tmp_path / name).mkdir()
     before = sorted(os.listdir(tmp_path))
     sweep(tmp_path)
@@ -317,8 +337,8 @@ def test_a_second_rename_that_fails_is_undone(tmp_path: Path, killed: bool) -> N
         ctypes.CDLL = lambda *_, **__: types.SimpleNamespace()
         real, calls = os.rename, []
         def rename(source, target):
-            calls.append(source)
-            if len(calls) == 3:  # onto what is there, of the old one, of the new one
+            calls.extend([source] * (str(target).endswith("/out")))
+            if len(calls) == 2 and source is calls[-1]:  # the first was onto what is there
                 if {killed}:
                     os.kill(os.getpid(), signal.SIGKILL)
                 raise OSError(5, "Input/output error", str(source))
