@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,11 +14,13 @@ from torch import Tensor
 from lowrank_dist.checkpoints.codec import encode_state
 from lowrank_dist.checkpoints.layout import TrainingCheckpoint
 from lowrank_dist.distributed.group import ShardGroup
+from lowrank_dist.errors import CheckpointError
 from lowrank_dist.zero3.optimizer import ShardedOptimizer
 
 #: Key of this package's entry in Lightning's dictionary.
 OWN_STATE = "lowrank_dist"
 
+_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 _ELSEWHERE = {"state_dict", "optimizer_states"}
 _HYPER_PARAMETERS = ("hyper_parameters", "datamodule_hyper_parameters")
 
@@ -62,7 +64,7 @@ def encode_training_state(
         "steps": optimizer.steps,
         "scalars": scalars,
         "settings": optimizer.settings,
-        "engine": {name: getattr(engine, name) for name in ("global_steps", "global_samples", "skipped_steps")},
+        "engine": {name: getattr(engine, name) for name in _COUNTERS},
         "rng": group.gather_objects(rng_state()),
     }
     if allocation is not None:
@@ -97,6 +99,54 @@ def decode_training_state(checkpoint: TrainingCheckpoint, *, accumulate_grad_bat
         batches["is_last_batch"] = False
     state.setdefault("state_dict", {})
     return state
+
+
+def restore_engine(counters: Mapping[str, Any], engine: Any) -> None:
+    """Set the counters of DeepSpeed's engine, and nothing else.
+
+    Raises
+    ------
+    CheckpointError
+        If a counter is missing or no number of steps.
+    """
+    for name in _COUNTERS:
+        if not isinstance(counters.get(name), int) or counters[name] < 0:
+            raise CheckpointError(f"state.json: {name}={counters.get(name)!r} of the engine is no number of steps")
+    engine.global_steps = counters["global_steps"]
+    engine.global_samples = counters["global_samples"]
+    engine.skipped_steps = counters["skipped_steps"]
+
+
+def check_loops(found: Any, own: Any) -> None:
+    """Raise CheckpointError unless Lightning's loops, whose states `own` are, have every name in `found`.
+
+    Lightning sets the names of progress, at every depth, as attributes. The entries ``state_dict`` are data.
+    """
+    _check_names(found, own, "loops", lambda name: name.rpartition(".")[2] != "state_dict")
+
+
+def check_schedules(found: Any, own: Any) -> None:
+    """Raise CheckpointError unless schedules, whose states `own` are, have every name in `found`.
+
+    torch sets the names of a schedule as attributes, and those of its parts, which are schedules or objects that
+    compute factors. Deeper values are data.
+    """
+    _check_names(found, own, "lr_schedulers", lambda name: name in ("_schedulers", "lr_lambdas"))
+
+
+def _check_names(found: Any, own: Any, where: str, into: Callable[[str], bool]) -> None:
+    if isinstance(found, list | tuple) and isinstance(own, list | tuple):
+        for index, (value, of_own) in enumerate(zip(found, own, strict=False)):
+            _check_names(value, of_own, f"{where}[{index}]", into)
+    elif isinstance(found, dict):
+        for name, value in found.items():
+            if not isinstance(own, dict) or name not in own:
+                raise CheckpointError(
+                    f"state.json: {where} has no {name!r} here; the checkpoint is damaged, or of a run with other "
+                    "schedules or another release of Lightning or torch"
+                )
+            if into(name):
+                _check_names(value, own[name], f"{where}.{name}", into)
 
 
 def _count_whole_steps(progress: dict[str, Any], before: int, now: int, *, epoch_ended: bool) -> None:

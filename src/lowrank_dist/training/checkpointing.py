@@ -8,7 +8,7 @@ number of ranks resumes.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from datetime import timedelta
@@ -23,7 +23,15 @@ from torch import Tensor
 from lowrank_dist.checkpoints.layout import TrainingCheckpoint
 from lowrank_dist.checkpoints.resuming import load_allocation, load_optimizer, load_parameters
 from lowrank_dist.checkpoints.saving import Saver
-from lowrank_dist.checkpoints.state import OWN_STATE, decode_training_state, encode_training_state, restore_rng
+from lowrank_dist.checkpoints.state import (
+    OWN_STATE,
+    check_loops,
+    check_schedules,
+    decode_training_state,
+    encode_training_state,
+    restore_engine,
+    restore_rng,
+)
 from lowrank_dist.checkpoints.writer import CheckpointWriter
 from lowrank_dist.distributed.gather_to_owner import gather_to_owners
 from lowrank_dist.distributed.group import ShardGroup
@@ -31,6 +39,9 @@ from lowrank_dist.errors import CheckpointError
 from lowrank_dist.training.stage3 import Stage3Strategy
 from lowrank_dist.zero3.optimizer import ShardedOptimizer
 from lowrank_dist.zero3.partition import is_partitioned, local_shard, whole_shape
+
+#: Attributes of the Trainer, and names of their states in a checkpoint.
+LOOPS = ("fit_loop", "validate_loop", "test_loop", "predict_loop")
 
 
 class CheckpointedStrategy(Stage3Strategy):
@@ -54,6 +65,7 @@ class CheckpointedStrategy(Stage3Strategy):
         self._writer: CheckpointWriter | None = None
         self._saver: Saver | None = None
         self._background: list[Future[None]] | None = None
+        self._saved_by: dict[str, Any] | None = None
         self._resumed: TrainingCheckpoint | None = None
         self._resumed_state: dict[str, Any] = {}
 
@@ -116,6 +128,8 @@ class CheckpointedStrategy(Stage3Strategy):
                 allocation=None if self._allocation is None else self._allocation.state(),
             )
         facts: dict[str, Any] = {} if self._allocation is None else {"rank_by_layer": self._allocation.rank_by_layer}
+        if self._saved_by is not None:
+            facts["saved_by"] = self._saved_by
         facts |= {
             "step": trainer.global_step,
             "epoch": trainer.current_epoch,
@@ -142,19 +156,24 @@ class CheckpointedStrategy(Stage3Strategy):
         return {}
 
     @contextmanager
-    def background_saves(self) -> Iterator[list[Future[None]]]:
+    def background_saves(self, *, saved_by: Mapping[str, Any] | None = None) -> Iterator[list[Future[None]]]:
         """Inside, ``trainer.save_checkpoint`` returns once the state is copied; files are written in the background.
+
+        Parameters
+        ----------
+        saved_by
+            Who saves, for the manifest.
 
         Yields
         ------
         list of Future
             A future for each save that starts inside. ``result()`` waits for the save and raises its error.
         """
-        self._background = []
+        self._background, self._saved_by = [], None if saved_by is None else dict(saved_by)
         try:
             yield self._background
         finally:
-            self._background = None
+            self._background = self._saved_by = None
 
     @property
     def saver(self) -> Saver:
@@ -206,8 +225,10 @@ class CheckpointedStrategy(Stage3Strategy):
         if not resumed.has_training_state:
             return {"pytorch-lightning_version": lightning.__version__, "state_dict": {}}
         with group.shared_errors():
+            loops = {name: getattr(trainer, name).state_dict() for name in LOOPS}
             state = decode_training_state(resumed, accumulate_grad_batches=trainer.accumulate_grad_batches)
-        self._resumed_state = state.pop(OWN_STATE)
+            check_loops(state.get("loops", {}), loops)
+        self._resumed_state = {**state.pop(OWN_STATE), "schedules": state.get("lr_schedulers", [])}
         return state
 
     def _load_training_state(self) -> None:
@@ -233,8 +254,10 @@ class CheckpointedStrategy(Stage3Strategy):
                 self._group,
                 state=state["allocation"],
             )
-        for counter, value in state["engine"].items():
-            setattr(engine, counter, value)
+        with self._group.shared_errors():
+            restore_engine(state["engine"], engine)
+            own = [config.scheduler.state_dict() for config in self.lr_scheduler_configs]
+            check_schedules(state["schedules"], own)
 
     def on_train_start(self) -> None:
         super().on_train_start()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import random
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,10 @@ from helpers.loggers import RecordingLogger
 from helpers.ranks import alone, run_ranks, run_ranks_catching
 from helpers.training import BATCHES, ByStep, loader, make_strategy, make_trainer, recorded
 from lowrank_dist import AdapterCheckpoint, LoRA
-from lowrank_dist.checkpoints.layout import TrainingCheckpoint, newest_checkpoint
+from lowrank_dist.checkpoints.layout import TrainingCheckpoint, file_digest, newest_checkpoint, sealed
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.storage.atomic import exclusive
+from lowrank_dist.storage.layout import MANIFEST
 
 STEPS = 16
 
@@ -69,6 +72,10 @@ def train(
     return {"begun": begun[0], "best": checkpoint.best_model_path, "told": logger.told, "said": said}
 
 
+def train_with(pretrained: Path, output: Path, options: dict[str, Any]) -> dict[str, Any]:
+    return train(pretrained, output, **options)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
     """Losses of a run that nothing happens to, by step."""
@@ -94,9 +101,12 @@ def newest_step(output: Path) -> int:
 # -- kill -9 ----------------------------------------------------------------------------------------------------------
 
 
+LINKED = {"save_last": "link"}
+
+
 def train_and_die(pretrained: Path, output: Path, call: int, victims: list[int], trigger: int) -> dict[str, Any]:
     kill_at(call, victims, trigger)
-    return train(pretrained, output)
+    return train(pretrained, output, callback=LINKED)
 
 
 @pytest.mark.parametrize(
@@ -116,9 +126,13 @@ def test_kills_while_saving(
         assert all(error is not None for _, error in outcomes)
         assert newest_step(output) >= reached
         reached = newest_step(output)
+        assert all(path.exists() for path in output.glob("last"))  # the link leads to a whole one
     else:
         assert reached > 0
-    result = run_ranks(2, train, llama, output)[0] if reached < STEPS else {"begun": reached}
+    result = {"begun": reached}
+    if reached < STEPS:
+        result = run_ranks(2, train_with, llama, output, {"callback": LINKED})[0]
+        assert sorted(path.name for path in output.iterdir()) == ["last", f"step={STEPS}"]
     assert result["begun"] == reached
     assert newest_step(output) == STEPS
     assert not [path for path in output.iterdir() if path.name.startswith(".")]
@@ -203,6 +217,69 @@ def test_training_goes_on_beside_a_full_disk(
     assert result["best"] == str(output / "step=8")
     assert sorted(path.name for path in output.iterdir()) == [*(["last"] if last else []), "step=8"]
     assert newest_step(output) == 8
+
+
+# -- what dead runs left, and what a file says ------------------------------------------------------------------------
+
+
+def test_superseded_checkpoints_are_swept_at_resume(llama: Path, tmp_path: Path) -> None:
+    """Those of this callback, which a killed attempt had no time to remove; not what it did not write."""
+    output = tmp_path / "out"
+    run_ranks(2, train_with, llama, output, {"steps": 8, "callback": {"save_top_k": -1}})
+    manifest = json.loads((output / "step=4" / MANIFEST).read_text())
+    manifest.pop("saved_by")  # by `trainer.save_checkpoint`, or another program
+    (output / "step=4" / MANIFEST).write_text(json.dumps(sealed(manifest)))
+    (output / "last").symlink_to("step=6")
+    (output / "notes").mkdir()
+    run_ranks(2, train_with, llama, output, {"steps": 12, "callback": LINKED})
+    assert sorted(path.name for path in output.iterdir()) == ["last", "notes", "step=12", "step=4"]
+    assert os.readlink(output / "last") == "step=12"
+
+
+def forge(checkpoint: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the state, and make all digests fit: whoever can write the files can do that."""
+    state, manifest = checkpoint / "state.json", json.loads((checkpoint / MANIFEST).read_text())
+    value = json.loads(state.read_text())
+    change(value)
+    state.write_text(json.dumps(value))
+    manifest["files"]["state.json"] = file_digest(state)
+    (checkpoint / MANIFEST).write_text(json.dumps(sealed(manifest)))
+
+
+def test_a_forged_state_removes_nothing_and_sets_nothing(llama: Path, tmp_path: Path) -> None:
+    output, thesis = tmp_path / "out", tmp_path / "thesis"
+    for directory in (thesis, output / "adapters"):
+        directory.mkdir(parents=True)
+        (directory / "chapter-1").touch()
+
+    def other_paths(state: dict[str, Any]) -> None:
+        text = json.dumps(state["callbacks"]).replace(f"{output}/step=2", f"{output}/adapters/../../thesis")
+        state["callbacks"] = json.loads(text)
+        assert "thesis" in text
+
+    def other_names(state: dict[str, Any]) -> None:
+        state["loops"]["fit_loop"]["epoch_progress"]["current"]["reset"] = 1
+
+    run_ranks(2, train_with, llama, output, {"steps": 2})
+    forge(output / "step=2", other_paths)
+    result = run_ranks(2, train_with, llama, output, {"steps": 4})[0]
+    assert any("is no checkpoint in" in text for text in result["said"])
+    assert (thesis / "chapter-1").exists()
+    assert (output / "adapters" / "chapter-1").exists()
+    assert sorted(path.name for path in checkpoints(output)) == ["adapters", "step=2", "step=4"]
+    forge(output / "step=4", other_names)
+    for _, error in run_ranks_catching(2, train_with, llama, output, {"steps": 6}):
+        assert "epoch_progress.current has no 'reset' here" in str(error)
+
+
+def test_a_directory_of_something_else_is_not_replaced(llama: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    (output / "step=2").mkdir(parents=True)
+    (output / "step=2" / "chapter-1").touch()
+    options = {"steps": 4, "callback": {"enable_version_counter": False}}
+    for _, error in run_ranks_catching(2, train_with, llama, output, options):
+        assert "was not written by lowrank_dist" in str(error)
+    assert [path.name for path in output.rglob("*")] == ["step=2", "chapter-1"]
 
 
 # -- two runs ---------------------------------------------------------------------------------------------------------
