@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lowrank_dist.checkpoints.layout import newest_checkpoint
+from lowrank_dist.checkpoints.layout import checkpoints
 from lowrank_dist.errors import InputError
 from lowrank_dist.storage.atomic import restore_replaced, sweep
 from lowrank_dist.training.strategy import PiSSAStrategy
@@ -244,8 +244,10 @@ class AdapterCheckpoint(ModelCheckpoint):
     def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
         directory = Path(self._ModelCheckpoint__resolve_ckpt_dir(trainer))  # type: ignore[attr-defined]
         restore_replaced(directory)
-        newest = newest_checkpoint(directory)
-        return set() if newest is None else {str(newest)}
+        found = checkpoints(directory)
+        strategy: Any = trainer.strategy
+        strategy.resume_from(found)
+        return set() if not found else {str(found[0])}
 
 
 def _saver(trainer: Trainer) -> Any:

@@ -8,7 +8,7 @@ number of ranks resumes.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from datetime import timedelta
@@ -18,16 +18,24 @@ from typing import Any
 import lightning
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
+from lowrank_dist.checkpoints.codec import StateError
 from lowrank_dist.checkpoints.layout import TrainingCheckpoint
 from lowrank_dist.checkpoints.resuming import load_allocation, load_optimizer, load_parameters
 from lowrank_dist.checkpoints.saving import Saver
-from lowrank_dist.checkpoints.state import OWN_STATE, decode_training_state, encode_training_state, restore_rng
+from lowrank_dist.checkpoints.state import (
+    ENGINE_COUNTERS,
+    OWN_STATE,
+    decode_training_state,
+    encode_training_state,
+    restore_rng,
+)
 from lowrank_dist.checkpoints.writer import CheckpointWriter
 from lowrank_dist.distributed.gather_to_owner import gather_to_owners
 from lowrank_dist.distributed.group import ShardGroup
-from lowrank_dist.errors import CheckpointError
+from lowrank_dist.errors import CheckpointError, RemoteError
 from lowrank_dist.training.stage3 import Stage3Strategy
 from lowrank_dist.zero3.optimizer import ShardedOptimizer
 from lowrank_dist.zero3.partition import is_partitioned, local_shard, whole_shape
@@ -56,6 +64,7 @@ class CheckpointedStrategy(Stage3Strategy):
         self._background: list[Future[None]] | None = None
         self._resumed: TrainingCheckpoint | None = None
         self._resumed_state: dict[str, Any] = {}
+        self._candidates: list[Path] = []
 
     def _checkpoints_with(self, writer: CheckpointWriter) -> None:
         """Use `writer` for saves, and load the trained parameters of a resumed run. Collective.
@@ -182,6 +191,10 @@ class CheckpointedStrategy(Stage3Strategy):
         """False, unlike in the parent class: the residual is formed from the factors in the checkpoint."""
         return False
 
+    def resume_from(self, candidates: Sequence[Path]) -> None:
+        """Let ``ckpt_path="last"`` mean the first of `candidates` that is not damaged; the caller passes the first."""
+        self._candidates = list(candidates)
+
     def load_checkpoint(
         self, checkpoint_path: str | os.PathLike[str], weights_only: bool | None = None
     ) -> dict[str, Any]:
@@ -191,18 +204,33 @@ class CheckpointedStrategy(Stage3Strategy):
         ------
         CheckpointError
             On every rank, if the directory is not a checkpoint, is damaged, or has no training state although the
-            Trainer fits.
+            Trainer fits. With ``ckpt_path="last"`` the next older checkpoint is tried first, and a line names the
+            damaged one.
         """
+        candidates = [os.fspath(checkpoint_path)]
+        if self._candidates and Path(checkpoint_path) == self._candidates[0]:
+            candidates = [os.fspath(path) for path in self._candidates]
+        candidates = self.broadcast(candidates)
+        for path, older in zip(candidates, [*candidates[1:], None], strict=True):
+            try:
+                return self._load_checkpoint(path)
+            except (CheckpointError, StateError, RemoteError) as error:  # on every rank
+                self._forget_resumed()
+                if older is None:
+                    raise
+                rank_zero_info(f"{error}; resuming from {older} instead")
+        raise AssertionError("there is always one candidate")
+
+    def _load_checkpoint(self, path: str) -> dict[str, Any]:
         trainer, group = self._trainer, self._group
-        path = self.broadcast(os.fspath(checkpoint_path))
         with group.shared_errors():
             resumed = TrainingCheckpoint(path)
             if trainer.state.fn == TrainerFn.FITTING and not resumed.has_training_state:
                 raise CheckpointError(
                     f"ckpt_path={path!r} was saved with weights_only: there is nothing to resume from"
                 )
-        resumed.verify(group)
         self._resumed = resumed
+        resumed.verify(group)
         if not resumed.has_training_state:
             return {"pytorch-lightning_version": lightning.__version__, "state_dict": {}}
         with group.shared_errors():
@@ -233,8 +261,8 @@ class CheckpointedStrategy(Stage3Strategy):
                 self._group,
                 state=state["allocation"],
             )
-        for counter, value in state["engine"].items():
-            setattr(engine, counter, value)
+        for counter in ENGINE_COUNTERS:
+            setattr(engine, counter, state["engine"][counter])
 
     def on_train_start(self) -> None:
         super().on_train_start()
