@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lowrank_dist.checkpoints.layout import newest_checkpoint
+from lowrank_dist.checkpoints.layout import checkpoints
 from lowrank_dist.errors import CheckpointError, InputError
 from lowrank_dist.storage.atomic import is_ours, restore_replaced, sweep
 from lowrank_dist.storage.layout import MANIFEST, read_manifest
@@ -121,7 +121,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         self._before: dict[str, Any] = {}
         self._removals: list[Path] = []
         self._in_top_k = False
-        self._found_last: str | None = None
+        self._resumes_last = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not isinstance(trainer.strategy, PiSSAStrategy):
@@ -166,8 +166,11 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        if trainer.is_global_zero and self.save_top_k > 0 and self._resumed_from(trainer, self._found_last):
-            self._sweep_superseded(trainer, Path(str(self._found_last)))
+        strategy: Any = trainer.strategy
+        resumed: Path | None = strategy.resumed_from
+        sweeps = trainer.is_global_zero and self._resumes_last and self.save_top_k > 0
+        if sweeps and resumed is not None and self._is_own(str(resumed)):
+            self._sweep_superseded(trainer, resumed)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         if not trainer.fit_loop._should_accumulate():  # gradients of an unfinished step would be lost
@@ -297,14 +300,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         """As Lightning's, but with ``ckpt_path="last"`` the checkpoint that the run resumed from is not spared."""
         if previous == current or not self._is_own(previous):
             return False
-        automatic = self._resumed_from(trainer, previous) and self._resumed_from(trainer, self._found_last)
-        return automatic or super()._should_remove_checkpoint(trainer, previous, current)
-
-    @staticmethod
-    def _resumed_from(trainer: Trainer, path: str | None) -> bool:
-        return None not in (path, trainer.ckpt_path) and os.path.realpath(str(path)) == os.path.realpath(
-            str(trainer.ckpt_path)
-        )
+        return self._resumes_last or super()._should_remove_checkpoint(trainer, previous, current)
 
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         if trainer.is_global_zero:
@@ -339,9 +335,11 @@ class AdapterCheckpoint(ModelCheckpoint):
     def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
         directory = Path(self._ModelCheckpoint__resolve_ckpt_dir(trainer))  # type: ignore[attr-defined]
         restore_replaced(directory)
-        newest = newest_checkpoint(directory)
-        self._found_last = None if newest is None else str(newest)
-        return set() if newest is None else {str(newest)}
+        found = checkpoints(directory)
+        strategy: Any = trainer.strategy
+        strategy.resume_from(found)
+        self._resumes_last = bool(found)
+        return set() if not found else {str(found[0])}
 
 
 def _saver(trainer: Trainer) -> Any:

@@ -25,22 +25,15 @@ from torch import Tensor, nn
 from lowrank_dist._version import __version__
 from lowrank_dist.adapters.lora import lora_config
 from lowrank_dist.checkpoints.contents import Contents, tensor_files
-from lowrank_dist.checkpoints.layout import (
-    FORMAT,
-    OPTIMIZER,
-    STATE,
-    file_digest,
-    sealed,
-    tensor_digest,
-)
 from lowrank_dist.distributed.gather_to_owner import Parcel, assign_owners, deliver, gather_to_owners, pack_for_owners
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.initialization.materialize import Materialized
 from lowrank_dist.model.adapter_files import AdapterFiles
 from lowrank_dist.model.names import peft_name
 from lowrank_dist.storage.atomic import atomic_directory, check_free, flush_directory
-from lowrank_dist.storage.layout import ADAPTER_DIR, INITIAL_DIR, LORA_DIR, MANIFEST
+from lowrank_dist.storage.layout import ADAPTER_DIR, INITIAL_DIR, LORA_DIR, MANIFEST, sealed
 from lowrank_dist.storage.reader import FileTensor
+from lowrank_dist.storage.verify import FORMAT, OPTIMIZER, STATE, file_digest, tensor_digest
 from lowrank_dist.storage.writer import TensorFiles, write_json
 from lowrank_dist.tuners.adalora import files as adalora
 from lowrank_dist.tuners.adalora.allocation import RankAllocation

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any
 from lowrank_dist.decomposition.report import MatrixReport, as_table, layer_type, ranks_as_table
 from lowrank_dist.errors import CheckpointError, InputError
 from lowrank_dist.storage.atomic import atomic_file, check_file
-from lowrank_dist.storage.layout import MANIFEST
+from lowrank_dist.storage.layout import MANIFEST, checked_manifest
+from lowrank_dist.storage.parse import MAX_MANIFEST, read_record
 from lowrank_dist.storage.writer import write_report
 
 
@@ -54,17 +54,15 @@ def read_report(path: Path) -> tuple[list[MatrixReport], dict[str, int]]:
     The second result has the ranks that the adapter of a checkpoint keeps by layer, if they change while it is trained.
     """
     file = path / MANIFEST if path.is_dir() else path
-    if not file.is_file():
+    if not file.exists():
         raise CheckpointError(
             f"{path}: holds no {MANIFEST}; pass a residual model, a directory that AdapterCheckpoint wrote, or the "
             "JSON of InitReport"
         )
-    try:
-        manifest = json.loads(file.read_text())
-        entries: list[dict[str, Any]] = manifest["matrices"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file}: not a report: {error!r}") from error
-    rank_by_layer: dict[str, int] = manifest.get("rank_by_layer", {})
+    manifest = checked_manifest(read_record(file, MAX_MANIFEST))
+    if "matrices" not in manifest:
+        raise CheckpointError(f"{file}: not a report: it has no entry 'matrices'")
+    entries, rank_by_layer = manifest.records("matrices"), dict[str, int](manifest.record("rank_by_layer"))
     if not entries and not rank_by_layer:
         raise CheckpointError(
             f"{file}: the run decomposed no matrix and stored none in a residual format, so that there is nothing to "

@@ -18,7 +18,6 @@ mapped, not loaded.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections import Counter
@@ -41,6 +40,7 @@ from lowrank_dist.model.stacking import concat_a, concat_b, split_a, split_b
 from lowrank_dist.progress import progress_bar
 from lowrank_dist.storage.atomic import atomic_directory, check_free, check_target
 from lowrank_dist.storage.layout import CONFIG, MANIFEST
+from lowrank_dist.storage.parse import read_record
 from lowrank_dist.storage.reader import CheckpointReader, check_finite
 from lowrank_dist.storage.writer import MAX_BYTES, TensorFiles, copy_other_files, write_json
 
@@ -259,7 +259,7 @@ class _Merge:
         return values.float()
 
     def _write_config(self, path: Path) -> None:
-        config, changes = json.loads(path.read_text()), dict(self.plan.config_changes)
+        config, changes = dict(read_record(path)), dict(self.plan.config_changes)
         if "dtype" in changes and "torch_dtype" in config:  # the name before transformers 5
             changes["torch_dtype"] = changes.pop("dtype")
         if changes:

@@ -122,7 +122,6 @@ def atomic_directory(
     check_target(target, overwrite=overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(target):
-        _restore(target)
         staging = staging_directory(target, resumes=resumes)
         descriptor = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
@@ -176,8 +175,9 @@ def staging_directory(target: Path, *, resumes: Callable[[Path], bool] | None = 
     """A directory beside `target` to build it in: one that `resumes` takes, or a new one. The others are removed.
 
     The caller holds the lock of `target`. The name of a new directory cannot be predicted, and nothing can be in its
-    place.
+    place. A directory that was about to be replaced at `target` is put back.
     """
+    _restore(target)
     staging = None
     for left in _beside(target, "partial"):
         if staging is None and resumes is not None and resumes(left):

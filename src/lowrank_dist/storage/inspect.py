@@ -27,9 +27,10 @@ from lowrank_dist.storage.layout import (
     QUANT_STATE,
     WEIGHTS,
     read_json,
+    read_manifest,
     residual_stem,
 )
-from lowrank_dist.storage.reader import INDEX_NAME, open_file, resolve_checkpoint
+from lowrank_dist.storage.reader import INDEX_NAME, open_file, read_index, resolve_checkpoint
 
 OTHER_WEIGHTS = ("*.bin", "*.gguf", "*.h5", "*.msgpack", "*.pt", "*.pth")
 
@@ -152,7 +153,7 @@ def _unfinished(directory: Path, found: Description) -> None:
 
 def _adapter_checkpoint(directory: Path, found: Description) -> None:
     """A checkpoint that `AdapterCheckpoint` wrote."""
-    manifest, facts = read_json(directory / MANIFEST), found.facts
+    manifest, facts = read_manifest(directory), found.facts
     facts |= _manifest_facts(manifest)
     _add_adapter(directory / ADAPTER_DIR, found)
     if manifest.get("method") == "LoRAXS":  # the adapter file holds B times the core
@@ -183,7 +184,7 @@ def _numel_of_cores(directory: Path) -> int:
 def _decomposed(directory: Path, found: Description) -> None:
     """Residual and initial adapter."""
     initial = [path.parent for path in sorted(directory.glob(f"*_init/{CONFIG}"))]
-    manifest, facts = read_json(directory / MANIFEST) if (directory / MANIFEST).is_file() else {}, found.facts
+    manifest, facts = read_manifest(directory) if (directory / MANIFEST).is_file() else {}, found.facts
     facts |= _manifest_facts(manifest) or {"method": initial[0].name.removesuffix("_init")}
     if len(initial) > 1:
         found.problems.append(f"{len(initial)} initial adapters: {', '.join(path.name for path in initial)}")
@@ -197,7 +198,7 @@ def _decomposed(directory: Path, found: Description) -> None:
 def _peft_adapter(directory: Path, found: Description) -> None:
     """An adapter that PEFT wrote; a converted LoRA also has a manifest."""
     if (directory / MANIFEST).is_file():
-        found.facts |= _manifest_facts(read_json(directory / MANIFEST))
+        found.facts |= _manifest_facts(read_manifest(directory))
     _add_adapter(directory, found)
 
 
@@ -357,7 +358,7 @@ class Weights:
         if single.is_file():  # as `CheckpointReader`
             names[single.name] = set()
         elif index.is_file():
-            for tensor, file in read_json(index)["weight_map"].items():
+            for tensor, file in read_index(index).items():
                 names.setdefault(file, set()).add(tensor)
         else:
             raise CheckpointError(f"holds neither {index.name} nor {single.name}")

@@ -40,7 +40,8 @@ def save_as_checkpoint(base: Path, directory: Path, **manifest: Any) -> Path:
     for part in ("adapter", "adapter_init", "lora"):
         save_adapter(base, directory / part)
     values = {"base": str(base), "method": "PiSSA", "quantization": "NF4(...)", "starts_at_zero": False}
-    (directory / "lowrank_dist.json").write_text(json.dumps({**values, "matrices": [{"rank": 4}] * 4, **manifest}))
+    matrices = [{"name": f"layers.{index}", "rank": 4} for index in range(4)]
+    (directory / "lowrank_dist.json").write_text(json.dumps({**values, "matrices": matrices, **manifest}))
     return directory
 
 
