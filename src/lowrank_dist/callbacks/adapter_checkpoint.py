@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lowrank_dist.callbacks.run_lock import hold, let_go
 from lowrank_dist.checkpoints.layout import checkpoints
 from lowrank_dist.errors import CheckpointError, InputError
 from lowrank_dist.storage.atomic import is_ours, restore_replaced, sweep
@@ -61,7 +62,8 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     A run that is resumed with ``ckpt_path="last"`` removes the checkpoints that `save_top_k` has superseded and that an
     earlier attempt, killed meanwhile, has left: those of this callback in `dirpath`, by their manifests, before the
-    step from which it resumes. Nothing is ever removed outside `dirpath`, or without a manifest of this package.
+    step from which it resumes. Nothing is ever removed outside `dirpath`, or without a manifest of this package. While
+    a run trains, another one with the same `dirpath` is refused.
 
     The class takes the arguments of `lightning.pytorch.callbacks.ModelCheckpoint` (``dirpath``,
     ``every_n_train_steps``, ``monitor``, ``save_top_k``, ``save_last``, ...) with the same meaning, and two more.
@@ -122,6 +124,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         self._removals: list[Path] = []
         self._in_top_k = False
         self._resumes_last = False
+        self._lock: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not isinstance(trainer.strategy, PiSSAStrategy):
@@ -130,8 +133,24 @@ class AdapterCheckpoint(ModelCheckpoint):
                 f"{type(trainer.strategy).__name__}; use lightning's ModelCheckpoint with it"
             )
         super().setup(trainer, pl_module, stage)
-        if stage == "fit" and trainer.is_global_zero and self.dirpath is not None:
-            sweep(Path(self.dirpath))
+        if stage != "fit" or self.dirpath is None:
+            return
+        strategy: Any = trainer.strategy
+        with strategy._group.shared_errors():
+            if trainer.is_global_zero:
+                self._let_go()
+                self._lock = hold(Path(self.dirpath))
+                sweep(Path(self.dirpath))
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        if stage == "fit":
+            self._let_go()
+
+    def _let_go(self) -> None:
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            let_go(lock)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the bookkeeping; paths that do not lead to checkpoints in `dirpath` are left out with a warning."""
@@ -195,6 +214,8 @@ class AdapterCheckpoint(ModelCheckpoint):
                 self._settle(trainer)
         except (OSError, InputError) as error:  # not raised: it would hide `exception` from the user
             log.warning("No checkpoint was saved after the %s: %s", type(exception).__name__, error)
+        finally:
+            self._let_go()
 
     def save_now(self, trainer: Trainer) -> None:
         """Save this step, whatever the interval, and wait until the checkpoint is complete. Collective.

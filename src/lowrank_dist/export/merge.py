@@ -39,7 +39,7 @@ from lowrank_dist.model.plan import PlannedMatrix
 from lowrank_dist.model.stacking import concat_a, concat_b, split_a, split_b
 from lowrank_dist.progress import progress_bar
 from lowrank_dist.storage.atomic import atomic_directory, check_free, check_target
-from lowrank_dist.storage.layout import CONFIG, MANIFEST
+from lowrank_dist.storage.layout import MANIFEST
 from lowrank_dist.storage.parse import read_record
 from lowrank_dist.storage.reader import CheckpointReader, check_finite
 from lowrank_dist.storage.writer import MAX_BYTES, TensorFiles, copy_other_files, write_json
@@ -171,7 +171,7 @@ class _Merge:
         for name, file_tensor in self.plan.files.items():
             if self._written[name] != file_tensor.numel:  # unwritten elements would be zeros, which look like weights
                 raise RuntimeError(f"{name}: {self._written[name]} of {file_tensor.numel} elements were written")
-        copy_other_files(self.plan.reader.directory, staging, leave=(MANIFEST, CONFIG))
+        copy_other_files(self.plan.reader.directory, staging)
         self._write_config(staging / "config.json")
         write_json(staging / MANIFEST, self._manifest())
 

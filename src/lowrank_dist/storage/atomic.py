@@ -401,6 +401,31 @@ def _if_free(target: Path) -> Iterator[bool]:
         lock.release()
 
 
+def private_directory(directory: Path, *, uses_contents: bool) -> None:
+    """Make `directory`, or take one that is there and close it to other users.
+
+    Parameters
+    ----------
+    directory
+        Directory for what is executed or unpickled, or is secret. Its parent exists.
+    uses_contents
+        Whether files that are there already will be used. Then one that others could write to until now is refused.
+
+    Raises
+    ------
+    InputError
+        If it is a link or no directory, belongs to another user, or may hold what others have put there.
+    """
+    with suppress(FileExistsError):
+        directory.mkdir(mode=0o700)
+    status = directory.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+        raise InputError(f"{directory}: is a link, no directory, or of another user; remove it")
+    if uses_contents and status.st_mode & 0o022 and any(directory.iterdir()):
+        raise InputError(f"{directory}: other users can write to it, and it is not empty; remove it")
+    directory.chmod(0o700)
+
+
 # -- the disk ---------------------------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -18,12 +19,15 @@ from torch import Tensor
 from helpers.faults import full_disk_at, kill_at, little_room_at
 from helpers.loggers import RecordingLogger
 from helpers.ranks import alone, run_ranks, run_ranks_catching
+from helpers.staging import RANDOM
 from helpers.training import BATCHES, ByStep, loader, make_strategy, make_trainer, recorded
 from lowrank_dist import AdapterCheckpoint, LoRA
-from lowrank_dist.checkpoints.layout import TrainingCheckpoint, file_digest, newest_checkpoint, sealed
+from lowrank_dist.checkpoints.layout import TrainingCheckpoint, newest_checkpoint
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.storage.atomic import exclusive
-from lowrank_dist.storage.layout import MANIFEST
+from lowrank_dist.storage.layout import MANIFEST, sealed
+from lowrank_dist.storage.lock import Lock
+from lowrank_dist.storage.verify import file_digest
 
 STEPS = 16
 
@@ -258,7 +262,8 @@ def test_a_forged_state_removes_nothing_and_sets_nothing(llama: Path, tmp_path: 
         assert "thesis" in text
 
     def other_names(state: dict[str, Any]) -> None:
-        state["loops"]["fit_loop"]["epoch_progress"]["current"]["reset"] = 1
+        for counts in ("current", "total"):
+            state["loops"]["fit_loop"]["epoch_progress"][counts]["reset"] = 1
 
     run_ranks(2, train_with, llama, output, {"steps": 2})
     forge(output / "step=2", other_paths)
@@ -268,8 +273,9 @@ def test_a_forged_state_removes_nothing_and_sets_nothing(llama: Path, tmp_path: 
     assert (output / "adapters" / "chapter-1").exists()
     assert sorted(path.name for path in checkpoints(output)) == ["adapters", "step=2", "step=4"]
     forge(output / "step=4", other_names)
+    shutil.rmtree(output / "step=2")  # or the run would resume from this one
     for _, error in run_ranks_catching(2, train_with, llama, output, {"steps": 6}):
-        assert "epoch_progress.current has no 'reset' here" in str(error)
+        assert "epoch_progress.total has no 'reset' here" in str(error)
 
 
 def test_a_directory_of_something_else_is_not_replaced(llama: Path, tmp_path: Path) -> None:
@@ -286,9 +292,26 @@ def test_a_directory_of_something_else_is_not_replaced(llama: Path, tmp_path: Pa
 
 
 def test_a_second_run_is_refused_and_leaves_the_first_alone(llama: Path, tmp_path: Path) -> None:
+    """Before anything is read; what is being written is not swept. A name of a checkpoint can be taken as well."""
     output = tmp_path / "out"
-    output.mkdir()
-    with exclusive(output / "step=2"):
+    run_ranks(2, train_with, llama, output, {"steps": 2})
+    lock = Lock(output / ".run.lock", "out")
+    lock.attempt()
+    (output / f".step=4.{RANDOM}.partial").mkdir()
+    for _, error in run_ranks_catching(2, train, llama, output):
+        assert f"another run is writing it (process {os.getpid()} on " in str(error)
+        assert "two runs in one dirpath would remove each other's checkpoints" in str(error)
+    assert sorted(os.listdir(output)) == [".run.lock", f".step=4.{RANDOM}.partial", "step=2"]
+    lock.release()
+    with exclusive(output / "step=4"):
         for _, error in run_ranks_catching(2, train, llama, output):
             assert "another run is writing it" in str(error)
     assert run_ranks(2, train, llama, output)[0]["best"] == str(output / f"step={STEPS}")
+    assert os.listdir(output) == [f"step={STEPS}"]
+
+
+def test_where_nothing_can_be_written(llama: Path, tmp_path: Path) -> None:
+    """One line on every rank, at set-up."""
+    (tmp_path / "file").touch()
+    for _, error in run_ranks_catching(2, train, llama, tmp_path / "file" / "out"):
+        assert "checkpoints cannot be written there ([Errno 20] Not a directory" in str(error)

@@ -222,7 +222,11 @@ def test_what_is_not_adapted_is_copied(tmp_path: Path) -> None:
     adapter = save_peft(draw(base, Case("mixtral", {"target_modules": ["q_proj"]}), 1), tmp_path / "adapter")
     tensors = load_file(base / "model.safetensors") | {"extra.steps": torch.tensor(3), "extra.f": torch.rand(2)}
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    for name in ("tokenizer.json", "tokenizer.model", "LICENSE", "pytorch_model.bin", "adapter_config.json"):
+    secret = tmp_path / "secret"
+    secret.write_text("password")
+    (base / "vocab.json").symlink_to(secret)
+    others = (".env", "notes.txt", "token", "pytorch_model.bin", "adapter_config.json", "modeling.py")
+    for name in ("tokenizer.json", "tokenizer.model", "LICENSE", *others):
         (base / name).write_text("{}")
     output = merge_checkpoint(adapter, tmp_path / "merged")
     found = tensors_of(output)

@@ -24,6 +24,7 @@ from lowrank_dist.storage.atomic import (
     check_free,
     check_target,
     exclusive,
+    private_directory,
     put_link,
     remove_directory,
     restore_replaced,
@@ -395,6 +396,31 @@ def test_files_follow_the_umask(tmp_path: Path) -> None:
         os.umask(before)
     modes = {path.name: path.stat().st_mode & 0o777 for path in [*tmp_path.rglob("*")]}
     assert modes == {"out": 0o750, MANIFEST: 0o640, "a.json": 0o640, "report.json": 0o640}
+
+
+def test_private_directories(tmp_path: Path) -> None:
+    """New ones, those of earlier runs, and what others may have put there."""
+    private, thesis = tmp_path / "private", thesis_in(tmp_path)
+    for _ in range(2):
+        private_directory(private, uses_contents=True)
+        assert private.stat().st_mode & 0o777 == 0o700
+        private.chmod(0o777)  # empty: nothing was put there
+    (private / "operator.so").touch()
+    with pytest.raises(InputError, match="other users can write to it, and it is not empty"):
+        private_directory(private, uses_contents=True)
+    private_directory(private, uses_contents=False)
+    assert private.stat().st_mode & 0o777 == 0o700
+    (tmp_path / "link").symlink_to(thesis)
+    (tmp_path / "file").touch()
+    for name in ("link", "file"):
+        mode = (tmp_path / name).stat().st_mode
+        with pytest.raises(InputError, match="is a link, no directory, or of another user"):
+            private_directory(tmp_path / name, uses_contents=False)
+        assert (tmp_path / name).stat().st_mode == mode
+    if os.geteuid() == 0:
+        os.chown(private, 12345, 12345)
+        with pytest.raises(InputError, match="of another user"):
+            private_directory(private, uses_contents=False)
 
 
 def test_removing(tmp_path: Path) -> None:
