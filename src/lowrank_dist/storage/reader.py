@@ -457,6 +457,12 @@ def resolve_checkpoint(
         ) from error
 
 
+def commit_of(directory: Path) -> str | None:
+    """The commit of a snapshot in the hub's cache; None for any other directory."""
+    is_snapshot = directory.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", directory.name)
+    return directory.name if is_snapshot else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class FileTensor:
     """Shape and dtype of a tensor of a safetensors file."""

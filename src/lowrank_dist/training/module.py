@@ -214,7 +214,12 @@ class CausalLMModule(L.LightningModule):
                     f"gradient_checkpointing=True of the model has no effect under "
                     f"{type(self.trainer.strategy).__name__}, which has its own option; set it to false in the model"
                 )
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.pretrained), **attention)
+            strategy = self.trainer.strategy
+            # the configuration of the revision whose weights the strategy reads
+            same = str(getattr(strategy, "pretrained", None)) == str(self.pretrained)
+            pinned = getattr(strategy, "revision", None) if same else None
+            config = AutoConfig.from_pretrained(self.pretrained, **({} if pinned is None else {"revision": pinned}))
+            model = AutoModelForCausalLM.from_config(config, **attention)
         else:
             dtype = _LOAD_DTYPES.get(str(self.trainer.precision), torch.float32)
             model = AutoModelForCausalLM.from_pretrained(self.pretrained, dtype=dtype, **attention)
