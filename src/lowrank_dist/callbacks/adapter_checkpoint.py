@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 from weakref import proxy
@@ -17,9 +17,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lowrank_dist.checkpoints.layout import newest_checkpoint
-from lowrank_dist.errors import InputError
-from lowrank_dist.storage.atomic import restore_replaced, sweep
+from lowrank_dist.callbacks.run_lock import hold, let_go
+from lowrank_dist.checkpoints.layout import checkpoints
+from lowrank_dist.errors import CheckpointError, InputError
+from lowrank_dist.storage.atomic import is_ours, restore_replaced, sweep
+from lowrank_dist.storage.layout import MANIFEST, read_manifest
 from lowrank_dist.training.strategy import PiSSAStrategy
 
 #: State of `ModelCheckpoint` about saved checkpoints. Lightning sets it before the files are complete.
@@ -34,6 +36,9 @@ _BOOKKEEPING = (
     "_last_checkpoint_saved",
     "_last_global_step_saved",
 )
+
+#: Those of them that are paths. They come from a file when a run is resumed.
+_PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +59,11 @@ class AdapterCheckpoint(ModelCheckpoint):
     complete checkpoint in `dirpath`. The last step of a fit is also saved, whatever the interval, unless
     ``save_top_k=0`` or a ``monitor`` decides. Under gradient accumulation a save waits for the end of the step. With
     ``save_on_exception``, an exception raised on only some ranks triggers no save, because a save needs all ranks.
+
+    A run that is resumed with ``ckpt_path="last"`` removes the checkpoints that `save_top_k` has superseded and that an
+    earlier attempt, killed meanwhile, has left: those of this callback in `dirpath`, by their manifests, before the
+    step from which it resumes. Nothing is ever removed outside `dirpath`, or without a manifest of this package. While
+    a run trains, another one with the same `dirpath` is refused.
 
     The class takes the arguments of `lightning.pytorch.callbacks.ModelCheckpoint` (``dirpath``,
     ``every_n_train_steps``, ``monitor``, ``save_top_k``, ``save_last``, ...) with the same meaning, and two more.
@@ -111,6 +121,10 @@ class AdapterCheckpoint(ModelCheckpoint):
         self._save: Future[None] | None = None
         self._loggers_pending = False
         self._before: dict[str, Any] = {}
+        self._removals: list[Path] = []
+        self._in_top_k = False
+        self._resumes_last = False
+        self._lock: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not isinstance(trainer.strategy, PiSSAStrategy):
@@ -119,10 +133,63 @@ class AdapterCheckpoint(ModelCheckpoint):
                 f"{type(trainer.strategy).__name__}; use lightning's ModelCheckpoint with it"
             )
         super().setup(trainer, pl_module, stage)
-        if stage == "fit" and trainer.is_global_zero and self.dirpath is not None:
-            sweep(Path(self.dirpath))
+        if stage != "fit" or self.dirpath is None:
+            return
+        strategy: Any = trainer.strategy
+        with strategy._group.shared_errors():
+            if trainer.is_global_zero:
+                self._let_go()
+                self._lock = hold(Path(self.dirpath))
+                sweep(Path(self.dirpath))
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        if stage == "fit":
+            self._let_go()
+
+    def _let_go(self) -> None:
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            let_go(lock)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the bookkeeping; paths that do not lead to checkpoints in `dirpath` are left out with a warning."""
+        state = dict(state_dict)
+        for name in _PATHS:
+            if state.get(name) and not self._is_own(state[name], may_be_gone=True):
+                if state.get("dirpath") == self.dirpath:
+                    log.warning("%s=%r is no checkpoint in %s; it is forgotten", name, state[name], self.dirpath)
+                state[name] = ""
+        best = state.get("best_k_models")
+        best = best if isinstance(best, dict) else {}
+        state["best_k_models"] = {path: score for path, score in best.items() if self._is_own(path)}
+        if state.get("kth_best_model_path") not in state["best_k_models"]:
+            worst = max if self.mode == "min" else min
+            scores = state["best_k_models"]
+            state["kth_best_model_path"] = worst(scores, key=scores.__getitem__) if len(scores) else ""
+        if self.save_last and not state.get("last_model_path"):
+            # killed between the first save and the first "last" one, which the state does not know
+            last = self.format_checkpoint_name({}, self.CHECKPOINT_NAME_LAST)
+            state["last_model_path"] = last if self._is_own(last) else ""
+        super().load_state_dict(state)
+
+    def _is_own(self, path: object, *, may_be_gone: bool = False) -> bool:
+        """Whether `path` is a checkpoint in `dirpath`, or was one, and nothing else."""
+        if not isinstance(path, str) or self.dirpath is None or Path(path).name in ("", ".."):
+            return False
+        found = Path(path)
+        inside = found.parent.resolve() == Path(self.dirpath).resolve()
+        return inside and (is_ours(found) or found.is_symlink() or (may_be_gone and not found.exists()))
 
     # -- when ---------------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        strategy: Any = trainer.strategy
+        resumed: Path | None = strategy.resumed_from
+        sweeps = trainer.is_global_zero and self._resumes_last and self.save_top_k > 0
+        if sweeps and resumed is not None and self._is_own(str(resumed)):
+            self._sweep_superseded(trainer, resumed)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         if not trainer.fit_loop._should_accumulate():  # gradients of an unfinished step would be lost
@@ -147,6 +214,8 @@ class AdapterCheckpoint(ModelCheckpoint):
                 self._settle(trainer)
         except (OSError, InputError) as error:  # not raised: it would hide `exception` from the user
             log.warning("No checkpoint was saved after the %s: %s", type(exception).__name__, error)
+        finally:
+            self._let_go()
 
     def save_now(self, trainer: Trainer) -> None:
         """Save this step, whatever the interval, and wait until the checkpoint is complete. Collective.
@@ -168,11 +237,21 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         with self._rolled_back_on_failure(trainer):
-            super()._save_topk_checkpoint(trainer, monitor_candidates)
+            self._in_top_k = True
+            try:
+                super()._save_topk_checkpoint(trainer, monitor_candidates)
+            finally:
+                self._in_top_k = False
 
     def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         if not self.save_last:
             return
+        try:
+            self._save_last(trainer, monitor_candidates)
+        finally:
+            self._remove_superseded(trainer)
+
+    def _save_last(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         if self.save_last == "link" and self._last_checkpoint_saved and self.save_top_k != 0:
             super()._save_last_checkpoint(trainer, monitor_candidates)  # `_link_checkpoint` waits for the save
             return
@@ -198,7 +277,8 @@ class AdapterCheckpoint(ModelCheckpoint):
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         strategy: Any = trainer.strategy
         began = time.monotonic()
-        with strategy.background_saves() as saves:
+        saved_by = {"filename": self.filename, "monitor": self.monitor} if self._in_top_k else None
+        with strategy.background_saves(saved_by=saved_by) as saves:
             trainer.save_checkpoint(filepath, self.save_weights_only)
         (self._save,) = saves
         self._save.add_done_callback(lambda _: setattr(self, "save_seconds", time.monotonic() - began))
@@ -237,15 +317,50 @@ class AdapterCheckpoint(ModelCheckpoint):
         if trainer.is_global_zero:
             _saver(trainer).link(Path(filepath), Path(linkpath))
 
+    def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
+        """As Lightning's, but with ``ckpt_path="last"`` the checkpoint that the run resumed from is not spared."""
+        if previous == current or not self._is_own(previous):
+            return False
+        return self._resumes_last or super()._should_remove_checkpoint(trainer, previous, current)
+
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         if trainer.is_global_zero:
-            _saver(trainer).remove(Path(filepath))
+            self._removals.append(Path(filepath))
+            if self.save_last != "link":  # else once the link leads to the new one
+                self._remove_superseded(trainer)
+
+    def _remove_superseded(self, trainer: Trainer) -> None:
+        removals, self._removals = self._removals, []
+        for path in removals:
+            _saver(trainer).remove(path)
+
+    def _sweep_superseded(self, trainer: Trainer, resumed: Path) -> None:
+        """Remove what earlier attempts of this run have left; the checkpoint at `resumed` is complete and verified."""
+        own, kept = {"filename": self.filename, "monitor": self.monitor}, {resumed.resolve()}
+        kept |= {Path(path).resolve() for path in (*self.best_k_models, self.best_model_path) if path}
+        step = read_manifest(resumed)["step"]
+        superseded = []
+        for path in sorted(resumed.parent.glob(f"*/{MANIFEST}")):
+            if is_ours(path.parent) and not path.parent.name.startswith(".") and path.parent.resolve() not in kept:
+                with suppress(CheckpointError, OSError):
+                    manifest = read_manifest(path.parent)
+                    if manifest.get("saved_by") == own and manifest["step"] < step:
+                        superseded.append(path.parent)
+        for link in resumed.parent.iterdir():
+            if superseded and link.is_symlink() and link.resolve() in {path.resolve() for path in superseded}:
+                _saver(trainer).link(resumed, link)
+        for path in superseded:
+            log.info("%s: superseded, and left by an earlier attempt; removed", path)
+            _saver(trainer).remove(path)
 
     def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
         directory = Path(self._ModelCheckpoint__resolve_ckpt_dir(trainer))  # type: ignore[attr-defined]
         restore_replaced(directory)
-        newest = newest_checkpoint(directory)
-        return set() if newest is None else {str(newest)}
+        found = checkpoints(directory)
+        strategy: Any = trainer.strategy
+        strategy.resume_from(found)
+        self._resumes_last = bool(found)
+        return set() if not found else {str(found[0])}
 
 
 def _saver(trainer: Trainer) -> Any:

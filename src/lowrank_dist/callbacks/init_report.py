@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lowrank_dist.decomposition.report import as_table
-from lowrank_dist.storage.writer import write_json
+from lowrank_dist.storage.writer import write_report
 
 
 class InitReport(Callback):
@@ -47,5 +47,4 @@ class InitReport(Callback):
         rank_zero_info(as_table(report.matrices))
         if self.path is not None and trainer.is_global_zero:
             path = Path(trainer.default_root_dir, self.path)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, report.as_dict())
+            write_report(path, report.as_dict())

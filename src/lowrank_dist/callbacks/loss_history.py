@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lowrank_dist.storage.writer import write_json
+from lowrank_dist.storage.writer import write_report
 
 
 class LossHistory(Callback):
@@ -77,5 +77,4 @@ class LossHistory(Callback):
     def _write(self, trainer: Trainer) -> None:
         if trainer.is_global_zero:
             path = Path(trainer.default_root_dir, self.path)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, self.history)
+            write_report(path, self.history)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lowrank_dist.errors import InputError
+from lowrank_dist.storage.parse import printable
 
 _DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 
@@ -76,11 +77,14 @@ def decode_state(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if not marks:
         return {key: decode_state(item, tensors) for key, item in value.items()}
     if len(value) != 1 or marks[0] not in _DECODERS:
-        raise StateError(f"{', '.join(value)}: not the mark of a stored type; a newer version may have written it")
+        names = printable(", ".join(value))
+        raise StateError(f"{names}: not the mark of a stored type; a newer version may have written it")
     ((mark, content),) = value.items()
-    if mark == "$tensor":
-        return tensors[content]
-    return _DECODERS[mark](decode_state(content, tensors))
+    inner = decode_state(content, tensors)
+    try:
+        return tensors[inner] if mark == "$tensor" else _DECODERS[mark](inner)
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError, RuntimeError, AttributeError) as error:
+        raise StateError(f"{mark}: cannot be read ({printable(repr(error))}); the state is damaged") from error
 
 
 class _Encoder:
@@ -122,6 +126,13 @@ class _Encoder:
         return {"$tensor": name}
 
 
+def _numpy_scalar(dtype: str, value: Any) -> Any:
+    found = np.dtype(dtype)
+    if found.kind not in "biufcSU" or not isinstance(value, bool | int | float | complex | str | bytes):
+        raise TypeError(f"{dtype} of a {type(value).__name__}")
+    return found.type(value)
+
+
 # (type, mark, function that gives the content to encode); the first matching type counts
 _ENCODERS: list[tuple[Any, str, Callable[[Any], Any]]] = [
     (torch.Size, "$tuple", list),
@@ -150,7 +161,7 @@ _DECODERS: dict[str, Callable[[Any], Any]] = {
     "$deque": lambda d: deque(d[0], maxlen=d[1]),
     "$bytes": base64.b64decode,
     "$ndarray": lambda t: t.numpy(),
-    "$numpy": lambda s: np.dtype(s[0]).type(s[1]),
+    "$numpy": lambda s: _numpy_scalar(*s),
     "$dtype": _DTYPES.__getitem__,
     "$device": torch.device,
     "$path": Path,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_dist.checkpoints.layout import OPTIMIZER, TrainingCheckpoint
+from lowrank_dist.checkpoints.layout import TrainingCheckpoint
 from lowrank_dist.decomposition.report import MatrixReport
 from lowrank_dist.decomposition.restore import Resume
 from lowrank_dist.distributed.group import ShardGroup
@@ -17,6 +17,7 @@ from lowrank_dist.errors import CheckpointError
 from lowrank_dist.model.adapter_files import AdapterFiles
 from lowrank_dist.storage.layout import ADAPTER_DIR
 from lowrank_dist.storage.reader import CheckpointReader
+from lowrank_dist.storage.verify import OPTIMIZER
 from lowrank_dist.tuners.adalora.allocation import STATES, RankAllocation
 from lowrank_dist.zero3.optimizer import MASTER, ShardedOptimizer
 from lowrank_dist.zero3.partition import local_shard, whole_shape

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from torch import Tensor
 from lowrank_dist.checkpoints.writer import CheckpointWriter
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import InputError
-from lowrank_dist.storage.atomic import remove_directory
+from lowrank_dist.storage.atomic import put_link, remove_directory
 from lowrank_dist.zero3.optimizer import ShardedOptimizer
 
 #: How long a rank on which an exception was raised waits for the others to raise it too before it gives up saving.
@@ -87,12 +86,7 @@ class Saver:
 
         def make() -> None:
             with _warned(f"{link} could not be made"):
-                fresh = link.with_name(f".{link.name}.link")
-                fresh.unlink(missing_ok=True)
-                fresh.symlink_to(os.path.relpath(directory, link.parent))
-                if link.exists() and not link.is_symlink():
-                    remove_directory(link)
-                fresh.replace(link)
+                put_link(link, directory)
 
         self._jobs.submit(make, needs_success=True)
 
@@ -129,11 +123,12 @@ class Saver:
 
 @contextmanager
 def _warned(what: str) -> Iterator[None]:
-    """Turn an OSError into a warning: only this rank does the work, and the error must not end it alone."""
+    """Log an error, which stays in the job's future: only this rank does the work, and must not end alone."""
     try:
         yield
-    except OSError as error:
+    except (OSError, InputError) as error:
         log.warning("%s: %s", what, error)
+        raise
 
 
 class BackgroundJobs:

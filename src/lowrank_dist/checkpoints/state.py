@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,16 @@ from torch import Tensor
 from lowrank_dist.checkpoints.codec import encode_state
 from lowrank_dist.checkpoints.layout import TrainingCheckpoint
 from lowrank_dist.distributed.group import ShardGroup
+from lowrank_dist.errors import CheckpointError
+from lowrank_dist.storage.parse import Record, is_flag, is_integer, is_list_of
+from lowrank_dist.storage.verify import STATE
 from lowrank_dist.zero3.optimizer import ShardedOptimizer
 
 #: Key of this package's entry in Lightning's dictionary.
 OWN_STATE = "lowrank_dist"
+
+#: Attributes of DeepSpeed's engine that count.
+ENGINE_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 _ELSEWHERE = {"state_dict", "optimizer_states"}
 _HYPER_PARAMETERS = ("hyper_parameters", "datamodule_hyper_parameters")
@@ -62,7 +68,7 @@ def encode_training_state(
         "steps": optimizer.steps,
         "scalars": scalars,
         "settings": optimizer.settings,
-        "engine": {name: getattr(engine, name) for name in ("global_steps", "global_samples", "skipped_steps")},
+        "engine": {name: getattr(engine, name) for name in ENGINE_COUNTERS},
         "rng": group.gather_objects(rng_state()),
     }
     if allocation is not None:
@@ -83,8 +89,13 @@ def decode_training_state(checkpoint: TrainingCheckpoint, *, accumulate_grad_bat
     global batch. The last step of an epoch may have fewer batches. Batches of a step that an exception interrupted are
     not counted. A checkpoint saved in a hook at the end of an epoch resumes with the next epoch: Lightning would
     otherwise train one more batch of the finished epoch if ``max_steps`` is set.
+
+    Raises
+    ------
+    CheckpointError, StateError
+        If the state is damaged.
     """
-    state = checkpoint.state()
+    state = _checked(checkpoint)
     before, now = checkpoint.manifest["accumulate_grad_batches"], accumulate_grad_batches
     loops = state["loops"]["fit_loop"]
     epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
@@ -96,6 +107,84 @@ def decode_training_state(checkpoint: TrainingCheckpoint, *, accumulate_grad_bat
         _move_to(batches, 0, total=batches["total"]["processed"])
         batches["is_last_batch"] = False
     state.setdefault("state_dict", {})
+    return state
+
+
+def restore_engine(counters: Mapping[str, Any], engine: Any) -> None:
+    """Set the counters of DeepSpeed's engine, and nothing else.
+
+    Raises
+    ------
+    CheckpointError
+        If a counter is missing or no number of steps.
+    """
+    for name in ENGINE_COUNTERS:
+        if not isinstance(counters.get(name), int) or counters[name] < 0:
+            raise CheckpointError(f"state.json: {name}={counters.get(name)!r} of the engine is no number of steps")
+    engine.global_steps = counters["global_steps"]
+    engine.global_samples = counters["global_samples"]
+    engine.skipped_steps = counters["skipped_steps"]
+
+
+def check_loops(found: Any, own: Any) -> None:
+    """Raise CheckpointError unless Lightning's loops, whose states `own` are, have every name in `found`.
+
+    Lightning sets the names of progress, at every depth, as attributes. The entries ``state_dict`` are data.
+    """
+    _check_names(found, own, "loops", lambda name: name.rpartition(".")[2] != "state_dict")
+
+
+def check_schedules(found: Any, own: Any) -> None:
+    """Raise CheckpointError unless schedules, whose states `own` are, have every name in `found`.
+
+    torch sets the names of a schedule as attributes, and those of its parts, which are schedules or objects that
+    compute factors. Deeper values are data.
+    """
+    _check_names(found, own, "lr_schedulers", lambda name: name in ("_schedulers", "lr_lambdas"))
+
+
+def _check_names(found: Any, own: Any, where: str, into: Callable[[str], bool]) -> None:
+    if isinstance(found, list | tuple) and isinstance(own, list | tuple):
+        for index, (value, of_own) in enumerate(zip(found, own, strict=False)):
+            _check_names(value, of_own, f"{where}[{index}]", into)
+    elif isinstance(found, dict):
+        for name, value in found.items():
+            if not isinstance(own, dict) or name not in own:
+                raise CheckpointError(
+                    f"state.json: {where} has no {name!r} here; the checkpoint is damaged, or of a run with other "
+                    "schedules or another release of Lightning or torch"
+                )
+            if into(name):
+                _check_names(value, own[name], f"{where}.{name}", into)
+
+
+def _checked(checkpoint: TrainingCheckpoint) -> dict[str, Any]:
+    """The state of a checkpoint, if what is read of it here has the types that were written.
+
+    Raises
+    ------
+    CheckpointError
+        If it is damaged.
+    """
+    state = Record(checkpoint.state(), str(checkpoint.directory / f"{STATE}.json"))
+    loop = state.record("loops").record("fit_loop")
+    for name in ("epoch_progress", "epoch_loop.batch_progress"):
+        progress = loop.record(name)
+        counts = [progress.record(part) for part in ("current", "total")]
+        for count in counts:
+            for entry in ("ready", "started", "processed", "completed"):
+                count.integer(entry)
+        if counts[0].keys() != counts[1].keys() or not all(map(is_integer, [*counts[0].values(), *counts[1].values()])):
+            raise progress.wrong("total", "counts, as current")
+    loop.record("epoch_loop.batch_progress").expect("is_last_batch", is_flag, "true or false")
+    own = state.record(OWN_STATE)
+    own.integer("steps")
+    own.expect("settings", is_list_of(lambda group: isinstance(group, dict)), "a list of settings")
+    own.expect("scalars", is_list_of(lambda group: isinstance(group, dict)), "a list of scalars", None)
+    own.expect("rng", lambda v: is_list_of(lambda one: isinstance(one, dict))(v) and len(v) > 0, "states of generators")
+    engine = own.record("engine")
+    for name in ENGINE_COUNTERS:
+        engine.integer(name)
     return state
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -26,22 +25,15 @@ from torch import Tensor, nn
 from lowrank_dist._version import __version__
 from lowrank_dist.adapters.lora import lora_config
 from lowrank_dist.checkpoints.contents import Contents, tensor_files
-from lowrank_dist.checkpoints.layout import (
-    FORMAT,
-    OPTIMIZER,
-    STATE,
-    file_digest,
-    sealed,
-    tensor_digest,
-)
 from lowrank_dist.distributed.gather_to_owner import Parcel, assign_owners, deliver, gather_to_owners, pack_for_owners
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.initialization.materialize import Materialized
 from lowrank_dist.model.adapter_files import AdapterFiles
 from lowrank_dist.model.names import peft_name
-from lowrank_dist.storage.atomic import check_free, empty, exclusive, flush_directory, put_in_place, staging_of
-from lowrank_dist.storage.layout import ADAPTER_DIR, INITIAL_DIR, LORA_DIR, MANIFEST
+from lowrank_dist.storage.atomic import atomic_directory, check_free, flush_directory
+from lowrank_dist.storage.layout import ADAPTER_DIR, INITIAL_DIR, LORA_DIR, MANIFEST, sealed
 from lowrank_dist.storage.reader import FileTensor
+from lowrank_dist.storage.verify import FORMAT, OPTIMIZER, STATE, file_digest, tensor_digest
 from lowrank_dist.storage.writer import TensorFiles, write_json
 from lowrank_dist.tuners.adalora import files as adalora
 from lowrank_dist.tuners.adalora.allocation import RankAllocation
@@ -270,34 +262,30 @@ class CheckpointWriter:
         Raises
         ------
         OSError, InputError
-            On every rank if writing fails; an existing `directory` is then unchanged.
+            On every rank if writing fails, or if `directory` is something else than a checkpoint
+            (`lowrank_dist.storage.atomic.check_target`); it is then unchanged.
         """
-        staging, locked = staging_of(directory), False
         with ExitStack() as stack:
-            contents = self._laid_out_for(taken)
+            contents, staging = self._laid_out_for(taken), Path()
+            with group.shared_errors():
+                if group.rank == 0:
+                    staging = stack.enter_context(atomic_directory(directory, overwrite=True))
+            staging = Path(str(group.broadcast_object(str(staging))))
             files = tensor_files(contents, staging)
             for part in files.values():
                 stack.callback(part.close)
-            try:
-                with group.shared_errors():
-                    if group.rank == 0:
-                        directory.parent.mkdir(parents=True, exist_ok=True)
-                        stack.enter_context(exclusive(staging))
-                        locked = True
-                        self._begin(staging, files)
-                with group.shared_errors():  # `_tensors` ends its collectives before it raises
-                    hashes = self._tensors(taken, files, group)
-                    for part in files.values():
-                        part.flush()
-                everyone = group.gather_objects(hashes)
-                with group.shared_errors():
-                    if group.rank == 0:
-                        self._finish(taken, staging, contents, everyone)
-                        put_in_place(staging, directory)
-            except BaseException:
-                if locked:  # otherwise the directory belongs to another run
-                    shutil.rmtree(staging, ignore_errors=True)
-                raise
+            with group.shared_errors():
+                if group.rank == 0:
+                    self._begin(staging, files)
+            with group.shared_errors():  # `_tensors` ends its collectives before it raises
+                hashes = self._tensors(taken, files, group)
+                for part in files.values():
+                    part.flush()
+            everyone = group.gather_objects(hashes)
+            with group.shared_errors():
+                if group.rank == 0:
+                    self._finish(taken, staging, contents, everyone)
+                stack.pop_all().close()
 
     def _laid_out_for(self, taken: Snapshot) -> dict[str, dict[str, FileTensor]]:
         """Names, shapes and dtypes of the tensors by part; the same on every rank.
@@ -312,7 +300,6 @@ class CheckpointWriter:
         return self._laid_out[whole][1]
 
     def _begin(self, staging: Path, files: Mapping[str, TensorFiles]) -> None:
-        empty(staging)
         check_free(staging, sum(part.nbytes for part in files.values()))
         for part in files.values():
             part.directory.mkdir(exist_ok=True)
@@ -391,7 +378,6 @@ class CheckpointWriter:
         }
         flush_directory(staging)
         write_json(staging / MANIFEST, sealed(facts))
-        flush_directory(staging)
 
     def _lora_config(self, taken: Snapshot) -> PeftConfig:
         adapter = taken.contents.adapter

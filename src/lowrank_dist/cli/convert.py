@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from lowrank_dist.cli.output import add_overwrite
 from lowrank_dist.errors import InputError
 from lowrank_dist.export.convert import SERVED_RANKS, Conversion, convert_checkpoint
 from lowrank_dist.linalg.truncate import EnergyKept
@@ -20,7 +21,14 @@ def run(argv: Sequence[str]) -> int:
     dtype = None if options.dtype is None else NAMED_DTYPES[options.dtype]
     if options.base is not None:
         return _refit(options, dtype, argv)
-    done = convert_checkpoint(options.checkpoint, options.output, rank=options.rank, dtype=dtype, progress=True)
+    done = convert_checkpoint(
+        options.checkpoint,
+        options.output,
+        rank=options.rank,
+        dtype=dtype,
+        overwrite=options.overwrite,
+        progress=True,
+    )
     print(done.path)
     if done.energy is not None:
         print(f"Rank {done.rank} of {done.exact_rank} {_kept(done.energy)}.")
@@ -38,7 +46,8 @@ def parser() -> argparse.ArgumentParser:
         "(VeRA, DoRA, ...) have a nearest one only.",
     )
     parser.add_argument("checkpoint", help="directory that AdapterCheckpoint wrote")
-    parser.add_argument("--output", required=True, help="directory to write; an existing one is replaced")
+    parser.add_argument("--output", required=True, help="directory to write; complete or absent")
+    add_overwrite(parser)
     parser.add_argument(
         "--rank", type=int, help="rank of the nearest LoRA, by singular values (default: exact, rank 2r)"
     )
@@ -76,6 +85,7 @@ def _refit(options: argparse.Namespace, dtype: torch.dtype | None, argv: Sequenc
             group=group,
             device=device,
             dtype=dtype,
+            overwrite=options.overwrite,
             show_progress=True,
         )
         if group.rank == 0:

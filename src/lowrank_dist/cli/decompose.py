@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser
 
+from lowrank_dist.cli.output import add_overwrite
 from lowrank_dist.cli.ranks import launch, launched
 from lowrank_dist.errors import InputError
 from lowrank_dist.methods import METHODS, Method, method_named
@@ -67,7 +68,7 @@ def parser(method: str) -> ArgumentParser:
     parser.add_argument("--pretrained", required=True, help="directory with safetensors, or hub id")
     parser.add_argument("--revision", type=str | None, help="revision of a hub id")
     parser.add_argument("--output", required=True, help="directory to write; complete or absent")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is at --output")
+    add_overwrite(parser)
     parser.add_argument(
         "--method", default=method, help=f"one of {', '.join(sorted({*METHODS, *QUANTIZED}))} (default: pissa)"
     )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
 
+from lowrank_dist.adapters.files import read_config_file
 from lowrank_dist.cli.calibration import calibration_pass, check_calibration
 from lowrank_dist.cli.ranks import first_on_host, local_ranks, shard_group
 from lowrank_dist.decomposition.report import MatrixReport, as_table
@@ -21,7 +21,7 @@ from lowrank_dist.quantization.dense import Dense
 from lowrank_dist.quantization.nf4 import NF4
 from lowrank_dist.residual_model.create import decompose
 from lowrank_dist.storage.dtypes import FLOAT_DTYPES, NAMED_DTYPES
-from lowrank_dist.storage.layout import MANIFEST
+from lowrank_dist.storage.layout import read_manifest
 from lowrank_dist.storage.reader import CheckpointReader, resolve_checkpoint
 
 
@@ -84,7 +84,7 @@ def decompose_model(options: Any, init: Method, *, quantized: bool) -> None:
                 calibrated=calibration_pass(options, opened.backbone, plan, walk, source_dtype) if needs_data else None,
             )
         if group.rank == 0:
-            entries = json.loads((output / MANIFEST).read_text())["matrices"]
+            entries = read_manifest(output).records("matrices")
             print(as_table([MatrixReport.from_dict(entry) for entry in entries]))
             print(output)
 
@@ -94,7 +94,7 @@ def _adapter(options: Any) -> LoraConfig:
         path = Path(options.adapter)
         if not path.is_file():
             raise InputError(f"--adapter {path}: no such file; pass the adapter_config.json of a PEFT LoRA")
-        config = LoraConfig.from_peft_type(**json.loads(path.read_text()))
+        config = read_config_file(path)
         if not isinstance(config, LoraConfig):
             raise InputError(f"--adapter {path}: a {config.peft_type} configuration, not a LoRA")
         config.init_lora_weights, config.inference_mode = True, False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from lowrank_dist.cli.output import add_overwrite
 from lowrank_dist.errors import InputError
 from lowrank_dist.storage.dtypes import NAMED_DTYPES
 
@@ -39,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("checkpoint", help="directory that AdapterCheckpoint, convert or PEFT wrote")
     parser.add_argument("--output", required=True, help="directory to write; complete or absent")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is at --output")
+    add_overwrite(parser)
     parser.add_argument(
         "--base", help="directory or hub id of the original model (default: the one recorded in the checkpoint)"
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,13 +10,17 @@ from typing import Any
 
 from lowrank_dist.decomposition.report import MatrixReport, as_table, layer_type, ranks_as_table
 from lowrank_dist.errors import CheckpointError, InputError
-from lowrank_dist.storage.layout import MANIFEST
-from lowrank_dist.storage.writer import write_json
+from lowrank_dist.storage.atomic import atomic_file, check_file
+from lowrank_dist.storage.layout import MANIFEST, checked_manifest
+from lowrank_dist.storage.parse import MAX_MANIFEST, read_record
+from lowrank_dist.storage.writer import write_report
 
 
 def run(argv: Sequence[str]) -> int:
     """Run ``lowrank-dist report``; `argv` excludes the command's name. Returns the exit status."""
     options = parser().parse_args(argv)
+    for file in filter(None, (options.json, options.picture)):
+        check_file(Path(file), overwrite=options.overwrite)
     matrices, rank_by_layer = read_report(Path(options.directory))
     tables = [as_table(matrices)] if matrices else []
     if rank_by_layer:
@@ -25,9 +28,10 @@ def run(argv: Sequence[str]) -> int:
     print("\n\n".join(tables))
     if options.json is not None:
         figures: dict[str, Any] = {"matrices": [matrix.as_dict() for matrix in matrices]}
-        write_json(Path(options.json), figures | ({"rank_by_layer": rank_by_layer} if rank_by_layer else {}))
+        figures |= {"rank_by_layer": rank_by_layer} if rank_by_layer else {}
+        write_report(Path(options.json), figures, overwrite=options.overwrite)
     if options.picture is not None:
-        print(draw(matrices, Path(options.picture), rank_by_layer))
+        print(draw(matrices, Path(options.picture), rank_by_layer, overwrite=options.overwrite))
     return 0
 
 
@@ -40,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("directory", help="residual model, checkpoint of AdapterCheckpoint, or JSON of InitReport")
     parser.add_argument("--json", help="file to write the figures of every matrix to")
     parser.add_argument("--picture", help="PNG to draw: heat maps layer x type, spectra")
+    parser.add_argument("--overwrite", action="store_true", help="replace the files of --json and --picture")
     return parser
 
 
@@ -49,17 +54,15 @@ def read_report(path: Path) -> tuple[list[MatrixReport], dict[str, int]]:
     The second result has the ranks that the adapter of a checkpoint keeps by layer, if they change while it is trained.
     """
     file = path / MANIFEST if path.is_dir() else path
-    if not file.is_file():
+    if not file.exists():
         raise CheckpointError(
             f"{path}: holds no {MANIFEST}; pass a residual model, a directory that AdapterCheckpoint wrote, or the "
             "JSON of InitReport"
         )
-    try:
-        manifest = json.loads(file.read_text())
-        entries: list[dict[str, Any]] = manifest["matrices"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file}: not a report: {error!r}") from error
-    rank_by_layer: dict[str, int] = manifest.get("rank_by_layer", {})
+    manifest = checked_manifest(read_record(file, MAX_MANIFEST))
+    if "matrices" not in manifest:
+        raise CheckpointError(f"{file}: not a report: it has no entry 'matrices'")
+    entries, rank_by_layer = manifest.records("matrices"), dict[str, int](manifest.record("rank_by_layer"))
     if not entries and not rank_by_layer:
         raise CheckpointError(
             f"{file}: the run decomposed no matrix and stored none in a residual format, so that there is nothing to "
@@ -68,7 +71,13 @@ def read_report(path: Path) -> tuple[list[MatrixReport], dict[str, int]]:
     return [MatrixReport.from_dict(entry) for entry in entries], rank_by_layer
 
 
-def draw(matrices: list[MatrixReport], path: Path, rank_by_layer: Mapping[str, int] | None = None) -> Path:
+def draw(
+    matrices: list[MatrixReport],
+    path: Path,
+    rank_by_layer: Mapping[str, int] | None = None,
+    *,
+    overwrite: bool = False,
+) -> Path:
     """Draw heat maps of every measured figure over layers and layer types, and the singular values in the factors.
 
     `rank_by_layer` adds one of the ranks that the adapter keeps.
@@ -119,8 +128,8 @@ def draw(matrices: list[MatrixReport], path: Path, rank_by_layer: Mapping[str, i
         ax.set_title("singular values in the factors", fontsize=9)
         ax.set_xlabel("index", fontsize=8)
         ax.legend(fontsize=6)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with atomic_file(path, overwrite=overwrite) as fresh:
+        figure.savefig(fresh, dpi=120, format="png")
     return path
 
 

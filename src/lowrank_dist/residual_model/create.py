@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +10,16 @@ from peft import LoraConfig
 
 from lowrank_dist.decomposition.schedule import Sharding, scheduled
 from lowrank_dist.decomposition.walk import Calibrated, Walk
-from lowrank_dist.errors import InputError, ModelError
+from lowrank_dist.distributed.group import ShardGroup
+from lowrank_dist.errors import CheckpointError, InputError, ModelError
 from lowrank_dist.methods import Method
 from lowrank_dist.model.factor_layout import stored_layout
 from lowrank_dist.model.plan import Plan
 from lowrank_dist.residual_model.fingerprint import fingerprint
 from lowrank_dist.residual_model.writer import ResidualModelWriter
-from lowrank_dist.storage.layout import MANIFEST
+from lowrank_dist.storage.atomic import check_target, is_ours
+from lowrank_dist.storage.layout import MANIFEST, read_manifest
+from lowrank_dist.storage.verify import damage
 
 
 def decompose(
@@ -35,8 +37,9 @@ def decompose(
 ) -> Path:
     """Decompose pretrained weights and write a residual model. Collective: all ranks of ``walk.group`` call it.
 
-    A complete residual model with the same fingerprint is kept as it is. Matrices that a killed run with the same
-    fingerprint completed are not decomposed again.
+    A complete residual model with the same fingerprint is kept as it is, if it agrees with the digests in its manifest;
+    a damaged one is written again. Matrices that a killed run with the same fingerprint completed are not decomposed
+    again. While another run is writing the directory, this one waits, and then looks again.
 
     Parameters
     ----------
@@ -54,7 +57,8 @@ def decompose(
     sharding, announce
         See `lowrank_dist.decomposition.schedule.scheduled`.
     overwrite
-        Replace a directory at `output` that has another fingerprint.
+        Replace a directory at `output` that has another fingerprint, if this package wrote it
+        (`lowrank_dist.storage.atomic.check_target`).
     key
         The `fingerprint`, if it is known already.
     calibrated
@@ -68,24 +72,27 @@ def decompose(
     Raises
     ------
     InputError
-        On every rank, if `output` is another directory, another run is writing it, or the disk has too little space.
+        On every rank, if `output` is another directory, or the disk has too little space.
+    CheckpointError
+        On every rank, if a file does not hold what was written to it.
     ModelError
         If the stored weight of a matrix also provides another parameter, or if
         `lowrank_dist.model.factor_layout.stored_layout` cannot restore the method's layout of factors.
     """
-    output, group = Path(output).absolute(), walk.group
+    group = walk.group
+    with group.shared_errors():
+        check_target(output, overwrite=True)
+    output = Path(output).absolute()
     _check_layout(plan, walk.init)
     key = key or fingerprint(walk, plan, calibrated)
-    if group.broadcast_object(is_complete(output, key)):
+    if _is_usable(output, key, group, announce):
         return output
-    with group.shared_errors():
-        if output.exists() and not overwrite:
-            raise InputError(
-                f"{output}: exists, and is not this model decomposed with these settings; remove it, choose another "
-                "directory, or pass overwrite"
-            )
+    _check_absent(output, key, group, overwrite=overwrite)
     writer = ResidualModelWriter(plan, walk, output, key)
-    with writer.locked():
+    with writer.locked(announce):
+        if _is_usable(output, key, group, lambda _: None):  # another run has written it meanwhile
+            return output
+        _check_absent(output, key, group, overwrite=overwrite)
         writer.begin()
         remaining = [planned for planned in plan.matrices if planned.name not in writer.reports]
         walk.advance(sum(report.nbytes for report in writer.reports.values()))
@@ -95,6 +102,32 @@ def decompose(
         writer.others()
         writer.finish(adapter, base)
     return output
+
+
+def _is_usable(output: Path, key: str, group: ShardGroup, announce: Callable[[str], object]) -> bool:
+    """Whether `output` is a residual model with this fingerprint, undamaged; else a line says what is damaged.
+
+    Collective.
+    """
+    if not group.broadcast_object(is_complete(output, key)):
+        return False
+    found = damage(output, group)
+    if found is not None:
+        announce(f"{found}; it is decomposed again")
+    return found is None
+
+
+def _check_absent(output: Path, key: str, group: ShardGroup, *, overwrite: bool) -> None:
+    """Raise InputError if something else is at `output` that may not be overwritten; a damaged one of `key` may."""
+    with group.shared_errors():
+        if is_complete(output, key):
+            return
+        if is_ours(output) and not overwrite:
+            raise InputError(
+                f"{output}: exists, and is not this model decomposed with these settings; remove it, choose another "
+                "directory, or pass overwrite"
+            )
+        check_target(output, overwrite=overwrite)
 
 
 def _check_layout(plan: Plan, init: Method) -> None:
@@ -121,10 +154,9 @@ def _check_layout(plan: Plan, init: Method) -> None:
 
 def is_complete(output: Path, key: str) -> bool:
     """Whether `output` is a residual model with the `fingerprint` `key`."""
-    manifest = output / MANIFEST
-    if not manifest.is_file():
+    if not (output / MANIFEST).is_file():
         return False
     try:
-        return bool(json.loads(manifest.read_text()).get("fingerprint") == key)
-    except ValueError:
+        return bool(read_manifest(output).get("fingerprint") == key)
+    except CheckpointError:
         return False

@@ -12,14 +12,17 @@ The published layout cannot hold two things, for which this package adds its own
   its file and refuses the directory, instead of initialising the weights that it cannot read. The tensors have the
   names and suffixes of bitsandbytes' serialization. Each expert of a stack has its own, ``<parameter>[<expert>]``.
 - The frozen B of LoRA-XS, in ``frozen_factors.safetensors`` beside the initial adapter, which holds A and ``B R``.
+
+Beside the initial adapter of a 4-bit residual, ``encoded_factors.safetensors`` holds the factors that the residual was
+encoded from: those of the last step but one where the last step fitted the initial adapter to the residual. Checkpoints
+keep them, so that a run can resume without the residual model.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
+from lowrank_dist.adapters.files import read_config
 from lowrank_dist.decomposition.report import MatrixReport
 from lowrank_dist.decomposition.walk import Calibrated, DecomposedMatrix
 from lowrank_dist.distributed.group import ShardGroup
@@ -42,8 +46,8 @@ from lowrank_dist.quantization.format import Encoded, ResidualFormat
 from lowrank_dist.quantization.nf4 import NF4, read_quant_state
 from lowrank_dist.storage.layout import CONFIG, MANIFEST, QUANT_STATE, WEIGHTS, read_manifest, residual_stem
 from lowrank_dist.storage.reader import PACKED_DTYPE, CheckpointReader, TensorInfo, check_finite, read_ahead
+from lowrank_dist.storage.verify import ENCODED_STEM, FROZEN_STEM, damage
 
-FROZEN_STEM = "frozen_factors"
 _STACK_ENTRY = re.compile(r"(.+)\[(\d+)\]" + re.escape(QUANT_STATE))
 
 
@@ -135,12 +139,10 @@ class ResidualReader(CheckpointReader):
             If it cannot be read.
         """
         key = name + QUANT_STATE
-        try:
-            return read_quant_state(self._open(self._file_of[key]).get_tensor(key))
-        except ValueError as error:
-            raise CheckpointError(
-                f"{key}: not a quantization state of bitsandbytes ({error}); fetch the model again"
-            ) from error
+        info = self.stored(key)
+        if info.dtype != "U8" or info.nbytes > 2**16:
+            raise CheckpointError(f"{key}: {list(info.shape)} {info.dtype} is no text; fetch the model again")
+        return read_quant_state(self._open(self._file_of[key]).get_tensor(key), f"{self.directory}: {key}")
 
 
 class ResidualModel:
@@ -183,6 +185,7 @@ class ResidualModel:
 
     init: Method | None = None
     fills_cache = False
+    verified = False  # whether the files were compared with the manifest
 
     def __init__(self, directory: str | Path, dense: ResidualFormat) -> None:
         self.directory = Path(directory)
@@ -193,11 +196,7 @@ class ResidualModel:
             )
         self.reader = ResidualReader(self.directory)
         self._initial = CheckpointReader(initial, stem=Path(WEIGHTS).stem)
-        try:
-            config = LoraConfig.from_peft_type(**json.loads((initial / CONFIG).read_text()))
-            self.manifest = _manifest(self.directory)
-        except ValueError as error:
-            raise CheckpointError(f"{directory}: damaged JSON: {error}; fetch or decompose it again") from error
+        config, self.manifest = read_config(initial), _manifest(self.directory)
         if not isinstance(config, LoraConfig):
             raise CheckpointError(
                 f"{initial}: a {config.peft_type} adapter, not a LoRA; pass a residual model with an initial LoRA"
@@ -212,6 +211,9 @@ class ResidualModel:
         self._factors = {"lora_A": self._initial, "lora_B": self._initial}
         if self.layout.folds:
             self._factors["lora_B"] = CheckpointReader(initial, stem=FROZEN_STEM)
+        self._encoded: CheckpointReader | None = None
+        if (initial / f"{ENCODED_STEM}.safetensors").exists():
+            self._encoded = CheckpointReader(initial, stem=ENCODED_STEM)
 
     @property
     def nbytes(self) -> int:
@@ -283,6 +285,20 @@ class ResidualModel:
                         f"{what}; leave `adapter` out to use the stored configuration"
                     )
 
+    def verify(self, group: ShardGroup) -> None:
+        """Compare every file with the digests in the manifest, once. Collective, see `damage`.
+
+        Raises
+        ------
+        CheckpointError
+            On every rank, if a tensor or a setting differs from what was written.
+        """
+        if not self.verified:
+            found = damage(self.directory, group)
+            if found is not None:
+                raise CheckpointError(f"{found}: the file is damaged; fetch or decompose it again")
+            self.verified = True
+
     def plan_of(self, plan: Plan, source: CheckpointReader) -> Plan:
         """`plan`, which was made with the pretrained weights `source`, in the names of this residual model of them."""
         self.reader.join_as(source)
@@ -326,8 +342,9 @@ class ResidualModel:
         CheckpointError
             On every rank, if any rank finds a NaN or infinity or cannot read.
         """
+        self.verify(group)
         device, residual = device or torch.device("cpu"), self.residual
-        factor_reader = FactorReader()
+        factor_reader, encoded_reader = FactorReader(), FactorReader()
         stored = {entry["name"]: MatrixReport.from_dict(entry) for entry in self.manifest.get("matrices", [])}
 
         def read(planned: PlannedMatrix) -> DecomposedMatrix:
@@ -336,20 +353,27 @@ class ResidualModel:
                 name=planned.name, rows=planned.rows, columns=planned.columns, rank=planned.rank
             )
 
-            factors = {}
-            for factor, shape in planned.factor_shapes.items():
-                key = factor_keys(planned)[factor]
-                flat = FlatPartition(numel=math.prod(shape), world_size=group.size)
-                start, stop = flat.bounds(group.rank)
-                where = positions(factor, flat.numel, planned.expert or 0, planned.experts)[start:stop]
-                factors[factor] = factor_reader.read(self._factors[factor].flat, key, where).to(device, factor_dtype)
-                check_finite(key, factors[factor], start)
+            def shards_of(readers: Mapping[str, CheckpointReader], through: FactorReader) -> dict[str, Tensor]:
+                found = {}
+                for factor, shape in planned.factor_shapes.items():
+                    key = factor_keys(planned)[factor]
+                    flat = FlatPartition(numel=math.prod(shape), world_size=group.size)
+                    start, stop = flat.bounds(group.rank)
+                    where = positions(factor, flat.numel, planned.expert or 0, planned.experts)[start:stop]
+                    found[factor] = through.read(readers[factor].flat, key, where).to(device, factor_dtype)
+                    check_finite(key, found[factor], start)
+                return found
+
+            factors, encoded_from = shards_of(self._factors, factor_reader), dict[str, Tensor]()
+            if self._encoded is not None and report.ended_on == "decompose":
+                encoded_from = shards_of(dict.fromkeys(planned.factor_shapes, self._encoded), encoded_reader)
             shards = self._shards(planned, partition, group.rank)
             return DecomposedMatrix(
                 planned=planned,
                 partition=partition,
                 residual={name: shard.to(device) for name, shard in shards.items()},
                 factors=factors,
+                encoded_from=encoded_from,
                 report=report,
             )
 
@@ -399,5 +423,5 @@ class ResidualModel:
     def close(self) -> None:
         """Close the files."""
         self.reader.close()
-        for reader in {self._initial, *self._factors.values()}:
+        for reader in {self._initial, *self._factors.values(), *filter(None, [self._encoded])}:
             reader.close()

@@ -7,7 +7,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,22 +21,65 @@ from lowrank_dist._version import __version__
 from lowrank_dist.decomposition.report import MatrixReport
 from lowrank_dist.decomposition.walk import DecomposedMatrix, Walk
 from lowrank_dist.distributed.partition import FlatPartition
+from lowrank_dist.errors import CheckpointError
 from lowrank_dist.linalg import full_fp32
 from lowrank_dist.model.names import plain_name
 from lowrank_dist.model.plan import Plan, PlannedMatrix
 from lowrank_dist.model.stacking import StackedFactors
 from lowrank_dist.quantization.nf4 import NF4
-from lowrank_dist.residual_model.reader import FROZEN_STEM, factor_keys, has_stock_layout, packed_name
-from lowrank_dist.storage.atomic import check_free, empty, exclusive, flush_directory, put_in_place, staging_of
-from lowrank_dist.storage.layout import MANIFEST, RESIDUAL_STEM, WEIGHTS
+from lowrank_dist.residual_model.reader import factor_keys, has_stock_layout, packed_name
+from lowrank_dist.storage.atomic import check_free, flush_directory, put_in_place, staging_directory
+from lowrank_dist.storage.digest import digest_of_pieces, piece_sums
+from lowrank_dist.storage.dtypes import CODES
+from lowrank_dist.storage.layout import CONFIG, MANIFEST, RESIDUAL_STEM, check_matrix, sealed
+from lowrank_dist.storage.lock import Lock, Owner, lock_of
+from lowrank_dist.storage.parse import (
+    MAX_MANIFEST,
+    Record,
+    is_integer,
+    is_list_of,
+    is_object_of,
+    parse_object,
+    read_bytes,
+    read_record,
+)
 from lowrank_dist.storage.reader import FileTensor, check_finite
+from lowrank_dist.storage.verify import ENCODED_STEM, FROZEN_STEM, INITIAL, compare, file_digest, label
 from lowrank_dist.storage.writer import TensorFiles, copy_other_files, stored_dtype, write_json
 
-FORMAT = 2  # version of the manifest and of what the fingerprint covers
+FORMAT = 3  # version of the manifest and of what the fingerprint covers
 JOURNAL = "journal.jsonl"
 FLUSH_BYTES = 64 * 2**20  # bytes of pretrained weights between two flushes; the journal grows after each
 COPY_BYTES = 64 * 2**20  # most bytes of an unchanged tensor that are read at once
 BESIDE = "beside"  # name of B among the shards of a matrix whose adapter file holds ``f(B)``
+
+
+#: Sums of the pieces of tensors (`lowrank_dist.storage.digest.piece_sums`) by stem of the files and name.
+_Sums = dict[str, dict[str, list[int]]]
+
+
+def _checked_sums(entry: Mapping[str, Any]) -> _Sums:
+    found: _Sums = Record(entry, JOURNAL).expect(
+        "sums", is_object_of(is_object_of(_is_pair)), "sums by file and tensor"
+    )
+    return found
+
+
+def _is_pair(value: Any) -> bool:
+    return is_list_of(lambda half: is_integer(half, 0, 2**64 - 1))(value) and len(value) == 2
+
+
+def _add(sums: dict[str, list[int]], name: str, part: Sequence[int]) -> None:
+    sums[name] = [(a + b) % 2**64 for a, b in zip(sums.get(name, [0, 0]), part, strict=True)]
+
+
+def _total(parts: Iterable[_Sums]) -> _Sums:
+    total: _Sums = {}
+    for part in parts:
+        for stem, sums in part.items():
+            for name, pair in sums.items():
+                _add(total.setdefault(stem, {}), name, pair)
+    return total
 
 
 class ResidualModelWriter:
@@ -63,7 +107,6 @@ class ResidualModelWriter:
     def __init__(self, plan: Plan, walk: Walk, output: Path, key: str) -> None:
         self.plan, self.walk, self.output, self.key = plan, walk, output, key
         self.reader, self.group, self.residual = walk.reader, walk.group, walk.residual
-        self.staging = staging_of(output)
         self.reports: dict[str, MatrixReport] = {}
         self._pending: list[MatrixReport] = []
         self._error: Exception | None = None
@@ -80,40 +123,62 @@ class ResidualModelWriter:
                 root |= {packed_name(planned, self.reader) + suffix: tensor for suffix, tensor in files.items()}
             for factor, shape in planned.parameter_shapes.items():
                 factors[factor_keys(planned)[factor]] = FileTensor(shape=shape, dtype=walk.factor_dtype)
+        # sums of the bytes that were handed to the files, by matrix (None: those of no matrix), file and tensor
+        self._sums: dict[str | None, _Sums] = {}
+        self._recorded: list[tuple[str | None, _Sums]] = []
         self.stock = all(has_stock_layout(planned, self.residual, self.reader) for planned in plan.matrices)
         self._stacks: dict[str, StackedFactors] = {}
+        self._encoded_stacks: dict[str, StackedFactors] = {}
         self._stack_reports: dict[str, list[MatrixReport]] = {}
-        self.initial = self.staging / f"{str(walk.init).lower()}_init"
         one_file: dict[str, Any] = {"max_bytes": sys.maxsize}
-        self._root = TensorFiles(self.staging, root, stem="model" if self.stock else RESIDUAL_STEM)
-        self._factors = TensorFiles(self.initial, factors, stem=Path(WEIGHTS).stem, **one_file)
-        self._files = [self._root, self._factors]
+        self._stem = "model" if self.stock else RESIDUAL_STEM
+        self._files = {  # `begin` says where
+            self._stem: TensorFiles(output, root, stem=self._stem),
+            INITIAL: TensorFiles(output, factors, stem=INITIAL, **one_file),
+        }
+        self._tensors = {self._stem: root, INITIAL: factors}
         self.layout = walk.init.layout
         if self.layout.folds:
             names = [factor_keys(planned)["lora_B"] for planned in plan.matrices]
             beside = {name: factors[name] for name in names}
-            self._beside = TensorFiles(self.initial, beside, stem=FROZEN_STEM, **one_file)
-            self._files.append(self._beside)
+            self._files[FROZEN_STEM] = TensorFiles(output, beside, stem=FROZEN_STEM, **one_file)
+            self._tensors[FROZEN_STEM] = beside
+        if not self.residual.exact and not self.layout.folds:
+            self._files[ENCODED_STEM] = TensorFiles(output, factors, stem=ENCODED_STEM, **one_file)
+            self._tensors[ENCODED_STEM] = factors
 
     def _dtype(self, name: str) -> torch.dtype:
         return stored_dtype(name, self.reader.info(name))
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Lock the directory under construction on rank 0, and close the files at the end.
+    def locked(self, announce: Callable[[str], object]) -> Iterator[None]:
+        """Hold the lock beside the directory, by rank 0, and close the files at the end.
 
-        Raises
-        ------
-        InputError
-            On every rank, if another run has the lock. A lock ends with its process.
+        While another run holds it, all ranks wait, and rank 0 says it once through `announce`.
         """
+        self._lock = Lock(lock_of(self.output), str(self.output))
         with ExitStack() as stack:
-            for files in self._files:
+            for files in self._files.values():
                 stack.callback(files.close)
-            with self.group.shared_errors():
-                if self.group.rank == 0:
-                    stack.enter_context(exclusive(self.staging))
+            stack.callback(self._lock.release)
+            said = False
+            while (owner := self._attempt()) is not None:
+                if not said:
+                    announce(f"{self._lock.held_by(owner)}; waiting for its result")
+                said = True
+                time.sleep(0.5)  # all ranks wait for rank 0 in a collective, none of them for long
             yield
+
+    def _attempt(self) -> Owner | None:
+        """Try once to take the lock; return its owner, if there is another. One broadcast and a shared error."""
+        owner = None
+        with self.group.shared_errors():
+            if self.group.rank == 0:
+                self.output.parent.mkdir(parents=True, exist_ok=True)
+                owner = self._lock.attempt()
+        found = self.group.broadcast_object(owner)
+        assert found is None or isinstance(found, Owner)
+        return found
 
     def begin(self) -> None:
         """Create the files, or fill `reports` with the matrices that a killed run has completed.
@@ -124,17 +189,31 @@ class ResidualModelWriter:
             On every rank, if the disk has too little space.
         """
         found: list[dict[str, Any]] = []
+        staging = ""
         with self.group.shared_errors():
             if self.group.rank == 0:
+                self._build_in(staging_directory(self.output, resumes=self._resumes))
                 found = self._journal()
                 if not found:
                     self._create()
+                staging = str(self.staging)
+        self._build_in(Path(str(self.group.broadcast_object(staging))))
         reports = self.group.broadcast_object(found[1:])
         assert isinstance(reports, list)
         reported = {entry["name"]: MatrixReport.from_dict(entry) for entry in reports}
         lacking = {planned.layer for planned in self.plan.matrices if planned.name not in reported}
         complete = [planned.name for planned in self.plan.matrices if planned.layer not in lacking]
         self.reports = {name: reported[name] for name in complete}
+        self._recorded = [(entry["name"], _checked_sums(entry)) for entry in reports if entry["name"] in self.reports]
+
+    def _build_in(self, directory: Path) -> None:
+        self.staging, self.initial = directory, directory / f"{str(self.walk.init).lower()}_init"
+        for stem, files in self._files.items():
+            files.directory = directory if stem == self._stem else self.initial
+
+    def _resumes(self, directory: Path) -> bool:
+        self._build_in(directory)
+        return bool(self._journal())
 
     def _journal(self) -> list[dict[str, Any]]:
         """Entries of the journal if it has this fingerprint and all files exist; else none.
@@ -142,21 +221,24 @@ class ResidualModelWriter:
         The last line may be incomplete: the run may have been killed while it wrote it.
         """
         path = self.staging / JOURNAL
-        if not path.is_file() or not all(files.exist() for files in self._files):
+        if not path.is_file() or not all(f.exist() for f in self._files.values()):
             return []
-        entries = []
-        for line in path.read_text().splitlines():
-            try:
-                entries.append(json.loads(line))
-            except ValueError:
-                break
+        entries: list[dict[str, Any]] = []
+        try:
+            for line in read_bytes(path, MAX_MANIFEST).splitlines():
+                entry = Record(parse_object(line, str(path)), str(path))
+                if entries:
+                    check_matrix(entry)
+                    _checked_sums(entry)
+                entries.append(entry)
+        except CheckpointError:
+            pass
         return entries if entries and entries[0] == {"fingerprint": self.key} else []
 
     def _create(self) -> None:
-        empty(self.staging)
-        check_free(self.output, sum(files.nbytes for files in self._files))
+        check_free(self.output, sum(files.nbytes for files in self._files.values()))
         self.initial.mkdir()
-        for files in self._files:
+        for files in self._files.values():
             files.create()
         (self.staging / JOURNAL).write_text(json.dumps({"fingerprint": self.key}) + "\n")
         flush_directory(self.staging)
@@ -170,11 +252,12 @@ class ResidualModelWriter:
             On every rank, if any rank cannot write.
         """
         for matrix in decomposed:
-            factors = self._stored_factors(matrix)
+            factors, encoded_from = self._stored_factors(matrix), self._encoded_from(matrix)
             try:
                 self._residual(matrix)
                 if factors is not None:
                     self._write_factors(matrix.planned, factors)
+                    self._write_further(matrix.planned, ENCODED_STEM, encoded_from)
             except OSError as error:
                 self._error = self._error or error
             # experts of a stack share their factors, which are written with the last expert
@@ -192,44 +275,67 @@ class ResidualModelWriter:
         dtype = self._dtype(planned.key)
         for suffix, start, values in self.residual.to_files(matrix.residual, matrix.partition, self.group.rank, dtype):
             if not self.residual.exact:
-                self._root.write(packed_name(planned, reader) + suffix, start, values)
+                self._write(planned.name, self._stem, packed_name(planned, reader) + suffix, start, values)
                 continue
             for name, first, count in reader.places(planned.key, start, start + values.numel()):
-                self._root.write(name, first, values[:count])
+                self._write(planned.name, self._stem, name, first, values[:count])
                 values = values[count:]
+
+    def _write(self, matrix: str | None, stem: str, name: str, start: int, values: Tensor) -> None:
+        """Write elements of a tensor, and add their bytes to the sums of `matrix`."""
+        tensor, values = self._tensors[stem][name], values.detach().cpu()
+        sums = self._sums.setdefault(matrix, {}).setdefault(stem, {})
+        _add(sums, name, piece_sums(label(name, CODES[tensor.dtype], tensor.shape), values, start))
+        self._files[stem].write(name, start, values)
 
     def _stored_factors(self, matrix: DecomposedMatrix) -> dict[str, Tensor] | None:
         """This rank's flat shards of A and B as the files hold them; None until all experts that share them are done.
 
         Collective: one all-gather of each factor of an expert, and one of B if the layout folds.
         """
-        planned, shards = matrix.planned, {}
-        for factor, shape in planned.factor_shapes.items():
-            start, stop = self._bounds(shape)
-            shards[factor] = matrix.factors[factor][: stop - start]
+        shards = self._unpadded(matrix.planned, matrix.factors)
         if self.layout.folds:
-            self._fold(planned, shards)
+            self._fold(matrix.planned, shards)
+        return self._with_experts(matrix.planned, shards, self._stacks)
+
+    def _encoded_from(self, matrix: DecomposedMatrix) -> dict[str, Tensor]:
+        """Like `_stored_factors`, of the factors that the residual was encoded from; empty if no file holds these."""
+        if ENCODED_STEM not in self._files:
+            return {}
+        shards = self._unpadded(matrix.planned, matrix.encoded_from or matrix.factors)
+        return self._with_experts(matrix.planned, shards, self._encoded_stacks) or {}
+
+    def _unpadded(self, planned: PlannedMatrix, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        bounds = {factor: self._bounds(shape) for factor, shape in planned.factor_shapes.items()}
+        return {factor: factors[factor][: stop - start] for factor, (start, stop) in bounds.items()}
+
+    def _with_experts(
+        self, planned: PlannedMatrix, shards: dict[str, Tensor], stacks: dict[str, StackedFactors]
+    ) -> dict[str, Tensor] | None:
         if planned.expert is None:
             return shards
-        if planned.layer not in self._stacks:
-            self._stacks[planned.layer] = StackedFactors(
+        if planned.layer not in stacks:
+            stacks[planned.layer] = StackedFactors(
                 planned.factor_shapes, planned.experts, self.group, self.walk.factor_dtype
             )
-        self._stacks[planned.layer].put(planned.expert, shards)
+        stacks[planned.layer].put(planned.expert, shards)
         if len(self._stack_reports.get(planned.layer, [])) + 1 < planned.experts:
             return None
-        return self._stacks.pop(planned.layer).shards
+        return stacks.pop(planned.layer).shards
 
     def _bounds(self, shape: Sequence[int]) -> tuple[int, int]:
         """Bounds ``(start, stop)`` of this rank's part of a tensor of `shape` that is sharded evenly."""
         return FlatPartition(numel=math.prod(shape), world_size=self.group.size).bounds(self.group.rank)
 
     def _write_factors(self, planned: PlannedMatrix, shards: dict[str, Tensor]) -> None:
-        keys, starts = factor_keys(planned), {f: self._bounds(s)[0] for f, s in planned.parameter_shapes.items()}
-        for factor, start in starts.items():
-            self._factors.write(keys[factor], start, shards[factor])
+        self._write_further(planned, INITIAL, {factor: shards[factor] for factor in planned.parameter_shapes})
         if BESIDE in shards:
-            self._beside.write(keys["lora_B"], starts["lora_B"], shards[BESIDE])
+            self._write_further(planned, FROZEN_STEM, {"lora_B": shards[BESIDE]})
+
+    def _write_further(self, planned: PlannedMatrix, stem: str, shards: Mapping[str, Tensor]) -> None:
+        keys = factor_keys(planned)
+        for factor, shard in shards.items():
+            self._write(planned.name, stem, keys[factor], self._bounds(planned.parameter_shapes[factor])[0], shard)
 
     def _fold(self, planned: PlannedMatrix, shards: dict[str, Tensor]) -> None:
         """Replace B in `shards` by the ``f(B)`` of the layout, and keep B as `BESIDE`. One all-gather of B."""
@@ -247,15 +353,20 @@ class ResidualModelWriter:
     def commit(self) -> None:
         """Flush what all ranks have written, then record it in the journal. Raises an error of any rank on all."""
         try:
-            for files in self._files:
+            for files in self._files.values():
                 files.flush()
         except OSError as error:
             self._error = self._error or error
         self.group.raise_together(self._error)
         self.reports |= {report.name: report for report in self._pending}
+        done = [None, *(report.name for report in self._pending)]
+        everyone = self.group.gather_objects({name: self._sums.pop(name) for name in done if name in self._sums})
+        sums = {name: _total([each[name] for each in everyone if name in each]) for name in done}
+        self._recorded += sums.items()
         if self.group.rank == 0 and self._pending:
             with open(self.staging / JOURNAL, "a") as journal:
-                journal.writelines(json.dumps(report.as_dict()) + "\n" for report in self._pending)
+                lines = ({**report.as_dict(), "sums": sums[report.name]} for report in self._pending)
+                journal.writelines(json.dumps(line) + "\n" for line in lines)
                 journal.flush()
                 os.fsync(journal.fileno())
         self._pending = []
@@ -278,12 +389,14 @@ class ResidualModelWriter:
                 for first in range(start, stop, step):
                     values = self.reader.flat(name, first, min(first + step, stop))
                     check_finite(name, values, first)
-                    self._root.write(name, first, values)
+                    self._write(None, self._stem, name, first, values)
                 self.walk.advance(info.nbytes)
         self.commit()
 
     def finish(self, adapter: LoraConfig, base: str) -> None:
-        """Write configurations and manifest on rank 0 and rename the directory to its final path.
+        """Compare the files with what was handed to them, and publish them: rank 0 renames the directory to its path.
+
+        It writes the configurations and the manifest before.
 
         Parameters
         ----------
@@ -291,6 +404,13 @@ class ResidualModelWriter:
             PEFT's configuration of the adapter; the residual model becomes its base model.
         base
             Name of the pretrained model, for the manifest.
+
+        Raises
+        ------
+        CheckpointError
+            On every rank, if a file does not hold what was written to it.
+        HeldError
+            On every rank, if another run has taken the lock over.
         """
         matrices = [self.reports[planned.name] for planned in self.plan.matrices]
         manifest = {
@@ -307,6 +427,7 @@ class ResidualModelWriter:
             "factor_dtype": str(self.walk.factor_dtype).removeprefix("torch."),
             "world_size": self.group.size,
             "matrices": [report.as_dict() for report in matrices],
+            "tensors": self._digests(),
         }
         with self.group.shared_errors():
             if self.group.rank == 0:
@@ -314,10 +435,36 @@ class ResidualModelWriter:
                 config = copy.deepcopy(adapter)
                 config.base_model_name_or_path, config.inference_mode = str(self.output), True
                 config.save_pretrained(str(self.initial))
-                write_json(self.staging / MANIFEST, manifest)
+                manifest["adapter_config"] = file_digest(self.initial / CONFIG)
+        manifest = self.group.broadcast_object(manifest)  # type: ignore[assignment]
+        with self.group.shared_errors():
+            try:
+                compare(self.staging, manifest, self.group)
+            except CheckpointError as error:
+                (self.staging / JOURNAL).unlink(missing_ok=True)  # the next run begins anew
+                raise CheckpointError(f"{error}; another program or the disk has changed it: start again") from error
+        with self.group.shared_errors():
+            if self.group.rank == 0:
+                write_json(self.staging / MANIFEST, sealed(manifest))
                 flush_directory(self.staging)
-                put_in_place(self.staging, self.output)
+                self._lock.check()
+                put_in_place(self.staging, self.output, overwrite=True)
                 (self.output / JOURNAL).unlink()
+
+    def _digests(self) -> dict[str, dict[str, str]]:
+        """Digests of all tensors, from the sums of their pieces."""
+        totals = _total([sums for _, sums in self._recorded])
+        return {
+            stem: {
+                name: digest_of_pieces(
+                    label(name, CODES[tensor.dtype], tensor.shape),
+                    totals.get(stem, {}).get(name, [0, 0]),
+                    tensor.numel * tensor.dtype.itemsize,
+                )
+                for name, tensor in tensors.items()
+            }
+            for stem, tensors in self._tensors.items()
+        }
 
     def _copy_small_files(self) -> None:
         """Copy configuration, tokenizer and licence of the pretrained model.
@@ -327,7 +474,7 @@ class ResidualModelWriter:
         copy_other_files(self.reader.directory, self.staging)
         config_path = self.staging / "config.json"
         if self.stock and isinstance(self.residual, NF4) and config_path.is_file():
-            config = json.loads(config_path.read_text())
+            config = read_record(config_path)
             first = self._dtype(self.plan.matrices[0].key)
             kept = [
                 plain_name(name).rpartition(".")[0]

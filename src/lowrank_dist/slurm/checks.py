@@ -9,7 +9,7 @@ from typing import Any
 
 from lowrank_dist.checkpoints.layout import newest_checkpoint
 from lowrank_dist.errors import CheckpointError
-from lowrank_dist.slurm.options import SubmitError, SubmitOptions
+from lowrank_dist.slurm.options import SubmitError, SubmitOptions, check_line
 
 _CHECKPOINT = "lowrank_dist.AdapterCheckpoint"
 _NODE_LOCAL = ("/tmp", "/var/tmp", "/dev/shm", "/run")
@@ -204,6 +204,7 @@ def _check_paths(settings: Any, options: SubmitOptions) -> list[str]:
 
 
 def _check_root(root: Path, options: SubmitOptions) -> list[str]:
+    check_line("trainer.default_root_dir", str(root))
     existing = next(path for path in (root, *root.parents) if path.exists())
     if not existing.is_dir():
         raise SubmitError(f"trainer.default_root_dir={root}: {existing} is not a directory; choose another path")

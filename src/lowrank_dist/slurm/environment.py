@@ -14,6 +14,8 @@ from typing import Any, TextIO
 import psutil
 
 from lowrank_dist.cluster.allocation import Allocation
+from lowrank_dist.errors import InputError
+from lowrank_dist.storage.atomic import private_directory
 
 _STALE = 3600  # seconds after which the lock of a build counts as abandoned
 
@@ -72,9 +74,11 @@ def extension_cache(*, owner: bool) -> Path:
     """
     versions = f"torch{version('torch')}-deepspeed{version('deepspeed')}-py{sys.version_info[0]}.{sys.version_info[1]}"
     cache = Path(tempfile.gettempdir(), f"lowrank_dist-{os.getuid()}", versions)
-    cache.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if cache.parent.stat().st_uid != os.getuid():
-        return Path(tempfile.mkdtemp(prefix="lowrank_dist-"))  # another user's directory cannot be trusted
+    try:
+        for directory in (cache.parent, cache):
+            private_directory(directory, uses_contents=True)
+    except InputError:
+        return Path(tempfile.mkdtemp(prefix="lowrank_dist-"))  # what others can write to cannot be executed
     if owner:
         for lock in cache.glob("*/lock"):
             if time.time() - lock.stat().st_mtime > _STALE:

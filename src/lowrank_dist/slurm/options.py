@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
 from typing import Literal, get_args
@@ -13,6 +13,7 @@ from lowrank_dist.errors import InputError
 Cluster = Literal["slurm", "local"]
 
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<fields>\d+(?::\d+){0,2})")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _ADAPTER = "trainer.strategy.init_args.adapter.init_args"
 
 #: Short names of common sweep keys. `rank` sets r and lora_alpha alike, so that alpha / r is 1 at every point.
@@ -21,6 +22,15 @@ SWEEP_KEYS = {"lr": ("model.lr",), "rank": (f"{_ADAPTER}.r", f"{_ADAPTER}.lora_a
 
 class SubmitError(InputError):
     """A job that would fail, or would not do what the user requested."""
+
+
+def check_line(name: str, text: str) -> None:
+    """Raise SubmitError if `text`, the value of `name`, has a control character."""
+    if (bad := _CONTROL.search(text)) is not None:
+        raise SubmitError(
+            f"{name} {text!r}: has the control character {bad[0]!r}, which a line of the script for sbatch cannot "
+            "hold; remove it"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +99,7 @@ class SubmitOptions:
     setup: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        self._check_lines()
         if self.cluster not in get_args(Cluster):
             raise SubmitError(f"--cluster {self.cluster}: unknown; choose one of {', '.join(get_args(Cluster))}")
         for name in ("nodes", "min_nodes", "gpus_per_node", "cpus_per_task", "mem_gb", "grace", "collective_timeout"):
@@ -106,6 +117,14 @@ class SubmitOptions:
             if not re.fullmatch(r"[a-z][a-z-]*(=.+)?", option):
                 raise SubmitError(f"--sbatch {option}: write NAME=VALUE, as in --sbatch reservation=my_reservation")
         _ = self.points
+
+    def _check_lines(self) -> None:
+        """Raise SubmitError if a value would add a line to the script of the job, or hide part of one."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            for text in value if isinstance(value, tuple) else (value,):
+                if isinstance(text, str):
+                    check_line(f"--{field.name.replace('_', '-')}", text)
 
     @property
     def job_name(self) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import shutil
 import signal
@@ -23,6 +22,7 @@ from lowrank_dist.cluster.signals import StopSignals
 from lowrank_dist.slurm.checks import JobShape, check, checkpoint_directories, newest_step
 from lowrank_dist.slurm.job import TrainingJob, requeue_script
 from lowrank_dist.slurm.options import SubmitError, SubmitOptions, point_overrides
+from lowrank_dist.storage.atomic import private_directory
 from lowrank_dist.training.fit_cli import parse_fit
 
 _ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
@@ -79,8 +79,9 @@ class Submission:
                 "sbatch is not on PATH: submit from a login node, or use --cluster local; launch/qpissa.sbatch is a "
                 "batch file for sites without submitit"
             )
-        self.folder.mkdir(parents=True, mode=0o700)
-        os.chmod(self.folder, 0o700)
+        self.folder.parent.parent.mkdir(parents=True, exist_ok=True)
+        private_directory(self.folder.parent, uses_contents=False)
+        self.folder.mkdir(mode=0o700)  # new, or an error
         executor = self._executor()
         with executor.batch():
             return [executor.submit(job) for job in self.jobs]

@@ -63,6 +63,30 @@ def digest_sums(shards: Mapping[str, Tensor], storages: Mapping[str, FlatStorage
     return total
 
 
+def piece_sums(label: str, values: Tensor, start: int) -> list[int]:
+    """The sums of a piece of the tensor `label`, as numbers below 2^64; those of all its pieces add up.
+
+    Parameters
+    ----------
+    label
+        Name, dtype and shape of the tensor: sums of tensors with other labels have nothing in common.
+    values
+        Flat; elements of the tensor from `start` on.
+    start
+        First element.
+    """
+    if values.numel() == 0:
+        return [0, 0]
+    data = values.contiguous().view(torch.uint8)
+    return [int(half) % 2**64 for half in _sums(label, data, start * values.dtype.itemsize).tolist()]
+
+
+def digest_of_pieces(label: str, sums: Sequence[int], nbytes: int) -> str:
+    """Digest of the tensor `label` of `nbytes` bytes from the sums of all its pieces."""
+    ends = _splitmix(_salts(label) - nbytes).tolist()
+    return "".join(f"{(half + end) % 2**64:016x}" for half, end in zip(sums, ends, strict=True))
+
+
 def digests(sums: Sequence[Tensor], group: ShardGroup) -> list[str]:
     """Digests of tensors, 32 hexadecimal digits each, from `digest_sums` of all ranks. One all-reduce for all."""
     if not sums:

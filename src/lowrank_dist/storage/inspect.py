@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_dist.errors import CheckpointError
-from lowrank_dist.storage.atomic import replaced_of, staging_of
+from lowrank_dist.storage.atomic import unfinished
 from lowrank_dist.storage.layout import (
     ADAPTER_DIR,
     CONFIG,
@@ -27,9 +27,10 @@ from lowrank_dist.storage.layout import (
     QUANT_STATE,
     WEIGHTS,
     read_json,
+    read_manifest,
     residual_stem,
 )
-from lowrank_dist.storage.reader import INDEX_NAME, open_file, resolve_checkpoint
+from lowrank_dist.storage.reader import INDEX_NAME, open_file, read_index, resolve_checkpoint
 
 OTHER_WEIGHTS = ("*.bin", "*.gguf", "*.h5", "*.msgpack", "*.pt", "*.pth")
 
@@ -140,17 +141,19 @@ def _describe(directory: Path) -> Description | None:
 
 def _unfinished(directory: Path, found: Description) -> None:
     """A directory that a dead writer left, or that is being written."""
-    target = _target_of(directory)
-    assert target is not None
-    if directory == replaced_of(target):
-        found.problems.append(f"was to be replaced by a new {target.name}")
+    item = unfinished(directory)
+    assert item is not None
+    if item.kind == "old":
+        found.problems.append(f"was to be replaced by a new {item.target.name}")
+    elif item.kind == "removed":
+        found.problems.append(f"{item.target.name} was being removed, or replaced")
     else:
-        found.problems.append(f"{target.name} is being written, or its writer died")
+        found.problems.append(f"{item.target.name} is being written, or its writer died")
 
 
 def _adapter_checkpoint(directory: Path, found: Description) -> None:
     """A checkpoint that `AdapterCheckpoint` wrote."""
-    manifest, facts = read_json(directory / MANIFEST), found.facts
+    manifest, facts = read_manifest(directory), found.facts
     facts |= _manifest_facts(manifest)
     _add_adapter(directory / ADAPTER_DIR, found)
     if manifest.get("method") == "LoRAXS":  # the adapter file holds B times the core
@@ -181,7 +184,7 @@ def _numel_of_cores(directory: Path) -> int:
 def _decomposed(directory: Path, found: Description) -> None:
     """Residual and initial adapter."""
     initial = [path.parent for path in sorted(directory.glob(f"*_init/{CONFIG}"))]
-    manifest, facts = read_json(directory / MANIFEST) if (directory / MANIFEST).is_file() else {}, found.facts
+    manifest, facts = read_manifest(directory) if (directory / MANIFEST).is_file() else {}, found.facts
     facts |= _manifest_facts(manifest) or {"method": initial[0].name.removesuffix("_init")}
     if len(initial) > 1:
         found.problems.append(f"{len(initial)} initial adapters: {', '.join(path.name for path in initial)}")
@@ -195,7 +198,7 @@ def _decomposed(directory: Path, found: Description) -> None:
 def _peft_adapter(directory: Path, found: Description) -> None:
     """An adapter that PEFT wrote; a converted LoRA also has a manifest."""
     if (directory / MANIFEST).is_file():
-        found.facts |= _manifest_facts(read_json(directory / MANIFEST))
+        found.facts |= _manifest_facts(read_manifest(directory))
     _add_adapter(directory, found)
 
 
@@ -218,15 +221,6 @@ def _model(directory: Path, found: Description) -> None:
         _add_weights(Weights(directory), found)
 
 
-def _target_of(directory: Path) -> Path | None:
-    """Target of a directory that is named as unfinished; None for any other name."""
-    for suffix, name_of in ((".partial", staging_of), (".old", replaced_of)):
-        name = directory.name.removeprefix(".").removesuffix(suffix)
-        if name and directory == name_of(directory.with_name(name)):
-            return directory.with_name(name)
-    return None
-
-
 def _has_weights(directory: Path) -> bool:
     if (directory / INDEX_NAME).is_file() or (directory / "model.safetensors").is_file():
         return True
@@ -236,7 +230,7 @@ def _has_weights(directory: Path) -> bool:
 
 # the first kind whose test passes is taken
 _KINDS: list[tuple[str, Callable[[Path], bool], Callable[[Path, Description], None]]] = [
-    ("unfinished directory", lambda path: _target_of(path) is not None, _unfinished),
+    ("unfinished directory", lambda path: unfinished(path) is not None, _unfinished),
     (
         "checkpoint of an adapter",
         lambda path: (path / MANIFEST).is_file() and (path / ADAPTER_DIR).is_dir(),
@@ -364,7 +358,7 @@ class Weights:
         if single.is_file():  # as `CheckpointReader`
             names[single.name] = set()
         elif index.is_file():
-            for tensor, file in read_json(index)["weight_map"].items():
+            for tensor, file in read_index(index).items():
                 names.setdefault(file, set()).add(tensor)
         else:
             raise CheckpointError(f"holds neither {index.name} nor {single.name}")

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lowrank_dist.errors import CheckpointError
+from lowrank_dist.storage.parse import (
+    MAX_MANIFEST,
+    Record,
+    is_figure,
+    is_flag,
+    is_inside,
+    is_integer,
+    is_list_of,
+    is_object_of,
+    is_text,
+    read_record,
+)
 
 ADAPTER_DIR = "adapter"  # trained A and B, for the residual
 
@@ -37,31 +51,94 @@ def residual_stem(directory: Path) -> str:
     return RESIDUAL_STEM if any(directory.glob(f"{RESIDUAL_STEM}*.safetensors")) else "model"
 
 
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
+def parts_of(checkpoint: Path) -> list[Path]:
+    """The directories of a checkpoint from which other adapters are made, the checkpoint among them."""
+    return [checkpoint, *(checkpoint / part for part in (ADAPTER_DIR, INITIAL_DIR, ENCODED_DIR))]
+
+
+def read_manifest(checkpoint: Path) -> Record:
     """The manifest of a checkpoint directory."""
     path = checkpoint / MANIFEST
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(f"{checkpoint}: holds no {MANIFEST}; pass a directory that AdapterCheckpoint wrote")
-    return read_json(path)
+    return checked_manifest(read_record(path, MAX_MANIFEST))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds.
+def checked_manifest(manifest: Record) -> Record:
+    """`manifest`, if its entries have the types that this project writes.
 
     Raises
     ------
     CheckpointError
-        If the file is missing, or holds anything else.
+        If an entry has another type; which entries there are differs by kind and version.
     """
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); it is damaged") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: holds no JSON object; it is damaged")
-    return values
+    for name, (test, must) in _ENTRIES.items():
+        manifest.expect(name, test, must, None)
+    for entry in manifest.records("matrices"):
+        check_matrix(entry)
+    return manifest
+
+
+def check_matrix(entry: Record) -> None:
+    """Raise CheckpointError if an entry of a matrix has another type than `MatrixReport` gives it."""
+    entry.text("name")
+    for name in ("rows", "columns", "rank", "nbytes", "group_size"):
+        entry.integer(name, 0)
+    for name in _FIGURES:
+        entry.expect(name, is_figure, "a number", None)
+    entry.expect("singular_values", is_list_of(is_figure), "a list of numbers", None)
+    for name in ("ended_on", "digest"):
+        entry.text(name, None)
+
+
+_FIGURES = (
+    "norm",
+    "error",
+    "quantization_error",
+    "sigma_1",
+    "sigma_r",
+    "captured_energy",
+    "excess_residual",
+    "nuclear_error",
+    "nuclear_quantization_error",
+    "seconds",
+)
+_TEXT = is_text, "plain text"
+_COUNT = is_integer, "a count"
+_BY_TENSOR = is_object_of(is_object_of(is_text)), "digests of tensors by file"
+#: Types of the entries of all manifests; further ones are left alone.
+_ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("lowrank_dist", "kind", "base", "method", "options", "quantization", "adapter_is_for"), _TEXT),
+    **dict.fromkeys(("fingerprint", "source", "pretrained", "pretrained_fingerprint", "seal", "adapter_config"), _TEXT),
+    "format": _COUNT,
+    "starts_at_zero": (is_flag, "true or false"),
+    **dict.fromkeys(("step", "epoch", "rank"), _COUNT),
+    "tuner_seed": (lambda value: is_integer(value, -(2**63)), "an integer"),
+    **dict.fromkeys(("world_size", "accumulate_grad_batches"), (lambda value: is_integer(value, 1), "1 or more")),
+    "experts": (is_object_of(lambda value: is_integer(value, 1, 2**20)), "numbers of experts by tensor"),
+    "parameters": (is_object_of(is_text), "names of parameters by tensor"),
+    "rank_by_layer": (is_object_of(lambda value: is_integer(value, 0, 2**20)), "ranks by layer"),
+    "trained": (is_list_of(is_text), "a list of names"),
+    "files": (lambda v: is_object_of(is_text)(v) and all(map(is_inside, v)), "digests by path in the directory"),
+    "hashes": _BY_TENSOR,
+    "tensors": _BY_TENSOR,
+}
+
+
+def read_json(path: Path) -> Record:
+    """The object that a JSON file holds; see `lowrank_dist.storage.parse.read_record`."""
+    return read_record(path)
+
+
+def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest with a SHA-256 of itself under ``seal``."""
+    return {**manifest, "seal": seal_of(manifest)}
+
+
+def seal_of(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest without its ``seal``."""
+    body = {key: value for key, value in manifest.items() if key != "seal"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 QUANT_STATE = ".quant_state.bitsandbytes__nf4"

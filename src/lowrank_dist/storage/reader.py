@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import math
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +22,15 @@ from torch import Tensor
 from lowrank_dist.errors import CheckpointError, is_passing
 from lowrank_dist.linalg import all_finite
 from lowrank_dist.storage.dtypes import DTYPES
+from lowrank_dist.storage.parse import (
+    MAX_HEADER,
+    is_object_of,
+    is_plain,
+    is_text,
+    open_regular,
+    printable,
+    read_record,
+)
 
 log = logging.getLogger(__name__)
 
@@ -140,10 +149,7 @@ class CheckpointReader:
                 _warn_of_both(self.directory / single, index_path)
             self._file_of = dict.fromkeys(self._open(single).keys(), single)
         elif index_path.is_file():
-            try:
-                self._file_of = dict(json.loads(index_path.read_text())["weight_map"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise CheckpointError(f"{index_path}: not a safetensors index: {error!r}; fetch it again") from error
+            self._file_of = read_index(index_path)
         else:
             raise CheckpointError(
                 f"{self.directory}: holds neither {index_name} nor {single}; pass a directory or a hub id with "
@@ -159,7 +165,7 @@ class CheckpointReader:
     def _open(self, file: str) -> Any:
         if file not in self._files:
             path = self.directory / file
-            if not path.is_file():
+            if not path.exists():
                 raise CheckpointError(f"{path}: missing, though the index names it; fetch it again")
             self._files[file] = open_file(path).__enter__()
         return self._files[file]
@@ -248,7 +254,8 @@ class CheckpointReader:
         if name not in self._info:
             view = self._open(self._file_of[name]).get_slice(name)
             shape, dtype = tuple(view.get_shape()), view.get_dtype()
-            bits = {"BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8}.get(dtype) or int("".join(filter(str.isdigit, dtype)))
+            digits = re.search(r"\d+", dtype)  # F8_E4M3 has 8
+            bits = int(digits[0]) if digits else 8  # BOOL
             self._info[name] = TensorInfo(shape=shape, dtype=dtype, nbytes=math.prod(shape) * bits // 8)
         return self._info[name]
 
@@ -358,11 +365,36 @@ def open_file(path: Path) -> Any:
     CheckpointError
         If it is truncated or damaged.
     """
+    with open(open_regular(path), "rb") as file:
+        size, header = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
     try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        size = path.stat().st_size
-        raise CheckpointError(f"{path}: {size} bytes, truncated or corrupt ({error}); fetch it again") from error
+        if header > min(MAX_HEADER, size - 8):  # not opened: the header would be read whole
+            raise ValueError(f"a header of {header} bytes")
+        opened = safe_open(path, framework="pt")
+        odd = next((name for name in opened.keys() if not is_plain(name)), None)  # noqa: SIM118 (no dictionary)
+        if odd is not None:
+            raise ValueError(f"a tensor is called {printable(odd)!r}")
+        return opened
+    except (SafetensorError, ValueError, OSError) as error:
+        raise CheckpointError(
+            f"{path}: {size} bytes, truncated or corrupt ({printable(error)}); fetch it again"
+        ) from error
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Names of the tensors, and of the files beside the index that hold them.
+
+    Raises
+    ------
+    CheckpointError
+        If it is no index, or names files elsewhere.
+    """
+
+    def is_beside(file: Any) -> bool:
+        return is_text(file) and file == os.path.basename(file) and file.endswith(".safetensors")
+
+    found = read_record(path).expect("weight_map", is_object_of(is_beside), "safetensors files beside it by tensor")
+    return dict(found)
 
 
 def resolve_checkpoint(
@@ -425,6 +457,12 @@ def resolve_checkpoint(
             f"{option}={str(pretrained)!r}: neither a directory nor a model the hub or its cache could give "
             f"({type(error).__name__}: {error}); pass a local directory, or fetch it first with `hf download`"
         ) from error
+
+
+def commit_of(directory: Path) -> str | None:
+    """The commit of a snapshot in the hub's cache; None for any other directory."""
+    is_snapshot = directory.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", directory.name)
+    return directory.name if is_snapshot else None
 
 
 @dataclass(frozen=True, kw_only=True)

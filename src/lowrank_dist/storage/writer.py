@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,24 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lowrank_dist.errors import CheckpointError
+from lowrank_dist.storage.atomic import atomic_file
 from lowrank_dist.storage.dtypes import CODES, DTYPES
 from lowrank_dist.storage.reader import FileTensor, TensorInfo
 
-WEIGHT_FILES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+#: Configuration, tokenizer, processors and licence, by the names that transformers and the hub give them.
+BESIDE_WEIGHTS = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "vocab.bpe", "spiece.model", "*.tiktoken"),
+    *("tokenizer*.model", "tekken.json", "sentencepiece*.model", "chat_template*.jinja", "chat_template.json"),
+    *(
+        "preprocessor_config.json",
+        "processor_config.json",
+        "image_processor_config.json",
+        "video_preprocessor_config.json",
+    ),
+    *("feature_extractor_config.json", "config_sentence_transformers.json", "modules.json"),
+    *("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "README.md"),
+)
 MAX_BYTES = 5_000_000_000  # limit of one file, that of transformers
 
 
@@ -174,11 +189,25 @@ def _groups(tensors: Mapping[str, FileTensor], max_bytes: int) -> list[list[str]
     return groups
 
 
-def copy_other_files(source: Path, target: Path, *, leave: Sequence[str] = ()) -> None:
-    """Copy the files of a model's directory except weights and `leave`: configuration, tokenizer, licence."""
-    for path in source.iterdir():
-        if path.is_file() and not path.name.endswith(WEIGHT_FILES) and path.name not in leave:
-            shutil.copyfile(path, target / path.name)
+def copy_other_files(source: Path, target: Path) -> None:
+    """Copy the files beside the weights that belong to a model (`BESIDE_WEIGHTS`), and no others.
+
+    A link is followed only within `source`, or within the snapshots of the hub's cache that `source` is in.
+    """
+    within = [source.resolve()]
+    if source.parent.name == "snapshots":  # of <cache>/models--.../snapshots/<commit>, whose files are in blobs
+        within.append((source.parents[1] / "blobs").resolve())
+    for path in sorted(source.iterdir()):
+        real = path.resolve()
+        known = any(fnmatchcase(path.name, pattern) for pattern in BESIDE_WEIGHTS)
+        if known and real.is_file() and any(real.is_relative_to(directory) for directory in within):
+            shutil.copyfile(real, target / path.name)
+
+
+def write_report(path: Path, value: Mapping[str, Any], *, overwrite: bool = True) -> None:
+    """Write JSON to a file that a user has chosen; complete or absent (`lowrank_dist.storage.atomic.atomic_file`)."""
+    with atomic_file(path, overwrite=overwrite) as fresh:
+        write_json(fresh, value)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

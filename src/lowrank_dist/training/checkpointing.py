@@ -8,7 +8,7 @@ number of ranks resumes.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from datetime import timedelta
@@ -18,26 +18,39 @@ from typing import Any
 import lightning
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
+from lowrank_dist.checkpoints.codec import StateError
 from lowrank_dist.checkpoints.layout import TrainingCheckpoint
 from lowrank_dist.checkpoints.resuming import load_allocation, load_optimizer, load_parameters
 from lowrank_dist.checkpoints.saving import Saver
-from lowrank_dist.checkpoints.state import OWN_STATE, decode_training_state, encode_training_state, restore_rng
+from lowrank_dist.checkpoints.state import (
+    OWN_STATE,
+    check_loops,
+    check_schedules,
+    decode_training_state,
+    encode_training_state,
+    restore_engine,
+    restore_rng,
+)
 from lowrank_dist.checkpoints.writer import CheckpointWriter
 from lowrank_dist.distributed.gather_to_owner import gather_to_owners
 from lowrank_dist.distributed.group import ShardGroup
-from lowrank_dist.errors import CheckpointError
+from lowrank_dist.errors import CheckpointError, RemoteError
 from lowrank_dist.training.stage3 import Stage3Strategy
 from lowrank_dist.zero3.optimizer import ShardedOptimizer
 from lowrank_dist.zero3.partition import is_partitioned, local_shard, whole_shape
+
+#: Attributes of the Trainer, and names of their states in a checkpoint.
+LOOPS = ("fit_loop", "validate_loop", "test_loop", "predict_loop")
 
 
 class CheckpointedStrategy(Stage3Strategy):
     """DeepSpeed at ZeRO stage 3 with checkpoints of trained parameters only.
 
     A subclass calls `_checkpoints_with` once its model is sharded. `_resumed` is the checkpoint that was passed to the
-    Trainer, or None; it is reset once its state is restored.
+    Trainer, or None; it is reset once its state is restored. `resumed_from` keeps its directory.
 
     Parameters
     ----------
@@ -54,8 +67,11 @@ class CheckpointedStrategy(Stage3Strategy):
         self._writer: CheckpointWriter | None = None
         self._saver: Saver | None = None
         self._background: list[Future[None]] | None = None
+        self._saved_by: dict[str, Any] | None = None
         self._resumed: TrainingCheckpoint | None = None
+        self.resumed_from: Path | None = None
         self._resumed_state: dict[str, Any] = {}
+        self._candidates: list[Path] = []
 
     def _checkpoints_with(self, writer: CheckpointWriter) -> None:
         """Use `writer` for saves, and load the trained parameters of a resumed run. Collective.
@@ -116,6 +132,8 @@ class CheckpointedStrategy(Stage3Strategy):
                 allocation=None if self._allocation is None else self._allocation.state(),
             )
         facts: dict[str, Any] = {} if self._allocation is None else {"rank_by_layer": self._allocation.rank_by_layer}
+        if self._saved_by is not None:
+            facts["saved_by"] = self._saved_by
         facts |= {
             "step": trainer.global_step,
             "epoch": trainer.current_epoch,
@@ -142,19 +160,24 @@ class CheckpointedStrategy(Stage3Strategy):
         return {}
 
     @contextmanager
-    def background_saves(self) -> Iterator[list[Future[None]]]:
+    def background_saves(self, *, saved_by: Mapping[str, Any] | None = None) -> Iterator[list[Future[None]]]:
         """Inside, ``trainer.save_checkpoint`` returns once the state is copied; files are written in the background.
+
+        Parameters
+        ----------
+        saved_by
+            Who saves, for the manifest.
 
         Yields
         ------
         list of Future
             A future for each save that starts inside. ``result()`` waits for the save and raises its error.
         """
-        self._background = []
+        self._background, self._saved_by = [], None if saved_by is None else dict(saved_by)
         try:
             yield self._background
         finally:
-            self._background = None
+            self._background = self._saved_by = None
 
     @property
     def saver(self) -> Saver:
@@ -182,6 +205,10 @@ class CheckpointedStrategy(Stage3Strategy):
         """False, unlike in the parent class: the residual is formed from the factors in the checkpoint."""
         return False
 
+    def resume_from(self, candidates: Sequence[Path]) -> None:
+        """Let ``ckpt_path="last"`` mean the first of `candidates` that is not damaged; the caller passes the first."""
+        self._candidates = list(candidates)
+
     def load_checkpoint(
         self, checkpoint_path: str | os.PathLike[str], weights_only: bool | None = None
     ) -> dict[str, Any]:
@@ -191,23 +218,40 @@ class CheckpointedStrategy(Stage3Strategy):
         ------
         CheckpointError
             On every rank, if the directory is not a checkpoint, is damaged, or has no training state although the
-            Trainer fits.
+            Trainer fits. With ``ckpt_path="last"`` the next older checkpoint is tried first, and a line names the
+            damaged one.
         """
+        candidates = [os.fspath(checkpoint_path)]
+        if self._candidates and Path(checkpoint_path) == self._candidates[0]:
+            candidates = [os.fspath(path) for path in self._candidates]
+        candidates = self.broadcast(candidates)
+        for path, older in zip(candidates, [*candidates[1:], None], strict=True):
+            try:
+                return self._load_checkpoint(path)
+            except (CheckpointError, StateError, RemoteError) as error:  # on every rank
+                self._forget_resumed()
+                if older is None:
+                    raise
+                rank_zero_info(f"{error}; resuming from {older} instead")
+        raise AssertionError("there is always one candidate")
+
+    def _load_checkpoint(self, path: str) -> dict[str, Any]:
         trainer, group = self._trainer, self._group
-        path = self.broadcast(os.fspath(checkpoint_path))
         with group.shared_errors():
             resumed = TrainingCheckpoint(path)
             if trainer.state.fn == TrainerFn.FITTING and not resumed.has_training_state:
                 raise CheckpointError(
                     f"ckpt_path={path!r} was saved with weights_only: there is nothing to resume from"
                 )
+        self._resumed, self.resumed_from = resumed, resumed.directory
         resumed.verify(group)
-        self._resumed = resumed
         if not resumed.has_training_state:
             return {"pytorch-lightning_version": lightning.__version__, "state_dict": {}}
         with group.shared_errors():
+            loops = {name: getattr(trainer, name).state_dict() for name in LOOPS}
             state = decode_training_state(resumed, accumulate_grad_batches=trainer.accumulate_grad_batches)
-        self._resumed_state = state.pop(OWN_STATE)
+            check_loops(state.get("loops", {}), loops)
+        self._resumed_state = {**state.pop(OWN_STATE), "schedules": state.get("lr_schedulers", [])}
         return state
 
     def _load_training_state(self) -> None:
@@ -233,8 +277,10 @@ class CheckpointedStrategy(Stage3Strategy):
                 self._group,
                 state=state["allocation"],
             )
-        for counter, value in state["engine"].items():
-            setattr(engine, counter, value)
+        with self._group.shared_errors():
+            restore_engine(state["engine"], engine)
+            own = [config.scheduler.state_dict() for config in self.lr_scheduler_configs]
+            check_schedules(state["schedules"], own)
 
     def on_train_start(self) -> None:
         super().on_train_start()

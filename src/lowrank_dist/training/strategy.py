@@ -69,7 +69,8 @@ class PiSSAStrategy(ModelStrategy):
         Number of ranks that decompose each matrix together; it must divide the number of ranks. None: a cost model,
         measured at start, decides for every matrix (`lowrank_dist.decomposition.schedule`).
     revision
-        Revision of a hub id.
+        Revision of the hub id `pretrained`: of its weights, and of the configuration and tokenizer that
+        `CausalLMModule` and `SFTDataModule` read by the same id. Checkpoints record the commit.
     untie_embeddings
         Give a head that is tied to the input embedding its own weight, so that either can be a target. Both are read
         from the same pretrained tensor, which then counts twice in ``init_report.bytes_read``.

@@ -15,6 +15,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from helpers.ranks import run_ranks, run_ranks_catching
+from helpers.staging import RANDOM
 from helpers.training import STEPS, CausalLM, fit, loader, make_strategy, make_trainer
 from lowrank_dist import NF4, SVFT, AdapterCheckpoint, LoftQ, LoRA, LoRAXS, PiSSA
 
@@ -166,17 +167,48 @@ def go_on_with_last(pretrained: Path, output: Path) -> tuple[int, list[float]]:
     return seen[0], model.losses
 
 
-def test_last_is_the_newest_complete_one(llama: Path, begun: Begun, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["manifest", "junk", "tensor", "state"])
+def test_last_is_the_newest_good_one(llama: Path, begun: Begun, tmp_path: Path, damage: str) -> None:
+    """Damaged in the manifest, which the search finds, or in what only the comparison with the hashes finds."""
     output, whole = begun()
     shutil.copytree(output, tmp_path, dirs_exist_ok=True)
     newest = tmp_path / f"step={STEPS}"
-    manifest = json.loads((newest / "lowrank_dist.json").read_text())
-    (newest / "lowrank_dist.json").write_text(json.dumps({**manifest, "step": 999}))  # damaged
-    (tmp_path / ".step=9.partial").mkdir()
+    manifest = newest / "lowrank_dist.json"
+    if damage == "manifest":
+        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "step": 999}))
+    elif damage == "junk":
+        manifest.write_text('{"kind": ["checkpoint"], "format": 3, "step": {"a": "x"}, "hashes": 7}')
+    else:
+        file = newest / ("optimizer.safetensors" if damage == "tensor" else "state.json")
+        data = bytearray(file.read_bytes())
+        data[-5] ^= 1
+        file.write_bytes(data)
+    (tmp_path / f".step=9.{RANDOM}.partial").mkdir()
     step, losses = run_ranks(2, go_on_with_last, llama, tmp_path)[0]
     assert step == CUT
     assert losses == pytest.approx(whole[CUT:], rel=1e-5)
-    assert not (tmp_path / ".step=9.partial").exists()
+    assert not (tmp_path / f".step=9.{RANDOM}.partial").exists()
+
+
+def begin_from_a_cache(pretrained: Path, output: Path, options: dict[str, Any]) -> list[float]:
+    return begin(pretrained, output, {"init_cache": output.parent / "cache", **options})
+
+
+@pytest.mark.parametrize("damage", ["removed", "changed"])
+def test_a_run_from_a_cache_resumes_without_it(llama: Path, tmp_path: Path, damage: str) -> None:
+    """QPiSSA's residual encodes other factors than the initial ones; the checkpoint has both. Tolerance: sum order."""
+    options = {"init": PiSSA(quantization_iterations=3)}
+    whole = run_ranks(2, begin_from_a_cache, llama, tmp_path / "out", options)[0]
+    if damage == "removed":
+        shutil.rmtree(tmp_path / "cache")
+    else:
+        (entry,) = (tmp_path / "cache").iterdir()
+        data = bytearray((entry / "model.safetensors").read_bytes())
+        data[-700] ^= 1
+        (entry / "model.safetensors").write_bytes(data)
+    options["init_cache"] = tmp_path / "cache"
+    losses = run_ranks(2, go_on, llama, tmp_path / "out" / f"step={CUT}", options)[0]
+    assert losses == pytest.approx(whole[CUT:], rel=1e-5)
 
 
 def test_without_any_the_run_begins_anew(llama: Path, tmp_path: Path) -> None:

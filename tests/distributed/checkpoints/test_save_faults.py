@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
+import json
 import logging
 import os
 import random
+import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,15 @@ from torch import Tensor
 from helpers.faults import full_disk_at, kill_at, little_room_at
 from helpers.loggers import RecordingLogger
 from helpers.ranks import alone, run_ranks, run_ranks_catching
+from helpers.staging import RANDOM
 from helpers.training import BATCHES, ByStep, loader, make_strategy, make_trainer, recorded
 from lowrank_dist import AdapterCheckpoint, LoRA
 from lowrank_dist.checkpoints.layout import TrainingCheckpoint, newest_checkpoint
 from lowrank_dist.distributed.group import ShardGroup
-from lowrank_dist.storage.atomic import staging_of
+from lowrank_dist.storage.atomic import exclusive
+from lowrank_dist.storage.layout import MANIFEST, sealed
+from lowrank_dist.storage.lock import Lock
+from lowrank_dist.storage.verify import file_digest
 
 STEPS = 16
 
@@ -70,6 +76,10 @@ def train(
     return {"begun": begun[0], "best": checkpoint.best_model_path, "told": logger.told, "said": said}
 
 
+def train_with(pretrained: Path, output: Path, options: dict[str, Any]) -> dict[str, Any]:
+    return train(pretrained, output, **options)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
     """Losses of a run that nothing happens to, by step."""
@@ -95,9 +105,12 @@ def newest_step(output: Path) -> int:
 # -- kill -9 ----------------------------------------------------------------------------------------------------------
 
 
+LINKED = {"save_last": "link"}
+
+
 def train_and_die(pretrained: Path, output: Path, call: int, victims: list[int], trigger: int) -> dict[str, Any]:
     kill_at(call, victims, trigger)
-    return train(pretrained, output)
+    return train(pretrained, output, callback=LINKED)
 
 
 @pytest.mark.parametrize(
@@ -117,9 +130,13 @@ def test_kills_while_saving(
         assert all(error is not None for _, error in outcomes)
         assert newest_step(output) >= reached
         reached = newest_step(output)
+        assert all(path.exists() for path in output.glob("last"))  # the link leads to a whole one
     else:
         assert reached > 0
-    result = run_ranks(2, train, llama, output)[0] if reached < STEPS else {"begun": reached}
+    result = {"begun": reached}
+    if reached < STEPS:
+        result = run_ranks(2, train_with, llama, output, {"callback": LINKED})[0]
+        assert sorted(path.name for path in output.iterdir()) == ["last", f"step={STEPS}"]
     assert result["begun"] == reached
     assert newest_step(output) == STEPS
     assert not [path for path in output.iterdir() if path.name.startswith(".")]
@@ -206,18 +223,95 @@ def test_training_goes_on_beside_a_full_disk(
     assert newest_step(output) == 8
 
 
+# -- what dead runs left, and what a file says ------------------------------------------------------------------------
+
+
+def test_superseded_checkpoints_are_swept_at_resume(llama: Path, tmp_path: Path) -> None:
+    """Those of this callback, which a killed attempt had no time to remove; not what it did not write."""
+    output = tmp_path / "out"
+    run_ranks(2, train_with, llama, output, {"steps": 8, "callback": {"save_top_k": -1}})
+    manifest = json.loads((output / "step=4" / MANIFEST).read_text())
+    manifest.pop("saved_by")  # by `trainer.save_checkpoint`, or another program
+    (output / "step=4" / MANIFEST).write_text(json.dumps(sealed(manifest)))
+    (output / "last").symlink_to("step=6")
+    (output / "notes").mkdir()
+    run_ranks(2, train_with, llama, output, {"steps": 12, "callback": LINKED})
+    assert sorted(path.name for path in output.iterdir()) == ["last", "notes", "step=12", "step=4"]
+    assert os.readlink(output / "last") == "step=12"
+
+
+def forge(checkpoint: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the state, and make all digests fit: whoever can write the files can do that."""
+    state, manifest = checkpoint / "state.json", json.loads((checkpoint / MANIFEST).read_text())
+    value = json.loads(state.read_text())
+    change(value)
+    state.write_text(json.dumps(value))
+    manifest["files"]["state.json"] = file_digest(state)
+    (checkpoint / MANIFEST).write_text(json.dumps(sealed(manifest)))
+
+
+def test_a_forged_state_removes_nothing_and_sets_nothing(llama: Path, tmp_path: Path) -> None:
+    output, thesis = tmp_path / "out", tmp_path / "thesis"
+    for directory in (thesis, output / "adapters"):
+        directory.mkdir(parents=True)
+        (directory / "chapter-1").touch()
+
+    def other_paths(state: dict[str, Any]) -> None:
+        text = json.dumps(state["callbacks"]).replace(f"{output}/step=2", f"{output}/adapters/../../thesis")
+        state["callbacks"] = json.loads(text)
+        assert "thesis" in text
+
+    def other_names(state: dict[str, Any]) -> None:
+        for counts in ("current", "total"):
+            state["loops"]["fit_loop"]["epoch_progress"][counts]["reset"] = 1
+
+    run_ranks(2, train_with, llama, output, {"steps": 2})
+    forge(output / "step=2", other_paths)
+    result = run_ranks(2, train_with, llama, output, {"steps": 4})[0]
+    assert any("is no checkpoint in" in text for text in result["said"])
+    assert (thesis / "chapter-1").exists()
+    assert (output / "adapters" / "chapter-1").exists()
+    assert sorted(path.name for path in checkpoints(output)) == ["adapters", "step=2", "step=4"]
+    forge(output / "step=4", other_names)
+    shutil.rmtree(output / "step=2")  # or the run would resume from this one
+    for _, error in run_ranks_catching(2, train_with, llama, output, {"steps": 6}):
+        assert "epoch_progress.total has no 'reset' here" in str(error)
+
+
+def test_a_directory_of_something_else_is_not_replaced(llama: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    (output / "step=2").mkdir(parents=True)
+    (output / "step=2" / "chapter-1").touch()
+    options = {"steps": 4, "callback": {"enable_version_counter": False}}
+    for _, error in run_ranks_catching(2, train_with, llama, output, options):
+        assert "was not written by lowrank_dist" in str(error)
+    assert [path.name for path in output.rglob("*")] == ["step=2", "chapter-1"]
+
+
 # -- two runs ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_second_run_is_refused_and_leaves_the_first_alone(llama: Path, tmp_path: Path) -> None:
+    """Before anything is read; what is being written is not swept. A name of a checkpoint can be taken as well."""
     output = tmp_path / "out"
-    staging = staging_of(output / "step=2")
-    staging.mkdir(parents=True)
-    (staging / "of another run").touch()
-    descriptor = os.open(staging, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    run_ranks(2, train_with, llama, output, {"steps": 2})
+    lock = Lock(output / ".run.lock", "out")
+    lock.attempt()
+    (output / f".step=4.{RANDOM}.partial").mkdir()
     for _, error in run_ranks_catching(2, train, llama, output):
-        assert "another run is writing it" in str(error)
-    assert (staging / "of another run").exists()
-    os.close(descriptor)
+        assert f"another run is writing it (process {os.getpid()} on " in str(error)
+        assert "two runs in one dirpath would remove each other's checkpoints" in str(error)
+    assert sorted(os.listdir(output)) == [".run.lock", f".step=4.{RANDOM}.partial", "step=2"]
+    lock.release()
+    with exclusive(output / "step=4"):
+        for _, error in run_ranks_catching(2, train, llama, output):
+            assert "another run is writing it" in str(error)
     assert run_ranks(2, train, llama, output)[0]["best"] == str(output / f"step={STEPS}")
+    assert os.listdir(output) == [f"step={STEPS}"]
+
+
+def test_where_nothing_can_be_written(llama: Path, tmp_path: Path) -> None:
+    """One line on every rank, at set-up."""
+    (tmp_path / "file").touch()
+    for _, error in run_ranks_catching(2, train, llama, tmp_path / "file" / "out"):
+        assert "checkpoints cannot be written there ([Errno 20] Not a directory" in str(error)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import textwrap
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +26,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from helpers.faults import kill_after_commits
 from helpers.models import save_checkpoint
-from helpers.ranks import run_ranks, run_ranks_catching
+from helpers.ranks import alone, run_ranks, run_ranks_catching
+from helpers.staging import staging_of
 from helpers.training import CausalLM, dense_state, fit, loader, make_trainer, tokens
 from lowrank_dist import NF4, LoftQ, LoRA, PiSSA, PiSSAStrategy
 from lowrank_dist.decomposition.schedule import Sharding
@@ -30,8 +36,10 @@ from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.model.plan import open_plan
 from lowrank_dist.quantization.dense import Dense
 from lowrank_dist.residual_model.create import decompose
-from lowrank_dist.storage.atomic import staging_of
+from lowrank_dist.storage.layout import CONFIG, MANIFEST
+from lowrank_dist.storage.lock import Lock, Owner, lock_of
 from lowrank_dist.storage.reader import CheckpointReader
+from lowrank_dist.storage.verify import damage
 
 FP32 = torch.float32
 
@@ -50,7 +58,7 @@ def write(
     walk = Walk(reader, ShardGroup(), init=init or PiSSA(), residual=residual or NF4(), factor_dtype=FP32)
     decompose(
         plan, walk, output, adapter=config, base=str(pretrained), sharding=options.get("sharding"),
-        overwrite=options.get("overwrite", False),
+        overwrite=options.get("overwrite", False), announce=options.get("announce", lambda _: None),
     )  # fmt: skip
     return reader.bytes_read
 
@@ -295,17 +303,23 @@ def test_killed_at_any_moment_a_rerun_goes_on(llama: Path, tmp_path: Path, victi
         run_ranks_catching(2, write_and_die, llama, output, 0.005 * attempt * (attempt + 1), victim)
         if output.exists():
             break
-        journal = staging_of(output) / "journal.jsonl"
-        lines = len(journal.read_text().splitlines()) if journal.exists() else 0
+        journals = list(tmp_path.glob(".out.*.partial/journal.jsonl"))
+        lines = len(journals[0].read_text().splitlines()) if journals else 0
         assert lines >= kept
         kept = lines
     run_ranks(2, write, llama, output, PiSSA(quantization_iterations=5), None, TOGETHER)
-    assert not staging_of(output).exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
     for file in ("model.safetensors", "pissa_init/adapter_model.safetensors"):
         assert (output / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
 def test_what_is_in_the_way_is_not_touched(llama: Path, tmp_path: Path) -> None:
+    thesis = tmp_path / "thesis"
+    thesis.mkdir()
+    (thesis / "chapter-1").touch()
+    for _, error in run_ranks_catching(2, write, llama, thesis, LoRA(), NF4(), {"overwrite": True}):
+        assert "was not written by lowrank_dist" in str(error)
+    assert [path.name for path in thesis.iterdir()] == ["chapter-1"]
     run_ranks(1, write, llama, tmp_path / "out", PiSSA(), NF4())
     before = (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns
     for _, error in run_ranks_catching(2, write, llama, tmp_path / "out", LoRA(), NF4()):
@@ -332,14 +346,125 @@ def test_a_full_disk_is_an_error_on_every_rank(llama: Path, tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
-def test_a_second_writer_is_refused(llama: Path, tmp_path: Path) -> None:
-    import fcntl
+def test_many_jobs_on_one_cache_wait_for_the_first(llama: Path, tmp_path: Path) -> None:
+    """Four processes at once and no ``flock``; the first that gets the lock is killed in the middle, by ``kill -9``.
 
-    staging = staging_of(tmp_path / "out")
-    staging.mkdir()
-    descriptor = os.open(staging, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    for _, error in run_ranks_catching(2, write, llama, tmp_path / "out"):
-        assert "another run is writing it" in str(error)
-    os.close(descriptor)
-    run_ranks(2, write, llama, tmp_path / "out")
+    Each of the others finishes; all but the one that takes over say who holds the lock and start from its result.
+    """
+    program = f"""
+        import fcntl, json, os
+        from pathlib import Path
+        from distributed.residual_model.test_create import write_one_of_many
+
+        def refused(*_):
+            raise OSError(38, "no locks on this file system")
+
+        fcntl.flock = fcntl.lockf = refused
+        directory, jobs = Path({str(tmp_path)!r}), []
+        for job in range(4):  # they import only once
+            jobs.append(os.fork())
+            if jobs[-1] == 0:
+                write_one_of_many(Path({str(llama)!r}), directory, job)
+                os._exit(0)
+        print("ended:", json.dumps([os.waitstatus_to_exitcode(os.waitpid(job, 0)[1]) for job in jobs]))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], text=True, capture_output=True, check=True)
+    codes = json.loads(done.stdout.partition("ended:")[2])
+    assert sorted(codes) == [-signal.SIGKILL, 0, 0, 0], done
+    said = [json.loads((tmp_path / f"job{job}.json").read_text()) for job, code in enumerate(codes) if code == 0]
+    assert sum(any("another run is writing it (process " in line for line in lines) for lines, _ in said) >= 2, said
+    assert sorted(bytes_read > 0 for _, bytes_read in said) == [False, False, True], said
+    run_ranks(1, write, llama, tmp_path / "whole")
+    for file in ("model.safetensors", "pissa_init/adapter_model.safetensors"):
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def write_one_of_many(pretrained: Path, directory: Path, job: int) -> None:
+    """Write, and record what was said and the bytes that were read. The first that gets so far dies midway."""
+    import lowrank_dist.residual_model.writer as module
+
+    module.FLUSH_BYTES, commit, left = 1, module.ResidualModelWriter.commit, iter(range(3))
+
+    def counted(writer: module.ResidualModelWriter) -> None:
+        commit(writer)
+        if next(left, None) is None:
+            with suppress(FileExistsError):
+                (directory / "killed").mkdir()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    module.ResidualModelWriter.commit = counted  # type: ignore[method-assign]
+    said: list[str] = []
+    bytes_read = write(pretrained, directory / "out", options={"announce": said.append})
+    (directory / f"job{job}.json").write_text(json.dumps([said, bytes_read]))
+
+
+def test_a_dead_holder_on_another_host_is_waited_for_and_then_replaced(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = Owner(host="node7", pid=1234, started="1", machine="0" * 16, since=1_700_000_000)
+    path, said = lock_of(tmp_path / "out"), list[str]()
+    path.mkdir()
+    (path / elsewhere.token()).touch()  # its last sign of life; it is dead after `stale_after`
+    monkeypatch.setattr("lowrank_dist.residual_model.writer.Lock", functools.partial(Lock, beat=0.3, stale_after=2))
+    write(llama, tmp_path / "out", options={"announce": said.append})
+    assert len([line for line in said if "process 1234 on node7" in line]) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def damage_and_write_again(pretrained: Path, output: Path) -> list[tuple[str | None, list[str], bool]]:
+    """For one file after the other, change a byte: what is found, what the next run says, and whether it mends it."""
+    group, outcomes = ShardGroup(), []
+    write(pretrained, output, LoRA(), NF4())
+    initial = ("lora_init/adapter_model.safetensors", "lora_init/adapter_config.json")
+    whole = {file: (output / file).read_bytes() for file in ("model.safetensors", *initial)}
+    for file in (*whole, MANIFEST):
+        if group.rank == 0:
+            data = bytearray((output / file).read_bytes())
+            data[-5 if file.endswith("safetensors") else data.index(b"base") + 1] ^= 1
+            (output / file).write_bytes(data)
+        group.gather_objects(None)
+        found, said = damage(output, group), list[str]()
+        write(pretrained, output, LoRA(), NF4(), {"announce": said.append})
+        outcomes.append((found, said, all((output / name).read_bytes() == data for name, data in whole.items())))
+        group.gather_objects(None)  # before the next file is changed
+    return outcomes
+
+
+def test_a_changed_byte_is_found_and_the_model_written_again(llama: Path, tmp_path: Path) -> None:
+    """In the residual, the initial adapter, its configuration, and the manifest."""
+    for outcomes in run_ranks(2, damage_and_write_again, llama, tmp_path / "out"):
+        assert len(outcomes) == 4
+        for (found, said, mended), file in zip(outcomes, ("model", "adapter_model", CONFIG, MANIFEST), strict=True):
+            assert found is not None
+            assert file in found
+            assert "differs from what was written" in found
+            assert any("it is decomposed again" in line for line in said)
+            assert mended
+
+
+def test_a_damaged_model_is_not_trained_on(llama: Path, tmp_path: Path) -> None:
+    run_ranks(1, write, llama, tmp_path / "out", PiSSA(), NF4())
+    flip_a_byte(tmp_path / "out" / "pissa_init" / "adapter_model.safetensors")
+    for _, error in run_ranks_catching(2, start_here, tmp_path / "out", {}):
+        assert "differs from what was written" in str(error)
+
+
+@alone
+def lossy(pretrained: Path, output: Path) -> None:
+    """Write, while one write of rank 1 is lost, as another program or a disk may lose it."""
+    import lowrank_dist.storage.writer as module
+
+    if ShardGroup().rank == 1:
+        real, lost = os.pwrite, iter([True])
+        module.os.pwrite = lambda fd, data, offset: len(data) if next(lost, False) else real(fd, data, offset)
+    write(pretrained, output, LoRA(), NF4())
+
+
+def test_what_did_not_reach_the_disk_is_not_published(llama: Path, tmp_path: Path) -> None:
+    for _, error in run_ranks_catching(2, lossy, llama, tmp_path / "out"):
+        assert "differs from what was written" in str(error)
+    assert not (tmp_path / "out").exists()
+    run_ranks(2, write, llama, tmp_path / "out", LoRA(), NF4())
+    run_ranks(1, write, llama, tmp_path / "whole", LoRA(), NF4())
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()

@@ -20,6 +20,7 @@ from helpers.checkpoints import load_lora
 from helpers.command import lowrank_dist
 from helpers.faults import kill_after_commits
 from helpers.ranks import alone, run_ranks, run_ranks_catching
+from helpers.staging import staging_of
 from helpers.training import BATCHES, ByStep, CausalLM, initial_factors, loader, make_strategy, make_trainer, tokens
 from lowrank_dist import EVA, NF4, QERA, AdapterCheckpoint, Calibration, CorDA, LoRAGA, PiSSAStrategy
 from lowrank_dist.calibration.measure import draw, step_name
@@ -28,7 +29,6 @@ from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import InputError
 from lowrank_dist.methods import Method
 from lowrank_dist.model.names import peft_name
-from lowrank_dist.storage.atomic import staging_of
 from lowrank_dist.training.module import CausalLMModule
 
 

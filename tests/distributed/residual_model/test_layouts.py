@@ -21,6 +21,7 @@ from helpers.checkpoints import load_lora
 from helpers.faults import kill_after_commits
 from helpers.models import save_checkpoint
 from helpers.ranks import run_ranks, run_ranks_catching
+from helpers.staging import staging_of
 from helpers.training import CausalLM, loader, make_strategy, make_trainer, tokens
 from lowrank_dist import NF4, SVFT, LoRAXS, PiSSA, PiSSAStrategy
 from lowrank_dist.decomposition.schedule import Sharding
@@ -29,7 +30,6 @@ from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.model.plan import open_plan
 from lowrank_dist.quantization.dense import Dense
 from lowrank_dist.residual_model.create import decompose
-from lowrank_dist.storage.atomic import staging_of
 from lowrank_dist.storage.inspect import inspect
 from lowrank_dist.storage.reader import CheckpointReader
 

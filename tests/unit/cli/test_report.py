@@ -22,6 +22,11 @@ def test_matrices_without_an_adapter(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert first.split() == ["q_proj", "1", "6", "x", "4", "-", "-", "-", "-", "-", "1.00e-01", "-", "-", "0.0"]
     assert second.split()[5] == "2"
     assert "50.0%" in second
+    figures = ["report", str(report), "--json", str(tmp_path / "figures.json")]
+    assert main(figures) == 0
+    assert main(figures) == 1
+    assert "figures.json: exists; choose another path or pass overwrite" in capsys.readouterr().err
+    assert main([*figures, "--picture", str(tmp_path / "report.png"), "--overwrite"]) == 0
 
 
 def test_no_matrices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

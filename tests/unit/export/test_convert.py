@@ -248,7 +248,7 @@ def test_dtypes_are_rounded_to_once(tmp_path: Path, case: str, rank: int | None,
     """
     base = save_checkpoint(tmp_path / "base", CASES[case].architecture)
     made = make_checkpoint(tmp_path / "step", base, config_of(CASES[case]), change=1e-3, **CASES[case].options)
-    for rounded_to in (dtype, torch.float32):
+    for rounded_to in {dtype, torch.float32}:
         convert_checkpoint(made.directory, tmp_path / str(rounded_to), rank=rank, dtype=rounded_to)
     tensors, _ = read_adapter(tmp_path / str(dtype))
     assert {tensor.dtype for tensor in tensors.values()} == {dtype}
@@ -315,7 +315,7 @@ def test_ranks_that_servers_take(
     done = convert_checkpoint(made.directory, tmp_path / "lora", rank=rank)
     assert list(done.alternatives) == alternatives
     for other, energy in done.alternatives.items():
-        again = convert_checkpoint(made.directory, tmp_path / "again", rank=other)
+        again = convert_checkpoint(made.directory, tmp_path / "again", rank=other, overwrite=True)
         assert energy.matrices == pytest.approx(again.energy.matrices, rel=1e-12)
 
 
@@ -331,10 +331,28 @@ def test_the_checkpoint_is_not_replaced(tmp_path: Path, llama: Path) -> None:
     made = make_checkpoint(tmp_path / "run" / "step", llama, config_of(CASES["plain"]))
     outputs = [made.directory / part for part in (".", "..", "../other/../step", "adapter", "adapter_init")]
     for output in outputs:
-        with pytest.raises(InputError, match="would replace the files that it is made from"):
+        with pytest.raises(InputError, match="is or contains what it would be made from"):
             convert_checkpoint(made.directory, output)
     convert_checkpoint(made.directory, made.directory / "lora", rank=1)
     assert (made.directory / "adapter").is_dir()
+
+
+def test_only_a_conversion_is_replaced(tmp_path: Path, llama: Path) -> None:
+    """Refused before anything is read, the second time even on request."""
+    made, thesis = make_checkpoint(tmp_path / "step", llama, config_of(CASES["plain"])), tmp_path / "thesis"
+    lora = convert_checkpoint(made.directory, tmp_path / "lora").path
+    before = (lora / "adapter_config.json").stat().st_ino
+    with pytest.raises(InputError, match="exists and is not empty; choose another directory or pass overwrite"):
+        convert_checkpoint(made.directory, lora, rank=1)
+    assert (lora / "adapter_config.json").stat().st_ino == before
+    assert convert_checkpoint(made.directory, lora, rank=1, overwrite=True).rank == 1
+    thesis.mkdir()
+    (thesis / "chapter-1").touch()
+    for checkpoint in (made.directory, tmp_path / "no such checkpoint"):
+        with pytest.raises(InputError, match="was not written by lowrank_dist"):
+            convert_checkpoint(checkpoint, thesis, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lora", "step", "thesis"]
+    assert [path.name for path in thesis.iterdir()] == ["chapter-1"]
 
 
 def change_tensor(directory: Path, part: str, value: float) -> str:
@@ -377,7 +395,7 @@ def test_scalings_that_cannot_be_known(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not say which factors belong to which of the parameters"):
         convert_checkpoint(made.directory, tmp_path / "lora", rank=2)
     for dtype, tolerance in ((None, 1e-4), (torch.bfloat16, 1e-2)):
-        done = convert_checkpoint(made.directory, tmp_path / "lora", dtype=dtype)
+        done = convert_checkpoint(made.directory, tmp_path / "lora", dtype=dtype, overwrite=True)
         assert (done.uniform, done.alternatives) == (False, {})
         model = load_lora(base, done.path)
         torch.testing.assert_close(logits(model), logits(made.merged), rtol=tolerance, atol=tolerance)

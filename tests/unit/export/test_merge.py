@@ -34,7 +34,7 @@ from lowrank_dist.cli import merge as command
 from lowrank_dist.errors import CheckpointError, InputError, ModelError
 from lowrank_dist.export.convert import convert_checkpoint
 from lowrank_dist.export.merge import merge_checkpoint
-from lowrank_dist.storage.atomic import exclusive, staging_of
+from lowrank_dist.storage.atomic import exclusive
 from lowrank_dist.storage.reader import CheckpointReader
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -222,7 +222,11 @@ def test_what_is_not_adapted_is_copied(tmp_path: Path) -> None:
     adapter = save_peft(draw(base, Case("mixtral", {"target_modules": ["q_proj"]}), 1), tmp_path / "adapter")
     tensors = load_file(base / "model.safetensors") | {"extra.steps": torch.tensor(3), "extra.f": torch.rand(2)}
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    for name in ("tokenizer.json", "tokenizer.model", "LICENSE", "pytorch_model.bin", "adapter_config.json"):
+    secret = tmp_path / "secret"
+    secret.write_text("password")
+    (base / "vocab.json").symlink_to(secret)
+    others = (".env", "notes.txt", "token", "pytorch_model.bin", "adapter_config.json", "modeling.py")
+    for name in ("tokenizer.json", "tokenizer.model", "LICENSE", *others):
         (base / name).write_text("{}")
     output = merge_checkpoint(adapter, tmp_path / "merged")
     found = tensors_of(output)
@@ -231,7 +235,7 @@ def test_what_is_not_adapted_is_copied(tmp_path: Path) -> None:
         assert torch.equal(found[name], tensor) == ("q_proj" not in name)
     names = {path.name for path in output.iterdir()}
     expected = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "LICENSE"}
-    assert names == expected | {"model.safetensors"}
+    assert names == expected | {"model.safetensors", "lowrank_dist.json"}
     assert (output / "config.json").read_text() == (base / "config.json").read_text()
 
 
@@ -494,9 +498,9 @@ def test_what_is_in_the_way(pair: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     refused(InputError, adapter, tmp_path / "file", "is not a directory", overwrite=True)
     for path in (base, adapter, base.parent):
-        refused(InputError, adapter, path, "is or contains an input of the merge", overwrite=True)
+        refused(InputError, adapter, path, "is or contains what it would be made from", overwrite=True)
     refused(InputError, adapter, tmp_path / "other", "max_file_bytes=0 must be positive", max_file_bytes=0)
-    with exclusive(staging_of(tmp_path / "other")):
+    with exclusive(tmp_path / "other"):
         refused(InputError, adapter, tmp_path / "other", "another run is writing it")
 
 

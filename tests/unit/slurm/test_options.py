@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lowrank_dist.slurm import SubmitOptions
-from lowrank_dist.slurm.options import point_overrides
+from lowrank_dist.slurm.options import SubmitError, point_overrides
 
 
 @given(
@@ -28,3 +30,22 @@ def test_a_sweep_is_a_grid_and_rank_keeps_its_scaling() -> None:
     assert len(points) == 4
     adapter = "--trainer.strategy.init_args.adapter.init_args"
     assert point_overrides(points[1]) == [f"{adapter}.r=16", f"{adapter}.lora_alpha=16", "--model.warmup_ratio=0.1"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"name": "job\n#SBATCH --uid=0"},
+        {"partition": "gpu\nrm -rf ~"},
+        {"config": ("a\x1b[2Jb.yaml",)},
+        {"overrides": ("--model.lr=1\r--trainer.devices=1",)},
+        {"sbatch": ("comment=a\u2028b",)},
+        {"sweep": ("lr=1e-4,\x00",)},
+        {"setup": ("module load a\nmodule load b",)},
+    ],
+)
+def test_control_characters_are_refused(options: dict[str, Any]) -> None:
+    """A newline would become a line of the script."""
+    with pytest.raises(SubmitError, match=f"--{next(iter(options))} .*: has the control character") as caught:
+        SubmitOptions(**{"config": ("x",), **options})
+    assert str(caught.value).isprintable()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import json
 import os
 import shutil
@@ -17,17 +16,23 @@ from types import SimpleNamespace
 import pytest
 
 import lowrank_dist.storage.atomic as directories
+from helpers.staging import RANDOM
 from lowrank_dist.errors import InputError
 from lowrank_dist.storage.atomic import (
     atomic_directory,
+    atomic_file,
     check_free,
+    check_target,
     exclusive,
+    private_directory,
+    put_link,
     remove_directory,
     restore_replaced,
-    staging_of,
     sweep,
 )
-from lowrank_dist.storage.writer import write_json
+from lowrank_dist.storage.layout import MANIFEST
+from lowrank_dist.storage.lock import Lock, lock_of
+from lowrank_dist.storage.writer import write_json, write_report
 
 
 def test_a_directory_is_complete_or_absent(tmp_path: Path) -> None:
@@ -37,8 +42,7 @@ def test_a_directory_is_complete_or_absent(tmp_path: Path) -> None:
         raise RuntimeError("half-way")
     assert list(tmp_path.iterdir()) == []
     for value in (1, 2):
-        with atomic_directory(target) as staging:
-            write_json(staging / "a.json", {"value": value})
+        put(target, value)
     assert json.loads((target / "a.json").read_text()) == {"value": 2}
     assert list(tmp_path.iterdir()) == [target]
 
@@ -78,17 +82,17 @@ def test_the_disk_is_the_one_that_the_target_will_be_on(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_the_previous_directory(tmp_path: Path) -> None:
-    with atomic_directory(tmp_path / "out") as staging:
-        write_json(staging / "a.json", {"old": 1})
-    with pytest.raises(OSError, match="No space left"), atomic_directory(tmp_path / "out") as staging:
+    put(tmp_path / "out", 1)
+    with pytest.raises(OSError, match="No space left"), atomic_directory(tmp_path / "out", overwrite=True) as staging:
         (staging / "full").symlink_to("/dev/full")
         (staging / "full").write_text("x" * 100_000)
-    assert json.loads((tmp_path / "out" / "a.json").read_text()) == {"old": 1}
+    assert value_of(tmp_path / "out") == 1
     assert os.listdir(tmp_path) == ["out"]
 
 
 def put(target: Path, value: int) -> None:
-    with atomic_directory(target) as staging:
+    with atomic_directory(target, overwrite=True) as staging:
+        write_json(staging / MANIFEST, {})
         write_json(staging / "a.json", {"value": value})
 
 
@@ -138,22 +142,30 @@ def test_a_link_is_replaced_not_followed(tmp_path: Path) -> None:
 
 def test_remains_are_swept(tmp_path: Path) -> None:
     put(tmp_path / "kept", 1)
-    (tmp_path / ".half.partial").mkdir()
-    (tmp_path / ".half.partial" / "x").touch()
-    put(tmp_path / ".kept.old", 0)  # killed before the one that was replaced had gone
-    put(tmp_path / ".removed.old", 0)  # killed while it was removed
-    put(tmp_path / ".between.old", 5)  # killed between two renames
-    (tmp_path / ".between.partial").mkdir()
+    (tmp_path / f".half.{RANDOM}.partial").mkdir()
+    (tmp_path / f".half.{RANDOM}.partial" / "x").touch()
+    put(tmp_path / f".kept.{RANDOM}.old", 0)  # killed before the one that was replaced had gone
+    put(tmp_path / f".removed.{RANDOM}.removed", 0)  # killed while it was removed
+    put(tmp_path / f".between.{RANDOM}.old", 5)  # killed between two renames
+    (tmp_path / f".between.{RANDOM}.partial").mkdir()
+    put(tmp_path / f".first.{RANDOM}.old", 6)  # killed while it was renamed, before any other was built
+    (tmp_path / f".last.{RANDOM}.link").symlink_to("kept")
+    dead = Lock(lock_of(tmp_path / "kept"), "kept")
+    dead.attempt()
+    shutil.copytree(tmp_path / ".kept.lock", tmp_path / ".dead.lock")
+    dead.release()
+    (token,) = (tmp_path / ".dead.lock").iterdir()
+    token.rename(token.with_name(token.name.replace(f"_{os.getpid()}_", "_999999999_")))
     sweep(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == ["between", "kept"]
+    assert sorted(os.listdir(tmp_path)) == ["between", "first", "kept"]
     assert value_of(tmp_path / "between") == 5
     sweep(tmp_path / "nowhere")
 
 
 def test_a_replacement_that_was_killed_is_undone_unless_it_goes_on(tmp_path: Path) -> None:
-    put(tmp_path / ".out.old", 5)
-    put(tmp_path / ".gone.old", 6)  # killed while it was removed: not to come back
-    with exclusive(tmp_path / ".out.partial"):
+    put(tmp_path / f".out.{RANDOM}.old", 5)
+    put(tmp_path / f".gone.{RANDOM}.removed", 6)  # killed while it was removed: not to come back
+    with exclusive(tmp_path / "out"):
         restore_replaced(tmp_path)
         assert not (tmp_path / "out").exists()
     for _ in range(2):
@@ -162,31 +174,253 @@ def test_a_replacement_that_was_killed_is_undone_unless_it_goes_on(tmp_path: Pat
     assert not (tmp_path / "gone").exists()
 
 
-def test_a_lock_is_on_the_directory_that_bears_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The owner may move what it has locked to its place between another one's open and lock."""
-    staging, flock = staging_of(tmp_path / "out"), fcntl.flock
-
-    def move_and_lock(descriptor: int, how: int) -> None:
-        if not (tmp_path / "out").exists():
-            staging.rename(tmp_path / "out")
-        flock(descriptor, how)
-
-    monkeypatch.setattr(directories.fcntl, "flock", move_and_lock)
-    with exclusive(staging):
-        assert staging.exists()
-        with pytest.raises(InputError, match="another run is writing it"), exclusive(staging):
-            pass
-
-
 def test_what_is_being_written_is_not_swept(tmp_path: Path) -> None:
-    staging = staging_of(tmp_path / "out")
-    with exclusive(staging):
+    with atomic_directory(tmp_path / "out") as staging:
         sweep(tmp_path)
         assert staging.exists()
-        with pytest.raises(InputError, match="another run is writing it"), exclusive(staging):
+        with pytest.raises(InputError, match="another run is writing it"), exclusive(tmp_path / "out"):
             pass
+
+
+# -- planted names ----------------------------------------------------------------------------------------------------
+
+
+def thesis_in(tmp_path: Path) -> Path:
+    thesis = tmp_path / "thesis"
+    thesis.mkdir()
+    (thesis / "chapter-1").write_text("years")
+    return thesis
+
+
+def test_links_and_directories_in_the_way_are_not_followed(tmp_path: Path) -> None:
+    """Under the names of earlier versions, and under those that a dead writer leaves."""
+    thesis, out = thesis_in(tmp_path), tmp_path / "run" / "out"
+    out.parent.mkdir()
+    for name in (
+        ".out.partial",
+        ".out.old",
+        ".other.lock",
+        f".out.{RANDOM}.partial",
+        f".out.{RANDOM}.old",
+        f".out.{RANDOM}.removed",
+    ):
+        (out.parent / name).symlink_to(thesis)
+    sweep(out.parent)
+    restore_replaced(out.parent)
+    put(out, 1)
+    put(out, 2)
+    sweep(out.parent)
+    assert value_of(out) == 2
+    (out.parent / ".out.lock").symlink_to(thesis)
+    with pytest.raises(InputError, match="is a link in the place of a lock"):
+        put(out, 3)
+    shutil.copytree(thesis, out.parent / ".more.lock")
+    with pytest.raises(InputError, match="in the place of a lock, but holds other files"):
+        put(out.with_name("more"), 1)
+    sweep(out.parent)
+    assert os.listdir(thesis) == os.listdir(out.parent / ".more.lock") == ["chapter-1"]
+
+
+def test_names_of_other_programs_are_left_alone(tmp_path: Path) -> None:
+    for name in (".thesis.partial", ".thesis.old", ".thesis.link", ".other.lock", ".rsync.0123.partial"):
+        (tmp_path / name).mkdir()
+    before = sorted(os.listdir(tmp_path))
     sweep(tmp_path)
-    assert not staging.exists()
+    put(tmp_path / "thesis", 1)
+    assert sorted(os.listdir(tmp_path)) == [*before, "thesis"]
+
+
+def test_staging_names_are_never_the_same(tmp_path: Path) -> None:
+    names = set()
+    for value in range(5):
+        with atomic_directory(tmp_path / "out", overwrite=True) as staging:
+            names.add(staging.name)
+            write_json(staging / MANIFEST, {"value": value})
+    assert len(names) == 5
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make directories of other users")
+def test_directories_of_others_are_not_swept(tmp_path: Path) -> None:
+    planted = tmp_path / f".out.{RANDOM}.old"
+    put(planted, 1)
+    os.chown(planted, 12345, 12345)
+    sweep(tmp_path)
+    restore_replaced(tmp_path)
+    assert os.listdir(tmp_path) == [planted.name]
+
+
+def test_a_staging_directory_that_was_exchanged_is_not_put_in_place(tmp_path: Path) -> None:
+    with (
+        pytest.raises(InputError, match="another process put something else in its place"),
+        atomic_directory(tmp_path / "out") as staging,
+    ):
+        staging.rename(tmp_path / "moved")
+        staging.symlink_to(thesis_in(tmp_path))
+    assert not (tmp_path / "out").exists()
+    assert os.listdir(tmp_path / "thesis") == ["chapter-1"]
+
+
+# -- what may be replaced ---------------------------------------------------------------------------------------------
+
+
+def test_only_what_this_package_wrote_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    thesis = thesis_in(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "linked").symlink_to(thesis)
+    put(tmp_path / "ours", 1)
+    put(tmp_path / "run" / "elsewhere", 1)
+    (tmp_path / "away").symlink_to(tmp_path / "run" / "elsewhere")
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / MANIFEST).symlink_to(tmp_path / "ours" / MANIFEST)
+    (tmp_path / "empty").mkdir()
+    for name in ("absent", "empty"):
+        check_target(tmp_path / name, overwrite=False)
+    check_target(tmp_path / "ours", overwrite=True)
+    refusals = {
+        "ours": (False, "exists and is not empty; choose another directory or pass overwrite"),
+        "thesis": (True, f"holds no {MANIFEST}, so that it was not written by lowrank_dist"),
+        "odd": (True, f"holds no {MANIFEST}"),
+        "linked": (True, f"holds no {MANIFEST}"),
+        "away": (True, f"holds no {MANIFEST}"),
+        "file": (True, "exists and is not a directory"),
+        "run/elsewhere/..": (True, "is or contains the working directory"),
+    }
+    monkeypatch.chdir(tmp_path / "run")
+    for name, (overwrite, text) in refusals.items():
+        with pytest.raises(InputError, match=text), atomic_directory(tmp_path / name, overwrite=overwrite):
+            raise AssertionError(name)
+    for name in (".", "..", "../run", str(tmp_path), "elsewhere/../..", "/"):
+        with pytest.raises(InputError, match="is or contains the working directory"):
+            check_target(name, overwrite=True)
+    with pytest.raises(InputError, match="is or contains what it would be made from"):
+        check_target(tmp_path / "ours", overwrite=True, inputs=[tmp_path / "ours" / "adapter"])
+    with pytest.raises(InputError, match="is not removed"):
+        remove_directory(thesis)
+    assert os.listdir(thesis) == ["chapter-1"]
+    assert not list(tmp_path.rglob(".*"))
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_what_appears_meanwhile_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanges: bool
+) -> None:
+    """Between the last look and the renaming, by another program."""
+    put(tmp_path / "out", 1)
+    real = directories.check_target
+    looks = []
+
+    def look_and_lose(target: Path, **options: bool) -> None:
+        real(target, **options)
+        looks.append(target)
+        if len(looks) == 2:
+            shutil.rmtree(target)
+            thesis_in(tmp_path).rename(target)
+
+    monkeypatch.setattr(directories, "check_target", look_and_lose)
+    if not exchanges:
+        monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: SimpleNamespace())
+    with pytest.raises(InputError, match="was not written by lowrank_dist"):
+        put(tmp_path / "out", 2)
+    assert len(looks) == 2
+    assert os.listdir(tmp_path) == ["out"]
+    assert os.listdir(tmp_path / "out") == ["chapter-1"]
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_second_rename_that_fails_is_undone(tmp_path: Path, killed: bool) -> None:
+    """Where directories cannot be exchanged; also if the process is killed just then."""
+    put(tmp_path / "out", 1)
+    program = f"""
+        import ctypes, os, signal, sys, types
+        from pathlib import Path
+        from lowrank_dist.storage.atomic import atomic_directory
+        from lowrank_dist.storage.layout import MANIFEST
+        ctypes.CDLL = lambda *_, **__: types.SimpleNamespace()
+        real, calls = os.rename, []
+        def rename(source, target):
+            calls.extend([source] * (str(target).endswith("/out")))
+            if len(calls) == 2 and source is calls[-1]:  # the first was onto what is there
+                if {killed}:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise OSError(5, "Input/output error", str(source))
+            real(source, target)
+        os.rename = rename
+        with atomic_directory({str(tmp_path / "out")!r}, overwrite=True) as staging:
+            (staging / MANIFEST).touch()
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=False, capture_output=True, text=True)
+    assert ("Input/output error" in done.stderr, done.returncode) == ((False, -9) if killed else (True, 1))
+    assert (tmp_path / "out").exists() != killed
+    restore_replaced(tmp_path)
+    assert value_of(tmp_path / "out") == 1
+    sweep(tmp_path)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_links_are_put_without_a_gap(tmp_path: Path) -> None:
+    """In the place of a link, of a directory of this package, and of nothing; never of anything else."""
+    for name in ("one", "two", "was-a-directory"):
+        put(tmp_path / name, 1)
+    for link in ("last", "was-a-directory"):
+        for name in ("one", "two"):
+            put_link(tmp_path / link, tmp_path / name)
+            assert os.readlink(tmp_path / link) == name
+    with pytest.raises(InputError, match="was not written by lowrank_dist"):
+        put_link(thesis_in(tmp_path), tmp_path / "one")
+    assert sorted(os.listdir(tmp_path)) == ["last", "one", "thesis", "two", "was-a-directory"]
+
+
+def test_files_that_a_user_names(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "report.json"
+    write_report(path, {"value": 1}, overwrite=False)
+    with pytest.raises(InputError, match="exists; choose another path or pass overwrite"):
+        write_report(path, {"value": 2}, overwrite=False)
+    with pytest.raises(RuntimeError, match="half-way"), atomic_file(path, overwrite=True) as fresh:
+        fresh.write_text("half")
+        raise RuntimeError("half-way")
+    write_report(path, json.loads(path.read_text()) | {"more": 2}, overwrite=True)
+    assert json.loads(path.read_text()) == {"value": 1, "more": 2}
+    path.with_name("link").symlink_to(path)
+    for taken in ("link", "."):
+        with pytest.raises(InputError, match="is not a regular file"):
+            write_report(path.parent / taken, {}, overwrite=True)
+    assert sorted(os.listdir(path.parent)) == ["link", "report.json"]
+
+
+def test_files_follow_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        put(tmp_path / "out", 1)
+        write_report(tmp_path / "report.json", {})
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in [*tmp_path.rglob("*")]}
+    assert modes == {"out": 0o750, MANIFEST: 0o640, "a.json": 0o640, "report.json": 0o640}
+
+
+def test_private_directories(tmp_path: Path) -> None:
+    """New ones, those of earlier runs, and what others may have put there."""
+    private, thesis = tmp_path / "private", thesis_in(tmp_path)
+    for _ in range(2):
+        private_directory(private, uses_contents=True)
+        assert private.stat().st_mode & 0o777 == 0o700
+        private.chmod(0o777)  # empty: nothing was put there
+    (private / "operator.so").touch()
+    with pytest.raises(InputError, match="other users can write to it, and it is not empty"):
+        private_directory(private, uses_contents=True)
+    private_directory(private, uses_contents=False)
+    assert private.stat().st_mode & 0o777 == 0o700
+    (tmp_path / "link").symlink_to(thesis)
+    (tmp_path / "file").touch()
+    for name in ("link", "file"):
+        mode = (tmp_path / name).stat().st_mode
+        with pytest.raises(InputError, match="is a link, no directory, or of another user"):
+            private_directory(tmp_path / name, uses_contents=False)
+        assert (tmp_path / name).stat().st_mode == mode
+    if os.geteuid() == 0:
+        os.chown(private, 12345, 12345)
+        with pytest.raises(InputError, match="of another user"):
+            private_directory(private, uses_contents=False)
 
 
 def test_removing(tmp_path: Path) -> None:

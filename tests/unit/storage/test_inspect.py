@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from helpers.models import save_checkpoint
+from helpers.staging import RANDOM
 from lowrank_dist import cli
 from lowrank_dist.errors import CheckpointError
-from lowrank_dist.storage.atomic import replaced_of, staging_of
 from lowrank_dist.storage.inspect import Description, inspect
 
 
@@ -40,7 +40,8 @@ def save_as_checkpoint(base: Path, directory: Path, **manifest: Any) -> Path:
     for part in ("adapter", "adapter_init", "lora"):
         save_adapter(base, directory / part)
     values = {"base": str(base), "method": "PiSSA", "quantization": "NF4(...)", "starts_at_zero": False}
-    (directory / "lowrank_dist.json").write_text(json.dumps({**values, "matrices": [{"rank": 4}] * 4, **manifest}))
+    matrices = [{"name": f"layers.{index}", "rank": 4} for index in range(4)]
+    (directory / "lowrank_dist.json").write_text(json.dumps({**values, "matrices": matrices, **manifest}))
     return directory
 
 
@@ -207,7 +208,7 @@ def test_a_directory_of_checkpoints(base: Path, tmp_path: Path, capsys: pytest.C
         checkpoint = save_as_checkpoint(base, tmp_path / f"step={step}", step=step)
         for file in checkpoint.rglob("*"):
             os.utime(file, (1e9 + number, 1e9 + number))
-    partial, old = staging_of(tmp_path / "step=16"), replaced_of(tmp_path / "step=4")
+    partial, old = tmp_path / f".step=16.{RANDOM}.partial", tmp_path / f".step=4.{RANDOM}.old"
     shutil.copytree(tmp_path / "step=8", partial, copy_function=shutil.copyfile)
     old.mkdir()
     (tmp_path / "logs").mkdir()

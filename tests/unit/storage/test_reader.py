@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from helpers.ranks import run_ranks
 from lowrank_dist.errors import CheckpointError
-from lowrank_dist.storage.reader import INDEX_NAME, CheckpointReader, Piece, read_ahead, resolve_checkpoint
+from lowrank_dist.storage.reader import INDEX_NAME, CheckpointReader, Piece, commit_of, read_ahead, resolve_checkpoint
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_an_index_that_names_an_absent_tensor(sharded: Path) -> None:
 
 def test_a_damaged_index(sharded: Path) -> None:
     (sharded / INDEX_NAME).write_text("{")
-    with pytest.raises(CheckpointError, match="not a safetensors index"):
+    with pytest.raises(CheckpointError, match="cannot be read"):
         CheckpointReader(sharded)
 
 
@@ -194,3 +194,10 @@ def test_reading_ahead_raises_in_turn() -> None:
     assert [next(blocks) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(CheckpointError, match="three"):
         next(blocks)
+
+
+def test_the_commit_of_a_snapshot(tmp_path: Path) -> None:
+    commit = "0123456789" * 4
+    assert commit_of(tmp_path / "models--a--b" / "snapshots" / commit) == commit
+    for path in (tmp_path, tmp_path / commit, tmp_path / "snapshots" / "main"):
+        assert commit_of(path) is None

@@ -260,6 +260,25 @@ def test_a_strategy_that_loads_weights_gets_the_architecture_only(tmp_path):
         refused.configure_model()
 
 
+def test_the_configuration_is_that_of_the_revision(tmp_path, monkeypatch):
+    """Of the id that the strategy reads weights of; another id has its own revisions."""
+    for name in ("models--someone--model", "models--other--model"):
+        for digit, vocabulary in (("a", 32), ("b", 64)):
+            config = tiny_llama().config
+            config.vocab_size = vocabulary
+            config.save_pretrained(tmp_path / name / "snapshots" / (40 * digit))
+        (tmp_path / name / "refs").mkdir()
+        (tmp_path / name / "refs" / "main").write_text(40 * "a")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for pretrained, expected in (("someone/model", 64), ("other/model", 32)):
+        module = CausalLMModule(pretrained)
+        strategy = SimpleNamespace(materializes_weights=True, pretrained="someone/model", revision=40 * "b")
+        module.trainer = SimpleNamespace(strategy=strategy, precision="bf16-true")
+        with torch.device("meta"):
+            module.configure_model()
+        assert module.model.config.vocab_size == expected
+
+
 @pytest.mark.parametrize(
     ("precision", "dtype"),
     [("32-true", torch.float32), ("bf16-mixed", torch.float32), ("bf16-true", torch.bfloat16)],
