@@ -208,7 +208,19 @@ class CheckpointedStrategy(Stage3Strategy):
         with group.shared_errors():
             state = decode_training_state(resumed, accumulate_grad_batches=trainer.accumulate_grad_batches)
         self._resumed_state = state.pop(OWN_STATE)
+        if self.gathering is not None:
+            self._restore_in_place()
         return state
+
+    def _restore_in_place(self) -> None:
+        """Go back to a checkpoint of this run while it trains, as Lightning's search for a learning rate does."""
+        self._load_parameters()
+        ShardedOptimizer(self.deepspeed_engine.optimizer).begin_again()
+        self._load_training_state()
+        assert self.gathering is not None
+        self.gathering.expire()
+        restore_rng(self._resumed_state["rng"], self._group)
+        self._forget_resumed()
 
     def _load_training_state(self) -> None:
         if self._resumed is None:
