@@ -105,7 +105,7 @@ REFUSED: dict[str, tuple[Make, str]] = {
         lambda model: torch.optim.Muon([parameter for parameter in trained(model) if parameter.ndim == 2]),
         "it orthogonalizes whole matrices",
     ),
-    "torch.optim.SparseAdam": (of("torch.optim.SparseAdam"), "it takes sparse gradients alone"),
+    "torch.optim.SparseAdam": (of("torch.optim.SparseAdam"), "does not support dense gradients"),
     "transformers.optimization.Adafactor": (
         of("transformers.optimization.Adafactor"),
         "it keeps one second moment per row and column",

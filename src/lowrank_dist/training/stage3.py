@@ -185,8 +185,12 @@ class Stage3Strategy(DeepSpeedStrategy):
         hooks = ("on_before_optimizer_step", "configure_gradient_clipping")
         if any(is_overridden(hook, module, LightningModule) for hook in hooks):
             return True
-        called = [callback.on_before_optimizer_step for callback in module.trainer.callbacks]  # type: ignore[attr-defined]
-        return any(getattr(hook, "__func__", hook) is not Callback.on_before_optimizer_step for hook in called)
+        for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
+            hook = callback.on_before_optimizer_step
+            overridden = getattr(hook, "__func__", hook) is not Callback.on_before_optimizer_step
+            if overridden and getattr(callback, "needs_gradients", True):
+                return True
+        return False
 
     def _clip_gradients(
         self,

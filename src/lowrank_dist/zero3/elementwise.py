@@ -35,7 +35,6 @@ _WHOLE_TENSORS = {
     "riemannian": "preconditions A with its own B, both whole",
     "schedulefree": "evaluates and saves other weights than it trains, between which it must be switched",
     "shampoo": "keeps one matrix per dimension of a whole tensor",
-    "sparseadam": "takes sparse gradients alone, which ZeRO-3 does not make",
 }
 _WHOLE_NAMES = {"came": "keeps one second moment per row and column of a matrix", "soap": "rotates whole matrices"}
 
