@@ -392,6 +392,7 @@ CANARIES: dict[tuple[str, str], Callable[..., object]] = {
     ("lightning", "DeepSpeedStrategy._format_config"): there(f"{STRATEGY}._format_config"),
     ("lightning", "DeepSpeedStrategy._init_optimizers"): there(f"{STRATEGY}._init_optimizers"),
     ("lightning", "DeepSpeedStrategy._init_config_if_needed"): there(f"{STRATEGY}._init_config_if_needed"),
+    ("lightning", "DeepSpeedStrategy._config_initialized"): held_by(deepspeed_strategy, "_config_initialized"),
     ("lightning", "DeepSpeedStrategy._init_deepspeed_distributed"): there(f"{STRATEGY}._init_deepspeed_distributed"),
     # Lightning: ModelCheckpoint
     ("lightning", "ModelCheckpoint._last_checkpoint_saved"): held_by(model_checkpoint, "_last_checkpoint_saved"),

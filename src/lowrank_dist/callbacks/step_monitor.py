@@ -104,6 +104,9 @@ class StepMonitor(Callback):
     {}
     """
 
+    #: Tells `PiSSAStrategy` not to gather gradients for `on_before_optimizer_step`, which takes the time only.
+    needs_gradients = False
+
     def __init__(
         self, *, every_n_steps: int | None = None, profile_steps: int = 0, profile_all_ranks: bool = False
     ) -> None:

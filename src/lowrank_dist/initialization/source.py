@@ -20,7 +20,7 @@ from lowrank_dist.decomposition.restore import RestoredMethod, Resume, StoredDec
 from lowrank_dist.decomposition.schedule import Sharding, scheduled
 from lowrank_dist.decomposition.walk import Calibrated, DecomposedMatrix, Walk, check_matrices
 from lowrank_dist.distributed.group import ShardGroup
-from lowrank_dist.errors import CheckpointError, ModelError, RemoteError
+from lowrank_dist.errors import CheckpointError, ModelError
 from lowrank_dist.methods import Method, PiSSA
 from lowrank_dist.model.factor_layout import FactorLayout
 from lowrank_dist.model.plan import Plan
@@ -306,7 +306,7 @@ class PretrainedSource:
                     stored.verify(group)
                     return stored
                 stored.close()
-            except (CheckpointError, RemoteError) as error:  # on every rank
+            except CheckpointError as error:  # on every rank
                 self.announce(f"{error}; the residual is formed again from the pretrained weights")
         return None
 

@@ -37,7 +37,7 @@ from lowrank_dist.checkpoints.state import (
 from lowrank_dist.checkpoints.writer import CheckpointWriter
 from lowrank_dist.distributed.gather_to_owner import gather_to_owners
 from lowrank_dist.distributed.group import ShardGroup
-from lowrank_dist.errors import CheckpointError, RemoteError
+from lowrank_dist.errors import CheckpointError
 from lowrank_dist.training.stage3 import Stage3Strategy
 from lowrank_dist.zero3.optimizer import ShardedOptimizer
 from lowrank_dist.zero3.partition import is_partitioned, local_shard, whole_shape
@@ -228,7 +228,7 @@ class CheckpointedStrategy(Stage3Strategy):
         for path, older in zip(candidates, [*candidates[1:], None], strict=True):
             try:
                 return self._load_checkpoint(path)
-            except (CheckpointError, StateError, RemoteError) as error:  # on every rank
+            except (CheckpointError, StateError) as error:  # on every rank
                 self._forget_resumed()
                 if older is None:
                     raise
@@ -252,7 +252,19 @@ class CheckpointedStrategy(Stage3Strategy):
             state = decode_training_state(resumed, accumulate_grad_batches=trainer.accumulate_grad_batches)
             check_loops(state.get("loops", {}), loops)
         self._resumed_state = {**state.pop(OWN_STATE), "schedules": state.get("lr_schedulers", [])}
+        if self.gathering is not None:
+            self._restore_in_place()
         return state
+
+    def _restore_in_place(self) -> None:
+        """Go back to a checkpoint of this run while it trains, as Lightning's search for a learning rate does."""
+        self._load_parameters()
+        ShardedOptimizer(self.deepspeed_engine.optimizer).begin_again()
+        self._load_training_state()
+        assert self.gathering is not None
+        self.gathering.expire()
+        restore_rng(self._resumed_state["rng"], self._group)
+        self._forget_resumed()
 
     def _load_training_state(self) -> None:
         if self._resumed is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any, Literal, get_args
 
 import lightning as L
@@ -185,6 +186,23 @@ class CausalLMModule(L.LightningModule):
         self._token_mean = TokenMean()
         self._step_losses: list[Tensor] = []  # losses of the batches of the current step
         self._evaluated = torch.zeros(2)  # sum of token losses, number of tokens
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **options: Any) -> Any:
+        """Load a file that Lightning's own strategies wrote.
+
+        Raises
+        ------
+        InputError
+            If `checkpoint_path` is a directory, which `PiSSAStrategy` writes: it holds adapters, no module.
+        """
+        if isinstance(checkpoint_path, str | os.PathLike) and os.path.isdir(checkpoint_path):
+            raise InputError(
+                f"{os.fspath(checkpoint_path)} is a directory of adapters, from which {cls.__name__}."
+                "load_from_checkpoint cannot make a module; resume or evaluate with trainer.fit, validate or test("
+                "module, ckpt_path=...), or load its lora/ onto the pretrained model with PEFT"
+            )
+        return super().load_from_checkpoint(checkpoint_path, *args, **options)
 
     def setup(self, stage: str) -> None:
         """Before weights are read, raise ValueError for what the strategy cannot do.

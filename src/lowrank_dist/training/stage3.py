@@ -2,32 +2,46 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.seed import reset_seed
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import GradClipAlgorithmType
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import InputError
 from lowrank_dist.forecast.job import ShardWithin
+from lowrank_dist.training.lightning_features import check_features, without_auto
 from lowrank_dist.tuners.adalora.allocation import RankAllocation
 from lowrank_dist.zero3.elementwise import check_elementwise
 from lowrank_dist.zero3.gathering import Gathering, take_over
-from lowrank_dist.zero3.gradients import clear_gradients, scale_gradients
+from lowrank_dist.zero3.gradients import WholeGradients, clear_gradients, scale_gradients
 from lowrank_dist.zero3.muon import is_muon
 from lowrank_dist.zero3.optimizer import keep_optimizer
-from lowrank_dist.zero3.partition import Partitioner, use_cpu_accelerator, zero_settings
+from lowrank_dist.zero3.partition import Partitioner, shaped, use_cpu_accelerator, zero_settings
 from lowrank_dist.zero3.reduction import LayerReduction
+
+#: What Lightning writes into a DeepSpeed configuration for one Trainer.
+_OF_THE_TRAINER = {
+    "bf16",
+    "fp16",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "train_micro_batch_size_per_gpu",
+}
 
 
 class Stage3Strategy(DeepSpeedStrategy):
@@ -48,10 +62,13 @@ class Stage3Strategy(DeepSpeedStrategy):
                     f"options of DeepSpeedStrategy except stage: {', '.join(sorted(set(known) - {'self', 'stage'}))}"
                 )
         super().__init__(stage=3, **options)
+        if self.config is not None:
+            self.config = without_auto(copy.deepcopy(self._deepspeed_config))  # the user's own stays as it is
         self._partitioner: Partitioner | None = None
         self._allocation: RankAllocation | None = None
         self._ahead = 0
         self._gathering: Gathering | None = None
+        self._whole_gradients: WholeGradients | None = None
         # The user's own ZeRO settings are kept. The command line passes all options, so those at their defaults do not
         # count.
         self._chosen = {key for key, value in options.items() if value != known[key].default}
@@ -69,8 +86,22 @@ class Stage3Strategy(DeepSpeedStrategy):
                 "PiSSAStrategy: parameters cannot be offloaded to 'nvme', only to 'cpu' (offload_parameters=True): "
                 "partitions are written in place"
             )
+        self._given = set(self._deepspeed_config)
+
+    @property
+    def checkpoint_io(self) -> CheckpointIO:
+        return super().checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, given: CheckpointIO) -> None:
+        raise InputError(
+            f"Trainer(plugins={type(given).__name__}()): a CheckpointIO writes one file on one rank, but checkpoints "
+            "of PiSSAStrategy are directories that all ranks write; leave it out"
+        )
 
     def setup_environment(self) -> None:
+        assert self.lightning_module is not None
+        check_features(self.lightning_module.trainer)
         if isinstance(self.accelerator, CPUAccelerator):
             use_cpu_accelerator()
         DDPStrategy.setup_environment(self)  # DeepSpeedStrategy's own refuses every accelerator but CUDA
@@ -102,20 +133,6 @@ class Stage3Strategy(DeepSpeedStrategy):
     def root_device(self) -> torch.device:
         device = super().root_device
         return torch.device("cpu", 0) if device.type == "cpu" else device  # DeepSpeed wants an index
-
-    @staticmethod
-    def _check_accumulation(trainer: Trainer) -> None:
-        """Raise InputError for a GradientAccumulationScheduler.
-
-        Lightning refuses it too, but only when training starts, after the weights were read.
-        """
-        for callback in trainer.callbacks if trainer.state.fn == TrainerFn.FITTING else []:  # type: ignore[attr-defined]
-            if isinstance(callback, GradientAccumulationScheduler):
-                raise InputError(
-                    f"GradientAccumulationScheduler(scheduling={callback.scheduling}): all epochs must "
-                    "accumulate the same number of batches, because checkpoints count steps by it; leave the callback "
-                    "out and pass Trainer(accumulate_grad_batches=N)"
-                )
 
     def _auto_select_batch_size(self) -> int:
         """Number of examples in a training batch, by which DeepSpeed counts samples; 1 if unknown or not training.
@@ -167,27 +184,70 @@ class Stage3Strategy(DeepSpeedStrategy):
         """
         assert self.lightning_module is not None
         assert self._gathering is not None
+        assert self._whole_gradients is not None
+        self._whole_gradients.take_back()
         self._gathering.backward_begins()
         if self.lightning_module.automatic_optimization:
             kwargs.setdefault("scale_wrt_gas", False)
-        return super().backward(closure_loss, optimizer, *args, **kwargs)
+            return super().backward(closure_loss, optimizer, *args, **kwargs)
+        loss = super().backward(closure_loss, optimizer, *args, **kwargs)
+        self._whole_gradients.show()
+        return loss
+
+    def _hooks_see_gradients(self) -> bool:
+        """Whether a hook of the module or a callback may read or change gradients before a step."""
+        assert self.lightning_module is not None
+        module = self.lightning_module
+        hooks = ("on_before_optimizer_step", "configure_gradient_clipping")
+        if any(is_overridden(hook, module, LightningModule) for hook in hooks):
+            return True
+        for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
+            hook = callback.on_before_optimizer_step
+            overridden = getattr(hook, "__func__", hook) is not Callback.on_before_optimizer_step
+            if overridden and getattr(callback, "needs_gradients", True):
+                return True
+        return False
+
+    def _clip_gradients(
+        self,
+        optimizer: Any,
+        clip_val: int | float = 0.0,
+        gradient_clip_algorithm: GradClipAlgorithmType = GradClipAlgorithmType.NORM,
+    ) -> None:
+        """Clip, in place of the precision plugin, where the engine does not: ``self.clip_gradients`` of a module."""
+        assert self._whole_gradients is not None
+        if clip_val <= 0 or self._deepspeed_config.get("gradient_clipping"):
+            return
+        if not self._whole_gradients.shown:
+            raise InputError(
+                f"clip_gradients(gradient_clip_val={clip_val}) was called where there are no gradients; call it "
+                "between manual_backward and the optimizer's step, or in configure_gradient_clipping"
+            )
+        parameters = self._whole_gradients.parameters
+        if gradient_clip_algorithm == GradClipAlgorithmType.VALUE:
+            torch.nn.utils.clip_grad_value_(parameters, clip_val)
+        else:
+            torch.nn.utils.clip_grad_norm_(parameters, clip_val)
 
     def scale_gradients(self, factor: Tensor) -> None:
         """Multiply the gradients of the accumulated batches of this step by `factor`, a scalar equal on all ranks."""
         scale_gradients(self.deepspeed_engine.optimizer, factor)
 
     def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
-        allocation = self._allocation
-        if allocation is None:
-            output = super().optimizer_step(optimizer, closure, *args, **kwargs)
-        else:
+        allocation, whole = self._allocation, self._whole_gradients
+        assert whole is not None
+        sees = self._hooks_see_gradients()
 
-            def closure_and_copy() -> Any:
-                result = closure()
+        def closure_and_after() -> Any:
+            result = closure()
+            if allocation is not None:
                 allocation.before_step(self.deepspeed_engine)
-                return result
+            if sees and not whole.shown:
+                whole.show()
+            return result
 
-            output = super().optimizer_step(optimizer, closure_and_copy, *args, **kwargs)
+        output = super().optimizer_step(optimizer, closure_and_after, *args, **kwargs)
+        if allocation is not None:
             allocation.after_step(self.deepspeed_engine)
         clear_gradients(self.deepspeed_engine.optimizer)
         assert self._gathering is not None
@@ -205,18 +265,31 @@ class Stage3Strategy(DeepSpeedStrategy):
 
     def _init_optimizers(self) -> tuple[Any, Any]:
         """The optimizer and the schedule of the module; InputError if the optimizer would step shards differently."""
-        optimizer, schedule = super()._init_optimizers()
+        assert self.lightning_module is not None
+        with shaped(self.lightning_module.parameters()):  # groups are often made by the number of dimensions
+            optimizer, schedule = super()._init_optimizers()
+        own = {id(parameter) for parameter in self.lightning_module.parameters() if parameter.requires_grad}
+        if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+            raise InputError(
+                "configure_optimizers returned None, or an optimizer without any trained parameter, and ZeRO-3 cannot "
+                "fit without one; return an optimizer over the parameters that require grad, with lr=0 if nothing is "
+                "to be learned, or evaluate with trainer.validate"
+            )
         check_elementwise(optimizer)
-        if is_muon(type(optimizer)):  # it needs whole gradients
-            self._deepspeed_config["zero_optimization"]["reduce_scatter"] = False
+        if "reduce_scatter" not in self._chosen:  # Muon needs whole gradients
+            self._deepspeed_config["zero_optimization"]["reduce_scatter"] = not is_muon(type(optimizer))
         return optimizer, schedule
 
     def init_deepspeed(self) -> None:
-        super().init_deepspeed()
+        with warnings.catch_warnings():
+            # of configure_gradient_clipping, which does clip here
+            warnings.filterwarnings("ignore", message="Since DeepSpeed handles gradient clipping internally")
+            super().init_deepspeed()
         assert self._partitioner is not None
         assert self.lightning_module is not None
         if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
             keep_optimizer(self.deepspeed_engine)
+            self._show_optimizer()
         take_over(self.deepspeed_engine)
         zero, reduction = self.deepspeed_engine.optimizer, None
         if self.lightning_module.trainer.state.fn == TrainerFn.FITTING and LayerReduction.can_reduce(zero):
@@ -225,6 +298,37 @@ class Stage3Strategy(DeepSpeedStrategy):
             self.deepspeed_engine.module, self._partitioner, ahead=self._ahead, reduction=reduction
         )
         self._gathering.install()
+
+    def _show_optimizer(self) -> None:
+        """Give the Trainer, and with it callbacks and schedules, an optimizer of torch instead of DeepSpeed's object.
+
+        It is the one that the engine steps, with its groups. Its parameters are the engine's, and so are gradients.
+        """
+        engine = self.deepspeed_engine
+        zero, optimizer = engine.optimizer, engine.optimizer.optimizer
+        assert self._partitioner is not None
+        whole = WholeGradients(zero, self._partitioner.group)
+
+        def zero_grad(_: Any, set_to_none: bool = True) -> None:
+            whole.drop()
+            zero.zero_grad(set_to_none)
+
+        kind = type(optimizer)
+        # a class, since Lightning's wrapper has that of the optimizer but not its attributes
+        optimizer.__class__ = type(
+            kind.__name__,
+            (kind,),
+            {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "zero_grad": zero_grad},
+        )
+        self.optimizers = [optimizer]
+        step = engine.step
+
+        def step_with_changes(*args: Any, **kwargs: Any) -> Any:
+            whole.take_back()
+            return step(*args, **kwargs)
+
+        engine.step, self._whole_gradients = step_with_changes, whole
+        self.precision_plugin.clip_gradients = self._clip_gradients  # type: ignore[method-assign]
 
     @property
     def gathering(self) -> Gathering | None:
@@ -235,6 +339,11 @@ class Stage3Strategy(DeepSpeedStrategy):
         if self._gathering is not None:
             self._gathering.remove()  # before the parent moves parameters to the CPU
             self._gathering = None
+        self._whole_gradients = None
+        # another Trainer may accumulate and clip otherwise
+        for key in _OF_THE_TRAINER - self._given:
+            self._deepspeed_config.pop(key, None)
+        self._config_initialized = False
         super().teardown()
 
     def _copies(self, shard_within: ShardWithin) -> int:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from peft import PeftConfig
 
 from lowrank_dist.calibration.measure import Calibration, check_options
@@ -271,7 +272,6 @@ class PiSSAStrategy(ModelStrategy):
         assert self.accelerator is not None
         assert self.lightning_module is not None
         self.accelerator.setup(trainer)
-        self._check_accumulation(trainer)
         # Unlike the parent, this does not call precision_plugin.convert_module: parameters are created in their dtypes,
         # and rotary frequencies and other buffers must keep theirs.
         self._set_up_model(self.lightning_module)
@@ -296,4 +296,6 @@ class PiSSAStrategy(ModelStrategy):
         if self.precision_plugin.precision == "bf16-mixed":
             # The factors are fp32 parameters and autocast wraps the model, so for DeepSpeed this is fp32 training.
             self._deepspeed_config.setdefault("bf16", {"enabled": False})
+        if is_overridden("configure_gradient_clipping", self.lightning_module, LightningModule):
+            self._deepspeed_config.setdefault("gradient_clipping", 0.0)  # the module clips
         super()._format_config()

@@ -82,6 +82,8 @@ def check_elementwise(optimizer: torch.optim.Optimizer) -> None:
         ) from error
     for one, other in zip(whole, sharded, strict=True):
         largest = float(one.abs().max())
+        if not largest > 0:
+            raise InputError(f"{name} would train nothing: on a trial its steps move nothing; {_REMEDY}")
         difference = float((one - other).abs().max())
         if not difference <= 1e-4 * largest:
             raise _refusal(
@@ -151,9 +153,16 @@ def _stand_in(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) ->
 def _groups(optimizer: torch.optim.Optimizer, parameters: list[list[Tensor]]) -> list[dict[str, Any]]:
     """The groups of `optimizer` with other parameters, and learning rates that move them."""
     return [
-        {**group, "params": own, **({"lr": 1e-2} if isinstance(group.get("lr"), float | int) else {})}
+        {**group, "params": own, **({"lr": _moving(group["lr"])} if "lr" in group else {})}
         for group, own in zip(optimizer.param_groups, parameters, strict=True)
     ]
+
+
+def _moving(rate: Any) -> Any:
+    """A learning rate of 0.01, a tensor if `rate` is one, or what else an optimizer has for a rate."""
+    if isinstance(rate, Tensor):
+        return torch.full_like(rate, 1e-2)
+    return 1e-2 if isinstance(rate, float | int) else rate
 
 
 def _stepped_whole(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -200,7 +209,8 @@ def _stepped_in_shards(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def _drawn(optimizer: torch.optim.Optimizer, index: int) -> list[Tensor]:
-    device = optimizer.param_groups[index]["params"][0].device
+    # a group may be empty
+    device = next(parameter for group in optimizer.param_groups for parameter in group["params"]).device
     generator = torch.Generator().manual_seed(index)
     return [torch.randn(shape, generator=generator).to(device).requires_grad_() for shape in _SHAPES]
 

@@ -161,6 +161,13 @@ class ShardedOptimizer:
             if moments or rest:
                 self._set_state(flat, parameters, self._zero.param_groups[place], moments, {"step": steps, **rest})
 
+    def begin_again(self) -> None:
+        """Set fp32 copies to the parameters and forget all other state, as before the first step. No communication."""
+        for parameter, master in self.masters():
+            master.copy_(local_shard(parameter))
+        for flat, _ in self._sub_groups():
+            self._zero.state.pop(flat, None)
+
     def _set_state(
         self,
         flat: Tensor,

@@ -7,6 +7,7 @@ provides its own shard, and this module sets the attributes that ``zero.Init`` w
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -172,6 +173,30 @@ def is_gathered(parameter: Tensor) -> bool:
 def whole_shape(parameter: Tensor) -> torch.Size:
     """Shape of the whole tensor, partitioned or not."""
     return parameter.ds_shape if is_partitioned(parameter) else parameter.shape  # type: ignore[attr-defined]
+
+
+@contextmanager
+def shaped(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Give partitioned parameters their whole shape inside, without values or memory. No communication.
+
+    All elements are one NaN (zero, if they are integers), so that code which reads values instead of shapes does not
+    take them for weights.
+
+    Parameters
+    ----------
+    parameters
+        Parameters; those that are whole, or gathered, stay as they are.
+    """
+    empty = [p for p in parameters if is_partitioned(p) and p.shape != p.ds_shape]  # type: ignore[attr-defined]
+    held = [parameter.data for parameter in empty]
+    for parameter, data in zip(empty, held, strict=True):
+        one = torch.full((), math.nan if data.is_floating_point() else 0, dtype=data.dtype, device=data.device)
+        parameter.data = one.expand(whole_shape(parameter))
+    try:
+        yield
+    finally:
+        for parameter, data in zip(empty, held, strict=True):
+            parameter.data = data
 
 
 def local_shard(parameter: Tensor) -> Tensor:

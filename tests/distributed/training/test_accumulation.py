@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers.ranks import run_ranks, run_ranks_catching
@@ -70,12 +71,27 @@ class Counted(L.LightningModule):
                 assert ShardedOptimizer(engine.optimizer).steps == self.trainer.global_step
 
 
+class Stream(IterableDataset):
+    """Batches of a loader, without a length: only their end tells which one is the last."""
+
+    def __init__(self, batches: DataLoader) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Any:
+        return iter(self.batches)
+
+
+def streamed(batches: DataLoader, options: dict[str, Any]) -> DataLoader:
+    return DataLoader(Stream(batches), batch_size=None) if options.pop("stream", False) else batches
+
+
 def train(pretrained: Path, batches: int, options: dict[str, Any]) -> tuple[Any, ...]:
     module = Counted(pretrained, options.pop("optimizer", "SGD"))
     strategy = make_strategy(pretrained, quantization=None, **options.pop("strategy", {}))
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    data = streamed(loader(rank, size, batches), options)
     trainer = make_trainer(strategy, **{"steps": -1, **options})
-    rank, size = trainer.global_rank, trainer.world_size
-    trainer.fit(module, loader(rank, size, batches), loader(rank, size, 1))
+    trainer.fit(module, data, loader(rank, size, 1))
     assert strategy.deepspeed_engine.micro_steps == len(module.log_)
     after = strategy.lightning_module_state_dict()
     return module.log_, dense_state(strategy), {n.removeprefix("model."): w for n, w in after.items()}
@@ -84,11 +100,12 @@ def train(pretrained: Path, batches: int, options: dict[str, Any]) -> tuple[Any,
 def train_stock(pretrained: Path, state: dict[str, Tensor], batches: int, options: dict[str, Any]) -> tuple[Any, Any]:
     module = Counted(pretrained, options.pop("optimizer", "SGD"), state)
     options.pop("strategy", None)
+    data = streamed(loader(0, 1, batches), options)
     quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
     trainer = L.Trainer(
         accelerator="cpu", devices=1, max_steps=options.pop("steps", -1), num_sanity_val_steps=0, **quiet, **options
     )
-    trainer.fit(module, loader(0, 1, batches), loader(0, 1, 1))
+    trainer.fit(module, data, loader(0, 1, 1))
     return module.log_, dict(module.model.named_parameters())
 
 
@@ -106,6 +123,7 @@ def train_stock(pretrained: Path, state: dict[str, Tensor], batches: int, option
         (4, 4, {"accumulate_grad_batches": 3, "max_epochs": 2, "strategy": {"use_reentrant": True}}),
         (4, 4, {"accumulate_grad_batches": 3, "max_epochs": 2, "strategy": {"offload_optimizer": True}}),
         (3, 6, {"accumulate_grad_batches": 1, "max_epochs": 2}),
+        (5, 6, {"accumulate_grad_batches": 2, "max_epochs": 2, "stream": True}),
     ],
     ids=str,
 )

@@ -152,11 +152,23 @@ class NormScaled(torch.optim.SGD):
                 parameter.sub_(parameter.grad / parameter.grad.norm(), alpha=group["lr"])
 
 
+class Idle(torch.optim.SGD):
+    """Steps elsewhere, as optimizers do that step in hooks of the backward."""
+
+    def step(self, closure: Any = None) -> None: ...
+
+
 class Own(Tuned):
     """A user's module with an optimizer of its own."""
 
+    kind: Any = NormScaled
+
     def configure_optimizers(self) -> Any:
-        return NormScaled([p for p in self.parameters() if p.requires_grad], lr=1e-3)
+        return self.kind([p for p in self.parameters() if p.requires_grad], lr=1e-3)
+
+
+class OwnIdle(Own):
+    kind = Idle
 
 
 def refuse(pretrained: Path) -> None:
@@ -169,12 +181,13 @@ def refuse(pretrained: Path) -> None:
             r"orthogonalizes matrices, but a trained parameter has the shape \[64\]; train matrices only",
         ),
         (Own(pretrained, {}), "NormScaled would silently train differently here: on a trial its steps on shards"),
+        (OwnIdle(pretrained, {}), "Idle would train nothing: on a trial its steps move nothing"),
     ):
         strategy = make_strategy(pretrained, adapter=adapter({}), untie_embeddings=True, **PLAIN)
         with pytest.raises(InputError, match=message):
             make_trainer(strategy).fit(module, batches(0, 1))
         reads.append(strategy.init_report is not None)
-    assert reads == [False, False, True, True]  # classes given by path before weights are read
+    assert reads == [False, False, True, True, True]  # classes given by path before weights are read
 
 
 def test_optimizers_that_look_at_whole_tensors_are_refused(llama: Path) -> None:
