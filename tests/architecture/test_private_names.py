@@ -413,6 +413,9 @@ CANARIES: dict[tuple[str, str], Callable[..., object]] = {
     ("lightning", "ModelCheckpoint._link_checkpoint"): takes(
         f"{CHECKPOINT}._link_checkpoint", "trainer", "filepath", "linkpath"
     ),
+    ("lightning", "ModelCheckpoint._should_remove_checkpoint"): takes(
+        f"{CHECKPOINT}._should_remove_checkpoint", "trainer", "previous", "current"
+    ),
     ("lightning", "ModelCheckpoint._remove_checkpoint"): takes(
         f"{CHECKPOINT}._remove_checkpoint", "trainer", "filepath"
     ),
