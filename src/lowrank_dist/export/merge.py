@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from lowrank_dist.adapters.source import AdapterSource, find_adapter
+from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import CheckpointError, InputError
 from lowrank_dist.export.merge_plan import MergedTensor, MergePlan, find_base, plan_merge
 from lowrank_dist.export.tuned import TunedModel
@@ -41,6 +42,7 @@ from lowrank_dist.storage.atomic import atomic_directory, check_free
 from lowrank_dist.storage.layout import CONFIG, MANIFEST
 from lowrank_dist.storage.parse import read_record
 from lowrank_dist.storage.reader import CheckpointReader, check_finite
+from lowrank_dist.storage.verify import verify_adapter
 from lowrank_dist.storage.writer import MAX_BYTES, TensorFiles, copy_other_files, write_json
 
 BLOCK_BYTES = 32 * 2**20  # of fp32 values
@@ -124,6 +126,7 @@ def merge_checkpoint(
     >>> type(AutoModelForCausalLM.from_pretrained(path)).__name__
     'GPT2LMHeadModel'
     """
+    verify_adapter(Path(checkpoint), ShardGroup.single())
     adapter = find_adapter(Path(checkpoint), any_type=True, converted_dora=True)
     directory = find_base(adapter, base, revision)
     output = Path(output).absolute()
