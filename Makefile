@@ -1,9 +1,9 @@
-# make demo | test | test-matrix | test-slurm | test-lowest | kills | lint | bench | clean; each fails when something in it fails.
+# make demo | test | test-matrix | test-slurm | test-lowest | kills | fuzz | lint | bench | clean; each fails when something in it fails.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-matrix test-slurm test-lowest kills lint bench clean
+.PHONY: help setup demo test test-matrix test-slurm test-lowest kills fuzz lint bench clean
 
 PYTHON ?= python3
 # files of tests that run at a time, one more than CI has cores: each waits a quarter of its time, for ranks to meet;
@@ -35,6 +35,7 @@ help:
 	@echo "make test-slurm  install Debian's Slurm (as root) and pass tests/slurm on it, on loopback"
 	@echo "make test-lowest  pass a smoke set with the lowest versions that pyproject.toml admits (.venv-lowest)"
 	@echo "make kills   end ranks of training runs at random moments, and resume (KILLS=30 SEED=0 RANKS=2; not in CI)"
+	@echo "make fuzz    damage files of every kind, and check what the readers make of them (FUZZ_CASES, FUZZ_SEED)"
 	@echo "make lint    ruff check, ruff format --check, mypy"
 	@echo "make bench   run every benchmarks/bench_*.py"
 	@echo "make clean   remove the environment, caches and build output; runs/ stays"
@@ -50,9 +51,13 @@ demo: $(INSTALLED)
 	$(RUN) lowrank-dist demo --output runs/demo
 
 # one thread per rank: the distributed tests start several ranks on few cores
-test test-matrix test-slurm: export OMP_NUM_THREADS := 1
+test test-matrix test-slurm fuzz: export OMP_NUM_THREADS := 1
 test: $(INSTALLED)
 	$(RUN) python -m pytest --ignore=tests/slurm --numprocesses $(JOBS) --dist loadfile $(PYTEST_ARGS)
+
+fuzz: export FUZZ_CASES ?= 20000
+fuzz: $(INSTALLED)
+	$(RUN) python -m pytest tests/distributed/checkpoints/test_fuzz.py $(PYTEST_ARGS)
 
 test-matrix: $(INSTALLED)
 	$(RUN) python -m pytest tests/system/test_tuners.py tests/unit/export/test_tuned.py \

@@ -414,6 +414,9 @@ CANARIES: dict[tuple[str, str], Callable[..., object]] = {
     ("lightning", "ModelCheckpoint._link_checkpoint"): takes(
         f"{CHECKPOINT}._link_checkpoint", "trainer", "filepath", "linkpath"
     ),
+    ("lightning", "ModelCheckpoint._should_remove_checkpoint"): takes(
+        f"{CHECKPOINT}._should_remove_checkpoint", "trainer", "previous", "current"
+    ),
     ("lightning", "ModelCheckpoint._remove_checkpoint"): takes(
         f"{CHECKPOINT}._remove_checkpoint", "trainer", "filepath"
     ),
@@ -573,6 +576,7 @@ def test_the_table_says_where_names_are_used() -> None:
 
 #: Attributes of other objects with a leading underscore that are not of the six libraries.
 OTHERS = {
+    "_parser": "re's; the parsed expression, which no public function returns",
     "_Hash": "typeshed's name for what hashlib makes; in annotations only",
     "_replace": "of named tuples; documented",
     "_parameters": "torch.nn.Module's; documented in its notes on parametrization",

@@ -108,7 +108,7 @@ def _check_entries(values: Record, kind: type[PeftConfig]) -> None:
             values.expect(name, partial(_fits, hint=hints[name]), "of the type that PEFT declares", None)
         if isinstance(value, list | dict) and len(value) > _MOST:
             raise values.wrong(name, f"at most {_MOST} elements")
-    values.expect("r", lambda rank: is_integer(rank, 1, 2**20), "a rank from 1 to 2^20", 1)
+    values.integer("r", 1, low=1 if "lora_alpha" in hints else 0, high=2**20)  # 0: not used by that type
     for name in _PATTERNS:
         if isinstance(values.get(name), str):
             check_pattern(values[name], f"{values.where}: {name}")

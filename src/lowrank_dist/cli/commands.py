@@ -74,7 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(resolve_name(command.run)(argv if command.takes_name else argv[1:]))
     except InputError as error:
-        print(f"lowrank-dist {name}: {error}", file=sys.stderr)
+        from lowrank_dist.storage.parse import printable  # imports torch, as every command has by now
+
+        text = "\n".join(printable(line, 10_000) for line in str(error).split("\n"))
+        print(f"lowrank-dist {name}: {text}", file=sys.stderr)
         return 1
 
 

@@ -11,12 +11,13 @@ from typing import Any
 
 from lowrank_dist.cli.units import size
 from lowrank_dist.storage.inspect import Description, inspect
+from lowrank_dist.storage.parse import printable
 
 
 def run(argv: Sequence[str]) -> int:
     """Run ``lowrank-dist inspect``; `argv` excludes the command's name. Returns the exit status."""
     options = parser().parse_args(argv)
-    found = inspect(options.path)
+    found = inspect(options.path, verify=options.verify)
     print(json.dumps(found.as_dict(), indent=2) if options.json else as_table(found))
     return 0
 
@@ -26,9 +27,10 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lowrank-dist inspect",
         description="Describe a checkpoint, residual model, adapter, model, or directory of these. Only headers are "
-        "read, no weights.",
+        "read, no weights, but for --verify.",
     )
     parser.add_argument("path", help="directory, or hub id in the cache")
+    parser.add_argument("--verify", action="store_true", help="read all tensors and compare them with their hashes")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -50,7 +52,7 @@ def as_table(found: Description) -> str:
             state = "" if item.complete else "incomplete: " + "; ".join(item.problems)
             cells = [f"{name:<{columns[0]}}", f"{item.kind:<{columns[1]}}", _seconds(item.modified)]
             lines.append("  " + "  ".join([*cells, f"{size(item.nbytes):>10}", step, state]).rstrip())
-    return "\n".join(lines)
+    return "\n".join(printable(line, 10_000) for line in lines)
 
 
 def _value(name: str, value: Any) -> str:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lowrank_dist.errors import InputError, is_passing
+
+MAX_LINE = 2**28  # bytes
+MAX_DEPTH = 64
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -16,20 +21,52 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises
     ------
     InputError
-        If a line is empty, is not UTF-8 JSON, or is not an object.
+        If the path is no regular file, or a line is empty, is not UTF-8 JSON, is not an object, has an entry twice or
+        one with control characters in its name, nests deeper than 64 or is longer than 256 MB.
     """
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # does not wait for the writer of a pipe
+    with open(descriptor, "rb") as lines:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise InputError(f"{path}: is no regular file; only these are read")
+        for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE + 1), b""), start=1):
             where = f"{path}:{number}"
+            if len(line) > MAX_LINE:
+                raise InputError(f"{where}: longer than {MAX_LINE} bytes; every line must hold one JSON object")
             if not line.strip():
                 raise InputError(f"{where}: empty line; every line must hold one JSON object")
             try:
-                record = json.loads(line)
-            except ValueError as error:  # JSONDecodeError or UnicodeDecodeError
+                record = json.loads(line, object_pairs_hook=_object)
+                if b"\\u" in line:
+                    json.dumps(record, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+                if _depth(record) > MAX_DEPTH:
+                    raise ValueError(f"nests deeper than {MAX_DEPTH}")
+            except (ValueError, RecursionError) as error:  # JSONDecodeError or UnicodeError
                 raise InputError(f"{where}: not valid JSON ({error}); every line must hold one JSON object") from error
             if not isinstance(record, dict):
                 raise InputError(f"{where}: a JSON {type(record).__name__}; every line must hold one JSON object")
+            odd = next((name for name in record if not name.isprintable()), None)
+            if odd is not None:
+                raise InputError(
+                    f"{where}: a column is called {ascii(odd)[:80]}; choose a name without control characters"
+                )
             yield where, record
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in values:
+            raise ValueError(f"the entry {ascii(name)[:80]} is there twice")
+        values[name] = value
+    return values
+
+
+def _depth(value: Any) -> int:
+    level, depth = [value], 0
+    while level and depth <= MAX_DEPTH:
+        inside = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list)]
+        level, depth = [item for items in inside for item in items], depth + 1
+    return depth
 
 
 def read_hub(name: str, subset: str | None, split: str) -> Iterator[tuple[str, dict[str, Any]]]:

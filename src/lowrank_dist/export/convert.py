@@ -20,13 +20,15 @@ from tqdm import tqdm
 
 from lowrank_dist.adapters.files import changed_config, read_config, whole_tensor
 from lowrank_dist.adapters.lora import ExactLora, LoraModule
+from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import CheckpointError, InputError
 from lowrank_dist.linalg.truncate import EnergyKept, energy_kept, singular_values, truncate
 from lowrank_dist.model.stacking import stacked_shapes
 from lowrank_dist.storage.atomic import atomic_directory, check_target
 from lowrank_dist.storage.dtypes import DTYPES
-from lowrank_dist.storage.layout import ADAPTER_DIR, MANIFEST, WEIGHTS, parts_of, read_manifest
+from lowrank_dist.storage.layout import ADAPTER_DIR, MANIFEST, WEIGHTS, parts_of, read_manifest, sealed
 from lowrank_dist.storage.reader import FileTensor
+from lowrank_dist.storage.verify import hashes_of_root, verify_checkpoint
 from lowrank_dist.storage.writer import TensorFiles, write_json
 
 # vLLM's --max-lora-rank, which sizes its buffers, must be one of these. An adapter's rank may be smaller, but must be
@@ -157,6 +159,7 @@ def convert_checkpoint(
     check_target(output, overwrite=overwrite, inputs=parts_of(Path(checkpoint)))
     checkpoint, output = Path(checkpoint), Path(output).absolute()
     manifest = read_manifest(checkpoint)
+    verify_checkpoint(checkpoint, ShardGroup.single())
 
     from lowrank_dist.tuners.support import adds_product, needs_peft, said  # takes seconds to import
 
@@ -208,7 +211,8 @@ def convert_checkpoint(
                 config, r=rank, lora_alpha=rank, use_rslora=False, rank_pattern={}, alpha_pattern={}
             )
         config.save_pretrained(str(staging))
-        write_json(staging / MANIFEST, _manifest(manifest, written, energy))
+        described = _manifest(manifest, written, energy) | {"hashes": hashes_of_root(staging)}
+        write_json(staging / MANIFEST, sealed(described))
     return Conversion(
         path=output,
         rank=written,
@@ -235,7 +239,9 @@ def _nearest(
 
     with atomic_directory(output, overwrite=overwrite) as staging:
         found = write_nearest(checkpoint, staging, rank=rank, dtype=dtype, show_progress=progress)
-        write_json(staging / MANIFEST, _manifest(manifest, rank, found.energy))
+        write_json(
+            staging / MANIFEST, sealed(_manifest(manifest, rank, found.energy) | {"hashes": hashes_of_root(staging)})
+        )
     return Conversion(
         path=output, rank=rank, exact_rank=found.exact_rank, uniform=True, energy=found.energy, spectra={}
     )

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from lowrank_dist._version import __version__
 from lowrank_dist.adapters.source import AdapterSource, find_adapter
+from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import CheckpointError, InputError
 from lowrank_dist.export.merge_plan import MergedTensor, MergePlan, find_base, plan_merge
 from lowrank_dist.export.tuned import TunedModel
@@ -42,6 +43,7 @@ from lowrank_dist.storage.atomic import atomic_directory, check_free, check_targ
 from lowrank_dist.storage.layout import MANIFEST
 from lowrank_dist.storage.parse import read_record
 from lowrank_dist.storage.reader import CheckpointReader, check_finite
+from lowrank_dist.storage.verify import verify_adapter
 from lowrank_dist.storage.writer import MAX_BYTES, TensorFiles, copy_other_files, write_json
 
 BLOCK_BYTES = 32 * 2**20  # of fp32 values
@@ -125,6 +127,7 @@ def merge_checkpoint(
     >>> type(AutoModelForCausalLM.from_pretrained(path)).__name__
     'GPT2LMHeadModel'
     """
+    verify_adapter(Path(checkpoint), ShardGroup.single())
     adapter = find_adapter(Path(checkpoint), any_type=True, converted_dora=True)
     directory = find_base(adapter, base, revision)
     check_target(output, overwrite=overwrite, inputs=[adapter.directory, directory])

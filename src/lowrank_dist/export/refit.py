@@ -46,6 +46,7 @@ from lowrank_dist.storage.digest import digest_sums, digests
 from lowrank_dist.storage.dtypes import DTYPES
 from lowrank_dist.storage.layout import ADAPTER_DIR, MANIFEST, WEIGHTS, parts_of, read_manifest
 from lowrank_dist.storage.reader import CheckpointReader, FileTensor, check_finite, resolve_checkpoint
+from lowrank_dist.storage.verify import verify_checkpoint
 from lowrank_dist.storage.writer import TensorFiles, write_json
 from lowrank_dist.tuners.support import adds_product, said
 
@@ -229,6 +230,8 @@ class _Refit:
         self.checkpoint, self.rank, self.group, self.device = checkpoint, rank, group, device
         with group.shared_errors():
             self.manifest = read_manifest(checkpoint)
+        verify_checkpoint(checkpoint, group)
+        with group.shared_errors():
             config = read_config(checkpoint / ADAPTER_DIR)
             if not adds_product(config):
                 raise InputError(
@@ -240,7 +243,7 @@ class _Refit:
                     raise CheckpointError(
                         f"{checkpoint}: its {MANIFEST} has no {key}; it was written by an older version"
                     )
-            self.reports = {entry["name"]: MatrixReport.from_dict(entry) for entry in self.manifest["matrices"]}
+            self.reports = {e["name"]: MatrixReport.from_dict(e) for e in self.manifest.records("matrices")}
             self.format = format_from_dict(self.manifest["residual"])
             self.target = None
             if base == "nf4":

@@ -94,7 +94,9 @@ class OpenedModel:
         return replace(self, source=source, plan=plan)
 
     def check_start(self, group: ShardGroup) -> None:
-        """Raise, on every rank, if the starting adapter does not fit this model. Collective."""
+        """Raise, on every rank, if the starting adapter is damaged or does not fit this model. Collective."""
+        if self.start is not None:
+            self.start.verify(group)
         if self.start is not None and self.tuner is None:
             self.start.check(self.backbone, self.plan, self.source.reader, group)
 

@@ -20,6 +20,7 @@ from lowrank_dist.model.names import peft_name, plain_name
 from lowrank_dist.model.plan import Plan
 from lowrank_dist.storage.layout import ADAPTER_DIR, LORA_DIR
 from lowrank_dist.storage.reader import CheckpointReader, check_finite
+from lowrank_dist.storage.verify import verify_adapter
 from lowrank_dist.zero3.partition import local_shard, whole_shape
 
 
@@ -57,6 +58,16 @@ class StartingAdapter:
                 "with ckpt_path"
             )
         self.config = self._source.config
+
+    def verify(self, group: ShardGroup) -> None:
+        """Compare the adapter with the hashes that were written with it, each rank its share. Collective.
+
+        Raises
+        ------
+        CheckpointError
+            On every rank, if a hash differs.
+        """
+        verify_adapter(self._source.directory, group)
 
     def check(self, backbone: PreTrainedModel, plan: Plan, base: CheckpointReader, group: ShardGroup) -> None:
         """Raise, on every rank, if the adapter does not fit this model. Collective.

@@ -15,6 +15,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import CheckpointError
 from lowrank_dist.storage.atomic import unfinished
 from lowrank_dist.storage.layout import (
@@ -31,6 +32,7 @@ from lowrank_dist.storage.layout import (
     residual_stem,
 )
 from lowrank_dist.storage.reader import INDEX_NAME, open_file, read_index, resolve_checkpoint
+from lowrank_dist.storage.verify import PARTS, damage, verify_checkpoint
 
 OTHER_WEIGHTS = ("*.bin", "*.gguf", "*.h5", "*.msgpack", "*.pt", "*.pth")
 
@@ -73,8 +75,15 @@ class Description:
         return {**asdict(self), "complete": self.complete, "contents": [item.as_dict() for item in self.contents]}
 
 
-def inspect(path: str | os.PathLike[str]) -> Description:
+def inspect(path: str | os.PathLike[str], *, verify: bool = False) -> Description:
     """Describe a directory, or the snapshot of a hub id in the cache.
+
+    Parameters
+    ----------
+    path
+        The directory or the hub id.
+    verify
+        Read all tensors too, and compare them with the hashes in the manifest.
 
     Raises
     ------
@@ -97,9 +106,10 @@ def inspect(path: str | os.PathLike[str]) -> Description:
     ('model', 12, ['config.json is missing'])
     """
     directory = resolve_checkpoint(path, option="path", fetch=False)
-    found = _describe(directory)
+    found = _describe(directory, verify=verify)
     if found is None:
-        contents = [item for child in directory.iterdir() if child.is_dir() and (item := _describe(child))]
+        children = [child for child in directory.iterdir() if child.is_dir()]
+        contents = [item for child in children if (item := _describe(child, verify=verify))]
         if not contents:
             raise CheckpointError(
                 f"{path}: holds no {MANIFEST}, no *_init/{CONFIG}, no {CONFIG}, no config.json with weights, and no "
@@ -115,7 +125,7 @@ def inspect(path: str | os.PathLike[str]) -> Description:
     return found
 
 
-def _describe(directory: Path) -> Description | None:
+def _describe(directory: Path, *, verify: bool) -> Description | None:
     """Describe `directory`; None if its kind is unknown."""
     for kind, test, describe in _KINDS:
         if test(directory):
@@ -129,11 +139,26 @@ def _describe(directory: Path) -> Description | None:
             )
             try:
                 describe(directory, found)
-            except (CheckpointError, KeyError, TypeError, AttributeError) as error:
-                known = isinstance(error, CheckpointError)
-                found.problems.append(_within(directory, error) if known else f"not as usual: {error!r}")
+                if verify:
+                    _verify(directory, found)
+            except CheckpointError as error:
+                found.problems.append(_within(directory, error))
             return found
     return None
+
+
+def _verify(directory: Path, found: Description) -> None:
+    """Add what differs from the hashes, and what was compared to the facts."""
+    alone = ShardGroup.single()
+    problem = None
+    if found.kind == "residual model":
+        problem = damage(directory, alone)
+    elif (directory / MANIFEST).exists():
+        verify_checkpoint(directory, alone, tuple(PARTS))
+    hashes = read_manifest(directory) if (directory / MANIFEST).exists() else {}
+    found.facts["hashes compared"] = "tensors" in hashes or "hashes" in hashes
+    if problem is not None:
+        found.problems.append(problem)
 
 
 # -- the kinds --------------------------------------------------------------------------------------------------------

@@ -45,9 +45,10 @@ PARTS = {
     LORA_DIR: (LORA_DIR, Path(WEIGHTS).stem),
     OPTIMIZER: ("", OPTIMIZER),
     STATE: ("", STATE),
+    "root": ("", Path(WEIGHTS).stem),  # a converted LoRA
 }
 #: The parts that hold an adapter.
-ADAPTER_PARTS = (ADAPTER_DIR, INITIAL_DIR, ENCODED_DIR, LORA_DIR)
+ADAPTER_PARTS = (ADAPTER_DIR, INITIAL_DIR, ENCODED_DIR, LORA_DIR, "root")
 
 FROZEN_STEM, ENCODED_STEM = "frozen_factors", "encoded_factors"
 INITIAL = Path(WEIGHTS).stem
@@ -112,7 +113,7 @@ class HashedParts:
                     )
 
     def _files(self, parts: Collection[str]) -> Iterator[tuple[str, str | None, str, str]]:
-        for name, digest in sorted(self.manifest["files"].items()):
+        for name, digest in sorted(self.manifest.get("files", {}).items()):
             first = name.partition("/")[0]
             if first in parts or (first not in PARTS and STATE in parts):
                 yield name, None, name, digest
@@ -162,6 +163,33 @@ def verify_checkpoint(directory: Path, group: ShardGroup, parts: Collection[str]
             checkpoint.verify(group, parts)
         finally:
             checkpoint.close()
+
+
+def verify_adapter(directory: Path, group: ShardGroup) -> None:
+    """Compare an adapter with the manifest in its directory, or in the checkpoint that it is a part of. Collective.
+
+    An adapter that others wrote has nothing to compare.
+
+    Raises
+    ------
+    CheckpointError
+        On every rank if a hash differs.
+    """
+    directory = directory.absolute()
+    if (directory / MANIFEST).exists():
+        verify_checkpoint(directory, group)
+    elif directory.name in PARTS and (directory.parent / MANIFEST).exists():
+        verify_checkpoint(directory.parent, group, [directory.name])
+
+
+def hashes_of_root(directory: Path) -> dict[str, dict[str, str]]:
+    """The entry ``hashes`` of the manifest of a converted LoRA in `directory`."""
+    lora = HashedParts(directory, {})
+    try:
+        reader = lora.part("root")
+        return {"root": {name: str(lora._digest("root", name)) for name in reader}}
+    finally:
+        lora.close()
 
 
 def check_seal(directory: Path, manifest: Mapping[str, Any]) -> None:
