@@ -19,8 +19,8 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises
     ------
     ValueError
-        If the path is no regular file, or a line is empty, is not UTF-8 JSON, is not an object, has an entry twice,
-        nests deeper than 64 or is longer than 256 MB.
+        If the path is no regular file, or a line is empty, is not UTF-8 JSON, is not an object, has an entry twice or
+        one with control characters in its name, nests deeper than 64 or is longer than 256 MB.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # does not wait for the writer of a pipe
     with open(descriptor, "rb") as lines:
@@ -42,6 +42,11 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 raise ValueError(f"{where}: not valid JSON ({error}); every line must hold one JSON object") from error
             if not isinstance(record, dict):
                 raise ValueError(f"{where}: a JSON {type(record).__name__}; every line must hold one JSON object")
+            odd = next((name for name in record if not name.isprintable()), None)
+            if odd is not None:
+                raise ValueError(
+                    f"{where}: a column is called {ascii(odd)[:80]}; choose a name without control characters"
+                )
             yield where, record
 
 
