@@ -314,7 +314,9 @@ def _add_adapter(directory: Path, found: Description) -> None:
         facts["bias"] = config["bias"]
     for key in _LISTED:
         if config.get(key):
-            facts[key.replace("_", " ")] = sorted(config[key]) if isinstance(config[key], list) else config[key]
+            facts[key.replace("_", " ")] = (
+                sorted(config[key], key=str) if isinstance(config[key], list) else config[key]
+            )
     try:
         weights = Weights(directory, Path(WEIGHTS).stem)
     except CheckpointError as error:

@@ -30,7 +30,7 @@ from lowrank_dist.storage.layout import (
     read_manifest,
     seal_of,
 )
-from lowrank_dist.storage.parse import open_regular
+from lowrank_dist.storage.parse import MAX_MANIFEST, read_bytes
 from lowrank_dist.storage.reader import CheckpointReader
 
 FORMAT = 3  # of checkpoints; hashes of format 2 cover neither dtype nor shape
@@ -64,12 +64,8 @@ def tensor_digest(tensor: Tensor, version: int = FORMAT) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of the bytes of a regular file."""
-    digest = hashlib.sha256()
-    with open(open_regular(path), "rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    """SHA-256 of the bytes of a small regular file."""
+    return hashlib.sha256(read_bytes(path, MAX_MANIFEST)).hexdigest()
 
 
 # -- checkpoints ------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import warnings
@@ -33,6 +34,7 @@ from lowrank_dist.data.datamodule import SFTDataModule
 from lowrank_dist.decomposition.report import as_table as report_table
 from lowrank_dist.decomposition.walk import Walk
 from lowrank_dist.distributed.group import ShardGroup
+from lowrank_dist.errors import CheckpointError
 from lowrank_dist.initialization.starting_adapter import StartingAdapter
 from lowrank_dist.model.plan import open_plan
 from lowrank_dist.model.skeleton import build_skeleton
@@ -175,3 +177,57 @@ def test_damage_is_an_error_of_one_line(files: dict[str, Path], tmp_path: Path) 
             faults[f"{name}: {wrong}"] += 1
             print(f"case {case}: {kind}, {name}: {ascii(done)[:300]}: {wrong}")
     assert not faults, "\n".join(f"{count} x {wrong}" for wrong, count in faults.most_common())
+
+
+def transposed(file: Path) -> None:
+    """Exchange the sizes of the first matrix that is not square in the header; not a byte of a tensor changes."""
+    data = file.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    entry = next(e for name, e in header.items() if name != "__metadata__" and len(set(e["shape"])) == 2)
+    entry["shape"].reverse()
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+
+
+def flipped(file: Path) -> None:
+    """Change the lowest bit of the last number."""
+    data = bytearray(file.read_bytes())
+    data[-4] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("change", [flipped, transposed])
+@pytest.mark.parametrize("part", ["adapter", "adapter_init", "lora"])
+def test_changed_tensors_do_not_become_weights(
+    files: dict[str, Path], tmp_path: Path, part: str, change: Callable[[Path], None]
+) -> None:
+    """Finite numbers and headers that fit: only the hashes, which cover dtype and shape, tell the difference."""
+    path, base = copied(files["checkpoint"], tmp_path / "step=2"), files["model"]
+    assert inspect(path, verify=True).problems == []
+    change(path / part / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=f"in {part}/adapter_model.safetensors is damaged"):
+        convert_checkpoint(path, tmp_path / "lora")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        merge_checkpoint(path, tmp_path / "merged", base=str(base), show_progress=False)
+    assert any("is damaged" in problem for problem in inspect(path, verify=True).problems)
+    assert inspect(path).problems == []
+    if part == "lora":
+        with pytest.raises(CheckpointError, match="is damaged"):
+            StartingAdapter(path / "lora", for_residual=False).verify(SINGLE)
+    assert not (tmp_path / "lora").exists()
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_changed_lora_does_not_become_weights(files: dict[str, Path], tmp_path: Path) -> None:
+    """A converted LoRA has hashes too; and a residual model is compared."""
+    convert_checkpoint(files["checkpoint"], tmp_path / "lora")
+    assert inspect(tmp_path / "lora", verify=True).facts["hashes compared"]
+    flipped(tmp_path / "lora" / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        merge_checkpoint(tmp_path / "lora", tmp_path / "merged", base=str(files["model"]), show_progress=False)
+    assert inspect(tmp_path / "lora", verify=True).problems
+    residual = copied(files["residual"], tmp_path / "residual")
+    assert inspect(residual, verify=True).problems == []
+    flipped(residual / "pissa_init" / "adapter_model.safetensors")
+    assert "differs from what was written" in inspect(residual, verify=True).problems[0]
