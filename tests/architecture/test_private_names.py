@@ -373,6 +373,9 @@ CANARIES: dict[tuple[str, str], Callable[..., object]] = {
     ("lightning", "fit_loop.epoch_loop.batch_progress"): held_by(
         trainer, "fit_loop.epoch_loop.batch_progress.current.processed"
     ),
+    ("lightning", "DDPStrategy._configure_launcher"): there(
+        "lightning.pytorch.strategies.ddp:DDPStrategy._configure_launcher"
+    ),
     ("lightning", "_accelerator_connector"): held_by(trainer, "_accelerator_connector.cluster_environment"),
     ("lightning", "_process_dataloader"): takes(
         "lightning.pytorch.trainer.connectors.data_connector:_process_dataloader",
