@@ -334,6 +334,9 @@ def _adapter_config(directory: Path) -> dict[str, Any]:
     config: dict[str, Any] = read_json(directory / CONFIG)
     if config.get("peft_type") == "ADALORA":  # it has no use for `r`, and the pattern lists every triplet
         kept = config.get("rank_pattern") or {}
+        lists = kept.values() if isinstance(kept, dict) else [kept]
+        if not all(isinstance(keeps, list) and all(isinstance(keep, bool) for keep in keeps) for keeps in lists):
+            raise CheckpointError(f"{directory / CONFIG}: rank_pattern must list true or false for every triplet")
         config["r"] = config.get("init_r")
         config["rank_pattern"] = {name.removesuffix(".lora_E"): sum(keeps) for name, keeps in kept.items()}
     return config

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PromptTuningConfig, VeraConfig, get_peft_model
+from peft import AdaLoraConfig, IA3Config, LoraConfig, PromptTuningConfig, VeraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -135,6 +135,14 @@ def test_an_adapter_of_another_type(base: Path, tmp_path: Path) -> None:
     parameters = save_adapter(base, tmp_path, IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
     found = inspect(tmp_path)
     assert (found.facts["type"], found.facts["trained parameters"]) == ("IA3", parameters)
+
+
+@pytest.mark.parametrize("pattern", [{"q_proj.lora_E": 5}, {"q_proj.lora_E": [True, "x"]}, [1]])
+def test_a_forged_pattern_of_adalora(base: Path, tmp_path: Path, pattern: Any) -> None:
+    save_adapter(base, tmp_path, AdaLoraConfig(init_r=4, total_step=10, target_modules=["q_proj"]))
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"rank_pattern": pattern}))
+    assert "must list true or false for every triplet" in inspect(tmp_path).problems[0]
 
 
 @pytest.mark.parametrize(
