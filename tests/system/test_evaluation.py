@@ -70,7 +70,7 @@ def evaluate_sft(material: Path) -> list[float]:
         module, loaders = CausalLMModule(model), SFTDataModule(model, data, data, data, batch_size=2)
         (result,) = getattr(trainer, stage)(module, loaders, verbose=False)
         found += result.values()
-        assert trainer.strategy.config["train_micro_batch_size_per_gpu"] == 1
+        assert trainer.strategy.deepspeed_engine.train_micro_batch_size_per_gpu() == 1
     return found
 
 

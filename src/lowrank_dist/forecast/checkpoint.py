@@ -87,9 +87,11 @@ def _contents(shapes: ModelShapes, job: RunSpec) -> Contents:
 
 
 def _encoded_differ(job: RunSpec) -> bool:
-    """Whether residuals are encoded from other factors than A_0 and B_0. Runs from a residual model do not encode."""
-    if job.fills_cache or job.residual is None or job.residual.exact:
+    """Whether residuals are encoded from other factors than A_0 and B_0, which are known."""
+    if job.residual is None or job.residual.exact:
         return False
+    if job.init is None:
+        return job.keeps_encoded
     rounds = job.init.quantization_iterations if isinstance(job.init, AlternatingMethod) else 1
     return isinstance(job.init, LoftQ | QERA) or rounds > 1
 

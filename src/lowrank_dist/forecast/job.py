@@ -22,6 +22,7 @@ from lowrank_dist.model.plan import Plan, PlannedMatrix, PlannedTensor, open_pla
 from lowrank_dist.model.skeleton import build_skeleton
 from lowrank_dist.quantization.format import ResidualFormat
 from lowrank_dist.quantization.nf4 import NF4
+from lowrank_dist.residual_model.reader import ResidualModel
 from lowrank_dist.storage.reader import CheckpointReader
 from lowrank_dist.storage.source import ShapesOnly, SourceReader
 from lowrank_dist.tuners.tuner import TunerPlan
@@ -128,6 +129,8 @@ class RunSpec:
         For a residual model: whether its residual is the original weight.
     fills_cache
         Whether the residual model is first written to disk and then read from there.
+    keeps_encoded
+        For a residual model: whether it keeps other factors that its residual was encoded from.
     stage
         ZeRO stage; 0: replicas (DDP).
     gradient_checkpointing, keep_decoded, live_layers, fp32_norms, shard_within
@@ -155,6 +158,7 @@ class RunSpec:
     residual: ResidualFormat | None = None
     starts_at_zero: bool = False
     fills_cache: bool = False
+    keeps_encoded: bool = False
     stage: int = 3
     gradient_checkpointing: bool = True
     keep_decoded: bool = True
@@ -225,6 +229,7 @@ def planned_run(opened: OpenedModel, job: RunSpec) -> tuple[ModelShapes, RunSpec
         residual=source.residual,
         starts_at_zero=source.starts_at_zero,
         fills_cache=source.fills_cache,
+        keeps_encoded=isinstance(source, ResidualModel) and source.keeps_encoded,
     )
 
 

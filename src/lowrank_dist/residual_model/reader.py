@@ -218,7 +218,14 @@ class ResidualModel:
     @property
     def nbytes(self) -> int:
         """Bytes of all stored tensors, including the initial adapter."""
-        return self.reader.nbytes + self._initial.nbytes
+        encoded = self._encoded.nbytes if self._encoded is not None and self.keeps_encoded else 0
+        return self.reader.nbytes + self._initial.nbytes + encoded
+
+    @property
+    def keeps_encoded(self) -> bool:
+        """Whether it keeps other factors that its residual was encoded from, for a matrix at least."""
+        ends = (entry.get("ended_on") for entry in self.manifest.get("matrices", []))
+        return self._encoded is not None and "decompose" in ends
 
     @staticmethod
     def is_at(directory: Path) -> bool:

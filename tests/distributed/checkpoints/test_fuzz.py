@@ -43,7 +43,7 @@ from lowrank_dist.residual_model.create import decompose
 from lowrank_dist.residual_model.reader import ResidualModel
 from lowrank_dist.storage.reader import CheckpointReader
 
-CASES, SEED = int(os.environ.get("FUZZ_CASES", "300")), int(os.environ.get("FUZZ_SEED", "0"))
+CASES, SEED = int(os.environ.get("FUZZ_CASES", "200")), int(os.environ.get("FUZZ_SEED", "0"))
 SINGLE = ShardGroup.single()
 MESSAGES = [
     {"messages": [{"role": "user", "content": f"hello {i}"}, {"role": "assistant", "content": "world"}]}
@@ -141,8 +141,8 @@ def readers(files: dict[str, Path]) -> dict[str, dict[str, Callable[[Path], obje
             "inspect": described,
             "resume": resumed,
             "report": reported,
-            "convert": lambda path: convert_checkpoint(path, output),
-            "convert to rank 2": lambda path: convert_checkpoint(path, output, rank=2),
+            "convert": lambda path: convert_checkpoint(path, output, overwrite=True),
+            "convert to rank 2": lambda path: convert_checkpoint(path, output, rank=2, overwrite=True),
             "merge": lambda path: merge_checkpoint(path, base.parent / "merged", **options),
             "start": lambda path: start(path / "lora"),
         },

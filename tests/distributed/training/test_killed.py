@@ -21,6 +21,7 @@ KILLS = {
 }
 
 
+@pytest.mark.matrix
 def test_a_killed_run_ends_on_all_ranks_and_resumes(llama: Path, tmp_path: Path) -> None:
     """One run, killed in five attempts at five moments; SIGTERM in training saves the step and ends all ranks alike."""
     output = tmp_path / "out"
