@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lowrank_dist.callbacks.run_lock import hold, let_go
 from lowrank_dist.checkpoints.layout import checkpoints
+from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import CheckpointError, InputError
 from lowrank_dist.storage.atomic import is_ours, restore_replaced, sweep
 from lowrank_dist.storage.layout import MANIFEST, read_manifest
@@ -125,6 +126,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         self._in_top_k = False
         self._resumes_last = False
         self._lock: Path | None = None
+        self._group = ShardGroup.single()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not isinstance(trainer.strategy, PiSSAStrategy):
@@ -136,7 +138,8 @@ class AdapterCheckpoint(ModelCheckpoint):
         if stage != "fit" or self.dirpath is None:
             return
         strategy: Any = trainer.strategy
-        with strategy._group.shared_errors():
+        self._group = strategy._group
+        with self._group.shared_errors():
             if trainer.is_global_zero:
                 self._let_go()
                 self._lock = hold(Path(self.dirpath))
@@ -153,7 +156,18 @@ class AdapterCheckpoint(ModelCheckpoint):
             let_go(lock)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the bookkeeping; paths that do not lead to checkpoints in `dirpath` are left out with a warning."""
+        """Restore the bookkeeping; paths that do not lead to checkpoints in `dirpath` are left out with a warning.
+
+        Collective. What rank 0 sees in `dirpath` counts: ranks decide by their bookkeeping whether they all save.
+        """
+        state = None
+        with self._group.shared_errors():
+            if self._group.rank == 0:
+                state = self._checked(state_dict)
+        found: Any = self._group.broadcast_object(state)
+        super().load_state_dict(found)
+
+    def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         state = dict(state_dict)
         for name in _PATHS:
             if state.get(name) and not self._is_own(state[name], may_be_gone=True):
@@ -171,7 +185,7 @@ class AdapterCheckpoint(ModelCheckpoint):
             # killed between the first save and the first "last" one, which the state does not know
             last = self.format_checkpoint_name({}, self.CHECKPOINT_NAME_LAST)
             state["last_model_path"] = last if self._is_own(last) else ""
-        super().load_state_dict(state)
+        return state
 
     def _is_own(self, path: object, *, may_be_gone: bool = False) -> bool:
         """Whether `path` is a checkpoint in `dirpath`, or was one, and nothing else."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 from pathlib import Path
 
-from lowrank_dist.errors import InputError
+from lowrank_dist.errors import InputError, is_passing
 from lowrank_dist.storage.lock import HeldError, Lock
 
 #: Name of the lock in the directory.
@@ -36,6 +36,8 @@ def hold(directory: Path) -> Path:
     except HeldError as error:
         raise InputError(f"{error}: two runs in one dirpath would remove each other's checkpoints") from error
     except OSError as error:
+        if is_passing(error):
+            raise
         raise InputError(
             f"dirpath={str(directory)!r}: checkpoints cannot be written there ({error}); choose another"
         ) from error

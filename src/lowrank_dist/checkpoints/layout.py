@@ -23,7 +23,7 @@ from typing import Any
 
 from lowrank_dist.adapters.files import whole_tensor
 from lowrank_dist.checkpoints.codec import decode_state
-from lowrank_dist.errors import CheckpointError
+from lowrank_dist.errors import CheckpointError, is_passing
 from lowrank_dist.storage.layout import MANIFEST, read_manifest
 from lowrank_dist.storage.parse import MAX_MANIFEST, read_record
 from lowrank_dist.storage.verify import FORMAT, OPTIMIZER, STATE, HashedParts, check_seal
@@ -94,6 +94,11 @@ def checkpoints(directory: str | Path) -> list[Path]:
 
     Of damaged ones, of which a line is logged, only those whose tensors or state are damaged are among them: only
     headers and manifests are read.
+
+    Raises
+    ------
+    OSError
+        If a manifest cannot be read for a reason that may pass.
     """
     found: list[tuple[int, float, Path]] = []
     for path in sorted(Path(directory).glob(f"*/{MANIFEST}")):
@@ -104,6 +109,8 @@ def checkpoints(directory: str | Path) -> list[Path]:
             if checkpoint.has_training_state:
                 found.append((checkpoint.manifest["step"], path.stat().st_mtime, path.parent))
         except (CheckpointError, OSError) as error:
+            if is_passing(error):  # an older checkpoint would be taken for the newest
+                raise
             log.warning("%s is left out: %s", path.parent, error)
     return [path for *_, path in sorted(found, reverse=True)]
 

@@ -43,7 +43,7 @@ class PeerWatch:
     Parameters
     ----------
     group
-        The ranks. One broadcast of rank 0's port, and one gather that all have connected.
+        The ranks. One broadcast of rank 0's port.
     within
         Seconds that this rank is left for ending by itself, usually by the error of a collective that fails.
 

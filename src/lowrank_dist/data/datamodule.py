@@ -283,13 +283,8 @@ class SFTDataModule(L.LightningDataModule):
     def _load(self, role: str, name: str, split: str, limit: int | None) -> TokenDataset:
         from transformers import AutoTokenizer
 
-        strategy = getattr(self.trainer, "strategy", None)
-        # the tokenizer of the revision whose weights the strategy reads
-        same = str(getattr(strategy, "pretrained", None)) == str(self.tokenizer)
-        revision = getattr(strategy, "revision", None) if same else None
-        tokenizer = AutoTokenizer.from_pretrained(
-            self.tokenizer, **({} if revision is None else {"revision": revision})
-        )
+        revision_of = getattr(getattr(self.trainer, "strategy", None), "revision_of", lambda _: None)
+        tokenizer = AutoTokenizer.from_pretrained(self.tokenizer, revision=revision_of(self.tokenizer) or "main")
         self._pad_token_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
         template = None
         if self.chat_template is not None:

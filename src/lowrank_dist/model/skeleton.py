@@ -102,10 +102,12 @@ def read_config(directory: str | Path, *, revision: str | None = None) -> Pretra
     path = Path(directory) / "config.json"
     if path.exists():
         _check_sizes(read_record(path))
-    pinned = {} if revision is None else {"revision": revision}
     try:
-        # never code of the model's author
-        config: PretrainedConfig = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False, **pinned)
+        config: PretrainedConfig = transformers.AutoConfig.from_pretrained(
+            directory,
+            trust_remote_code=False,  # never code of the model's author
+            revision=revision or "main",
+        )
     except Exception as error:  # whatever the checks of a model's class raise
         if is_passing(error):
             raise

@@ -304,9 +304,7 @@ class Lock:
             if not tokens:
                 return None
             if not all(map(_TOKEN.fullmatch, tokens)):
-                raise InputError(f"{self.path}: is in the place of a lock, but holds other files; move them away")
-            if self.path.is_symlink() or not all(map(_TOKEN.fullmatch, tokens)):
-                raise InputError(f"{self.path}: is in the place of a lock, but is none; remove it") from None
+                raise InputError(f"{self.path}: is in the place of a lock, but holds other files; move it away")
             with suppress(FileNotFoundError):  # it has changed hands in between
                 return _Seen(tokens[0], os.lstat(self.path / tokens[0]).st_mtime_ns)
 

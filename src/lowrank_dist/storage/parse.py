@@ -1,8 +1,8 @@
 """The one way in which values from files are read: regular files of bounded size, bounded JSON, typed values.
 
 Who writes a file may be mistaken, damaged, or hostile. Every reader gets a `CheckpointError` of one line that names the
-file and the entry, never a traceback, and never waits or allocates without bound. `Record` reads entries by type;
-`peft_config` reads the configuration of an adapter.
+file and the entry, never a traceback, and never waits or allocates without bound. `Record` reads entries by type. An
+OSError that may pass (`lowrank_dist.errors.is_passing`) is no damage and stays an OSError.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lowrank_dist.errors import CheckpointError
+from lowrank_dist.errors import CheckpointError, is_passing
 
 MAX_JSON = 16 * 2**20  #: bytes of a JSON file
 MAX_MANIFEST = 64 * 2**20  #: bytes of a manifest or journal; with an entry for each of 20 000 experts it has 30 MB
@@ -54,6 +54,8 @@ def open_regular(path: Path) -> int:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing") from error
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        if is_passing(error):
+            raise
         raise CheckpointError(f"{printable(path)}: cannot be opened ({error})") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lowrank_dist.distributed.group import ShardGroup
-from lowrank_dist.errors import CheckpointError
+from lowrank_dist.errors import CheckpointError, is_passing
 from lowrank_dist.storage.digest import digest_of_pieces, piece_sums
 from lowrank_dist.storage.layout import (
     ADAPTER_DIR,
@@ -206,17 +206,21 @@ def label(name: str, code: str, shape: tuple[int, ...]) -> str:
 def damage(directory: Path, group: ShardGroup) -> str | None:
     """What differs between the residual model in `directory` and its manifest, or None. Collective.
 
-    Every rank reads its share of the tensors. One object all-gather. Nothing is compared if there is no manifest, as in
+    Every rank reads its share of the tensors. One object all-gather, and the collectives of `ShardGroup.shared_errors`:
+    an OSError that may pass is raised on every rank. Nothing is compared if there is no manifest, as in
     residual models that others publish, or one without digests, as earlier versions wrote it.
     """
     found = None
-    try:
-        manifest = read_manifest(directory) if (directory / MANIFEST).exists() else {}
-        check_seal(directory, manifest)
-        if "tensors" in manifest:
-            compare(directory, manifest, group)
-    except (CheckpointError, OSError) as error:
-        found = str(error)
+    with group.shared_errors():
+        try:
+            manifest = read_manifest(directory) if (directory / MANIFEST).exists() else {}
+            check_seal(directory, manifest)
+            if "tensors" in manifest:
+                compare(directory, manifest, group)
+        except (CheckpointError, OSError) as error:
+            if is_passing(error):
+                raise
+            found = str(error)
     return next(filter(None, group.gather_objects(found)), None)
 
 

@@ -236,10 +236,8 @@ class CausalLMModule(L.LightningModule):
                     f"gradient_checkpointing=True of the model has no effect under "
                     f"{type(self.trainer.strategy).__name__}, which has its own option; set it to false in the model"
                 )
-            strategy = self.trainer.strategy
-            # the configuration of the revision whose weights the strategy reads
-            same = str(getattr(strategy, "pretrained", None)) == str(self.pretrained)
-            config = read_config(self.pretrained, revision=getattr(strategy, "revision", None) if same else None)
+            revision_of = getattr(self.trainer.strategy, "revision_of", lambda _: None)
+            config = read_config(self.pretrained, revision=revision_of(self.pretrained))
             model = AutoModelForCausalLM.from_config(config, **attention)
         else:
             dtype = _LOAD_DTYPES.get(str(self.trainer.precision), torch.float32)

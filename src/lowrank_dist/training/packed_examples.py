@@ -23,6 +23,9 @@ from lowrank_dist.errors import InputError
 # Lengths of the example that is watched and of its neighbours, which change places.
 _WATCHED, _LONG, _SHORT = 6, 6, 4
 
+#: With fewer tokens in the batch, others of the vocabulary are taken: neighbours must differ.
+_DISTINCT = 16
+
 #: Arguments of a forward that follow from the labels.
 _OF_THE_LOSS = ("labels", "num_items_in_batch", "logits_to_keep")
 
@@ -43,9 +46,9 @@ class PackedExamples:
     Notes
     -----
     The first call with `position_ids` and without an `attention_mask` is preceded by three forward passes of 16 tokens
-    (two of one row, one of two rows) without gradient, on all ranks, with the arguments of that call. If the model
-    keeps examples apart, nothing is done in later calls. If not, every later call asks whether positions begin again
-    within a row, and issues the collectives of `ShardGroup.shared_errors`.
+    (two of one row, one of two rows) without gradient, on all ranks, with the arguments of that call, and by two object
+    all-gathers. If the model keeps examples apart, nothing is done in later calls. If not, every later call asks
+    whether positions begin again within a row, and issues the collectives of `ShardGroup.shared_errors`.
     """
 
     def __init__(self, backbone: PreTrainedModel, group: ShardGroup | None = None) -> None:
@@ -66,15 +69,21 @@ class PackedExamples:
         if self._leaks is None:
             tokens = call.pop("input_ids", None)
             unknown = [name for name, value in call.items() if isinstance(value, Tensor)]
-            if tokens is None or unknown:
+            obstacle = ", ".join(unknown) or ("no input_ids" if tokens is None else "")
+            # images may be on one rank only, and the question is a forward pass of all
+            obstacle = next(filter(None, self._group.gather_objects(obstacle)), "")
+            if obstacle:
                 self._hook.remove()
                 rank_zero_warn(
-                    f"position_ids without attention_mask, but with {', '.join(unknown) or 'no input_ids'}: it was not "
-                    f"checked that {type(self._backbone).__name__} keeps packed examples apart"
+                    f"position_ids without attention_mask, but with {obstacle}: it was not checked that "
+                    f"{type(self._backbone).__name__} keeps packed examples apart"
                 )
                 return
+            assert tokens is not None
             self._without_cache = call.get("use_cache") is False
-            self._leaks = self._probe(tokens, call)
+            # ranks ask with tokens of their own, and one that finds nothing must not leave the others waiting
+            every = self._group.gather_objects(self._probe(tokens, call))
+            self._leaks = {several: max(found[several] for found in every) for several in (False, True)}
             if not any(self._leaks.values()):
                 self._hook.remove()
                 return
@@ -148,9 +157,15 @@ class PackedExamples:
         return hidden
 
     def _rows(self, tokens: Tensor) -> Tensor:
-        """Two rows with the same example in the middle, of tokens of the batch: int64 [2, 16]."""
-        special = {value for name, value in self._backbone.config.to_dict().items() if name.endswith("_token_id")}
-        usable = [token for token in tokens.unique().tolist() if token not in special] or tokens.unique().tolist()
+        """Two rows with the same example in the middle, of tokens of the batch if it has many: int64 [2, 16]."""
+        special: set[Any] = set()
+        for name, value in self._backbone.config.to_dict().items():
+            if name.endswith("_token_id"):
+                special.update(value if isinstance(value, list) else [value])
+        usable = [token for token in tokens.unique().tolist() if token not in special]
+        if len(usable) < _DISTINCT:
+            rows: int = self._backbone.get_input_embeddings().num_embeddings
+            usable = [token for token in range(max(0, rows - 64), rows) if token not in special]
         total = _LONG + _WATCHED + _SHORT
         drawn = [usable[(3 * i + i * i // 5) % len(usable)] for i in range(total + _LONG + _SHORT)]
         watched, rest = drawn[:_WATCHED], drawn[_WATCHED:]

@@ -69,6 +69,7 @@ class Stage3Strategy(DeepSpeedStrategy):
         self._ahead = 0
         self._gathering: Gathering | None = None
         self._whole_gradients: WholeGradients | None = None
+        self._shows_gradients = False
         # The user's own ZeRO settings are kept. The command line passes all options, so those at their defaults do not
         # count.
         self._chosen = {key for key, value in options.items() if value != known[key].default}
@@ -236,13 +237,12 @@ class Stage3Strategy(DeepSpeedStrategy):
     def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
         allocation, whole = self._allocation, self._whole_gradients
         assert whole is not None
-        sees = self._hooks_see_gradients()
 
         def closure_and_after() -> Any:
             result = closure()
             if allocation is not None:
                 allocation.before_step(self.deepspeed_engine)
-            if sees and not whole.shown:
+            if self._shows_gradients and not whole.shown:
                 whole.show()
             return result
 
@@ -328,6 +328,7 @@ class Stage3Strategy(DeepSpeedStrategy):
             return step(*args, **kwargs)
 
         engine.step, self._whole_gradients = step_with_changes, whole
+        self._shows_gradients = self._hooks_see_gradients()
         self.precision_plugin.clip_gradients = self._clip_gradients  # type: ignore[method-assign]
 
     @property

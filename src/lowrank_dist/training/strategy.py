@@ -250,6 +250,10 @@ class PiSSAStrategy(ModelStrategy):
         self.calibration = calibration
         check_options(init, calibration, ranks_per_matrix=ranks_per_matrix)
 
+    def revision_of(self, name: object) -> str | None:
+        """The revision at which the hub id `name` is to be read: that of the weights if they have the same id."""
+        return self.revision if str(name) == str(self.pretrained) else None
+
     # -- Lightning's hooks, in the order in which they are called ---------------------------------------------------
 
     def setup_environment(self) -> None:

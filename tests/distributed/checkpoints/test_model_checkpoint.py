@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections import OrderedDict
+from contextlib import nullcontext
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -67,6 +69,32 @@ class Odd(Callback):
 
 def names(directory: Path) -> list[str]:
     return sorted(path.name.removesuffix(".ckpt") for path in directory.iterdir())
+
+
+@alone
+def save_the_best(pretrained: Path, output: Path, checkpoint: Path | None) -> list[str]:
+    """Four steps, the first two of which count; or the rest, while rank 1 does not see what was saved."""
+    best = AdapterCheckpoint(output, "{step}", monitor="score", save_top_k=1)
+    trainer = make_trainer(
+        make_strategy(pretrained, **PLAIN),
+        steps=STEPS if checkpoint else STEPS // 2,
+        callbacks=[best],
+        enable_checkpointing=True,
+        val_check_interval=2,
+    )
+    batches, late = loader(trainer.global_rank, trainer.world_size, STEPS), checkpoint and trainer.global_rank == 1
+    with patch("lowrank_dist.callbacks.adapter_checkpoint.is_ours", lambda _: False) if late else nullcontext():
+        scores = loader(trainer.global_rank, trainer.world_size, 1)
+        trainer.fit(Scored(pretrained), batches, scores, ckpt_path=checkpoint)
+    return [Path(path).name for path in best.best_k_models]
+
+
+def test_ranks_keep_one_book_of_what_is_best(llama: Path, tmp_path: Path) -> None:
+    """A shared file system shows a checkpoint late on one rank: it must not save alone, which would wait for ever."""
+    output = tmp_path / "out"
+    assert run_ranks(2, save_the_best, llama, output, None) == [["step=4"]] * 2
+    assert run_ranks(2, save_the_best, llama, output, output / "step=4") == [["step=4"]] * 2
+    assert names(output) == ["step=4"]
 
 
 # -- when, which, and who is told -------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,16 @@ import torch
 from peft import LoraConfig, PromptTuningConfig
 from torch import Tensor
 from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM
 
 from helpers.models import save_checkpoint
 from helpers.ranks import run_ranks
 from helpers.training import CausalLM, make_strategy, make_trainer
 from lowrank_dist import CausalLMModule
 from lowrank_dist.data.packing import Collator, TokenDataset
+from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import InputError
+from lowrank_dist.training.packed_examples import PackedExamples
 
 LENGTHS = (9, 4, 12, 7, 3, 6, 11, 5)
 
@@ -61,6 +65,32 @@ def refusal(pretrained: Path, kind: Any, options: dict[str, Any]) -> str:
 
 def refusals(cases: list[tuple[Path, Any, dict[str, Any]]]) -> list[str]:
     return [refusal(*case) for case in cases]
+
+
+def asked(pretrained: list[Path], extra: list[dict[str, Any]]) -> tuple[str, str]:
+    """What a rank with a model and arguments of its own is told: an error, a warning."""
+    rank = torch.distributed.get_rank()
+    model = AutoModelForCausalLM.from_pretrained(pretrained[rank])
+    PackedExamples(model, ShardGroup())
+    ids, positions = torch.arange(3, 27)[None], torch.cat([torch.arange(9), torch.arange(15)])[None]
+    error = ""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            model(input_ids=ids, position_ids=positions, use_cache=False, **extra[rank])
+        except InputError as raised:
+            error = str(raised)
+    return error, " ".join(str(one.message) for one in caught if "it was not checked" in str(one.message))
+
+
+def test_ranks_that_differ_do_not_wait_for_each_other(tmp_path):
+    """In what they find, and in whether they can ask: one rank has a tensor that cannot be made for 16 tokens."""
+    gpt_oss, llama = save_checkpoint(tmp_path / "gpt_oss", "gpt_oss"), save_checkpoint(tmp_path / "llama")
+    for error, _ in run_ranks(2, asked, [llama, gpt_oss], [{}, {}]):
+        assert "packed examples see each other" in error
+    found = run_ranks(2, asked, [llama, gpt_oss], [{}, {"cu_seq_lens_q": torch.tensor([0, 9, 24])}])
+    assert [error for error, _ in found] == ["", ""]
+    assert any("with cu_seq_lens_q: it was not checked" in warning for _, warning in found)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import Any
 
 import pytest
 
+from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import CheckpointError
 from lowrank_dist.storage.layout import read_manifest
 from lowrank_dist.storage.parse import Record, is_flag, is_inside, parse_object, printable, read_bytes, read_record
 from lowrank_dist.storage.reader import open_file, read_index
+from lowrank_dist.storage.verify import damage
 
 
 @pytest.mark.parametrize(
@@ -118,3 +121,21 @@ def test_what_is_printed_is_plain() -> None:
     assert printable("x" * 300) == "x" * 200 + "... (300 characters)"
     assert printable("Gewicht von Größe 3") == "Gewicht von Größe 3"
     assert [is_inside(path) for path in ("a/b", "a/../../b", "/a", ".", "", "a\x00")] == [True] + [False] * 5
+
+
+@pytest.mark.parametrize("read", [read_record, open_file, lambda path: damage(path.parent, ShardGroup.single())])
+def test_an_error_that_may_pass_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: Any) -> None:
+    """A job that a stale handle ends starts again; one that damage ends does not."""
+    path = tmp_path / "lowrank_dist.json"
+    path.write_text("{}")
+    before = os.open
+
+    def stale(file: Any, *arguments: Any) -> int:
+        if Path(file) == path:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(file))
+        return before(file, *arguments)
+
+    monkeypatch.setattr(os, "open", stale)
+    with pytest.raises(OSError, match="[Ss]tale") as caught:
+        read(path)
+    assert not isinstance(caught.value, CheckpointError)

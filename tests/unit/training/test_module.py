@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from helpers.ranks import run_ranks
 from helpers.sft import byte_level_tokenizer, tiny_llama, write_jsonl
+from lowrank_dist import PiSSAStrategy
 from lowrank_dist.data.datamodule import SFTDataModule
 from lowrank_dist.data.packing import Collator, TokenDataset
 from lowrank_dist.data.tokenizing import IGNORE_INDEX
@@ -272,7 +273,7 @@ def test_the_configuration_is_that_of_the_revision(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     for pretrained, expected in (("someone/model", 64), ("other/model", 32)):
         module = CausalLMModule(pretrained)
-        strategy = SimpleNamespace(materializes_weights=True, pretrained="someone/model", revision=40 * "b")
+        strategy = PiSSAStrategy("someone/model", revision=40 * "b")
         module.trainer = SimpleNamespace(strategy=strategy, precision="bf16-true")
         with torch.device("meta"):
             module.configure_model()

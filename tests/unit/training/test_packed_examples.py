@@ -86,6 +86,19 @@ def test_models_whose_examples_see_each_other_are_refused_by_name(kind):
         model(**batch, **arguments)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt_oss", "lfm2"])
+def test_a_batch_of_one_token_and_several_ends(kind):
+    """Of what is in the batch alone, neighbours would be equal; LLaMA-3's configuration lists three ends."""
+    model = model_of(kind, eos_token_id=[2, 250, 251])
+    PackedExamples(model)
+    batch = packed() | {"input_ids": torch.full((2, 24), 7)}
+    if kind == "llama":
+        assert model(**batch, use_cache=False).logits.isfinite().all()
+    else:
+        with pytest.raises(InputError, match="see each other"):
+            model(**batch, use_cache=False)
+
+
 def test_padded_batches_are_not_asked():
     model, batch = model_of("gpt_oss"), packed()
     PackedExamples(model)
