@@ -6,8 +6,11 @@
 from __future__ import annotations
 
 import errno
+import os
 import pickle
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,6 +169,17 @@ def is_passing(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Let an OSError inside that names no file, such as that of a write to a full disk, name `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None and not isinstance(error, RemoteError):
+            error.filename = os.fspath(path)
+        raise
 
 
 class ModelError(InputError):

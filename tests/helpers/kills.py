@@ -128,6 +128,8 @@ def train(model: Path, output: Path, trigger: Trigger, ranks: int) -> None:
 def train_rank(argv: Sequence[str]) -> int:
     """`train` as one of several processes: ``MODEL OUTPUT KILL RECORD RANKS``; KILL is JSON."""
     model, output, kill, record, ranks = argv
+    # a shell that starts this in the background has SIGINT ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     rank = int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0)
     wanted = json.loads(kill)
     trigger = Trigger(None if wanted is None else Kill(**wanted), rank, Path(record))

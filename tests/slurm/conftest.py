@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -32,6 +32,18 @@ def why_not() -> str | None:
     if subprocess.run(["unshare", "--uts", "--mount", "sh", "-c", inside], capture_output=True).returncode:
         return "no namespaces can be made here"
     return None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A test that fails shows what its jobs have written."""
+    report = yield
+    root = getattr(item, "funcargs", {}).get("tmp_path")
+    if report.failed and root is not None:
+        for pattern in ("*_attempts.jsonl", "*_log.out", "log"):
+            for path in sorted(root.rglob(pattern)):
+                report.sections.append((f"{path.relative_to(root)}", path.read_text(errors="replace")[-20_000:]))
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lowrank_dist._version import __version__
@@ -27,6 +26,7 @@ from lowrank_dist.adapters.lora import lora_config
 from lowrank_dist.checkpoints.contents import Contents, tensor_files
 from lowrank_dist.distributed.gather_to_owner import Parcel, assign_owners, deliver, gather_to_owners, pack_for_owners
 from lowrank_dist.distributed.group import ShardGroup
+from lowrank_dist.errors import naming
 from lowrank_dist.initialization.materialize import Materialized
 from lowrank_dist.model.adapter_files import AdapterFiles
 from lowrank_dist.model.names import peft_name
@@ -34,7 +34,7 @@ from lowrank_dist.storage.atomic import atomic_directory, check_free, flush_dire
 from lowrank_dist.storage.layout import ADAPTER_DIR, INITIAL_DIR, LORA_DIR, MANIFEST, sealed
 from lowrank_dist.storage.reader import FileTensor
 from lowrank_dist.storage.verify import FORMAT, OPTIMIZER, STATE, file_digest, tensor_digest
-from lowrank_dist.storage.writer import TensorFiles, write_json
+from lowrank_dist.storage.writer import TensorFiles, write_json, write_tensors
 from lowrank_dist.tuners.adalora import files as adalora
 from lowrank_dist.tuners.adalora.allocation import RankAllocation
 from lowrank_dist.tuners.adalora.files import AdaLoraFiles
@@ -366,8 +366,9 @@ class CheckpointWriter:
             raise RuntimeError(f"{lacking[0]} and {len(lacking) - 1} more tensors were planned but not written")
         if taken.state is not None:
             value, tensors = taken.state
-            (staging / f"{STATE}.json").write_text(json.dumps(value, allow_nan=False))
-            save_file(tensors, staging / f"{STATE}.safetensors", metadata={"format": "pt"})
+            with naming(staging / f"{STATE}.json"):
+                (staging / f"{STATE}.json").write_text(json.dumps(value, allow_nan=False))
+            write_tensors(staging / f"{STATE}.safetensors", tensors)
             hashes[STATE] = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
         files = sorted(path for path in staging.rglob("*.json"))
         facts = {

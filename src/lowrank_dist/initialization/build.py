@@ -193,7 +193,9 @@ def build_model(
         with group.shared_errors():
             resume.check_settings(method=opened.source.method, quantization=opened.quantization)
     opened.check_start(group)
-    commit = commit_of(opened.source.reader.directory)
+    commits = {"pretrained_commit": commit_of(opened.source.reader.directory)}
+    if opened.start is not None:
+        commits["started_from_commit"] = commit_of(opened.start.directory)
     pretrained_fingerprint = fingerprint = source_fingerprint(opened.source.reader, group)
     if resume is not None:
         resume.check_pretrained(pretrained_fingerprint)
@@ -285,7 +287,7 @@ def build_model(
     facts = {
         "pretrained": recipe.location,
         "pretrained_fingerprint": pretrained_fingerprint,
-        **({} if commit is None else {"pretrained_commit": commit}),
+        **{name: commit for name, commit in commits.items() if commit is not None},
         "started_from": None if opened.start is None else str(recipe.adapter),
         "source": fingerprint,
         "method": source.method,

@@ -119,6 +119,7 @@ class ModelRecipe:
     train_also: Sequence[str] = ()
     cache: str | os.PathLike[str] | None = None
     revision: str | None = None
+    adapter_revision: str | None = None
     untie_embeddings: bool = False
 
     @property
@@ -144,7 +145,7 @@ class ModelRecipe:
             pretrained = self.pretrained
         if self.adapter is None or isinstance(self.adapter, PeftConfig):
             return pretrained, None
-        return pretrained, resolve_checkpoint(self.adapter, option="adapter")
+        return pretrained, resolve_checkpoint(self.adapter, revision=self.adapter_revision, option="adapter")
 
     def open(
         self,

@@ -29,6 +29,7 @@ from lowrank_dist.quantization.format import ResidualFormat
 from lowrank_dist.residual_model.create import decompose, is_complete
 from lowrank_dist.residual_model.fingerprint import fingerprint, source_fingerprint
 from lowrank_dist.residual_model.reader import ResidualModel
+from lowrank_dist.storage.atomic import check_writable
 from lowrank_dist.storage.reader import CheckpointReader
 from lowrank_dist.storage.source import WeightSource, open_reader
 
@@ -242,6 +243,9 @@ class PretrainedSource:
         if self.resume is not None:
             started_from = self._started_from(Path(self.cache), group, self.resume.source)
             return (self, plan) if started_from is None else self._replaced_by(started_from, plan)
+        with group.shared_errors():
+            if not any(self._cached(Path(self.cache))):  # what is there may be read where nothing can be written
+                check_writable(Path(self.cache), "init_cache")
         walk = self._walk(group, factor_dtype, device, advance)
         key, directory = self._cache_key(walk, plan, self.cache, calibrated)
         decompose(
@@ -289,13 +293,17 @@ class PretrainedSource:
     def _cached_name(self) -> str:
         return f"{self.reader.directory.name}-{self.method}"
 
+    def _cached(self, cache: Path) -> Iterator[Path]:
+        """Residual models in the cache that were made from a model of this name by this method."""
+        candidates = cache.glob(f"{glob.escape(self._cached_name)}-*")
+        return (path for path in candidates if ResidualModel.is_at(path))
+
     def _started_from(self, cache: Path, group: ShardGroup, source: str) -> ResidualModel | None:
         """The residual model in the cache whose `source_fingerprint` is `source`, or None. Collective."""
         found: list[Path] = []
         with group.shared_errors():
             if group.rank == 0:
-                candidates = cache.glob(f"{glob.escape(self._cached_name)}-*")
-                found = sorted(path for path in candidates if ResidualModel.is_at(path))
+                found = sorted(self._cached(cache))
         directories = group.broadcast_object(found)
         assert isinstance(directories, list)
         for directory in directories:

@@ -36,6 +36,8 @@ class StartingAdapter:
 
     Attributes
     ----------
+    directory : Path
+        That directory.
     config : peft.PeftConfig
         Its configuration, ready for training; a LoraConfig if `for_residual`.
 
@@ -57,7 +59,7 @@ class StartingAdapter:
                 f"original model, pass its {ADAPTER_DIR}/ with the residual model that it began from, or resume "
                 "with ckpt_path"
             )
-        self.config = self._source.config
+        self.directory, self.config = directory, self._source.config
 
     def verify(self, group: ShardGroup) -> None:
         """Compare the adapter with the hashes that were written with it, each rank its share. Collective.

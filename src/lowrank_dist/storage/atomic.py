@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lowrank_dist.errors import InputError
+from lowrank_dist.errors import InputError, is_passing, naming
 from lowrank_dist.storage.layout import MANIFEST
 from lowrank_dist.storage.lock import Lock, held, lock_of, target_of
 
@@ -125,7 +125,8 @@ def atomic_directory(
         staging = staging_directory(target, resumes=resumes)
         descriptor = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
-            yield staging
+            with naming(staging):
+                yield staging
             flush_directory(staging)
             if not os.path.samestat(os.fstat(descriptor), staging.lstat()):
                 raise InputError(f"{staging}: another process put something else in its place; {target} is unchanged")
@@ -152,13 +153,35 @@ def atomic_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
     fresh = _fresh(path, "partial")
     fresh.touch(exist_ok=False)
     try:
-        yield fresh
+        with naming(fresh):
+            yield fresh
         _fsync(fresh)
         check_file(path, overwrite=overwrite)
         fresh.replace(path)
     except BaseException:
         fresh.unlink(missing_ok=True)
         raise
+
+
+def check_writable(directory: Path, option: str) -> None:
+    """Make `directory` and see that files can be made in it.
+
+    Raises
+    ------
+    InputError
+        If not; the message names `option`. Errors that may pass are raised as they are.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = _fresh(directory / "probe", "partial")
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        if is_passing(error):
+            raise
+        raise InputError(
+            f"{option}={str(directory)!r}: nothing can be written there ({error}); choose another directory"
+        ) from error
 
 
 def check_file(path: Path, *, overwrite: bool) -> None:

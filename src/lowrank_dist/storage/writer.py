@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -17,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lowrank_dist.errors import CheckpointError
+from lowrank_dist.errors import CheckpointError, naming
 from lowrank_dist.storage.atomic import atomic_file
 from lowrank_dist.storage.dtypes import CODES, DTYPES
 from lowrank_dist.storage.reader import FileTensor, TensorInfo
@@ -124,7 +127,7 @@ class TensorFiles:
     def create(self) -> None:
         """Write headers and index, and extend every file with zeros. One process only, before any writes."""
         for file, header in self._headers.items():
-            with open(self.directory / file, "wb") as handle:
+            with naming(self.directory / file), open(self.directory / file, "wb") as handle:
                 handle.write(header)
                 handle.truncate(self._sizes[file])
         if self._index is not None:
@@ -159,14 +162,16 @@ class TensorFiles:
         flat: Any = values.detach().cpu().contiguous().view(torch.uint8).numpy()
         data = memoryview(flat)
         offset = place.offset + start * values.dtype.itemsize
-        while data:
-            written = os.pwrite(self._open[place.file], data, offset)
-            data, offset = data[written:], offset + written
+        with naming(self.directory / place.file):
+            while data:
+                written = os.pwrite(self._open[place.file], data, offset)
+                data, offset = data[written:], offset + written
 
     def flush(self) -> None:
         """Flush to disk what this process has written."""
-        for descriptor in self._open.values():
-            os.fdatasync(descriptor)
+        for file, descriptor in self._open.items():
+            with naming(self.directory / file):
+                os.fdatasync(descriptor)
 
     def close(self) -> None:
         """Close the files."""
@@ -212,13 +217,20 @@ def write_report(path: Path, value: Mapping[str, Any], *, overwrite: bool = True
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write indented JSON with a final newline."""
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    with naming(path):
+        path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write contiguous CPU copies of `tensors` as one safetensors file (``format: pt``)."""
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-        path,
-        metadata={"format": "pt", **(metadata or {})},
-    )
+    copies = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)  # that of any new file; safetensors makes it 0600
+    try:
+        save_file(copies, path, metadata={"format": "pt", **(metadata or {})})
+        path.chmod(mode)
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), os.fspath(path)) from error

@@ -78,6 +78,7 @@ class ModelStrategy(CheckpointedStrategy):
     init_cache: str | os.PathLike[str] | None
     ranks_per_matrix: int | None
     revision: str | None
+    adapter_revision: str | None
     untie_embeddings: bool
     gradient_checkpointing: bool
     use_reentrant: bool
@@ -257,5 +258,6 @@ class ModelStrategy(CheckpointedStrategy):
             train_also=self.train_also,
             cache=self.init_cache,
             revision=self.revision,
+            adapter_revision=self.adapter_revision,
             untie_embeddings=self.untie_embeddings,
         )

@@ -72,6 +72,8 @@ class PiSSAStrategy(ModelStrategy):
     revision
         Revision of the hub id `pretrained`: of its weights, and of the configuration and tokenizer that
         `CausalLMModule` and `SFTDataModule` read by the same id. Checkpoints record the commit.
+    adapter_revision
+        Likewise of the hub id `adapter`.
     untie_embeddings
         Give a head that is tied to the input embedding its own weight, so that either can be a target. Both are read
         from the same pretrained tensor, which then counts twice in ``init_report.bytes_read``.
@@ -172,6 +174,7 @@ class PiSSAStrategy(ModelStrategy):
         init_cache: str | os.PathLike[str] | None = None,
         ranks_per_matrix: int | None = None,
         revision: str | None = None,
+        adapter_revision: str | None = None,
         untie_embeddings: bool = False,
         gradient_checkpointing: bool = True,
         use_reentrant: bool = False,
@@ -235,7 +238,7 @@ class PiSSAStrategy(ModelStrategy):
         self.adapter, self.encode, self.train_also = adapter, encode, tuple(train_also)
         self.init, self.init_cache, self.ranks_per_matrix = init, init_cache, ranks_per_matrix
         self.quantization = quantization
-        self.revision = revision
+        self.revision, self.adapter_revision = revision, adapter_revision
         self.untie_embeddings = untie_embeddings
         self.gradient_checkpointing, self.use_reentrant = gradient_checkpointing, use_reentrant
         self.keep_decoded = keep_decoded

@@ -102,6 +102,7 @@ def test_a_checkpoint_holds_adapters_only(llama: Path, tmp_path: Path) -> None:
     ]
     state = ["optimizer.safetensors", "state.json", "state.safetensors"]
     assert files == sorted([*adapters, *state, "lowrank_dist.json"])
+    assert len({(tmp_path / "step=5" / file).stat().st_mode for file in files}) == 1  # that of the umask
     for directory in ("adapter", "adapter_init", "lora"):
         names = set(load_file(tmp_path / "step=5" / directory / "adapter_model.safetensors"))
         assert len(names) == 28

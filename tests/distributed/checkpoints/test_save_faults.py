@@ -201,6 +201,7 @@ def test_a_full_disk_stops(llama: Path, tmp_path: Path, how: str, background: bo
     output, callback = tmp_path / "out", {"background": background, "on_save_error": "stop"}
     outcomes = run_ranks_catching(2, run_out_of_space, llama, output, how, callback)
     assert all(TEXTS[how] in str(error) for _, error in outcomes), outcomes
+    assert all("step=4" in str(error) for _, error in outcomes), outcomes
     assert [path.name for path in output.iterdir()] == ["step=2"]
     assert newest_step(output) == 2
     assert run_ranks(2, train, llama, output)[0]["begun"] == 2
@@ -315,3 +316,6 @@ def test_where_nothing_can_be_written(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for _, error in run_ranks_catching(2, train, llama, tmp_path / "file" / "out"):
         assert "checkpoints cannot be written there ([Errno 20] Not a directory" in str(error)
+    options = {"strategy": {"init_cache": tmp_path / "file" / "cache"}}
+    for _, error in run_ranks_catching(2, train_with, llama, tmp_path / "out", options):
+        assert f"InputError: init_cache='{tmp_path}/file/cache': nothing can be written there ([Errno" in str(error)

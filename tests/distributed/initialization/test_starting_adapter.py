@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from helpers.checkpoints import load_base, load_lora
 from helpers.models import save_checkpoint
-from helpers.ranks import run_ranks, run_ranks_catching
+from helpers.ranks import alone, run_ranks, run_ranks_catching
 from helpers.training import ByStep, CausalLM, fit, loader, make_trainer
 from lowrank_dist import NF4, LoRA, PiSSA, PiSSAStrategy, cli
 from lowrank_dist.adapters.files import read_adapter
@@ -165,6 +166,30 @@ def test_a_converted_lora(options: dict[str, Any], tmp_path: Path) -> None:
 def first_stage(base: Path, output: Path) -> None:
     _, trainer = fit(base, steps=STEPS, quantization=None)
     trainer.save_checkpoint(output)
+
+
+@alone
+def train_from_the_hub(base: Path, cache: Path, output: Path) -> None:
+    huggingface_hub.constants.HF_HUB_CACHE = str(cache)
+    strategy = PiSSAStrategy(base, "someone/lora", adapter_revision=40 * "b", show_progress=False)
+    trainer = make_trainer(strategy, steps=1)
+    trainer.fit(CausalLM(base), loader(trainer.global_rank, trainer.world_size, 1))
+    trainer.save_checkpoint(output)
+
+
+def test_the_revision_of_an_adapter_from_the_hub(tmp_path: Path) -> None:
+    base = save_checkpoint(tmp_path / "base")
+    repository = tmp_path / "models--someone--lora"
+    for digit, rank in (("a", 2), ("b", 4)):
+        save_lora(base, repository / "snapshots" / (40 * digit), r=rank)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(40 * "a")
+    run_ranks(2, train_from_the_hub, base, tmp_path, tmp_path / "out")
+    started, _ = read_adapter(repository / "snapshots" / (40 * "b"))
+    kept, _ = read_adapter(tmp_path / "out" / "adapter_init")
+    assert all(torch.equal(tensor, started[name]) for name, tensor in kept.items())
+    manifest = json.loads((tmp_path / "out" / "lowrank_dist.json").read_text())
+    assert (manifest["started_from"], manifest["started_from_commit"]) == ("someone/lora", 40 * "b")
 
 
 def resumed(base: Path, adapter: Path, checkpoint: Path, resume: bool) -> list[float]:

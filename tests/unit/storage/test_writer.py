@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,8 +15,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from lowrank_dist.distributed.partition import FlatPartition
+from lowrank_dist.storage.atomic import atomic_directory
 from lowrank_dist.storage.reader import CheckpointReader, FileTensor
-from lowrank_dist.storage.writer import TensorFiles
+from lowrank_dist.storage.writer import TensorFiles, write_json, write_tensors
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int64, torch.bool]
 
@@ -93,3 +97,48 @@ def test_other_files_are_not_taken_for_these(tmp_path: Path) -> None:
     with open(tmp_path / "model.safetensors", "r+b") as handle:
         handle.truncate(20)
     assert not TensorFiles(tmp_path, {"a": FileTensor(shape=(4,), dtype=torch.float32)}).exist()
+
+
+# -- a full disk ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 kB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode().strip()}")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def write_parts(directory: Path) -> None:
+    files = TensorFiles(directory, {"a": FileTensor(shape=(2**20,), dtype=torch.float32)})
+    files.create()
+    try:
+        files.write("a", 0, torch.ones(2**20))
+    finally:
+        files.close()
+
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "model.safetensors": write_parts,
+    "adapter_model.safetensors": lambda path: write_tensors(
+        path / "adapter_model.safetensors", {"a": torch.ones(2**20)}
+    ),
+    "report.json": lambda path: write_json(path / "report.json", {"a": "x" * 2**20}),
+    "config.json": lambda path: (path / "config.json").write_text("x" * 2**20),  # as other libraries write
+}
+
+
+@pytest.mark.parametrize("file", WRITERS)
+def test_a_full_disk_is_an_error_that_names_the_file(file: str, small_disk: Path) -> None:
+    """Of what other libraries write, the directory."""
+    with pytest.raises(OSError, match="No space left on device") as caught, atomic_directory(small_disk / "out") as new:
+        WRITERS[file](new)
+    assert caught.value.errno == errno.ENOSPC
+    assert str(small_disk / ".out.") in str(caught.value)
+    assert file == "config.json" or str(caught.value.filename).endswith(file)
+    assert list(small_disk.iterdir()) == []

@@ -32,14 +32,15 @@ def with_adapters(strategy: PiSSAStrategy, source: Path, job: RunSpec) -> tuple[
     CheckpointError, ModelError, InputError
         As in the set-up of a run.
     """
-    adapter = _local_adapter(strategy.adapter)
+    adapter = _local_adapter(strategy.adapter, strategy.adapter_revision)
     backbone = build_skeleton(source, read_config(source))
     pretrained: str | WeightSource = str(source)
     if not (source.is_dir() and any(source.glob("*.safetensors"))):
         if not _made_by_peft(adapter, strategy):
             return _of_dimensions(strategy, adapter, source, job)
         pretrained = ShapesOnly(backbone)
-    opened = replace(strategy.recipe, pretrained=pretrained, adapter=adapter, revision=None).open(
+    found = replace(strategy.recipe, pretrained=pretrained, adapter=adapter, revision=None, adapter_revision=None)
+    opened = found.open(
         backbone,
         ShardGroup.single(),
         compute_dtype=job.compute_dtype,
@@ -74,7 +75,7 @@ def _of_dimensions(
     return shapes, replace(job, fills_cache=strategy.init_cache is not None)
 
 
-def _local_adapter(adapter: PeftConfig | str | Path | None) -> PeftConfig | str | Path | None:
+def _local_adapter(adapter: PeftConfig | str | Path | None, revision: str | None) -> PeftConfig | str | Path | None:
     """`adapter`, where a hub id becomes its directory in the hub's cache; nothing is downloaded."""
     if adapter is None or isinstance(adapter, PeftConfig) or Path(adapter).is_dir():
         return adapter
@@ -82,7 +83,7 @@ def _local_adapter(adapter: PeftConfig | str | Path | None) -> PeftConfig | str 
     from huggingface_hub.errors import HFValidationError
 
     try:
-        cached = try_to_load_from_cache(str(adapter), "adapter_config.json")
+        cached = try_to_load_from_cache(str(adapter), "adapter_config.json", revision=revision)
     except HFValidationError:  # a path
         cached = None
     if not isinstance(cached, str):
