@@ -17,7 +17,7 @@ from helpers.models import save_checkpoint
 from helpers.ranks import run_ranks, run_ranks_catching
 from helpers.training import make_strategy
 from helpers.tuners import decoded, logits
-from lowrank_dist import NF4, PiSSA, inspect
+from lowrank_dist import NF4, InputError, PiSSA, convert_checkpoint, inspect
 from lowrank_dist.cli import report
 from lowrank_dist.cli.plan.model import with_adapters
 from lowrank_dist.forecast import RunSpec, forecast
@@ -73,6 +73,8 @@ def test_losses_budgets_and_adapter_are_those_of_stock_peft(
     assert type(lora.peft_config["default"]) is LoraConfig
     assert lora.peft_config["default"].r == max(sum(keeps) for keeps in kept[-1].values())
     torch.testing.assert_close(logits(lora, "adalora"), logits(stock, "adalora"), rtol=0, atol=1e-5)
+    with pytest.raises(InputError, match=f"{saved[TOTAL]}/lora is the exact LoRA already"):
+        convert_checkpoint(saved[TOTAL], saved[TOTAL].with_name("converted"))
 
 
 def test_accumulation_clipping_and_interval(llama: Path) -> None:

@@ -26,7 +26,7 @@ from lowrank_dist.linalg.truncate import EnergyKept, energy_kept, singular_value
 from lowrank_dist.model.stacking import stacked_shapes
 from lowrank_dist.storage.atomic import atomic_directory, check_target
 from lowrank_dist.storage.dtypes import DTYPES
-from lowrank_dist.storage.layout import ADAPTER_DIR, MANIFEST, WEIGHTS, parts_of, read_manifest, sealed
+from lowrank_dist.storage.layout import ADAPTER_DIR, LORA_DIR, MANIFEST, WEIGHTS, parts_of, read_manifest, sealed
 from lowrank_dist.storage.reader import FileTensor
 from lowrank_dist.storage.verify import hashes_of_root, verify_checkpoint
 from lowrank_dist.storage.writer import TensorFiles, write_json
@@ -166,6 +166,11 @@ def convert_checkpoint(
     config = read_config(checkpoint / ADAPTER_DIR)
     if not adds_product(config) and rank is not None:
         return _nearest(checkpoint, output, manifest, rank=rank, dtype=dtype, overwrite=overwrite, progress=progress)
+    if needs_peft(config) and (checkpoint / LORA_DIR).is_dir():
+        raise InputError(
+            f"{checkpoint}: its adapter is of {said(config)}, and {checkpoint / LORA_DIR} is the exact LoRA already; "
+            "use or copy that directory, or choose a lower rank (--rank)"
+        )
     if needs_peft(config):
         raise InputError(
             f"{checkpoint}: its adapter is of {said(config)} and has no exact LoRA. {checkpoint / ADAPTER_DIR} is "
