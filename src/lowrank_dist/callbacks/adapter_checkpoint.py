@@ -21,8 +21,9 @@ from lowrank_dist.callbacks.run_lock import hold, let_go
 from lowrank_dist.checkpoints.layout import checkpoints
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import CheckpointError, InputError
-from lowrank_dist.storage.atomic import is_ours, restore_replaced, sweep
+from lowrank_dist.storage.beside import restore_replaced, sweep
 from lowrank_dist.storage.layout import MANIFEST, read_manifest
+from lowrank_dist.storage.replacing import is_ours
 from lowrank_dist.training.strategy import PiSSAStrategy
 
 #: State of `ModelCheckpoint` about saved checkpoints. Lightning sets it before the files are complete.

@@ -30,7 +30,8 @@ from lowrank_dist.errors import naming
 from lowrank_dist.initialization.materialize import Materialized
 from lowrank_dist.model.adapter_files import AdapterFiles
 from lowrank_dist.model.names import peft_name
-from lowrank_dist.storage.atomic import atomic_directory, check_free, flush_directory
+from lowrank_dist.storage.atomic import atomic_directory
+from lowrank_dist.storage.disk import check_free, flush_directory
 from lowrank_dist.storage.layout import ADAPTER_DIR, INITIAL_DIR, LORA_DIR, MANIFEST, sealed
 from lowrank_dist.storage.reader import FileTensor
 from lowrank_dist.storage.verify import FORMAT, OPTIMIZER, STATE, file_digest, tensor_digest
@@ -263,7 +264,7 @@ class CheckpointWriter:
         ------
         OSError, InputError
             On every rank if writing fails, or if `directory` is something else than a checkpoint
-            (`lowrank_dist.storage.atomic.check_target`); it is then unchanged.
+            (`lowrank_dist.storage.replacing.check_target`); it is then unchanged.
         """
         with ExitStack() as stack:
             contents, staging = self._laid_out_for(taken), Path()

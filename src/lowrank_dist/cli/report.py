@@ -10,9 +10,10 @@ from typing import Any
 
 from lowrank_dist.decomposition.report import MatrixReport, as_table, layer_type, ranks_as_table
 from lowrank_dist.errors import CheckpointError, InputError
-from lowrank_dist.storage.atomic import atomic_file, check_file
+from lowrank_dist.storage.atomic import atomic_file
 from lowrank_dist.storage.layout import MANIFEST, checked_manifest
 from lowrank_dist.storage.parse import MAX_MANIFEST, read_record
+from lowrank_dist.storage.replacing import check_file
 from lowrank_dist.storage.writer import write_report
 
 

@@ -24,10 +24,11 @@ from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import CheckpointError, InputError
 from lowrank_dist.linalg.truncate import EnergyKept, energy_kept, singular_values, truncate
 from lowrank_dist.model.stacking import stacked_shapes
-from lowrank_dist.storage.atomic import atomic_directory, check_target
+from lowrank_dist.storage.atomic import atomic_directory
 from lowrank_dist.storage.dtypes import DTYPES
 from lowrank_dist.storage.layout import ADAPTER_DIR, LORA_DIR, MANIFEST, WEIGHTS, parts_of, read_manifest, sealed
 from lowrank_dist.storage.reader import FileTensor
+from lowrank_dist.storage.replacing import check_target
 from lowrank_dist.storage.verify import hashes_of_root, verify_checkpoint
 from lowrank_dist.storage.writer import TensorFiles, write_json
 
@@ -127,9 +128,9 @@ def convert_checkpoint(
     Raises
     ------
     InputError
-        If `output` may not be replaced (`lowrank_dist.storage.atomic.check_target`), if `rank` is below 1 or above that
-        of the exact LoRA, or missing where there is none, if `dtype` cannot hold the
-        factors, or if `output` is the checkpoint itself, one of its parents, or a directory that the LoRA is made from.
+        If `output` may not be replaced (`lowrank_dist.storage.replacing.check_target`), if `rank` is below 1 or above
+        that of the exact LoRA, or missing where there is none, if `dtype` cannot hold the factors, or if `output` is
+        the checkpoint itself, one of its parents, or a directory that the LoRA is made from.
     CheckpointError
         If `checkpoint` is not a checkpoint, is damaged, or holds NaN or infinity.
     ModelError

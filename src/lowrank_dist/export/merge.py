@@ -39,10 +39,12 @@ from lowrank_dist.model.names import peft_name
 from lowrank_dist.model.plan import PlannedMatrix
 from lowrank_dist.model.stacking import concat_a, concat_b, split_a, split_b
 from lowrank_dist.progress import progress_bar
-from lowrank_dist.storage.atomic import atomic_directory, check_free, check_target
+from lowrank_dist.storage.atomic import atomic_directory
+from lowrank_dist.storage.disk import check_free
 from lowrank_dist.storage.layout import MANIFEST
 from lowrank_dist.storage.parse import read_record
 from lowrank_dist.storage.reader import CheckpointReader, check_finite
+from lowrank_dist.storage.replacing import check_target
 from lowrank_dist.storage.verify import verify_adapter
 from lowrank_dist.storage.writer import MAX_BYTES, TensorFiles, copy_other_files, write_json
 
@@ -94,7 +96,7 @@ def merge_checkpoint(
     ModelError
         If the adapter does not fit the base, or cannot be merged.
     InputError
-        If `output` may not be replaced (`lowrank_dist.storage.atomic.check_target`), if the disk is too small, or if
+        If `output` may not be replaced (`lowrank_dist.storage.replacing.check_target`), if the disk is too small, or if
         `max_file_bytes` is not positive.
 
     See Also

@@ -41,11 +41,12 @@ from lowrank_dist.progress import progress_bar
 from lowrank_dist.quantization.format import Encoded
 from lowrank_dist.quantization.nf4 import NF4, format_from_dict
 from lowrank_dist.residual_model.reader import ResidualModel
-from lowrank_dist.storage.atomic import atomic_directory, check_target
+from lowrank_dist.storage.atomic import atomic_directory
 from lowrank_dist.storage.digest import digest_sums, digests
 from lowrank_dist.storage.dtypes import DTYPES
 from lowrank_dist.storage.layout import ADAPTER_DIR, MANIFEST, WEIGHTS, parts_of, read_manifest
 from lowrank_dist.storage.reader import CheckpointReader, FileTensor, check_finite, resolve_checkpoint
+from lowrank_dist.storage.replacing import check_target
 from lowrank_dist.storage.verify import verify_checkpoint
 from lowrank_dist.storage.writer import TensorFiles, write_json
 from lowrank_dist.tuners.support import adds_product, said
@@ -154,10 +155,10 @@ def refit_checkpoint(
     Raises
     ------
     CheckpointError, ModelError, InputError
-        On every rank: if `output` may not be replaced (`lowrank_dist.storage.atomic.check_target`), if the residual of
-        the run cannot be restored (the base has changed, or the factors were fitted
-        to a residual that only an ``init_cache`` holds), if `rank` is below 1, if `base` is unknown, or if a base in
-        NF4 has adapted Conv1D layers.
+        On every rank: if `output` may not be replaced (`lowrank_dist.storage.replacing.check_target`), if the residual
+        of the run cannot be restored (the base has changed, or the factors were fitted to a residual that only an
+        ``init_cache`` holds), if `rank` is below 1, if `base` is unknown, or if a base in NF4 has adapted Conv1D
+        layers.
 
     See Also
     --------

@@ -29,7 +29,7 @@ from lowrank_dist.quantization.format import ResidualFormat
 from lowrank_dist.residual_model.create import decompose, is_complete
 from lowrank_dist.residual_model.fingerprint import fingerprint, source_fingerprint
 from lowrank_dist.residual_model.reader import ResidualModel
-from lowrank_dist.storage.atomic import check_writable
+from lowrank_dist.storage.disk import check_writable
 from lowrank_dist.storage.reader import CheckpointReader
 from lowrank_dist.storage.source import WeightSource, open_reader
 

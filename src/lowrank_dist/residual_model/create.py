@@ -17,8 +17,8 @@ from lowrank_dist.model.factor_layout import stored_layout
 from lowrank_dist.model.plan import Plan
 from lowrank_dist.residual_model.fingerprint import fingerprint
 from lowrank_dist.residual_model.writer import ResidualModelWriter
-from lowrank_dist.storage.atomic import check_target, is_ours
 from lowrank_dist.storage.layout import MANIFEST, read_manifest
+from lowrank_dist.storage.replacing import check_target, is_ours
 from lowrank_dist.storage.verify import damage
 
 
@@ -58,7 +58,7 @@ def decompose(
         See `lowrank_dist.decomposition.schedule.scheduled`.
     overwrite
         Replace a directory at `output` that has another fingerprint, if this package wrote it
-        (`lowrank_dist.storage.atomic.check_target`).
+        (`lowrank_dist.storage.replacing.check_target`).
     key
         The `fingerprint`, if it is known already.
     calibrated

@@ -28,8 +28,9 @@ from lowrank_dist.model.plan import Plan, PlannedMatrix
 from lowrank_dist.model.stacking import StackedFactors
 from lowrank_dist.quantization.nf4 import NF4
 from lowrank_dist.residual_model.reader import factor_keys, has_stock_layout, packed_name
-from lowrank_dist.storage.atomic import check_free, flush_directory, put_in_place, staging_directory
+from lowrank_dist.storage.atomic import put_in_place, staging_directory
 from lowrank_dist.storage.digest import digest_of_pieces, piece_sums
+from lowrank_dist.storage.disk import check_free, flush_directory
 from lowrank_dist.storage.dtypes import CODES
 from lowrank_dist.storage.layout import CONFIG, MANIFEST, RESIDUAL_STEM, check_matrix, sealed
 from lowrank_dist.storage.lock import Lock, Owner, lock_of

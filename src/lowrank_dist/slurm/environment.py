@@ -15,7 +15,7 @@ import psutil
 
 from lowrank_dist.cluster.allocation import Allocation
 from lowrank_dist.errors import InputError
-from lowrank_dist.storage.atomic import private_directory
+from lowrank_dist.storage.disk import private_directory
 
 _STALE = 3600  # seconds after which the lock of a build counts as abandoned
 

@@ -22,7 +22,7 @@ from lowrank_dist.cluster.signals import StopSignals
 from lowrank_dist.slurm.checks import JobShape, check, checkpoint_directories, newest_step
 from lowrank_dist.slurm.job import TrainingJob, requeue_script
 from lowrank_dist.slurm.options import SubmitError, SubmitOptions, point_overrides
-from lowrank_dist.storage.atomic import private_directory
+from lowrank_dist.storage.disk import private_directory
 from lowrank_dist.training.fit_cli import parse_fit
 
 _ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}

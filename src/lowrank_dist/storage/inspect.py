@@ -17,7 +17,7 @@ from typing import Any
 
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import CheckpointError
-from lowrank_dist.storage.atomic import unfinished
+from lowrank_dist.storage.beside import unfinished
 from lowrank_dist.storage.layout import (
     ADAPTER_DIR,
     CONFIG,

@@ -24,7 +24,7 @@ from helpers.training import BATCHES, ByStep, loader, make_strategy, make_traine
 from lowrank_dist import AdapterCheckpoint, LoRA
 from lowrank_dist.checkpoints.layout import TrainingCheckpoint, newest_checkpoint
 from lowrank_dist.distributed.group import ShardGroup
-from lowrank_dist.storage.atomic import exclusive
+from lowrank_dist.storage.beside import exclusive
 from lowrank_dist.storage.layout import MANIFEST, sealed
 from lowrank_dist.storage.lock import Lock
 from lowrank_dist.storage.verify import file_digest

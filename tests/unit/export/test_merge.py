@@ -34,7 +34,7 @@ from lowrank_dist.cli import merge as command
 from lowrank_dist.errors import CheckpointError, InputError, ModelError
 from lowrank_dist.export.convert import convert_checkpoint
 from lowrank_dist.export.merge import merge_checkpoint
-from lowrank_dist.storage.atomic import exclusive
+from lowrank_dist.storage.beside import exclusive
 from lowrank_dist.storage.reader import CheckpointReader
 
 FP32, BF16 = torch.float32, torch.bfloat16

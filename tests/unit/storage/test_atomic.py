@@ -16,22 +16,11 @@ from types import SimpleNamespace
 import pytest
 
 import lowrank_dist.storage.atomic as directories
-from helpers.staging import RANDOM
+from helpers.staging import put, thesis_in, value_of
 from lowrank_dist.errors import InputError
-from lowrank_dist.storage.atomic import (
-    atomic_directory,
-    atomic_file,
-    check_free,
-    check_target,
-    exclusive,
-    private_directory,
-    put_link,
-    remove_directory,
-    restore_replaced,
-    sweep,
-)
+from lowrank_dist.storage.atomic import atomic_directory, atomic_file, put_link, remove_directory
+from lowrank_dist.storage.beside import restore_replaced, sweep
 from lowrank_dist.storage.layout import MANIFEST
-from lowrank_dist.storage.lock import Lock, lock_of
 from lowrank_dist.storage.writer import write_json, write_report
 
 
@@ -74,13 +63,6 @@ def test_a_second_writer_is_refused_and_disturbs_nothing(tmp_path: Path) -> None
     assert os.listdir(tmp_path / "out") == ["part"]
 
 
-def test_the_disk_is_the_one_that_the_target_will_be_on(tmp_path: Path) -> None:
-    target = tmp_path / "not" / "yet"
-    check_free(target, shutil.disk_usage(tmp_path).free // 2)
-    with pytest.raises(InputError, match=f"{target}: .* GB are needed, .* GB are free there"):
-        check_free(target, 2**60)
-
-
 def test_a_full_disk_leaves_the_previous_directory(tmp_path: Path) -> None:
     put(tmp_path / "out", 1)
     with pytest.raises(OSError, match="No space left"), atomic_directory(tmp_path / "out", overwrite=True) as staging:
@@ -88,16 +70,6 @@ def test_a_full_disk_leaves_the_previous_directory(tmp_path: Path) -> None:
         (staging / "full").write_text("x" * 100_000)
     assert value_of(tmp_path / "out") == 1
     assert os.listdir(tmp_path) == ["out"]
-
-
-def put(target: Path, value: int) -> None:
-    with atomic_directory(target, overwrite=True) as staging:
-        write_json(staging / MANIFEST, {})
-        write_json(staging / "a.json", {"value": value})
-
-
-def value_of(target: Path) -> int:
-    return json.loads((target / "a.json").read_text())["value"]
 
 
 def test_replacing_leaves_no_instant_without(tmp_path: Path) -> None:
@@ -140,96 +112,6 @@ def test_a_link_is_replaced_not_followed(tmp_path: Path) -> None:
     assert value_of(tmp_path / "last") == 2
 
 
-def test_remains_are_swept(tmp_path: Path) -> None:
-    put(tmp_path / "kept", 1)
-    (tmp_path / f".half.{RANDOM}.partial").mkdir()
-    (tmp_path / f".half.{RANDOM}.partial" / "x").touch()
-    put(tmp_path / f".kept.{RANDOM}.old", 0)  # killed before the one that was replaced had gone
-    put(tmp_path / f".removed.{RANDOM}.removed", 0)  # killed while it was removed
-    put(tmp_path / f".between.{RANDOM}.old", 5)  # killed between two renames
-    (tmp_path / f".between.{RANDOM}.partial").mkdir()
-    put(tmp_path / f".first.{RANDOM}.old", 6)  # killed while it was renamed, before any other was built
-    (tmp_path / f".last.{RANDOM}.link").symlink_to("kept")
-    dead = Lock(lock_of(tmp_path / "kept"), "kept")
-    dead.attempt()
-    shutil.copytree(tmp_path / ".kept.lock", tmp_path / ".dead.lock")
-    dead.release()
-    (token,) = (tmp_path / ".dead.lock").iterdir()
-    token.rename(token.with_name(token.name.replace(f"_{os.getpid()}_", "_999999999_")))
-    sweep(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == ["between", "first", "kept"]
-    assert value_of(tmp_path / "between") == 5
-    sweep(tmp_path / "nowhere")
-
-
-def test_a_replacement_that_was_killed_is_undone_unless_it_goes_on(tmp_path: Path) -> None:
-    put(tmp_path / f".out.{RANDOM}.old", 5)
-    put(tmp_path / f".gone.{RANDOM}.removed", 6)  # killed while it was removed: not to come back
-    with exclusive(tmp_path / "out"):
-        restore_replaced(tmp_path)
-        assert not (tmp_path / "out").exists()
-    for _ in range(2):
-        restore_replaced(tmp_path)
-        assert value_of(tmp_path / "out") == 5
-    assert not (tmp_path / "gone").exists()
-
-
-def test_what_is_being_written_is_not_swept(tmp_path: Path) -> None:
-    with atomic_directory(tmp_path / "out") as staging:
-        sweep(tmp_path)
-        assert staging.exists()
-        with pytest.raises(InputError, match="another run is writing it"), exclusive(tmp_path / "out"):
-            pass
-
-
-# -- planted names ----------------------------------------------------------------------------------------------------
-
-
-def thesis_in(tmp_path: Path) -> Path:
-    thesis = tmp_path / "thesis"
-    thesis.mkdir()
-    (thesis / "chapter-1").write_text("years")
-    return thesis
-
-
-def test_links_and_directories_in_the_way_are_not_followed(tmp_path: Path) -> None:
-    """Under the names of earlier versions, and under those that a dead writer leaves."""
-    thesis, out = thesis_in(tmp_path), tmp_path / "run" / "out"
-    out.parent.mkdir()
-    for name in (
-        ".out.partial",
-        ".out.old",
-        ".other.lock",
-        f".out.{RANDOM}.partial",
-        f".out.{RANDOM}.old",
-        f".out.{RANDOM}.removed",
-    ):
-        (out.parent / name).symlink_to(thesis)
-    sweep(out.parent)
-    restore_replaced(out.parent)
-    put(out, 1)
-    put(out, 2)
-    sweep(out.parent)
-    assert value_of(out) == 2
-    (out.parent / ".out.lock").symlink_to(thesis)
-    with pytest.raises(InputError, match="is a link in the place of a lock"):
-        put(out, 3)
-    shutil.copytree(thesis, out.parent / ".more.lock")
-    with pytest.raises(InputError, match="in the place of a lock, but holds other files"):
-        put(out.with_name("more"), 1)
-    sweep(out.parent)
-    assert os.listdir(thesis) == os.listdir(out.parent / ".more.lock") == ["chapter-1"]
-
-
-def test_names_of_other_programs_are_left_alone(tmp_path: Path) -> None:
-    for name in (".thesis.partial", ".thesis.old", ".thesis.link", ".other.lock", ".rsync.0123.partial"):
-        (tmp_path / name).mkdir()
-    before = sorted(os.listdir(tmp_path))
-    sweep(tmp_path)
-    put(tmp_path / "thesis", 1)
-    assert sorted(os.listdir(tmp_path)) == [*before, "thesis"]
-
-
 def test_staging_names_are_never_the_same(tmp_path: Path) -> None:
     names = set()
     for value in range(5):
@@ -237,16 +119,6 @@ def test_staging_names_are_never_the_same(tmp_path: Path) -> None:
             names.add(staging.name)
             write_json(staging / MANIFEST, {"value": value})
     assert len(names) == 5
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make directories of other users")
-def test_directories_of_others_are_not_swept(tmp_path: Path) -> None:
-    planted = tmp_path / f".out.{RANDOM}.old"
-    put(planted, 1)
-    os.chown(planted, 12345, 12345)
-    sweep(tmp_path)
-    restore_replaced(tmp_path)
-    assert os.listdir(tmp_path) == [planted.name]
 
 
 def test_a_staging_directory_that_was_exchanged_is_not_put_in_place(tmp_path: Path) -> None:
@@ -258,46 +130,6 @@ def test_a_staging_directory_that_was_exchanged_is_not_put_in_place(tmp_path: Pa
         staging.symlink_to(thesis_in(tmp_path))
     assert not (tmp_path / "out").exists()
     assert os.listdir(tmp_path / "thesis") == ["chapter-1"]
-
-
-# -- what may be replaced ---------------------------------------------------------------------------------------------
-
-
-def test_only_what_this_package_wrote_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    thesis = thesis_in(tmp_path)
-    (tmp_path / "file").touch()
-    (tmp_path / "linked").symlink_to(thesis)
-    put(tmp_path / "ours", 1)
-    put(tmp_path / "run" / "elsewhere", 1)
-    (tmp_path / "away").symlink_to(tmp_path / "run" / "elsewhere")
-    (tmp_path / "odd").mkdir()
-    (tmp_path / "odd" / MANIFEST).symlink_to(tmp_path / "ours" / MANIFEST)
-    (tmp_path / "empty").mkdir()
-    for name in ("absent", "empty"):
-        check_target(tmp_path / name, overwrite=False)
-    check_target(tmp_path / "ours", overwrite=True)
-    refusals = {
-        "ours": (False, "exists and is not empty; choose another directory or pass overwrite"),
-        "thesis": (True, f"holds no {MANIFEST}, so that it was not written by lowrank_dist"),
-        "odd": (True, f"holds no {MANIFEST}"),
-        "linked": (True, f"holds no {MANIFEST}"),
-        "away": (True, f"holds no {MANIFEST}"),
-        "file": (True, "exists and is not a directory"),
-        "run/elsewhere/..": (True, "is or contains the working directory"),
-    }
-    monkeypatch.chdir(tmp_path / "run")
-    for name, (overwrite, text) in refusals.items():
-        with pytest.raises(InputError, match=text), atomic_directory(tmp_path / name, overwrite=overwrite):
-            raise AssertionError(name)
-    for name in (".", "..", "../run", str(tmp_path), "elsewhere/../..", "/"):
-        with pytest.raises(InputError, match="is or contains the working directory"):
-            check_target(name, overwrite=True)
-    with pytest.raises(InputError, match="is or contains what it would be made from"):
-        check_target(tmp_path / "ours", overwrite=True, inputs=[tmp_path / "ours" / "adapter"])
-    with pytest.raises(InputError, match="is not removed"):
-        remove_directory(thesis)
-    assert os.listdir(thesis) == ["chapter-1"]
-    assert not list(tmp_path.rglob(".*"))
 
 
 @pytest.mark.parametrize("exchanges", [True, False])
@@ -396,31 +228,6 @@ def test_files_follow_the_umask(tmp_path: Path) -> None:
         os.umask(before)
     modes = {path.name: path.stat().st_mode & 0o777 for path in [*tmp_path.rglob("*")]}
     assert modes == {"out": 0o750, MANIFEST: 0o640, "a.json": 0o640, "report.json": 0o640}
-
-
-def test_private_directories(tmp_path: Path) -> None:
-    """New ones, those of earlier runs, and what others may have put there."""
-    private, thesis = tmp_path / "private", thesis_in(tmp_path)
-    for _ in range(2):
-        private_directory(private, uses_contents=True)
-        assert private.stat().st_mode & 0o777 == 0o700
-        private.chmod(0o777)  # empty: nothing was put there
-    (private / "operator.so").touch()
-    with pytest.raises(InputError, match="other users can write to it, and it is not empty"):
-        private_directory(private, uses_contents=True)
-    private_directory(private, uses_contents=False)
-    assert private.stat().st_mode & 0o777 == 0o700
-    (tmp_path / "link").symlink_to(thesis)
-    (tmp_path / "file").touch()
-    for name in ("link", "file"):
-        mode = (tmp_path / name).stat().st_mode
-        with pytest.raises(InputError, match="is a link, no directory, or of another user"):
-            private_directory(tmp_path / name, uses_contents=False)
-        assert (tmp_path / name).stat().st_mode == mode
-    if os.geteuid() == 0:
-        os.chown(private, 12345, 12345)
-        with pytest.raises(InputError, match="of another user"):
-            private_directory(private, uses_contents=False)
 
 
 def test_removing(tmp_path: Path) -> None:

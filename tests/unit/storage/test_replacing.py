@@ -1,0 +1,51 @@
+"""The one rule for what a new directory may replace."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from helpers.staging import put, thesis_in
+from lowrank_dist.errors import InputError
+from lowrank_dist.storage.atomic import atomic_directory, remove_directory
+from lowrank_dist.storage.layout import MANIFEST
+from lowrank_dist.storage.replacing import check_target
+
+
+def test_only_what_this_package_wrote_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    thesis = thesis_in(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "linked").symlink_to(thesis)
+    put(tmp_path / "ours", 1)
+    put(tmp_path / "run" / "elsewhere", 1)
+    (tmp_path / "away").symlink_to(tmp_path / "run" / "elsewhere")
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / MANIFEST).symlink_to(tmp_path / "ours" / MANIFEST)
+    (tmp_path / "empty").mkdir()
+    for name in ("absent", "empty"):
+        check_target(tmp_path / name, overwrite=False)
+    check_target(tmp_path / "ours", overwrite=True)
+    refusals = {
+        "ours": (False, "exists and is not empty; choose another directory or pass overwrite"),
+        "thesis": (True, f"holds no {MANIFEST}, so that it was not written by lowrank_dist"),
+        "odd": (True, f"holds no {MANIFEST}"),
+        "linked": (True, f"holds no {MANIFEST}"),
+        "away": (True, f"holds no {MANIFEST}"),
+        "file": (True, "exists and is not a directory"),
+        "run/elsewhere/..": (True, "is or contains the working directory"),
+    }
+    monkeypatch.chdir(tmp_path / "run")
+    for name, (overwrite, text) in refusals.items():
+        with pytest.raises(InputError, match=text), atomic_directory(tmp_path / name, overwrite=overwrite):
+            raise AssertionError(name)
+    for name in (".", "..", "../run", str(tmp_path), "elsewhere/../..", "/"):
+        with pytest.raises(InputError, match="is or contains the working directory"):
+            check_target(name, overwrite=True)
+    with pytest.raises(InputError, match="is or contains what it would be made from"):
+        check_target(tmp_path / "ours", overwrite=True, inputs=[tmp_path / "ours" / "adapter"])
+    with pytest.raises(InputError, match="is not removed"):
+        remove_directory(thesis)
+    assert os.listdir(thesis) == ["chapter-1"]
+    assert not list(tmp_path.rglob(".*"))
