@@ -151,13 +151,13 @@ SlurmctldParameters=preempt_send_user_signal
 GresTypes=gpu
 # a machine under load must not look like a dead node
 SlurmctldTimeout=60
-SlurmdTimeout=20
-MessageTimeout=20
+SlurmdTimeout=60
+MessageTimeout=60
 BatchStartTimeout=60
 KillWait=5
 CompleteWait=0
 UnkillableStepTimeout=60
-TCPTimeout=10
+TCPTimeout=30
 MinJobAge=3600
 ReturnToService=2
 InactiveLimit=0
