@@ -19,7 +19,8 @@ from lowrank_dist.errors import CheckpointError, InputError, own_class
 
 def _policies() -> list[tuple[str, int]]:
     """Name and policy of every thread, those of the groups of a part of the ranks among them."""
-    ShardGroup().split(2)
+    ShardGroup().split(2).sum(torch.zeros(1))  # its threads have begun, and given themselves their names
+    ShardGroup()
     tasks = Path("/proc/self/task").iterdir()
     return [((task / "comm").read_text().strip(), os.sched_getscheduler(int(task.name))) for task in tasks]
 
@@ -76,6 +77,7 @@ def _raised(*errors: Exception | None, parts: int = 1) -> tuple[str, str, int | 
     raise RuntimeError("nothing was raised")
 
 
+@alone  # as above
 def _all_raised() -> dict[str, tuple[str, str, int | None, str]]:
     class Local(CheckpointError):
         """No other process can import it."""

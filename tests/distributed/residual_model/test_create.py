@@ -420,6 +420,7 @@ def damage_and_write_again(pretrained: Path, output: Path) -> list[tuple[str | N
     write(pretrained, output, LoRA(), NF4())
     initial = ("lora_init/adapter_model.safetensors", "lora_init/adapter_config.json")
     whole = {file: (output / file).read_bytes() for file in ("model.safetensors", *initial)}
+    group.gather_objects(None)  # before the first file is changed
     for file in (*whole, MANIFEST):
         if group.rank == 0:
             data = bytearray((output / file).read_bytes())
