@@ -37,11 +37,13 @@ def of_an_accelerator(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
 
 
 def test_a_dry_run_replaces_nothing_that_was_measured(tmp_path: Path) -> None:
-    """It is told to, by default or by name; the test's own copy of the project stands in for this one."""
+    """The test's own copy of the project stands in for this one. The run is a whole job without training."""
     project = tmp_path / "project"
-    shutil.copytree(ROOT / "benchmarks", project / "benchmarks")
+    for directory in ("benchmarks", "configs"):
+        shutil.copytree(ROOT / directory, project / directory)
     before = {path: path.read_bytes() for path in (project / "benchmarks" / "results").iterdir()}
-    command = [sys.executable, "-m", "benchmarks.gpu", "--table", "layers", "--device", "cpu", "--tiny"]
+    only = ["--table", "whole", "--rounds", "1", "--skip", "train"]
+    command = [sys.executable, "-m", "benchmarks.gpu", *only, "--device", "cpu", "--tiny"]
     done = subprocess.run(
         command,
         cwd=project,
@@ -54,10 +56,13 @@ def test_a_dry_run_replaces_nothing_that_was_measured(tmp_path: Path) -> None:
     report = (project / "runs" / "dry" / "gpu.md").read_text()
     assert report.startswith("# On an accelerator: a dry run\n")
     assert "measured" not in report.splitlines()[0]
+    assert "| initialise |" in report
+    assert not any(f"| {stage} |" in report for stage in ("train", "save", "convert"))
+    assert "tokens/s |" not in report
 
 
 def test_every_table_at_tiny_scale(tmp_path: Path) -> None:
-    report = dry_run("benchmarks/bench_init.py", output=tmp_path / "init.md")
+    report = dry_run("benchmarks/bench_init.py", "--repeats", "1", output=tmp_path / "init.md")
     for table in ("peft", "svd", "layers", "limit", "reduction", "projection"):
         assert f"(`{table}`)\n\n" in report
     for row in (
@@ -152,14 +157,6 @@ def test_a_whole_job_on_the_cpu(of_an_accelerator: dict[str, str]) -> None:
     losses = [tuple(map(float, row[-1].split())) for row in rows if len(row) == 8 and row[0].replace(".", "").isdigit()]
     assert len(losses) == 2
     assert all(last < first for first, last in losses)
-
-
-def test_a_whole_job_without_training(tmp_path: Path) -> None:
-    only = ("--rounds", "1", "--skip", "train")
-    report = dry_run("-m", "benchmarks.gpu", "--table", "whole", *only, "--device", "cpu", output=tmp_path / "gpu.md")
-    assert "| initialise |" in report
-    assert not any(f"| {stage} |" in report for stage in ("train", "save", "convert"))
-    assert "tokens/s |" not in report
 
 
 def test_the_host_at_tiny_scale(tmp_path: Path) -> None:
