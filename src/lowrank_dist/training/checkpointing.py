@@ -7,6 +7,7 @@ number of ranks resumes.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -72,6 +73,19 @@ class CheckpointedStrategy(Stage3Strategy):
         self.resumed_from: Path | None = None
         self._resumed_state: dict[str, Any] = {}
         self._candidates: list[Path] = []
+
+    def setup_environment(self) -> None:
+        """Meet the other ranks, and see that those that look for the last checkpoint have all found one, or none."""
+        super().setup_environment()
+        found = self._group.gather_objects([os.fspath(path) for path in self._candidates])
+        if len({bool(paths) for paths in found}) > 1:
+            seen = next(paths[0] for paths in found if paths)
+            blind = ", ".join(str(rank) for rank, paths in enumerate(found) if not paths)
+            raise OSError(
+                errno.ESTALE,
+                f'ckpt_path="last": not all ranks see {seen} (rank {blind} does not); dirpath must be one directory '
+                "that all nodes share. If it is, its file system shows new files late: start again",
+            )
 
     def _checkpoints_with(self, writer: CheckpointWriter) -> None:
         """Use `writer` for saves, and load the trained parameters of a resumed run. Collective.

@@ -14,10 +14,11 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from helpers.ranks import run_ranks, run_ranks_catching
+from helpers.ranks import alone, run_ranks, run_ranks_catching
 from helpers.staging import RANDOM
 from helpers.training import STEPS, CausalLM, fit, loader, make_strategy, make_trainer
 from lowrank_dist import NF4, SVFT, AdapterCheckpoint, LoftQ, LoRA, LoRAXS, PiSSA
+from lowrank_dist.callbacks import adapter_checkpoint
 
 CUT = 3
 _TRAINER = ("precision", "accumulate_grad_batches", "gradient_clip_val")
@@ -188,6 +189,23 @@ def test_last_is_the_newest_good_one(llama: Path, begun: Begun, tmp_path: Path, 
     assert step == CUT
     assert losses == pytest.approx(whole[CUT:], rel=1e-5)
     assert not (tmp_path / f".step=9.{RANDOM}.partial").exists()
+
+
+@alone
+def go_on_with_less_to_see(pretrained: Path, output: Path, blind: int) -> None:
+    if torch.distributed.get_rank() == blind:
+        adapter_checkpoint.checkpoints = lambda _: []
+    go_on_with_last(pretrained, output)
+
+
+@pytest.mark.parametrize("blind", [0, 1])
+def test_ranks_that_see_no_checkpoint_do_not_begin_anew(llama: Path, begun: Begun, tmp_path: Path, blind: int) -> None:
+    """A file system that shows new files late, on one rank; it may pass, so that a job starts again."""
+    output, _ = begun()
+    shutil.copytree(output, tmp_path, dirs_exist_ok=True)
+    for _, error in run_ranks_catching(2, go_on_with_less_to_see, llama, tmp_path, blind):
+        assert f"not all ranks see {tmp_path}/step={STEPS} (rank {blind} does not)" in str(error)
+        assert "OSError: [Errno 116]" in str(error)
 
 
 def begin_from_a_cache(pretrained: Path, output: Path, options: dict[str, Any]) -> list[float]:
