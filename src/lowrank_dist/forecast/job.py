@@ -12,9 +12,10 @@ import torch
 from peft import LoraConfig
 from transformers import PreTrainedModel
 
+from lowrank_dist.decoding.open import open_reader
 from lowrank_dist.decomposition.walk import check_matrices
 from lowrank_dist.distributed.partition import FlatPartition, FlatStorage
-from lowrank_dist.errors import CheckpointError, InputError
+from lowrank_dist.errors import CheckpointError, InputError, ModelError
 from lowrank_dist.initialization.open import OpenedModel
 from lowrank_dist.methods.base import Method
 from lowrank_dist.model.factor_layout import FactorLayout, TrainedFactors
@@ -80,10 +81,16 @@ class ModelShapes:
         """
         backbone = build_skeleton(source)
         try:
-            reader = CheckpointReader(source)
+            reader = open_reader(source)
         except CheckpointError:
             if any(source.glob("*.safetensors")):
                 raise
+            if getattr(backbone.config, "quantization_config", None) is not None:
+                raise ModelError(
+                    f"{source}: its configuration says that the weights are quantized, and only their headers say how "
+                    "many bytes that makes; pass a directory with the weights, or remove quantization_config to plan "
+                    "for dense ones"
+                ) from None
             reader = SourceReader(ShapesOnly(backbone))
         plan = open_plan(reader, adapter, backbone=backbone, untie=untie).plan
         if init is not None:

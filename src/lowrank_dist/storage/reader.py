@@ -107,6 +107,8 @@ class CheckpointReader:
         Whether the tensors are residuals of decomposed matrices (`lowrank_dist.residual_model.reader`).
     identity : bytes
         Enters the fingerprint beside the files; a weight source has its own fingerprint here.
+    encoding : str, optional
+        The format that weights are decoded from (`lowrank_dist.decoding`); None if they are returned as stored.
 
     Raises
     ------
@@ -134,6 +136,7 @@ class CheckpointReader:
 
     holds_residuals = False
     identity = b""
+    encoding: str | None = None
 
     def __init__(self, directory: str | os.PathLike[str], *, stem: str = "model") -> None:
         self.directory = Path(directory)
@@ -249,6 +252,15 @@ class CheckpointReader:
         """Shape, dtype and size of the tensor that `name` stands for."""
         return self.stored(name)
 
+    @property
+    def returns_values(self) -> bool:
+        """Whether what it returns are weights, whatever the configuration of the model says about quantization."""
+        return self.holds_residuals or self.encoding is not None
+
+    def decodes(self, name: str) -> bool:
+        """Whether `name`, or a tensor that is joined to it, is decoded from a quantized format."""
+        return False
+
     def stored(self, name: str) -> TensorInfo:
         """Shape, dtype and size of `name` as the file holds it."""
         if name not in self._info:
@@ -269,8 +281,23 @@ class CheckpointReader:
             width = torch.Size(row).numel()
             return self._flat_of_pieces(name, start * width, stop * width).view(-1, *row)
         rows = self._load(name, start, stop)
-        self.bytes_read += rows.nbytes
+        self._count(name, rows)
         return rows
+
+    def _count(self, name: str, values: Tensor) -> None:
+        """Count `values` of the tensor `name`, which were read for a caller."""
+        self.bytes_read += values.nbytes
+
+    def part(self, name: str, *index: int | slice) -> Tensor:
+        """The part of a tensor of the files that `index` selects, an integer or slice for each of its first dimensions.
+
+        The result is not counted, and is contiguous.
+        """
+        if not index:
+            whole: Tensor = self._open(self._file_of[name]).get_tensor(name)
+            return whole
+        part: Tensor = self._open(self._file_of[name]).get_slice(name)[index]
+        return part.contiguous()
 
     def _load(self, name: str, start: int, stop: int, entry: int | None = None) -> Tensor:
         """Rows ``start:stop`` of a tensor of the files, or of entry `entry` of its first dimension."""
@@ -293,9 +320,10 @@ class CheckpointReader:
             return whole[start:stop]
         width = max(1, self.stored(name).nbytes and torch.Size(shape[1:]).numel())
         first, last = start // width, -(-stop // width)
-        before = self.bytes_read
-        part = self.rows(name, first, last).reshape(-1)[start - first * width : stop - first * width]
-        self.bytes_read = before + part.nbytes
+        if first >= last:
+            return self.rows(name, first, last).reshape(-1)
+        part = self._load(name, first, last).reshape(-1)[start - first * width : stop - first * width]
+        self._count(name, part)
         return part
 
     def _flat_of_pieces(self, name: str, start: int, stop: int) -> Tensor:
@@ -308,7 +336,7 @@ class CheckpointReader:
             top, bottom = low // width, -(-high // width)
             rows = self._load(piece.key, top, bottom, piece.index)
             parts.append(rows.reshape(-1)[low - top * width : high - top * width])
-            self.bytes_read += parts[-1].nbytes
+            self._count(piece.key, parts[-1])
         empty = torch.empty(0, dtype=DTYPES.get(self.stored(name).dtype, torch.float32))
         return torch.cat(parts or [empty])
 

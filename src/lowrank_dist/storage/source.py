@@ -6,7 +6,6 @@ a `SourceReader`, so that partitions, experts, fingerprints and resumed runs are
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +84,10 @@ class SourceReader(CheckpointReader):
         self._files, self._joined = {}, {}
 
     @property
+    def returns_values(self) -> bool:
+        return True
+
+    @property
     def files(self) -> list[Path]:
         return []
 
@@ -132,10 +135,3 @@ def tensors_of(backbone: PreTrainedModel, dtype: torch.dtype | None = None) -> d
         )
         for name, parameter in backbone.named_parameters()
     }
-
-
-def open_reader(pretrained: str | os.PathLike[str] | WeightSource) -> CheckpointReader:
-    """Open the reader of a directory, or of a weight source."""
-    if isinstance(pretrained, str | os.PathLike):
-        return CheckpointReader(pretrained)
-    return SourceReader(pretrained)

@@ -1,0 +1,84 @@
+"""A reader of a quantized checkpoint that returns the weights decoded, by rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_dist.decoding.encoded import Found, code_of
+from lowrank_dist.errors import CheckpointError
+from lowrank_dist.storage.reader import CheckpointReader, TensorInfo
+
+
+class DecodingReader(CheckpointReader):
+    """A `CheckpointReader` of a quantized checkpoint, which shows it as if it were dense.
+
+    The tensors that encode a matrix stand under one name, with the decoded shape and dtype and the size in bytes of
+    what is stored. Rows are decoded as they are read, and the bytes that were read for them are counted: each byte of
+    the values once over all rows. Rows whose bounds are not those of a block read the scales of the blocks at their
+    ends.
+
+    Parameters
+    ----------
+    stored
+        Reader of the tensors as they are stored; closed with this one.
+    found
+        The quantized matrices.
+    """
+
+    def __init__(self, stored: CheckpointReader, found: Found) -> None:
+        # the parent's __init__ looks for files
+        self.directory, self.stored_reader = stored.directory, stored
+        self.encoding: str | None = found.format
+        self.bytes_read = 0
+        self._matrices = found.matrices
+        parts = {tensor for matrix in found.matrices.values() for tensor in matrix.tensors}
+        self._file_of = {name: stored._file_of[name] for name in stored if name not in parts | found.unused}
+        for name in found.matrices:
+            if name in self._file_of:
+                raise CheckpointError(
+                    f"{stored.directory}: holds {name} both dense and in {found.format}; fetch the model again"
+                )
+        self._file_of |= dict.fromkeys(found.matrices, "")
+        self._info, self._joined, self._files = {}, {}, {}
+        for name, matrix in found.matrices.items():
+            self._info[name] = TensorInfo(
+                shape=matrix.shape,
+                dtype=code_of(matrix.dtype),
+                nbytes=sum(stored.stored(tensor).nbytes for tensor in matrix.tensors),
+            )
+
+    @property
+    def files(self) -> list[Path]:
+        return self.stored_reader.files
+
+    def decodes(self, name: str) -> bool:
+        return any(piece.key in self._matrices for piece in self.pieces(name))
+
+    def _open(self, file: str) -> Any:
+        return self.stored_reader._open(file)
+
+    def _load(self, name: str, start: int, stop: int, entry: int | None = None) -> Tensor:
+        matrix = self._matrices.get(name)
+        if matrix is None:
+            return super()._load(name, start, stop, entry)
+        if len(matrix.shape) == 2 or entry is not None:
+            return matrix.rows(self._part, start, stop, entry)
+        each = [matrix.rows(self._part, 0, matrix.shape[1], index) for index in range(start, stop)]
+        return torch.stack(each)
+
+    def _part(self, name: str, *index: int | slice) -> Tensor:
+        """A part of a stored tensor, whose bytes are counted."""
+        part = self.stored_reader.part(name, *index)
+        self.bytes_read += part.nbytes
+        return part
+
+    def _count(self, name: str, values: Tensor) -> None:
+        if name not in self._matrices:  # else its stored bytes are counted as they are read
+            super()._count(name, values)
+
+    def close(self) -> None:
+        self.stored_reader.close()

@@ -1,0 +1,133 @@
+"""Matrices decoded by rows are those that the owners of the formats decode whole, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from helpers.models import save_checkpoint
+from helpers.quantized import (
+    BITSANDBYTES,
+    KINDS,
+    Kind,
+    fp8_blocks,
+    quantize_experts,
+    quantize_with_bitsandbytes,
+)
+from lowrank_dist.decoding.open import open_reader
+from lowrank_dist.distributed.partition import RowPartition
+from lowrank_dist.storage.reader import CheckpointReader
+
+SHAPES = ((72, 64), (40, 160), (136, 96))
+ONE_FILE: Any = {"max_shard_size": "1GB"}
+
+
+def write(directory: Path, tensors: dict[str, Tensor], kind: Kind) -> None:
+    import json
+
+    save_file(tensors, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps({"dtype": "float32", "quantization_config": kind.config}))
+
+
+def weights(shapes: tuple[tuple[int, int], ...] = SHAPES) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return {
+        f"layers.{index}.proj": torch.randn(shape, generator=generator) * torch.linspace(0.1, 3, shape[1])
+        for index, shape in enumerate(shapes)
+    }
+
+
+def check_by_rows(reader: CheckpointReader, expected: dict[str, Tensor]) -> None:
+    """Decode every matrix by the rows of 1, 2 and 3 ranks, and by single rows; compare, and count the bytes."""
+    for name, whole in expected.items():
+        info = reader.info(name)
+        assert info.shape == tuple(whole.shape)
+        for size in (1, 2, 3):
+            before = reader.bytes_read
+            partition = RowPartition(rows=info.shape[0], columns=info.shape[1], world_size=size, block=64)
+            parts = [reader.rows(name, *partition.bounds(rank)) for rank in range(size)]
+            found = torch.cat(parts)
+            assert found.dtype == whole.dtype
+            assert torch.equal(found, whole), (name, size, (found.float() - whole.float()).abs().max())
+            if size == 1:
+                assert reader.bytes_read - before == info.nbytes
+        for row in (0, 1, info.shape[0] - 1):
+            assert torch.equal(reader.rows(name, row, row + 1), whole[row : row + 1])
+        middle = whole.numel() // 3
+        assert torch.equal(reader.flat(name, middle, middle + 77), whole.flatten()[middle : middle + 77])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_are_those_that_the_owner_decodes(kind: str, tmp_path: Path) -> None:
+    tensors, expected = {"norm.weight": torch.ones(8)}, {}
+    for layer, weight in weights().items():
+        stored, decoded = KINDS[kind].encode(weight)
+        tensors |= {f"{layer}.{suffix}": tensor for suffix, tensor in stored.items()}
+        expected[f"{layer}.weight"] = decoded
+    write(tmp_path, tensors, KINDS[kind])
+    reader = open_reader(tmp_path)
+    assert set(reader) == {"norm.weight", *expected}
+    check_by_rows(reader, expected)
+    assert torch.equal(reader.rows("norm.weight", 0, 8), torch.ones(8))
+    reader.close()
+
+
+@pytest.mark.parametrize("kind", BITSANDBYTES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_what_transformers_writes_with_bitsandbytes(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    dense = save_checkpoint(tmp_path / "dense", dtype=dtype, hidden_size=96, intermediate_size=136, num_hidden_layers=1)
+    expected = quantize_with_bitsandbytes(dense, tmp_path / "quantized", kind, dtype)
+    reader = open_reader(tmp_path / "quantized")
+    assert set(reader) == set(expected)
+    matrices = {name: whole for name, whole in expected.items() if reader.decodes(name)}
+    assert len(matrices) == 7
+    check_by_rows(reader, matrices)
+    reader.close()
+
+
+def test_stacked_experts_in_mxfp4(tmp_path: Path) -> None:
+    dense = save_checkpoint(
+        tmp_path / "dense", "gpt_oss", dtype=torch.bfloat16, intermediate_size=96, num_hidden_layers=1, **ONE_FILE
+    )
+    expected = quantize_experts(dense, tmp_path / "quantized")
+    reader = open_reader(tmp_path / "quantized")
+    assert set(reader) == set(expected)
+    stacks = {name: whole for name, whole in expected.items() if reader.decodes(name)}
+    assert sorted(map(tuple, (whole.shape for whole in stacks.values()))) == [(4, 64, 192), (4, 96, 64)]
+    for name, whole in stacks.items():
+        assert torch.equal(reader.rows(name, 1, 3), whole[1:3])
+        entries = {reader.entry(name, index): whole[index] for index in range(4)}
+        check_by_rows(reader, entries)
+    reader.close()
+
+
+def test_blocks_of_128(tmp_path: Path) -> None:
+    """The published size, on a matrix whose last blocks are cut: the scales of 3 ranks are read once, and two twice."""
+    (weight,) = weights(((576, 320),)).values()
+    stored, decoded = fp8_blocks(128).encode(weight)
+    write(tmp_path, {f"proj.{suffix}": tensor for suffix, tensor in stored.items()}, fp8_blocks(128))
+    reader = open_reader(tmp_path)
+    assert reader.encoding == "FP8 with block scales of 128 x 128"
+    check_by_rows(reader, {"proj.weight": decoded})
+    before, info = reader.bytes_read, reader.info("proj.weight")
+    for start in range(0, 576, 192):
+        reader.rows("proj.weight", start, start + 192)
+    assert reader.bytes_read - before == info.nbytes + 3 * 4  # rows 192 are inside a block, rows 384 at its edge
+    reader.close()
+
+
+def test_a_stack_of_experts_in_fp8(tmp_path: Path) -> None:
+    each = [fp8_blocks(32).encode(weight) for weight in weights(((64, 96),) * 3).values()]
+    stored = {suffix: torch.stack([part[0][suffix] for part in each]) for suffix in each[0][0]}
+    tensors = {"experts.up_proj": stored["weight"], "experts.up_proj_scale_inv": stored["weight_scale_inv"]}
+    write(tmp_path, tensors, fp8_blocks(32))
+    reader = open_reader(tmp_path)
+    whole = torch.stack([part[1] for part in each])
+    assert torch.equal(reader.rows("experts.up_proj", 0, 3), whole)
+    check_by_rows(reader, {reader.entry("experts.up_proj", index): whole[index] for index in range(3)})
+    reader.close()
