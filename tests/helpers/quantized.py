@@ -33,19 +33,23 @@ def e4m3(values: Tensor) -> Tensor:
     return values.clamp(-448, 448).to(torch.float8_e4m3fn)
 
 
-def fp8_blocks(block: int, dtype: torch.dtype = torch.float32) -> Kind:
+def dequantized(codes: Tensor, scales: Tensor) -> Tensor:
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    found: Tensor = Fp8Dequantize(None).convert({"weight": codes, "weight_scale_inv": scales})["weight"]
+    return found
+
+
+def fp8_blocks(block: int) -> Kind:
     """Fine-grained FP8, decoded by transformers; blocks that the edge cuts are padded for it."""
 
     def encode(weight: Tensor) -> Encoded:
-        from transformers.integrations.finegrained_fp8 import Fp8Dequantize
-
         rows, columns = weight.shape
         padded = torch.nn.functional.pad(weight.float(), (0, -columns % block, 0, -rows % block))
         blocks = padded.view(padded.shape[0] // block, block, padded.shape[1] // block, block)
         scales = blocks.abs().amax(dim=(1, 3)) / 448
         codes = e4m3(blocks / scales[:, None, :, None]).view(padded.shape)
-        whole = Fp8Dequantize(None)._dequantize_one(codes, scales, output_dtype=dtype)
-        decoded = whole[:rows, :columns].contiguous()
+        decoded = dequantized(codes, scales)[:rows, :columns].contiguous()
         return {"weight": codes[:rows, :columns].contiguous(), "weight_scale_inv": scales}, decoded
 
     settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [block, block]}
@@ -53,12 +57,10 @@ def fp8_blocks(block: int, dtype: torch.dtype = torch.float32) -> Kind:
 
 
 def fp8_tensor(weight: Tensor) -> Encoded:
-    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
-
     scale = weight.abs().max().float() / 448
     codes = e4m3(weight / scale)
-    decoded = Fp8Dequantize(None)._dequantize_one(codes, scale.view(1, 1), output_dtype=torch.float32)
-    return {"weight": codes, "weight_scale_inv": scale, "activation_scale": torch.tensor(1.0)}, decoded
+    tensors = {"weight": codes, "weight_scale_inv": scale, "activation_scale": torch.tensor(1.0)}
+    return tensors, dequantized(codes, scale.view(1, 1))
 
 
 def modelopt_fp8(weight: Tensor) -> Encoded:
@@ -103,8 +105,8 @@ MXFP4: dict[str, Any] = {
 }
 
 
-def compressed(format: str, weights: dict[str, Any], activations: dict[str, Any] | None = None) -> Kind:
-    """A format of compressed-tensors, encoded and decoded by its own compressor."""
+def compressed(format: str, weights: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> Kind:
+    """A format of compressed-tensors, encoded and decoded by its own compressor; `dtype` is that of the scales."""
 
     def encode(weight: Tensor) -> Encoded:
         from compressed_tensors.compressors import BaseCompressor
@@ -114,7 +116,7 @@ def compressed(format: str, weights: dict[str, Any], activations: dict[str, Any]
         arguments = QuantizationArgs(**weights)
         scheme = QuantizationScheme(targets=["Linear"], weights=arguments)
         compressor = BaseCompressor.get_value_from_registry(format)
-        weight = weight.to(torch.bfloat16)
+        weight = weight.to(dtype)
         state: dict[str, Tensor] = {"weight": weight}
         strategy, group = arguments.strategy, arguments.group_size
         if strategy == "tensor":
@@ -140,7 +142,7 @@ def compressed(format: str, weights: dict[str, Any], activations: dict[str, Any]
         decoded = compressor.decompress({n: t.clone() for n, t in tensors.items()}, scheme)["weight"]
         return {name: tensor.contiguous() for name, tensor in tensors.items()}, decoded
 
-    groups = {"targets": ["Linear"], "weights": weights, "input_activations": activations, "format": format}
+    groups = {"targets": ["Linear"], "weights": weights, "format": format}
     return Kind(
         config={
             "quant_method": "compressed-tensors",
@@ -255,6 +257,8 @@ KINDS: dict[str, Kind] = {
     "ct-packed-int8-asymmetric": compressed("pack-quantized", ints(8, "channel", symmetric=False)),
     "ct-nvfp4": compressed("nvfp4-pack-quantized", NVFP4),
     "ct-mxfp4": compressed("mxfp4-pack-quantized", MXFP4),
+    "ct-fp8-channel-fp32": compressed("float-quantized", {**FP8, "strategy": "channel"}, torch.float32),
+    "ct-packed-int4-fp32": compressed("pack-quantized", ints(4, "group", group=8), torch.float32),
     "gptq-4": gptq(4, 32),
     "gptq-4-act-order": gptq(4, 32, act_order=True, symmetric=False),
     "gptq-4-v2": gptq(4, 32, symmetric=False, v2=True),

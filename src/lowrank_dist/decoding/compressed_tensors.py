@@ -1,7 +1,7 @@
 """compressed-tensors: FP8 and INT8, packed integers, NVFP4 and MXFP4 (llm-compressor, vLLM, Kimi-K2).
 
-The tensors say how a layer is stored: ``weight`` with ``weight_scale`` (FP8, INT8), ``weight_packed`` with ``weight_shape``
-(integers) or without (E2M1). ``config_groups`` say the bits and the blocks, and which layers they are for.
+The tensors say how a layer is stored: ``weight`` with ``weight_scale`` (FP8, INT8), or ``weight_packed`` with
+``weight_shape`` (integers) or without (E2M1). ``config_groups`` say the bits and the blocks.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def find(reader: CheckpointReader, settings: Record, dtype: torch.dtype) -> Foun
             isinstance(block, list) and len(block) == 2 and all(is_integer(n, 1, 2**20) for n in block)
         ):
             raise weights.wrong("block_structure", "two positive integers")
-        matrix = scaled_matrix(
+        scaled = scaled_matrix(
             parts,
             ".weight_scale",
             None,
@@ -131,7 +131,7 @@ def find(reader: CheckpointReader, settings: Record, dtype: torch.dtype) -> Foun
             zero_point=".weight_zero_point" if ".weight_zero_point" in parts else None,
             codes=(code,),
         )
-        add(layer, "INT8" if code == "I8" else "FP8", matrix)
+        add(layer, "INT8" if code == "I8" else "FP8", scaled)
     name = f"compressed-tensors {' and '.join(sorted(kinds))}"
     unused = of_activations(reader)
     for suffix in ("_shape", "_zero_point"):  # zero points of symmetric weights are zeros
@@ -153,7 +153,8 @@ def _scheme(groups: list[Record], parts: Parts, kind: str) -> Record:
     if len(distinct) != 1:
         raise ModelError(
             f"{parts.reader.directory}: {parts.layer} is stored as {kind}, and config_groups have {len(distinct)} "
-            "settings for such weights; one is decoded here. Pass the model that it was quantized from, or save it dense"
+            "settings for such weights; one is decoded here. Pass the model that it was quantized from, or save it "
+            "dense"
         )
     return found[0]
 

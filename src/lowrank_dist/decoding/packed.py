@@ -2,8 +2,8 @@
 
 Both store the transposed weight. GPTQ packs eight codes of four bits, or four of eight bits, along the inputs, and
 ``g_idx`` says which group an input belongs to (with ``desc_act`` in an order of its own). AWQ packs along the outputs,
-in an order that its kernel wants. Zero points are packed along the outputs in both. A weight is ``scale * (code - zero)``
-in the dtype of the scales.
+in an order that its kernel wants. Zero points are packed along the outputs in both. A weight is
+``scale * (code - zero)`` in the dtype of the scales.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def find_gptq(reader: CheckpointReader, settings: Record, dtype: torch.dtype) ->
     bits = settings.integer("bits", low=1, high=32)
     if bits not in (2, 4, 8):
         raise refuse(reader.directory, f"GPTQ with {bits} bits")
-    layout = settings.get("checkpoint_format") or "gptq"
+    layout = settings.get("checkpoint_format") or settings.get("format") or "gptq"
     if layout not in ("gptq", "gptq_v2"):
         raise refuse(reader.directory, f"GPTQ's checkpoint_format={layout!r}")
     group = settings.integer("group_size", low=-1)

@@ -368,7 +368,7 @@ def open_source(
                 "to decompose"
             )
         residual = Dense(dtype=compute_dtype) if quantization is None else quantization
-        return PretrainedSource(
+        source = PretrainedSource(
             directory,
             adapter=adapter,
             init=init or PiSSA(),
@@ -379,6 +379,9 @@ def open_source(
             announce=announce,
             resume=resume,
         )
+        if source.decoded_from is not None:
+            announce(f"{directory}: {source.decoded_from}, decoded by rows as it is read; the adapter is for it")
+        return source
     stored = ResidualModel(directory, Dense(dtype=compute_dtype))
     stored.check_settings(adapter=adapter, init=init, quantization=quantization)
     if adapter is not None:
