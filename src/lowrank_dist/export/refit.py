@@ -406,7 +406,7 @@ class _Refit:
             self.config, r=self.rank, lora_alpha=self.rank, use_rslora=False, rank_pattern={}, alpha_pattern={}
         )
         config.save_pretrained(str(staging))
-        kept = ("lowrank_dist", "base", "method", "quantization", "step")
+        kept = ("lowrank_dist", "base", "decoded_from", "method", "quantization", "step")
         manifest = {key: self.manifest[key] for key in kept if key in self.manifest}
         manifest |= {
             "kind": "lora",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from lowrank_dist.errors import CheckpointError
+from lowrank_dist.errors import CheckpointError, ModelError
 from lowrank_dist.storage.dtypes import FLOAT_DTYPES
 from lowrank_dist.storage.reader import CheckpointReader, TensorInfo
 
@@ -105,9 +105,22 @@ class ShapesOnly:
     ----------
     backbone
         The model on the meta device, without adapters.
+
+    Raises
+    ------
+    ModelError
+        If its weights are quantized: how many bytes they are is in their headers.
     """
 
     backbone: PreTrainedModel
+
+    def __post_init__(self) -> None:
+        if getattr(self.backbone.config, "quantization_config", None) is not None:
+            raise ModelError(
+                f"{self.name}: its configuration says that the weights are quantized, and only their headers say how "
+                "many bytes that makes; pass a directory with the weights, or remove quantization_config from "
+                "config.json to plan for dense ones"
+            )
 
     @property
     def name(self) -> str:
