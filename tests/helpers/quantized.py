@@ -6,6 +6,7 @@ encoder for a CPU, and decodes it with the owner's code.
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -364,3 +365,59 @@ def quantize_experts(dense: Path, output: Path) -> dict[str, Tensor]:
 
 
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
+
+
+# -- GGUF, written by the gguf package --------------------------------------------------------------------------------
+
+#: Bytes of the two fp16 scales of a block, for types that the gguf package cannot encode.
+_SCALES = {"Q4_K": ((0, 2e-4), (2, 2e-4)), "Q5_K": ((0, 1e-4), (2, 1e-4)), "Q6_K": ((208, 5e-5),)}
+
+
+def gguf_blocks(weight: Tensor, kind: str) -> Any:
+    """A weight in blocks of a type; for types without an encoder, blocks of random codes."""
+    import gguf
+    import numpy as np
+
+    type_of = gguf.GGMLQuantizationType[kind]
+    if kind not in _SCALES:
+        return gguf.quantize(weight.float().numpy(), type_of)
+    elements, size = gguf.GGML_QUANT_SIZES[type_of]
+    generator = np.random.default_rng(weight.shape[0])
+    blocks = generator.integers(0, 256, (weight.shape[0], weight.shape[1] // elements, size), dtype=np.uint8)
+    for place, scale in _SCALES[kind]:
+        blocks[..., place : place + 2] = np.frombuffer(np.float16(scale).tobytes(), dtype=np.uint8)
+    return blocks.reshape(weight.shape[0], -1)
+
+
+def write_gguf(dense: Path, path: Path, kinds: list[str]) -> None:
+    """Write a LLaMA checkpoint as llama.cpp's converter does; its matrices take `kinds` in turn."""
+    import gguf
+
+    config = json.loads((dense / "config.json").read_text())
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("tiny")
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_dimension_count(config["hidden_size"] // heads)
+    writer.add_vocab_size(config["vocab_size"])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    turn = itertools.cycle(kinds)
+    for name, weight in sorted(load_file(dense / "model.safetensors").items()):
+        stem, _, suffix = name.rpartition(".")
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            count = heads if "q_proj" in name else kv_heads
+            weight = weight.unflatten(0, (count, 2, -1)).swapaxes(1, 2).reshape(weight.shape)
+        kind = next(turn) if weight.ndim == 2 else "F32"
+        writer.add_tensor(
+            f"{names.get_name(stem)}.{suffix}", gguf_blocks(weight, kind), raw_dtype=gguf.GGMLQuantizationType[kind]
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

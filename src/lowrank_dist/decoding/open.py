@@ -11,11 +11,12 @@ import torch
 
 from lowrank_dist.decoding import bitsandbytes, compressed_tensors, fp4, packed, scaled
 from lowrank_dist.decoding.encoded import Finder, refuse
+from lowrank_dist.decoding.gguf import open_gguf
 from lowrank_dist.decoding.reader import DecodingReader
 from lowrank_dist.errors import ModelError
 from lowrank_dist.storage.dtypes import NAMED_DTYPES
 from lowrank_dist.storage.parse import Record, printable, read_record
-from lowrank_dist.storage.reader import CheckpointReader
+from lowrank_dist.storage.reader import CheckpointReader, gguf_file
 from lowrank_dist.storage.source import SourceReader, WeightSource
 
 #: Formats by the ``quant_method`` of ``config.json``.
@@ -33,7 +34,7 @@ _OF_MODELOPT = "hf_quant_config.json"
 
 
 def open_reader(pretrained: str | os.PathLike[str] | WeightSource) -> CheckpointReader:
-    """Open the reader of a directory, or of a weight source. Only headers and settings are read.
+    """Open the reader of a directory, of a GGUF file, or of a weight source. Only headers and settings are read.
 
     Raises
     ------
@@ -44,6 +45,9 @@ def open_reader(pretrained: str | os.PathLike[str] | WeightSource) -> Checkpoint
     """
     if not isinstance(pretrained, str | os.PathLike):
         return SourceReader(pretrained)
+    file = gguf_file(Path(pretrained))
+    if file is not None:
+        return open_gguf(file)
     reader = CheckpointReader(pretrained)
     try:
         return decoded(reader)

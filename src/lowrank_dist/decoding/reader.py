@@ -65,7 +65,7 @@ class DecodingReader(CheckpointReader):
         matrix = self._matrices.get(name)
         if matrix is None:
             return super()._load(name, start, stop, entry)
-        if len(matrix.shape) == 2 or entry is not None:
+        if len(matrix.shape) <= 2 or entry is not None:
             return matrix.rows(self._part, start, stop, entry)
         each = [matrix.rows(self._part, 0, matrix.shape[1], index) for index in range(start, stop)]
         return torch.stack(each)

@@ -25,6 +25,7 @@ from lowrank_dist.errors import CheckpointError
 from lowrank_dist.linalg import full_fp32
 from lowrank_dist.model.names import plain_name
 from lowrank_dist.model.plan import Plan, PlannedMatrix
+from lowrank_dist.model.skeleton import build_skeleton
 from lowrank_dist.model.stacking import StackedFactors
 from lowrank_dist.quantization.nf4 import NF4
 from lowrank_dist.residual_model.reader import factor_keys, has_stock_layout, packed_name
@@ -475,6 +476,10 @@ class ResidualModelWriter:
         """
         copy_other_files(self.reader.directory, self.staging)
         config_path = self.staging / "config.json"
+        if not config_path.is_file() and self.reader.directory.is_file():  # a GGUF file says its configuration itself
+            backbone = build_skeleton(self.reader.directory)
+            backbone.config.architectures = [type(backbone).__name__]
+            backbone.config.save_pretrained(self.staging)
         if not config_path.is_file():
             return
         config = read_record(config_path)

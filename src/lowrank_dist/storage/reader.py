@@ -448,7 +448,7 @@ def resolve_checkpoint(
     Returns
     -------
     Path
-        The directory.
+        The directory; a GGUF file is returned as it is.
 
     Raises
     ------
@@ -467,7 +467,7 @@ def resolve_checkpoint(
     True
     """
     path = Path(pretrained)
-    if path.is_dir():
+    if path.is_dir() or gguf_file(path) is not None:
         return path
     looks_local = path.is_absolute() or str(pretrained).startswith((".", "~")) or str(pretrained).count("/") > 1
     if looks_local or path.exists():
@@ -487,6 +487,25 @@ def resolve_checkpoint(
             f"{option}={str(pretrained)!r}: neither a directory nor a model the hub or its cache could give "
             f"({type(error).__name__}: {error}); pass a local directory, or fetch it first with `hf download`"
         ) from error
+
+
+def gguf_file(path: Path) -> Path | None:
+    """The GGUF file that `path` is, or the only one in the directory without safetensors that it is; None if neither.
+
+    Raises
+    ------
+    CheckpointError
+        If the directory holds several.
+    """
+    if path.suffix == ".gguf" and path.is_file():
+        return path
+    if not path.is_dir() or any(path.glob("*.safetensors")) or any(path.glob("*.safetensors.index.json")):
+        return None
+    found = sorted(path.glob("*.gguf"))
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise CheckpointError(f"{path}: holds {len(found)} GGUF files ({names}); pass one of them, {found[0]} say")
+    return found[0] if found else None
 
 
 def commit_of(directory: Path) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
@@ -20,7 +22,9 @@ from helpers.quantized import (
     quantize,
     quantize_experts,
     quantize_with_bitsandbytes,
+    set_config,
     write_dense,
+    write_gguf,
 )
 from helpers.ranks import run_ranks
 from helpers.training import CausalLM, loader, make_strategy, make_trainer
@@ -85,8 +89,8 @@ class Recorded(CausalLM):
 
 
 def trained(pretrained: Path, output: Path | None, options: dict[str, Any]) -> dict[str, Any]:
-    """Losses, what was read and announced, and the logits of the first batch at the end."""
-    module = Recorded(pretrained)
+    """Losses, what was read, and the logits of the first batch at the end."""
+    module = Recorded(pretrained.with_suffix("") if pretrained.suffix == ".gguf" else pretrained)
     strategy = make_strategy(pretrained, ranks_per_matrix=1, **options)
     callbacks = [] if output is None else [AdapterCheckpoint(output, filename="end", every_n_train_steps=STEPS)]
     trainer = make_trainer(strategy, steps=STEPS, callbacks=callbacks, enable_checkpointing=bool(callbacks))
@@ -125,6 +129,21 @@ def check(found: dict[str, list[dict[str, Any]]], ranks: int) -> None:
 def test_the_losses_are_those_of_the_dense_weights(ranks: int, made: Callable[[str], tuple[Path, Path]]) -> None:
     kinds = TWO_RANKS if ranks == 2 else EVERYWHERE
     check(run_ranks(ranks, compared, {kind: (*made(kind), None, options_of(kind)) for kind in kinds})[0], ranks)
+
+
+def test_a_gguf_file(tmp_path: Path) -> None:
+    """Like the checkpoint that transformers makes of it, whose configuration the module takes."""
+    base = save_checkpoint(tmp_path / "base", hidden_size=256, intermediate_size=512, num_hidden_layers=1, **ONE_FILE)
+    write_gguf(base, tmp_path / "model.gguf", ["Q4_K", "Q6_K", "Q8_0", "F16"])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
+    shutil.copytree(base, tmp_path / "model")
+    model.config.save_pretrained(tmp_path / "model")
+    set_config(tmp_path / "model", quantization_config=None)
+    save_file(model.state_dict(), tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    pairs = {"gguf": (tmp_path / "model.gguf", tmp_path / "model", tmp_path / "out", {"init": PiSSA()})}
+    check(run_ranks(2, compared, pairs)[0], 2)
+    manifest = json.loads((tmp_path / "out" / "end" / MANIFEST).read_text())
+    assert manifest["decoded_from"] == "GGUF F16, Q4_K, Q6_K, Q8_0"
 
 
 @pytest.mark.matrix
