@@ -70,6 +70,20 @@ class DecodingReader(CheckpointReader):
         each = [matrix.rows(self._part, 0, matrix.shape[1], index) for index in range(start, stop)]
         return torch.stack(each)
 
+    def flat(self, name: str, start: int, stop: int) -> Tensor:
+        matrix = self._matrices.get(name)
+        if matrix is None or len(matrix.shape) < 3 or start >= stop:
+            return super().flat(name, start, stop)
+        # the rows of each entry that are needed, not whole entries
+        _, rows, width = matrix.shape
+        parts = []
+        for entry in range(start // (rows * width), -(-stop // (rows * width))):
+            low, high = (min(max(bound - entry * rows * width, 0), rows * width) for bound in (start, stop))
+            top = low // width
+            some = self._load(name, top, -(-high // width), entry).reshape(-1)
+            parts.append(some[low - top * width : high - top * width])
+        return torch.cat(parts)
+
     def _part(self, name: str, *index: int | slice) -> Tensor:
         """A part of a stored tensor, whose bytes are counted."""
         part = self.stored_reader.part(name, *index)

@@ -146,6 +146,24 @@ def test_a_gguf_file(tmp_path: Path) -> None:
     assert manifest["decoded_from"] == "GGUF F16, Q4_K, Q6_K, Q8_0"
 
 
+def cached(quantized: Path, cache: Path, output: Path) -> list[dict[str, Any]]:
+    """A run that writes the cache, one that reads it, and one of the cached residual model itself."""
+    options: dict[str, Any] = {"init": PiSSA(), "init_cache": cache}
+    runs = [trained(quantized, output, options), trained(quantized, None, options)]
+    (residual,) = (path for path in cache.iterdir() if path.is_dir())
+    return [*runs, trained(residual, None, {"init": None, "adapter": None, "quantization": None})]
+
+
+def test_a_cache_keeps_what_was_decoded(made: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
+    quantized, _ = made("fp8-blocks")
+    first, second, third = run_ranks(2, cached, quantized, tmp_path / "cache", tmp_path / "out")[0]
+    assert first["losses"] == second["losses"] == third["losses"]
+    (residual,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
+    for manifest in (residual / MANIFEST, tmp_path / "out" / "end" / MANIFEST):
+        assert json.loads(manifest.read_text())["decoded_from"] == "FP8 with block scales of 32 x 32"
+    assert json.loads((residual / "config.json").read_text())["quantization_config"]["load_in_4bit"]
+
+
 @pytest.mark.matrix
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_every_format_on_ranks(ranks: int, made: Callable[[str], tuple[Path, Path]]) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -16,11 +18,14 @@ from helpers.quantized import (
     KINDS,
     Kind,
     fp8_blocks,
+    quantize,
     quantize_experts,
     quantize_with_bitsandbytes,
+    write_dense,
 )
 from lowrank_dist.decoding.open import open_reader
 from lowrank_dist.distributed.partition import RowPartition
+from lowrank_dist.model.plan import open_plan
 from lowrank_dist.storage.reader import CheckpointReader
 
 SHAPES = ((72, 64), (40, 160), (136, 96))
@@ -101,6 +106,10 @@ def test_stacked_experts_in_mxfp4(tmp_path: Path) -> None:
     assert sorted(map(tuple, (whole.shape for whole in stacks.values()))) == [(4, 64, 192), (4, 96, 64)]
     for name, whole in stacks.items():
         assert torch.equal(reader.rows(name, 1, 3), whole[1:3])
+        before, info, half = reader.bytes_read, reader.info(name), whole[0].numel() + 32 * whole.shape[2]
+        both = [reader.flat(name, 0, half), reader.flat(name, half, whole.numel())]
+        assert torch.equal(torch.cat(both), whole.flatten())
+        assert reader.bytes_read - before == info.nbytes  # also where a rank's part begins inside an expert
         entries = {reader.entry(name, index): whole[index] for index in range(4)}
         check_by_rows(reader, entries)
     reader.close()
@@ -131,3 +140,37 @@ def test_a_stack_of_experts_in_fp8(tmp_path: Path) -> None:
     assert torch.equal(reader.rows("experts.up_proj", 0, 3), whole)
     check_by_rows(reader, {reader.entry("experts.up_proj", index): whole[index] for index in range(3)})
     reader.close()
+
+
+def test_scales_that_are_powers_of_two(tmp_path: Path) -> None:
+    """As exponents in a byte, which torch knows as a dtype."""
+    (weight,) = weights(((64, 96),)).values()
+    codes = weight.to(torch.float8_e4m3fn)
+    scales = torch.tensor([[0.5, 1.0, 4.0], [2.0, 0.25, 8.0]])
+    tensors = {"proj.weight": codes, "proj.weight_scale_inv": scales.to(torch.float8_e8m0fnu)}
+    write(tmp_path, tensors, fp8_blocks(32))
+    reader = open_reader(tmp_path)
+    whole = codes.float() * scales.repeat_interleave(32, 0).repeat_interleave(32, 1)
+    check_by_rows(reader, {"proj.weight": whole})
+    reader.close()
+
+
+@pytest.mark.parametrize(("architecture", "kind"), [("qwen3_moe", "fp8-tensor"), ("mixtral", "gptq-4-act-order")])
+def test_experts_that_are_stored_one_by_one(architecture: str, kind: str, tmp_path: Path) -> None:
+    """They are stacked and fused as those of the dense checkpoint are."""
+    sizes = {"intermediate_size": 64} if architecture == "mixtral" else {"moe_intermediate_size": 32}
+    dense = save_checkpoint(tmp_path / "dense", architecture, num_hidden_layers=1, **sizes, **ONE_FILE)
+    decoded = quantize(dense, tmp_path / "quantized", KINDS[kind], is_quantized=lambda n: ".experts." in n)
+    write_dense(tmp_path / "quantized", tmp_path / "decoded", decoded)
+    adapter = LoraConfig(r=2, target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
+    readers = open_reader(tmp_path / "quantized"), open_reader(tmp_path / "decoded")
+    plans = [open_plan(reader, copy.deepcopy(adapter)).plan for reader in readers]
+    assert len(plans[0].matrices) == len(plans[1].matrices) > 0
+    for planned, other in zip(plans[0].matrices, plans[1].matrices, strict=True):
+        found, expected = readers[0].rows(planned.key, 0, planned.rows), readers[1].rows(other.key, 0, other.rows)
+        assert torch.equal(found, expected)
+        parts = [readers[0].rows(planned.key, *bounds) for bounds in ((0, 7), (7, 40), (40, planned.rows))]
+        assert torch.equal(torch.cat(parts), expected)
+        assert readers[0].decodes(planned.key)
+    stack = next(matrix for matrix in plans[0].matrices if matrix.expert == 1)
+    assert readers[0].info(stack.key).nbytes < readers[1].info(stack.key).nbytes
