@@ -260,6 +260,12 @@ KINDS: dict[str, Kind] = {
     "ct-mxfp4": compressed("mxfp4-pack-quantized", MXFP4),
     "ct-fp8-channel-fp32": compressed("float-quantized", {**FP8, "strategy": "channel"}, torch.float32),
     "ct-packed-int4-fp32": compressed("pack-quantized", ints(4, "group", group=8), torch.float32),
+    "fbgemm": Kind(
+        config={"quant_method": "fbgemm_fp8"},
+        encode=compressed("float-quantized", {**FP8, "strategy": "channel"}, torch.float32).encode,
+    ),
+    "ct-packed-int2": compressed("pack-quantized", ints(2, "group", group=16)),
+    "gptq-2": gptq(2, 32),
     "gptq-4": gptq(4, 32),
     "gptq-4-act-order": gptq(4, 32, act_order=True, symmetric=False),
     "gptq-4-v2": gptq(4, 32, symmetric=False, v2=True),

@@ -28,7 +28,7 @@ from lowrank_dist.distributed.partition import RowPartition
 from lowrank_dist.model.plan import open_plan
 from lowrank_dist.storage.reader import CheckpointReader
 
-SHAPES = ((72, 64), (40, 160), (136, 96))
+SHAPES = ((80, 64), (48, 160), (144, 96))  # of what a word of two bits holds
 ONE_FILE: Any = {"max_shard_size": "1GB"}
 
 
