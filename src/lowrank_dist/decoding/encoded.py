@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -41,11 +41,14 @@ class EncodedMatrix(ABC):
         The dtype that it is decoded to: the one that the decoder of the format's owner returns.
     tensors
         Names of the stored tensors.
+    is_quantized
+        Whether it is a weight of a linear layer, as quantizers store it; else its dtype alone is another.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     tensors: tuple[str, ...]
+    is_quantized: ClassVar[bool] = True
 
     @abstractmethod
     def rows(self, read: Read, start: int, stop: int, entry: int | None = None) -> Tensor:

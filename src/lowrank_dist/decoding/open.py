@@ -61,7 +61,8 @@ def decoded(reader: CheckpointReader) -> CheckpointReader:
     config = _config(reader.directory)
     settings = quantization_settings(config, reader.directory)
     if settings is None:
-        return reader
+        wide = scaled.find_fp64(reader)
+        return DecodingReader(reader, wide) if wide.matrices else reader
     method = _method(settings)
     if method not in FINDERS:
         raise refuse(

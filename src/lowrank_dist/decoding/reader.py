@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ class DecodingReader(CheckpointReader):
                 )
         self._file_of |= dict.fromkeys(found.matrices, "")
         self._info, self._joined, self._files = {}, {}, {}
+        self._stored_as = stored._stored_as
         for name, matrix in found.matrices.items():
             self._info[name] = TensorInfo(
                 shape=matrix.shape,
@@ -56,7 +58,8 @@ class DecodingReader(CheckpointReader):
         return self.stored_reader.files
 
     def decodes(self, name: str) -> bool:
-        return any(piece.key in self._matrices for piece in self.pieces(name))
+        matrices = (self._matrices.get(piece.key) for piece in self.pieces(name))
+        return any(matrix is not None and matrix.is_quantized for matrix in matrices)
 
     def _open(self, file: str) -> Any:
         return self.stored_reader._open(file)
@@ -75,7 +78,7 @@ class DecodingReader(CheckpointReader):
         if matrix is None or len(matrix.shape) < 3 or start >= stop:
             return super().flat(name, start, stop)
         # the rows of each entry that are needed, not whole entries
-        _, rows, width = matrix.shape
+        rows, width = matrix.shape[1], math.prod(matrix.shape[2:])
         parts = []
         for entry in range(start // (rows * width), -(-stop // (rows * width))):
             low, high = (min(max(bound - entry * rows * width, 0), rows * width) for bound in (start, stop))

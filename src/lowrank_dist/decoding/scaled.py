@@ -8,6 +8,7 @@ first name, the weight is the product in both.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -183,6 +184,28 @@ def find_fbgemm(reader: CheckpointReader, settings: Record, dtype: torch.dtype) 
         },
         unused=of_activations(reader),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NarrowedTensor(EncodedMatrix):
+    """Values in fp64, rounded to fp32."""
+
+    is_quantized: ClassVar[bool] = False
+
+    def rows(self, read: Read, start: int, stop: int, entry: int | None = None) -> Tensor:
+        inside = () if entry is None else (entry,)
+        return read(self.tensors[0], *inside, slice(start, stop)).to(self.dtype)
+
+
+def find_fp64(reader: CheckpointReader) -> Found:
+    """The tensors that are stored in fp64."""
+    infos = {name: reader.stored(name) for name in reader}
+    narrowed: dict[str, EncodedMatrix] = {
+        name: NarrowedTensor(shape=info.shape, dtype=torch.float32, tensors=(name,))
+        for name, info in infos.items()
+        if info.dtype == "F64" and info.shape
+    }
+    return Found(format="fp64, rounded to fp32", matrices=narrowed)
 
 
 def of_activations(reader: CheckpointReader) -> set[str]:

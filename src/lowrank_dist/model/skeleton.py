@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lowrank_dist.errors import ModelError, is_passing
 from lowrank_dist.model.names import ADAPTER, plain_name
+from lowrank_dist.storage.find_weights import cached_snapshot
 from lowrank_dist.storage.parse import Record, printable, read_record
 from lowrank_dist.storage.reader import gguf_file
 
@@ -104,7 +105,10 @@ def read_config(directory: str | Path, *, revision: str | None = None) -> Pretra
         If transformers finds none that it can read.
     """
     file = gguf_file(Path(directory))
-    directory = directory if file is None else file.parent
+    if Path(directory).is_dir():
+        directory = cached_snapshot(Path(directory), revision)
+    elif Path(directory).suffix in (".gguf", ".safetensors") and Path(directory).is_file():
+        directory = Path(directory).parent
     path = Path(directory) / "config.json"
     if path.exists():
         _check_sizes(read_record(path))

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lowrank_dist.errors import CheckpointError, is_passing
 from lowrank_dist.linalg import all_finite
 from lowrank_dist.storage.dtypes import DTYPES
+from lowrank_dist.storage.find_weights import cached_snapshot, find_weights, plain_names
 from lowrank_dist.storage.parse import (
+    LFS_POINTER,
     MAX_HEADER,
     is_object_of,
     is_plain,
@@ -30,11 +31,10 @@ from lowrank_dist.storage.parse import (
     open_regular,
     printable,
     read_record,
+    refuse_pointer,
 )
 
 log = logging.getLogger(__name__)
-
-INDEX_NAME = "model.safetensors.index.json"
 
 _Request = TypeVar("_Request")
 _Block = TypeVar("_Block")
@@ -81,13 +81,6 @@ class Piece:
     index: int | None = None
 
 
-@functools.cache
-def _warn_of_both(single: Path, index: Path) -> None:
-    """Warn once, on rank 0, which of two sets of weights is read."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
-        log.warning("%s is read, as transformers does, and %s beside it is not; remove one of them", single, index.name)
-
-
 class CheckpointReader:
     """Reads slices of the tensors of safetensors files and counts the bytes that it returns.
 
@@ -97,7 +90,8 @@ class CheckpointReader:
     ----------
     directory
         Directory with ``model.safetensors``, or with ``model.safetensors.index.json`` and the files it names. If both
-        exist, the single file is read, as transformers does, and rank 0 warns.
+        exist, the single file is read, as transformers does, and rank 0 warns. Or one file; what else is taken, see
+        `lowrank_dist.storage.find_weights.find_weights`.
     stem
         Replaces ``model`` in these names.
 
@@ -137,33 +131,33 @@ class CheckpointReader:
     holds_residuals = False
     identity = b""
     encoding: str | None = None
+    _stored_as: Mapping[str, str] = MappingProxyType({})  # names in the files, of tensors that have another here
 
     def __init__(self, directory: str | os.PathLike[str], *, stem: str = "model") -> None:
-        self.directory = Path(directory)
-        single, index_name = f"{stem}.safetensors", INDEX_NAME.replace("model", stem, 1)
+        found = find_weights(Path(directory), stem)
+        self.directory = found.directory
         self.bytes_read = 0
         self._files: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
         self._info: dict[str, TensorInfo] = {}
         self._joined: dict[str, tuple[Piece, ...]] = {}
-        index_path = self.directory / index_name
-        if (self.directory / single).is_file():
-            if index_path.is_file():
-                _warn_of_both(self.directory / single, index_path)
-            self._file_of = dict.fromkeys(self._open(single).keys(), single)
-        elif index_path.is_file():
-            self._file_of = read_index(index_path)
-        else:
-            raise CheckpointError(
-                f"{self.directory}: holds neither {index_name} nor {single}; pass a directory or a hub id with "
-                "safetensors weights (convert others with `model.save_pretrained(directory)` of transformers)"
-            )
+        if found.index is not None:
+            self._file_of = read_index(found.index)
+        for file in found.files:
+            for name in self._open(file).keys():  # noqa: SIM118 (no dictionary)
+                if name in self._file_of:
+                    raise CheckpointError(f"{self.directory}: {file} and {self._file_of[name]} both hold {name}")
+                self._file_of[name] = file
         held = {file: set(self._open(file).keys()) for file in sorted(set(self._file_of.values()))}
         for name, file in self._file_of.items():
             if name not in held[file]:
                 raise CheckpointError(
-                    f"{index_path}: names tensor {name}, which {file} does not hold; fetch both again"
+                    f"{found.index}: names tensor {name}, which {file} does not hold; fetch both again"
                 )
+        if stem == "model":
+            self._stored_as = plain_names(self._file_of, self.directory)
+            if self._stored_as:
+                self._file_of = {name: self._file_of[stored] for name, stored in self._stored_as.items()}
 
     def _open(self, file: str) -> Any:
         if file not in self._files:
@@ -172,6 +166,9 @@ class CheckpointReader:
                 raise CheckpointError(f"{path}: missing, though the index names it; fetch it again")
             self._files[file] = open_file(path).__enter__()
         return self._files[file]
+
+    def _slice(self, name: str) -> Any:
+        return self._open(self._file_of[name]).get_slice(self._stored_as.get(name, name))
 
     def __contains__(self, name: object) -> bool:
         return name in self._file_of
@@ -264,7 +261,7 @@ class CheckpointReader:
     def stored(self, name: str) -> TensorInfo:
         """Shape, dtype and size of `name` as the file holds it."""
         if name not in self._info:
-            view = self._open(self._file_of[name]).get_slice(name)
+            view = self._slice(name)
             shape, dtype = tuple(view.get_shape()), view.get_dtype()
             digits = re.search(r"\d+", dtype)  # F8_E4M3 has 8
             bits = int(digits[0]) if digits else 8  # BOOL
@@ -294,14 +291,14 @@ class CheckpointReader:
         The result is not counted, and is contiguous.
         """
         if not index:
-            whole: Tensor = self._open(self._file_of[name]).get_tensor(name)
+            whole: Tensor = self._open(self._file_of[name]).get_tensor(self._stored_as.get(name, name))
             return whole
-        part: Tensor = self._open(self._file_of[name]).get_slice(name)[index]
+        part: Tensor = self._slice(name)[index]
         return part.contiguous()
 
     def _load(self, name: str, start: int, stop: int, entry: int | None = None) -> Tensor:
         """Rows ``start:stop`` of a tensor of the files, or of entry `entry` of its first dimension."""
-        view = self._open(self._file_of[name]).get_slice(name)
+        view = self._slice(name)
         rows: Tensor = view[start:stop] if entry is None else view[entry, start:stop]
         return rows
 
@@ -315,7 +312,7 @@ class CheckpointReader:
             return self._flat_of_pieces(name, start, stop)
         shape = self.stored(name).shape
         if not shape:
-            whole: Tensor = self._open(self._file_of[name]).get_tensor(name).reshape(1)
+            whole = self.part(name).reshape(1)
             self.bytes_read += whole[start:stop].nbytes
             return whole[start:stop]
         width = max(1, self.stored(name).nbytes and torch.Size(shape[1:]).numel())
@@ -394,7 +391,9 @@ def open_file(path: Path) -> Any:
         If it is truncated or damaged.
     """
     with open(open_regular(path), "rb") as file:
-        size, header = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
+        size, begin = os.fstat(file.fileno()).st_size, file.read(len(LFS_POINTER))
+    refuse_pointer(path, begin)
+    header = int.from_bytes(begin[:8], "little")
     try:
         if header > min(MAX_HEADER, size - 8):  # not opened: the header would be read whole
             raise ValueError(f"a header of {header} bytes")
@@ -448,7 +447,8 @@ def resolve_checkpoint(
     Returns
     -------
     Path
-        The directory; a GGUF file is returned as it is.
+        The directory. A safetensors or GGUF file is returned as it is, a directory ``models--owner--name`` of the hub's
+        cache becomes that of its snapshot.
 
     Raises
     ------
@@ -467,7 +467,9 @@ def resolve_checkpoint(
     True
     """
     path = Path(pretrained)
-    if path.is_dir() or gguf_file(path) is not None:
+    if path.is_dir():
+        return cached_snapshot(path, revision)
+    if path.suffix in (".gguf", ".safetensors") and path.is_file():
         return path
     looks_local = path.is_absolute() or str(pretrained).startswith((".", "~")) or str(pretrained).count("/") > 1
     if looks_local or path.exists():

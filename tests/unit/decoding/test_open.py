@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from helpers.models import save_checkpoint
@@ -174,3 +174,22 @@ def test_experts_that_are_stored_one_by_one(architecture: str, kind: str, tmp_pa
         assert readers[0].decodes(planned.key)
     stack = next(matrix for matrix in plans[0].matrices if matrix.expert == 1)
     assert readers[0].info(stack.key).nbytes < readers[1].info(stack.key).nbytes
+
+
+def test_weights_in_fp64(tmp_path: Path) -> None:
+    """They are rounded to fp32; those of a Conv1D too, as this is no quantization."""
+    dense = save_checkpoint(tmp_path / "dense", "gpt2", n_layer=1, **ONE_FILE)
+    weights = load_file(dense / "model.safetensors")
+    wide = {name: weight.double() + 1e-12 for name, weight in weights.items()}
+    wide |= {"conv": torch.randn(4, 3, 2, 5, dtype=torch.float64)}
+    save_file(wide, dense / "model.safetensors", metadata={"format": "pt"})
+    reader = open_reader(dense)
+    assert reader.encoding == "fp64, rounded to fp32"
+    for name, weight in wide.items():
+        assert reader.info(name).dtype == "F32"
+        before = reader.bytes_read
+        found = torch.cat([reader.flat(name, 0, 7), reader.flat(name, 7, weight.numel())]).view(weight.shape)
+        assert torch.equal(found, weight.float())
+        assert weight.nbytes <= reader.bytes_read - before <= weight.nbytes + 8 * weight.shape[-1] * 2
+    open_plan(reader, LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
+    reader.close()
