@@ -242,7 +242,8 @@ def _model(directory: Path, found: Description) -> None:
     others = sorted(path.name for pattern in OTHER_WEIGHTS for path in directory.glob(pattern))
     if others and not any(directory.glob("*.safetensors*")):
         facts["weights"] = others
-        found.problems.append("no safetensors, which alone are read here")
+        if not any(name.endswith(".gguf") for name in others):
+            found.problems.append("no safetensors and no GGUF; `lowrank-dist import` writes them of *.bin and *.pt")
     else:
         _add_weights(Weights(directory), found)
 
