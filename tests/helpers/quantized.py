@@ -308,6 +308,7 @@ def set_config(directory: Path, **entries: Any) -> None:
 BITSANDBYTES: dict[str, dict[str, Any]] = {
     "bnb-nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"},
     "bnb-nf4-nested": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "bnb-nf4-in-bf16": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": "bfloat16"},
     "bnb-fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
     "bnb-int8": {"load_in_8bit": True},
 }

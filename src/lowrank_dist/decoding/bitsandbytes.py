@@ -25,11 +25,12 @@ from lowrank_dist.decoding.encoded import (
 )
 from lowrank_dist.errors import CheckpointError
 from lowrank_dist.quantization.nf4 import read_quant_state
-from lowrank_dist.storage.dtypes import NAMED_DTYPES
+from lowrank_dist.storage.dtypes import DTYPES, NAMED_DTYPES
 from lowrank_dist.storage.parse import Record
 from lowrank_dist.storage.reader import CheckpointReader
 
 _STATES = {kind: f".quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4")}
+_STORAGES = ("U8", "BF16", "F16", "F32")
 _MAX_STATE = 2**16  # bytes
 _SMALL_BOOK, _BOOK = 16, 256  # codes of 4 and of 8 bits
 _INT8_STEP = 7.874015718698502e-3  # bitsandbytes' 1 / 127
@@ -43,11 +44,14 @@ class FourBitMatrix(EncodedMatrix):
     ----------
     block
         Elements of a block.
+    storage
+        Bytes of a stored element; more than one if the codes are stored as another dtype (``bnb_4bit_quant_storage``).
     nested_block, offset
         Maxima of a nested block, and the number that is added to them; None if they are not nested.
     """
 
     block: int
+    storage: int
     nested_block: int | None = None
     offset: float | None = None
 
@@ -74,7 +78,9 @@ class FourBitMatrix(EncodedMatrix):
 
     def _codes(self, read: Read, first: int, last: int) -> Tensor:
         """Code of every element of bytes ``first:last``; the first of a byte is in its high half."""
-        packed = read(self.tensors[0], slice(first, last)).flatten()
+        start, stop = cover(first, last, self.storage)
+        packed = read(self.tensors[0], slice(start, stop)).flatten().view(torch.uint8)
+        packed = packed[first - start * self.storage :][: last - first]
         return torch.stack((packed >> 4, packed & 15), dim=1).flatten()
 
     def _maxima(self, read: Read, first: int, last: int) -> Tensor:
@@ -126,10 +132,9 @@ def _four_bit(parts: Parts, suffix: str) -> FourBitMatrix:
     block = state["blocksize"]
     dtype = NAMED_DTYPES[state.expect("dtype", lambda v: v in NAMED_DTYPES, f"one of {', '.join(NAMED_DTYPES)}")]
     blocks = -(-rows * columns // block)
-    size = -(-rows * columns // 2)
-    parts.expect("", ["U8"], (size, 1), (1, size), (size,))
-    if parts.reader.stored(parts.name("")).shape == (1, size):
-        raise parts.wrong("", f"codes [{size}, 1]")
+    storage = DTYPES[parts.info("", _STORAGES).dtype].itemsize
+    size = -(-rows * columns // 2 // storage)
+    parts.expect("", _STORAGES, (size, 1), (size,))
     parts.expect(".quant_map", ["F32"], (_SMALL_BOOK,))
     tensors = [parts.name(name) for name in ("", ".absmax", ".quant_map")]
     nested_block = offset = None
@@ -147,6 +152,7 @@ def _four_bit(parts: Parts, suffix: str) -> FourBitMatrix:
         dtype=dtype,
         tensors=tuple(tensors),
         block=block,
+        storage=storage,
         nested_block=nested_block,
         offset=offset,
     )

@@ -76,7 +76,7 @@ class GGUFReader(CheckpointReader):
     def architecture(self) -> str:
         """The architecture that the file names."""
         field = self._file.fields.get("general.architecture")
-        return "" if field is None else str(field.contents())
+        return "" if field is None else bytes(field.parts[field.data[0]]).decode(errors="replace")
 
     def values(self, name: str, rows: slice | np.ndarray[Any, Any]) -> Any:
         """The stored bytes, or values, of rows of a tensor."""

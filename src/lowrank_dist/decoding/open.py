@@ -31,6 +31,8 @@ FINDERS: dict[str, Finder] = {
     "compressed-tensors": compressed_tensors.find,
 }
 _OF_MODELOPT = "hf_quant_config.json"
+#: Files of AutoGPTQ and AutoAWQ, which older models have instead of an entry in ``config.json``.
+_OWN_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
 
 def open_reader(pretrained: str | os.PathLike[str] | WeightSource) -> CheckpointReader:
@@ -74,14 +76,14 @@ def decoded(reader: CheckpointReader) -> CheckpointReader:
     found = FINDERS[method](reader, settings, _dtype(config))
     if not found.matrices:
         raise ModelError(
-            f"{reader.directory}: config.json says that the weights are quantized by {method!r}, but no tensor is "
-            "stored so; if the weights are dense, remove quantization_config from config.json"
+            f"{settings.where}: says that the weights are quantized by {method!r}, but no tensor is stored so; if the "
+            "weights are dense, remove quantization_config from config.json, or the file of its own"
         )
     return DecodingReader(reader, found)
 
 
 def quantization_settings(config: Record, directory: Path) -> Record | None:
-    """How the weights of a model are quantized, from ``config.json`` or ModelOpt's own file; None: they are dense."""
+    """How the weights of a model are quantized, from ``config.json`` or a file beside it; None: they are dense."""
     for record in (config, config.record("text_config"), config.record("llm_config")):
         for entry in ("quantization_config", "compression_config"):
             if record.get(entry):
@@ -90,6 +92,10 @@ def quantization_settings(config: Record, directory: Path) -> Record | None:
         settings = read_record(directory / _OF_MODELOPT).record("quantization")
         if settings:
             return Record({"quant_method": "modelopt", **settings}, settings.where)
+    for name, method in _OWN_FILES.items():
+        if (directory / name).is_file():
+            settings = read_record(directory / name)
+            return Record({"quant_method": method, **settings}, settings.where)
     return None
 
 

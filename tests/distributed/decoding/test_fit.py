@@ -26,9 +26,9 @@ from helpers.quantized import (
     write_dense,
     write_gguf,
 )
-from helpers.ranks import run_ranks
-from helpers.training import CausalLM, loader, make_strategy, make_trainer
-from lowrank_dist import AdapterCheckpoint, PiSSA
+from helpers.ranks import RankFailedError, run_ranks
+from helpers.training import ByStep, CausalLM, loader, make_strategy, make_trainer
+from lowrank_dist import AdapterCheckpoint, Calibration, CorDA, Method, PiSSA
 from lowrank_dist.storage.layout import MANIFEST
 
 STEPS = 2
@@ -39,6 +39,8 @@ EVERYWHERE = ("fp8-blocks", "bnb-nf4-nested", "mxfp4", "gptq-4-act-order")
 TWO_RANKS = (*EVERYWHERE, "bnb-int8", "awq", "modelopt-nvfp4", "ct-fp8-block", "ct-packed-int4-asymmetric")
 #: What stock transformers loads on a CPU.
 STOCK = ("fp8-blocks", "bnb-nf4-nested", "bnb-int8", "mxfp4", "ct-fp8-channel-fp32", "ct-packed-int4-fp32")
+#: What it loads with packages alone that are not here; its place is taken by the dense weights.
+DENSE = ("gptq-4-act-order", "awq", "ct-nvfp4")
 EXPERTS = LoraConfig(
     r=4,
     lora_alpha=4,
@@ -164,6 +166,34 @@ def test_a_cache_keeps_what_was_decoded(made: Callable[[str], tuple[Path, Path]]
     assert json.loads((residual / "config.json").read_text())["quantization_config"]["load_in_4bit"]
 
 
+def loss_of(backbone: Any, batch: list[Tensor]) -> Tensor:
+    return backbone(input_ids=batch[0], labels=batch[0], use_cache=False).loss
+
+
+def resumed(quantized: Path, output: Path | None, checkpoint: Path | None, init: Method) -> list[float]:
+    module = ByStep(quantized)
+    options = (
+        {"ranks_per_matrix": 1} if init.statistic is None else {"calibration": Calibration(batches=1, step=loss_of)}
+    )
+    strategy = make_strategy(quantized, init=init, **options)
+    callbacks = [AdapterCheckpoint(output, filename="{step}", every_n_train_steps=1, save_top_k=-1)] if output else []
+    trainer = make_trainer(strategy, steps=2, callbacks=callbacks, enable_checkpointing=bool(callbacks))
+    trainer.fit(module, loader(trainer.global_rank, trainer.world_size, 2), ckpt_path=checkpoint)
+    return module.losses
+
+
+@pytest.mark.parametrize("init", [PiSSA(), CorDA()], ids=["pissa", "corda"])
+def test_a_run_resumes_on_other_ranks(init: Method, made: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
+    """Its residual is formed again from the quantized weights, and those must be the same."""
+    quantized, dense = made("gptq-4-act-order")
+    whole = run_ranks(2, resumed, quantized, tmp_path, None, init)[0]
+    assert whole == pytest.approx(run_ranks(2, resumed, dense, None, None, init)[0], rel=1e-6)
+    (checkpoint,) = tmp_path.glob("step=1")
+    assert run_ranks(1, resumed, quantized, None, checkpoint, init)[0] == pytest.approx(whole[1:], rel=1e-4)
+    with pytest.raises(RankFailedError, match="the pretrained weights have changed"):
+        run_ranks(1, resumed, dense, None, checkpoint, init)
+
+
 @pytest.mark.matrix
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_every_format_on_ranks(ranks: int, made: Callable[[str], tuple[Path, Path]]) -> None:
@@ -172,7 +202,7 @@ def test_every_format_on_ranks(ranks: int, made: Callable[[str], tuple[Path, Pat
 
 
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
-@pytest.mark.parametrize("kind", STOCK)
+@pytest.mark.parametrize("kind", [*STOCK, *DENSE])
 def test_the_lora_is_for_the_quantized_original(
     kind: str, made: Callable[[str], tuple[Path, Path]], tmp_path: Path
 ) -> None:
@@ -181,17 +211,19 @@ def test_the_lora_is_for_the_quantized_original(
     LLM.int8 rounds activations to 8 bits as well, which moves logits by up to 1 %. The sizes are multiples of 64:
     bitsandbytes 0.50 decodes others wrongly with AVX-512.
     """
-    quantized, _ = made(kind)
+    quantized, dense = made(kind)
     options: dict[str, Any] = {**options_of(kind), "quantization": None}
     found = run_ranks(2, trained, quantized, tmp_path, options)[0]
     lora = tmp_path / "end" / "lora"
     manifest = json.loads((tmp_path / "end" / MANIFEST).read_text())
-    assert manifest["decoded_from"].startswith(("FP8", "MXFP4", "bitsandbytes", "compressed-tensors"))
+    assert manifest["decoded_from"].startswith(("FP8", "MXFP4", "GPTQ", "AWQ", "bitsandbytes", "compressed-tensors"))
     assert json.loads((lora / "adapter_config.json").read_text())["base_model_name_or_path"] == str(quantized)
     how: dict[str, Any] = {"dtype": torch.float32}
-    if kind.startswith("ct-"):
+    if kind in STOCK and kind.startswith("ct-"):
         how["quantization_config"] = CompressedTensorsConfig(dequantize=True)
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(quantized, **how), lora)
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(dense if kind in DENSE else quantized, **how), lora
+    )
     (ids,) = loader(0, 1, 1).dataset.tensors
     with torch.no_grad():
         logits = model.eval()(input_ids=ids).logits

@@ -135,11 +135,29 @@ def test_the_scales_of_stacked_experts(tmp_path: Path) -> None:
     refused(tmp_path / "model", f"{name}_scales is [4, 64, 3] F32")
 
 
-def test_settings_of_modelopt_in_their_own_file(dense: Path, tmp_path: Path) -> None:
-    directory = made(dense, "modelopt-nvfp4", tmp_path / "model")
+OWN_FILES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "ModelOpt NVFP4": (
+        *("modelopt-nvfp4", "hf_quant_config.json"),
+        {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4", "group_size": 16}},
+    ),
+    "GPTQ with 4 bits and act-order": (
+        *("gptq-4-act-order", "quantize_config.json"),
+        {"bits": 4, "group_size": 32, "desc_act": True, "sym": False},
+    ),
+    "AWQ with 4 bits": (
+        *("awq", "quant_config.json"),
+        {"zero_point": True, "q_group_size": 8, "w_bit": 4, "version": "GEMM"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OWN_FILES)
+def test_settings_in_a_file_of_their_own(name: str, dense: Path, tmp_path: Path) -> None:
+    kind, file, settings = OWN_FILES[name]
+    directory = made(dense, kind, tmp_path / "model")
     set_config(directory, quantization_config=None)
-    own = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4", "group_size": 16}}
-    (directory / "hf_quant_config.json").write_text(json.dumps(own))
+    (directory / file).write_text(json.dumps(settings))
     reader = open_reader(directory)
-    assert reader.encoding == "ModelOpt NVFP4"
+    assert reader.encoding == name
     assert reader.decodes(f"{LAYER}.weight")
+    reader.close()
