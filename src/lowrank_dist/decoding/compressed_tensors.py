@@ -64,6 +64,13 @@ class PackedIntegers(EncodedMatrix):
         values = unpack(read(self.tensors[0], slice(start, stop), ALL), self.bits, 1)[:, : self.shape[1]] - signed
         values = values.to(torch.float32)
         groups = read(self.tensors[-1]).long() if self.ordered else None
+        if groups is not None and bool((groups == -1).all()):  # declared, and not used
+            groups = None
+        if groups is not None and not 0 <= int(groups.min()) <= int(groups.max()) < self.grid[1]:
+            raise ModelError(
+                f"{self.tensors[-1]}: names groups {int(groups.min())} to {int(groups.max())}, but there are "
+                f"{self.grid[1]}; fetch the model again"
+            )
         scales = read(self.tensors[1], slice(start, stop)) if self.grid[0] > 1 else read(self.tensors[1])
         scales = scales.to(torch.float32).reshape(-1, self.grid[1]).expand(stop - start, -1)
         if self.zero_points:

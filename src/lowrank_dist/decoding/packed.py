@@ -151,7 +151,7 @@ def find_gptq(reader: CheckpointReader, settings: Record, dtype: torch.dtype) ->
 def find_awq(reader: CheckpointReader, settings: Record, dtype: torch.dtype) -> Found:
     """``quant_method: awq``: 4 bits, in the layout for GEMM."""
     bits = settings.integer("bits", settings.get("w_bit"), low=1, high=32)
-    version = str(settings.get("version") or "gemm").lower()
+    version = str(settings.get("version") or settings.get("format") or "gemm").lower()
     if bits != 4 or version != "gemm":
         raise refuse(reader.directory, f"AWQ with {bits} bits in the layout {version!r}")
     group = settings.integer("group_size", settings.get("q_group_size"), low=-1)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowrank_dist.decoding.encoded import Found, code_of
+from lowrank_dist.decoding.encoded import EncodedMatrix, Found, code_of
 from lowrank_dist.errors import CheckpointError
 from lowrank_dist.storage.reader import CheckpointReader, TensorInfo
+
+#: Elements that are decoded at a time, and rows of which their bounds are multiples: blocks have no more.
+CHUNK, ALIGNMENT = 2**22, 128
 
 
 class DecodingReader(CheckpointReader):
@@ -20,7 +24,7 @@ class DecodingReader(CheckpointReader):
     The tensors that encode a matrix stand under one name, with the decoded shape and dtype and the size in bytes of
     what is stored. Rows are decoded as they are read, and the bytes that were read for them are counted: each byte of
     the values once over all rows. Rows whose bounds are not those of a block read the scales of the blocks at their
-    ends.
+    ends. What a whole matrix shares, a code book say, is read once for every `CHUNK` elements.
 
     Parameters
     ----------
@@ -69,9 +73,20 @@ class DecodingReader(CheckpointReader):
         if matrix is None:
             return super()._load(name, start, stop, entry)
         if len(matrix.shape) <= 2 or entry is not None:
+            return self._decoded(matrix, start, stop, entry)
+        return torch.stack([self._decoded(matrix, 0, matrix.shape[1], index) for index in range(start, stop)])
+
+    def _decoded(self, matrix: EncodedMatrix, start: int, stop: int, entry: int | None) -> Tensor:
+        """Rows of a matrix, some at a time: decoding takes several times the memory of its result."""
+        inside = matrix.shape[1 if entry is None else 2 :]
+        step = max(CHUNK // math.prod(inside) // ALIGNMENT, 1) * ALIGNMENT
+        if stop - start <= step:
             return matrix.rows(self._part, start, stop, entry)
-        each = [matrix.rows(self._part, 0, matrix.shape[1], index) for index in range(start, stop)]
-        return torch.stack(each)
+        values = torch.empty(stop - start, *inside, dtype=matrix.dtype)
+        bounds = [start, *range((start // step + 1) * step, stop, step), stop]
+        for low, high in pairwise(bounds):
+            values[low - start : high - start] = matrix.rows(self._part, low, high, entry)
+        return values
 
     def flat(self, name: str, start: int, stop: int) -> Tensor:
         matrix = self._matrices.get(name)

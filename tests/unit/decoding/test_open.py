@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -23,6 +24,7 @@ from helpers.quantized import (
     quantize_with_bitsandbytes,
     write_dense,
 )
+from lowrank_dist.decoding import reader as decoding_reader
 from lowrank_dist.decoding.open import open_reader
 from lowrank_dist.distributed.partition import RowPartition
 from lowrank_dist.model.plan import open_plan
@@ -192,4 +194,38 @@ def test_weights_in_fp64(tmp_path: Path) -> None:
         assert torch.equal(found, weight.float())
         assert weight.nbytes <= reader.bytes_read - before <= weight.nbytes + 8 * weight.shape[-1] * 2
     open_plan(reader, LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
+    reader.close()
+
+
+@pytest.mark.parametrize("kind", ["fp8-blocks", "gptq-4-act-order", "awq", "ct-packed-int4-asymmetric", "ct-nvfp4"])
+def test_many_rows_are_decoded_some_at_a_time(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding_reader, "CHUNK", 128 * 64)
+    (weight,) = weights(((720, 64),)).values()
+    stored, decoded = KINDS[kind].encode(weight)
+    write(tmp_path, {f"proj.{suffix}": tensor for suffix, tensor in stored.items()}, KINDS[kind])
+    reader = open_reader(tmp_path)
+    for start, stop in ((0, 720), (100, 500), (128, 256), (129, 640)):
+        assert torch.equal(reader.rows("proj.weight", start, stop), decoded[start:stop])
+    reader.close()
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_groups_of_columns_in_an_order(used: bool, tmp_path: Path) -> None:
+    """``weight_g_idx`` of compressed-tensors: column j has the scale of group ``weight_g_idx[j]``."""
+    kind = KINDS["ct-packed-int4"]
+    (weight,) = weights(((48, 64),)).values()
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
+    stored, decoded = kind.encode(weight[:, order] if used else weight)
+    groups = torch.full((64,), -1, dtype=torch.int32)
+    if used:
+        groups[order] = torch.arange(64, dtype=torch.int32) // 8
+        back = torch.argsort(order)
+        stored["weight_packed"] = pack_to_int32(
+            unpack_from_int32(stored["weight_packed"], 4, torch.Size([48, 64]))[:, back], 4
+        )
+        decoded = decoded[:, back]
+    tensors = {f"proj.{suffix}": tensor for suffix, tensor in stored.items()}
+    write(tmp_path, {**tensors, "proj.weight_g_idx": groups}, kind)
+    reader = open_reader(tmp_path)
+    check_by_rows(reader, {"proj.weight": decoded})
     reader.close()
