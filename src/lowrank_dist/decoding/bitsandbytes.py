@@ -160,7 +160,7 @@ def _four_bit(parts: Parts, suffix: str) -> FourBitMatrix:
 
 def _eight_bit(parts: Parts, dtype: torch.dtype) -> RowScaledInt8:
     info = parts.info(".weight", ["I8"])
-    if len(info.shape) != 2:
+    if len(info.shape) != 2 or 0 in info.shape:
         raise parts.wrong(".weight", "a matrix")
     parts.expect(".SCB", ["F32"], (info.shape[0],))
     if ".weight_format" in parts:

@@ -93,9 +93,10 @@ def find(reader: CheckpointReader, settings: Record, dtype: torch.dtype) -> Foun
     layout = settings.get("format") or "dense"
     if layout not in _FORMATS:
         raise refuse(reader.directory, f"compressed-tensors with format={printable(layout)!r}")
-    if settings.get("sparsity_config") and settings["sparsity_config"].get("format") not in (None, "dense"):
-        raise refuse(reader.directory, f"compressed-tensors with sparsity {settings['sparsity_config']['format']!r}")
-    if settings.get("transform_config") and settings["transform_config"].get("config_groups"):
+    sparsity = settings.record("sparsity_config").get("format")
+    if sparsity not in (None, "dense"):
+        raise refuse(reader.directory, f"compressed-tensors with sparsity {printable(repr(sparsity))}")
+    if settings.record("transform_config").get("config_groups"):
         raise refuse(reader.directory, "compressed-tensors with transforms (rotations) of weights and activations")
     groups = [group.record("weights") for group in _groups(settings)]
     kinds: set[str] = set()
@@ -156,7 +157,7 @@ def _groups(settings: Record) -> list[Record]:
 def _scheme(groups: list[Record], parts: Parts, kind: str) -> Record:
     """The settings of a layer's weights: those of the only group whose values are of this kind."""
     found = [weights for weights in groups if weights and weights.get("type", "int") == kind]
-    distinct = {(w.get("num_bits"), w.get("strategy"), str(w.get("block_structure"))) for w in found}
+    distinct = {str([w.get(name) for name in ("num_bits", "strategy", "block_structure", "group_size")]) for w in found}
     if len(distinct) != 1:
         raise ModelError(
             f"{parts.reader.directory}: {parts.layer} is stored as {kind}, and config_groups have {len(distinct)} "
@@ -172,6 +173,8 @@ def _packed(parts: Parts, weights: Record) -> PackedIntegers:
         raise refuse(parts.reader.directory, f"{parts.layer} with {bits} bits, packed across words,")
     parts.expect(".weight_shape", ["I64", "I32"], (2,))
     rows, columns = (int(size) for size in parts.reader.part(parts.name(".weight_shape")))
+    if not 0 < rows < 2**40 or not 0 < columns < 2**40:
+        raise parts.wrong(".weight_shape", f"two sizes, not {rows} and {columns}")
     parts.expect(".weight_packed", ["I32"], (rows, -(-columns * bits // WORD)))
     scale = parts.info(".weight_scale", FLOAT_DTYPES)
     tensors = [parts.name(".weight_packed"), parts.name(".weight_scale")]

@@ -54,7 +54,9 @@ class PackedGroups(EncodedMatrix):
         if len(self.tensors) > 2:
             whole = read(self.tensors[2]).to(torch.float32).reshape(())
             scales = scales / whole if self.divided else scales * whole
-        return (values.unflatten(1, (-1, self.group)) * scales[:, :, None]).flatten(1).to(self.dtype)
+        in_groups = values.view(stop - start, -1, self.group)
+        in_groups *= scales[:, :, None]
+        return values.to(self.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +88,7 @@ def find_stacked(reader: CheckpointReader, settings: Record, dtype: torch.dtype)
     for stack in layers_with(reader, "_blocks"):
         parts = Parts(reader, stack, name)
         shape = parts.info("_blocks", ["U8"]).shape
-        if len(shape) != 4 or shape[3] != MX_GROUP // 2:
+        if len(shape) != 4 or 0 in shape or shape[3] != MX_GROUP // 2:
             raise parts.wrong("_blocks", f"[experts, columns, groups, {MX_GROUP // 2}]")
         parts.expect("_scales", ["U8"], shape[:3])
         matrices[stack] = StackedBlocks(
@@ -102,7 +104,7 @@ def packed_groups(
 ) -> PackedGroups:
     """Describe a matrix of packed codes, and check the headers; `whole` is the suffix of the scale of the tensor."""
     shape = parts.info(weight, ["U8"]).shape
-    if len(shape) != 2 or shape[1] * 2 % group:
+    if len(shape) != 2 or 0 in shape or shape[1] * 2 % group:
         raise parts.wrong(weight, f"[rows, columns / 2] with groups of {group} columns")
     exponents = whole is None
     parts.expect(scale, ["U8", "F8_E8M0"] if exponents else FP8, (shape[0], shape[1] * 2 // group))

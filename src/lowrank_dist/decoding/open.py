@@ -66,7 +66,7 @@ def decoded(reader: CheckpointReader) -> CheckpointReader:
         wide = scaled.find_fp64(reader)
         return DecodingReader(reader, wide) if wide.matrices else reader
     method = _method(settings)
-    if method not in FINDERS:
+    if not isinstance(method, str) or method not in FINDERS:
         raise refuse(
             reader.directory,
             f"its weights are quantized by {printable(repr(method))} ({_shown(settings)})",

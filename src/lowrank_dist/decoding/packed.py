@@ -42,7 +42,8 @@ def unpack(words: Tensor, bits: int, dim: int, places: Sequence[int] | None = No
     """
     order = torch.tensor(range(WORD // bits) if places is None else places, dtype=torch.int32)
     shifts = (order * bits).view([-1, *[1] * (words.ndim - 1 - dim)])
-    return ((words.unsqueeze(dim + 1) >> shifts) & (2**bits - 1)).flatten(dim, dim + 1)
+    codes: Tensor = (words.unsqueeze(dim + 1) >> shifts) & (2**bits - 1)
+    return codes.flatten(dim, dim + 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +176,6 @@ def find_awq(reader: CheckpointReader, settings: Record, dtype: torch.dtype) -> 
 
 def _matrix(parts: Parts, suffix: str) -> tuple[int, int]:
     shape = parts.info(suffix, ["I32"]).shape
-    if len(shape) != 2:
+    if len(shape) != 2 or 0 in shape:
         raise parts.wrong(suffix, "a matrix")
     return shape[0], shape[1]

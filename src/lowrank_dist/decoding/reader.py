@@ -79,7 +79,7 @@ class DecodingReader(CheckpointReader):
     def _decoded(self, matrix: EncodedMatrix, start: int, stop: int, entry: int | None) -> Tensor:
         """Rows of a matrix, some at a time: decoding takes several times the memory of its result."""
         inside = matrix.shape[1 if entry is None else 2 :]
-        step = max(CHUNK // math.prod(inside) // ALIGNMENT, 1) * ALIGNMENT
+        step = max(CHUNK // max(math.prod(inside), 1) // ALIGNMENT, 1) * ALIGNMENT
         if stop - start <= step:
             return matrix.rows(self._part, start, stop, entry)
         values = torch.empty(stop - start, *inside, dtype=matrix.dtype)
@@ -93,7 +93,7 @@ class DecodingReader(CheckpointReader):
         if matrix is None or len(matrix.shape) < 3 or start >= stop:
             return super().flat(name, start, stop)
         # the rows of each entry that are needed, not whole entries
-        rows, width = matrix.shape[1], math.prod(matrix.shape[2:])
+        rows, width = matrix.shape[1], math.prod(matrix.shape[2:])  # not 0: there is an element to read
         parts = []
         for entry in range(start // (rows * width), -(-stop // (rows * width))):
             low, high = (min(max(bound - entry * rows * width, 0), rows * width) for bound in (start, stop))

@@ -84,7 +84,7 @@ def combine(values: Tensor, of_blocks: Tensor, block: int, operation: object) ->
     assert callable(operation)
     whole = values.shape[1] // block
     if whole:
-        operation(values[:, : whole * block].unflatten(1, (whole, block)), of_blocks[:, :whole, None])
+        operation(values[:, : whole * block].view(len(values), whole, block), of_blocks[:, :whole, None])
     if whole * block < values.shape[1]:
         operation(values[:, whole * block :], of_blocks[:, whole:])
     return values
@@ -121,7 +121,7 @@ def scaled_matrix(
         If shapes or dtypes do not go together.
     """
     shape = parts.info(weight, codes).shape
-    if len(shape) not in (2, 3):
+    if len(shape) not in (2, 3) or 0 in shape:
         raise parts.wrong(weight, "a matrix or a stack of them")
     entries, (rows, columns) = shape[:-2], shape[-2:]
     info = parts.info(scale, SCALES)
@@ -129,12 +129,14 @@ def scaled_matrix(
         grid = (-(-rows // block[0]), -(-columns // block[1]))
         parts.expect(scale, SCALES, (*entries, *grid))
     else:
-        given = info.shape[len(entries) :] if info.shape[: len(entries)] == entries else info.shape
+        if info.shape[: len(entries)] != entries:
+            raise parts.wrong(scale, f"scales for each of {entries[0]} entries")
+        given = info.shape[len(entries) :]
         if given in ((), (1,), (1, 1)):
             grid, block = (1, 1), (rows, columns)
         elif given in ((rows,), (rows, 1)):
             grid, block = (rows, 1), (1, columns)
-        elif len(given) == 2 and given[0] == rows and columns % given[1] == 0:
+        elif len(given) == 2 and given[0] == rows and given[1] > 0 and columns % given[1] == 0:
             grid, block = (rows, given[1]), (1, columns // given[1])
         else:
             raise parts.wrong(scale, f"one scale, one for each of {rows} rows, or equal groups of {columns} columns")
