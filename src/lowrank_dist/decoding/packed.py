@@ -151,11 +151,11 @@ def find_gptq(reader: CheckpointReader, settings: Record, dtype: torch.dtype) ->
 
 def find_awq(reader: CheckpointReader, settings: Record, dtype: torch.dtype) -> Found:
     """``quant_method: awq``: 4 bits, in the layout for GEMM."""
-    bits = settings.integer("bits", settings.get("w_bit"), low=1, high=32)
+    bits = settings.integer("bits" if "bits" in settings else "w_bit", low=1, high=32)
     version = str(settings.get("version") or settings.get("format") or "gemm").lower()
     if bits != 4 or version != "gemm":
         raise refuse(reader.directory, f"AWQ with {bits} bits in the layout {version!r}")
-    group = settings.integer("group_size", settings.get("q_group_size"), low=-1)
+    group = settings.integer("group_size" if "group_size" in settings else "q_group_size", low=-1)
     name = "AWQ with 4 bits"
     matrices: dict[str, EncodedMatrix] = {}
     for layer in layers_with(reader, ".qweight"):
