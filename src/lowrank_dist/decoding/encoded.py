@@ -7,7 +7,7 @@ what it cannot decode before any weight is read.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lowrank_dist.errors import ModelError
-from lowrank_dist.storage.dtypes import CODES, FLOAT_DTYPES
+from lowrank_dist.storage.dtypes import FLOAT_DTYPES
 from lowrank_dist.storage.parse import Record
 from lowrank_dist.storage.reader import CheckpointReader, TensorInfo
 
@@ -25,7 +25,7 @@ Read = Callable[..., Tensor]
 #: Part of a dimension.
 ALL = slice(None)
 
-#: Dtypes of stored values and of scales that are decoded, by their codes in safetensors headers.
+#: Codes of the dtypes of eight bits in safetensors headers.
 FP8 = ("F8_E4M3", "F8_E5M2")
 
 
@@ -148,11 +148,6 @@ def float_dtype(info: TensorInfo) -> torch.dtype:
     return FLOAT_DTYPES[info.dtype]
 
 
-def code_of(dtype: torch.dtype) -> str:
-    """The code of a dtype in safetensors headers."""
-    return CODES[dtype]
-
-
 def refuse(directory: Any, found: str, remedy: str = "") -> ModelError:
     """The error of a quantized model in a format, or with an option, that is not decoded here."""
     return ModelError(
@@ -170,8 +165,3 @@ def spread(values: Tensor, start: int, stop: int, block: int, dim: int) -> Tenso
     """Repeat the values of the blocks that cover ``start:stop`` along `dim`, once for each of these elements."""
     first = start // block
     return values.repeat_interleave(block, dim).narrow(dim, start - first * block, stop - start)
-
-
-def merged(*each: Mapping[str, EncodedMatrix]) -> dict[str, EncodedMatrix]:
-    """All matrices together."""
-    return {name: matrix for some in each for name, matrix in some.items()}

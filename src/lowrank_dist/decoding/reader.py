@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_dist.decoding.encoded import EncodedMatrix, Found, code_of
+from lowrank_dist.decoding.encoded import EncodedMatrix, Found
 from lowrank_dist.errors import CheckpointError
+from lowrank_dist.storage.dtypes import CODES
 from lowrank_dist.storage.reader import CheckpointReader, TensorInfo
 
 #: Elements that are decoded at a time, and rows of which their bounds are multiples: blocks have no more.
@@ -53,7 +54,7 @@ class DecodingReader(CheckpointReader):
         for name, matrix in found.matrices.items():
             self._info[name] = TensorInfo(
                 shape=matrix.shape,
-                dtype=code_of(matrix.dtype),
+                dtype=CODES[matrix.dtype],
                 nbytes=sum(stored.stored(tensor).nbytes for tensor in matrix.tensors),
             )
 

@@ -123,9 +123,7 @@ class CheckpointKeys:
             return f"{name}: the model has shape {list(shape)}, the pretrained weights {list(info.shape)}"
         readable = [*FLOAT_DTYPES, *([PACKED_DTYPE] if self._reader.holds_residuals else [])]
         if torch.is_floating_point(parameter) and info.dtype not in readable:
-            hint = (
-                "" if info.dtype in ("F64",) else " (how they are quantized, quantization_config of config.json says)"
-            )
+            hint = "" if info.dtype == "F64" else "; quantization_config of config.json must say how they are quantized"
             return f"{name}: the pretrained weights store {info.dtype}; only {', '.join(readable)} are read{hint}"
         if name in self._transposed and self._reader.decodes(key):
             return (
