@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
@@ -26,7 +26,7 @@ from helpers.quantized import (
     write_dense,
     write_gguf,
 )
-from helpers.ranks import RankFailedError, run_ranks
+from helpers.ranks import RankFailedError, run_ranks, run_ranks_catching
 from helpers.training import ByStep, CausalLM, loader, make_strategy, make_trainer
 from lowrank_dist import AdapterCheckpoint, Calibration, CorDA, Method, PiSSA
 from lowrank_dist.storage.layout import MANIFEST
@@ -192,6 +192,17 @@ def test_a_run_resumes_on_other_ranks(init: Method, made: Callable[[str], tuple[
     assert run_ranks(1, resumed, quantized, None, checkpoint, init)[0] == pytest.approx(whole[1:], rel=1e-4)
     with pytest.raises(RankFailedError, match="the pretrained weights have changed"):
         run_ranks(1, resumed, dense, None, checkpoint, init)
+
+
+def test_an_error_while_decoding_reaches_every_rank(made: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
+    """Groups that do not exist are found when they are read; no rank waits for another."""
+    quantized, _ = made("gptq-4-act-order")
+    shutil.copytree(quantized, tmp_path / "damaged")
+    tensors = load_file(quantized / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.g_idx"].fill_(9)
+    save_file(tensors, tmp_path / "damaged" / "model.safetensors", metadata={"format": "pt"})
+    outcomes = run_ranks_catching(2, trained, tmp_path / "damaged", None, {"init": PiSSA()})
+    assert all(error is not None and "names groups 9 to 9, but there are 2" in error for _, error in outcomes)
 
 
 @pytest.mark.matrix
