@@ -31,7 +31,7 @@ RUN := env PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 help:
 	@echo "make demo    train QPiSSA on a small model with 2 CPU ranks, convert, evaluate with stock PEFT (runs/demo)"
 	@echo "make test    set up and run the tests, but for tests/slurm"
-	@echo "make test-matrix  every tuner and optimizer on all ranks; writes the table of docs/tuners.md"
+	@echo "make test-matrix  every tuner, optimizer and quantized format on all ranks; writes the table of docs/tuners.md"
 	@echo "make test-slurm  install Debian's Slurm (as root) and pass tests/slurm on it, on loopback"
 	@echo "make test-lowest  pass a smoke set with the lowest versions that pyproject.toml admits (.venv-lowest)"
 	@echo "make kills   end ranks of training runs at random moments, and resume (KILLS=30 SEED=0 RANKS=2; not in CI)"
@@ -61,7 +61,8 @@ fuzz: $(INSTALLED)
 
 test-matrix: $(INSTALLED)
 	$(RUN) python -m pytest tests/system/test_tuners.py tests/unit/export/test_tuned.py \
-		tests/distributed/training/test_every_optimizer.py tests/distributed/training/test_killed.py -m "matrix or not matrix" \
+		tests/distributed/decoding/test_fit.py tests/distributed/training/test_every_optimizer.py \
+		tests/distributed/training/test_killed.py -m "matrix or not matrix" \
 		--numprocesses $(JOBS) --junitxml .cache/matrix.xml $(PYTEST_ARGS)
 	$(RUN) python tests/helpers/tuner_table.py .cache/matrix.xml
 

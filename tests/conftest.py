@@ -32,6 +32,7 @@ LONG = (
     "checkpoints/test_save_faults.py",
     "cli/test_decompose.py",
     "training/test_accumulation.py",
+    "decoding/test_fit.py",
     "checkpoints/test_resume.py",
     "residual_model/test_",
     "decomposition/test_walk.py",

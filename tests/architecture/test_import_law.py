@@ -26,6 +26,7 @@ residual_model
 decomposition
 tuners
 methods adapters layers
+decoding
 quantization model
 storage
 linalg zero3 cluster

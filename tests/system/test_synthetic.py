@@ -10,7 +10,8 @@ from synthetic import SyntheticWeights
 from transformers import AutoConfig, LlamaConfig, MixtralConfig
 
 from helpers.models import ARCHITECTURES
-from lowrank_dist.storage.source import WeightSource, open_reader
+from lowrank_dist.decoding.open import open_reader
+from lowrank_dist.storage.source import WeightSource
 
 CONFIG = LlamaConfig(
     hidden_size=48,

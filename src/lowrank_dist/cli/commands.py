@@ -54,6 +54,10 @@ COMMANDS = {
     "merge": Command(
         help="write the original model with a checkpoint's adapter merged into it", run="lowrank_dist.cli.merge:run"
     ),
+    "import": Command(
+        help="write weights in pytorch_model.bin and the like as safetensors",
+        run="lowrank_dist.cli.import_weights:run",
+    ),
     "inspect": Command(
         help="describe the contents of a directory or a cached hub id", run="lowrank_dist.cli.inspect:run"
     ),

@@ -10,6 +10,7 @@ from peft import LoraConfig
 from lowrank_dist.adapters.files import read_config_file
 from lowrank_dist.cli.calibration import calibration_pass, check_calibration
 from lowrank_dist.cli.ranks import first_on_host, local_ranks, shard_group
+from lowrank_dist.decoding.open import open_reader
 from lowrank_dist.decomposition.report import MatrixReport, as_table
 from lowrank_dist.decomposition.schedule import Sharding
 from lowrank_dist.decomposition.walk import Walk, check_matrices
@@ -22,7 +23,7 @@ from lowrank_dist.quantization.nf4 import NF4
 from lowrank_dist.residual_model.create import decompose
 from lowrank_dist.storage.dtypes import FLOAT_DTYPES, NAMED_DTYPES
 from lowrank_dist.storage.layout import read_manifest
-from lowrank_dist.storage.reader import CheckpointReader, resolve_checkpoint
+from lowrank_dist.storage.reader import resolve_checkpoint
 
 
 def decompose_model(options: Any, init: Method, *, quantized: bool) -> None:
@@ -51,7 +52,7 @@ def decompose_model(options: Any, init: Method, *, quantized: bool) -> None:
             if first_on_host():  # one rank per host downloads a hub id
                 resolve_checkpoint(options.pretrained, revision=options.revision)
         with group.shared_errors():
-            reader = CheckpointReader(resolve_checkpoint(options.pretrained, revision=options.revision))
+            reader = open_reader(resolve_checkpoint(options.pretrained, revision=options.revision))
             adapter = _adapter(options)
         opened = open_plan(reader, adapter, group=group)
         plan = opened.plan

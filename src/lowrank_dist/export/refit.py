@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from lowrank_dist.adapters.files import changed_config, open_adapter, read_config, whole_tensor
 from lowrank_dist.adapters.match import changes_tied
+from lowrank_dist.decoding.open import open_reader
 from lowrank_dist.decomposition.report import MatrixReport
 from lowrank_dist.decomposition.restore import StoredDecompositions, StoredFactors
 from lowrank_dist.distributed.group import ShardGroup
@@ -45,7 +46,7 @@ from lowrank_dist.storage.atomic import atomic_directory
 from lowrank_dist.storage.digest import digest_sums, digests
 from lowrank_dist.storage.dtypes import DTYPES
 from lowrank_dist.storage.layout import ADAPTER_DIR, MANIFEST, WEIGHTS, parts_of, read_manifest
-from lowrank_dist.storage.reader import CheckpointReader, FileTensor, check_finite, resolve_checkpoint
+from lowrank_dist.storage.reader import FileTensor, check_finite, resolve_checkpoint
 from lowrank_dist.storage.replacing import check_target
 from lowrank_dist.storage.verify import verify_checkpoint
 from lowrank_dist.storage.writer import TensorFiles, write_json
@@ -253,7 +254,7 @@ class _Refit:
             self.factors = StoredFactors(checkpoint / ADAPTER_DIR)
             self.earlier = StoredDecompositions(checkpoint=checkpoint, starts_at_zero=self.manifest["starts_at_zero"])
             directory = resolve_checkpoint(self.manifest["base"])
-            self.reader = CheckpointReader(directory)
+            self.reader = open_reader(directory)
             backbone = build_skeleton(directory)
             self.config.init_lora_weights = True
             head = {name for name, module in backbone.named_modules() if module is backbone.get_output_embeddings()}
@@ -406,7 +407,7 @@ class _Refit:
             self.config, r=self.rank, lora_alpha=self.rank, use_rslora=False, rank_pattern={}, alpha_pattern={}
         )
         config.save_pretrained(str(staging))
-        kept = ("lowrank_dist", "base", "method", "quantization", "step")
+        kept = ("lowrank_dist", "base", "decoded_from", "method", "quantization", "step")
         manifest = {key: self.manifest[key] for key in kept if key in self.manifest}
         manifest |= {
             "kind": "lora",

@@ -221,7 +221,7 @@ def _disk_reads(shapes: ModelShapes, job: RunSpec) -> int:
 def _cached_bytes(shapes: ModelShapes, job: RunSpec) -> int:
     """Approximate bytes of a cache, without headers and without the JSON beside 4-bit weights."""
     assert job.residual is not None
-    return round(decomposed_bytes(shapes.plan.matrices, job.residual)) + shapes.frozen_bytes
+    return round(decomposed_bytes(shapes.plan.matrices, job.residual)) + shapes.copied_bytes
 
 
 def _initialisation(shapes: ModelShapes, job: RunSpec, cluster: Cluster) -> Seconds | None:

@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig
 from transformers import PreTrainedModel
 
+from lowrank_dist.decoding.open import open_reader
 from lowrank_dist.decomposition.walk import check_matrices
 from lowrank_dist.distributed.partition import FlatPartition, FlatStorage
 from lowrank_dist.errors import CheckpointError, InputError
@@ -23,6 +24,7 @@ from lowrank_dist.model.skeleton import build_skeleton
 from lowrank_dist.quantization.format import ResidualFormat
 from lowrank_dist.quantization.nf4 import NF4
 from lowrank_dist.residual_model.reader import ResidualModel
+from lowrank_dist.storage.dtypes import DTYPES
 from lowrank_dist.storage.reader import CheckpointReader
 from lowrank_dist.storage.source import ShapesOnly, SourceReader
 from lowrank_dist.tuners.tuner import TunerPlan
@@ -46,6 +48,8 @@ class ModelShapes:
         Bytes of the pretrained or residual model on disk, all tensors.
     frozen_bytes
         Bytes on disk of the parameters that are neither adapted nor trained.
+    copied_bytes
+        Bytes of the same in a cache; more than on disk if they are decoded.
     tuner
         What a tuner of PEFT makes on top of the model; None if adapters are made from the weights.
     """
@@ -54,6 +58,7 @@ class ModelShapes:
     plan: Plan
     checkpoint_bytes: int
     frozen_bytes: int
+    copied_bytes: int
     tuner: TunerPlan | None = None
 
     @classmethod
@@ -80,7 +85,7 @@ class ModelShapes:
         """
         backbone = build_skeleton(source)
         try:
-            reader = CheckpointReader(source)
+            reader = open_reader(source)
         except CheckpointError:
             if any(source.glob("*.safetensors")):
                 raise
@@ -100,12 +105,15 @@ class ModelShapes:
 
         `nbytes` replaces the reader's number of bytes, for instance to include an adapter in other files.
         """
-        frozen = (tensor.key for tensor in plan.parameters if not tensor.trainable and tensor.key is not None)
+        frozen = [reader.info(t.key) for t in plan.parameters if not t.trainable and t.key is not None]
         return cls(
             backbone=backbone,
             plan=plan,
             checkpoint_bytes=reader.nbytes if nbytes is None else nbytes,
-            frozen_bytes=sum(reader.info(key).nbytes for key in frozen),
+            frozen_bytes=sum(info.nbytes for info in frozen),
+            copied_bytes=sum(
+                math.prod(i.shape) * DTYPES[i.dtype].itemsize if i.dtype in DTYPES else i.nbytes for i in frozen
+            ),
         )
 
 

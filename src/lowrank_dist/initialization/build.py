@@ -288,6 +288,7 @@ def build_model(
         "pretrained": recipe.location,
         "pretrained_fingerprint": pretrained_fingerprint,
         **{name: commit for name, commit in commits.items() if commit is not None},
+        **({} if source.decoded_from is None else {"decoded_from": source.decoded_from}),
         "started_from": None if opened.start is None else str(recipe.adapter),
         "source": fingerprint,
         "method": source.method,

@@ -129,9 +129,9 @@ class ModelRecipe:
 
     @property
     def location(self) -> str:
-        """The name, with a directory made absolute; hub ids and names of weight sources are unchanged."""
-        is_directory = isinstance(self.pretrained, str) and Path(self.pretrained).is_dir()
-        return str(Path(self.name).absolute()) if is_directory else self.name
+        """The name, with a directory or file made absolute; hub ids and names of weight sources are unchanged."""
+        is_path = isinstance(self.pretrained, str) and Path(self.pretrained).exists()
+        return str(Path(self.name).absolute()) if is_path else self.name
 
     def directories(self) -> tuple[Path | WeightSource, Path | None]:
         """Return the directories of the pretrained model and of the starting adapter, downloaded if necessary.

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from peft import LoraConfig
 
+from lowrank_dist.decoding.open import open_reader
 from lowrank_dist.decomposition.restore import RestoredMethod, Resume, StoredDecompositions
 from lowrank_dist.decomposition.schedule import Sharding, scheduled
 from lowrank_dist.decomposition.walk import Calibrated, DecomposedMatrix, Walk, check_matrices
@@ -31,7 +32,7 @@ from lowrank_dist.residual_model.fingerprint import fingerprint, source_fingerpr
 from lowrank_dist.residual_model.reader import ResidualModel
 from lowrank_dist.storage.disk import check_writable
 from lowrank_dist.storage.reader import CheckpointReader
-from lowrank_dist.storage.source import WeightSource, open_reader
+from lowrank_dist.storage.source import WeightSource
 
 
 class MatrixSource(Protocol):
@@ -68,6 +69,10 @@ class MatrixSource(Protocol):
     @property
     def layout(self) -> FactorLayout:
         """Which parameters of an update are trained."""
+
+    @property
+    def decoded_from(self) -> str | None:
+        """The format that the pretrained weights are or were decoded from; None if they are dense."""
 
     @property
     def nbytes(self) -> int:
@@ -165,6 +170,11 @@ class PretrainedSource:
         self.adapter, self.init, self.residual, self.base, self.cache = adapter, init, residual, base, cache
         self.method, self.starts_at_zero, self.layout = str(init), init.starts_at_zero, init.layout
         self.sharding, self.announce = sharding, announce
+
+    @property
+    def decoded_from(self) -> str | None:
+        """The format that the weights are decoded from as they are read; None if they are dense."""
+        return self.reader.encoding
 
     @property
     def nbytes(self) -> int:
@@ -366,7 +376,7 @@ def open_source(
                 "to decompose"
             )
         residual = Dense(dtype=compute_dtype) if quantization is None else quantization
-        return PretrainedSource(
+        source = PretrainedSource(
             directory,
             adapter=adapter,
             init=init or PiSSA(),
@@ -377,6 +387,9 @@ def open_source(
             announce=announce,
             resume=resume,
         )
+        if source.decoded_from is not None:
+            announce(f"{directory}: {source.decoded_from}, decoded by rows as it is read; the adapter is for it")
+        return source
     stored = ResidualModel(directory, Dense(dtype=compute_dtype))
     stored.check_settings(adapter=adapter, init=init, quantization=quantization)
     if adapter is not None:

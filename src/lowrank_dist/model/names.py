@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from lowrank_dist.storage.dtypes import FLOAT_DTYPES
 from lowrank_dist.storage.reader import PACKED_DTYPE, CheckpointReader, Piece
@@ -80,6 +81,9 @@ class CheckpointKeys:
                 self._tied.setdefault(name, set()).add(other)
         self._keys: dict[str, str] | None = None
         self._refused: dict[str, str] = {}  # by parameter, the conversion it would need
+        self._transposed = {
+            f"{plain_name(name)}.weight" for name, module in backbone.named_modules() if isinstance(module, Conv1D)
+        }
 
     def find(self, name: str) -> str | None:
         """Name, in the reader, of the tensor that fills the parameter `name` of the model; None if there is none.
@@ -115,11 +119,17 @@ class CheckpointKeys:
             hint = f" (similar: {near[0]})" if near else ""
             return f"{name} {list(shape)}: the pretrained weights hold no such tensor{hint}"
         info = self._reader.info(key)
-        if info.shape != shape:
+        if info.shape != shape and not (name in self._transposed and self._reader.decodes(key)):
             return f"{name}: the model has shape {list(shape)}, the pretrained weights {list(info.shape)}"
         readable = [*FLOAT_DTYPES, *([PACKED_DTYPE] if self._reader.holds_residuals else [])]
         if torch.is_floating_point(parameter) and info.dtype not in readable:
-            return f"{name}: the pretrained weights store {info.dtype}; only {', '.join(readable)} are read"
+            hint = "" if info.dtype == "F64" else "; quantization_config of config.json must say how they are quantized"
+            return f"{name}: the pretrained weights store {info.dtype}; only {', '.join(readable)} are read{hint}"
+        if name in self._transposed and self._reader.decodes(key):
+            return (
+                f"{name}: is of a Conv1D, and quantized weights are stored transposed; pass the model that it was "
+                "quantized from"
+            )
         return None
 
     def _converted(self) -> dict[str, str]:

@@ -253,7 +253,8 @@ def plan_walk(
         If a layer type is unsupported, a weight is tied, missing or of another shape, or a rank exceeds
         ``min(out, in)``. The error names the layers, their shapes and the remedy.
     """
-    if getattr(backbone.config, "quantization_config", None) is not None and not reader.holds_residuals:
+    quantized = getattr(backbone.config, "quantization_config", None) is not None
+    if quantized and not reader.returns_values:
         raise ModelError(f"{reader.directory} is quantized already; pass the pretrained model it was made from")
     planner = _PlanBuilder(backbone, reader, CheckpointKeys(backbone, reader, tied), limit_rank)
     planner.adapted_layers()

@@ -19,11 +19,14 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_dist.errors import ModelError, is_passing
 from lowrank_dist.model.names import ADAPTER, plain_name
+from lowrank_dist.storage.find_weights import cached_snapshot
 from lowrank_dist.storage.parse import Record, printable, read_record
+from lowrank_dist.storage.reader import gguf_file
 
 _UNSUPPORTED_OPTIONS = {
     "lora_bias": "converted adapters cannot carry it",
@@ -85,10 +88,12 @@ def find_backbone(module: nn.Module) -> tuple[str, PreTrainedModel]:
 def read_config(directory: str | Path, *, revision: str | None = None) -> PretrainedConfig:
     """The ``config.json`` of a pretrained model, in a directory or on the hub.
 
+    Without one beside it, a GGUF file says the configuration itself, as transformers reads it.
+
     Parameters
     ----------
     directory
-        Directory or hub id.
+        Directory, GGUF file or hub id.
     revision
         Revision of a hub id. Default: its main one.
 
@@ -99,14 +104,21 @@ def read_config(directory: str | Path, *, revision: str | None = None) -> Pretra
     ModelError
         If transformers finds none that it can read.
     """
+    file = gguf_file(Path(directory))
+    if Path(directory).is_dir():
+        directory = cached_snapshot(Path(directory), revision)
+    elif Path(directory).suffix in (".gguf", ".safetensors") and Path(directory).is_file():
+        directory = Path(directory).parent
     path = Path(directory) / "config.json"
     if path.exists():
         _check_sizes(read_record(path))
+    from_file = {} if file is None or path.exists() else {"gguf_file": file.name}
     try:
         config: PretrainedConfig = transformers.AutoConfig.from_pretrained(
             directory,
             trust_remote_code=False,  # never code of the model's author
             revision=revision or "main",
+            **from_file,
         )
     except Exception as error:  # whatever the checks of a model's class raise
         if is_passing(error):
@@ -135,6 +147,8 @@ def build_skeleton(directory: Path, config: PretrainedConfig | None = None) -> P
     """
     config = read_config(directory) if config is None else config
     names = config.architectures or []
+    if not names and gguf_file(directory) is not None:  # a file names no class
+        names = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)]
     classes = [getattr(transformers, name, None) for name in names if isinstance(name, str) and name.isidentifier()]
     found: list[Any] = [one for one in classes if isinstance(one, type) and issubclass(one, PreTrainedModel)]
     if len(found) != 1:

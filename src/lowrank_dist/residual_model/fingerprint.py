@@ -10,6 +10,7 @@ from lowrank_dist.decomposition.walk import Calibrated, Walk
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.model.plan import Plan
 from lowrank_dist.residual_model.writer import FORMAT
+from lowrank_dist.storage.parse import MAX_HEADER
 from lowrank_dist.storage.reader import CheckpointReader
 
 _SAMPLES, _SAMPLE_BYTES = 16, 2**16
@@ -60,6 +61,8 @@ def _hashed_source(reader: CheckpointReader) -> hashlib._Hash:
         digest.update(f"{path.name}:{size}:".encode())
         with open(path, "rb") as handle:
             header = int.from_bytes(handle.read(8), "little")
+            if header > min(MAX_HEADER, size - 8):  # not of safetensors; `identity` covers the header of others
+                header = 0
             digest.update(handle.read(header))
             for sample in range(_SAMPLES):
                 handle.seek(8 + header + max(0, size - 8 - header - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))

@@ -205,6 +205,7 @@ class ResidualModel:
         self.adapter: LoraConfig = config
         self.residual = self._stored_format() or dense
         self.base: str = self.manifest.get("base") or config.base_model_name_or_path or str(directory)
+        self.decoded_from: str | None = self.manifest.get("decoded_from")
         self.method: str = self.manifest.get("method") or initial.name.removesuffix("_init")
         self.starts_at_zero: bool = self.manifest.get("starts_at_zero", False)
         self.layout = stored_layout(self.manifest)

@@ -25,6 +25,7 @@ from lowrank_dist.errors import CheckpointError
 from lowrank_dist.linalg import full_fp32
 from lowrank_dist.model.names import plain_name
 from lowrank_dist.model.plan import Plan, PlannedMatrix
+from lowrank_dist.model.skeleton import build_skeleton
 from lowrank_dist.model.stacking import StackedFactors
 from lowrank_dist.quantization.nf4 import NF4
 from lowrank_dist.residual_model.reader import factor_keys, has_stock_layout, packed_name
@@ -420,6 +421,7 @@ class ResidualModelWriter:
             "lowrank_dist": __version__,
             "fingerprint": self.key,
             "base": base,
+            **({} if self.reader.encoding is None else {"decoded_from": self.reader.encoding}),
             "method": str(self.walk.init),
             "options": repr(self.walk.init),
             "quantization": None if self.residual.exact else str(self.residual),
@@ -470,12 +472,21 @@ class ResidualModelWriter:
     def _copy_small_files(self) -> None:
         """Copy configuration, tokenizer and licence of the pretrained model.
 
+        What ``config.json`` says about the quantization of weights that were decoded is left out.
         If stock transformers can load a 4-bit residual, its format is added to ``config.json``.
         """
         copy_other_files(self.reader.directory, self.staging)
         config_path = self.staging / "config.json"
-        if self.stock and isinstance(self.residual, NF4) and config_path.is_file():
-            config = read_record(config_path)
+        if not config_path.is_file() and self.reader.directory.is_file():  # a GGUF file says its configuration itself
+            backbone = build_skeleton(self.reader.directory)
+            backbone.config.architectures = [type(backbone).__name__]
+            backbone.config.save_pretrained(self.staging)
+        if not config_path.is_file():
+            return
+        config = read_record(config_path)
+        if self.reader.encoding is not None:
+            write_json(config_path, without_quantization(config))
+        if self.stock and isinstance(self.residual, NF4):
             first = self._dtype(self.plan.matrices[0].key)
             kept = [
                 plain_name(name).rpartition(".")[0]
@@ -494,3 +505,11 @@ class ResidualModelWriter:
                 "llm_int8_skip_modules": kept,
             }
             write_json(config_path, config)
+
+
+def without_quantization(config: Record) -> Record:
+    """Remove the settings of quantization from a ``config.json``, in place."""
+    for record in (config, *(config[name] for name in ("text_config", "llm_config") if config.get(name))):
+        for entry in ("quantization_config", "compression_config"):
+            record.pop(entry, None)
+    return config

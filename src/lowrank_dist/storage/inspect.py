@@ -18,6 +18,7 @@ from typing import Any
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import CheckpointError
 from lowrank_dist.storage.beside import unfinished
+from lowrank_dist.storage.find_weights import INDEX_NAME
 from lowrank_dist.storage.layout import (
     ADAPTER_DIR,
     CONFIG,
@@ -31,7 +32,7 @@ from lowrank_dist.storage.layout import (
     read_manifest,
     residual_stem,
 )
-from lowrank_dist.storage.reader import INDEX_NAME, open_file, read_index, resolve_checkpoint
+from lowrank_dist.storage.reader import open_file, read_index, resolve_checkpoint
 from lowrank_dist.storage.verify import PARTS, damage, verify_checkpoint
 
 OTHER_WEIGHTS = ("*.bin", "*.gguf", "*.h5", "*.msgpack", "*.pt", "*.pth")
@@ -241,7 +242,8 @@ def _model(directory: Path, found: Description) -> None:
     others = sorted(path.name for pattern in OTHER_WEIGHTS for path in directory.glob(pattern))
     if others and not any(directory.glob("*.safetensors*")):
         facts["weights"] = others
-        found.problems.append("no safetensors, which alone are read here")
+        if not any(name.endswith(".gguf") for name in others):
+            found.problems.append("no safetensors and no GGUF; `lowrank-dist import` writes them of *.bin and *.pt")
     else:
         _add_weights(Weights(directory), found)
 

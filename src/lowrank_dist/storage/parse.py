@@ -20,6 +20,7 @@ from lowrank_dist.errors import CheckpointError, is_passing
 
 MAX_JSON = 16 * 2**20  #: bytes of a JSON file
 MAX_MANIFEST = 64 * 2**20  #: bytes of a manifest or journal; with an entry for each of 20 000 experts it has 30 MB
+LFS_POINTER = b"version https://git-lfs"  #: how a file begins that Git LFS has not fetched
 MAX_HEADER = 100_000_000  #: bytes of a safetensors header, the limit of the format itself
 MAX_DEPTH = 64
 MAX_NUMBER = 2**63
@@ -69,7 +70,18 @@ def read_bytes(path: Path, limit: int = MAX_JSON) -> bytes:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
             raise CheckpointError(f"{path}: has {size} bytes, and at most {limit} are read; it is damaged")
-        return file.read(limit)
+        content = file.read(limit)
+    refuse_pointer(path, content)
+    return content
+
+
+def refuse_pointer(path: Path, begin: bytes) -> None:
+    """Raise CheckpointError if a file begins as a pointer of Git LFS, which stands where the file was not fetched."""
+    if begin.startswith(LFS_POINTER):
+        raise CheckpointError(
+            f"{path}: is a Git LFS pointer, not the file; run `git lfs pull` in its repository, or fetch it with "
+            "`hf download`"
+        )
 
 
 def read_record(path: Path, limit: int = MAX_JSON) -> Record:

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lowrank_dist.errors import CheckpointError, is_passing
 from lowrank_dist.linalg import all_finite
 from lowrank_dist.storage.dtypes import DTYPES
+from lowrank_dist.storage.find_weights import cached_snapshot, find_weights, plain_names
 from lowrank_dist.storage.parse import (
+    LFS_POINTER,
     MAX_HEADER,
     is_object_of,
     is_plain,
@@ -30,11 +31,10 @@ from lowrank_dist.storage.parse import (
     open_regular,
     printable,
     read_record,
+    refuse_pointer,
 )
 
 log = logging.getLogger(__name__)
-
-INDEX_NAME = "model.safetensors.index.json"
 
 _Request = TypeVar("_Request")
 _Block = TypeVar("_Block")
@@ -81,13 +81,6 @@ class Piece:
     index: int | None = None
 
 
-@functools.cache
-def _warn_of_both(single: Path, index: Path) -> None:
-    """Warn once, on rank 0, which of two sets of weights is read."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
-        log.warning("%s is read, as transformers does, and %s beside it is not; remove one of them", single, index.name)
-
-
 class CheckpointReader:
     """Reads slices of the tensors of safetensors files and counts the bytes that it returns.
 
@@ -97,7 +90,8 @@ class CheckpointReader:
     ----------
     directory
         Directory with ``model.safetensors``, or with ``model.safetensors.index.json`` and the files it names. If both
-        exist, the single file is read, as transformers does, and rank 0 warns.
+        exist, the single file is read, as transformers does, and rank 0 warns. Or one file; what else is taken, see
+        `lowrank_dist.storage.find_weights.find_weights`.
     stem
         Replaces ``model`` in these names.
 
@@ -107,6 +101,8 @@ class CheckpointReader:
         Whether the tensors are residuals of decomposed matrices (`lowrank_dist.residual_model.reader`).
     identity : bytes
         Enters the fingerprint beside the files; a weight source has its own fingerprint here.
+    encoding : str, optional
+        The format that weights are decoded from (`lowrank_dist.decoding`); None if they are returned as stored.
 
     Raises
     ------
@@ -134,33 +130,34 @@ class CheckpointReader:
 
     holds_residuals = False
     identity = b""
+    encoding: str | None = None
+    _stored_as: Mapping[str, str] = MappingProxyType({})  # names in the files, of tensors that have another here
 
     def __init__(self, directory: str | os.PathLike[str], *, stem: str = "model") -> None:
-        self.directory = Path(directory)
-        single, index_name = f"{stem}.safetensors", INDEX_NAME.replace("model", stem, 1)
+        found = find_weights(Path(directory), stem)
+        self.directory = found.directory
         self.bytes_read = 0
         self._files: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
         self._info: dict[str, TensorInfo] = {}
         self._joined: dict[str, tuple[Piece, ...]] = {}
-        index_path = self.directory / index_name
-        if (self.directory / single).is_file():
-            if index_path.is_file():
-                _warn_of_both(self.directory / single, index_path)
-            self._file_of = dict.fromkeys(self._open(single).keys(), single)
-        elif index_path.is_file():
-            self._file_of = read_index(index_path)
-        else:
-            raise CheckpointError(
-                f"{self.directory}: holds neither {index_name} nor {single}; pass a directory or a hub id with "
-                "safetensors weights (convert others with `model.save_pretrained(directory)` of transformers)"
-            )
+        if found.index is not None:
+            self._file_of = read_index(found.index)
+        for file in found.files:
+            for name in self._open(file).keys():  # noqa: SIM118 (no dictionary)
+                if name in self._file_of:
+                    raise CheckpointError(f"{self.directory}: {file} and {self._file_of[name]} both hold {name}")
+                self._file_of[name] = file
         held = {file: set(self._open(file).keys()) for file in sorted(set(self._file_of.values()))}
         for name, file in self._file_of.items():
             if name not in held[file]:
                 raise CheckpointError(
-                    f"{index_path}: names tensor {name}, which {file} does not hold; fetch both again"
+                    f"{found.index}: names tensor {name}, which {file} does not hold; fetch both again"
                 )
+        if stem == "model":
+            self._stored_as = plain_names(self._file_of, self.directory)
+            if self._stored_as:
+                self._file_of = {name: self._file_of[stored] for name, stored in self._stored_as.items()}
 
     def _open(self, file: str) -> Any:
         if file not in self._files:
@@ -169,6 +166,9 @@ class CheckpointReader:
                 raise CheckpointError(f"{path}: missing, though the index names it; fetch it again")
             self._files[file] = open_file(path).__enter__()
         return self._files[file]
+
+    def _slice(self, name: str) -> Any:
+        return self._open(self._file_of[name]).get_slice(self._stored_as.get(name, name))
 
     def __contains__(self, name: object) -> bool:
         return name in self._file_of
@@ -249,10 +249,19 @@ class CheckpointReader:
         """Shape, dtype and size of the tensor that `name` stands for."""
         return self.stored(name)
 
+    @property
+    def returns_values(self) -> bool:
+        """Whether what it returns are weights, whatever the configuration of the model says about quantization."""
+        return self.holds_residuals or self.encoding is not None
+
+    def decodes(self, name: str) -> bool:
+        """Whether `name`, or a tensor that is joined to it, is decoded from a quantized format."""
+        return False
+
     def stored(self, name: str) -> TensorInfo:
         """Shape, dtype and size of `name` as the file holds it."""
         if name not in self._info:
-            view = self._open(self._file_of[name]).get_slice(name)
+            view = self._slice(name)
             shape, dtype = tuple(view.get_shape()), view.get_dtype()
             digits = re.search(r"\d+", dtype)  # F8_E4M3 has 8
             bits = int(digits[0]) if digits else 8  # BOOL
@@ -269,12 +278,27 @@ class CheckpointReader:
             width = torch.Size(row).numel()
             return self._flat_of_pieces(name, start * width, stop * width).view(-1, *row)
         rows = self._load(name, start, stop)
-        self.bytes_read += rows.nbytes
+        self._count(name, rows)
         return rows
+
+    def _count(self, name: str, values: Tensor) -> None:
+        """Count `values` of the tensor `name`, which were read for a caller."""
+        self.bytes_read += values.nbytes
+
+    def part(self, name: str, *index: int | slice) -> Tensor:
+        """The part of a tensor of the files that `index` selects, an integer or slice for each of its first dimensions.
+
+        The result is not counted, and is contiguous.
+        """
+        if not index:
+            whole: Tensor = self._open(self._file_of[name]).get_tensor(self._stored_as.get(name, name))
+            return whole
+        part: Tensor = self._slice(name)[index]
+        return part.contiguous()
 
     def _load(self, name: str, start: int, stop: int, entry: int | None = None) -> Tensor:
         """Rows ``start:stop`` of a tensor of the files, or of entry `entry` of its first dimension."""
-        view = self._open(self._file_of[name]).get_slice(name)
+        view = self._slice(name)
         rows: Tensor = view[start:stop] if entry is None else view[entry, start:stop]
         return rows
 
@@ -288,14 +312,15 @@ class CheckpointReader:
             return self._flat_of_pieces(name, start, stop)
         shape = self.stored(name).shape
         if not shape:
-            whole: Tensor = self._open(self._file_of[name]).get_tensor(name).reshape(1)
+            whole = self.part(name).reshape(1)
             self.bytes_read += whole[start:stop].nbytes
             return whole[start:stop]
         width = max(1, self.stored(name).nbytes and torch.Size(shape[1:]).numel())
         first, last = start // width, -(-stop // width)
-        before = self.bytes_read
-        part = self.rows(name, first, last).reshape(-1)[start - first * width : stop - first * width]
-        self.bytes_read = before + part.nbytes
+        if first >= last:
+            return self.rows(name, first, last).reshape(-1)
+        part = self._load(name, first, last).reshape(-1)[start - first * width : stop - first * width]
+        self._count(name, part)
         return part
 
     def _flat_of_pieces(self, name: str, start: int, stop: int) -> Tensor:
@@ -308,7 +333,7 @@ class CheckpointReader:
             top, bottom = low // width, -(-high // width)
             rows = self._load(piece.key, top, bottom, piece.index)
             parts.append(rows.reshape(-1)[low - top * width : high - top * width])
-            self.bytes_read += parts[-1].nbytes
+            self._count(piece.key, parts[-1])
         empty = torch.empty(0, dtype=DTYPES.get(self.stored(name).dtype, torch.float32))
         return torch.cat(parts or [empty])
 
@@ -366,7 +391,9 @@ def open_file(path: Path) -> Any:
         If it is truncated or damaged.
     """
     with open(open_regular(path), "rb") as file:
-        size, header = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
+        size, begin = os.fstat(file.fileno()).st_size, file.read(len(LFS_POINTER))
+    refuse_pointer(path, begin)
+    header = int.from_bytes(begin[:8], "little")
     try:
         if header > min(MAX_HEADER, size - 8):  # not opened: the header would be read whole
             raise ValueError(f"a header of {header} bytes")
@@ -420,7 +447,8 @@ def resolve_checkpoint(
     Returns
     -------
     Path
-        The directory.
+        The directory. A safetensors or GGUF file is returned as it is, a directory ``models--owner--name`` of the hub's
+        cache becomes that of its snapshot.
 
     Raises
     ------
@@ -440,6 +468,8 @@ def resolve_checkpoint(
     """
     path = Path(pretrained)
     if path.is_dir():
+        return cached_snapshot(path, revision)
+    if path.suffix in (".gguf", ".safetensors") and path.is_file():
         return path
     looks_local = path.is_absolute() or str(pretrained).startswith((".", "~")) or str(pretrained).count("/") > 1
     if looks_local or path.exists():
@@ -459,6 +489,25 @@ def resolve_checkpoint(
             f"{option}={str(pretrained)!r}: neither a directory nor a model the hub or its cache could give "
             f"({type(error).__name__}: {error}); pass a local directory, or fetch it first with `hf download`"
         ) from error
+
+
+def gguf_file(path: Path) -> Path | None:
+    """The GGUF file that `path` is, or the only one in the directory without safetensors that it is; None if neither.
+
+    Raises
+    ------
+    CheckpointError
+        If the directory holds several.
+    """
+    if path.suffix == ".gguf" and path.is_file():
+        return path
+    if not path.is_dir() or any(path.glob("*.safetensors")) or any(path.glob("*.safetensors.index.json")):
+        return None
+    found = sorted(path.glob("*.gguf"))
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise CheckpointError(f"{path}: holds {len(found)} GGUF files ({names}); pass one of them, {found[0]} say")
+    return found[0] if found else None
 
 
 def commit_of(directory: Path) -> str | None:

@@ -6,7 +6,6 @@ a `SourceReader`, so that partitions, experts, fingerprints and resumed runs are
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from lowrank_dist.errors import CheckpointError
+from lowrank_dist.errors import CheckpointError, ModelError
 from lowrank_dist.storage.dtypes import FLOAT_DTYPES
 from lowrank_dist.storage.reader import CheckpointReader, TensorInfo
 
@@ -85,6 +84,10 @@ class SourceReader(CheckpointReader):
         self._files, self._joined = {}, {}
 
     @property
+    def returns_values(self) -> bool:
+        return True
+
+    @property
     def files(self) -> list[Path]:
         return []
 
@@ -102,9 +105,22 @@ class ShapesOnly:
     ----------
     backbone
         The model on the meta device, without adapters.
+
+    Raises
+    ------
+    ModelError
+        If its weights are quantized: how many bytes they are is in their headers.
     """
 
     backbone: PreTrainedModel
+
+    def __post_init__(self) -> None:
+        if getattr(self.backbone.config, "quantization_config", None) is not None:
+            raise ModelError(
+                f"{self.name}: its configuration says that the weights are quantized, and only their headers say how "
+                "many bytes that makes; pass a directory with the weights, or remove quantization_config from "
+                "config.json to plan for dense ones"
+            )
 
     @property
     def name(self) -> str:
@@ -132,10 +148,3 @@ def tensors_of(backbone: PreTrainedModel, dtype: torch.dtype | None = None) -> d
         )
         for name, parameter in backbone.named_parameters()
     }
-
-
-def open_reader(pretrained: str | os.PathLike[str] | WeightSource) -> CheckpointReader:
-    """Open the reader of a directory, or of a weight source."""
-    if isinstance(pretrained, str | os.PathLike):
-        return CheckpointReader(pretrained)
-    return SourceReader(pretrained)

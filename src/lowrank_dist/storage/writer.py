@@ -199,6 +199,8 @@ def copy_other_files(source: Path, target: Path) -> None:
 
     A link is followed only within `source`, or within the snapshots of the hub's cache that `source` is in.
     """
+    if source.is_file():  # a GGUF file
+        source = source.parent
     within = [source.resolve()]
     if source.parent.name == "snapshots":  # of <cache>/models--.../snapshots/<commit>, whose files are in blobs
         within.append((source.parents[1] / "blobs").resolve())

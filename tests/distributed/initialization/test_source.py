@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from helpers.models import save_checkpoint
+from helpers.models import save_checkpoint, stored
 from helpers.ranks import RankFailedError, run_ranks
 from helpers.training import ByStep, dense_state, loader, make_strategy, make_trainer
 from lowrank_dist import AdapterCheckpoint, PiSSA
@@ -88,6 +89,18 @@ def test_the_same_weights_give_the_same_run(
     assert from_source[1].keys() == from_files[1].keys()
     torch.testing.assert_close(from_source[1], from_files[1], rtol=1e-5, atol=1e-6)
     assert from_source[2] == from_files[2]  # bytes read
+
+
+def test_a_file_given_itself_with_names_of_a_wrapper(llama: Path, tmp_path: Path) -> None:
+    """The run from ``model.fp32.safetensors`` that a compiled model was saved to is that of the usual directory."""
+    file = tmp_path / "model.fp32.safetensors"
+    wrapped = {f"_orig_mod.{name}": tensor for name, tensor in stored(llama).items()}
+    save_file(wrapped, file, metadata={"format": "pt"})
+    shutil.copy(llama / "config.json", tmp_path)
+    usual, unusual = (run_ranks(2, train, path, llama, {})[0] for path in (llama, file))
+    assert unusual[0] == pytest.approx(usual[0], rel=1e-6)
+    torch.testing.assert_close(unusual[1], usual[1], rtol=1e-5, atol=1e-6)
+    assert unusual[2] == usual[2]  # bytes read
 
 
 def test_a_run_resumes_with_the_source_of_its_start_only(tmp_path: Path, llama: Path) -> None:

@@ -190,7 +190,7 @@ def _source(pretrained: str, revision: str | None, given: str | None, beside: Se
         if not Path(given).exists():
             raise InputError(f"--model-config {given}: no such file or directory")
         return Path(given)
-    if Path(pretrained).is_dir():
+    if Path(pretrained).exists():
         return resolve_checkpoint(pretrained)
     from huggingface_hub import try_to_load_from_cache
 

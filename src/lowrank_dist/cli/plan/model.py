@@ -16,6 +16,7 @@ from lowrank_dist.forecast.job import planned_run
 from lowrank_dist.initialization.starting_adapter import StartingAdapter
 from lowrank_dist.methods import LoRA
 from lowrank_dist.model.skeleton import build_skeleton, read_config
+from lowrank_dist.storage.find_weights import holds_weights
 from lowrank_dist.storage.source import ShapesOnly, WeightSource
 from lowrank_dist.training.strategy import PiSSAStrategy
 from lowrank_dist.tuners.support import is_for_peft, needs_peft
@@ -35,7 +36,7 @@ def with_adapters(strategy: PiSSAStrategy, source: Path, job: RunSpec) -> tuple[
     adapter = _local_adapter(strategy.adapter, strategy.adapter_revision)
     backbone = build_skeleton(source, read_config(source))
     pretrained: str | WeightSource = str(source)
-    if not (source.is_dir() and any(source.glob("*.safetensors"))):
+    if not holds_weights(source):
         if not _made_by_peft(adapter, strategy):
             return _of_dimensions(strategy, adapter, source, job)
         pretrained = ShapesOnly(backbone)

@@ -1,0 +1,1 @@
+"""Decoding of quantized checkpoints: every rank decodes the rows that it reads."""

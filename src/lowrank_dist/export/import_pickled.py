@@ -1,0 +1,158 @@
+"""Weights in files of ``torch.save`` written as safetensors, file by file; nothing in them is executed."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lowrank_dist.errors import CheckpointError, InputError, is_passing
+from lowrank_dist.storage.atomic import atomic_directory, check_target
+from lowrank_dist.storage.dtypes import CODES
+from lowrank_dist.storage.find_weights import PICKLED
+from lowrank_dist.storage.parse import is_object_of, is_text, open_regular, printable, read_record, refuse_pointer
+from lowrank_dist.storage.reader import FileTensor
+from lowrank_dist.storage.writer import MAX_BYTES, TensorFiles, copy_other_files
+
+INDEX = "pytorch_model.bin.index.json"
+#: Entries under which training programs keep the weights.
+_INSIDE = ("state_dict", "model_state_dict", "model")
+#: Files of a training run that hold no weights.
+_NO_WEIGHTS = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.bin", "scheduler.pt", "scaler.pt")
+
+
+def import_checkpoint(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    max_file_bytes: int = MAX_BYTES,
+    show_progress: bool = False,
+) -> Path:
+    """Write the weights of a directory with ``pytorch_model.bin``, or one file of them, as safetensors.
+
+    Files are read with ``torch.load(weights_only=True)``, memory-mapped, one at a time: host memory holds a tensor.
+    Configuration, tokenizer and licence are copied. Tensors that share memory are written each by itself.
+
+    Parameters
+    ----------
+    source
+        Directory with ``pytorch_model.bin``, with its index and the files it names, or with one other file of weights;
+        or such a file.
+    output
+        Directory to write: complete or absent.
+    max_file_bytes
+        Limit of one file.
+    show_progress
+        Show a progress bar on standard error.
+
+    Returns
+    -------
+    Path
+        `output`, as an absolute path.
+
+    Raises
+    ------
+    InputError
+        If `output` exists and is not empty, or there are several files and no index.
+    CheckpointError
+        If a file is missing, is damaged, or holds something else than tensors.
+
+    See Also
+    --------
+    lowrank_dist.storage.CheckpointReader : Reads what was written.
+
+    Examples
+    --------
+    >>> import pathlib, tempfile, torch
+    >>> from lowrank_dist.export.import_pickled import import_checkpoint
+    >>> from lowrank_dist.storage import CheckpointReader
+    >>> directory = pathlib.Path(tempfile.mkdtemp())
+    >>> torch.save({"layer.weight": torch.ones(4, 3)}, directory / "pytorch_model.bin")
+    >>> reader = CheckpointReader(import_checkpoint(directory, directory / "imported"))
+    >>> reader.info("layer.weight").shape
+    (4, 3)
+    >>> reader.close()
+    """
+    source, target = Path(source), Path(output).absolute()
+    check_target(target, overwrite=False, inputs=[source])
+    files = _files(source)
+    tensors: dict[str, FileTensor] = {}
+    of_file: dict[str, Path] = {}
+    for file in files:
+        for name, tensor in _tensors(file):
+            if name in tensors:
+                raise CheckpointError(f"{file}: holds {printable(name)}, which {of_file[name].name} holds too")
+            tensors[name], of_file[name] = FileTensor(shape=tuple(tensor.shape), dtype=tensor.dtype), file
+    with atomic_directory(target, overwrite=False) as staging:
+        written = TensorFiles(staging, tensors, max_bytes=max_file_bytes)
+        written.create()
+        try:
+            for file in tqdm(files, desc="Importing", unit="file", disable=not show_progress):
+                for name, tensor in _tensors(file):
+                    written.write(name, 0, tensor.contiguous().flatten())
+        finally:
+            written.close()
+        copy_other_files(source, staging)
+    return target
+
+
+def _files(source: Path) -> list[Path]:
+    if source.is_file():
+        return [source]
+    if (source / INDEX).is_file():
+
+        def is_beside(file: Any) -> bool:
+            return is_text(file) and file == os.path.basename(file)
+
+        index = read_record(source / INDEX)
+        names = index.expect("weight_map", is_object_of(is_beside), "files beside it by tensor")
+        return [source / name for name in sorted(set(names.values()))]
+    if (source / "pytorch_model.bin").is_file():
+        return [source / "pytorch_model.bin"]
+    found = sorted(f for pattern in PICKLED for f in source.glob(pattern) if f.name not in _NO_WEIGHTS)
+    if len(found) != 1:
+        names = ", ".join(file.name for file in found[:5]) or "none"
+        raise InputError(
+            f"{source}: neither {INDEX} nor pytorch_model.bin, and {len(found)} other files of weights ({names}); pass "
+            "the file itself"
+        )
+    return found
+
+
+def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of a file, memory-mapped."""
+    with open(open_regular(file), "rb") as handle:
+        refuse_pointer(file, handle.read(64))
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_archive(file))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+        if is_passing(error):
+            raise
+        raise CheckpointError(
+            f"{file}: torch.load(weights_only=True) does not read it ({printable(str(error), 300)}); files that hold "
+            "more than tensors are not opened, since that would run their code"
+        ) from error
+    for entry in _INSIDE:
+        if isinstance(content, Mapping) and isinstance(content.get(entry), Mapping):
+            content = content[entry]
+            break
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{file}: holds a {type(content).__name__}, not tensors by name")
+    for name, tensor in content.items():
+        if not is_text(name) or not isinstance(tensor, Tensor):
+            raise CheckpointError(f"{file}: {printable(name)} is a {type(tensor).__name__}, not a tensor")
+        if tensor.dtype not in CODES or tensor.layout != torch.strided:
+            raise CheckpointError(f"{file}: {name} is {tensor.dtype}, {tensor.layout}, which is not written")
+        yield name, tensor.detach()
+
+
+def _is_archive(file: Path) -> bool:
+    """Whether a file is one of torch 1.6 and later, which can be mapped."""
+    with open(file, "rb") as handle:
+        return handle.read(2) == b"PK"
