@@ -282,7 +282,7 @@ def test_bad_records_are_bad_input_with_file_and_line(tmp_path):
     byte_level_tokenizer().save_pretrained(tmp_path / "tokenizer")
     good = json.dumps({"prompt": "a", "completion": "b"})
     bad = [
-        "",
+        f"\n{good}",
         "{",
         "[1]",
         "{}",

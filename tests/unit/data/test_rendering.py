@@ -40,7 +40,7 @@ def test_messages_with_completion_are_the_prompt():
 
 
 def test_tools_reach_the_template():
-    tokenizer = byte_level_tokenizer(template="{% if tools %}{{ tools[0]['name'] }}\n{% endif %}" + CHATML)
+    tokenizer = byte_level_tokenizer(template="{% if tools %}{{ tools[0]['function']['name'] }}\n{% endif %}" + CHATML)
     record = {"messages": CONVERSATION[:2], "completion": "x", "tools": [{"name": "adder"}]}
     tokens, _ = encode_one(tokenizer, record)
     assert tokenizer.decode(tokens).startswith("adder\n<|im_start|>system")
@@ -73,7 +73,7 @@ def test_query_and_response_use_the_instruction_prompt():
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"text": "a", "meta": 1}, "columns found: `meta`, `text`; valid choices: `messages`"),
+        ({"txt": "a", "meta": 1}, "columns found: `meta`, `txt`; valid choices: `messages`"),
         ({}, "columns found: none"),
         ({"prompt": "a"}, r"`completion` is missing \(columns found: `prompt`\)"),
         ({"completion": "a"}, "`prompt` is missing"),
@@ -100,7 +100,7 @@ def test_a_record_that_is_not_understood_is_named(record, message):
         ("{{ raise_exception('roles must alternate') }}", "cannot render `messages`: roles must alternate"),
         ("{% for m in messages %}", "cannot render `messages`"),
         (
-            "{% for m in messages %}{{ m['content'] }}|{% endfor %}{% if add_generation_prompt %}<think>{% endif %}",
+            "{% for m in messages %}{{ m['content'] }}|{% endfor %}{% if add_generation_prompt %}<x>{% endif %}",
             "renders message 2 differently from the prompt",
         ),
     ],
