@@ -95,7 +95,8 @@ def _check_call(text: str, call: Call, name: str) -> None:
                 f"{name}; {REMEDY}"
             )
     if call.arguments:
-        for form, what in ((str(call.arguments), "as Python"), (json.dumps(call.text)[1:-1], "as escaped text")):
+        python = f"'name': {call.name!r}" if f"'name': {call.name!r}" in text else str(call.arguments)
+        for form, what in ((python, "as Python"), (json.dumps(call.text)[1:-1], "as escaped text")):
             if form in text and form not in (call.text, json.dumps(call.arguments, ensure_ascii=False)):
                 raise NotRendered(
                     f"the chat template renders the arguments of the call of {call.name!r} in {name} {what}: "

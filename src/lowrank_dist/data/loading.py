@@ -170,6 +170,7 @@ def _encoded(
     except (TypeError, ValueError, OverflowError):  # half of a surrogate pair, which is valid JSON but no text
         for where, example in examples:
             try:
+                "".join(text for text, _ in example.segments).encode()  # says what is no text better than a tokenizer
                 (one,) = encoder([example])
             except (TypeError, ValueError, OverflowError) as error:
                 message = f"{where}: the text cannot be tokenized: {error}"

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import csv
 import gzip
+import importlib
+import io
 import json
+import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -223,28 +226,30 @@ def _naming(name: str) -> Iterator[None]:
 def _opened(path: Path) -> Iterator[Any]:
     """A regular file for reading, decompressed."""
     with open(open_regular(path), "rb") as file:
-        try:
-            if path.suffix == ".gz":
-                with gzip.open(file) as inner:
-                    yield inner
-            elif path.suffix == ".zst":
-                with _zstd(path).open(file) as inner:
-                    yield inner
-            else:
-                yield file
-        except (EOFError, gzip.BadGzipFile) as error:
-            raise InputError(f"{path}: cannot be decompressed: {error}") from error
+        if path.suffix == ".gz":
+            with _damage(path, EOFError, gzip.BadGzipFile, zlib.error), gzip.open(file) as inner:
+                yield inner
+        elif path.suffix == ".zst":
+            zstd = _zstd(path)
+            with _damage(path, EOFError, zstd.ZstdError), io.BufferedReader(zstd.open(file)) as inner:
+                yield inner
+        else:
+            yield file
+
+
+@contextmanager
+def _damage(path: Path, *errors: type[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except errors as error:
+        raise InputError(f"{path}: cannot be decompressed: {error}") from error
 
 
 def _zstd(path: Path) -> Any:
-    try:
-        from compression import zstd  # type: ignore[import-not-found,unused-ignore]  # Python 3.14
-    except ImportError:
-        try:
-            import zstandard as zstd  # type: ignore[import-not-found,no-redef,unused-ignore]
-        except ImportError as error:
-            raise InputError(f"{path}: needs the package `zstandard` (pip install zstandard)") from error
-    return zstd
+    for name in ("compression.zstd", "zstandard"):  # the first is part of Python 3.14
+        with suppress(ImportError):
+            return importlib.import_module(name)
+    raise InputError(f"{path}: needs the package `zstandard`: `pip install lowrank-dist[datasets]`")
 
 
 def _begins_with(path: Path, start: bytes) -> bool:

@@ -152,7 +152,7 @@ class Renderer:
         for turn in turns:
             if messages[turn].is_empty:
                 raise InputError(
-                    f"message {turn} is an assistant turn without text and calls: a model would learn silence"
+                    f"message {turn} is an assistant turn without text or call: a model would learn silence"
                 )
         return turns
 

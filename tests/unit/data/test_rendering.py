@@ -14,6 +14,7 @@ from helpers.sft import (
     encode_one,
     trained_text,
 )
+from lowrank_dist.data.rendering import Renderer
 
 
 def test_every_assistant_turn_is_trained_on_up_to_its_end_marker():
@@ -109,3 +110,88 @@ def test_a_template_that_does_not_work_is_named(template, message):
     with pytest.raises(ValueError, match=message) as caught:
         encode(byte_level_tokenizer(template=template), {"messages": CONVERSATION})
     assert str(caught.value).startswith("f.jsonl:1: ")
+
+
+# --------------------------------------------------------------------------------- which turns are trained on
+REWRITING = (  # the last turn alone has "hm, "
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' and loop.last %}hm, {% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def weighted(*weights: int | None) -> list[dict]:
+    rest = iter(weights)
+    return [m | ({"weight": next(rest)} if m["role"] == "assistant" else {}) for m in CONVERSATION]
+
+
+def segments(record: dict, template: str | None = None, **settings) -> list[list[tuple[str, bool]]]:
+    renderer = Renderer(byte_level_tokenizer(), template, **settings)
+    return [example.segments for example in renderer.examples(record, "f.jsonl:1")]
+
+
+def trained(record: dict, template: str | None = None, **settings) -> list[str]:
+    return [text for example in segments(record, template, **settings) for text, on in example if on]
+
+
+@pytest.mark.parametrize(
+    ("weights", "texts"),
+    [
+        ((0, 1), ["four<|im_end|>"]),
+        ((1, 0), ["world<|im_end|>"]),
+        ((None, None), ["world<|im_end|>", "four<|im_end|>"]),
+    ],
+)
+def test_turns_of_weight_0_are_not_trained_on(weights, texts):
+    assert trained({"messages": weighted(*weights)}) == texts
+
+
+def test_the_last_turn_alone_can_be_trained_on():
+    assert trained({"messages": CONVERSATION}, train_on="last_assistant") == ["four<|im_end|>"]
+    assert trained({"messages": weighted(1, 0)}, train_on="last_assistant") == ["world<|im_end|>"]
+    # a template that rewrites earlier turns gives one example then
+    assert len(segments({"messages": CONVERSATION}, REWRITING)) == 2
+    (((_, _), response),) = segments({"messages": CONVERSATION}, REWRITING, train_on="last_assistant")
+    assert response == ("hm, four<|im_end|>", True)
+
+
+def test_everything_can_be_trained_on():
+    whole = byte_level_tokenizer().apply_chat_template(CONVERSATION, tokenize=False).removesuffix("\n")
+    assert segments({"messages": CONVERSATION}, train_on="everything") == [[(whole, True)]]
+    (found,) = segments({"messages": weighted(0, 1)}, train_on="everything")
+    assert "".join(text for text, _ in found) == whole
+    assert [text for text, on in found if not on] == ["world<|im_end|>"]
+    (found,) = segments({"messages": weighted(1, 0)}, train_on="everything")
+    assert [on for _, on in found] == [True]
+    assert found[0][0].endswith("<|im_start|>assistant\n")
+    assert segments({"messages": CONVERSATION[:2]}, train_on="everything")[0][0][1]
+
+
+@pytest.mark.parametrize(
+    ("record", "template", "settings", "message"),
+    [
+        (weighted(0, 0), None, {}, "every assistant turn of `messages` has the weight 0"),
+        (weighted(0, 1), REWRITING, {"train_on": "everything"}, "message 2 has the weight 0, and .* rewrites it"),
+        (
+            [*CONVERSATION[1:3], {"role": "user", "content": "a", "weight": 0}, CONVERSATION[4]],
+            None,
+            {"train_on": "everything"},
+            r"message 2 \(user\) has the weight 0",
+        ),
+    ],
+)
+def test_what_cannot_be_trained_on_is_named(record, template, settings, message):
+    with pytest.raises(ValueError, match=rf"^f\.jsonl:1: .*{message}"):
+        segments({"messages": record}, template, **settings)
+
+
+def test_a_dropped_tool_result_is_named_even_if_the_answer_repeats_it():
+    template = CHATML.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'tool' %}")
+    messages = [*CONVERSATION[1:3], {"role": "tool", "content": "four"}, {"role": "assistant", "content": "four"}]
+    with pytest.raises(ValueError, match=r"does not render the text of message 2 \(tool\): 'four'"):
+        trained({"messages": messages}, template)
+
+
+def test_texts_may_repeat_each_other():
+    messages = [{"role": role, "content": "hello"} for role in ("system", "user", "assistant", "user", "assistant")]
+    assert trained({"messages": messages}) == ["hello<|im_end|>"] * 2
