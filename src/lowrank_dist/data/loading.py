@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lowrank_dist.data.records import Records
 from lowrank_dist.data.rendering import Example, Renderer
+from lowrank_dist.data.shapes import NAMES
 from lowrank_dist.data.sources import Source
 from lowrank_dist.data.tokenizing import IGNORE_INDEX, Encoder
 from lowrank_dist.errors import InputError
@@ -47,6 +48,12 @@ class Loaded:
     cut, dropped, split
         Examples longer than `max_length` that were cut; those without a trained token in what is left; and passages
         that were split into several examples.
+    full
+        Examples, other than passages, of which every token is trained without `train_on` having asked for it.
+    silent
+        Examples of which the last token alone is trained: the response is empty.
+    unused
+        Columns that nothing here reads.
     notes
         What else was done to examples, and to how many.
     """
@@ -60,6 +67,9 @@ class Loaded:
     cut: int = 0
     dropped: int = 0
     split: int = 0
+    full: int = 0
+    silent: int = 0
+    unused: set[str] = field(default_factory=set)
     notes: Counter[str] = field(default_factory=Counter)
 
     def lines(self, max_length: int) -> list[str]:
@@ -76,6 +86,10 @@ class Loaded:
             )
         if self.split:
             lines.append(f"{self.split} passages are longer than max_length={max_length} and were split")
+        if self.full:
+            lines.append(f"{self.full} examples have no prompt: every token of them is trained")
+        if self.silent:
+            lines.append(f"{self.silent} examples have an empty response: only their last token is trained")
         lines += [f"{what}, in {count} turns" for what, count in self.notes.items()]
         return lines
 
@@ -120,6 +134,8 @@ def load(
             raise error
         loaded.skipped.append(str(error))
 
+    known = set(NAMES) if renderer.columns is None else set(renderer.columns.values())
+    whole = renderer.train_on == "everything"
     records = islice(_good(source.records(bad), loaded, limit), limit)
     while chunk := list(islice(records, CHUNK)):
         examples: list[tuple[str, Example]] = []
@@ -130,11 +146,12 @@ def load(
                     loaded.left_out += 1
                 else:
                     examples += [(where, example) for example in renderer.examples(changed, where)]
+                    loaded.unused |= changed.keys() - known
             except InputError as error:
                 loaded.records -= 1
                 bad(error)
         for where, example, (tokens, labels) in _encoded(encoder, examples, loaded, on_bad_record):
-            _keep(loaded, where, example, torch.tensor([tokens, labels], dtype=torch.int32), max_length)
+            _keep(loaded, where, example, torch.tensor([tokens, labels], dtype=torch.int32), max_length, whole)
     loaded.notes = renderer.notes.copy()
     renderer.notes.clear()
     return loaded
@@ -184,7 +201,7 @@ def _encoded(
         yield where, example, one
 
 
-def _keep(loaded: Loaded, where: str, example: Example, tokens: Tensor, max_length: int) -> None:
+def _keep(loaded: Loaded, where: str, example: Example, tokens: Tensor, max_length: int, whole: bool) -> None:
     length = tokens.shape[1]
     loaded.lengths.append(length)
     if example.splittable:
@@ -195,7 +212,11 @@ def _keep(loaded: Loaded, where: str, example: Example, tokens: Tensor, max_leng
         loaded.cut += length > max_length
         parts = [tokens[:, :max_length]]
     for part in parts:
-        if (part[1, 1:] != IGNORE_INDEX).any():
+        trained = part[1, 1:] != IGNORE_INDEX
+        if trained.any():
+            if not (example.splittable or whole):
+                loaded.full += all(on or not text for text, on in example.segments)
+                loaded.silent += length == part.shape[1] and int(trained.sum()) == 1
             loaded.examples.append(part)
             loaded.wheres.append(where)
         else:
