@@ -1,4 +1,8 @@
-"""Whether a text holds what a record gave: templates drop, without a word, what they do not know."""
+"""Whether a text holds what a record gave: templates drop, without a word, what they do not know.
+
+Short names and numbers occur in a text for other reasons, too. A call therefore counts as found only if its parts are
+there more often than in what the messages say.
+"""
 
 from __future__ import annotations
 
@@ -18,25 +22,23 @@ class NotRendered(InputError):
 
 
 def find_text(text: str, given: str, start: int = 0) -> tuple[int, int] | None:
-    """Where `given` begins and ends in `text`: as it is, without its outer white space, or escaped as in JSON."""
-    for form in (given, given.strip(), *(json.dumps(given, ensure_ascii=ascii)[1:-1] for ascii in (False, True))):
-        if (at := text.find(form, start)) >= 0:
-            return at, at + len(form)
-    return None
+    """Where `given` first begins and ends in `text`, without its outer white space, as it is or escaped as in JSON."""
+    body = given.strip()
+    places = ((text.find(form, start), form) for form in _forms(body))
+    found = min(((at, at + len(form)) for at, form in places if at >= 0), default=None)
+    return found
 
 
 def check_response(response: str, message: Message, *, name: str) -> None:
     """`NotRendered` if a turn as it is trained lacks text, thinking or calls of its message, or shows them wrongly."""
-    rest = response
-    for what, given in (("its thinking", message.thinking.strip()), ("its text", message.text.strip())):
-        if given:
-            if (place := find_text(rest, given)) is None:
-                raise NotRendered(f"the chat template does not render {what} of {name} ({_cut(given)}); {REMEDY}")
-            rest = rest[: place[0]] + rest[place[1] :]
+    for what, given, other in (("thinking", message.thinking, ""), ("text", message.text, message.thinking)):
+        body = given.strip()
+        if body and not any(response.count(form) > other.count(form) for form in _forms(body)):
+            raise NotRendered(f"the chat template does not render the {what} of {name} ({_cut(given)}); {REMEDY}")
     for call in message.calls:
-        _check_call(rest, call, name)
-    allowed = sum(call.text.count("None") + call.name.count("None") for call in message.calls)
-    if message.calls and not message.text and rest.count("None") > allowed:
+        _check_call(response, call, name, said=(message.thinking, message.text))
+    allowed = sum(text.count("None") for call in message.calls for text in (call.text, call.name, message.thinking))
+    if message.calls and not message.text and response.count("None") > allowed:
         raise NotRendered(f"the chat template writes 'None' for the text that {name} does not have; {REMEDY}")
 
 
@@ -47,61 +49,70 @@ def check_prompt(
 
     Turns of the assistant lose their thinking when they are followed by others, in many templates and in use.
     """
-    rest, at = prompt, 0
+    at = 0
     for index, message in enumerate(messages):
         name = f"message {index} ({message.role})"
-        for what, given in (("thinking", message.thinking if thinking else ""), ("text", message.text)):
-            if not given.strip():
-                continue
+        if thinking and message.thinking and (place := find_text(prompt, message.thinking, at)) is None:
+            raise NotRendered(
+                f"the chat template does not render the thinking of {name}: {_cut(message.thinking)}; {REMEDY} "
+                "(`thinking: drop`)"
+            )
+        if message.text.strip():
             # a system prompt is put elsewhere by some templates; all else stands in order
             anywhere = message.role in ("system", "developer")
-            place = find_text(rest, given, 0 if anywhere else at)
+            place = find_text(prompt, message.text, 0 if anywhere else at)
             if place is None:
-                raise NotRendered(f"the chat template does not render the {what} of {name}: {_cut(given)}; {REMEDY}")
-            rest = rest[: place[0]] + rest[place[1] :]
-            if not anywhere:
-                at = place[0]
-            elif place[0] < at:
-                at -= place[1] - place[0]
-    functions = [tool.get("function", tool) for tool in tools]
-    wanted = Counter(str(function.get("name", "")) for function in functions if isinstance(function, dict))
-    for function_name in wanted:
-        if function_name not in rest:
-            raise NotRendered(f"the chat template does not render the function {function_name!r} of `tools`; {REMEDY}")
-    for function in functions:
-        for parameter in _parameters(function):
-            if parameter not in rest:
                 raise NotRendered(
-                    f"the chat template does not render the parameter {parameter!r} of {function['name']!r} in "
-                    f"`tools`; {REMEDY}"
+                    f"the chat template does not render the text of {name}: {_cut(message.text)}; {REMEDY}"
                 )
+            at = at if anywhere else place[1]
+    said = [message.text for message in messages]
+    functions = [function for tool in tools if isinstance(function := tool.get("function", tool), dict)]
+    for function in functions:
+        _check_function(prompt, function, said)
+    called = Counter(str(function.get("name", "")) for function in functions)
     for index, message in enumerate(messages):
         for call in message.calls:
-            wanted[call.name] += 1
-            if rest.count(call.name) < wanted[call.name]:
+            called[call.name] += 1
+            if prompt.count(call.name) < called[call.name] + _count(said, call.name):
                 raise NotRendered(
                     f"the chat template does not render the call of {call.name!r} in message {index}; {REMEDY}"
                 )
-            _check_call(rest, call, f"message {index}")
+            _check_call(prompt, call, f"message {index}", said)
 
 
-def _check_call(text: str, call: Call, name: str) -> None:
-    if call.name not in text:
-        raise NotRendered(f"the chat template does not render the call of {call.name!r} in {name}; {REMEDY}")
-    for value in _leaves(call.arguments):
-        if not any(form in text for form in value):
+def _check_function(prompt: str, function: dict[str, Any], said: Sequence[str]) -> None:
+    name = str(function.get("name", ""))
+    if prompt.count(name) <= _count(said, name):
+        raise NotRendered(f"the chat template does not render the function {name!r} of `tools`; {REMEDY}")
+    schema = function.get("parameters")
+    properties = schema.get("properties") if isinstance(schema, dict) else None
+    for parameter in properties if isinstance(properties, dict) else ():
+        if prompt.count(parameter) <= _count(said, parameter):
             raise NotRendered(
-                f"the chat template does not render {_cut(value[0])}, an argument of the call of {call.name!r} in "
-                f"{name}; {REMEDY}"
+                f"the chat template does not render the parameter {parameter!r} of {name!r} in `tools`; {REMEDY}"
             )
-    if call.arguments:
-        python = f"'name': {call.name!r}" if f"'name': {call.name!r}" in text else str(call.arguments)
-        for form, what in ((python, "as Python"), (json.dumps(call.text)[1:-1], "as escaped text")):
-            if form in text and form not in (call.text, json.dumps(call.arguments, ensure_ascii=False)):
+
+
+def _check_call(text: str, call: Call, name: str, said: Sequence[str]) -> None:
+    if text.count(call.name) <= _count(said, call.name):
+        raise NotRendered(f"the chat template does not render the call of {call.name!r} in {name}; {REMEDY}")
+    if not call.arguments:
+        return
+    if text.count(call.text) <= _count(said, call.text):
+        for forms in _leaves(call.arguments):
+            if not any(text.count(form) > _count(said, form) for form in forms):
                 raise NotRendered(
-                    f"the chat template renders the arguments of the call of {call.name!r} in {name} {what}: "
-                    f"{_cut(form)}; {REMEDY}"
+                    f"the chat template does not render {_cut(forms[0])}, an argument of the call of {call.name!r} in "
+                    f"{name}; {REMEDY}"
                 )
+    python = f"'name': {call.name!r}" if f"'name': {call.name!r}" in text else str(call.arguments)
+    for form, what in ((python, "as Python"), (json.dumps(call.text)[1:-1], "as escaped text")):
+        if form in text and form not in (call.text, json.dumps(call.arguments, ensure_ascii=False)):
+            raise NotRendered(
+                f"the chat template renders the arguments of the call of {call.name!r} in {name} {what}: "
+                f"{_cut(form)}; {REMEDY}"
+            )
 
 
 def _leaves(value: Any) -> Iterator[tuple[str, ...]]:
@@ -115,20 +126,19 @@ def _leaves(value: Any) -> Iterator[tuple[str, ...]]:
             yield from _leaves(inner)
     elif isinstance(value, str):
         if value.strip():
-            yield _forms(value)
+            yield _forms(value.strip())
     else:
         yield json.dumps(value), str(value)
 
 
 def _forms(text: str) -> tuple[str, ...]:
+    """`text` as it is and escaped once or twice, as JSON in JSON is."""
     escaped = json.dumps(text, ensure_ascii=False)[1:-1]
-    return text.strip(), text, escaped, json.dumps(text)[1:-1], json.dumps(escaped, ensure_ascii=False)[1:-1]
+    return text, escaped, json.dumps(text)[1:-1], json.dumps(escaped, ensure_ascii=False)[1:-1]
 
 
-def _parameters(function: Any) -> list[str]:
-    schema = function.get("parameters") if isinstance(function, dict) else None
-    properties = schema.get("properties") if isinstance(schema, dict) else None
-    return [name for name in properties if isinstance(name, str)] if isinstance(properties, dict) else []
+def _count(texts: Sequence[str], part: str) -> int:
+    return sum(text.count(part) for text in texts)
 
 
 def _cut(text: str) -> str:
