@@ -42,7 +42,10 @@ def run(argv: Sequence[str]) -> int:
     module = SFTDataModule(options.tokenizer, names, **settings)
     source = Source(role="data", names=names if len(names) > 1 else names[0], split=split, subset=settings["subset"])
     tokenizer = _tokenizer(options.tokenizer)
-    loaded = module.read(tokenizer, source, limit)
+    try:
+        loaded = module.read(tokenizer, source, limit)
+    except ImportError as error:  # the library that reads such files is not installed
+        raise InputError(str(error)) from error
     color = options.color == "always" or (
         options.color == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ
     )

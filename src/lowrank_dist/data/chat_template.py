@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowrank_dist.data.found import find_text
@@ -207,3 +208,21 @@ def _short(identity: str | None, dialect: Dialect, place: int) -> str | None:
         return identity
     name = identity if identity is not None else f"call {place}"
     return name if re.fullmatch("[a-zA-Z0-9]{9}", name) else hashlib.sha256(name.encode()).hexdigest()[:9]
+
+
+def read_template(given: str | None) -> str | None:
+    """A chat template from the path of a file, or from its own text.
+
+    Raises
+    ------
+    InputError
+        If it is neither.
+    """
+    if given is None or "{{" in given or "{%" in given:
+        return given
+    path = Path(given).expanduser()
+    if not path.is_file():
+        raise InputError(
+            f"chat_template={given!r} is not a file; give the path of a Jinja file, or the text of a template"
+        )
+    return path.read_text(encoding="utf-8")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
-from pathlib import Path
 from typing import Any, get_args
 
 import lightning as L
@@ -19,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lowrank_dist.data.chat_template import read_template
 from lowrank_dist.data.loading import Loaded, OnBadRecord, Transform, load
 from lowrank_dist.data.packing import Collator, TokenDataset
 from lowrank_dist.data.records import read_hub
@@ -382,21 +382,3 @@ class SFTDataModule(L.LightningDataModule):
     @rank_zero_only
     def _report(message: str, *values: object) -> None:
         log.warning(message, *values)
-
-
-def read_template(given: str | None) -> str | None:
-    """A chat template from the path of a file, or from its own text.
-
-    Raises
-    ------
-    InputError
-        If it is neither.
-    """
-    if given is None or "{{" in given or "{%" in given:
-        return given
-    path = Path(given).expanduser()
-    if not path.is_file():
-        raise InputError(
-            f"chat_template={given!r} is not a file; give the path of a Jinja file, or the text of a template"
-        )
-    return path.read_text(encoding="utf-8")

@@ -91,6 +91,21 @@ def test_a_turn_is_trained_as_it_is_generated(family: str, expected: list[str]) 
     assert prompts(found) == [prompt_of(family, messages, index) for index in turns(messages)]
 
 
+def test_the_mask_is_that_of_generation_markers() -> None:
+    """Where a template has them, transformers tells which tokens the assistant generates."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}{% generation %}"
+        "{{ m['content'] }}<|im_end|>{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = byte_level_tokenizer(template=template)
+    whole = tokenizer.apply_chat_template(CONVERSATION, return_assistant_tokens_mask=True, return_dict=True)
+    tokens, labels = encode_one(tokenizer, {"messages": CONVERSATION})
+    assert tokens == whole["input_ids"][: len(tokens)]
+    assert [int(label != -100) for label in labels] == whole["assistant_masks"][: len(tokens)]
+    assert sum(whole["assistant_masks"][len(tokens) :]) == 0
+
+
 @pytest.mark.parametrize(
     ("family", "expected"),
     [
