@@ -1,7 +1,7 @@
 """The LightningDataModule for supervised fine-tuning.
 
-Every rank tokenizes the whole set once, into two flat int32 tensors (`lowrank_dist.data.packing.TokenDataset`), and
-takes its own share of every step.
+Every rank has the whole set as flat int32 tensors (`lowrank_dist.data.packing.Tokens`), its own or mapped from a cache,
+and takes its own share of every step.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
+from pathlib import Path
 from typing import Any, get_args
 
 import lightning as L
@@ -18,9 +19,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lowrank_dist.data.cache import Made, cached, key_of
 from lowrank_dist.data.chat_template import read_template
 from lowrank_dist.data.loading import Loaded, OnBadRecord, Transform, load
-from lowrank_dist.data.packing import Collator, TokenDataset
+from lowrank_dist.data.packing import Collator, TokenDataset, Tokens
 from lowrank_dist.data.records import read_hub
 from lowrank_dist.data.rendering import Renderer, Thinking, TrainOn
 from lowrank_dist.data.sampler import ResumableLoader, ShardedSampler
@@ -90,6 +92,10 @@ class SFTDataModule(L.LightningDataModule):
     on_bad_record
         ``"error"``: a record that cannot be used is an error. ``"skip"``: it is skipped; the log has their number and
         the first reason.
+    cache_dir
+        Directory in which tokenized data are kept. One process tokenizes while the others wait; all map the result into
+        memory, in later runs at once. An entry belongs to the content of the files, the tokenizer, the template and the
+        settings; old ones are not removed. None: every rank tokenizes, in its own memory.
     max_length
         Largest number of tokens in an example and in a packed row.
     batch_size
@@ -149,6 +155,7 @@ class SFTDataModule(L.LightningDataModule):
         as_chat: bool = False,
         transform: Transform | None = None,
         on_bad_record: OnBadRecord = "error",
+        cache_dir: str | None = None,
         max_length: int = 512,
         batch_size: int = 1,
         packing: bool = False,
@@ -197,6 +204,7 @@ class SFTDataModule(L.LightningDataModule):
         self.as_chat = as_chat
         self.transform = transform
         self.on_bad_record = on_bad_record
+        self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
         self.max_length = max_length
         self.batch_size = batch_size
         self.packing = packing
@@ -333,12 +341,35 @@ class SFTDataModule(L.LightningDataModule):
         revision_of = getattr(getattr(self.trainer, "strategy", None), "revision_of", lambda _: None)
         tokenizer = AutoTokenizer.from_pretrained(self.tokenizer, revision=revision_of(self.tokenizer) or "main")
         self._pad_token_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
-        loaded = self.read(tokenizer, source, limit)
-        for line in loaded.lines(self.max_length):
+
+        def make() -> Made:
+            loaded = self.read(tokenizer, source, limit)
+            return Tokens.of(loaded.examples), loaded.lines(self.max_length)
+
+        key = self._cache_key(tokenizer, source, limit)
+        tokens, lines = make() if self.cache_dir is None or key is None else cached(Path(self.cache_dir) / key, make)
+        for line in lines:
             self._report("%s: %s", source, line)
-        largest = max(int(example[0].max()) for example in loaded.examples)
-        self.largest_token = max(largest, self.largest_token)
-        return TokenDataset(loaded.examples, self.max_length if self.packing else None)
+        self.largest_token = max(tokens.largest, self.largest_token)
+        return TokenDataset(tokens, self.max_length if self.packing else None)
+
+    def _cache_key(self, tokenizer: Any, source: Source, limit: int | None) -> str | None:
+        if self.cache_dir is None:
+            return None
+        if self.transform is not None:
+            self._report("%s: not cached, because what the function of `transform` does cannot be known", source)
+            return None
+        settings = {
+            "chat_template": read_template(self.chat_template),
+            "limit": limit,
+            **{
+                name: getattr(self, name)
+                for name in ("train_on", "thinking", "columns", "as_chat", "on_bad_record", "max_length")
+            },
+        }
+        if (key := key_of(source, tokenizer, settings)) is None:
+            self._report("%s: not cached, because %s is no fast tokenizer", source, type(tokenizer).__name__)
+        return key
 
     def read(self, tokenizer: Any, source: Source, limit: int | None = None) -> Loaded:
         """Read and tokenize a source with the settings of this module.
@@ -364,6 +395,7 @@ class SFTDataModule(L.LightningDataModule):
             limit=limit,
             transform=self.transform,
             on_bad_record=self.on_bad_record,
+            progress=self.cache_dir is not None or getattr(rank_zero_only, "rank", 0) == 0,
         )
         if not loaded.records:
             raise InputError(f"{source} holds no record; every line must hold one JSON object")

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from lowrank_dist.data.records import Records
 from lowrank_dist.data.rendering import Example, Renderer
@@ -103,6 +104,7 @@ def load(
     limit: int | None = None,
     transform: Transform | None = None,
     on_bad_record: OnBadRecord = "error",
+    progress: bool = False,
 ) -> Loaded:
     """Read, render and tokenize a source.
 
@@ -120,6 +122,8 @@ def load(
         Function that every record passes through first.
     on_bad_record
         Raise the error of the first record that cannot be used, or skip such records and count them.
+    progress
+        Show a progress bar, if standard error is a terminal.
 
     Raises
     ------
@@ -136,7 +140,10 @@ def load(
 
     known = set(NAMES) if renderer.columns is None else set(renderer.columns.values())
     whole = renderer.train_on == "everything"
-    records = islice(_good(source.records(bad), loaded, limit), limit)
+    good = _good(source.records(bad), loaded, limit)
+    # disable=None: only on a terminal
+    bar = tqdm(good, desc=f"Tokenizing {source.role}", unit=" records", disable=None if progress else True)
+    records = islice(bar, limit)
     while chunk := list(islice(records, CHUNK)):
         examples: list[tuple[str, Example]] = []
         for where, record in chunk:
@@ -152,6 +159,7 @@ def load(
                 bad(error)
         for where, example, (tokens, labels) in _encoded(encoder, examples, loaded, on_bad_record):
             _keep(loaded, where, example, torch.tensor([tokens, labels], dtype=torch.int32), max_length, whole)
+    bar.close()
     loaded.notes = renderer.notes.copy()
     renderer.notes.clear()
     return loaded

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
 import importlib
 import io
 import json
@@ -168,6 +169,26 @@ def read_hub(name: str, subset: str | None, split: str) -> Records:
     InputError
         If the data set, its subset or its split cannot be loaded.
     """
+    yield from _rows(_loaded_set(name, subset, split), f"{name}[{split}] row")
+
+
+def hub_identity(name: str, subset: str | None, split: str) -> str:
+    """What tells the rows of a Hugging Face data set from others: its files in the cache, by name, size and time."""
+    rows = _loaded_set(name, subset, split)
+    files = [Path(entry["filename"]) for entry in getattr(rows, "cache_files", [])]
+    return repr([len(rows), *((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)])
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a regular file."""
+    digest = hashlib.sha256()
+    with open(open_regular(path), "rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _loaded_set(name: str, subset: str | None, split: str) -> Any:
     try:
         import datasets
     except ImportError as error:
@@ -176,7 +197,7 @@ def read_hub(name: str, subset: str | None, split: str) -> Records:
             "`pip install lowrank-dist[datasets]`, or give the path of a .jsonl file"
         ) from error
     try:
-        rows = datasets.load_dataset(name, subset, split=split)
+        return datasets.load_dataset(name, subset, split=split)
     except (ValueError, OSError) as error:  # unknown id, subset or split; no network
         if is_passing(error):
             raise
@@ -184,7 +205,6 @@ def read_hub(name: str, subset: str | None, split: str) -> Records:
             f"{name!r} is not a file, and the Hugging Face data set of this name (subset={subset!r}, split={split!r}) "
             f"cannot be loaded: {error}"
         ) from error
-    yield from _rows(rows, f"{name}[{split}] row")
 
 
 def _rows(rows: Any, where: str) -> Records:

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from lowrank_dist.data.records import BadRecord, Records, kind_of, read_file, read_hub, read_saved
+from lowrank_dist.data.records import (
+    BadRecord,
+    Records,
+    file_digest,
+    hub_identity,
+    kind_of,
+    read_file,
+    read_hub,
+    read_saved,
+)
 from lowrank_dist.errors import InputError
 
 #: Files of a directory written by ``save_to_disk``, of one split and of several.
@@ -56,35 +65,54 @@ class Source:
         InputError
             If a name denotes nothing, or what it denotes cannot be read.
         """
+        return chain.from_iterable(self._open(part, bad) for part in self._parts())
+
+    def digests(self) -> Iterator[str]:
+        """Digests of all that `records` reads, in order."""
+        for part in self._parts():
+            if isinstance(part, str):
+                yield f"{part} {self.subset} {self.split} {hub_identity(part, self.subset, self.split)}"
+            elif part.is_dir():
+                yield self.split
+                yield from (file_digest(file) for file in sorted(part.rglob("*")) if file.is_file())
+            else:
+                yield f"{kind_of(part.name)} {file_digest(part)}"
+
+    def _open(self, part: Path | str, bad: BadRecord | None) -> Records:
+        if isinstance(part, str):
+            return read_hub(part, self.subset, self.split)
+        return read_saved(part, self.split) if part.is_dir() else read_file(part, bad)
+
+    def _parts(self) -> list[Path | str]:
+        """Files, directories written by ``save_to_disk``, and hub ids (str), in order."""
         if not self._listed:
             raise InputError(f"{self}: an empty list; name at least one file")
-        return chain.from_iterable([self._open(name, bad) for name in self._listed])
+        return [part for name in self._listed for part in self._parts_of(name)]
 
-    def _open(self, name: str, bad: BadRecord | None) -> Records:
+    def _parts_of(self, name: str) -> Sequence[Path | str]:
         path = Path(name).expanduser()
         if _is_pattern(name) and not path.exists():
-            files = sorted(glob.glob(str(path), recursive=True))
-            files = [file for file in files if Path(file).is_file()]
+            files = [Path(file) for file in sorted(glob.glob(str(path), recursive=True)) if Path(file).is_file()]
             if not files:
                 raise InputError(f"{self.role}={name!r}: no file matches the pattern")
-            return chain.from_iterable(read_file(Path(file), bad) for file in files)
+            return files
         if path.is_dir():
             if any((path / file).is_file() for file in _SAVED):
-                return read_saved(path, self.split)
-            files = sorted(str(file) for file in path.rglob("*") if file.is_file() and kind_of(file.name))
+                return [path]
+            files = sorted(file for file in path.rglob("*") if file.is_file() and kind_of(file.name))
             if not files:
                 raise InputError(
                     f"{self.role}={name!r}: the directory holds no data (.jsonl, .json, .csv, .parquet or .arrow files)"
                 )
-            return chain.from_iterable(read_file(Path(file), bad) for file in files)
+            return files
         if _is_hub_id(name):
-            return read_hub(name, self.subset, self.split)
+            return [name]
         if not path.is_file():
             raise InputError(
                 f"{self.role}={name!r} does not exist; give the path of a .jsonl file, or the id of a Hugging Face "
                 "data set"
             )
-        return read_file(path, bad)
+        return [path]
 
 
 def _is_pattern(name: str) -> bool:

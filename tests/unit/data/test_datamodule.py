@@ -148,9 +148,8 @@ def test_several_files_are_one_set(tokenizer_dir, tmp_path):
     data = SFTDataModule(tokenizer_dir, files, str(tmp_path / "*.jsonl"))
     data.setup("fit")
     assert len(data.train_dataloader().dataset) == len(data.val_dataloader().dataset) == 5
-    texts = [
-        byte_level_tokenizer().decode(item["input_ids"]) for item in map(data._sets["train"].__getitem__, range(5))
-    ]
+    dataset = data.train_dataloader().dataset
+    texts = [byte_level_tokenizer().decode(dataset[index]["input_ids"]) for index in range(5)]
     assert [text[:7] for text in texts] == [f"hello {index}" for index in (0, 1, 0, 1, 2)]
 
 
