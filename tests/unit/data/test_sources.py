@@ -158,3 +158,25 @@ def test_damaged_and_missing_parts_are_named(stored: Path, tmp_path: Path) -> No
     (tmp_path / "bad.parquet").write_bytes(b"PAR1")
     with pytest.raises(InputError, match=r"bad.parquet: cannot be read"):
         ids(str(tmp_path / "bad.parquet"))
+
+
+def test_digests_follow_what_is_read(
+    folder: Path, stored: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def digests(names: Any, split: str = "train") -> list[str]:
+        return list(Source(role="train", names=names, split=split).digests())
+
+    assert digests(str(folder)) == digests([str(folder / name) for name in ("a.jsonl", "b.jsonl", "more/c.jsonl.gz")])
+    assert digests(str(folder / "a.jsonl")) != digests(str(folder / "b.jsonl"))
+    (folder / "a.csv").write_bytes((folder / "a.jsonl").read_bytes())
+    assert digests(str(folder / "a.csv")) != digests(str(folder / "a.jsonl"))
+    assert digests(str(stored / "dict")) != digests(str(stored / "dict"), "test")
+
+    rows = datasets.load_from_disk(str(stored / "saved"))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
+    before = digests("org/set")
+    assert before == digests("org/set") != digests("org/set", "test")
+    rows.save_to_disk(str(tmp_path / "newer"))
+    newer = datasets.load_from_disk(str(tmp_path / "newer"))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: newer)
+    assert digests("org/set") != before
