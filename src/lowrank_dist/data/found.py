@@ -43,13 +43,25 @@ def check_response(response: str, message: Message, *, name: str) -> None:
 
 
 def check_prompt(
-    prompt: str, messages: Sequence[Message], tools: Sequence[dict[str, Any]], *, thinking: bool = False
-) -> None:
+    prompt: str,
+    messages: Sequence[Message],
+    tools: Sequence[dict[str, Any]],
+    *,
+    thinking: bool = False,
+    others: Sequence[str] = (),
+) -> bool:
     """`NotRendered` if a prompt lacks a message before it, a call, a function, or, with `thinking`, a thought.
 
-    Turns of the assistant lose their thinking when they are followed by others, in many templates and in use.
+    Turns of the assistant lose their thinking when they are followed by others, in many templates and in use. A system
+    prompt may be in one of the `others` instead, the prompts of other turns of the same conversation.
+
+    Returns
+    -------
+    bool
+        Whether `prompt` itself has all system prompts.
     """
-    at = 0
+    at, whole = 0, True
+    said: list[str] = []
     for index, message in enumerate(messages):
         name = f"message {index} ({message.role})"
         if thinking and message.thinking and (place := find_text(prompt, message.thinking, at)) is None:
@@ -61,12 +73,15 @@ def check_prompt(
             # a system prompt is put elsewhere by some templates; all else stands in order
             anywhere = message.role in ("system", "developer")
             place = find_text(prompt, message.text, 0 if anywhere else at)
+            if place is None and anywhere and any(find_text(other, message.text) for other in others):
+                whole = False
+                continue
             if place is None:
                 raise NotRendered(
                     f"the chat template does not render the text of {name}: {_cut(message.text)}; {REMEDY}"
                 )
             at = at if anywhere else place[1]
-    said = [message.text for message in messages]
+        said.append(message.text)
     functions = [function for tool in tools if isinstance(function := tool.get("function", tool), dict)]
     for function in functions:
         _check_function(prompt, function, said)
@@ -79,6 +94,7 @@ def check_prompt(
                     f"the chat template does not render the call of {call.name!r} in message {index}; {REMEDY}"
                 )
             _check_call(prompt, call, f"message {index}", said)
+    return whole
 
 
 def _check_function(prompt: str, function: dict[str, Any], said: Sequence[str]) -> None:

@@ -168,9 +168,13 @@ class Renderer:
         prompt, response = spans[-1]
         whole = prompt + response
         apart = not all(whole.startswith(before + spoken) for before, spoken in spans)
-        for index, (before, _) in zip(turns, spans, strict=True):
+        prompts = [before for before, _ in spans]
+        lacking = 0
+        for index, before in zip(turns, prompts, strict=True):
             if apart or index == turns[-1]:
-                check_prompt(before, messages[:index], tools)
+                lacking += not check_prompt(before, messages[:index], tools, others=prompts)
+        if lacking:
+            self.notes["the template's prompt leaves out the system prompt, which other turns have"] += lacking
         if closed:
             self.notes["the template's prompt opens a thought that the turn lacks, which is closed at once"] += closed
         if apart:

@@ -129,6 +129,19 @@ def test_calls_are_trained_in_the_templates_form(family: str, expected: str, as_
         assert prompts(found) == [prompt_of(family, CALLS, index, tools=[WEATHER]) for index in turns(CALLS)]
 
 
+def test_a_system_prompt_that_other_turns_have_may_be_missing() -> None:
+    """Mistral's stands before the last message if that is the user's: not after a result, in use neither."""
+    renderer = Renderer(FAMILIES["mistral"].tokenizer(), None)
+    messages = [{"role": "system", "content": "Be short. Ask get_weather."}, *CALLS]
+    found = renderer.examples({"messages": messages, "tools": [WEATHER]}, "x")
+    assert ["Be short." in prompt for prompt in prompts(found)] == [True, False]
+    assert list(renderer.notes.items()) == [
+        ("the template's prompt leaves out the system prompt, which other turns have", 1)
+    ]
+    with pytest.raises(InputError, match=r"does not render the text of message 0 \(system\)"):
+        examples("mistral", {"messages": messages, "tools": [WEATHER]}, train_on="last_assistant")
+
+
 @pytest.mark.parametrize("content", [None, ""])
 def test_a_conversation_may_end_with_a_call(content: str | None) -> None:
     (example,) = examples("qwen2.5", {"messages": [CALLS[0], CALLS[1] | {"content": content}], "tools": [WEATHER]})
