@@ -14,6 +14,7 @@ from typing import Any
 from lowrank_dist.data.messages import Call, Message
 from lowrank_dist.errors import InputError
 
+SYSTEM = ("system", "developer")
 REMEDY = "give a `chat_template` that renders it, or leave it out"
 
 
@@ -43,24 +44,13 @@ def check_response(response: str, message: Message, *, name: str) -> None:
 
 
 def check_prompt(
-    prompt: str,
-    messages: Sequence[Message],
-    tools: Sequence[dict[str, Any]],
-    *,
-    thinking: bool = False,
-    others: Sequence[str] = (),
-) -> bool:
+    prompt: str, messages: Sequence[Message], tools: Sequence[dict[str, Any]], *, thinking: bool = False
+) -> None:
     """`NotRendered` if a prompt lacks a message before it, a call, a function, or, with `thinking`, a thought.
 
-    Turns of the assistant lose their thinking when they are followed by others, in many templates and in use. A system
-    prompt may be in one of the `others` instead, the prompts of other turns of the same conversation.
-
-    Returns
-    -------
-    bool
-        Whether `prompt` itself has all system prompts.
+    Turns of the assistant lose their thinking when they are followed by others, in many templates and in use.
     """
-    at, whole = 0, True
+    at = 0
     said: list[str] = []
     for index, message in enumerate(messages):
         name = f"message {index} ({message.role})"
@@ -71,11 +61,8 @@ def check_prompt(
             )
         if message.text.strip():
             # a system prompt is put elsewhere by some templates; all else stands in order
-            anywhere = message.role in ("system", "developer")
+            anywhere = message.role in SYSTEM
             place = find_text(prompt, message.text, 0 if anywhere else at)
-            if place is None and anywhere and any(find_text(other, message.text) for other in others):
-                whole = False
-                continue
             if place is None:
                 raise NotRendered(
                     f"the chat template does not render the text of {name}: {_cut(message.text)}; {REMEDY}"
@@ -94,7 +81,6 @@ def check_prompt(
                     f"the chat template does not render the call of {call.name!r} in message {index}; {REMEDY}"
                 )
             _check_call(prompt, call, f"message {index}", said)
-    return whole
 
 
 def _check_function(prompt: str, function: dict[str, Any], said: Sequence[str]) -> None:

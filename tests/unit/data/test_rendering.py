@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import re
+from typing import Any
 
 import pytest
 
+from helpers.chat_templates import FAMILIES
 from helpers.sft import (
     CHATML,
     CONVERSATION,
@@ -195,3 +198,66 @@ def test_a_dropped_tool_result_is_named_even_if_the_answer_repeats_it():
 def test_texts_may_repeat_each_other():
     messages = [{"role": role, "content": "hello"} for role in ("system", "user", "assistant", "user", "assistant")]
     assert trained({"messages": messages}) == ["hello<|im_end|>"] * 2
+
+
+# ------------------------------------------------------------- texts that are names, numbers and pieces of each other
+WORDS = [
+    "a",
+    "get",
+    "city",
+    "2",
+    "add",
+    "5 ",
+    "\n",
+    "user",
+    "None",
+    "x y",
+    "ä",
+    '"q"',
+    '{"a": 2}',
+    "<b>",
+    "it's",
+    "name",
+]
+DROPS_CALLS = {"llama2", "llama3", "gemma", "phi3", "zephyr", "parts", "r1", "r1 of January"}
+FUNCTIONS = [
+    {"type": "function", "function": {"name": name, "description": "d", "parameters": {"properties": properties}}}
+    for name, properties in (
+        ("get", {"city": {"type": "string"}, "a": {"type": "string"}}),
+        ("add", {"a": {"type": "string"}, "b": {"type": "string"}}),
+    )
+]
+
+
+def random_conversation(rng: random.Random, calls: bool) -> list[dict[str, Any]]:
+    def text() -> str:
+        return f"{' '.join(rng.choices(WORDS, k=rng.randint(0, 3)))} {rng.choice(['a', 'get', '2', 'x y'])}"
+
+    messages = [{"role": "system", "content": text()}] if rng.random() < 0.5 else []
+    for _ in range(rng.randint(1, 3)):
+        messages.append({"role": "user", "content": text()})
+        if calls:
+            values = [2, 2.5, True, None, text(), [1, "a"], {"a": "x"}, ""]
+            arguments = {name: rng.choice(values) for name in rng.sample(["a", "b", "city"], rng.randint(0, 2))}
+            call = {"id": "c1", "function": {"name": rng.choice(["get", "add"]), "arguments": arguments}}
+            messages.append({"role": "assistant", "content": rng.choice([None, ""]), "tool_calls": [call]})
+            messages.append({"role": "tool", "tool_call_id": "c1", "content": text()})
+        messages.append({"role": "assistant", "content": text()})
+    return messages
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_nothing_is_refused_wrongly_and_nothing_dropped_is_passed(family):
+    renderer, rng = Renderer(FAMILIES[family].tokenizer(), None), random.Random(7)
+    for number in range(30):
+        messages = random_conversation(rng, calls=number % 2 == 1)
+        if family == "gemma" and messages[0]["role"] == "system":
+            continue
+        record = {"messages": messages}
+        if number % 2 == 1 and family in DROPS_CALLS:
+            with pytest.raises(ValueError, match="does not render the call|ends message|cannot render"):
+                renderer.examples(record, "x")
+            continue
+        if number % 2 == 1:
+            record["tools"] = FUNCTIONS
+        assert renderer.examples(record, "x")
