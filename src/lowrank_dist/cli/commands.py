@@ -43,6 +43,9 @@ COMMANDS = {
         help="forecast the memory, traffic and time of a run, and whether it fits",
         run="lowrank_dist.cli.plan.command:run",
     ),
+    "data": Command(
+        help="show what a run would train on: examples, lengths, and what is dropped", run="lowrank_dist.cli.data:run"
+    ),
     "submit": Command(help="run fit as a job on a SLURM cluster", run="lowrank_dist.cli.submit:run"),
     "decompose": Command(
         help="write a residual model: the residual and the initial adapter", run="lowrank_dist.cli.decompose:run"

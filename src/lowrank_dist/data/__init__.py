@@ -1,8 +1,13 @@
 """Supervised fine-tuning data, from records to batches.
 
-- `records`: reads JSONL files and Hugging Face data sets;
+- `sources`: what a user names, to files and data sets;
+- `records`: their records;
+- `shapes`: records by their columns, and `messages` in one form;
+- `chat_template`: the turns of the assistant under any template;
+- `found`: whether a text holds what a record gave;
 - `rendering`: records to segments of text;
 - `tokenizing`: segments to tokens and labels;
+- `loading`: all of these, and an account of what was left out;
 - `packing`: examples to items and batches;
 - `sampler`: each rank's share of every step, and resuming;
 - `datamodule`: the LightningDataModule.

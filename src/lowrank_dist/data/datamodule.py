@@ -1,7 +1,7 @@
 """The LightningDataModule for supervised fine-tuning.
 
-Every rank tokenizes the whole set once, into two flat int32 tensors (`lowrank_dist.data.packing.TokenDataset`), and
-takes its own share of every step.
+Every rank has the whole set as flat int32 tensors (`lowrank_dist.data.packing.Tokens`), its own or mapped from a cache,
+and takes its own share of every step.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
-from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import lightning as L
 import torch
@@ -20,42 +19,54 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lowrank_dist.data.packing import Collator, TokenDataset
-from lowrank_dist.data.records import read_hub, read_jsonl
-from lowrank_dist.data.rendering import Example, Renderer
+from lowrank_dist.data.cache import Made, cached, key_of
+from lowrank_dist.data.chat_template import read_template
+from lowrank_dist.data.loading import Loaded, OnBadRecord, Transform, load
+from lowrank_dist.data.packing import Collator, TokenDataset, Tokens
+from lowrank_dist.data.records import read_hub
+from lowrank_dist.data.rendering import Renderer, Thinking, TrainOn
 from lowrank_dist.data.sampler import ResumableLoader, ShardedSampler
-from lowrank_dist.data.tokenizing import IGNORE_INDEX, Encoder
+from lowrank_dist.data.shapes import check_columns
+from lowrank_dist.data.sources import Source
+from lowrank_dist.data.tokenizing import Encoder
 from lowrank_dist.errors import InputError
 
 log = logging.getLogger(__name__)
 
 
 class SFTDataModule(L.LightningDataModule):
-    """Supervised fine-tuning data from JSONL files or Hugging Face data sets, with the loss on responses only.
+    """Supervised fine-tuning data from files or Hugging Face data sets, with the loss on responses only.
 
-    A record has one of these sets of columns; other columns are ignored:
+    A record has one of these sets of columns, the first that is there; other columns are ignored:
 
-    - `messages`: a conversation, rendered with the chat template. Every assistant turn is trained on. The template also
-      receives the column `tools`, if it exists.
-    - `messages` and `completion`: the conversation with its generation prompt is the prompt, `completion` the response.
-    - `prompt` and `completion`: both are used unchanged.
-    - `query` and `response`: the query is put into the instruction prompt of Alpaca, MetaMath and PiSSA.
+    - `messages`: a conversation in OpenAI's form, rendered with the chat template. Every assistant turn is trained on,
+      but for those with ``"weight": 0``. The template also receives the column `tools` (or the older `functions`).
+      Content may be a list of parts, arguments of calls an object or JSON text.
+    - `messages` and `completion`: the conversation is the prompt, `completion` the last assistant turn.
+    - `conversations`: the same in ShareGPT's form, with `from` and `value`.
+    - `prompt` and `completion`: both are used unchanged; if they are lists of messages, as a conversation.
+    - `instruction` and `output`, with or without `input`: put into the Alpaca prompt.
+    - `query` and `response`, or `question` and `answer`: put into the instruction prompt of Alpaca, MetaMath and PiSSA.
+    - `text`: trained as a whole. Longer than `max_length`, it is split.
 
-    The end-of-sequence token is trained on. Examples longer than `max_length` are truncated on the right. Examples left
-    without a response are dropped, and their number is logged.
+    What a record gives must be found in the rendered text: a template that drops a call, a function, a message or its
+    thinking makes the record a bad one. The end-of-sequence token is trained on. Examples longer than `max_length` are
+    truncated on the right. Examples left without a response are dropped, and their number is logged.
 
     Parameters
     ----------
     tokenizer
         Directory or hub id of the tokenizer, usually that of the model.
     train
-        Training data: path of a .jsonl file, or id of a Hugging Face data set.
+        Training data: a path (.jsonl, .json, both also .gz or .zst, .csv, .tsv, .parquet, .arrow), a pattern such as
+        ``data/*.jsonl``, a directory with such files or written by ``save_to_disk``, the id of a Hugging Face data set,
+        or a list of these, which are read one after the other.
     validation
         Validation data, as `train`. None: no validation.
     test
         Test data, as `train`. None: no test.
     train_split
-        Split for `train`, if it is a Hugging Face data set.
+        Split for `train`, if it is a Hugging Face data set; a slice is possible: ``train[:10%]``.
     validation_split
         Split for `validation`, if it is a Hugging Face data set.
     test_split
@@ -63,7 +74,28 @@ class SFTDataModule(L.LightningDataModule):
     subset
         Subset (configuration) of the Hugging Face data sets.
     chat_template
-        Path of a Jinja file with the chat template. None: the tokenizer's own.
+        Path of a Jinja file with the chat template, or its text. None: the tokenizer's own.
+    train_on
+        ``"all_assistant"``: every turn of the assistant. ``"last_assistant"``: the last one of a conversation.
+        ``"everything"``: prompts, too.
+    thinking
+        ``"keep"``: thinking (``<think>`` in the text, `reasoning_content`, `reasoning` or `thinking` beside it) is part
+        of the turn, in the template's own form. ``"drop"``: it is left out.
+    columns
+        Names of the columns in the data, by the names above: ``{"prompt": "question_text", "completion": "gold"}``.
+        None: they have these names.
+    as_chat
+        Render prompts and responses as a conversation, with the chat template, instead of the instruction prompt.
+    transform
+        A function that makes a record with such columns from a record of any kind, or returns None to leave it out; on
+        the command line its import path, ``my_module.my_function``.
+    on_bad_record
+        ``"error"``: a record that cannot be used is an error. ``"skip"``: it is skipped; the log has their number and
+        the first reason.
+    cache_dir
+        Directory in which tokenized data are kept. One process tokenizes while the others wait; all map the result into
+        memory, in later runs at once. An entry belongs to the content of the files, the tokenizer, the template and the
+        settings; old ones are not removed. None: every rank tokenizes, in its own memory.
     max_length
         Largest number of tokens in an example and in a packed row.
     batch_size
@@ -108,15 +140,22 @@ class SFTDataModule(L.LightningDataModule):
     def __init__(
         self,
         tokenizer: str,
-        train: str,
-        validation: str | None = None,
-        test: str | None = None,
+        train: str | list[str],
+        validation: str | list[str] | None = None,
+        test: str | list[str] | None = None,
         *,
         train_split: str = "train",
         validation_split: str = "validation",
         test_split: str = "test",
         subset: str | None = None,
         chat_template: str | None = None,
+        train_on: TrainOn = "all_assistant",
+        thinking: Thinking = "keep",
+        columns: dict[str, str] | None = None,
+        as_chat: bool = False,
+        transform: Transform | None = None,
+        on_bad_record: OnBadRecord = "error",
+        cache_dir: str | None = None,
         max_length: int = 512,
         batch_size: int = 1,
         packing: bool = False,
@@ -142,13 +181,30 @@ class SFTDataModule(L.LightningDataModule):
             if value is not None and value < least:
                 raise InputError(f"{name}={value} must be at least {least}")
         self.tokenizer = tokenizer
+        check_columns(columns)
+        for name, chosen, choices in (
+            ("train_on", train_on, get_args(TrainOn)),
+            ("thinking", thinking, get_args(Thinking)),
+            ("on_bad_record", on_bad_record, get_args(OnBadRecord)),
+        ):
+            if chosen not in choices:
+                raise InputError(f"{name}={chosen!r}; valid choices: {', '.join(choices)}")
         self.sources = {
-            "train": (train, train_split, limit),
-            "validation": (validation, validation_split, eval_limit),
-            "test": (test, test_split, eval_limit),
+            role: None if names is None else (Source(role=role, names=names, split=split, subset=subset), count)
+            for role, names, split, count in (
+                ("train", train, train_split, limit),
+                ("validation", validation, validation_split, eval_limit),
+                ("test", test, test_split, eval_limit),
+            )
         }
-        self.subset = subset
         self.chat_template = chat_template
+        self.train_on = train_on
+        self.thinking = thinking
+        self.columns = columns
+        self.as_chat = as_chat
+        self.transform = transform
+        self.on_bad_record = on_bad_record
+        self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
         self.max_length = max_length
         self.batch_size = batch_size
         self.packing = packing
@@ -166,17 +222,17 @@ class SFTDataModule(L.LightningDataModule):
     # ---- Lightning's hooks, in order
     def prepare_data(self) -> None:
         """Download the Hugging Face data sets, once per node."""
-        for name, split, _ in self.sources.values():
-            if name is not None and not _looks_like_file(name):
+        for source, _ in filter(None, self.sources.values()):
+            for name in source.hub_ids:
                 # this runs on one rank; `setup` raises the same error on every rank
                 with contextlib.suppress(ImportError, ValueError):
-                    next(read_hub(name, self.subset, split), None)
+                    next(read_hub(name, source.subset, source.split), None)
 
     def setup(self, stage: str) -> None:
         """Read, render and tokenize the sets that `stage` needs and that are not loaded yet."""
         if stage == "fit":
             self._train_loader, self._state = None, {}
-            if self.sources["validation"][0] is None and self.trainer is not None:
+            if self.sources["validation"] is None and self.trainer is not None:
                 # Lightning warns about an empty val_dataloader and about a missing one
                 self._limit_val_batches = self.trainer.limit_val_batches
                 self.trainer.limit_val_batches = 0
@@ -184,9 +240,8 @@ class SFTDataModule(L.LightningDataModule):
         for role in needed:
             if role in self._sets:
                 continue
-            name, split, limit = self.sources[role]
-            if name is not None:
-                self._sets[role] = self._load(role, name, split, limit)
+            if (named := self.sources[role]) is not None:
+                self._sets[role] = self._load(*named)
             elif stage != "fit":
                 raise InputError(f"{stage} needs data: set `{role}` to a .jsonl file or the id of a data set")
 
@@ -280,76 +335,82 @@ class SFTDataModule(L.LightningDataModule):
         module = None if self.trainer is None else self.trainer.lightning_module
         return bool(getattr(module, "takes_fillers", False))
 
-    def _load(self, role: str, name: str, split: str, limit: int | None) -> TokenDataset:
+    def _load(self, source: Source, limit: int | None) -> TokenDataset:
         from transformers import AutoTokenizer
 
         revision_of = getattr(getattr(self.trainer, "strategy", None), "revision_of", lambda _: None)
         tokenizer = AutoTokenizer.from_pretrained(self.tokenizer, revision=revision_of(self.tokenizer) or "main")
         self._pad_token_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
-        template = None
-        if self.chat_template is not None:
-            if not Path(self.chat_template).is_file():
-                raise InputError(f"chat_template={self.chat_template!r} is not a file; give the path of a Jinja file")
-            template = Path(self.chat_template).read_text(encoding="utf-8")
-        renderer, encoder = Renderer(tokenizer, template), Encoder(tokenizer)
-        is_file = _looks_like_file(name)
-        if is_file and not Path(name).is_file():
-            raise InputError(
-                f"{role}={name!r} does not exist; give the path of a .jsonl file, or the id of a Hugging Face data set"
-            )
 
-        records = islice(read_jsonl(Path(name)) if is_file else read_hub(name, self.subset, split), limit)
-        kept: list[Tensor] = []
-        total = cut = 0
-        while chunk := list(islice(records, 1000)):
-            examples = [(where, e) for where, record in chunk for e in renderer.examples(record, where)]
-            for tokens, labels in _encoded(encoder, examples):
-                total += 1
-                cut += len(tokens) > self.max_length
-                example = torch.tensor([tokens, labels], dtype=torch.int32)[:, : self.max_length]
-                if (example[1] != IGNORE_INDEX).any():
-                    kept.append(example)
-        if not total:
-            raise InputError(f"{role}={name!r} holds no record; every line must hold one JSON object")
-        if not kept:
+        def make() -> Made:
+            loaded = self.read(tokenizer, source, limit)
+            return Tokens.of(loaded.examples), loaded.lines(self.max_length)
+
+        key = self._cache_key(tokenizer, source, limit)
+        tokens, lines = make() if self.cache_dir is None or key is None else cached(Path(self.cache_dir) / key, make)
+        for line in lines:
+            self._report("%s: %s", source, line)
+        self.largest_token = max(tokens.largest, self.largest_token)
+        return TokenDataset(tokens, self.max_length if self.packing else None)
+
+    def _cache_key(self, tokenizer: Any, source: Source, limit: int | None) -> str | None:
+        if self.cache_dir is None:
+            return None
+        if self.transform is not None:
+            self._report("%s: not cached, because what the function of `transform` does cannot be known", source)
+            return None
+        settings = {
+            "chat_template": read_template(self.chat_template),
+            "limit": limit,
+            **{
+                name: getattr(self, name)
+                for name in ("train_on", "thinking", "columns", "as_chat", "on_bad_record", "max_length")
+            },
+        }
+        if (key := key_of(source, tokenizer, settings)) is None:
+            self._report("%s: not cached, because %s is no fast tokenizer", source, type(tokenizer).__name__)
+        return key
+
+    def read(self, tokenizer: Any, source: Source, limit: int | None = None) -> Loaded:
+        """Read and tokenize a source with the settings of this module.
+
+        Raises
+        ------
+        InputError
+            If it cannot be read, a record cannot be used, or nothing is left.
+        """
+        renderer = Renderer(
+            tokenizer,
+            read_template(self.chat_template),
+            train_on=self.train_on,
+            thinking=self.thinking,
+            columns=self.columns,
+            as_chat=self.as_chat,
+        )
+        loaded = load(
+            source,
+            renderer,
+            Encoder(tokenizer),
+            max_length=self.max_length,
+            limit=limit,
+            transform=self.transform,
+            on_bad_record=self.on_bad_record,
+            progress=self.cache_dir is not None or getattr(rank_zero_only, "rank", 0) == 0,
+        )
+        if not loaded.records:
+            raise InputError(f"{source} holds no record; every line must hold one JSON object")
+        if not loaded.examples and not loaded.lengths:
             raise InputError(
-                f"{role}={name!r}: none of the {total} examples has a response token within max_length="
+                f"{source}: none of its {loaded.records} records is left: {'; '.join(loaded.lines(self.max_length))}"
+            )
+        if not loaded.examples:
+            raise InputError(
+                f"{source}: none of the {len(loaded.lengths)} examples has a response token within max_length="
                 f"{self.max_length}; raise max_length"
             )
-        if cut:
-            self._report(
-                "%s=%s: %d of %d examples are longer than max_length=%d and were cut; %d of them had no response left "
-                "and were dropped",
-                role,
-                name,
-                cut,
-                total,
-                self.max_length,
-                total - len(kept),
-            )
-        largest = max(int(example[0].max()) for example in kept)
-        self.largest_token = max(largest, self.largest_token)
-        return TokenDataset(kept, self.max_length if self.packing else None)
+        return loaded
 
     @staticmethod
     @rank_zero_only
     def _report(message: str, *values: object) -> None:
         log.warning(message, *values)
-
-
-def _encoded(encoder: Encoder, examples: list[tuple[str, Example]]) -> list[tuple[list[int], list[int]]]:
-    """Token ids and labels of examples; InputError with file and line of the first that has none."""
-    try:
-        return encoder([example for _, example in examples])
-    except (TypeError, ValueError, OverflowError):  # half of a surrogate pair, which is valid JSON but no text
-        for where, example in examples:
-            try:
-                encoder([example])
-            except (TypeError, ValueError, OverflowError) as error:
-                raise InputError(f"{where}: the text cannot be tokenized: {error}") from error
-        raise
-
-
-def _looks_like_file(name: str) -> bool:
-    """Whether `name` denotes a file rather than a hub id."""
-    return Path(name).suffix in {".json", ".jsonl"} or Path(name).is_file()

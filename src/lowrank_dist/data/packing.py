@@ -1,11 +1,11 @@
-"""Examples to batches: items of one example or one packed row, stored in flat tensors and padded to one length."""
+"""Examples to batches: items of one example or one packed row, stored one after the other and padded to one length."""
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -57,13 +57,56 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return rows
 
 
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """Tokenized examples, one after the other.
+
+    Attributes
+    ----------
+    tokens, labels
+        Token ids and labels: int32, [total]. Nothing predicts the first token of an example, which has no label.
+    sizes
+        Number of tokens in each example.
+    largest
+        Largest token id.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    sizes: list[int]
+    largest: int
+
+    @classmethod
+    def of(cls, examples: Sequence[Tensor]) -> Tokens:
+        """Those of examples: token ids and labels of each, int32, [2, length]."""
+        sizes = [example.shape[1] for example in examples]
+        tokens, labels = torch.cat(list(examples), dim=1)
+        labels[list(accumulate(sizes, initial=0))[:-1]] = IGNORE_INDEX
+        return cls(tokens=tokens, labels=labels, sizes=sizes, largest=int(tokens.max()))
+
+    @classmethod
+    def mapped(cls, tokens: Tensor, labels: Tensor, sizes: Tensor, *, largest: int) -> Tokens:
+        """Those of tensors that stand in a file; ValueError if they do not go together."""
+        if (tokens.dtype, labels.dtype) != (torch.int32, torch.int32) or tokens.shape != labels.shape:
+            raise ValueError("tokens and labels are not int32 of one length")
+        if sizes.dtype != torch.int64 or sizes.dim() != 1 or not len(sizes) or int(sizes.min()) < 1:
+            raise ValueError("sizes are not positive numbers")
+        if tokens.dim() != 1 or int(sizes.sum()) != len(tokens):
+            raise ValueError(f"sizes do not add up to the {len(tokens)} tokens")
+        return cls(tokens=tokens, labels=labels, sizes=sizes.tolist(), largest=largest)
+
+    def sizes_tensor(self) -> Tensor:
+        """The sizes: int64, [number of examples]."""
+        return torch.tensor(self.sizes, dtype=torch.int64)
+
+
 class TokenDataset(Dataset[dict[str, Tensor]]):
-    """Tokenized examples in two flat tensors; an item is one example or one packed row.
+    """Tokenized examples; an item is one example or one packed row.
 
     Parameters
     ----------
     examples
-        Token ids and labels of each example: int32, [2, length].
+        `Tokens`, or token ids and labels of each example: int32, [2, length].
     capacity
         Largest number of tokens in a packed row. None: no packing, one example per item.
 
@@ -73,30 +116,30 @@ class TokenDataset(Dataset[dict[str, Tensor]]):
     the loss.
     """
 
-    def __init__(self, examples: Sequence[Tensor], capacity: int | None = None) -> None:
-        sizes = [example.shape[1] for example in examples]
+    def __init__(self, examples: Tokens | Sequence[Tensor], capacity: int | None = None) -> None:
+        self.examples = examples if isinstance(examples, Tokens) else Tokens.of(examples)
+        sizes = self.examples.sizes
         self.rows = [[index] for index in range(len(sizes))] if capacity is None else pack(sizes, capacity)
         self.packed = capacity is not None
-        order = list(chain.from_iterable(self.rows))
-        self.tokens, self.labels = torch.cat([examples[index] for index in order], dim=1)  # [total] each
-        self.sizes = [[sizes[index] for index in row] for row in self.rows]
-        # nothing predicts the first token of an example; in a packed row the last one of another example would
-        self.labels[list(accumulate(chain.from_iterable(self.sizes), initial=0))[:-1]] = IGNORE_INDEX
-        self.lengths = [sum(row) for row in self.sizes]
-        self.offsets = [0, *torch.tensor(self.lengths).cumsum(0).tolist()]
+        self.starts = list(accumulate(sizes, initial=0))
+        self.lengths = [sum(sizes[index] for index in row) for row in self.rows]
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """Return item `index`: `input_ids`, `labels` and, if packed, `position_ids`; each int64 of shape [length]."""
-        row = index if index >= 0 else ~index
-        part = slice(self.offsets[row], self.offsets[row + 1])
-        item = {"input_ids": self.tokens[part].long(), "labels": self.labels[part].long()}
+        row = self.rows[index if index >= 0 else ~index]
+        parts = [slice(self.starts[example], self.starts[example + 1]) for example in row]
+        tokens, labels = (
+            torch.cat([values[part] for part in parts]).long()
+            for values in (self.examples.tokens, self.examples.labels)
+        )
+        item = {"input_ids": tokens, "labels": labels}
         if index < 0:
             item["labels"].fill_(IGNORE_INDEX)
         if self.packed:
-            item["position_ids"] = torch.cat([torch.arange(size) for size in self.sizes[row]])
+            item["position_ids"] = torch.cat([torch.arange(part.stop - part.start) for part in parts])
         return item
 
 

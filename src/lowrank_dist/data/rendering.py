@@ -5,22 +5,25 @@ Segments are tokenized one by one, so that a prompt has exactly the tokens that 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
+from lowrank_dist.data.chat_template import ChatTemplate, Dialect, Turn
+from lowrank_dist.data.found import SYSTEM, NotRendered, check_prompt, check_response
+from lowrank_dist.data.messages import Message
+from lowrank_dist.data.shapes import Conversation, Pair, Passage, read_columns
 from lowrank_dist.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-INSTRUCTION_PROMPT = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{query}\n\n### Response:"
-)
-"""Prompt of a `query`: the Alpaca prompt, as used by MetaMath and the authors of PiSSA. The space before the response
-belongs to the response, because vocabularies include it in the token of the first word."""
+TrainOn = Literal["all_assistant", "last_assistant", "everything"]
+"""Which turns of a conversation are trained on."""
 
-COLUMNS = "`messages` (with or without `completion`), `prompt` and `completion`, or `query` and `response`"
+Thinking = Literal["keep", "drop"]
+"""What becomes of the thinking in turns of the assistant."""
 
 Segments = list[tuple[str, bool]]
 """Consecutive pieces of a text, each with whether it is trained on."""
@@ -34,6 +37,8 @@ class Example:
     """Pieces of the text, in order; the last one is trained on."""
     templated: bool
     """Whether a chat template rendered the text, with its special tokens."""
+    splittable: bool = False
+    """Whether it is plain text, of which every part is an example too."""
 
 
 class Renderer:
@@ -45,104 +50,193 @@ class Renderer:
         Tokenizer whose chat template and special tokens are used.
     chat_template
         Jinja template that replaces the tokenizer's. None: the tokenizer's own.
+    train_on
+        Turns of a conversation to train on; with ``"everything"`` prompts are trained on, too.
+    thinking
+        Whether the thinking in turns of the assistant is kept.
+    columns
+        Names of the records' columns, by the names used here.
+    as_chat
+        Render a prompt and its response as a conversation.
+
+    Attributes
+    ----------
+    notes : Counter of str
+        What was done to examples without being asked, and to how many.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> None:
-        self.tokenizer = tokenizer
-        self.template = chat_template
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | None,
+        *,
+        train_on: TrainOn = "all_assistant",
+        thinking: Thinking = "keep",
+        columns: Mapping[str, str] | None = None,
+        as_chat: bool = False,
+    ) -> None:
+        self.template = ChatTemplate(tokenizer, chat_template)
+        self.train_on = train_on
+        self.thinking = thinking
+        self.columns = columns
+        self.as_chat = as_chat
+        self.notes: Counter[str] = Counter()
+        self.eos = tokenizer.eos_token
         added = (token.content for token in tokenizer.added_tokens_decoder.values())
         self.markers = tuple(t for t in {*tokenizer.all_special_tokens, *added} if t and t == t.strip())
 
-    def examples(self, record: dict[str, Any], where: str) -> list[Example]:
+    def examples(self, record: Mapping[str, Any], where: str) -> list[Example]:
         """Return the examples a record holds: one, or one for each assistant turn (see `conversation`).
 
         Raises
         ------
         InputError
-            If the record has no known columns, a column is not text, or the chat template cannot render the record.
+            If the record has no known columns, a column holds something else, the chat template cannot render the
+            record, or something that the record gives is not in the text. The message begins with `where`.
         """
-        columns = set(record)
-        if "messages" in columns:
-            tools = record.get("tools") or None
-            messages = _messages(record["messages"], where)
-            if "completion" not in columns:
-                return [Example(segments, templated=True) for segments in self.conversation(messages, tools, where)]
-            prompt, response = self.chat(messages, tools, where, prompt=True), _text(record, "completion", where)
-        elif columns & {"prompt", "completion"}:
-            prompt, response = _text(record, "prompt", where), _text(record, "completion", where)
-        elif columns & {"query", "response"}:
-            prompt = INSTRUCTION_PROMPT.format(query=_text(record, "query", where))
-            response = " " + _text(record, "response", where)
-        else:
-            found = ", ".join(f"`{column}`" for column in sorted(columns)) or "none"
-            raise InputError(f"{where}: columns found: {found}; valid choices: {COLUMNS}")
-        return [Example([(prompt, False), (response, True)], templated="messages" in columns)]
+        try:
+            read = read_columns(record, self.columns, as_chat=self.as_chat)
+            if isinstance(read, Conversation):
+                return [Example(segments, templated=True) for segments in self.conversation(read)]
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+        if isinstance(read, Passage):
+            return [Example([(read.text, True)], templated=False, splittable=True)]
+        return [self._pair(read)]
 
-    def conversation(self, messages: list[dict[str, Any]], tools: Any, where: str) -> list[Segments]:
-        """Segments of a conversation in which every assistant turn is trained on.
+    def _pair(self, pair: Pair) -> Example:
+        return Example([(pair.prompt, self.train_on == "everything"), (pair.response, True)], templated=False)
+
+    def conversation(self, read: Conversation) -> list[Segments]:
+        """Segments of a conversation, with the turns of the assistant that are to be trained on.
 
         The text of a turn is what the template adds when the turn is appended to its prompt, up to and including the
         last special token. Text after that token, such as ChatML's newline, is never generated. Some templates rewrite
         earlier turns (Qwen3 removes their reasoning), so that no rendering contains every turn as it is generated. A
-        conversation then becomes one example per assistant turn.
+        conversation then becomes one example per trained turn.
+
+        Messages are handed to the template in each of its possible `Dialect`, until everything they give is found
+        in the text.
         """
-        turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        messages = [m.without_thinking() if self.thinking == "drop" else m for m in read.messages]
+        turns = self._trained(messages, read.start)
+        errors: list[InputError] = []
+        for dialect in self.template.dialects(messages):
+            try:
+                if self.train_on == "everything":
+                    segments = [self._everything(messages, read.tools, dialect)]
+                else:
+                    segments = self._turns(messages, turns, read.tools, dialect)
+            except InputError as error:
+                errors.append(error)
+                continue
+            return segments
+        raise next((error for error in errors if isinstance(error, NotRendered)), errors[0])
+
+    def _trained(self, messages: Sequence[Message], start: int) -> list[int]:
+        """Positions of the turns to train on."""
+        if self.train_on == "everything":
+            return []
+        spoken = [index for index, message in enumerate(messages) if index >= start and message.role == "assistant"]
+        turns = [index for index in spoken if messages[index].trained]
+        if not spoken:
+            raise InputError("`messages` has no assistant turn to train on; add one, or a column `completion`")
         if not turns:
-            raise InputError(
-                f"{where}: `messages` has no assistant turn to train on; add one, or a column `completion`"
-            )
+            raise InputError("every assistant turn of `messages` has the weight 0: there is nothing to train on")
+        if self.train_on == "last_assistant":
+            turns = turns[-1:]
         if turns[0] == 0:
-            raise InputError(f"{where}: `messages` begins with an assistant turn; put a prompt before it")
-        whole = self.chat(messages, tools, where)
-        spans: list[tuple[str, str]] = []
+            raise InputError(
+                "`messages` begins with an assistant turn; put a prompt before it, or give the turn `weight: 0`"
+            )
         for turn in turns:
-            prompt = self.chat(messages[:turn], tools, where, prompt=True)
-            rendered = self.chat(messages[: turn + 1], tools, where)
-            if not rendered.startswith(prompt):
+            if messages[turn].is_empty:
                 raise InputError(
-                    f"{where}: the chat template renders message {turn} differently from the prompt before it (prompt "
-                    f"ends in {prompt[-40:]!r}); give a `chat_template` whose generation prompt is the beginning of "
-                    "the assistant turn, or use `messages` with a `completion`"
+                    f"message {turn} is an assistant turn without text or call: a model would learn silence"
                 )
-            spans.append((prompt, self._until_last_marker(rendered, len(prompt))))
-        if not all(whole.startswith(rendered) for _, rendered in spans):
-            return [[(prompt, False), (rendered[len(prompt) :], True)] for prompt, rendered in spans]
+        return turns
+
+    def _turns(
+        self, messages: list[Message], turns: Sequence[int], tools: list[dict[str, Any]], dialect: Dialect
+    ) -> list[Segments]:
+        spans: list[tuple[str, str]] = []
+        closed = 0
+        for index in turns:
+            turn = self._turn(messages, index, tools, dialect)
+            closed += turn.closes_thinking
+            spans.append((turn.prompt, turn.response))
+        prompt, response = spans[-1]
+        whole = prompt + response
+        apart = not all(whole.startswith(before + spoken) for before, spoken in spans)
+        lacking = 0
+        for index, (before, _) in zip(turns, spans, strict=True):
+            if not (apart or index == turns[-1]):
+                continue
+            try:
+                check_prompt(before, messages[:index], tools)
+            except NotRendered:
+                # Mistral's system prompt stands before the last message if that is the user's, in use as well
+                shown = [self._shows_system(messages[:turn], tools, dialect) for turn in turns]
+                if shown[turns.index(index)] or not any(shown):
+                    raise
+                rest = [replace(m, text="") if m.role in SYSTEM else m for m in messages[:index]]
+                check_prompt(before, rest, tools)
+                lacking += 1
+        if lacking:
+            self.notes["the template's prompt leaves out the system prompt, which other turns have"] += lacking
+        if closed:
+            self.notes["the template's prompt opens a thought that the turn lacks, which is closed at once"] += closed
+        if apart:
+            return [[(before, False), (spoken, True)] for before, spoken in spans]
         segments: Segments = []
         end = 0
-        for prompt, rendered in spans:
-            segments += [(whole[end : len(prompt)], False), (rendered[len(prompt) :], True)]
-            end = len(rendered)
+        for before, spoken in spans:
+            segments += [(whole[end : len(before)], False), (spoken, True)]
+            end = len(before) + len(spoken)
         return [segments]
 
-    def chat(self, messages: list[dict[str, Any]], tools: Any, where: str, *, prompt: bool = False) -> str:
-        """Render `messages` to text, followed by the generation prompt if `prompt`."""
-        if self.template is None and self.tokenizer.chat_template is None:
-            raise InputError(
-                f"{where}: `messages` need a chat template and the tokenizer {self.tokenizer.name_or_path!r} has none; "
-                "give `chat_template` (a .jinja file), or use the columns `prompt` and `completion`"
-            )
-        try:
-            text: str = self.tokenizer.apply_chat_template(
-                messages, tools=tools, chat_template=self.template, add_generation_prompt=prompt, tokenize=False
-            )
-        except Exception as error:  # whatever a template runs into
-            raise InputError(f"{where}: the chat template cannot render `messages`: {error}") from error
-        return text
+    def _shows_system(self, messages: Sequence[Message], tools: list[dict[str, Any]], dialect: Dialect) -> bool:
+        """Whether the system prompt is in the prompt that follows `messages`."""
+        word = "zebra6172"
+        marked = [replace(m, text=word) if m.role in SYSTEM else m for m in messages]
+        return word in self.template.render(marked, tools, dialect, prompt=True)
 
-    def _until_last_marker(self, text: str, start: int) -> str:
+    def _turn(self, messages: list[Message], index: int, tools: list[dict[str, Any]], dialect: Dialect) -> Turn:
+        """A turn up to its last special token, with all that its message gives."""
+        message = messages[index]
+        if self.eos and message.text.endswith(self.eos):  # the template writes the end
+            message = replace(message, text=message.text.removesuffix(self.eos))
+            messages = [*messages[:index], message, *messages[index + 1 :]]
+        turn = self.template.turn(messages, index, tools, dialect)
+        check_response(turn.response, message, name=f"message {index}")
+        response = self._until_last_marker(turn.response)
+        if self.eos and response.removesuffix(self.eos).count(self.eos) > message.text.count(self.eos):
+            raise NotRendered(f"the chat template ends message {index} in its middle: {response[-80:]!r}")
+        return replace(turn, response=response)
+
+    def _everything(self, messages: list[Message], tools: list[dict[str, Any]], dialect: Dialect) -> Segments:
+        """The whole conversation, trained but for the turns of weight 0."""
+        whole = self._until_last_marker(self.template.render(messages, tools, dialect))
+        check_prompt(whole, messages, tools, thinking=True)
+        segments: Segments = []
+        end = 0
+        for index, message in enumerate(messages):
+            if message.trained:
+                continue
+            if message.role != "assistant":
+                raise InputError(f"message {index} ({message.role}) has the weight 0; only turns of the assistant may")
+            turn = self._turn(messages, index, tools, dialect)
+            if not whole.startswith(turn.prompt + turn.response):
+                raise InputError(
+                    f"message {index} has the weight 0, and the chat template rewrites it once other messages follow; "
+                    "use `train_on: all_assistant`"
+                )
+            segments += [(whole[end : len(turn.prompt)], True), (turn.response, False)]
+            end = len(turn.prompt) + len(turn.response)
+        if whole[end:]:
+            return [*segments, (whole[end:], True)]
+        return segments[:-1]
+
+    def _until_last_marker(self, text: str) -> str:
         body = text.rstrip()
-        return body if len(body) > start and body.endswith(self.markers) else text
-
-
-def _messages(value: Any, where: str) -> list[dict[str, Any]]:
-    if not isinstance(value, list) or not value or not all(isinstance(m, dict) and "role" in m for m in value):
-        raise InputError(f"{where}: `messages` must be a non-empty list of objects with `role` and `content`")
-    return value
-
-
-def _text(record: dict[str, Any], column: str, where: str) -> str:
-    if not isinstance(value := record.get(column), str):
-        found = ", ".join(f"`{name}`" for name in sorted(record))
-        kind = f"a {type(value).__name__}, not text" if column in record else "missing"
-        raise InputError(f"{where}: `{column}` is {kind} (columns found: {found}); valid choices: {COLUMNS}")
-    return value
+        return body if body and body.endswith(self.markers) else text

@@ -46,6 +46,8 @@ class Encoder:
         self.anchored = self._ids(["\na"])[0] != [*self.anchor, *bare]
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
         encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
         ids: list[list[int]] = encoded["input_ids"]
         return ids

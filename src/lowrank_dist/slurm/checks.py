@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -190,15 +191,17 @@ def _check_paths(settings: Any, options: SubmitOptions) -> list[str]:
         "data.test": settings.data.get("test"),
     }
     warnings = []
-    for key, value in named.items():
+    values = [(key, text) for key, value in named.items() for text in (value if isinstance(value, list) else [value])]
+    for key, value in values:
         if value is None:
             continue
-        path = Path(str(value)).absolute()
+        path = Path(str(value)).expanduser().absolute()
         text = str(value)
         looks_local = text.startswith(("/", ".", "~")) or text.count("/") > 1 or text.endswith(".jsonl")
-        if looks_local and not path.exists():
+        exists = path.exists() or next(glob.iglob(str(path), recursive=True), None) is not None  # data may be a pattern
+        if looks_local and not exists:
             raise SubmitError(f"{key}={value}: {path} does not exist; give a path that every node sees, or a hub id")
-        if options.cluster == "slurm" and path.exists() and _node_local(path):
+        if options.cluster == "slurm" and exists and _node_local(path):
             warnings.append(f"{key}={value} seems to be on a file system that other nodes cannot see")
     return sorted(set(warnings))
 

@@ -98,12 +98,27 @@ def parse_object(data: bytes, where: str) -> dict[str, Any]:
         If it is no JSON object, has an entry twice, or nests deeper than 64.
     """
     try:
-        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_object)
-    except (ValueError, RecursionError) as error:
+        value = load_json(data)
+    except ValueError as error:
         raise CheckpointError(f"{where}: cannot be read ({printable(error)}); it is damaged") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{where}: holds no JSON object; it is damaged")
-    _check_depth(value, where)
+    return value
+
+
+def load_json(data: bytes) -> Any:
+    """The value that JSON text in UTF-8 holds.
+
+    Raises
+    ------
+    ValueError
+        If it is no JSON, has an entry twice, or nests deeper than 64.
+    """
+    try:
+        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_object)
+    except RecursionError as error:
+        raise ValueError(f"nests deeper than {MAX_DEPTH}") from error
+    _check_depth(value)
     return value
 
 
@@ -111,13 +126,13 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, value in pairs:
         if name in values:
-            raise ValueError(f"the entry {name!r} is there twice")
+            raise ValueError(f"the entry {printable(repr(name), 80)} is there twice")
         values[name] = value
     return values
 
 
-def _check_depth(value: Any, where: str) -> None:
-    level = [value]
+def _check_depth(value: Any) -> None:
+    level = [value] if isinstance(value, dict | list) else []
     for _ in range(MAX_DEPTH):
         level = [
             inner
@@ -127,7 +142,7 @@ def _check_depth(value: Any, where: str) -> None:
         ]
         if not level:
             return
-    raise CheckpointError(f"{where}: nests deeper than {MAX_DEPTH}; it is damaged")
+    raise ValueError(f"nests deeper than {MAX_DEPTH}")
 
 
 # -- entries ----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from peft import LoraConfig
 import lowrank_dist
 from helpers.checkpoints import make_checkpoint
 from lowrank_dist import cli
-from lowrank_dist.cli import convert, decompose, demo, import_weights, inspect, merge, report, submit
+from lowrank_dist.cli import convert, data, decompose, demo, import_weights, inspect, merge, report, submit
 from lowrank_dist.cli.commands import COMMANDS
 from lowrank_dist.cli.plan import command as plan
 from lowrank_dist.methods import METHODS
@@ -36,7 +36,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 def own_parsers() -> dict[str, argparse.ArgumentParser]:
     """The parsers of the commands that are not LightningCLI's."""
     modules = {"convert": convert, "demo": demo, "inspect": inspect, "merge": merge, "plan": plan}
-    modules |= {"import": import_weights, "report": report, "submit": submit}
+    modules |= {"data": data, "import": import_weights, "report": report, "submit": submit}
     assert {*modules, "decompose", *TRAINER_COMMANDS} == COMMANDS.keys()
     own = {name: module.parser() for name, module in modules.items()}
     assert {name: parser.prog for name, parser in own.items()} == {name: f"lowrank-dist {name}" for name in own}

@@ -102,6 +102,10 @@ def test_an_empty_file_is_an_error(tokenizer_dir, tmp_path):
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
         ({"limit": 0}, "limit=0 must be at least 1"),
         ({"num_workers": -1}, "num_workers=-1 must be at least 0"),
+        ({"train_on": "all"}, "train_on='all'; valid choices: all_assistant, last_assistant, everything"),
+        ({"thinking": "no"}, "thinking='no'; valid choices: keep, drop"),
+        ({"on_bad_record": "stop"}, "on_bad_record='stop'; valid choices: error, skip"),
+        ({"columns": {"promt": "a"}}, "columns: 'promt' is not known"),
     ],
 )
 def test_settings_are_checked(settings, message):
@@ -129,6 +133,53 @@ def test_a_chat_template_can_be_given(tokenizer_dir, tmp_path):
     data.setup("fit")
     text = byte_level_tokenizer().decode(data.train_dataloader().dataset[0]["input_ids"])
     assert text == "[user] hello\n[assistant] world\n<|im_end|>"
+
+
+def test_a_chat_template_can_be_given_as_text(tokenizer_dir, tmp_path):
+    conversation = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "world"}]
+    path = write_jsonl(tmp_path / "chat.jsonl", [{"messages": conversation}])
+    data = SFTDataModule(tokenizer_dir, path, chat_template="{% for m in messages %}[{{ m['content'] }}]{% endfor %}")
+    data.setup("fit")
+    assert byte_level_tokenizer().decode(data.train_dataloader().dataset[0]["input_ids"]) == "[hello][world]<|im_end|>"
+
+
+def test_several_files_are_one_set(tokenizer_dir, tmp_path):
+    files = [write_jsonl(tmp_path / f"{name}.jsonl", RECORDS[:count]) for name, count in (("b", 2), ("a", 3))]
+    data = SFTDataModule(tokenizer_dir, files, str(tmp_path / "*.jsonl"))
+    data.setup("fit")
+    assert len(data.train_dataloader().dataset) == len(data.val_dataloader().dataset) == 5
+    dataset = data.train_dataloader().dataset
+    texts = [byte_level_tokenizer().decode(dataset[index]["input_ids"]) for index in range(5)]
+    assert [text[:7] for text in texts] == [f"hello {index}" for index in (0, 1, 0, 1, 2)]
+
+
+def test_skipped_records_are_said_in_one_line(tokenizer_dir, tmp_path, caplog):
+    path = write_jsonl(tmp_path / "data.jsonl", [*RECORDS[:2], {"prompt": 1}, [3]])
+    with caplog.at_level(logging.WARNING):
+        SFTDataModule(tokenizer_dir, path, on_bad_record="skip").setup("fit")
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith(f"train='{path}': skipped 2 of 4 records; the first: {path}:")
+    with pytest.raises(InputError, match=r"none of its 1 records is left: skipped 1 of 1 records; the first: "):
+        SFTDataModule(tokenizer_dir, write_jsonl(tmp_path / "bad.jsonl", [{}]), on_bad_record="skip").setup("fit")
+
+
+def doubled(record):
+    """A user's function, by its import path."""
+    return {"prompt": record["text"], "completion": record["text"]}
+
+
+def test_a_yaml_file_names_columns_and_a_function(tokenizer_dir, tmp_path):
+    path = write_jsonl(tmp_path / "data.jsonl", [{"text": "hello"}])
+    parser = ArgumentParser()
+    parser.add_class_arguments(SFTDataModule, "data")
+    options = [f"--data.tokenizer={tokenizer_dir}", f"--data.train=[{path}, {path}]"]
+    for extra in ([f"--data.transform={__name__}.doubled"], ["--data.columns={prompt: text, completion: text}"]):
+        settings = parser.parse_args([*options, *extra])
+        assert parser.dump(settings)  # as a run writes it down
+        data = getattr(parser, "instantiate", parser.instantiate_classes)(settings).data
+        data.setup("fit")
+        assert len(data.train_dataloader().dataset) == 2
+        assert byte_level_tokenizer().decode(data.train_dataloader().dataset[0]["input_ids"]) == "hellohello<|im_end|>"
 
 
 def test_hub_ids_go_to_datasets(tokenizer_dir, monkeypatch):
@@ -282,7 +333,7 @@ def test_bad_records_are_bad_input_with_file_and_line(tmp_path):
     byte_level_tokenizer().save_pretrained(tmp_path / "tokenizer")
     good = json.dumps({"prompt": "a", "completion": "b"})
     bad = [
-        "",
+        f"\n{good}",
         "{",
         "[1]",
         "{}",

@@ -39,6 +39,7 @@ REFUSED = {
     "grace": (["--time=5", "--grace=300"], "--grace 300 s must be shorter than --time 5"),
     "interval": (["--time=1:00:00", "--seconds-per-step=60"], "a checkpoint every 3:20:00 and --time 1:00:00"),
     "path": (["--data.train=no/such/file.jsonl"], "no/such/file.jsonl does not exist; give a path"),
+    "pattern": (["--data.train=[no/such/part-*.jsonl]"], "data.train=no/such/part-*.jsonl: "),
     "model": (["--trainer.strategy.init_args.pretrained=/no/such"], "pretrained=/no/such: /no/such does not exist"),
     "no checkpoints": (["--trainer.callbacks=[]"], "has no lowrank_dist.AdapterCheckpoint"),
     "auto_requeue": (

@@ -1,0 +1,160 @@
+"""Records by their columns: a conversation, a prompt with its response, or plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lowrank_dist.data.messages import Message, assistant, parse_messages, parse_tools
+from lowrank_dist.errors import InputError
+
+INSTRUCTION_PROMPT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{query}\n\n### Response:"
+)
+"""Prompt of a `query`: the Alpaca prompt, as used by MetaMath and the authors of PiSSA. The space before the response
+belongs to the response, because vocabularies include it in the token of the first word."""
+
+INPUT_PROMPT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n"
+    "### Instruction:\n{query}\n\n### Input:\n{input}\n\n### Response:"
+)
+"""Prompt of an `instruction` with an `input`: the other Alpaca prompt."""
+
+#: Columns that make a record, the first that are all there; and those that may stand beside them.
+SHAPES: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("messages",): ("completion", "tools", "functions", "system"),
+    ("conversations",): ("tools", "functions", "system"),
+    ("prompt", "completion"): ("tools", "functions", "system"),
+    ("instruction", "output"): ("input",),
+    ("query", "response"): (),
+    ("question", "answer"): (),
+    ("text",): (),
+}
+NAMES = tuple(dict.fromkeys(name for needed, beside in SHAPES.items() for name in (*needed, *beside)))
+COLUMNS = ", ".join(" and ".join(f"`{name}`" for name in needed) for needed in SHAPES)
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages, for the chat template."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]]
+    start: int = 0
+    """The first message that may be trained on; those before it were given as the prompt."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A prompt and its response, used as they are."""
+
+    prompt: str
+    response: str
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Text that is trained as a whole."""
+
+    text: str
+
+
+def read_columns(
+    record: Mapping[str, Any], columns: Mapping[str, str] | None = None, *, as_chat: bool = False
+) -> Conversation | Pair | Passage:
+    """What a record holds.
+
+    Parameters
+    ----------
+    record
+        Values by column.
+    columns
+        Names of its columns by the names used here, if they differ; others are then not looked at.
+    as_chat
+        Take a prompt and its response for a conversation of two messages.
+
+    Raises
+    ------
+    InputError
+        If the columns are not understood or hold something else.
+    """
+    if columns is not None:
+        for name in columns.values():
+            if name not in record:
+                raise InputError(f"the column {name!r} of `columns` is missing (columns found: {_listed(record)})")
+        record = {name: record[column] for name, column in columns.items()}
+    shape = _shape(record)
+    if shape[0] in ("messages", "conversations"):
+        messages = parse_messages(record[shape[0]], shape[0])
+        if shape[0] == "messages" and record.get("completion") is not None:
+            return _conversation(messages, [assistant(_text(record, "completion"))], record)
+        return _conversation([], messages, record)
+    if shape == ("text",):
+        return Passage(_text(record, "text"))
+    if shape == ("prompt", "completion"):
+        prompt, completion = (_chat(record.get(name), name) for name in shape)
+        if prompt is not None or completion is not None:
+            prompt = prompt or [Message(role="user", text=_text(record, "prompt"))]
+            completion = completion or [assistant(_text(record, "completion"))]
+            return _conversation(prompt, completion, record)
+    ask, answer = (_text(record, name) for name in shape)
+    given = _text(record, "input") if shape[0] == "instruction" and record.get("input") else ""
+    if as_chat:
+        asked = f"{ask}\n\n{given}" if given else ask
+        return _conversation([Message(role="user", text=asked)], [assistant(answer)], record)
+    if shape == ("prompt", "completion"):
+        return Pair(ask, answer)
+    prompt_text = INPUT_PROMPT.format(query=ask, input=given) if given else INSTRUCTION_PROMPT.format(query=ask)
+    return Pair(prompt_text, " " + answer)
+
+
+def check_columns(columns: Mapping[str, str] | None) -> None:
+    """InputError if `columns` has a name that is not known here."""
+    for name in columns or ():
+        if name not in NAMES:
+            raise InputError(f"columns: {name!r} is not known; valid choices: {', '.join(NAMES)}")
+
+
+def _shape(record: Mapping[str, Any]) -> tuple[str, ...]:
+    whole = next((needed for needed in SHAPES if all(name in record for name in needed)), None)
+    if whole is not None and whole != ("text",):
+        return whole
+    if "chosen" in record and "rejected" in record:
+        raise InputError("`chosen` and `rejected` are a preference pair, and nothing here trains on pairs")
+    for part in (("prompt", "completion"), ("query", "response")):  # names that mean nothing else: the other is missing
+        if any(name in record for name in part):
+            return part
+    if whole is None:
+        raise InputError(f"columns found: {_listed(record)}; valid choices: {COLUMNS}")
+    return whole
+
+
+def _conversation(prompt: list[Message], trained: list[Message], record: Mapping[str, Any]) -> Conversation:
+    tools = [tool for column in ("tools", "functions") for tool in parse_tools(record.get(column), column)]
+    messages = [*prompt, *trained]
+    if record.get("system"):
+        system = Message(role="system", text=_text(record, "system"))
+        if messages[0].role != "system":
+            messages = [system, *messages]
+        elif messages[0].text.strip() != system.text.strip():
+            raise InputError("the column `system` differs from the first message, which is a system message too")
+    return Conversation(messages, tools, len(messages) - len(trained))
+
+
+def _chat(value: Any, column: str) -> list[Message] | None:
+    """The messages in a column, if it holds a list."""
+    return parse_messages(value, column) if isinstance(value, list) and value and isinstance(value[0], dict) else None
+
+
+def _text(record: Mapping[str, Any], column: str) -> str:
+    if not isinstance(value := record.get(column), str):
+        kind = f"a {type(value).__name__}, not text" if column in record else "missing"
+        raise InputError(f"`{column}` is {kind} (columns found: {_listed(record)}); valid choices: {COLUMNS}")
+    return value
+
+
+def _listed(record: Mapping[str, Any]) -> str:
+    return ", ".join(f"`{name}`" for name in sorted(record)) or "none"
