@@ -1,9 +1,9 @@
-# make demo | test | test-matrix | test-slurm | test-lowest | kills | fuzz | lint | bench | clean; each fails when something in it fails.
+# make demo | test | test-matrix | test-slurm | test-lowest | kills | fuzz | lint | docs | package | bench | clean; each fails when something in it fails.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-matrix test-slurm test-lowest kills fuzz lint bench clean
+.PHONY: help setup demo test test-matrix test-slurm test-lowest kills fuzz lint docs test-site package bench clean
 
 PYTHON ?= python3
 # files of tests that run at a time, one more than CI has cores: each waits a quarter of its time, for ranks to meet;
@@ -11,6 +11,7 @@ PYTHON ?= python3
 JOBS ?= 3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
+DOCS_INSTALLED := $(VENV)/.docs-installed
 # the lowest versions that pyproject.toml admits; of torch the pinned release, or another that there is a CPU build of
 LOWEST := .venv-lowest
 TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
@@ -37,6 +38,9 @@ help:
 	@echo "make kills   end ranks of training runs at random moments, and resume (KILLS=30 SEED=0 RANKS=2; not in CI)"
 	@echo "make fuzz    damage files of every kind, and check what the readers make of them (FUZZ_CASES, FUZZ_SEED)"
 	@echo "make lint    ruff check, ruff format --check, mypy"
+	@echo "make docs    build the documentation (build/docs/html), warnings as errors"
+	@echo "make test-site  build it, and look at it in a browser (as root on Debian, installs Chromium)"
+	@echo "make package  build wheel and sdist (build/dist), install each into a fresh environment and try it"
 	@echo "make bench   run every benchmarks/bench_*.py"
 	@echo "make clean   remove the environment, caches and build output; runs/ stays"
 
@@ -93,6 +97,26 @@ lint: $(INSTALLED)
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) mypy
+
+$(DOCS_INSTALLED): $(INSTALLED)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt -e ".[docs]"
+	touch $@
+
+docs: $(DOCS_INSTALLED)
+	$(RUN) sphinx-build --fail-on-warning --keep-going --quiet --jobs auto docs build/docs/html
+	@echo "build/docs/html/index.html"
+
+# no browser: the tests are skipped and say why
+test-site: docs
+	if ! command -v chromium >/dev/null && [[ $$(id -u) == 0 ]] && command -v apt-get >/dev/null; then \
+		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; } || \
+			echo "Debian's Chromium could not be installed: its tests are skipped" >&2; \
+	fi
+	$(RUN) python -m pytest tests/system/test_site.py $(PYTEST_ARGS)
+
+package: $(INSTALLED)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt -e ".[release]"
+	PYTHON=$(CURDIR)/$(VENV)/bin/python tests/helpers/package.sh build/dist
 
 bench: $(INSTALLED)
 	@shopt -s nullglob; files=(benchmarks/bench_*.py); \
