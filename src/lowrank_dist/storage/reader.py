@@ -16,25 +16,14 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lowrank_dist.errors import CheckpointError, is_passing
 from lowrank_dist.linalg import all_finite
 from lowrank_dist.storage.dtypes import DTYPES
-from lowrank_dist.storage.parse import (
-    MAX_HEADER,
-    is_object_of,
-    is_plain,
-    is_text,
-    open_regular,
-    printable,
-    read_record,
-)
+from lowrank_dist.storage.headers import INDEX_NAME, open_file, read_index
 
 log = logging.getLogger(__name__)
-
-INDEX_NAME = "model.safetensors.index.json"
 
 _Request = TypeVar("_Request")
 _Block = TypeVar("_Block")
@@ -355,48 +344,6 @@ def read_ahead(read: Callable[[_Request], _Block], requests: Iterable[_Request],
         finally:
             for future in pending:
                 future.cancel()
-
-
-def open_file(path: Path) -> Any:
-    """Open a safetensors file and check its header against its length; see ``safetensors.safe_open``.
-
-    Raises
-    ------
-    CheckpointError
-        If it is truncated or damaged.
-    """
-    with open(open_regular(path), "rb") as file:
-        size, header = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
-    try:
-        if header > min(MAX_HEADER, size - 8):  # not opened: the header would be read whole
-            raise ValueError(f"a header of {header} bytes")
-        opened = safe_open(path, framework="pt")
-        odd = next((name for name in opened.keys() if not is_plain(name)), None)  # noqa: SIM118 (no dictionary)
-        if odd is not None:
-            raise ValueError(f"a tensor is called {printable(odd)!r}")
-        return opened
-    except (SafetensorError, ValueError, OSError) as error:
-        if is_passing(error):
-            raise
-        raise CheckpointError(
-            f"{path}: {size} bytes, truncated or corrupt ({printable(error)}); fetch it again"
-        ) from error
-
-
-def read_index(path: Path) -> dict[str, str]:
-    """Names of the tensors, and of the files beside the index that hold them.
-
-    Raises
-    ------
-    CheckpointError
-        If it is no index, or names files elsewhere.
-    """
-
-    def is_beside(file: Any) -> bool:
-        return is_text(file) and file == os.path.basename(file) and file.endswith(".safetensors")
-
-    found = read_record(path).expect("weight_map", is_object_of(is_beside), "safetensors files beside it by tensor")
-    return dict(found)
 
 
 def resolve_checkpoint(
