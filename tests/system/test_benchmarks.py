@@ -184,3 +184,9 @@ def test_a_step_at_tiny_scale(tmp_path: Path) -> None:
     assert [row[1].strip() for row in rows] == ["PEFT, dense", "PEFT + bitsandbytes", "ours", "ours, 2 ranks"]
     losses = [float(row[-2].split()[0]) for row in rows]
     assert losses[1] == pytest.approx(losses[2], rel=1e-4)
+
+
+def test_start_up_at_tiny_scale(tmp_path: Path) -> None:
+    report = dry_run("benchmarks/bench_startup.py", output=tmp_path / "startup.md")
+    for start in ("`import lowrank_dist`", "`lowrank-dist --help`", "`lowrank-dist inspect`, a small model"):
+        assert f"\n| {start} | " in report
