@@ -37,7 +37,7 @@ help:
 	@echo "make test-lowest  pass a smoke set with the lowest versions that pyproject.toml admits (.venv-lowest)"
 	@echo "make kills   end ranks of training runs at random moments, and resume (KILLS=30 SEED=0 RANKS=2; not in CI)"
 	@echo "make fuzz    damage files of every kind, and check what the readers make of them (FUZZ_CASES, FUZZ_SEED)"
-	@echo "make lint    ruff check, ruff format --check, mypy"
+	@echo "make lint    ruff check, ruff format --check, mypy, hadolint"
 	@echo "make docs    build the documentation (build/docs/html), warnings as errors"
 	@echo "make test-site  build it, and look at it in a browser (as root on Debian, installs Chromium)"
 	@echo "make package  build wheel and sdist (build/dist), install each into a fresh environment and try it"
@@ -97,6 +97,7 @@ lint: $(INSTALLED)
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) mypy
+	$(RUN) hadolint Dockerfile
 
 $(DOCS_INSTALLED): $(INSTALLED)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt -e ".[docs]"
