@@ -37,8 +37,7 @@ numpydoc_xref_param_type = False
 myst_enable_extensions = ["attrs_inline"]
 # links to headings of any page are checked, as links to pages are
 myst_heading_anchors = 3
-# pages that come with other parts of the package have their place in the menu before they are there
-suppress_warnings = ["toc.empty_glob"]
+suppress_warnings: list[str] = []
 
 html_theme = "pydata_sphinx_theme"
 html_title = f"lowrank_dist {__version__}"

@@ -5,6 +5,7 @@ They lie in ``docs/generated`` and are not kept in git.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib
 import inspect
@@ -15,7 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import docstring_parser
+from docutils import nodes
+from docutils.statemachine import StringList
 from sphinx.application import Sphinx
+from sphinx.directives.other import TocTree
 
 from compatibility import page as compatibility_page
 
@@ -46,8 +50,21 @@ RESULTS = {
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register the writer of the pages."""
+    app.add_directive("present-toctree", PresentToctree)
     app.connect("builder-inited", write_pages)
     return {"parallel_read_safe": True}
+
+
+class PresentToctree(TocTree):
+    """A table of contents without the pages that are not there (yet)."""
+
+    def run(self) -> list[nodes.Node]:
+        """Leave them out, and go on as ever."""
+        self.env.note_reread()  # pages may come and go while this one stays
+        directory = Path(self.env.doc2path(self.env.docname)).parent
+        there = [index for index, name in enumerate(self.content) if (directory / f"{name}.md").exists()]
+        self.content = StringList([self.content[i] for i in there], items=[self.content.items[i] for i in there])
+        return super().run()
 
 
 def write_pages(app: Sphinx) -> None:
@@ -59,6 +76,7 @@ def write_pages(app: Sphinx) -> None:
     pages["configuration"] = configuration()
     pages["compatibility"] = compatibility_page(ROOT)
     pages |= {f"results-{name}": results(name, title) for name, title in RESULTS.items()}
+    pages |= {f"example-{file.stem}": example(file) for file in sorted((ROOT / "examples").glob("*.py"))}
     for old in directory.glob("*.md"):
         if old.stem not in pages:
             old.unlink()
@@ -279,6 +297,18 @@ def default_of(cls: type, name: str, value: Any) -> str:
         value = next(field for field in dataclasses.fields(cls) if field.name == name).default_factory()  # type: ignore
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value).strip("'")
     return f"`{text}`".replace("|", "\\|") if text else "`''`"
+
+
+# -- examples ----------------------------------------------------------------------------------------------------------
+
+
+def example(file: Path) -> str:
+    """A program of ``examples``: its first line is the title, the rest of its docstring the text."""
+    text = file.read_text(encoding="utf-8")
+    told = ast.get_docstring(ast.parse(text)) or ""
+    title, _, rest = told.partition("\n\n")
+    code = text[text.index('"""', 3) + 3 :].strip()
+    return f"# {title.rstrip('.')}\n\n{markdown(rest)}\n\n`examples/{file.name}`:\n\n```python\n{code}\n```\n"
 
 
 # -- results -----------------------------------------------------------------------------------------------------------
