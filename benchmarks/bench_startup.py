@@ -65,7 +65,10 @@ def main() -> None:
         met = verdict(min(clock) < start.goal)
         verdicts.append(f"- {start.name}: {min(clock):.2f} s, goal {start.goal:g} s: {met}")
     rounds = 1 if options.tiny else options.rounds
-    note = f"least / median of {rounds} rounds, each in a fresh interpreter; files in the page cache"
+    note = (
+        "a dry run; " * options.tiny
+        + f"least / median of {rounds} rounds, each in a fresh interpreter; files in the page cache"
+    )
     parts = [
         header(
             "Start-up",

@@ -44,6 +44,7 @@ RESULTS = {
     "step": "A training step on a CPU",
     "checkpoint": "Checkpoints",
     "dora": "DoRA",
+    "startup": "Start-up of commands",
     "quantized_starts": "Starts on a quantized base",
 }
 
