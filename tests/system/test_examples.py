@@ -17,8 +17,8 @@ from helpers.ranks import environment_of, meeting_place
 
 EXAMPLES = ROOT / "examples"
 #: Those of the second list run in `make test-matrix` only.
-QUICK = ["classify", "chat", "experts"]
-OTHERS = ["plain_module", "pretrain", "own_method", "own_source", "sweep"]
+QUICK = ["classify", "chat"]
+OTHERS = ["plain_module", "pretrain", "experts", "own_method", "own_source", "sweep"]
 
 
 def start(argv: list[str]) -> int:
