@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import importlib
 import inspect
+import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -78,6 +79,7 @@ def write_pages(app: Sphinx) -> None:
     pages["compatibility"] = compatibility_page(ROOT)
     pages |= {f"results-{name}": results(name, title) for name, title in RESULTS.items()}
     pages |= {f"example-{file.stem}": example(file) for file in sorted((ROOT / "examples").glob("*.py"))}
+    pages |= {f"example-{file.stem}": notebook(file) for file in sorted((ROOT / "examples").glob("*.ipynb"))}
     for old in directory.glob("*.md"):
         if old.stem not in pages:
             old.unlink()
@@ -310,6 +312,16 @@ def example(file: Path) -> str:
     title, _, rest = told.partition("\n\n")
     code = text[text.index('"""', 3) + 3 :].strip()
     return f"# {title.rstrip('.')}\n\n{markdown(rest)}\n\n`examples/{file.name}`:\n\n```python\n{code}\n```\n"
+
+
+def notebook(file: Path) -> str:
+    """The cells of a notebook, without output."""
+    found = [f"`examples/{file.name}`:"]
+    for cell in json.loads(file.read_text(encoding="utf-8"))["cells"]:
+        text = "".join(cell["source"])
+        found.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
+    found[:2] = [found[1], found[0]]  # the title comes first
+    return "\n\n".join(found) + "\n"
 
 
 # -- results -----------------------------------------------------------------------------------------------------------

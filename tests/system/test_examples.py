@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import runpy
 import sys
 from pathlib import Path
 from subprocess import CompletedProcess
+from typing import Any
 
 import pytest
 from peft import PeftModel
@@ -74,6 +76,26 @@ def test_a_run_goes_on_with_one_rank(directory: Path) -> None:
     assert "trained to step 4" in done.stdout
     steps = {path.name for path in (directory / "runs" / "examples" / "resume").iterdir() if path.is_dir()}
     assert steps == {f"step={step}" for step in range(1, 5)}
+
+
+def run_cells(argv: list[str]) -> int:
+    """Run the code of a notebook, cell by cell, as a kernel does."""
+    notebook, directory = argv
+    os.chdir(directory)
+    cells: list[dict[str, Any]] = json.loads(Path(notebook).read_text())["cells"]
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), f"{notebook}, {cell['id']}", "exec"), names)
+    return 0
+
+
+def test_the_notebook(directory: Path) -> None:
+    (done,) = run_main(run_cells, [str(EXAMPLES / "step_by_step.ipynb"), str(directory)], [{}])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("of the error of NF4 removed") == 3
+    cells = json.loads((EXAMPLES / "step_by_step.ipynb").read_text())["cells"]
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
 
 
 def test_every_example_is_run_and_has_its_page() -> None:
