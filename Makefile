@@ -1,9 +1,9 @@
-# make demo | test | test-matrix | test-slurm | test-lowest | kills | fuzz | lint | bench | clean; each fails when something in it fails.
+# make demo | test | test-matrix | test-slurm | test-lowest | kills | fuzz | lint | docs | package | bench | clean; each fails when something in it fails.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-matrix test-slurm test-lowest kills fuzz lint bench clean
+.PHONY: help setup extras demo test test-matrix test-slurm test-lowest kills fuzz lint docs test-site package bench clean
 
 PYTHON ?= python3
 # files of tests that run at a time, one more than CI has cores: each waits a quarter of its time, for ranks to meet;
@@ -11,6 +11,7 @@ PYTHON ?= python3
 JOBS ?= 3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
+EXTRAS := $(VENV)/.extras-installed
 # the lowest versions that pyproject.toml admits; of torch the pinned release, or another that there is a CPU build of
 LOWEST := .venv-lowest
 TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
@@ -30,13 +31,16 @@ RUN := env PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
 help:
 	@echo "make demo    train QPiSSA on a small model with 2 CPU ranks, convert, evaluate with stock PEFT (runs/demo)"
-	@echo "make test    set up and run the tests, but for tests/slurm"
+	@echo "make test    set up and run the tests, but for tests/slurm and the site's"
 	@echo "make test-matrix  every tuner, optimizer and quantized format on all ranks; writes the table of docs/tuners.md"
 	@echo "make test-slurm  install Debian's Slurm (as root) and pass tests/slurm on it, on loopback"
 	@echo "make test-lowest  pass a smoke set with the lowest versions that pyproject.toml admits (.venv-lowest)"
 	@echo "make kills   end ranks of training runs at random moments, and resume (KILLS=30 SEED=0 RANKS=2; not in CI)"
 	@echo "make fuzz    damage files of every kind, and check what the readers make of them (FUZZ_CASES, FUZZ_SEED)"
-	@echo "make lint    ruff check, ruff format --check, mypy"
+	@echo "make lint    ruff check, ruff format --check, mypy, hadolint"
+	@echo "make docs    build the documentation (build/docs/html), warnings as errors"
+	@echo "make test-site  build it, and look at it in a browser (as root on Debian, installs Chromium)"
+	@echo "make package  build wheel and sdist (build/dist), install each into a fresh environment and try it"
 	@echo "make bench   run every benchmarks/bench_*.py"
 	@echo "make clean   remove the environment, caches and build output; runs/ stays"
 
@@ -53,7 +57,7 @@ demo: $(INSTALLED)
 # one thread per rank: the distributed tests start several ranks on few cores
 test test-matrix test-slurm fuzz: export OMP_NUM_THREADS := 1
 test: $(INSTALLED)
-	$(RUN) python -m pytest --ignore=tests/slurm --numprocesses $(JOBS) --dist loadfile $(PYTEST_ARGS)
+	$(RUN) python -m pytest --ignore=tests/slurm --ignore=tests/system/test_site.py --numprocesses $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 fuzz: export FUZZ_CASES ?= 20000
 fuzz: $(INSTALLED)
@@ -62,7 +66,7 @@ fuzz: $(INSTALLED)
 test-matrix: $(INSTALLED)
 	$(RUN) python -m pytest tests/system/test_tuners.py tests/unit/export/test_tuned.py \
 		tests/distributed/decoding/test_fit.py tests/distributed/training/test_every_optimizer.py \
-		tests/distributed/training/test_killed.py -m "matrix or not matrix" \
+		tests/distributed/training/test_killed.py tests/system/test_examples.py tests/system/test_benchmarks.py -m "matrix or not matrix" \
 		--numprocesses $(JOBS) --junitxml .cache/matrix.xml $(PYTEST_ARGS)
 	$(RUN) python tests/helpers/tuner_table.py .cache/matrix.xml
 
@@ -94,6 +98,28 @@ lint: $(INSTALLED)
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) mypy
+	$(RUN) hadolint Dockerfile
+
+$(EXTRAS): $(INSTALLED)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt -e ".[docs,release]"
+	touch $@
+
+extras: $(EXTRAS)
+
+docs: $(EXTRAS)
+	$(RUN) sphinx-build --fail-on-warning --keep-going --quiet --jobs auto docs build/docs/html
+	@echo "build/docs/html/index.html"
+
+# no browser: the tests are skipped and say why
+test-site: docs
+	if ! command -v chromium >/dev/null && [[ $$(id -u) == 0 ]] && command -v apt-get >/dev/null; then \
+		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; } || \
+			echo "Debian's Chromium could not be installed: its tests are skipped" >&2; \
+	fi
+	$(RUN) python -m pytest tests/system/test_site.py $(PYTEST_ARGS)
+
+package: $(EXTRAS)
+	PYTHON=$(CURDIR)/$(VENV)/bin/python tests/helpers/package.sh build/dist
 
 bench: $(INSTALLED)
 	@shopt -s nullglob; files=(benchmarks/bench_*.py); \

@@ -44,7 +44,7 @@ LONG = (
     "initialization/test_starting_adapter.py",
     "initialization/test_memory.py",
     "system/test_interop.py",
-    "system/test_readme.py",
+    "system/test_docs.py",
 )
 
 

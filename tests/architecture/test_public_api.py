@@ -54,7 +54,7 @@ def test_the_examples_run() -> None:
     assert not reports, "\n".join(reports)
 
 
-@pytest.mark.parametrize("module", ["lowrank_dist", "lowrank_dist.export"])
+@pytest.mark.parametrize("module", ["lowrank_dist", "lowrank_dist.export", "lowrank_dist.storage"])
 def test_type_checkers_see_what_is_imported_lazily(module: str) -> None:
     found = importlib.import_module(module)
     tree = ast.parse(Path(str(found.__file__)).read_text())

@@ -22,7 +22,7 @@ from helpers.ranks import run_ranks_catching
 from helpers.training import CausalLM, loader, make_strategy, make_trainer
 from lowrank_dist import NF4, AdapterCheckpoint, PiSSA
 from lowrank_dist.errors import InputError
-from lowrank_dist.storage.find_weights import INDEX_NAME
+from lowrank_dist.storage.headers import INDEX_NAME
 
 
 def attempt(pretrained: Path, output: Path, adapter: dict[str, Any], options: dict[str, Any]) -> None:

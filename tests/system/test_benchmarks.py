@@ -61,6 +61,7 @@ def test_a_dry_run_replaces_nothing_that_was_measured(tmp_path: Path) -> None:
     assert "tokens/s |" not in report
 
 
+@pytest.mark.matrix
 def test_every_table_at_tiny_scale(tmp_path: Path) -> None:
     report = dry_run("benchmarks/bench_init.py", "--repeats", "1", output=tmp_path / "init.md")
     for table in ("peft", "svd", "layers", "limit", "reduction", "projection"):
@@ -75,6 +76,7 @@ def test_every_table_at_tiny_scale(tmp_path: Path) -> None:
         assert f"| {row}" in report
 
 
+@pytest.mark.matrix
 def test_quantized_starts_at_tiny_scale(tmp_path: Path) -> None:
     """QERA errs less in the outputs than the quantized weight alone; training gives two more columns."""
     options = ["--starts", "QLoRA", "QERA, exact", "--train", "1", "2"]
@@ -85,6 +87,7 @@ def test_quantized_starts_at_tiny_scale(tmp_path: Path) -> None:
     assert all(float(cell.split()[0]) > 0 for label in ("QLoRA", "QERA, exact") for cell in rows[label][-2:])
 
 
+@pytest.mark.matrix
 def test_checkpoints_at_tiny_scale(tmp_path: Path) -> None:
     """Of the figures, those that are no times: what can be resumed elsewhere, and what holds pickles."""
     report = dry_run("benchmarks/bench_checkpoint.py", output=tmp_path / "checkpoint.md")
@@ -181,3 +184,9 @@ def test_a_step_at_tiny_scale(tmp_path: Path) -> None:
     assert [row[1].strip() for row in rows] == ["PEFT, dense", "PEFT + bitsandbytes", "ours", "ours, 2 ranks"]
     losses = [float(row[-2].split()[0]) for row in rows]
     assert losses[1] == pytest.approx(losses[2], rel=1e-4)
+
+
+def test_start_up_at_tiny_scale(tmp_path: Path) -> None:
+    report = dry_run("benchmarks/bench_startup.py", output=tmp_path / "startup.md")
+    for start in ("`import lowrank_dist`", "`lowrank-dist --help`", "`lowrank-dist inspect`, a small model"):
+        assert f"\n| {start} | " in report

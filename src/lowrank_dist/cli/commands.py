@@ -6,9 +6,11 @@ The module of a command is imported only when that command runs, so that ``--hel
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pkgutil import resolve_name
 
 from lowrank_dist._version import __version__
@@ -72,20 +74,33 @@ COMMANDS = {
 }
 
 
+#: Lines that libraries log when they are imported, whatever the command does, by the name of the logger.
+_BANNERS = {
+    "DeepSpeed": "Setting accelerator to CPU",  # on standard output, where it would stand before JSON
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",  # an optional package for inference
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``lowrank-dist``; `argv` excludes the program's name. Returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] not in COMMANDS:
         parser().parse_args(argv[:1])  # exits: prints help, the version or the error
     name, command = argv[0], COMMANDS[argv[0]]
+    for logger, banner in _BANNERS.items():
+        logging.getLogger(logger).addFilter(partial(_is_news, banner))
     try:
         return int(resolve_name(command.run)(argv if command.takes_name else argv[1:]))
     except InputError as error:
-        from lowrank_dist.storage.parse import printable  # imports torch, as every command has by now
+        from lowrank_dist.storage.parse import printable
 
         text = "\n".join(printable(line, 10_000) for line in str(error).split("\n"))
         print(f"lowrank-dist {name}: {text}", file=sys.stderr)
         return 1
+
+
+def _is_news(banner: str, record: logging.LogRecord) -> bool:
+    return banner not in str(record.msg)
 
 
 def parser() -> argparse.ArgumentParser:

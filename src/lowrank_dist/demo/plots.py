@@ -28,7 +28,7 @@ def plot_demo(
     history
         ``step`` and ``train_loss``, two lists of equal length. The evaluation losses of ``summary.json`` are drawn
         where present: ``eval_loss_base`` as a horizontal line, ``eval_loss_step0``, ``eval_loss_trained`` and
-        ``eval_loss_converted`` as markers at the first and the last step.
+        ``eval_loss_converted`` as markers at the first and the last step, the latter beside it.
     init_report
         One mapping per decomposed matrix with ``name`` (such as ``model.layers.0.self_attn.q_proj``), ``rows``,
         ``columns`` and ``error_reduction`` (a fraction). Matrices whose names have the same last component form one
@@ -61,7 +61,7 @@ def plot_demo(
     if not groups:
         raise ValueError("the init report is empty; give one mapping per decomposed matrix")
 
-    figure = Figure(figsize=(12.5, 5.0), dpi=150, layout="constrained")
+    figure = Figure(figsize=(12.5, 5.8), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=(1.1, 1))
     _draw_loss(left, steps, losses, history)
@@ -96,7 +96,7 @@ def _draw_loss(axes: Axes, steps: list[int], losses: list[float], history: Mappi
     markers = (
         ("eval_loss_step0", 0, "o", "#8e44ad", 8, "before step 1"),
         ("eval_loss_trained", steps[-1], "D", "#c0392b", 10, "trained"),
-        ("eval_loss_converted", steps[-1], "X", "#1e8449", 6, "converted LoRA, original base"),
+        ("eval_loss_converted", 1.035 * steps[-1], "X", "#1e8449", 10, "converted LoRA, original base"),
     )
     for key, step, marker, color, size, label in markers:
         if history.get(key) is not None:
@@ -115,9 +115,10 @@ def _draw_loss(axes: Axes, steps: list[int], losses: list[float], history: Mappi
             )
     axes.set(title="Loss on completions", xlabel="optimizer step", ylabel="cross-entropy per token (nats)")
     axes.set_ylim(bottom=0)
-    axes.set_xlim(0, steps[-1] * 1.02)
+    axes.set_xlim(0, steps[-1] * 1.06)
     axes.grid(axis="y", alpha=0.25)
-    axes.legend(fontsize=8, frameon=False)
+    # below the panel: inside, the lines that it explains run through it
+    axes.legend(fontsize=8.5, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
 
 
 def _running_mean(values: list[float], window: int) -> list[float]:
@@ -143,16 +144,15 @@ def _draw_reduction(axes: Axes, groups: Mapping[str, list[Mapping[str, Any]]]) -
             yerr=spread,
             error_kw={"ecolor": _GREY, "elinewidth": 1, "capsize": 3},
         )
-        color = "white" if mean > 0.1 * tallest else "black"
+        # beside the line of the range, which would run through it
         axes.text(
-            position,
-            0.015 * tallest,
+            position + 0.05,
+            mean + 0.01 * tallest,
             f"{mean:.1f}",
-            ha="center",
+            ha="left",
             va="bottom",
             fontsize=9,
             fontweight="bold",
-            color=color,
         )
         shapes = {(int(row["rows"]), int(row["columns"])) for row in rows}
         labels.append(f"{name}\n" + (f"{min(shapes)[0]}×{min(shapes)[1]}" if len(shapes) == 1 else "several shapes"))

@@ -128,7 +128,12 @@ class Forecast:
 
 
 def forecast(
-    shapes: ModelShapes, job: RunSpec, *, limit: int | None = None, cluster: Cluster | None = None
+    shapes: ModelShapes,
+    job: RunSpec,
+    *,
+    limit: int | None = None,
+    cluster: Cluster | None = None,
+    automatic: bool = False,
 ) -> Forecast:
     """Predict the needs of a run. Reads, sends and allocates nothing.
 
@@ -142,9 +147,15 @@ def forecast(
         Bytes of a device available to the run. None: unknown.
     cluster
         Assumed rates, from which seconds are computed.
+    automatic
+        Predict the run with the smallest group of ranks within which it fits, in place of ``job.shard_within``.
     """
     cluster = replace(cluster or Cluster(), node=job.gpus_per_node)
+    # seconds for a model of many layers, so it is done once
     activations = measure_activations(shapes.backbone, length=job.length, dtype=job.compute_dtype)
+    sharding = choose_sharding(shapes, job, limit, activations) if job.adapts and job.stage == 3 else None
+    if automatic and sharding is not None:
+        job = replace(job, shard_within=sharding.within)
 
     def needed(job: RunSpec) -> Memory:
         return memory(shapes, job, activations.times(job.batch_size))
@@ -164,7 +175,7 @@ def forecast(
         disk_reads=_disk_reads(shapes, job),
         checkpoint=checkpoint_bytes(shapes, job),
         limit=limit,
-        sharding=choose_sharding(shapes, job, limit) if job.adapts and job.stage == 3 else None,
+        sharding=sharding,
         remedies=tuple(remedies),
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from lowrank_dist.forecast.activations import measure_activations
+from lowrank_dist.forecast.activations import Activations, measure_activations
 from lowrank_dist.forecast.job import ModelShapes, RunSpec, ShardWithin
 from lowrank_dist.forecast.memory import memory
 
@@ -47,7 +47,9 @@ def alternatives(job: RunSpec) -> list[ShardWithin]:
     return [found[size] for size in sorted(found)]
 
 
-def choose_sharding(shapes: ModelShapes, job: RunSpec, limit: int | None) -> ShardingChoice:
+def choose_sharding(
+    shapes: ModelShapes, job: RunSpec, limit: int | None, activations: Activations | None = None
+) -> ShardingChoice:
     """Choose the smallest group of ranks within which `job` fits. Reads, sends and allocates nothing.
 
     Parameters
@@ -58,8 +60,11 @@ def choose_sharding(shapes: ModelShapes, job: RunSpec, limit: int | None) -> Sha
         Settings of the run; `shard_within` is ignored.
     limit
         Bytes of a device available to the run. None: unknown, and all ranks share.
+    activations
+        Those of one sequence, if they have been measured.
     """
-    activations = measure_activations(shapes.backbone, length=job.length, dtype=job.compute_dtype)
+    if activations is None:
+        activations = measure_activations(shapes.backbone, length=job.length, dtype=job.compute_dtype)
     peaks = {
         within: memory(shapes, replace(job, shard_within=within), activations.times(job.batch_size)).peak
         for within in alternatives(job)

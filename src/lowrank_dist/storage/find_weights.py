@@ -17,10 +17,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from lowrank_dist.errors import CheckpointError
+from lowrank_dist.storage.headers import INDEX_NAME
 
 log = logging.getLogger(__name__)
-
-INDEX_NAME = "model.safetensors.index.json"
 
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.[^.]+)?\.safetensors")
 #: Weights that are no model.

@@ -15,10 +15,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import CheckpointError
 from lowrank_dist.storage.beside import unfinished
-from lowrank_dist.storage.find_weights import INDEX_NAME
+from lowrank_dist.storage.headers import INDEX_NAME, open_file, read_index
 from lowrank_dist.storage.layout import (
     ADAPTER_DIR,
     CONFIG,
@@ -32,8 +31,6 @@ from lowrank_dist.storage.layout import (
     read_manifest,
     residual_stem,
 )
-from lowrank_dist.storage.reader import open_file, read_index, resolve_checkpoint
-from lowrank_dist.storage.verify import PARTS, damage, verify_checkpoint
 
 OTHER_WEIGHTS = ("*.bin", "*.gguf", "*.h5", "*.msgpack", "*.pt", "*.pth")
 
@@ -106,7 +103,11 @@ def inspect(path: str | os.PathLike[str], *, verify: bool = False) -> Descriptio
     >>> found.kind, found.facts["parameters"], found.problems
     ('model', 12, ['config.json is missing'])
     """
-    directory = resolve_checkpoint(path, option="path", fetch=False)
+    directory = Path(path)
+    if not directory.is_dir():
+        from lowrank_dist.storage.reader import resolve_checkpoint  # imports torch
+
+        directory = resolve_checkpoint(path, option="path", fetch=False)
     found = _describe(directory, verify=verify)
     if found is None:
         children = [child for child in directory.iterdir() if child.is_dir()]
@@ -150,6 +151,10 @@ def _describe(directory: Path, *, verify: bool) -> Description | None:
 
 def _verify(directory: Path, found: Description) -> None:
     """Add what differs from the hashes, and what was compared to the facts."""
+    # imported here because they import torch, which headers do not need
+    from lowrank_dist.distributed.group import ShardGroup
+    from lowrank_dist.storage.verify import PARTS, damage, verify_checkpoint
+
     alone = ShardGroup.single()
     problem = None
     if found.kind == "residual model":
@@ -422,7 +427,7 @@ class Weights:
 
 def _header(path: Path) -> dict[str, tuple[str, int]]:
     """Dtype and number of elements of every tensor of a safetensors file."""
-    with open_file(path) as file:
+    with open_file(path, framework="numpy") as file:
         views = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no dictionary)
         return {name: (view.get_dtype(), math.prod(view.get_shape())) for name, view in views.items()}
 

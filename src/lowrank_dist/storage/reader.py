@@ -15,24 +15,13 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lowrank_dist.errors import CheckpointError, is_passing
 from lowrank_dist.linalg import all_finite
 from lowrank_dist.storage.dtypes import DTYPES
 from lowrank_dist.storage.find_weights import cached_snapshot, find_weights, plain_names
-from lowrank_dist.storage.parse import (
-    LFS_POINTER,
-    MAX_HEADER,
-    is_object_of,
-    is_plain,
-    is_text,
-    open_regular,
-    printable,
-    read_record,
-    refuse_pointer,
-)
+from lowrank_dist.storage.headers import open_file, read_index
 
 log = logging.getLogger(__name__)
 
@@ -380,50 +369,6 @@ def read_ahead(read: Callable[[_Request], _Block], requests: Iterable[_Request],
         finally:
             for future in pending:
                 future.cancel()
-
-
-def open_file(path: Path) -> Any:
-    """Open a safetensors file and check its header against its length; see ``safetensors.safe_open``.
-
-    Raises
-    ------
-    CheckpointError
-        If it is truncated or damaged.
-    """
-    with open(open_regular(path), "rb") as file:
-        size, begin = os.fstat(file.fileno()).st_size, file.read(len(LFS_POINTER))
-    refuse_pointer(path, begin)
-    header = int.from_bytes(begin[:8], "little")
-    try:
-        if header > min(MAX_HEADER, size - 8):  # not opened: the header would be read whole
-            raise ValueError(f"a header of {header} bytes")
-        opened = safe_open(path, framework="pt")
-        odd = next((name for name in opened.keys() if not is_plain(name)), None)  # noqa: SIM118 (no dictionary)
-        if odd is not None:
-            raise ValueError(f"a tensor is called {printable(odd)!r}")
-        return opened
-    except (SafetensorError, ValueError, OSError) as error:
-        if is_passing(error):
-            raise
-        raise CheckpointError(
-            f"{path}: {size} bytes, truncated or corrupt ({printable(error)}); fetch it again"
-        ) from error
-
-
-def read_index(path: Path) -> dict[str, str]:
-    """Names of the tensors, and of the files beside the index that hold them.
-
-    Raises
-    ------
-    CheckpointError
-        If it is no index, or names files elsewhere.
-    """
-
-    def is_beside(file: Any) -> bool:
-        return is_text(file) and file == os.path.basename(file) and file.endswith(".safetensors")
-
-    found = read_record(path).expect("weight_map", is_object_of(is_beside), "safetensors files beside it by tensor")
-    return dict(found)
 
 
 def resolve_checkpoint(

@@ -36,7 +36,7 @@ from lowrank_dist.methods.base import residual_block
 from lowrank_dist.quantization.dense import Dense
 from lowrank_dist.quantization.format import ResidualFormat
 
-README = Path(__file__).parents[3] / "README.md"
+GUIDE = Path(__file__).parents[3] / "docs" / "guides" / "own-method.md"
 SINGLE = ShardGroup.single()
 FP32 = Dense(dtype=torch.float32)
 WHOLE = 1000  # oversampling to the whole short side: the randomized SVD is exact to rounding
@@ -489,11 +489,11 @@ def test_names_are_given_once_and_to_methods_only() -> None:
 
 
 @alone
-def decomposed_by_the_readme() -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+def decomposed_by_the_guide() -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """A, B, the residual with the adapter, and the matrix, in both orientations. The name stays registered."""
-    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    blocks = re.findall(r"^```python\n(.*?)^```", GUIDE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     (example,) = (block for block in blocks if "@register" in block)
-    exec(compile(example, "README.md", "exec"), {"__name__": "readme"})
+    exec(compile(example, "own-method.md", "exec"), {"__name__": "guide"})
     init, found = method_named("orthogonal")(), []
     for input_first in (False, True):
         m = matrix(gaussian(24, 16), 4, init, input_first=input_first)
@@ -504,8 +504,8 @@ def decomposed_by_the_readme() -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
 
 
 def test_a_users_own_method() -> None:
-    """The example of the README."""
-    for a, b, whole, block in run_ranks(1, decomposed_by_the_readme)[0]:
+    """The example of the guide."""
+    for a, b, whole, block in run_ranks(1, decomposed_by_the_guide)[0]:
         torch.testing.assert_close(a @ a.T, torch.eye(4), rtol=0, atol=1e-6)
         torch.testing.assert_close(b.T @ b, torch.eye(4), rtol=0, atol=1e-6)
         torch.testing.assert_close(whole, block, rtol=0, atol=1e-6)

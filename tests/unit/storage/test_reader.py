@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from helpers.ranks import run_ranks
 from lowrank_dist.errors import CheckpointError
-from lowrank_dist.storage.find_weights import INDEX_NAME
+from lowrank_dist.storage.headers import INDEX_NAME
 from lowrank_dist.storage.reader import CheckpointReader, Piece, commit_of, read_ahead, resolve_checkpoint
 
 

@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from lowrank_dist.cli.plan.model import with_adapters
 from lowrank_dist.cli.plan.table import as_table
 from lowrank_dist.errors import InputError
 from lowrank_dist.forecast import Cluster, Forecast, ModelShapes, RunSpec, forecast
-from lowrank_dist.forecast.sharding import choose_sharding
 from lowrank_dist.methods import PiSSA
 from lowrank_dist.quantization.dense import Dense
 from lowrank_dist.storage.reader import resolve_checkpoint
@@ -112,12 +110,11 @@ def planned_run(options: argparse.Namespace, of_fit: Sequence[str]) -> Forecast:
         shapes = ModelShapes.of(_source(settings.model.pretrained, None, options.model_config, beside), None)
     limit = round((options.gpu_memory - options.reserve) * 1e9) if job.on_gpu else None
     automatic = isinstance(strategy, PiSSAStrategy) and strategy.shard_within == "auto"
-    if automatic and (job.init is None or job.init.statistic is None):
-        job = replace(job, shard_within=choose_sharding(shapes, job, limit).within)
+    looks_at_data = job.init is not None and job.init.statistic is not None  # which needs the world
     cluster = Cluster(
         flops=options.tflops * 1e12, bandwidth=(options.bandwidth_within * 1e9, options.bandwidth_between * 1e9)
     )
-    return forecast(shapes, job, limit=limit, cluster=cluster)
+    return forecast(shapes, job, limit=limit, cluster=cluster, automatic=automatic and not looks_at_data)
 
 
 def _job(settings: Any, strategy: Any) -> RunSpec:

@@ -1,9 +1,14 @@
-"""Every block and command of the README, run as a user would run it; only hardware, model and data are replaced."""
+"""Every block and command of the README and of the documentation, run as a user would run it.
+
+Only hardware, model and data are replaced.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -15,22 +20,25 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from helpers.command import ROOT, lowrank_dist, python
+from helpers.command import ROOT, lowrank_dist, run_main
 from helpers.sft import byte_level_tokenizer, tiny_llama, write_jsonl
 from lowrank_dist.training.fit_cli import parse_fit
 
-README = Path(__file__).parents[2] / "README.md"
+README = ROOT / "README.md"
+#: Pages that are written by hand; the log is not for readers to try.
+PAGES = [README, *sorted(page for page in (ROOT / "docs").rglob("*.md") if page.parent.name != "generated")]
 EXAMPLES = 12  # of two ranks with batches of 4: two steps
 
 
-def blocks(language: str) -> list[str]:
-    """The blocks of `language` in the README."""
-    text = README.read_text(encoding="utf-8")
+def blocks(language: str, *pages: Path) -> list[str]:
+    """The blocks of `language` in some pages."""
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
 def example() -> str:
-    return blocks("python")[0]
+    (block,) = blocks("python", README)
+    return block
 
 
 def replace_once(text: str, old: str, new: str) -> str:
@@ -90,25 +98,36 @@ def test_the_example_trains_and_writes_a_lora(tmp_path: Path) -> None:
     assert 0 < (after - before).abs().max() < 1
 
 
-def test_the_other_blocks_of_python(tmp_path: Path) -> None:
-    """In a process of their own, since one registers a method."""
-    _, own_method, tuners = blocks("python")
-    tuners = replace_once(tuners, "total_step=3086, ...", 'total_step=3086, target_modules="all-linear"')
-    needed = (
-        "from peft import AdaLoraConfig, LoraConfig, PromptTuningConfig, VeraConfig\n"
-        "from lowrank_dist import NF4, PiSSA, PiSSAStrategy\n"
-        "from lowrank_dist.methods.registry import method_named\n"
-        "assert method_named('orthogonal') is Orthogonal\n"
-        "pretrained = 'model'\n"
-    )
-    (tmp_path / "blocks.py").write_text(own_method + needed + tuners)
-    done = python(str(tmp_path / "blocks.py"))
-    assert done.returncode == 0, done.stderr
+def test_the_readme_can_be_read() -> None:
+    """It is short, and what it links to is there."""
+    text = README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 200
+    targets = [
+        *re.findall(r"\]\(([^)#]+)(#[^)]*)?\)", text),
+        *((found, "") for found in re.findall(r'sr\w+="(.*?)"', text)),
+    ]
+    for target, heading in targets:
+        file = ROOT / target
+        assert file.is_file(), f"the README links to {target}"
+        headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE) if heading else []
+        anchors = {"#" + re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings}
+        assert not heading or heading in anchors, f"{target} has no heading {heading}, but {anchors}"
+
+
+def run_blocks(argv: list[str]) -> int:
+    """Run a program in a directory, in a process of its own, since one registers a method."""
+    program, directory = argv
+    os.chdir(directory)
+    runpy.run_path(program, run_name="page")
+    return 0
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the README's commands are run: the configurations, and small stand-ins for what `make demo` fetches."""
+    """Where commands and blocks are run: the configurations, and small stand-ins for what `make demo` fetches.
+
+    The demonstration's run has been trained.
+    """
     root = tmp_path_factory.mktemp("project")
     (root / "configs").symlink_to(ROOT / "configs")
     model = root / "runs" / "demo" / "smollm2-135m-instruct"
@@ -120,13 +139,20 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     records = [{"prompt": f"{i} + {i} = ", "completion": str(2 * i)} for i in range(45)]
     write_jsonl(root / "runs" / "demo" / "bfcl" / "train.jsonl", records[:37])
     write_jsonl(root / "runs" / "demo" / "bfcl" / "test.jsonl", records[37:])
+    run(root, next(words for words in commands() if is_the_run(words)))
     return root
 
 
+def is_the_run(words: list[str]) -> bool:
+    """Whether a command trains what the others start from."""
+    return words[:2] == ["lowrank-dist", "fit"] and any("2cpu" in word for word in words)
+
+
 def commands() -> list[list[str]]:
-    """Words of every command in the README's shell blocks."""
-    text = "\n".join(blocks("sh")).replace("\\\n", " ")
-    return [words for line in text.splitlines() if (words := shlex.split(line, comments=True))]
+    """Words of every command in shell blocks, each once."""
+    text = "\n".join(blocks("sh", *PAGES)).replace("\\\n", " ")
+    found = [tuple(words) for line in text.splitlines() if (words := shlex.split(line, comments=True))]
+    return [list(words) for words in dict.fromkeys(found)]
 
 
 #: Begin commands that other tests run, or that only set up a machine.
@@ -179,13 +205,30 @@ def run(project: Path, words: list[str]) -> None:
 
 
 def test_every_command(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the README's order, but for the run that others start from: it comes first."""
+    """In the order of the pages, but for the run that others start from: it comes first."""
     monkeypatch.chdir(project)
-    todo = [words for words in commands() if not any(tuple(words[: len(one)]) == one for one in ELSEWHERE)]
-    trained = next(words for words in todo if words[1] == "fit" and any("2cpu" in word for word in words))
-    for words in [trained, *(words for words in todo if words is not trained)]:
-        run(project, words)
-    (options,) = blocks("yaml")
-    (project / "options.yaml").write_text(options)
-    settings = parse_fit(["--config=configs/smollm2-135m_qpissa_2cpu.yaml", "--config=options.yaml"])
-    assert settings.model.optimizer == "bitsandbytes.optim.AdEMAMix"
+    for words in commands():
+        if not is_the_run(words) and not any(tuple(words[: len(one)]) == one for one in ELSEWHERE):
+            run(project, words)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES[1:] if blocks("python", page)], ids=lambda page: page.stem)
+def test_the_blocks_of_a_page(page: Path, project: Path, tmp_path: Path) -> None:
+    """One after the other, as one program."""
+    (tmp_path / "page.py").write_text("\n".join(blocks("python", page)))
+    (done,) = run_main(run_blocks, [str(tmp_path / "page.py"), str(project)], [{}])
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks("yaml", page)], ids=lambda page: page.stem)
+def test_keys_of_configurations(page: Path, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project)
+    for block in blocks("yaml", page):
+        (tmp_path / "options.yaml").write_text(block)
+        parse_fit(["--config=configs/smollm2-135m_qpissa_2cpu.yaml", f"--config={tmp_path / 'options.yaml'}"])
+
+
+def test_records_are_json() -> None:
+    for block in blocks("json", *PAGES):
+        for line in block.splitlines():
+            assert {"messages", "prompt", "query"} & set(json.loads(line))
