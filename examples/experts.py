@@ -16,7 +16,7 @@ if __name__ == "__main__":
     adapter = LoraConfig(
         r=4,
         lora_alpha=4,
-        target_modules=["q_proj", "v_proj"],  # not all-linear, which would adapt the router
+        target_modules=["q_proj", "v_proj"],  # of attention
         target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
         task_type="CAUSAL_LM",
     )

@@ -134,7 +134,7 @@ def test_nan_in_the_rows_of_one_rank(copy: Path, tmp_path: Path, name: str, row:
 
 def test_rank_above_the_short_side(llama: Path, tmp_path: Path) -> None:
     text = "rank=33 exceeds min(out, in)=32 of model.layers.0.self_attn.k_proj"
-    refused(llama, tmp_path, text, "target_modules", adapter={"r": 33})
+    refused(llama, tmp_path, text, "target_modules", adapter={"r": 33, "target_modules": ["k_proj"]})
 
 
 def test_target_that_matches_nothing(llama: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Nothing is read but the configuration, and nothing is communicated.
 from __future__ import annotations
 
 import fnmatch
+import logging
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -14,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import transformers
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, TaskType, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -27,6 +31,8 @@ from lowrank_dist.model.names import ADAPTER, plain_name
 from lowrank_dist.storage.find_weights import cached_snapshot
 from lowrank_dist.storage.parse import Record, printable, read_record
 from lowrank_dist.storage.reader import gguf_file
+
+log = logging.getLogger(__name__)
 
 _UNSUPPORTED_OPTIONS = {
     "lora_bias": "converted adapters cannot carry it",
@@ -273,6 +279,9 @@ def linear_layers(backbone: PreTrainedModel) -> list[str]:
 def inject_adapter(backbone: PreTrainedModel, adapter: LoraConfig) -> None:
     """Inject PEFT's LoRA layers into `backbone`, on meta; only what PEFT makes trainable remains trainable.
 
+    With ``target_modules="all-linear"``, layers that cannot have such an adapter are left out (`_exclude`); one line
+    names them.
+
     Raises
     ------
     ModelError
@@ -289,6 +298,8 @@ def inject_adapter(backbone: PreTrainedModel, adapter: LoraConfig) -> None:
             "PiSSAStrategy(init=PiSSA(...)), and PEFT's own would need whole weights; leave init_lora_weights unset"
         )
     backbone.requires_grad_(False)
+    if isinstance(adapter.target_modules, str) and adapter.target_modules.lower() == "all-linear":
+        _exclude(backbone, adapter)
     adapter.inference_mode = False  # saved configurations set it, and modules_to_save would silently stay frozen
     try:
         inject_adapter_in_model(adapter, backbone, adapter_name=ADAPTER, low_cpu_mem_usage=True)
@@ -297,6 +308,47 @@ def inject_adapter(backbone: PreTrainedModel, adapter: LoraConfig) -> None:
             f"LoraConfig.target_modules={adapter.target_modules!r} cannot be applied to {type(backbone).__name__}: "
             f"{error} {named_linears(backbone)}"
         ) from error
+
+
+def _exclude(backbone: PreTrainedModel, adapter: LoraConfig) -> None:
+    """Add the linear layers that ``all-linear`` cannot mean to ``exclude_modules``, where stock PEFT finds them too.
+
+    These are layers whose short side is below the rank (gates of shared experts), and those of a class with a forward
+    of its own (routers of Llama 4 and PhiMoE), which PEFT's layer would not call.
+    """
+    others = {*(adapter.modules_to_save or ()), *(SEQ_CLS_HEAD_NAMES if adapter.task_type == TaskType.SEQ_CLS else ())}
+    head = backbone.get_output_embeddings()
+    reasons: dict[str, str] = {}
+    kept: set[str] = set()
+    for name, layer in backbone.named_modules():
+        last = name.rpartition(".")[2]
+        if not isinstance(layer, nn.Linear | Conv1D) or layer is head or last in others:
+            continue
+        rank = adapter.rank_pattern.get(get_pattern_key(adapter.rank_pattern, name), adapter.r)
+        if isinstance(layer, nn.Linear) and type(layer).forward is not nn.Linear.forward:
+            reasons[name] = f"a {type(layer).__name__}, with a forward of its own"
+        elif min(layer.weight.shape) < rank:
+            reasons[name] = f"{' x '.join(map(str, layer.weight.shape))}, of less than rank {rank}"
+        else:
+            kept.add(last)
+    if not reasons or not kept:  # if nothing is left, the plan names the ranks
+        return
+    short = {last if (last := name.rpartition(".")[2]) not in kept else name for name in reasons}
+    given = adapter.exclude_modules
+    if isinstance(given, str):
+        adapter.exclude_modules = f"(?:{given})|(?:.*\\.)?(?:{'|'.join(map(re.escape, sorted(short)))})"
+    else:
+        adapter.exclude_modules = {*(given or ()), *short}
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        first = next(iter(reasons))
+        log.warning(
+            'target_modules="all-linear" leaves %d layers out (%s), such as %s: %s; name them in target_modules, or '
+            "give them a rank in rank_pattern, to adapt them",
+            len(reasons),
+            ", ".join(sorted(short)[:5]) + (", ..." if len(short) > 5 else ""),
+            first,
+            reasons[first],
+        )
 
 
 def named_linears(backbone: nn.Module) -> str:

@@ -108,7 +108,8 @@ def test_unknown_models_are_named(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_too_high_a_rank_is_refused_as_by_a_run(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", *EIGHT, "--trainer.strategy.init_args.adapter.init_args.r=2000"]) == 1
+    adapter = "--trainer.strategy.init_args.adapter.init_args"
+    assert main(["plan", *EIGHT, f"{adapter}.r=2000", f"{adapter}.target_modules=[k_proj]"]) == 1
     assert "rank=2000 exceeds min(out, in)=1024" in capsys.readouterr().err
 
 

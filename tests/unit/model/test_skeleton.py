@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -28,7 +28,7 @@ from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import CheckpointError, ModelError
 from lowrank_dist.initialization.open import ModelRecipe
 from lowrank_dist.model.plan import Plan, open_plan
-from lowrank_dist.model.skeleton import meta_parameters
+from lowrank_dist.model.skeleton import inject_adapter, meta_parameters
 from lowrank_dist.storage.reader import CheckpointReader
 
 
@@ -145,6 +145,44 @@ def test_embeddings_that_are_not_plain(tmp_path: Path) -> None:
         setattr(model.model.embed_tokens, option, 1)
         text = f"model.embed_tokens is an embedding with {option}=1"
         refused(llama, text, "drop it from target_modules", model=model, target_modules=["embed_tokens"])
+
+
+#: Families, what all-linear leaves out of each at rank 4, and why.
+LEFT_OUT = {
+    "qwen2_moe": ({"num_experts": 4, "moe_intermediate_size": 24}, "shared_expert_gate", "1 x 32, of less than rank 4"),
+    "phimoe": ({"num_local_experts": 8}, "router", "a PhimoeTopKRouter, with a forward of its own"),
+    "llama4_text": ({"num_local_experts": 8}, "router", "a Llama4Router, with a forward of its own"),
+}
+
+
+@pytest.mark.parametrize("architecture", LEFT_OUT)
+@pytest.mark.parametrize("given", [None, ["q_proj"], ".*q_proj"])
+def test_all_linear_leaves_out_what_cannot_be_meant(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, architecture: str, given: Any
+) -> None:
+    """One line says so, and stock PEFT takes the same layers from the configuration that is saved."""
+    sizes, name, reason = LEFT_OUT[architecture]
+    sizes = {**sizes, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8}
+    config = AutoConfig.for_model(architecture, **sizes, **heads)
+    with meta_parameters():
+        ours, stock = AutoModelForCausalLM.from_config(config), AutoModelForCausalLM.from_config(config)
+    adapter = LoraConfig(r=4, target_modules="all-linear", exclude_modules=given, task_type="CAUSAL_LM")
+    inject_adapter(ours, adapter)
+    (line,) = [record.message for record in caplog.records]
+    assert line.startswith(f'target_modules="all-linear" leaves 2 layers out ({name}), such as model.layers.0.')
+    assert reason in line
+    adapter.save_pretrained(tmp_path)
+    stock = get_peft_model(stock, LoraConfig.from_pretrained(tmp_path), low_cpu_mem_usage=True)
+    adapted = {n.removesuffix(".lora_A.default") for n, _ in ours.named_modules() if n.endswith(".lora_A.default")}
+    assert adapted == {
+        n.removeprefix("base_model.model.").removesuffix(".lora_A.default")
+        for n, _ in stock.named_modules()
+        if n.endswith(".lora_A.default")
+    }
+    linears = {n for n, layer in AutoModelForCausalLM.from_config(config).named_modules() if type(layer) is nn.Linear}
+    left = {n for n in linears if n.endswith((name, "lm_head")) or (given is not None and n.endswith("q_proj"))}
+    assert adapted == linears - left
 
 
 def test_parameters_that_cannot_be_taken_apart(tmp_path: Path) -> None:
