@@ -1,6 +1,6 @@
 # lowrank_dist on CUDA, for one node or for a cluster that runs containers:
 #   docker build -t lowrank-dist .
-#   docker run --gpus all --ipc=host -v "$PWD:/work" lowrank-dist fit --config configs/llama3-70b_qpissa_32gpu.yaml
+#   docker run --gpus all --ipc=host -v "$PWD:/workspace" lowrank-dist fit --config configs/llama3-70b_qpissa_32gpu.yaml
 # CUDA is the development image: DeepSpeed compiles operators when they are first used.
 FROM nvidia/cuda:13.0.1-devel-ubuntu24.04
 
@@ -12,7 +12,7 @@ RUN apt-get update \
 RUN useradd --create-home --uid 10001 lowrank
 ENV PATH=/opt/lowrank/bin:$PATH \
     PYTHONUNBUFFERED=1 \
-    HF_HOME=/work/.cache/huggingface \
+    HF_HOME=/workspace/.cache/huggingface \
     TRITON_CACHE_DIR=/tmp/triton \
     TORCH_EXTENSIONS_DIR=/tmp/torch-extensions
 
@@ -29,6 +29,6 @@ RUN pip install --no-cache-dir --no-deps --force-reinstall .
 
 # by number, so that hosts which know no names can check it
 USER 10001
-WORKDIR /work
+WORKDIR /workspace
 ENTRYPOINT ["lowrank-dist"]
 CMD ["--help"]
