@@ -29,7 +29,7 @@ from lowrank_dist.checkpoints.layout import TrainingCheckpoint, newest_checkpoin
 from lowrank_dist.checkpoints.resuming import earlier_run
 from lowrank_dist.checkpoints.state import decode_training_state
 from lowrank_dist.cli.inspect import as_table
-from lowrank_dist.cli.report import read_report
+from lowrank_dist.cli.report import read_manifest_of, report_of
 from lowrank_dist.data.datamodule import SFTDataModule
 from lowrank_dist.decomposition.report import as_table as report_table
 from lowrank_dist.decomposition.walk import Walk
@@ -133,7 +133,7 @@ def readers(files: dict[str, Path]) -> dict[str, dict[str, Callable[[Path], obje
         SFTDataModule(str(base.parent / "tokenizer"), str(path / "data.jsonl")).setup("fit")
 
     def reported(path: Path) -> None:
-        report_table(read_report(path)[0])
+        report_table(report_of(read_manifest_of(path))[0])
 
     return {
         "model": {"inspect": described, "weights": weights},

@@ -349,7 +349,7 @@ def test_a_full_disk_is_an_error_on_every_rank(llama: Path, tmp_path: Path) -> N
 def test_many_jobs_on_one_cache_wait_for_the_first(llama: Path, tmp_path: Path) -> None:
     """Four processes at once and no ``flock``; the first that gets the lock is killed in the middle, by ``kill -9``.
 
-    Each of the others finishes; all but the one that takes over say who holds the lock and start from its result.
+    By then the others wait and have said for whom. One takes over, and the rest start from its result.
     """
     program = f"""
         import fcntl, json, os
@@ -374,7 +374,7 @@ def test_many_jobs_on_one_cache_wait_for_the_first(llama: Path, tmp_path: Path) 
     codes = json.loads(done.stdout.partition("ended:")[2])
     assert sorted(codes) == [-signal.SIGKILL, 0, 0, 0], done
     said = [json.loads((tmp_path / f"job{job}.json").read_text()) for job, code in enumerate(codes) if code == 0]
-    assert sum(any("another run is writing it (process " in line for line in lines) for lines, _ in said) >= 2, said
+    assert sum(any("another run is writing it (process " in line for line in lines) for lines, _ in said) == 3, said
     assert sorted(bytes_read > 0 for _, bytes_read in said) == [False, False, True], said
     run_ranks(1, write, llama, tmp_path / "whole")
     for file in ("model.safetensors", "pissa_init/adapter_model.safetensors"):
@@ -383,7 +383,7 @@ def test_many_jobs_on_one_cache_wait_for_the_first(llama: Path, tmp_path: Path) 
 
 
 def write_one_of_many(pretrained: Path, directory: Path, job: int) -> None:
-    """Write, and record what was said and the bytes that were read. The first that gets so far dies midway."""
+    """Write, and record what was said and the bytes that were read. The first dies midway, once the others wait."""
     import lowrank_dist.residual_model.writer as module
 
     module.FLUSH_BYTES, commit, left = 1, module.ResidualModelWriter.commit, iter(range(3))
@@ -393,11 +393,19 @@ def write_one_of_many(pretrained: Path, directory: Path, job: int) -> None:
         if next(left, None) is None:
             with suppress(FileExistsError):
                 (directory / "killed").mkdir()
+                while len(list(directory.glob("waits*"))) < 3:
+                    time.sleep(0.05)
                 os.kill(os.getpid(), signal.SIGKILL)
 
     module.ResidualModelWriter.commit = counted  # type: ignore[method-assign]
     said: list[str] = []
-    bytes_read = write(pretrained, directory / "out", options={"announce": said.append})
+
+    def announce(line: str) -> None:
+        said.append(line)
+        if "another run is writing it" in line:
+            (directory / f"waits{job}").touch()
+
+    bytes_read = write(pretrained, directory / "out", options={"announce": announce})
     (directory / f"job{job}.json").write_text(json.dumps([said, bytes_read]))
 
 
