@@ -338,7 +338,7 @@ def _exclude(backbone: PreTrainedModel, adapter: LoraConfig) -> None:
     if isinstance(given, str):
         adapter.exclude_modules = f"(?:{given})|(?:.*\\.)?(?:{'|'.join(map(re.escape, sorted(short)))})"
     else:
-        adapter.exclude_modules = {*(given or ()), *short}
+        adapter.exclude_modules = sorted({*(given or ()), *short})
     if not dist.is_initialized() or dist.get_rank() == 0:
         first = next(iter(reasons))
         log.warning(
