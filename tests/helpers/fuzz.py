@@ -10,6 +10,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ def _change(value: Any, chance: random.Random) -> str:
     if not places:
         return "nothing"
     holder, key = chance.choice(places)
-    kind, odd = chance.choice(["value", "value", "value", "gone", "renamed", "more"]), chance.choice(ODD)
+    kind, odd = chance.choice(["value", "value", "value", "gone", "renamed", "more"]), deepcopy(chance.choice(ODD))
     shown = f"{key!r} {kind}"
     if kind == "gone" or (kind == "renamed" and isinstance(holder, list)):
         del holder[key]
