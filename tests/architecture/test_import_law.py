@@ -118,3 +118,10 @@ def test_only_zero3_names_deepspeed_attributes() -> None:
         names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
         found = {name for name in names if name.startswith("ds_")}
         assert package_of(path) == "zero3" or not found, f"{path.name} names {found}"
+
+
+def test_one_function_writes_safetensors() -> None:
+    """safetensors' own makes files that only their owner can read, and its error for a full disk names none."""
+    assert {path.relative_to(ROOT) for path in SOURCES if "safetensors.torch.save_file" in imports(path)} == {
+        Path("storage/writer.py")
+    }

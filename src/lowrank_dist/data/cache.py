@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from lowrank_dist.data.packing import Tokens
 from lowrank_dist.data.sources import Source
@@ -26,7 +25,7 @@ from lowrank_dist.storage.atomic import atomic_directory
 from lowrank_dist.storage.layout import MANIFEST
 from lowrank_dist.storage.lock import Lock, held, lock_of
 from lowrank_dist.storage.parse import is_list_of, read_record
-from lowrank_dist.storage.writer import write_json
+from lowrank_dist.storage.writer import write_json, write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +81,7 @@ def cached(directory: Path, make: Callable[[], Made]) -> Made:
         tokens, lines = make()
         with atomic_directory(directory, overwrite=True) as staging:
             sizes = tokens.sizes_tensor()
-            save_file({"tokens": tokens.tokens, "labels": tokens.labels, "sizes": sizes}, staging / FILE)
+            write_tensors(staging / FILE, {"tokens": tokens.tokens, "labels": tokens.labels, "sizes": sizes})
             write_json(staging / MANIFEST, {"kind": "tokens", "lines": lines, "largest_token": tokens.largest})
     found = _read(directory)
     assert found is not None

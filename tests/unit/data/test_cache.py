@@ -18,6 +18,7 @@ from lowrank_dist.data.datamodule import SFTDataModule
 from lowrank_dist.data.packing import Tokens
 from lowrank_dist.data.tokenizing import Encoder
 from lowrank_dist.errors import InputError
+from lowrank_dist.storage.writer import write_tensors
 
 RECORDS = [{"prompt": f"hello {index}", "completion": " world" * (1 + index % 5)} for index in range(23)]
 
@@ -61,6 +62,8 @@ def no_tokenizing(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_batches_are_those_without_a_cache(data: dict[str, Any], settings: dict[str, Any], no_tokenizing: Any) -> None:
     expected = batches(data | settings | {"cache_dir": None})
     assert batches(data | settings) == expected
+    (entry,) = entries(data)
+    assert len({file.stat().st_mode for file in entry.iterdir()}) == 1  # that of the umask
     no_tokenizing()
     assert batches(data | settings) == expected
 
@@ -121,7 +124,7 @@ def test_a_damaged_entry_is_made_again(data: dict[str, Any], damage: str, caplog
         file.unlink()
     else:
         values = torch.zeros(3, dtype=torch.int32)
-        cache.save_file({"tokens": values, "labels": values.clone(), "sizes": torch.tensor([2])}, file)
+        write_tensors(file, {"tokens": values, "labels": values.clone(), "sizes": torch.tensor([2])})
     assert batches(data) == expected
     assert damage == "missing" or "tokenized again" in caplog.text
     caplog.clear()
