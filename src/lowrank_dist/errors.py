@@ -171,13 +171,17 @@ def is_passing(error: BaseException | None) -> bool:
     return False
 
 
+#: Not those of sockets, say, that a body may raise beside.
+_OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE}
+
+
 @contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Let an OSError inside that names no file, such as that of a write to a full disk, name `path`."""
+    """Let an error of the disk inside that names no file, such as that of a write to a full one, name `path`."""
     try:
         yield
     except OSError as error:
-        if error.errno is not None and error.filename is None and not isinstance(error, RemoteError):
+        if error.errno in _OF_DISKS and error.filename is None and not isinstance(error, RemoteError):
             error.filename = os.fspath(path)
         raise
 
