@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -41,6 +42,9 @@ _BOOKKEEPING = (
 
 #: Those of them that are paths. They come from a file when a run is resumed.
 _PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")
+
+#: A name in Lightning's format of file names.
+_METRIC = re.compile(r"\{(\w+)")
 
 log = logging.getLogger(__name__)
 
@@ -235,12 +239,14 @@ class AdapterCheckpoint(ModelCheckpoint):
     def save_now(self, trainer: Trainer) -> None:
         """Save this step, whatever the interval, and wait until the checkpoint is complete. Collective.
 
-        Call it at the end of an optimizer step. If a ``monitor`` or ``save_top_k=0`` decides which checkpoints are
-        kept, this one is written beside them as ``preempted``.
+        Call it at the end of an optimizer step or of a batch of a validation. If a ``monitor`` or ``save_top_k=0``
+        decides which checkpoints are kept, or the name has a metric of a validation that is not complete, this one is
+        written beside them as ``preempted``.
         """
         if self._last_global_step_saved != trainer.global_step:
             candidates = self._monitor_candidates(trainer)
-            if self.monitor is None and self.save_top_k != 0:
+            metrics = set(_METRIC.findall(self.filename or "")) - {"epoch", "step"}
+            if self.monitor is None and self.save_top_k != 0 and not (trainer.validating and metrics):
                 self._save_topk_checkpoint(trainer, candidates)
             else:
                 with self._rolled_back_on_failure(trainer):

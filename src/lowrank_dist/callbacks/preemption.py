@@ -48,9 +48,10 @@ class Preemption(StopAtStep):
 
     Notes
     -----
-    Nothing is saved during validation or before the first step. SIGUSR2 then takes effect at the end of the next step,
-    if the job still runs; so does SIGTERM during validation. Before training it ends the job at once, which is started
-    again unless it was cancelled.
+    During a validation between two steps the ranks agree after every batch; the resumed job repeats the validation.
+    They agree after the next step if the validation's number of batches is not known or not the same on all ranks.
+    Nothing is saved before the first step: SIGUSR2 then takes effect at its end. SIGTERM ends the job at once, which is
+    started again unless it was cancelled.
 
     Examples
     --------

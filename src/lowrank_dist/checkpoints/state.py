@@ -25,6 +25,7 @@ OWN_STATE = "lowrank_dist"
 #: Attributes of DeepSpeed's engine that count.
 ENGINE_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
+_VALIDATION = "epoch_loop.val_loop.batch_progress"
 _ELSEWHERE = {"state_dict", "optimizer_states"}
 _HYPER_PARAMETERS = ("hyper_parameters", "datamodule_hyper_parameters")
 
@@ -88,7 +89,8 @@ def decode_training_state(checkpoint: TrainingCheckpoint, *, accumulate_grad_bat
     another number of ranks, or with another batch size, the steps stay the same if `accumulate_grad_batches` keeps the
     global batch. The last step of an epoch may have fewer batches. Batches of a step that an exception interrupted are
     not counted. A checkpoint saved in a hook at the end of an epoch resumes with the next epoch: Lightning would
-    otherwise train one more batch of the finished epoch if ``max_steps`` is set.
+    otherwise train one more batch of the finished epoch if ``max_steps`` is set. A checkpoint saved within a validation
+    resumes with that validation, from its first batch: its metrics are those of all batches.
 
     Raises
     ------
@@ -102,7 +104,12 @@ def decode_training_state(checkpoint: TrainingCheckpoint, *, accumulate_grad_bat
     current = batches["current"]
     epoch_ended = batches["is_last_batch"] and current["processed"] == current["ready"]
     _count_whole_steps(batches, before, now, epoch_ended=epoch_ended)
-    if epoch_ended:
+    validation = loops[_VALIDATION]
+    if validation["current"]["completed"] != validation["current"]["ready"]:
+        # of the progress in an evaluation Lightning repeats this one only
+        validation["current"] |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+        validation["total"] |= validation["current"]
+    elif epoch_ended:
         _move_to(epochs, epochs["current"]["ready"])
         _move_to(batches, 0, total=batches["total"]["processed"])
         batches["is_last_batch"] = False
@@ -168,7 +175,7 @@ def _checked(checkpoint: TrainingCheckpoint) -> dict[str, Any]:
     """
     state = Record(checkpoint.state(), str(checkpoint.directory / f"{STATE}.json"))
     loop = state.record("loops").record("fit_loop")
-    for name in ("epoch_progress", "epoch_loop.batch_progress"):
+    for name in ("epoch_progress", "epoch_loop.batch_progress", _VALIDATION):
         progress = loop.record(name)
         counts = [progress.record(part) for part in ("current", "total")]
         for count in counts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -23,11 +24,13 @@ TERMINATED = 128 + 15
 
 
 class StopAtStep(Callback):
-    """Save and end after the step in which any rank has received SIGTERM (or SIGUSR2).
+    """Save and end after the step, or the batch of a validation, in which any rank has received SIGTERM (or SIGUSR2).
 
-    After every optimizer step all ranks agree on what they have received: one all-reduce of an integer over gloo.
-    Outside of training SIGTERM does what it did before the run, by default end the process; `PeerWatch` then ends the
-    other ranks.
+    After every optimizer step, and every batch of a validation between steps, all ranks agree on what they have
+    received: one all-reduce of an integer over gloo. A validation whose number of batches differs between ranks, or is
+    not known, is not interrupted: the ranks agree after the next step. A run that is resumed repeats the interrupted
+    validation. Outside of training SIGTERM does what it did before the run, by default end the process; `PeerWatch`
+    then ends the other ranks.
 
     `PiSSAStrategy` adds one to the Trainer unless its callbacks have one, such as `lowrank_dist.Preemption`.
     """
@@ -35,6 +38,7 @@ class StopAtStep(Callback):
     def __init__(self) -> None:
         super().__init__()
         self._group = ShardGroup.single()
+        self._interruptible = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         SIGNALS.arm(training=False)
@@ -53,6 +57,19 @@ class StopAtStep(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
             SIGNALS.arm(training=False)
+            return
+        # gradients of a step that is not complete would be lost
+        between_steps = not trainer.sanity_checking and not trainer.fit_loop._should_accumulate()
+        self._interruptible = between_steps and self._is_same_on_all_ranks(sum(trainer.num_val_batches))
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
+    ) -> None:
+        if self._interruptible:
+            self._leave_if_asked(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._interruptible = False
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         SIGNALS.arm(training=False)
@@ -62,11 +79,17 @@ class StopAtStep(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.fit_loop._should_accumulate():
-            return
+        if not trainer.fit_loop._should_accumulate():
+            self._leave_if_asked(trainer)
+
+    def _leave_if_asked(self, trainer: Trainer) -> None:
         request = Request(int(self._group.max(torch.tensor([int(SIGNALS.request)]))))
         if request is not Request.NONE:
             self.leave(trainer, request)
+
+    def _is_same_on_all_ranks(self, number: float) -> bool:
+        highest, negative = self._group.max(torch.tensor([number, -number], dtype=torch.float64)).tolist()
+        return math.isfinite(highest) and highest == -negative
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if not isinstance(exception, SystemExit):
