@@ -199,13 +199,15 @@ class Started:
         return self.process.wait()
 
 
-def attempt(model: Path, output: Path, kill: Kill | None, launcher: str | None, ranks: int = 2) -> dict[str, Any]:
+def attempt(
+    model: Path, output: Path, kill: Kill | None, launcher: str | None, ranks: int = 2, within: float = WITHIN
+) -> dict[str, Any]:
     """One attempt: seconds from the signal to the end of the last process, the survivors, the exit status."""
     argv, log = arguments(model, output, kill, ranks), output.with_suffix(".log")
     run = Forked(argv, ranks, log) if launcher is None else Started(launcher, argv, ranks, log)
     began, record = time.time(), Path(argv[3])
     while (alive := run.alive()) and time.time() - began < 300:
-        if record.exists() and time.time() - os.stat(record).st_mtime > 2 * WITHIN:
+        if record.exists() and time.time() - os.stat(record).st_mtime > 2 * within:
             break
         time.sleep(0.1)
     seconds = time.time() - os.stat(record).st_mtime if record.exists() else None
@@ -240,12 +242,12 @@ def draw(rng: random.Random, ranks: int) -> tuple[Kill, str | None]:
     return kill, None if alone else rng.choice(LAUNCHERS)
 
 
-def faults(one: dict[str, Any]) -> list[str]:
-    """What is wrong with an attempt."""
+def faults(one: dict[str, Any], within: float) -> list[str]:
+    """What is wrong with an attempt whose ranks should all have ended `within` seconds."""
     if one["seconds"] is None:  # the run was over before the moment came
         return []
     wrong = []
-    if one["survivors"] or one["seconds"] > WITHIN:
+    if one["survivors"] or one["seconds"] > within:
         wrong.append("ranks were left")
     if one["to"] < one["from"]:
         wrong.append("a checkpoint was lost")
@@ -262,6 +264,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--within", type=float, default=WITHIN, help="seconds; more where other work runs beside it")
     options = parser.parse_args()
     rng, ranks = random.Random(options.seed), options.ranks
     with tempfile.TemporaryDirectory() as directory:
@@ -276,10 +279,10 @@ def main() -> int:
             while len(seconds) < options.kills and last_step(output) < STEPS and not failures:
                 kill, launcher = draw(rng, ranks)
                 before = last_step(output)
-                found = attempt(model, output, kill, launcher, ranks)
+                found = attempt(model, output, kill, launcher, ranks, options.within)
                 one = {**asdict(kill), "launcher": launcher, **found, "from": before, "to": last_step(output)}
                 print(json.dumps(one), flush=True)
-                failures += faults(one)
+                failures += faults(one, options.within)
                 seconds += [] if one["seconds"] is None else [one["seconds"]]
             end = attempt(model, output, None, None, ranks)
             losses = recorded(output.with_suffix(".losses"))
