@@ -61,7 +61,7 @@ test: $(INSTALLED)
 
 fuzz: export FUZZ_CASES ?= 20000
 fuzz: $(INSTALLED)
-	$(RUN) python -m pytest tests/distributed/checkpoints/test_fuzz.py $(PYTEST_ARGS)
+	$(RUN) python -m pytest --capture=no tests/distributed/checkpoints/test_fuzz.py $(PYTEST_ARGS)
 
 test-matrix: $(INSTALLED)
 	$(RUN) python -m pytest tests/system/test_tuners.py tests/unit/export/test_tuned.py \

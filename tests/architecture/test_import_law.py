@@ -31,11 +31,11 @@ quantization model
 storage
 linalg zero3 cluster
 distributed
-errors progress _lazy _version
+errors progress seeds _lazy _version
 """
 LEVELS = {name: level for level, names in enumerate(LAW.split("\n")) for name in names.split()}
 #: These stand beside the others: what they import, and who imports them.
-BESIDE = {"data": ({"storage", "errors"}, {"training", "cli"}), "demo": ({"storage", "errors"}, {"cli"})}
+BESIDE = {"data": ({"storage", "errors", "seeds"}, {"training", "cli"}), "demo": ({"storage", "errors"}, {"cli"})}
 #: Libraries that take seconds to import or whose internals change, and the packages that may.
 HOMES = {
     "deepspeed": {"zero3"},

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lowrank_dist.callbacks.run_directory import run_directory
 from lowrank_dist.decomposition.report import as_table
 from lowrank_dist.storage.writer import write_report
 
@@ -18,7 +18,8 @@ class InitReport(Callback):
     Parameters
     ----------
     path
-        JSON file to write, with one entry per matrix; relative to the trainer's ``default_root_dir``. None: only print.
+        JSON file to write, with one entry per matrix; relative to the directory of the first logger (without one to the
+        trainer's ``default_root_dir``). None: only print.
 
     See Also
     --------
@@ -45,6 +46,8 @@ class InitReport(Callback):
             return
         self._reported = report
         rank_zero_info(as_table(report.matrices))
-        if self.path is not None and trainer.is_global_zero:
-            path = Path(trainer.default_root_dir, self.path)
+        if self.path is None:
+            return
+        path = run_directory(trainer) / self.path
+        if trainer.is_global_zero:
             write_report(path, report.as_dict())

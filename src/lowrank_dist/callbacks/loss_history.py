@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import time
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lowrank_dist.callbacks.run_directory import run_directory
 from lowrank_dist.storage.writer import write_report
+
+
+class Clock:
+    """Seconds between starts and stops, added to those of before."""
+
+    def __init__(self, before: float = 0.0) -> None:
+        self._before = before
+        self._began: float | None = None
+
+    def start(self) -> None:
+        """Go on."""
+        self.stop()
+        self._began = time.monotonic()
+
+    def stop(self) -> None:
+        """Stand still."""
+        self._before, self._began = self.seconds(), None
+
+    def seconds(self) -> float:
+        """Seconds so far."""
+        return self._before + (0.0 if self._began is None else time.monotonic() - self._began)
 
 
 class LossHistory(Callback):
@@ -19,8 +41,10 @@ class LossHistory(Callback):
     Parameters
     ----------
     path
-        JSON file, relative to the trainer's ``default_root_dir``, written at the end of every validation and of the
-        fit: ``{"train": [{"step", "loss"}, ...], "validation": [...]}``.
+        JSON file, relative to the directory of the first logger (without one to the trainer's ``default_root_dir``),
+        written at the end of every validation and of the fit:
+        ``{"train": [{"step", "loss", "seconds"}, ...], "validation": [...]}``. ``seconds`` are those of training so
+        far, over all attempts, without validations.
 
     Attributes
     ----------
@@ -45,6 +69,13 @@ class LossHistory(Callback):
         super().__init__()
         self.path = path
         self.history: dict[str, list[dict[str, float]]] = {"train": [], "validation": []}
+        self._clock = Clock()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._clock.start()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._clock.stop()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -55,15 +86,19 @@ class LossHistory(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._record("validation", "val_loss", trainer)
         self._write(trainer)
+        if not trainer.sanity_checking:
+            self._clock.start()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._write(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"history": {part: list(entries) for part, entries in self.history.items()}}
+        entries = {part: list(entries) for part, entries in self.history.items()}
+        return {"history": entries, "seconds": self._clock.seconds()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history = state_dict["history"]
+        self._clock = Clock(state_dict.get("seconds", 0.0))
 
     def _record(self, part: str, metric: str, trainer: Trainer) -> None:
         value = trainer.callback_metrics.get(metric)
@@ -72,9 +107,9 @@ class LossHistory(Callback):
         entries = self.history[part]
         if entries and entries[-1]["step"] == trainer.global_step:
             entries.pop()
-        entries.append({"step": trainer.global_step, "loss": float(value)})
+        entries.append({"step": trainer.global_step, "loss": float(value), "seconds": self._clock.seconds()})
 
     def _write(self, trainer: Trainer) -> None:
+        path = run_directory(trainer) / self.path
         if trainer.is_global_zero:
-            path = Path(trainer.default_root_dir, self.path)
             write_report(path, self.history)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity
 
 from lowrank_dist.callbacks.flops import FlopCount, matmul_rate
+from lowrank_dist.callbacks.run_directory import run_directory
 from lowrank_dist.callbacks.timeline import ObservedProfiler, Timeline
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import InputError
@@ -56,7 +57,8 @@ class StepMonitor(Callback):
         Interval in optimizer steps. None: the Trainer's ``log_every_n_steps``, with 0 of which nothing is measured.
     profile_steps
         Record a trace of so many steps with ``torch.profiler``, from the third step of the fit on. It is written to
-        ``trace-rank0.json.gz`` in the trainer's ``default_root_dir``, for https://ui.perfetto.dev. 0: no trace.
+        ``trace-rank0.json.gz`` in the directory of the first logger (without one in the trainer's
+        ``default_root_dir``), for https://ui.perfetto.dev. 0: no trace.
     profile_all_ranks
         Every rank writes a trace, ``trace-rank{N}.json.gz``.
 
@@ -146,8 +148,9 @@ class StepMonitor(Callback):
         self._reset()
         if self._interval(trainer):
             self._start_measuring(trainer)
-        if self.profile_steps and (self.profile_all_ranks or trainer.is_global_zero):
-            self._start_trace(trainer)
+        directory = run_directory(trainer) if self.profile_steps else None
+        if directory is not None and (self.profile_all_ranks or trainer.is_global_zero):
+            self._start_trace(trainer, directory)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -301,12 +304,12 @@ class StepMonitor(Callback):
 
     # -- trace ----------------------------------------------------------------------------------------------------
 
-    def _start_trace(self, trainer: Trainer) -> None:
+    def _start_trace(self, trainer: Trainer, directory: Path) -> None:
         self._name_parts(True)
         activities = [ProfilerActivity.CPU]
         if trainer.strategy.root_device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
-        path = Path(trainer.default_root_dir, f"trace-rank{trainer.global_rank}.json.gz").resolve()
+        path = (directory / f"trace-rank{trainer.global_rank}.json.gz").resolve()
 
         def write(profiler: Any) -> None:
             self._name_parts(False)

@@ -67,6 +67,10 @@ COMMANDS = {
         help="describe the contents of a directory or a cached hub id", run="lowrank_dist.cli.inspect:run"
     ),
     "report": Command(help="print what an initialisation measured of the matrices", run="lowrank_dist.cli.report:run"),
+    "compare": Command(
+        help="compare runs: methods at their best learning rate, at equal steps and time",
+        run="lowrank_dist.cli.compare.command:run",
+    ),
     "demo": Command(
         help="QPiSSA on a small real model with 2 CPU ranks, converted and checked with stock PEFT",
         run="lowrank_dist.cli.demo:run",

@@ -25,7 +25,8 @@ _MAPS: dict[str, Callable[[MatrixReport], float | None]] = {
     "sigma_1 / sigma_r": lambda m: m.sigma_1 / m.sigma_r if m.sigma_1 and m.sigma_r else None,
 }
 _COLUMNS = 3  # panels beside each other
-_STYLES = ("-", "--", ":", "-.")  # of lines, so that a print in grey can be read
+#: Of lines and their points, so that a print in grey can be read.
+STYLES, MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D", "v", "P", "X")
 
 
 def panels(matrices: Sequence[MatrixReport], rank_by_layer: Mapping[str, int] | None = None) -> dict[str, Panel]:
@@ -119,7 +120,7 @@ def _spectra(matrices: Sequence[MatrixReport]) -> Panel:
                     range(1, len(values) + 1),
                     values,
                     color=f"C{index % 10}",
-                    linestyle=_STYLES[index % len(_STYLES)],
+                    linestyle=STYLES[index % len(STYLES)],
                     alpha=0.45,
                     linewidth=0.8,
                     label=kind if number == 0 else None,

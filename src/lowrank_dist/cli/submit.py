@@ -9,7 +9,8 @@ from typing import Any
 
 from lowrank_dist.errors import InputError
 from lowrank_dist.slurm import SubmitOptions, prepare
-from lowrank_dist.slurm.submit import Forwarding, announce, follow
+from lowrank_dist.slurm.local import run_here
+from lowrank_dist.slurm.submit import announce, follow
 
 _DEFAULTS = SubmitOptions.__dataclass_fields__
 
@@ -35,10 +36,7 @@ def run(argv: Sequence[str]) -> int:
         print(submission.script(), end="")
         return 0
     if submission.options.cluster == "local":  # the job's processes are children of this one
-        with Forwarding() as signals:
-            signals.jobs = submission.submit()
-            announce(submission, signals.jobs)
-            return max(follow(submission, job, meanwhile=signals.deliver) for job in signals.jobs)
+        return run_here(submission)
     jobs = submission.submit()
     announce(submission, jobs)
     return max(follow(submission, job) for job in jobs) if actions["follow"] else 0
@@ -87,13 +85,12 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="KEY=A,B,...",
-        help="a job array over all combinations; rank, lr, or any key; repeatable",
+        help="a job array over all combinations; rank, lr, seed, config (files over --config), or any key; repeatable",
     )
     add(
         "--array-parallelism",
         type=int,
-        default=_DEFAULTS["array_parallelism"].default,
-        help="jobs of the array at a time (default: %(default)s)",
+        help="jobs of the array at a time (default: 8; 1 with --cluster local)",
     )
     add("--sbatch", action="append", default=[], metavar="NAME=VALUE", help="any other option of sbatch; repeatable")
     add("--setup", action="append", default=[], metavar="COMMAND", help="shell command before the job; repeatable")

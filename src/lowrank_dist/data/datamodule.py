@@ -30,6 +30,7 @@ from lowrank_dist.data.shapes import check_columns
 from lowrank_dist.data.sources import Source
 from lowrank_dist.data.tokenizing import Encoder
 from lowrank_dist.errors import InputError
+from lowrank_dist.seeds import global_seed
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +114,7 @@ class SFTDataModule(L.LightningDataModule):
     num_workers
         Processes that collate batches. The data are already tokenized, so that 0 is usually best.
     seed
-        Seed of the order of the training examples.
+        Seed of the order of the training examples. None: that of ``lightning.seed_everything``, or 0.
 
     Raises
     ------
@@ -163,7 +164,7 @@ class SFTDataModule(L.LightningDataModule):
         limit: int | None = None,
         eval_limit: int | None = None,
         num_workers: int = 0,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         if packing and group_by_length:
@@ -210,7 +211,7 @@ class SFTDataModule(L.LightningDataModule):
         self.packing = packing
         self.group_by_length = group_by_length
         self.num_workers = num_workers
-        self.seed = seed
+        self.seed = global_seed() if seed is None else seed
         #: Largest token id of the data that were read.
         self.largest_token = 0
         self._sets: dict[str, TokenDataset] = {}

@@ -20,7 +20,7 @@ from lowrank_dist.decomposition.restore import Resume, check_digests
 from lowrank_dist.decomposition.schedule import Sharding
 from lowrank_dist.decomposition.walk import Calibrated, DecomposedMatrix
 from lowrank_dist.distributed.group import ShardGroup
-from lowrank_dist.errors import ModelError
+from lowrank_dist.errors import InputError, ModelError
 from lowrank_dist.initialization.loading import Loading
 from lowrank_dist.initialization.materialize import Materialized, materialize
 from lowrank_dist.initialization.open import ModelRecipe, OpenedModel
@@ -32,6 +32,7 @@ from lowrank_dist.model.plan import Plan
 from lowrank_dist.progress import progress_bar
 from lowrank_dist.quantization.nf4 import format_as_dict
 from lowrank_dist.residual_model.fingerprint import source_fingerprint
+from lowrank_dist.seeds import global_seed
 from lowrank_dist.storage.reader import CheckpointReader, commit_of
 from lowrank_dist.tuners.adalora.allocation import RankAllocation
 from lowrank_dist.tuners.support import objection
@@ -175,6 +176,7 @@ def build_model(
     with group.shared_errors():
         if first_on_host:
             recipe.directories()
+    _check_seed(group)
     with group.shared_errors():
         computation.check(backbone)
     opened = recipe.open(
@@ -310,6 +312,17 @@ def build_model(
         derived=tuned.derived,
         allocation=tuned.allocation,
     )
+
+
+def _check_seed(group: ShardGroup) -> None:
+    """Raise InputError on every rank if they would draw other weights and another order of the data. Collective."""
+    seeds = group.gather_objects(global_seed())
+    if len(set(seeds)) > 1:
+        listed = ", ".join(f"{seed} on rank {rank}" for rank, seed in enumerate(seeds[:4]))
+        raise InputError(
+            f"lightning.seed_everything was called with different seeds ({listed}): the ranks would draw different "
+            "weights and different orders of the data; call it with one seed on all ranks"
+        )
 
 
 def _tuner_seed(group: ShardGroup) -> int:

@@ -13,6 +13,7 @@ from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import FlatPartition
 from lowrank_dist.linalg import seed_from_name
 from lowrank_dist.model.plan import PlannedTensor
+from lowrank_dist.seeds import global_seed
 from lowrank_dist.storage.reader import CheckpointReader, check_finite
 from lowrank_dist.zero3.partition import Partitioner, whole_shape
 
@@ -89,10 +90,13 @@ class Loading:
         return shard.to(self.partitioner.device, dtype)
 
     def fresh(self, name: str, shape: torch.Size) -> Tensor:
-        """Transformers' initial value of a linear layer missing in the pretrained weights; the same on every rank."""
+        """Transformers' initial value of a linear layer missing in the pretrained weights; the same on every rank.
+
+        The seed is made of the name and of that of ``lightning.seed_everything``.
+        """
         if name.endswith(".bias"):
             return torch.zeros(shape)
-        generator = torch.Generator().manual_seed(seed_from_name(name))
+        generator = torch.Generator().manual_seed(seed_from_name(name, global_seed()))
         std = getattr(self.backbone.config, "initializer_range", 0.02)
         return torch.randn(shape, generator=generator) * std
 

@@ -11,6 +11,7 @@ from lowrank_dist.linalg import seed_from_name
 from lowrank_dist.methods.assembly import layer_shape, sharded, unchanged
 from lowrank_dist.methods.base import Decomposition, Matrix, Method
 from lowrank_dist.quantization.format import ResidualFormat
+from lowrank_dist.seeds import global_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,8 @@ class LoRA(Method):
     Parameters
     ----------
     seed
-        Mixed with the weight's name into the seed of the random factor.
+        Mixed with the weight's name into the seed of the random factor. None: that of ``lightning.seed_everything``,
+        or 0.
 
     See Also
     --------
@@ -58,7 +60,11 @@ class LoRA(Method):
     (torch.Size([64, 4]), torch.Size([4, 32]))
     """
 
-    seed: int = 0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.seed is None:
+            object.__setattr__(self, "seed", global_seed())
 
     @property
     def starts_at_zero(self) -> bool:
@@ -66,7 +72,7 @@ class LoRA(Method):
 
     def decompose(self, matrix: Matrix, residual: ResidualFormat) -> Decomposition:
         inputs, outputs = layer_shape(matrix)
-        generator = torch.Generator().manual_seed(seed_from_name(matrix.name, self.seed))
+        generator = torch.Generator().manual_seed(seed_from_name(matrix.name, self.seed or 0))
         if matrix.lookup:
             a = torch.zeros(matrix.rank, inputs)
             b = torch.randn(outputs, matrix.rank, generator=generator)

@@ -17,7 +17,19 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _ADAPTER = "trainer.strategy.init_args.adapter.init_args"
 
 #: Short names of common sweep keys. `rank` sets r and lora_alpha alike, so that alpha / r is 1 at every point.
-SWEEP_KEYS = {"lr": ("model.lr",), "rank": (f"{_ADAPTER}.r", f"{_ADAPTER}.lora_alpha")}
+SWEEP_KEYS = {
+    "lr": ("model.lr",),
+    "rank": (f"{_ADAPTER}.r", f"{_ADAPTER}.lora_alpha"),
+    "seed": ("seed_everything",),
+}
+#: The key of a sweep whose values are configuration files, each after those of all points.
+FILES = "config"
+
+
+_POSITIVE = (
+    *("nodes", "min_nodes", "gpus_per_node", "cpus_per_task", "mem_gb"),
+    *("grace", "collective_timeout", "array_parallelism"),
+)
 
 
 class SubmitError(InputError):
@@ -66,9 +78,10 @@ class SubmitOptions:
         Seconds of one step, if known; used to compare the checkpoint interval with the time limit.
     sweep
         ``KEY=VALUE,VALUE,...`` for a job array over all combinations. The key is ``lr``, ``rank`` (which also sets
-        lora_alpha) or any key of the configuration.
+        lora_alpha), ``seed``, ``config`` (files over those of `config`, such as one a method) or any key of the
+        configuration.
     array_parallelism
-        Largest number of jobs of the array that run at the same time.
+        Largest number of jobs of the array that run at the same time. None: 8, and 1 with ``cluster="local"``.
     sbatch
         Any other option of sbatch, as ``NAME=VALUE``.
     setup
@@ -94,7 +107,7 @@ class SubmitOptions:
     collective_timeout: float = 15.0
     seconds_per_step: float | None = None
     sweep: tuple[str, ...] = ()
-    array_parallelism: int = 8
+    array_parallelism: int | None = None
     sbatch: tuple[str, ...] = ()
     setup: tuple[str, ...] = ()
 
@@ -102,7 +115,7 @@ class SubmitOptions:
         self._check_lines()
         if self.cluster not in get_args(Cluster):
             raise SubmitError(f"--cluster {self.cluster}: unknown; choose one of {', '.join(get_args(Cluster))}")
-        for name in ("nodes", "min_nodes", "gpus_per_node", "cpus_per_task", "mem_gb", "grace", "collective_timeout"):
+        for name in _POSITIVE:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise SubmitError(f"--{name.replace('_', '-')} {value} must be positive")
@@ -156,6 +169,11 @@ class SubmitOptions:
         return total
 
     @property
+    def parallelism(self) -> int:
+        """Jobs of the array at the same time."""
+        return self.array_parallelism or (1 if self.cluster == "local" else 8)
+
+    @property
     def points(self) -> list[dict[str, str]]:
         """Points of the sweep as mappings from key to value; a single empty mapping without a sweep."""
         axes = []
@@ -168,5 +186,10 @@ class SubmitOptions:
 
 
 def point_overrides(point: dict[str, str]) -> list[str]:
-    """Arguments of ``lowrank-dist fit`` for one point of a sweep."""
-    return [f"--{key}={value}" for short, value in point.items() for key in SWEEP_KEYS.get(short, (short,))]
+    """Arguments of ``lowrank-dist fit`` for one point of a sweep, beside its files."""
+    return [
+        f"--{key}={value}"
+        for short, value in point.items()
+        if short != FILES
+        for key in SWEEP_KEYS.get(short, (short,))
+    ]

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import secrets
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import submitit
 
 from lowrank_dist.cluster.attempts import AttemptLog
-from lowrank_dist.cluster.signals import StopSignals
 from lowrank_dist.slurm.checks import JobShape, check, checkpoint_directories, newest_step
 from lowrank_dist.slurm.job import TrainingJob, requeue_script
-from lowrank_dist.slurm.options import SubmitError, SubmitOptions, point_overrides
+from lowrank_dist.slurm.options import FILES, SubmitError, SubmitOptions, point_overrides
 from lowrank_dist.storage.disk import private_directory
 from lowrank_dist.training.fit_cli import parse_fit
 
-_ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
+#: States of a job that will not go on.
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
 _POLL = 1.0  # seconds
 
 
@@ -79,12 +77,16 @@ class Submission:
                 "sbatch is not on PATH: submit from a login node, or use --cluster local; launch/qpissa.sbatch is a "
                 "batch file for sites without submitit"
             )
+        executor = self.executor()
+        with executor.batch():
+            return [executor.submit(job) for job in self.jobs]
+
+    def executor(self) -> Any:
+        """Submitit's executor of the jobs, whose folder it makes."""
         self.folder.parent.parent.mkdir(parents=True, exist_ok=True)
         private_directory(self.folder.parent, uses_contents=False)
         self.folder.mkdir(mode=0o700)  # new, or an error
-        executor = self._executor()
-        with executor.batch():
-            return [executor.submit(job) for job in self.jobs]
+        return self._executor()
 
     def _executor(self) -> Any:
         options, shape = self.options, self.shape
@@ -112,7 +114,7 @@ class Submission:
             slurm_teardown=requeue_script(str(self.folder)),
             # a task that fails ends the others; after the first task that succeeds, the others have a minute
             slurm_srun_args=["--kill-on-bad-exit=1", "--wait=60", *self._tasks_of_step()],
-            slurm_array_parallelism=options.array_parallelism,
+            slurm_array_parallelism=options.parallelism,
             slurm_additional_parameters=self._additional(),
         )
         if len(shape.counts) > 1:
@@ -165,23 +167,32 @@ def prepare(options: SubmitOptions) -> Submission:
         With status 2, after a message from the parser of ``lowrank-dist fit``, for an unknown key or a value of a wrong
         type.
     """
-    for path in options.config:
-        if not Path(path).is_file():
-            raise SubmitError(f"--config {path}: no such file; pass a YAML file of `lowrank-dist fit`")
-    config = tuple(str(Path(path).absolute()) for path in options.config)
-    files = [f"--config={path}" for path in config]
-    settings = parse_fit([*files, *options.overrides])
-    shape = check(options, settings)
+    config = tuple(_absolute(path) for path in options.config)
+
+    def arguments(point: dict[str, str]) -> tuple[list[str], list[str]]:
+        """Files and overrides of a point, which writes where all do."""
+        files = [*config, *([_absolute(point[FILES])] if FILES in point else [])]
+        return files, [*options.overrides, *point_overrides(point)]
+
+    def parse(files: Sequence[str], overrides: Sequence[str]) -> Any:
+        return parse_fit([*(f"--config={path}" for path in files), *overrides])
+
+    settings = parse(config, options.overrides)
+    root = Path(settings.trainer.default_root_dir or ".").absolute()
+    # without the file of a point the configuration need not be whole
+    shape = replace(check(options, parse(*arguments(options.points[0])) if options.sweep else settings), root=root)
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-    folder = shape.root / "jobs" / name
+    folder = root / "jobs" / name
     jobs, roots, parsed = [], [], []
     for point in options.points:
-        overrides = [*options.overrides, *point_overrides(point), *_own_directory(point, settings)]
-        parsed.append(parse_fit([*files, *overrides]) if point else settings)
-        roots.append(check(options, parsed[-1]).root if point else shape.root)
+        files, overrides = arguments(point)
+        if point:
+            overrides += _own_directory(point, root, parse(files, overrides))
+        parsed.append(parse(files, overrides) if point else settings)
+        roots.append(check(options, parsed[-1]).root if point else root)
         jobs.append(
             TrainingJob(
-                config=config,
+                config=tuple(files),
                 overrides=tuple(overrides),
                 folder=str(folder),
                 batches=shape.batches,
@@ -191,6 +202,12 @@ def prepare(options: SubmitOptions) -> Submission:
         )
     _check_distinct_directories(parsed)
     return Submission(options=options, shape=shape, folder=folder, jobs=tuple(jobs), roots=tuple(roots))
+
+
+def _absolute(config: str) -> str:
+    if not Path(config).is_file():
+        raise SubmitError(f"--config {config}: no such file; pass a YAML file of `lowrank-dist fit`")
+    return str(Path(config).absolute())
 
 
 def _check_distinct_directories(settings: Sequence[Any]) -> None:
@@ -206,30 +223,32 @@ def _check_distinct_directories(settings: Sequence[Any]) -> None:
             seen.add(directory)
 
 
-def _own_directory(point: dict[str, str], settings: Any) -> list[str]:
-    """Arguments that give a point of a sweep a directory of its own, below that of the configuration."""
-    if not point:
-        return []
-    root = str(settings.trainer.default_root_dir or ".")
-    own = str(Path(root, ",".join(f"{key.split('.')[-1]}={value}" for key, value in point.items())))
-    arguments = [f"--trainer.default_root_dir={own}"]
-    if getattr(getattr(settings.trainer.logger, "init_args", None), "save_dir", None) == root:
-        arguments.append(f"--trainer.logger.init_args.save_dir={own}")
-    return arguments
+def _own_directory(point: dict[str, str], root: Path, settings: Any) -> list[str]:
+    """Arguments that give a point of a sweep, of these settings otherwise, a directory of its own below `root`."""
+    shown = {key: Path(value).stem if key == FILES else value for key, value in point.items()}
+    own = str(root / ",".join(f"{key.split('.')[-1]}={value}" for key, value in shown.items()))
+    added = [f"--trainer.default_root_dir={own}"]
+    given = str(settings.trainer.default_root_dir or ".")
+    if getattr(getattr(settings.trainer.logger, "init_args", None), "save_dir", None) == given:
+        added.append(f"--trainer.logger.init_args.save_dir={own}")
+    return added
 
 
 def announce(submission: Submission, jobs: list[Any]) -> None:
     """Print what was submitted, where its logs are, and how to follow and cancel it."""
-    name = submission.options.job_name
     for job, root in zip(jobs, submission.roots, strict=True):
-        step = newest_step(root)
-        resumes = "" if step is None else f", resumes from the checkpoint of step {step}"
-        print(f"job {job.job_id}: {name} in {root}{resumes}")
-        print(f"  log     {job.paths.stdout}")
-        print(f"  others  {job.paths.folder / (job.job_id + '_RANK_log.out')}")
+        describe(submission, job, root)
     print(f"  follow  tail -F {jobs[0].paths.stdout}")
-    cancel = f"scancel {jobs[0].job_id.split('_')[0]}" if submission.options.cluster == "slurm" else "Ctrl-C"
-    print(f"  cancel  {cancel}")
+    print(f"  cancel  scancel {jobs[0].job_id.split('_')[0]}")
+
+
+def describe(submission: Submission, job: Any, root: Path) -> None:
+    """Print what one job is, and where its logs are."""
+    step = newest_step(root)
+    resumes = "" if step is None else f", resumes from the checkpoint of step {step}"
+    print(f"job {job.job_id}: {submission.options.job_name} in {root}{resumes}")
+    print(f"  log     {job.paths.stdout}")
+    print(f"  others  {job.paths.folder / (job.job_id + '_RANK_log.out')}")
 
 
 def follow(submission: Submission, job: Any, *, meanwhile: Callable[[], object] = lambda: None) -> int:
@@ -239,64 +258,13 @@ def follow(submission: Submission, job: Any, *, meanwhile: Callable[[], object] 
     """
     position = 0
     while True:
-        state = _state(submission, job)
+        state = state_of(submission, job)
         position = _print_from(job.paths.stdout, position)
-        if state in _ENDED:
+        if state in ENDED:
             print(f"job {job.job_id}: {state}")
             return 0 if state == "COMPLETED" else 1
         meanwhile()
         time.sleep(_POLL)
-
-
-class Forwarding:
-    """Forwards SIGUSR2 and SIGTERM to the tasks of jobs on this machine, as SLURM does.
-
-    Without it SIGUSR2 would kill submitit's controller, which started the tasks, and leave the tasks running. Signals
-    that arrive before the tasks have started are kept until then.
-
-    Attributes
-    ----------
-    jobs
-        Jobs of submitit.
-    """
-
-    def __init__(self) -> None:
-        self.jobs: list[Any] = []
-        self._waiting: list[int] = []
-
-    def __enter__(self) -> Forwarding:
-        self._before = {number: signal.signal(number, self._receive) for number in StopSignals.REQUESTS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: object) -> None:
-        self._waiting.append(number)
-        self.deliver()
-
-    def deliver(self) -> None:
-        """Send waiting signals, if the tasks have started."""
-        tasks = [task for job in self.jobs for task in _tasks(job)]
-        if not tasks:
-            return
-        numbers, self._waiting = self._waiting, []
-        for number in numbers:
-            for task in tasks:
-                with suppress(psutil.NoSuchProcess):
-                    task.send_signal(number)
-
-
-def _tasks(job: Any) -> list[psutil.Process]:
-    """Processes that run the tasks of a job on this machine, without their child processes."""
-    running: dict[int, tuple[psutil.Process, int]] = {}
-    with suppress(psutil.NoSuchProcess):  # it has just ended
-        for process in psutil.Process(job._process.pid).children(recursive=True):
-            with suppress(psutil.NoSuchProcess):  # this one too, reaped or not
-                if "submitit.core._submit" in process.cmdline():
-                    running[process.pid] = process, process.ppid()
-    return [process for process, parent in running.values() if parent not in running]
 
 
 def _print_from(path: Path, position: int) -> int:
@@ -310,7 +278,7 @@ def _print_from(path: Path, position: int) -> int:
     return position + len(text)
 
 
-def _state(submission: Submission, job: Any) -> str:
+def state_of(submission: Submission, job: Any) -> str:
     """State of the job in SLURM's terms. It does not need SLURM's accounting, which some sites lack."""
     if submission.options.cluster == "local":
         return _local_state(job)

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from helpers.fuzz import copied, damage, fault, seal_again
@@ -163,7 +164,7 @@ def test_damage_is_an_error_of_one_line(files: dict[str, Path], tmp_path: Path) 
     for kind, by_name in found.items():  # undamaged, each reads
         for read in by_name.values():
             read(copied(files[kind], tmp_path / kind / "whole" / files[kind].name))
-    for case in range(CASES):
+    for case in tqdm(range(CASES), desc="damaged", disable=CASES <= 1000):
         kind = chance.choices(list(found), [2, 6, 4, 3, 2])[0]
         name = chance.choice(list(found[kind]))
         path = copied(files[kind], tmp_path / kind / "case" / files[kind].name)

@@ -114,6 +114,13 @@ def test_seeds_change_the_draw_and_nothing_else_does() -> None:
     assert not torch.equal(one, other)
 
 
+def test_seed_everything_is_the_seed_of_what_names_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    assert LoRA() == LoRA(seed=0)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "7")
+    assert LoRA() == LoRA(seed=7)
+
+
 @pytest.mark.parametrize(
     ("build", "text"),
     [

@@ -30,6 +30,13 @@ def test_a_sweep_is_a_grid_and_rank_keeps_its_scaling() -> None:
     assert len(points) == 4
     adapter = "--trainer.strategy.init_args.adapter.init_args"
     assert point_overrides(points[1]) == [f"{adapter}.r=16", f"{adapter}.lora_alpha=16", "--model.warmup_ratio=0.1"]
+    assert point_overrides({"config": "a.yaml", "seed": "3"}) == ["--seed_everything=3"]  # a file comes before
+
+
+def test_one_machine_runs_one_job_at_a_time() -> None:
+    assert SubmitOptions(config=("x",)).parallelism == 8
+    assert SubmitOptions(config=("x",), cluster="local").parallelism == 1
+    assert SubmitOptions(config=("x",), cluster="local", array_parallelism=2).parallelism == 2
 
 
 @pytest.mark.parametrize(

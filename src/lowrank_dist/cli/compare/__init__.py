@@ -1,0 +1,1 @@
+"""``lowrank-dist compare``: runs that differ in their settings, side by side."""

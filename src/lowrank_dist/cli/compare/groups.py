@@ -1,0 +1,208 @@
+"""Runs by method and learning rate: which rate is the best of a method, and what its runs reached."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lowrank_dist.cli.compare.runs import Point, Run
+from lowrank_dist.cli.compare.settings import names
+from lowrank_dist.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A mean over runs, with their sample standard deviation (0 of one run)."""
+
+    mean: float
+    deviation: float
+    runs: int
+
+    @classmethod
+    def of(cls, values: Sequence[float | None]) -> Figure | None:
+        """Of those that are known; None of none."""
+        known = [value for value in values if value is not None]
+        if not known:
+            return None
+        deviation = statistics.stdev(known) if len(known) > 1 and all(map(math.isfinite, known)) else 0.0
+        return cls(mean=statistics.fmean(known), deviation=deviation, runs=len(known))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """Runs of the same settings but for the learning rate and the seed.
+
+    Attributes
+    ----------
+    name
+        What tells it from the others.
+    by_rate
+        Its runs by learning rate, in ascending order.
+    best
+        The rate whose runs have the least mean loss.
+    """
+
+    name: str
+    by_rate: dict[str, list[Run]]
+    best: str
+
+    @property
+    def runs(self) -> list[Run]:
+        """Those of the best rate."""
+        return self.by_rate[self.best]
+
+    @property
+    def is_at_an_edge(self) -> bool:
+        """Whether the best rate is the least or the highest of several: a better one may lie beyond."""
+        rates = list(self.by_rate)
+        return len(rates) > 1 and self.best in (rates[0], rates[-1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Methods at equal steps and at equal time.
+
+    Attributes
+    ----------
+    methods
+        Those with the least loss first.
+    step
+        The last step.
+    seconds
+        Training time of the fastest method's runs, validations apart; None if it was not recorded.
+    left_out
+        Runs that are not compared, with the reason.
+    """
+
+    methods: list[Method]
+    step: int
+    seconds: float | None
+    left_out: dict[str, str]
+
+    def loss(self, runs: Sequence[Run], *, step: int | None = None, seconds: float | None = None) -> Figure | None:
+        """Validation loss of the last validation up to a step, or up to a time."""
+        return Figure.of([_reached(run, step, seconds) for run in runs])
+
+    def start(self, runs: Sequence[Run]) -> Figure | None:
+        """Validation loss before the first step, of runs that validated then."""
+        return Figure.of([next((p.loss for p in run.validation if p.step == 0), None) for run in runs])
+
+
+def compare(runs: Sequence[Run], *, rate: str = "model.lr") -> Comparison:
+    """Group runs, choose every method's best learning rate, and leave out what cannot be compared.
+
+    Parameters
+    ----------
+    runs
+        From `find_runs`.
+    rate
+        Key of the setting that is chosen per method.
+
+    Raises
+    ------
+    InputError
+        If no run is left, or runs of one method, rate and seed are more than one.
+    """
+    last = max((run.last_step for run in runs), default=0)
+    usual, _ = Counter(run.last_step for run in runs).most_common(1)[0] if runs else (0, 0)
+    last = usual if usual else last
+    left_out = {}
+    for run in runs:
+        if run.last_step != last:
+            left_out[str(run.directory)] = f"ended at step {run.last_step}, the others at step {last}"
+        elif not any(point.step == last for point in run.validation):
+            left_out[str(run.directory)] = f"has no validation loss at step {last}"
+    kept = [run for run in runs if str(run.directory) not in left_out]
+    if not kept:
+        listed = "".join(f"\n  {name}: {reason}" for name, reason in left_out.items())
+        raise InputError(f"no run has a validation loss at its last step; set trainer.val_check_interval{listed}")
+    groups: dict[str, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
+    for run, name in zip(kept, names([run.settings for run in kept], without=rate), strict=True):
+        groups[name][run.settings.get(rate, "none")].append(run)
+    methods = []
+    for name, by_rate in groups.items():
+        _check_seeds(name, by_rate)
+        by_rate = {key: by_rate[key] for key in sorted(by_rate, key=_number)}
+        best = min(by_rate, key=lambda key: _order(_mean_loss(by_rate[key], last)))
+        methods.append(Method(name=name, by_rate=by_rate, best=best))
+    methods.sort(key=lambda method: _order(_mean_loss(method.runs, last)))
+    times = [time for method in methods if (time := Figure.of([run.seconds for run in method.runs])) is not None]
+    seconds = min(time.mean for time in times) if len(times) == len(methods) else None
+    return Comparison(methods=methods, step=last, seconds=seconds, left_out=left_out)
+
+
+def _check_seeds(name: str, by_rate: dict[str, list[Run]]) -> None:
+    for rate, runs in by_rate.items():
+        seeds = Counter(run.seed for run in runs)
+        if (twice := next((seed for seed, count in seeds.items() if count > 1), None)) is not None:
+            listed = "".join(f"\n  {run.directory}" for run in runs if run.seed == twice)
+            raise InputError(
+                f"{seeds[twice]} runs of {name}, learning rate {rate}, have seed {twice}: they are one run done "
+                f"twice; pass one of them{listed}"
+            )
+
+
+def _reached(run: Run, step: int | None, seconds: float | None) -> float | None:
+    def counts(point: Point) -> bool:
+        if step is not None and point.step > step:
+            return False
+        return seconds is None or (point.seconds is not None and point.seconds <= seconds)
+
+    points = [point for point in run.validation if counts(point)]
+    return max(points, key=lambda point: point.step).loss if points else None
+
+
+def _mean_loss(runs: Sequence[Run], step: int) -> float:
+    found = Figure.of([_reached(run, step, None) for run in runs])
+    return math.nan if found is None else found.mean
+
+
+def _order(loss: float) -> float:
+    """A run that diverged is the worst."""
+    return loss if math.isfinite(loss) else math.inf
+
+
+def _number(text: str) -> tuple[float, str]:
+    try:
+        return float(text), text
+    except ValueError:
+        return math.inf, text
+
+
+def as_dict(found: Comparison) -> dict[str, Any]:
+    """The figures, for JSON. Losses that are not finite are None."""
+
+    def figure(value: Figure | None) -> dict[str, Any] | None:
+        if value is None:
+            return None
+        return {"mean": _finite(value.mean), "deviation": _finite(value.deviation), "runs": value.runs}
+
+    methods = []
+    for method in found.methods:
+        runs = method.runs
+        at_time = None if found.seconds is None else found.loss(runs, seconds=found.seconds)
+        methods.append(
+            {
+                "name": method.name,
+                "learning_rate": method.best,
+                "is_at_an_edge": method.is_at_an_edge,
+                "by_rate": {rate: figure(found.loss(of_rate)) for rate, of_rate in method.by_rate.items()},
+                "loss_at_step_0": figure(found.start(runs)),
+                "loss": figure(found.loss(runs)),
+                "loss_at_equal_time": figure(at_time),
+                "init_seconds": figure(Figure.of([run.init_seconds for run in runs])),
+                "train_seconds": figure(Figure.of([run.seconds for run in runs])),
+                "memory_gb": figure(Figure.of([run.memory_gb for run in runs])),
+                "trained_parameters": figure(Figure.of([run.trained for run in runs])),
+                "runs": [str(run.directory) for run in runs],
+            }
+        )
+    return {"step": found.step, "seconds": found.seconds, "methods": methods, "left_out": found.left_out}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

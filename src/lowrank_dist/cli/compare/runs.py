@@ -1,0 +1,167 @@
+"""What runs have left in their directories, read for a comparison."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lowrank_dist.checkpoints.layout import newest_checkpoint
+from lowrank_dist.cli.compare.settings import Settings, flat, read_settings
+from lowrank_dist.cli.report_page import HISTORY, METRICS
+from lowrank_dist.errors import CheckpointError, InputError
+from lowrank_dist.storage.inspect import inspect
+from lowrank_dist.storage.parse import MAX_JSON, MAX_MANIFEST, Record, is_number, printable, read_bytes, read_record
+
+CONFIG, INIT_REPORT = "config.yaml", "init_report.json"
+_MEMORY = ("throughput/memory_allocated_gb", "throughput/memory_resident_gb")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A loss. `seconds` of training before it, without validations; None if they were not recorded."""
+
+    step: int
+    loss: float
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run, as its files tell of it. What they do not tell is None.
+
+    Attributes
+    ----------
+    directory
+        Where its configuration lies.
+    settings
+        From `lowrank_dist.cli.compare.settings.flat`.
+    seed
+        ``seed_everything``.
+    train, validation
+        Losses by step.
+    init_seconds
+        Of the initialisation.
+    memory_gb
+        The most of a rank.
+    trained
+        Trained parameters, from the newest checkpoint.
+    """
+
+    directory: Path
+    settings: Settings
+    seed: str
+    train: list[Point] = field(default_factory=list)
+    validation: list[Point] = field(default_factory=list)
+    init_seconds: float | None = None
+    memory_gb: float | None = None
+    trained: int | None = None
+
+    @property
+    def last_step(self) -> int:
+        """The last step of which there is any loss."""
+        return max((point.step for point in (*self.train, *self.validation)), default=0)
+
+    @property
+    def seconds(self) -> float | None:
+        """Of training, validations apart."""
+        return max((p.seconds for p in (*self.train, *self.validation) if p.seconds is not None), default=None)
+
+
+def find_runs(paths: Sequence[Path]) -> list[Run]:
+    """The runs in these directories and below them, by directory.
+
+    Raises
+    ------
+    InputError
+        If there is none in one of them, or a file is damaged.
+    """
+    found: dict[Path, Run] = {}
+    for path in paths:
+        configs = sorted(path.rglob(CONFIG)) if path.is_dir() else []
+        below = [run for config in configs if (run := _read(config)) is not None]
+        if not below:
+            raise InputError(
+                f"{path}: no run here: no {CONFIG} of `lowrank-dist fit` with losses beside it ({HISTORY} of "
+                f"LossHistory, or {METRICS} of CSVLogger)"
+            )
+        found |= {run.directory.resolve(): run for run in below}
+    return list(found.values())
+
+
+def _read(config: Path) -> Run | None:
+    """The run of a configuration; None if there are no losses."""
+    directory, settings = config.parent, read_settings(config)
+    history, metrics = _record(directory, HISTORY), _record(directory, METRICS)
+    if history is not None:
+        train, validation = _history(history)
+    elif metrics is not None:
+        train, validation = _of_csv(metrics, "train_loss"), _of_csv(metrics, "val_loss")
+    else:
+        return None
+    init = _record(directory, INIT_REPORT)
+    memory = [point.loss for name in _MEMORY for point in (_of_csv(metrics, name) if metrics is not None else [])]
+    return Run(
+        directory=directory,
+        settings=flat(settings),
+        seed=str(settings.get("seed_everything")),
+        train=train,
+        validation=validation,
+        init_seconds=None if init is None else read_record(init, MAX_MANIFEST).get("seconds"),
+        memory_gb=max(memory, default=None),
+        trained=_trained(directory, settings),
+    )
+
+
+def _record(directory: Path, name: str) -> Path | None:
+    file = directory / name
+    return file if file.is_file() else None
+
+
+def _history(file: Path) -> tuple[list[Point], list[Point]]:
+    found = read_record(file)
+    return _points(found, "train", file), _points(found, "validation", file)
+
+
+def _points(found: Record, part: str, file: Path) -> list[Point]:
+    points = []
+    for entry in (Record(entry, f"{file}: {part}") for entry in found.records(part)):
+        loss = entry.expect("loss", lambda value: value is None or is_number(value), "a number")
+        seconds = entry.expect("seconds", is_number, "a number", None)
+        points.append(Point(step=entry.integer("step"), loss=math.nan if loss is None else loss, seconds=seconds))
+    return points
+
+
+def _of_csv(file: Path, column: str) -> list[Point]:
+    """The values of a column of CSVLogger's table; a later line of a step replaces an earlier one."""
+    try:
+        rows = csv.DictReader(io.StringIO(read_bytes(file, MAX_JSON).decode("utf-8")))
+        # Lightning numbers steps from 0 in its loggers
+        values = {int(row["step"]) + 1: float(row[column]) for row in rows if row.get(column)}
+    except (csv.Error, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: not a table of CSVLogger ({printable(error)})") from error
+    return [Point(step=step, loss=value) for step, value in sorted(values.items())]
+
+
+def _trained(directory: Path, settings: dict[str, Any]) -> int | None:
+    """Trained parameters, by the newest checkpoint of the run."""
+    for place in _places(directory, settings):
+        newest = newest_checkpoint(place) if place.is_dir() else None
+        if newest is not None:
+            return inspect(newest).facts.get("trained parameters")
+    return None
+
+
+def _places(directory: Path, settings: dict[str, Any]) -> Iterator[Path]:
+    """Where the run's callbacks write checkpoints: in their ``dirpath``, by default beside the configuration."""
+    callbacks = settings["trainer"].get("callbacks") or []
+    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+        arguments = callback.get("init_args") if isinstance(callback, dict) else None
+        dirpath = arguments.get("dirpath") if isinstance(arguments, dict) else None
+        if isinstance(dirpath, str):
+            yield Path(dirpath)
+    yield directory / "checkpoints"
