@@ -2,7 +2,8 @@
 
     python examples/tiny.py && python examples/sweep.py
 
-On a cluster, ``lowrank-dist submit --sweep rank=8,16 --sweep lr=1e-4,1e-3`` makes a job array of the same.
+``lowrank-dist submit --sweep rank=8,16 --sweep lr=1e-4,1e-3`` makes jobs of the same, on a cluster or on one machine, and
+``lowrank-dist compare`` a table of them.
 """
 
 from __future__ import annotations

@@ -228,8 +228,7 @@ def _own_directory(point: dict[str, str], root: Path, settings: Any) -> list[str
     shown = {key: Path(value).stem if key == FILES else value for key, value in point.items()}
     own = str(root / ",".join(f"{key.split('.')[-1]}={value}" for key, value in shown.items()))
     added = [f"--trainer.default_root_dir={own}"]
-    given = str(settings.trainer.default_root_dir or ".")
-    if getattr(getattr(settings.trainer.logger, "init_args", None), "save_dir", None) == given:
+    if getattr(getattr(settings.trainer.logger, "init_args", None), "save_dir", None) is not None:
         added.append(f"--trainer.logger.init_args.save_dir={own}")
     return added
 

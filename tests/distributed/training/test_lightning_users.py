@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from helpers.loggers import RecordingLogger
 from helpers.ranks import run_ranks
 from helpers.training import dense_state, loader, make_strategy, make_trainer
-from lowrank_dist import AdapterCheckpoint, CausalLMModule
+from lowrank_dist import AdapterCheckpoint, CausalLMModule, LoRA
 from lowrank_dist.errors import InputError, ModelError
 
 STEPS = 4
@@ -321,7 +321,24 @@ def loaded(pretrained: Path, output: Path) -> None:
         assert kind is Plain or "is a directory of adapters" in str(error.value)
 
 
-CASES = (monitored, auto, refusals, plateau, several_fits, loaded)
+def seeds(pretrained: Path, output: Path) -> None:
+    """Of LoRA's A and of the order of data; ranks must agree on it."""
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for seed in ("0", "1"):
+            patch.setenv("PL_GLOBAL_SEED", seed)
+            trainer = make_trainer(make_strategy(pretrained, init=LoRA()), steps=2)
+            module = Plain(pretrained)
+            trainer.fit(module, mine(trainer))
+            found[seed] = module.losses
+        assert found["0"][0] == found["1"][0]  # the original model
+        assert found["0"][1] != found["1"][1]
+        patch.setenv("PL_GLOBAL_SEED", str(trainer.global_rank))
+        with pytest.raises(InputError, match=r"different seeds \(0 on rank 0, 1 on rank 1\)"):
+            make_trainer(make_strategy(pretrained, init=LoRA()), steps=1).fit(Plain(pretrained), mine(trainer))
+
+
+CASES = (monitored, auto, refusals, plateau, several_fits, loaded, seeds)
 
 
 def every_case(pretrained: Path, output: Path) -> None:

@@ -34,7 +34,7 @@ def as_table(found: Comparison) -> str:
 
 
 def _titles(found: Comparison) -> list[str]:
-    time = "at equal time" if found.seconds is None else f"at {found.seconds:.0f} s"
+    time = "at equal time" if found.seconds is None else f"at {found.seconds:.3g} s"
     return [
         *("method", "lr", "tried", "runs", "loss at step 0", f"at step {found.step}", time),
         *("init s", "train s", "memory GB", "trained"),
@@ -54,7 +54,7 @@ def _row(found: Comparison, method: Method) -> list[str]:
         _loss(found.loss(runs)),
         _loss(at_time),
         _number(Figure.of([run.init_seconds for run in runs]), ".1f"),
-        _number(Figure.of([run.seconds for run in runs]), ".0f"),
+        _number(Figure.of([run.seconds for run in runs]), ".3g"),
         _number(Figure.of([run.memory_gb for run in runs]), ".2f"),
         _number(Figure.of([run.trained for run in runs]), ",.0f"),
     ]
