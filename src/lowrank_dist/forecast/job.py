@@ -141,7 +141,7 @@ class RunSpec:
         For a residual model: whether it keeps other factors that its residual was encoded from.
     stage
         ZeRO stage; 0: replicas (DDP).
-    gradient_checkpointing, keep_decoded, live_layers, fp32_norms, shard_within
+    gradient_checkpointing, keep_decoded, live_layers, fp32_norms, experts_at_a_time, shard_within
         Options of `PiSSAStrategy`.
     optimizer, fused_cross_entropy
         Options of `CausalLMModule`. An optimizer given by import path is taken to keep two moments.
@@ -172,6 +172,7 @@ class RunSpec:
     keep_decoded: bool = True
     live_layers: int = 2
     fp32_norms: bool = False
+    experts_at_a_time: int | None = None
     shard_within: ShardWithin = "world"
     optimizer: str = "adamw"
     fused_cross_entropy: bool = False
