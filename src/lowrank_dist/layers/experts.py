@@ -223,8 +223,8 @@ class AdaptedParameter(FrozenWeight):
         a, b = self._factors()
         to_a = to_b = None
         if expert is not None:
-            to_a = torch.empty_like(split_a(a.detach(), self.experts)[:1]) if of_a else None
-            to_b = b.new_empty(1, b.shape[0], b.shape[1] // self.experts) if of_b else None
+            to_a = a.new_zeros(1, a.shape[0] // self.experts, a.shape[1]) if of_a else None
+            to_b = b.new_zeros(1, b.shape[0], b.shape[1] // self.experts) if of_b else None
         else:
             to_a = split_a(torch.zeros_like(a.detach()), self.experts) if of_a else None
             to_b = split_b(torch.zeros_like(b.detach()), self.experts) if of_b else None
