@@ -267,7 +267,7 @@ class _Forward:
 
     def _apply(self, x: Tensor, a: Tensor, b: Tensor, rows: Rows, expert: int | None) -> Tensor:
         device, dtype = x.device.type, self.compute_dtype
-        if torch.is_autocast_enabled(device):
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             with torch.autocast(device, enabled=False):
                 return _StackProduct.apply(x.to(dtype), a, b, self.layer, rows, expert)

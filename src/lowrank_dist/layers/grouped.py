@@ -1,9 +1,9 @@
 """Products of rows with the matrices of a stack, where the rows of one expert follow each other.
 
-`Rows` says which rows belong to which expert, and cuts them into groups of experts whose matrices are decoded together.
-On CUDA a group is one ``torch.nn.functional.grouped_mm``, elsewhere a loop over its experts. A group needs the number of
-its first row on the host. It is copied there once per layer and pass, without waiting for anything else that the device
-does, and kept for the backward; where all experts are one group, it is not needed at all.
+`Rows` says which rows belong to which expert, and makes groups of experts whose matrices are decoded together. On CUDA
+a group is one ``torch.nn.functional.grouped_mm``, elsewhere a loop over its experts. The host needs to know where
+the rows of a group begin. These numbers are copied to it once per layer and pass, without waiting for anything that the
+device does later, and are kept for the backward. Where all experts are one group, the host needs none.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Rows:
     Parameters
     ----------
     ends
-        ``[experts]`` int32: the row after the last one of every expert, on the device of the rows. None: only `on_host`.
+        ``[experts]`` int32: the row after the last one of every expert, on the device of the rows. None: see `on_host`.
     on_host
         The same numbers, if the host knows them.
     """
@@ -128,7 +128,7 @@ class Group:
         return torch.tensor(self._ends, dtype=torch.int32, device=device)
 
     def times(self, x: Tensor, matrices: Tensor) -> Tensor:
-        """``[n, k]`` rows of the group times ``[experts, k, m]``: the rows of every expert by its matrix, ``[n, m]``."""
+        """``[n, m]``: the rows of every expert, of ``[n, k]`` in all, times its matrix, of ``[experts, k, m]``."""
         if has_grouped_mm(x, *matrices.shape[1:]):
             return _grouped_mm(_laid_out(x), _laid_out(matrices), self.ends(x.device))
         out = x.new_empty(len(x), matrices.shape[2])

@@ -107,9 +107,7 @@ class StackedWeight(Tensor):
 
     def turned(self) -> StackedWeight:
         """Every matrix transposed."""
-        return StackedWeight(
-            self.stack, self.whole_shape, self.home, which=self.which, transposed=not self.transposed
-        )
+        return StackedWeight(self.stack, self.whole_shape, self.home, which=self.which, transposed=not self.transposed)
 
     @property
     def from_input(self) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lowrank_dist.distributed.partition import RowPartition
+from lowrank_dist.quantization.dense import Dense
 from lowrank_dist.quantization.format import ResidualFormat
 from lowrank_dist.quantization.nf4 import NF4
 
@@ -73,11 +74,14 @@ def experts_at_a_time(given: int | None, experts: int, partition: RowPartition, 
 def decoding_bytes(residual: ResidualFormat, partition: RowPartition, count: int, dtype: torch.dtype) -> int:
     """Upper bound of the bytes that `decode_stack` takes for `count` matrices of a stack, with its temporary ones.
 
-    The encoded bytes are copied first, unless the matrices follow each other on one rank.
+    The encoded bytes are copied first, unless the matrices follow each other on one rank. Values that are stored in
+    `dtype` are not copied again.
     """
     elements = partition.padded_rows * partition.columns
     storages = residual.storages(partition).values()
     nbytes = sum(storage.shard_numel * partition.world_size * storage.dtype.itemsize for storage in storages)
+    if isinstance(residual, Dense) and residual.dtype == dtype:
+        return count * nbytes
     if isinstance(residual, NF4) and residual.double_quant:
         nbytes += 3 * 4 * elements // residual.block_size  # maxima in fp32, their codes as int32, their scales
     return count * (elements * dtype.itemsize + nbytes)

@@ -28,7 +28,7 @@ from lowrank_dist.layers.experts import AdaptedParameter, bound_experts
 from lowrank_dist.layers.grouped import Rows
 from lowrank_dist.quantization.dense import Dense
 from lowrank_dist.quantization.nf4 import NF4
-from lowrank_dist.quantization.stacks import decode_stack, decoding_bytes
+from lowrank_dist.quantization.stacks import decode_stack
 
 SINGLE = ShardGroup.single()
 RANK = 3
@@ -108,7 +108,9 @@ def wrappers(root: nn.Module) -> list[Any]:
     return found
 
 
-def inputs(experts: int, *, seed: int = 1, used: int | None = None, tokens: int = TOKENS) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(
+    experts: int, *, seed: int = 1, used: int | None = None, tokens: int = TOKENS
+) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states, experts of every token (all different, below `used`) and their weights."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, 64, generator=generator)
