@@ -95,10 +95,8 @@ def _put(gradients: Tensor, group: Group, expert: int | None, of_group: Tensor) 
     """Copy the gradients of the experts of a group to their places."""
     if expert is not None:
         gradients.copy_(of_group)
-    elif group.consecutive:
-        gradients[group.experts[0] : group.experts[-1] + 1] = of_group
     else:
-        gradients[list(group.experts)] = of_group.to(gradients.dtype)
+        gradients[group.of_all(gradients.device)] = of_group.to(gradients.dtype)
 
 
 class AdaptedParameter(FrozenWeight):
@@ -193,26 +191,23 @@ class AdaptedParameter(FrozenWeight):
 
     def decoded(self, group: Group, dtype: torch.dtype) -> Tensor:
         """Decode the residuals of some experts: ``[experts, in, out]`` in `dtype`."""
-        weights = self.decode_experts(group.experts, dtype)
+        weights = self.decode_experts(group, dtype)
         return weights if self.input_first else weights.mT
 
-    def decode_experts(self, experts: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Decode the residuals of some experts as stored: ``[len(experts), rows, columns]`` in `dtype`."""
+    def decode_experts(self, group: Group, dtype: torch.dtype) -> Tensor:
+        """Decode the residuals of some experts as stored: ``[experts, rows, columns]`` in `dtype`."""
         ranks, stored = self.partition.world_size, {}
-        consecutive = experts[-1] - experts[0] == len(experts) - 1
-        some: Any = slice(experts[0], experts[-1] + 1) if consecutive else list(experts)
         for name, storage in self.by_name(self.stored()).items():
-            shards = storage.detach().view(ranks, self.experts, -1)[:, some]
+            some = storage.detach().view(ranks, self.experts, -1)[:, group.of_all(storage.device)]
             # of one expert: its shards, rank by rank
-            stored[name] = shards[0] if ranks == 1 else shards.transpose(0, 1).flatten(1)
+            stored[name] = some[0] if ranks == 1 else some.transpose(0, 1).flatten(1)
         with torch.no_grad():
             return decode_stack(self.residual, stored, self.partition, dtype)
 
     def factors(self, group: Group, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The factors of some experts, A ``[experts, r, in]`` and B ``[experts, out, r]``, in `dtype`."""
         a, b = (factor.detach() for factor in self._factors())
-        first, last = group.experts[0], group.experts[-1] + 1
-        some: Any = slice(first, last) if group.consecutive else list(group.experts)
+        some = group.of_all(a.device)
         return split_a(a, self.experts)[some].to(dtype), split_b(b, self.experts)[some].to(dtype).contiguous()
 
     def no_gradients(self, expert: int | None, of_a: bool, of_b: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -235,11 +230,12 @@ class AdaptedParameter(FrozenWeight):
 
     def dense(self, experts: Sequence[int]) -> Tensor:
         """Compute adapted matrices whole, ``[len(experts), rows, columns]``, with gradients to the factors."""
-        weights = self.decode_experts(experts, self.compute_dtype)
+        group = Group.of(experts)
+        weights = self.decode_experts(group, self.compute_dtype)
         if not self.adapts:
             return weights
         a, b = self._factors()
-        some = slice(None) if len(experts) == self.experts else list(experts)
+        some = group.of_all(a.device)
         a, b = split_a(a, self.experts)[some], split_b(b, self.experts)[some]
         left, right = (a.mT, b.mT) if self.input_first else (b, a)
         with torch.autocast(weights.device.type, enabled=False):

@@ -99,6 +99,12 @@ class Group:
     def __init__(self, rows: Rows, experts: Sequence[int], start: int, ends: list[int] | None) -> None:
         self.experts, self.start, self._rows, self._ends = experts, start, rows, ends
         self.stop = None if ends is None else start + ends[-1]
+        self._index: Tensor | None = None
+
+    @classmethod
+    def of(cls, experts: Sequence[int]) -> Group:
+        """Some experts, ascending, whose rows do not matter."""
+        return cls(Rows(None, []), experts, 0, None)
 
     @property
     def slice(self) -> slice:
@@ -109,6 +115,14 @@ class Group:
     def consecutive(self) -> bool:
         """Whether the experts are a range."""
         return self.experts[-1] - self.experts[0] == len(self.experts) - 1
+
+    def of_all(self, device: torch.device) -> slice | Tensor:
+        """What picks the experts of the group from a tensor of all, on `device`."""
+        if self.consecutive:
+            return slice(self.experts[0], self.experts[-1] + 1)
+        if self._index is None or self._index.device != device:
+            self._index = _on_device(self.experts, torch.int64, device)
+        return self._index
 
     def pieces(self) -> Iterator[tuple[int, slice]]:
         """Place in the group and rows, counted from `start`, of every expert."""
@@ -125,7 +139,7 @@ class Group:
         if whole is not None and whole.device == device and self.consecutive:
             ends = whole[self.experts[0] : self.experts[-1] + 1]
             return ends - self.start if self.start else ends
-        return torch.tensor(self._ends, dtype=torch.int32, device=device)
+        return _on_device(self._ends, torch.int32, device)
 
     def times(self, x: Tensor, matrices: Tensor) -> Tensor:
         """``[n, m]``: the rows of every expert, of ``[n, k]`` in all, times its matrix, of ``[experts, k, m]``."""
@@ -161,6 +175,13 @@ def has_grouped_mm(x: Tensor, *sizes: int) -> bool:
 @cache
 def _is_ampere(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _on_device(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of `values`, for which the host waits for nothing."""
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=dtype, device=device)
+    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
 def _grouped_mm(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from helpers.ranks import alone, run_ranks
 from helpers.traffic import Traffic
 from helpers.training import CausalLM, dense_state, make_strategy, make_trainer
 from lowrank_dist.layers.experts import AdaptedParameter
+from lowrank_dist.layers.grouped import Group
 from lowrank_dist.zero3.partition import gathered
 
 EXPERTS, LENGTH = 8, 12
@@ -110,9 +111,9 @@ def descend(base: Path, ways: list[Way]) -> list[Outcome]:
     decode_experts = AdaptedParameter.decode_experts
     decoded: list[list[int]] = []
 
-    def counted(self: AdaptedParameter, experts: Any, dtype: torch.dtype) -> Tensor:
-        decoded.append(list(experts))
-        return decode_experts(self, experts, dtype)
+    def counted(self: AdaptedParameter, group: Group, dtype: torch.dtype) -> Tensor:
+        decoded.append(list(group.experts))
+        return decode_experts(self, group, dtype)
 
     AdaptedParameter.decode_experts = counted
     traffic = Traffic()
@@ -138,7 +139,7 @@ def descend(base: Path, ways: list[Way]) -> list[Outcome]:
         for layer in module.model.modules():
             if isinstance(layer, AdaptedParameter):
                 with gathered(layer.stored()):
-                    weights = decode_experts(layer, range(layer.experts), torch.float32).clone()
+                    weights = decode_experts(layer, Group.of(range(layer.experts)), torch.float32).clone()
                 state[f"{names[id(layer._owner())]}.{layer.parameter}"] = weights
         after = {}
         for name, parameter in module.model.named_parameters():
