@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from helpers.experts import IMPLEMENTATIONS, block, encoded, implemented, inputs, outcome, wrapped, wrappers
+from helpers.experts import IMPLEMENTATIONS, block, encoded, inputs, outcome, wrapped, wrappers
 from lowrank_dist.layers.experts import bound_experts
 from lowrank_dist.quantization.nf4 import NF4
 
@@ -43,9 +43,8 @@ def test_gradients_are_those_of_stock_peft_on_the_cpu(
     architecture: str, implementation: str, dtype: torch.dtype, tolerance: float, rank: int
 ) -> None:
     """fp32 against fp32: tf32 may be on; bf16 has 8 bits."""
-    experts, count = block(architecture)
+    experts, count = block(architecture, implementation)
     own, stock = encoded(wrapped(experts, rank=rank), NF4(double_quant=True))
-    implemented(own, implementation)
     for used in (count, 2):
         args = inputs(count, used=used)
         expected = outcome(stock, args)
@@ -63,7 +62,6 @@ def test_the_host_does_not_wait_for_the_device(at_a_time: int) -> None:
     """Whatever would: of some experts at a time it waits for the copy of the numbers of rows, which is an event."""
     experts, count = block("qwen3_moe")
     own, _ = encoded(wrapped(experts, rank=8), NF4())
-    implemented(own, "grouped_mm")
     device = on_device(own, torch.bfloat16)
     bound_experts(device, at_a_time)
     args = moved(inputs(count), torch.bfloat16)

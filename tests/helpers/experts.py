@@ -33,11 +33,11 @@ def peft_delta(a: Tensor, b: Tensor, experts: int) -> Tensor:
     return layer.get_delta_weight("default").detach()
 
 
-def block(architecture: str) -> tuple[nn.Module, int]:
+def block(architecture: str, implementation: str = "grouped_mm") -> tuple[nn.Module, int]:
     """The experts of a layer with random weights, and how many there are."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(architecture, **ARCHITECTURES[architecture])
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config, experts_implementation=implementation)
     (_, experts), *_ = (
         (name, module) for name, module in model.named_modules() if any(p.ndim == 3 for p in module.parameters(False))
     )
@@ -120,9 +120,3 @@ def outcome(root: nn.Module, args: tuple[Tensor, Tensor, Tensor], run: Any = Non
     loss = (y * torch.linspace(-1, 1, y.shape[-1], dtype=y.dtype, device=y.device)).sum()
     grads = torch.autograd.grad(loss, [x, weights, *trained.values()])
     return {"y": y.detach(), **dict(zip(["x", "weights", *trained], grads, strict=True))}
-
-
-def implemented(root: nn.Module, implementation: str) -> None:
-    for module in root.modules():
-        if hasattr(module, "config"):
-            module.config._experts_implementation = implementation

@@ -153,15 +153,13 @@ class _Saved:
         return tensor
 
 
-def _encode_stacks(model: nn.Module, dtype: torch.dtype) -> None:
+def _encode_stacks(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Replace PEFT's layers around parameters by those of a run, on meta; experts are multiplied in one product.
 
     The loop over experts (``eager``) needs values. It saves the same rows of inputs, expert by expert.
     """
-    for module in list(model.modules()):
-        config = getattr(module, "config", None)
-        if getattr(config, "_experts_implementation", None) == "eager":
-            config._experts_implementation = "grouped_mm"
+    if "eager" in model.get_experts_implementation().values() and any(p.ndim == 3 for p in model.parameters()):
+        model.set_experts_implementation("grouped_mm")
     wrapped = [(name, module) for name, module in model.named_modules() if isinstance(module, ParamWrapper)]
     for name, layer in wrapped:
         (adapter,), weight = layer.active_adapters, layer.get_param()

@@ -47,14 +47,14 @@ class _StackProduct(torch.autograd.Function):
         if x.is_meta:  # nothing but shapes is wanted
             return y
         for group in layer.groups(x, rows):
-            mine = x[group.slice]
+            mine = x[group.rows]
             product = group.times(mine, layer.decoded(group, x.dtype))
             if layer.adapts:
                 a_of, b_of = layer.factors(group, x.dtype)
                 through_a = group.times(mine, a_of.mT)
-                torch.add(product, group.times(through_a, b_of.mT), alpha=layer.scaling, out=y[group.slice])
+                torch.add(product, group.times(through_a, b_of.mT), alpha=layer.scaling, out=y[group.rows])
             else:
-                y[group.slice] = product
+                y[group.rows] = product
         return y
 
     @staticmethod
@@ -65,7 +65,7 @@ class _StackProduct(torch.autograd.Function):
         to_x = torch.empty_like(x) if wants_x else None
         to_a, to_b = layer.no_gradients(expert, adapts and wants_a, adapts and wants_b)
         for group in layer.groups(x, rows):
-            mine, of_mine = x[group.slice], grad[group.slice]
+            mine, of_mine = x[group.rows], grad[group.rows]
             if adapts:
                 a_of, b_of = layer.factors(group, x.dtype)
                 through_b = group.times(of_mine, b_of).mul_(layer.scaling)
@@ -73,7 +73,7 @@ class _StackProduct(torch.autograd.Function):
                 product = group.times(of_mine, layer.decoded(group, x.dtype).mT)
                 if adapts:
                     product.add_(group.times(through_b, a_of))
-                to_x[group.slice] = product
+                to_x[group.rows] = product
             if to_a is not None:
                 _put(to_a, group, expert, group.outer(through_b, mine))
             if to_b is not None:
@@ -155,9 +155,9 @@ class AdaptedParameter(FrozenWeight):
         if input_first:
             self.in_features, self.out_features = self.out_features, self.in_features
         self.experts_at_a_time, self.adapts = self.experts, True
-        delattr(self._owner(), parameter)
+        delattr(self.owner(), parameter)
 
-    def _owner(self) -> nn.Module:
+    def owner(self) -> nn.Module:
         """The module that had the parameter, below any nested wrappers of its other parameters."""
         module = self.base_layer
         while isinstance(module, AdaptedParameter) or hasattr(module, "parameter_name"):
@@ -167,7 +167,7 @@ class AdaptedParameter(FrozenWeight):
     @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the wrapped module with a stand-in for the adapted parameter."""
-        owner = self._owner()
+        owner = self.owner()
         shape = (self.experts, self.partition.rows, self.partition.columns)
         device = next(p for p in self.stored()).device
         weight = StackedWeight(_Forward(self), shape, device)

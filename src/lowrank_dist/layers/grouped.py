@@ -46,7 +46,7 @@ class Rows:
         found = getattr(ends, "_rows", None)
         if found is None:
             found = ends._rows = cls(ends)  # type: ignore[attr-defined]
-        return found  # type: ignore[no-any-return]
+        return found
 
     @classmethod
     def of_one(cls, expert: int, rows: int, experts: int) -> Rows:
@@ -97,7 +97,7 @@ class Group:
     """
 
     def __init__(self, rows: Rows, experts: Sequence[int], start: int, ends: list[int] | None) -> None:
-        self.experts, self.start, self._rows, self._ends = experts, start, rows, ends
+        self.experts, self.start, self._of, self._ends = experts, start, rows, ends
         self.stop = None if ends is None else start + ends[-1]
         self._index: Tensor | None = None
 
@@ -107,7 +107,7 @@ class Group:
         return cls(Rows(None, []), experts, 0, None)
 
     @property
-    def slice(self) -> slice:
+    def rows(self) -> slice:
         """The rows."""
         return slice(self.start, self.stop)
 
@@ -132,7 +132,7 @@ class Group:
 
     def ends(self, device: torch.device) -> Tensor:
         """``[experts of the group]`` int32: the row after the last one of each, counted from `start`."""
-        whole = self._rows.ends
+        whole = self._of.ends
         if self._ends is None:
             assert whole is not None
             return whole

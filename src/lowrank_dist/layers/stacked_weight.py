@@ -128,14 +128,14 @@ class StackedWeight(Tensor):
         return f"StackedWeight({self.stack.name}, {list(self.shape)}, {self.dtype})"
 
     @classmethod
-    def __torch_function__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _KNOWN_OF_SHAPE:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         handler = _HANDLERS.get(func)
+        if handler is None and getattr(func, "__name__", "") == "linear":  # where DeepSpeed has replaced F.linear
+            handler = _linear
         found = NotImplemented if handler is None else handler(*args, **kwargs)
         if found is not NotImplemented:
             return found
@@ -261,7 +261,6 @@ def _address(weight: StackedWeight) -> int:
 
 _HANDLERS: dict[Any, Callable[..., Any]] = {
     torch.nn.functional.linear: _linear,
-    torch._C._nn.linear: _linear,
     torch.bmm: _matmul,
     torch.matmul: _matmul,
     torch.mm: _matmul,

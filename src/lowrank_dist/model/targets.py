@@ -87,10 +87,11 @@ def compare(backbone: PreTrainedModel, adapter: LoraConfig, asked: Asked) -> Non
     left = list(_linears_left(backbone, adapter, asked))
     if left:
         log.warning(
-            "PEFT takes target_modules for the stacked experts of this model and leaves %d linear layers of these "
-            "names frozen, such as %s",
+            "PEFT takes names in target_modules for stacked experts of this model and leaves %d linear layers of these "
+            "names frozen, such as %s; name their weights (%s.weight) in target_parameters to adapt them",
             len(left),
             left[0],
+            ".".join(left[0].split(".")[-2:]),
         )
     layers = [(name, m) for name, m in backbone.named_modules() if isinstance(m, BaseTunerLayer)]
     names = [plain_name(n) + (f".{m.parameter_name}" if isinstance(m, ParamWrapper) else "") for n, m in layers]

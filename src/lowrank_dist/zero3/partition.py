@@ -17,7 +17,11 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
-from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, ZeroParamStatus
+from deepspeed.runtime.zero.partition_parameters import (
+    InsertPostInitMethodToModuleSubClasses,
+    PartitionedParamStatus,
+    ZeroParamStatus,
+)
 from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
 from torch.overrides import has_torch_function
@@ -155,7 +159,7 @@ def _leave_overridden_weights() -> None:
 
     Its autograd Function would compute with them, but their gradients would be lost.
     """
-    plain, efficient = torch._C._nn.linear, torch.nn.functional.linear
+    plain, efficient = InsertPostInitMethodToModuleSubClasses.linear_bk, torch.nn.functional.linear
     if efficient is plain or hasattr(efficient, "__wrapped__"):
         return
 
@@ -164,7 +168,7 @@ def _leave_overridden_weights() -> None:
         overridden = has_torch_function((input, weight, bias))
         return plain(input, weight, bias) if overridden else efficient(input, weight, bias)
 
-    torch.nn.functional.linear = linear  # type: ignore[assignment]
+    torch.nn.functional.linear = linear
 
 
 def use_cpu_accelerator() -> None:

@@ -81,7 +81,7 @@ CASES = {
     },
     "mixtral": Case("mixtral", experts("mlp"), 2 * (1 + 2 * 4)),
     "mixtral fused": Case("mixtral", experts("mlp"), 2 * (1 + 2 * 4), {"save_original_format": False}),
-    "mixtral all-linear": Case("mixtral", {"target_modules": "all-linear"}, 2 * (4 + 1 + 2 * 4)),
+    "mixtral all-linear": Case("mixtral", {"target_modules": "all-linear"}, 2 * (4 + 2 * 4)),  # not the routers
     "qwen3_moe": Case("qwen3_moe", experts("mlp"), 2 * (1 + 2 * 6)),
     "granitemoe": Case("granitemoe", experts("block_sparse_moe"), 2 * (1 + 2 * 4)),
     "gpt_oss": Case("gpt_oss", experts("mlp"), 2 * (1 + 2 * 4)),  # [in, out]

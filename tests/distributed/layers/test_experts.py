@@ -140,7 +140,7 @@ def descend(base: Path, ways: list[Way]) -> list[Outcome]:
             if isinstance(layer, AdaptedParameter):
                 with gathered(layer.stored()):
                     weights = decode_experts(layer, Group.of(range(layer.experts)), torch.float32).clone()
-                state[f"{names[id(layer._owner())]}.{layer.parameter}"] = weights
+                state[f"{names[id(layer.owner())]}.{layer.parameter}"] = weights
         after = {}
         for name, parameter in module.model.named_parameters():
             if parameter.requires_grad:

@@ -24,7 +24,6 @@ from helpers.experts import (
     TOP_K,
     block,
     encoded,
-    implemented,
     inputs,
     outcome,
     wrapped,
@@ -82,10 +81,8 @@ def architecture(request: pytest.FixtureRequest) -> str:
 @pytest.mark.parametrize("residual", [NF4(), NF4(double_quant=True), Dense(dtype=torch.float32)], ids=str)
 def test_the_same_as_peft(architecture: str, implementation: str, residual: Any) -> None:
     """fp32: sums in another order; whatever the number that is decoded at a time, and experts that nobody chooses."""
-    experts, count = block(architecture)
+    experts, count = block(architecture, implementation)
     own, stock = encoded(wrapped(experts), residual)
-    implemented(own, implementation)
-    implemented(stock, implementation)
     for used in (count, TOP_K):
         args = inputs(count, used=used)
         expected = outcome(stock, args)
@@ -103,10 +100,9 @@ def test_no_more_experts_are_decoded_at_a_time(
     implementation: str, at_a_time: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Counted in bytes that are alive; experts without tokens are never decoded, and none is alive afterwards."""
-    experts, count = block("qwen3_moe")
+    experts, count = block("qwen3_moe", implementation)
     residual = NF4()
     own, _ = encoded(wrapped(experts), residual)
-    implemented(own, implementation)
     bound_experts(own, at_a_time)
     layers = wrappers(own)
     one = max(layer.partition.padded_rows * layer.partition.columns * 4 for layer in layers)
@@ -126,9 +122,8 @@ def test_no_more_experts_are_decoded_at_a_time(
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_autograd_saves_no_weights(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Inputs, and what the activation function saves: less than one decoded expert with its neighbours."""
-    experts, count = block("mixtral")
+    experts, count = block("mixtral", implementation)
     own, _ = encoded(wrapped(experts), Dense(dtype=torch.float32))
-    implemented(own, implementation)
     bound_experts(own, 2)
     weights = {p.untyped_storage().data_ptr() for p in own.parameters()}
     saved: dict[int, int] = {}
@@ -151,8 +146,6 @@ def test_autograd_saves_no_weights(implementation: str, monkeypatch: pytest.Monk
 def test_under_gradient_checkpointing(use_reentrant: bool) -> None:
     experts, count = block("gpt_oss")
     own, stock = encoded(wrapped(experts), NF4())
-    implemented(own, "grouped_mm")
-    implemented(stock, "grouped_mm")
     bound_experts(own, 2)
     args = inputs(count)
     expected = outcome(stock, args)
@@ -177,12 +170,10 @@ def test_under_gradient_checkpointing(use_reentrant: bool) -> None:
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_autocast_and_factors_in_fp32(implementation: str) -> None:
     """bf16 products: the error of a sum of 64 rounded terms, of which the stock model makes as much."""
-    experts, count = block("mixtral")
+    experts, count = block("mixtral", implementation)
     own, stock = encoded(wrapped(experts), Dense(dtype=torch.bfloat16), torch.bfloat16)
     args = inputs(count)
-    implemented(stock, implementation)
     expected = outcome(stock, args)
-    implemented(own, implementation)
     bound_experts(own, 3)
 
     def run(module: nn.Module, *inner: Tensor) -> Tensor:
@@ -202,10 +193,8 @@ def test_the_kernel_of_torch(implementation: str, at_a_time: int, monkeypatch: p
     """The way of CUDA, with torch's kernel for the CPU: all experts as one group, whose rows the host never sees."""
     monkeypatch.setattr("lowrank_dist.layers.grouped.has_grouped_mm", lambda x, *sizes: True)
     monkeypatch.setattr(experts_module, "has_grouped_mm", lambda x, *sizes: True)
-    experts, count = block("qwen3_moe")
+    experts, count = block("qwen3_moe", implementation)
     own, stock = encoded(wrapped(experts, rank=4), NF4())  # rows of 16 bytes
-    implemented(own, implementation)
-    implemented(stock, implementation)
     bound_experts(own, at_a_time)
     for used in (count, TOP_K):
         args = inputs(count, used=used)
@@ -305,7 +294,7 @@ def test_kernels_that_need_an_address_are_refused() -> None:
             with torch._C.DisableTorchFunctionSubclass():
                 return x @ weight[0].mT
 
-    owner = wrappers(own)[0]._owner()
+    owner = wrappers(own)[0].owner()
     owner.forward = lambda x, ids, weights: Kernel.apply(x, owner.gate_up_proj)
     with pytest.raises(InputError, match=r"experts.gate_up_proj: .* experts_implementation='grouped_mm'"):
         own.experts(*inputs(count))
@@ -349,9 +338,8 @@ def test_disabled_adapters_leave_the_residual() -> None:
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("frozen", ["input", "lora_A", "lora_B"])
 def test_gradients_that_nobody_wants_are_left_out(implementation: str, frozen: str) -> None:
-    experts, count = block("mixtral")
+    experts, count = block("mixtral", implementation)
     own, _ = encoded(wrapped(experts), NF4())
-    implemented(own, implementation)
     args = inputs(count)
     expected = outcome(own, args)
     for name, parameter in own.named_parameters():
