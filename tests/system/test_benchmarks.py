@@ -177,6 +177,12 @@ def test_dora_at_tiny_scale(tmp_path: Path) -> None:
         assert f"| {way} |" in report
 
 
+def test_experts_at_tiny_scale(tmp_path: Path) -> None:
+    report = dry_run("benchmarks/bench_experts.py", output=tmp_path / "experts.md")
+    for way in ("PEFT, dense weights", "NF4, all experts dense at once (before)", "NF4, 2 at a time"):
+        assert f"| {way} |" in report
+
+
 def test_a_step_at_tiny_scale(tmp_path: Path) -> None:
     """Every way trains the same model: the losses agree, but for those of dense weights."""
     report = dry_run("benchmarks/bench_step.py", output=tmp_path / "step.md")

@@ -15,7 +15,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from lowrank_dist import NF4, LoftQ, LoRA, PiSSA, PiSSAStrategy
 from lowrank_dist.cli.plan import command
 from lowrank_dist.cli.plan.command import parser, planned_run
-from lowrank_dist.forecast import Forecast
+from lowrank_dist.forecast import Forecast, ModelShapes
+from lowrank_dist.quantization.stacks import DECODED_BYTES
 from lowrank_dist.training.fit_cli import fit_parser, instantiated, parse_fit
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -138,7 +139,16 @@ def test_unknown_keys_are_refused(place: str, tmp_path: Path, capsys: pytest.Cap
     assert "no_such_key" in capsys.readouterr().err
 
 
-BASES = sorted(path.stem for path in (CONFIGS / "base").glob("*.yaml"))
+#: Mixtures of experts: how many matrices are adapted, and the bytes of their published files.
+EXPERTS = {
+    "qwen3-30b-a3b_8gpu": (48 * (4 + 2 * 128), 61.06e9),
+    "qwen3-235b-a22b_8gpu": (94 * (4 + 2 * 128), 470.19e9),
+    "gpt-oss-20b_1gpu": (24 * (4 + 2 * 32), 13.76e9),  # as published: 13.8 GB
+    "gpt-oss-120b_8gpu": (36 * (4 + 2 * 128), 65.25e9),  # 65.3 GB
+    "mixtral-8x22b_8gpu": (56 * (4 + 2 * 8), 281.24e9),  # 281 GB
+    "deepseek-v3_16gpu": (61 * 5 + 58 * 2 * 256, 673.15e9),  # 688.6 GB with a layer that predicts two tokens
+}
+BASES = sorted({path.stem for path in (CONFIGS / "base").glob("*.yaml")} - EXPERTS.keys())
 # every base, every method, both ranks
 PAIRS = [
     ("llama3-8b_8gpu", "full", None),
@@ -188,6 +198,50 @@ def test_a_base_with_a_method_is_the_papers_run(base: str, method: str, rank: in
     assert found.job.steps == 782
     assert found.fits
     assert found.activations_measured
+
+
+@pytest.mark.parametrize(
+    ("base", "method"),
+    [
+        ("gpt-oss-20b_1gpu", "qpissa"),
+        *(
+            pytest.param(base, method, marks=pytest.mark.matrix)
+            for base, method in [
+                ("qwen3-30b-a3b_8gpu", "pissa"),
+                ("qwen3-235b-a22b_8gpu", "qlora"),
+                ("gpt-oss-120b_8gpu", "loftq"),
+                ("mixtral-8x22b_8gpu", "qpissa"),
+                ("deepseek-v3_16gpu", "qpissa"),
+            ]
+        ),
+    ],
+)
+def test_mixtures_of_experts_fit_their_cluster(
+    base: str, method: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ranks differ by rank_pattern, routers are frozen, experts are decoded half a gibibyte at a time."""
+    matrices, nbytes = EXPERTS[base]
+    seen: list[ModelShapes] = []
+    plain = command.forecast
+    monkeypatch.setattr(
+        command, "forecast", lambda shapes, *args, **kw: (seen.append(shapes), plain(shapes, *args, **kw))[1]
+    )
+    found = plan(*composed(base, method))
+    (shapes,) = seen
+    assert found.fits
+    assert found.activations_measured
+    assert found.job.global_batch == 128
+    assert f"_{found.job.ranks}gpu" in base
+    assert len(shapes.plan.matrices) == matrices
+    assert {m.rank for m in shapes.plan.matrices if m.expert is not None} == {8}
+    assert {m.rank for m in shapes.plan.matrices if m.expert is None} == {64}
+    assert {m.scaling for m in shapes.plan.matrices} == {1.0}
+    routers = [p.names[0] for p in shapes.plan.parameters if re.search(r"mlp\.(gate|router)\.weight$", p.names[0])]
+    assert routers
+    assert not any(p.trainable for p in shapes.plan.parameters)
+    assert shapes.checkpoint_bytes == pytest.approx(nbytes, rel=1e-3)
+    assert found.memory.decoded < 2 * DECODED_BYTES + 2e8
+    assert not caplog.records
 
 
 def test_full_fine_tuning_of_70b_is_said_not_to_fit() -> None:

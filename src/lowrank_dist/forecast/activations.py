@@ -12,10 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.lora import ParamWrapper
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
+from lowrank_dist.distributed.partition import RowPartition
+from lowrank_dist.layers.experts import AdaptedParameter
+from lowrank_dist.quantization.dense import Dense
 from lowrank_dist.zero3.partition import repeated_layers
 
 #: Bytes that a decoder layer saves per token and hidden unit, in 16 bits, without the attention matrix: V. Korthikanti
@@ -110,6 +114,7 @@ class _Saved:
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to("meta"))
+        _encode_stacks(self.model, dtype)
         self.model.train()
         self.model.enable_input_require_grads()
         self.layers: list[nn.Module] = repeated_layers(self.model)
@@ -146,6 +151,32 @@ class _Saved:
             self.kept[storage._cdata] = tensor  # keeps the storage alive, so that its address is not reused
             self.bytes[self.current] = self.bytes.get(self.current, 0) + storage.nbytes()
         return tensor
+
+
+def _encode_stacks(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Replace PEFT's layers around parameters by those of a run, on meta; experts are multiplied in one product.
+
+    The loop over experts (``eager``) needs values. It saves the same rows of inputs, expert by expert.
+    """
+    if "eager" in model.get_experts_implementation().values() and any(p.ndim == 3 for p in model.parameters()):
+        model.set_experts_implementation("grouped_mm")
+    wrapped = [(name, module) for name, module in model.named_modules() if isinstance(module, ParamWrapper)]
+    for name, layer in wrapped:
+        (adapter,), weight = layer.active_adapters, layer.get_param()
+        rows, columns = weight.shape[-2:]
+        frozen = AdaptedParameter(
+            RowPartition(rows=rows, columns=columns, world_size=1),
+            Dense(dtype=dtype),
+            compute_dtype=dtype,
+            wrapper=layer,
+            adapter=adapter,
+            parameter=layer.parameter_name,
+            experts=len(weight) if weight.ndim == 3 else None,
+            input_first=weight.ndim == 3 and getattr(layer.get_base_layer(), "is_transposed", False),
+        )
+        frozen.weight_rows = nn.Parameter(weight.detach().flatten(), requires_grad=False)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, frozen)
 
 
 class _FusedAttention(TorchFunctionMode):

@@ -268,13 +268,14 @@ def _step_time(shapes: ModelShapes, job: RunSpec, cluster: Cluster) -> StepTime:
     used = {m.name: min(1.0, active / m.experts) for m in shapes.plan.matrices}  # the share of tokens that it sees
     frozen = sum(used[m.name] * m.rows * m.columns for m in shapes.plan.matrices)
     adapters = sum(used[m.name] * m.rank * (m.rows + m.columns) for m in shapes.plan.matrices)
-    others, trained = 0, 0
+    others, trained = 0.0, 0.0
     embedding = shapes.backbone.get_input_embeddings().weight
     for tensor in shapes.plan.parameters:
         parameter = shapes.backbone.get_parameter(tensor.names[0])
         if parameter.ndim > 1 and (parameter is not embedding or len(tensor.names) > 1):  # looked up, not multiplied
-            others += parameter.numel()
-            trained += parameter.numel() * tensor.trainable
+            share = min(1.0, active / len(parameter)) if parameter.ndim == 3 else 1.0  # of stacked experts
+            others += share * parameter.numel()
+            trained += share * parameter.numel() * tensor.trainable
     flops = 2 * job.tokens * (passes * (frozen + adapters + others) + adapters + trained)
     seconds = flops / cluster.flops
     if isinstance(job.residual, NF4):

@@ -13,6 +13,7 @@ from peft import LoraConfig
 from transformers import PreTrainedModel
 
 from lowrank_dist.decoding.open import open_reader
+from lowrank_dist.decoding.sizes import shapes_only
 from lowrank_dist.decomposition.walk import check_matrices
 from lowrank_dist.distributed.partition import FlatPartition, FlatStorage
 from lowrank_dist.errors import CheckpointError, InputError
@@ -26,7 +27,7 @@ from lowrank_dist.quantization.nf4 import NF4
 from lowrank_dist.residual_model.reader import ResidualModel
 from lowrank_dist.storage.dtypes import DTYPES
 from lowrank_dist.storage.reader import CheckpointReader
-from lowrank_dist.storage.source import ShapesOnly, SourceReader
+from lowrank_dist.storage.source import SourceReader
 from lowrank_dist.tuners.tuner import TunerPlan
 from lowrank_dist.zero3.packs import ALIGNMENT
 
@@ -89,7 +90,7 @@ class ModelShapes:
         except CheckpointError:
             if any(source.glob("*.safetensors")):
                 raise
-            reader = SourceReader(ShapesOnly(backbone))
+            reader = SourceReader(shapes_only(backbone))
         plan = open_plan(reader, adapter, backbone=backbone, untie=untie).plan
         if init is not None:
             check_matrices(plan, init)
@@ -141,7 +142,7 @@ class RunSpec:
         For a residual model: whether it keeps other factors that its residual was encoded from.
     stage
         ZeRO stage; 0: replicas (DDP).
-    gradient_checkpointing, keep_decoded, live_layers, fp32_norms, shard_within
+    gradient_checkpointing, keep_decoded, live_layers, fp32_norms, experts_at_a_time, shard_within
         Options of `PiSSAStrategy`.
     optimizer, fused_cross_entropy
         Options of `CausalLMModule`. An optimizer given by import path is taken to keep two moments.
@@ -172,6 +173,7 @@ class RunSpec:
     keep_decoded: bool = True
     live_layers: int = 2
     fp32_norms: bool = False
+    experts_at_a_time: int | None = None
     shard_within: ShardWithin = "world"
     optimizer: str = "adamw"
     fused_cross_entropy: bool = False

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from lowrank_dist.forecast.activations import Activations
 from lowrank_dist.forecast.job import ModelShapes, Parameter, RunSpec, parameters
 from lowrank_dist.quantization.nf4 import NF4
+from lowrank_dist.quantization.stacks import decoding_bytes, experts_at_a_time
 from lowrank_dist.zero3.partition import repeated_layers
 
 #: Parts of `Memory.resident`, in the order of the table.
@@ -50,8 +51,8 @@ class Memory:
     head
         The largest other gathered parameter (the head, the embedding), twice while it is put together.
     decoded
-        The largest dequantized matrix, or all of a layer that keeps them from its recomputation to its backward; for
-        adapted experts all of a layer and their gradients.
+        The largest dequantized matrix, or all of a layer that keeps them from its recomputation to its backward, and
+        the experts that are decoded at a time.
     kept, recomputed, logits
         Activations: those kept until the backward, those recomputed in one layer's backward, logits and loss.
     step
@@ -209,8 +210,10 @@ def _decoded(shapes: ModelShapes, job: RunSpec) -> int:
     layers, kept = set(layer_prefixes(shapes)), Counter[str]()
     for planned in shapes.plan.matrices:
         elements = planned.rows * planned.columns * planned.experts
-        if planned.wrapped:  # PEFT needs the dense parameter, and its gradient, while the layer computes
-            wrapped = max(wrapped, 2 * elements * itemsize)
+        if planned.wrapped:
+            partition = planned.row_partition(job.shard_ranks if job.stage == 3 else 1, block=job.residual.block)
+            count = experts_at_a_time(job.experts_at_a_time, planned.experts, partition, job.compute_dtype)
+            wrapped = max(wrapped, decoding_bytes(job.residual, partition, count, job.compute_dtype))
         elif isinstance(job.residual, NF4) and not planned.lookup:
             maxima = 4 * elements // job.residual.block_size if job.residual.double_quant else 0
             single, largest_maxima = max(single, elements * itemsize + maxima), max(largest_maxima, maxima)

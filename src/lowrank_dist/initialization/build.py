@@ -278,8 +278,10 @@ def build_model(
     if resume is not None:
         check_digests(result.report.matrices, resume.reports)
 
-    make_trainable(backbone, computation, partitioner)
+    said = make_trainable(backbone, computation, partitioner)
     if group.rank == 0:
+        for line in said:
+            announce(line)
         report = result.report
         announce(
             f"{source.method}: {len(report.matrices)} matrices in {report.seconds:.1f} s, "

@@ -244,6 +244,7 @@ class _Filling:
                 parameter=planned.parameter,
                 experts=None if planned.expert is None else planned.experts,
                 input_first=planned.input_first,
+                name=f"{plain_name(planned.layer)}.{planned.parameter}",
             )
         if planned.lookup:
             return FrozenEmbedding(

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from lowrank_dist.errors import ModelError
 from lowrank_dist.layers.adapted import FoldAdapters, fuse_adapters
+from lowrank_dist.layers.experts import bound_experts
 from lowrank_dist.layers.frozen import keep_decoded
 from lowrank_dist.zero3.partition import Partitioner, reduce_by_layer, repeated_layers
 
@@ -19,7 +20,7 @@ class Computation:
 
     Parameters
     ----------
-    gradient_checkpointing, use_reentrant, keep_decoded, fold_adapters, compile_layers
+    gradient_checkpointing, use_reentrant, keep_decoded, fold_adapters, compile_layers, experts_at_a_time
         See `lowrank_dist.PiSSAStrategy`.
     autocast
         Dtype of an autocast around the forward; None: no autocast. DeepSpeed's own autocast would not cover
@@ -31,6 +32,7 @@ class Computation:
     keep_decoded: bool = False
     fold_adapters: FoldAdapters = "never"
     compile_layers: str | None = None
+    experts_at_a_time: int | None = None
     autocast: torch.dtype | None = None
 
     def check(self, backbone: PreTrainedModel) -> None:
@@ -39,10 +41,18 @@ class Computation:
             raise ModelError(
                 f"{type(backbone).__name__} does not support gradient checkpointing; pass gradient_checkpointing=False"
             )
+        if self.experts_at_a_time is not None and self.experts_at_a_time < 1:
+            raise ModelError(f"experts_at_a_time={self.experts_at_a_time} must be at least 1")
 
 
-def make_trainable(backbone: PreTrainedModel, computation: Computation, partitioner: Partitioner) -> None:
-    """Set up how the partitioned `backbone` computes, in place. No communication."""
+def make_trainable(backbone: PreTrainedModel, computation: Computation, partitioner: Partitioner) -> list[str]:
+    """Set up how the partitioned `backbone` computes, in place. No communication.
+
+    Returns
+    -------
+    list of str
+        What the user should know of it, a line each.
+    """
     if computation.gradient_checkpointing:
         options = {"use_reentrant": computation.use_reentrant}
         if hasattr(backbone, "activation_checkpointing_enable"):
@@ -52,6 +62,7 @@ def make_trainable(backbone: PreTrainedModel, computation: Computation, partitio
     else:
         partitioner.save_no_views()
     fuse_adapters(backbone, computation.fold_adapters)
+    said = bound_experts(backbone, computation.experts_at_a_time)
     if computation.compile_layers is not None:
         for layer in repeated_layers(backbone):
             # the function inside of the hooks, which gather and checkpoint; layers of one type share what is compiled
@@ -62,3 +73,4 @@ def make_trainable(backbone: PreTrainedModel, computation: Computation, partitio
         backbone.forward = torch.autocast(partitioner.device.type, dtype=computation.autocast)(backbone.forward)
     reduce_by_layer(backbone)
     backbone.enable_input_require_grads()  # for reduce_by_layer and reentrant gradient checkpointing
+    return said

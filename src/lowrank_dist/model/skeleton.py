@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lowrank_dist.errors import ModelError, is_passing
 from lowrank_dist.model.names import ADAPTER, plain_name
+from lowrank_dist.model.targets import Asked, compare, own_warning_of_patterns
 from lowrank_dist.storage.find_weights import cached_snapshot
 from lowrank_dist.storage.parse import Record, printable, read_record
 from lowrank_dist.storage.reader import gguf_file
@@ -298,16 +299,19 @@ def inject_adapter(backbone: PreTrainedModel, adapter: LoraConfig) -> None:
             "PiSSAStrategy(init=PiSSA(...)), and PEFT's own would need whole weights; leave init_lora_weights unset"
         )
     backbone.requires_grad_(False)
+    asked = Asked.by(adapter)
     if isinstance(adapter.target_modules, str) and adapter.target_modules.lower() == "all-linear":
         _exclude(backbone, adapter)
     adapter.inference_mode = False  # saved configurations set it, and modules_to_save would silently stay frozen
     try:
-        inject_adapter_in_model(adapter, backbone, adapter_name=ADAPTER, low_cpu_mem_usage=True)
+        with own_warning_of_patterns():
+            inject_adapter_in_model(adapter, backbone, adapter_name=ADAPTER, low_cpu_mem_usage=True)
     except ValueError as error:
         raise ModelError(
             f"LoraConfig.target_modules={adapter.target_modules!r} cannot be applied to {type(backbone).__name__}: "
             f"{error} {named_linears(backbone)}"
         ) from error
+    compare(backbone, adapter, asked)
 
 
 def _exclude(backbone: PreTrainedModel, adapter: LoraConfig) -> None:

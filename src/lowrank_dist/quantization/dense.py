@@ -65,6 +65,11 @@ class Dense:
         weight = stored["weight_rows"].view(-1, partition.columns)[: partition.rows].to(dtype)
         return weight if product is None else torch.addmm(weight, *product)
 
+    def decode_stack(self, stored: Mapping[str, Tensor], partition: RowPartition, dtype: torch.dtype) -> Tensor:
+        """See `lowrank_dist.quantization.stacks.decode_stack`."""
+        rows = stored["weight_rows"].unflatten(1, (-1, partition.columns))
+        return rows[:, : partition.rows].to(dtype)
+
     def decode_rows(
         self, stored: Mapping[str, Tensor], partition: RowPartition, rows: Tensor, dtype: torch.dtype
     ) -> Tensor:

@@ -213,6 +213,24 @@ class NF4:
         weight = _dequantize(packed, absmax, self.block_size, (rows, columns), dtype)
         return weight[: partition.rows] if rest else weight
 
+    def decode_stack(self, stored: Mapping[str, Tensor], partition: RowPartition, dtype: torch.dtype) -> Tensor:
+        """See `lowrank_dist.quantization.stacks.decode_stack`. The rows that pad the matrices are decoded too."""
+        packed, absmax = stored["weight_packed"], stored["weight_absmax"]
+        if self.double_quant:
+            absmax = _dequantize_absmax_of_each(absmax, stored["weight_nested"].view(torch.float32))
+        else:
+            absmax = absmax.view(torch.float32)
+        (count, _), rows = packed.shape, partition.padded_rows
+        packed, absmax, shape = packed.reshape(-1), absmax.reshape(-1), (count * rows, partition.columns)
+        if self.has_kernel(partition, packed.device):
+            from lowrank_dist.quantization.nf4_triton import decode
+
+            maps = _nf4_map(packed.device), _dynamic_map(packed.device)
+            weights = decode(packed, absmax, None, maps, shape=shape, block_size=self.block_size, dtype=dtype)
+        else:
+            weights = _dequantize(packed, absmax, self.block_size, shape, dtype)
+        return weights.view(count, rows, partition.columns)[:, : partition.rows]
+
     def has_kernel(self, partition: RowPartition, device: torch.device) -> bool:
         """Whether Triton can decode the matrix: rows consist of whole blocks, on CUDA or in Triton's interpreter."""
         runs = device.type == "cuda" or _interprets_triton()
@@ -456,6 +474,13 @@ def _dequantize_absmax(codes: Tensor, nested: Tensor, blocks: Tensor) -> Tensor:
     """Decode `codes` of the absolute maxima of `blocks` (same shape) to fp32; padding uses the last second level."""
     scale = nested[1:][(blocks // NESTED_BLOCK).clamp_(max=nested.numel() - 2)]
     return _dynamic_map(codes.device)[codes.int()] * scale + nested[0]
+
+
+def _dequantize_absmax_of_each(codes: Tensor, nested: Tensor) -> Tensor:
+    """`_dequantize_absmax` of all blocks of several matrices: codes ``[count, blocks]``, nested ``[count, ...]``."""
+    blocks = torch.arange(codes.shape[1], device=codes.device) // NESTED_BLOCK
+    absmax = _dynamic_map(codes.device)[codes.int()]
+    return absmax.mul_(nested[:, 1:][:, blocks.clamp_(max=nested.shape[1] - 2)]).add_(nested[:, :1])
 
 
 def _dequantize_all_absmax(codes: Tensor, nested: Tensor) -> Tensor:

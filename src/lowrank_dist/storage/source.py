@@ -7,14 +7,14 @@ a `SourceReader`, so that partitions, experts, fingerprints and resumed runs are
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from lowrank_dist.errors import CheckpointError, ModelError
+from lowrank_dist.errors import CheckpointError
 from lowrank_dist.storage.dtypes import FLOAT_DTYPES
 from lowrank_dist.storage.reader import CheckpointReader, TensorInfo
 
@@ -105,22 +105,12 @@ class ShapesOnly:
     ----------
     backbone
         The model on the meta device, without adapters.
-
-    Raises
-    ------
-    ModelError
-        If its weights are quantized: how many bytes they are is in their headers.
+    stored_bytes
+        Bytes of the weights, by name, that are stored in less than the dtype of the model.
     """
 
     backbone: PreTrainedModel
-
-    def __post_init__(self) -> None:
-        if getattr(self.backbone.config, "quantization_config", None) is not None:
-            raise ModelError(
-                f"{self.name}: its configuration says that the weights are quantized, and only their headers say how "
-                "many bytes that makes; pass a directory with the weights, or remove quantization_config from "
-                "config.json to plan for dense ones"
-            )
+    stored_bytes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -132,7 +122,10 @@ class ShapesOnly:
 
     @property
     def tensors(self) -> dict[str, TensorInfo]:
-        return tensors_of(self.backbone)
+        return {
+            name: replace(info, nbytes=self.stored_bytes.get(name, info.nbytes))
+            for name, info in tensors_of(self.backbone).items()
+        }
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         raise CheckpointError(f"{self.name}: only the shape of {name} is known; pass a model with weights")

@@ -89,6 +89,7 @@ class ModelStrategy(CheckpointedStrategy):
     shard_within: ShardWithin | Literal["auto"]
     fold_adapters: FoldAdapters
     compile_layers: str | None
+    experts_at_a_time: int | None
 
     def __init__(self, *, end_within: float = 30.0, **options: Any) -> None:
         super().__init__(**options)
@@ -163,6 +164,7 @@ class ModelStrategy(CheckpointedStrategy):
                 keep_decoded=self.keep_decoded,
                 fold_adapters=self.fold_adapters,
                 compile_layers=self.compile_layers,
+                experts_at_a_time=self.experts_at_a_time,
                 autocast=autocast,
             ),
             copies=self._copies_of_frozen,
@@ -230,6 +232,7 @@ class ModelStrategy(CheckpointedStrategy):
                 keep_decoded=self.keep_decoded or self.compile_layers is not None,
                 live_layers=self.live_layers,
                 fp32_norms=self.fp32_norms,
+                experts_at_a_time=self.experts_at_a_time,
             )
             within = smallest_group(opened, run, self.root_device, announce=rank_zero_info)
         return self._copies(within)

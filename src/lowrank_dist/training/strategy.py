@@ -111,6 +111,10 @@ class PiSSAStrategy(ModelStrategy):
         once more when the number of tokens changes. The results agree up to rounding; dropout draws other numbers. It
         implies `keep_decoded` and therefore needs gradient checkpointing, without which decoded weights of the whole
         model would be kept. Layers that cannot be traced run as they are (stacked experts).
+    experts_at_a_time
+        Number of adapted experts of a stack (``target_parameters``) that are decoded together: fewer take less memory,
+        more take fewer operators. Only experts that have tokens are decoded. None: as many as take 512 MiB, at least
+        one; a line says how many. The results agree up to rounding.
     end_within
         Seconds within which all ranks end once one has ended, whatever ended it and whatever the others wait for: they
         notice at once, and have a third of this to end by themselves. Errors, signals and lost processes are alike.
@@ -185,6 +189,7 @@ class PiSSAStrategy(ModelStrategy):
         shard_within: ShardWithin | Literal["auto"] = "auto",
         fold_adapters: FoldAdapters = "never",
         compile_layers: str | None = None,
+        experts_at_a_time: int | None = None,
         end_within: float = 30.0,
         **deepspeed_options: Any,
     ) -> None:
@@ -196,6 +201,8 @@ class PiSSAStrategy(ModelStrategy):
             )
         if live_layers < 0:
             raise ValueError(f"PiSSAStrategy: live_layers={live_layers} must not be negative")
+        if experts_at_a_time is not None and experts_at_a_time < 1:
+            raise ValueError(f"PiSSAStrategy: experts_at_a_time={experts_at_a_time} must be at least 1")
         if fold_adapters not in get_args(FoldAdapters):
             raise ValueError(
                 f"PiSSAStrategy: fold_adapters={fold_adapters!r} is none of {', '.join(get_args(FoldAdapters))}"
@@ -248,6 +255,7 @@ class PiSSAStrategy(ModelStrategy):
         self.shard_within = shard_within
         self.fold_adapters = fold_adapters
         self.compile_layers = compile_layers
+        self.experts_at_a_time = experts_at_a_time
         if init is not None and (self.weights is not None or not ResidualModel.is_at(Path(self.pretrained))):
             init.check(Dense(dtype=torch.float32) if quantization is None else quantization)
         self.calibration = calibration

@@ -7,6 +7,7 @@ provides its own shard, and this module sets the attributes that ``zero.Init`` w
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,9 +17,14 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
-from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, ZeroParamStatus
+from deepspeed.runtime.zero.partition_parameters import (
+    InsertPostInitMethodToModuleSubClasses,
+    PartitionedParamStatus,
+    ZeroParamStatus,
+)
 from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
+from torch.overrides import has_torch_function
 
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import FlatPartition
@@ -72,6 +78,7 @@ class Partitioner:
         """
         if self._init.mem_efficient_linear:
             self._init._enable_mem_efficient_linear()
+            _leave_overridden_weights()
 
     def parameter(
         self,
@@ -145,6 +152,23 @@ class Partitioner:
         ds.ds_tensor.status = PartitionedParamStatus.AVAILABLE
         ds.ds_tensor.final_location = None
         ds.ds_status = ZeroParamStatus.NOT_AVAILABLE
+
+
+def _leave_overridden_weights() -> None:
+    """Have DeepSpeed's ``F.linear`` pass by weights that multiply themselves (``__torch_function__``).
+
+    Its autograd Function would compute with them, but their gradients would be lost.
+    """
+    plain, efficient = InsertPostInitMethodToModuleSubClasses.linear_bk, torch.nn.functional.linear
+    if efficient is plain or hasattr(efficient, "__wrapped__"):
+        return
+
+    @functools.wraps(efficient)
+    def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        overridden = has_torch_function((input, weight, bias))
+        return plain(input, weight, bias) if overridden else efficient(input, weight, bias)
+
+    torch.nn.functional.linear = linear
 
 
 def use_cpu_accelerator() -> None:

@@ -32,5 +32,5 @@ def test_bytes_of_a_quantized_checkpoint(tmp_path: Path) -> None:
     assert next(iter(decoded.values())).dtype == torch.float32
     reader.close()
     (tmp_path / "model" / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match="weights are quantized, and only their headers say how many bytes"):
+    with pytest.raises(ModelError, match="quantized by 'gptq', and only their headers say how many bytes"):
         ModelShapes.of(tmp_path / "model", adapter)

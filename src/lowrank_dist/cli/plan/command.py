@@ -152,6 +152,7 @@ def _job(settings: Any, strategy: Any) -> RunSpec:
             "keep_decoded": strategy.keep_decoded or strategy.compile_layers is not None,
             "live_layers": strategy.live_layers,
             "fp32_norms": strategy.fp32_norms,
+            "experts_at_a_time": strategy.experts_at_a_time,
             "shard_within": "world" if strategy.shard_within == "auto" else strategy.shard_within,
         }
     elif options.get("stage") and compute_dtype == torch.bfloat16:

@@ -8,6 +8,7 @@ from pathlib import Path
 from peft import LoraConfig, PeftConfig
 
 from lowrank_dist.adapters.files import read_config as read_adapter_config
+from lowrank_dist.decoding.sizes import shapes_only
 from lowrank_dist.decomposition.schedule import Sharding
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import InputError
@@ -17,7 +18,7 @@ from lowrank_dist.initialization.starting_adapter import StartingAdapter
 from lowrank_dist.methods import LoRA
 from lowrank_dist.model.skeleton import build_skeleton, read_config
 from lowrank_dist.storage.find_weights import holds_weights
-from lowrank_dist.storage.source import ShapesOnly, WeightSource
+from lowrank_dist.storage.source import WeightSource
 from lowrank_dist.training.strategy import PiSSAStrategy
 from lowrank_dist.tuners.support import is_for_peft, needs_peft
 
@@ -39,7 +40,7 @@ def with_adapters(strategy: PiSSAStrategy, source: Path, job: RunSpec) -> tuple[
     if not holds_weights(source):
         if not _made_by_peft(adapter, strategy):
             return _of_dimensions(strategy, adapter, source, job)
-        pretrained = ShapesOnly(backbone)
+        pretrained = shapes_only(backbone)
     found = replace(strategy.recipe, pretrained=pretrained, adapter=adapter, revision=None, adapter_revision=None)
     opened = found.open(
         backbone,
