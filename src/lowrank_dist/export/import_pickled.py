@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,8 @@ from lowrank_dist.storage.find_weights import PICKLED
 from lowrank_dist.storage.parse import is_object_of, is_text, open_regular, printable, read_record, refuse_pointer
 from lowrank_dist.storage.reader import FileTensor
 from lowrank_dist.storage.writer import MAX_BYTES, TensorFiles, copy_other_files
+
+log = logging.getLogger(__name__)
 
 INDEX = "pytorch_model.bin.index.json"
 #: Entries under which training programs keep the weights.
@@ -85,7 +88,7 @@ def import_checkpoint(
     tensors: dict[str, FileTensor] = {}
     of_file: dict[str, Path] = {}
     for file in files:
-        for name, tensor in _tensors(file):
+        for name, tensor in _tensors(file, announce=True):
             if name in tensors:
                 raise CheckpointError(f"{file}: holds {printable(name)}, which {of_file[name].name} holds too")
             tensors[name], of_file[name] = FileTensor(shape=tuple(tensor.shape), dtype=tensor.dtype), file
@@ -125,8 +128,8 @@ def _files(source: Path) -> list[Path]:
     return found
 
 
-def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of a file, memory-mapped."""
+def _tensors(file: Path, *, announce: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of a file, memory-mapped. Announced is the entry that they lie under, if they do."""
     with open(open_regular(file), "rb") as handle:
         refuse_pointer(file, handle.read(64))
     try:
@@ -140,6 +143,9 @@ def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
         ) from error
     for entry in _INSIDE:
         if isinstance(content, Mapping) and isinstance(content.get(entry), Mapping):
+            if announce:
+                others = ", ".join(printable(name) for name in content if name != entry) or "nothing"
+                log.warning("%s: the weights are those of its entry %r; not written: %s", file, entry, others)
             content = content[entry]
             break
     if not isinstance(content, Mapping):

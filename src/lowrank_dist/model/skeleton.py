@@ -35,6 +35,7 @@ from lowrank_dist.storage.reader import gguf_file
 
 log = logging.getLogger(__name__)
 
+_BIASES = ("none", "all", "lora_only")
 _UNSUPPORTED_OPTIONS = {
     "lora_bias": "converted adapters cannot carry it",
     "layer_replication": "replicated layers would share one sharded residual",
@@ -154,6 +155,7 @@ def build_skeleton(directory: Path, config: PretrainedConfig | None = None) -> P
     """
     config = read_config(directory) if config is None else config
     names = config.architectures or []
+    names = names if isinstance(names, list) else [names]
     if not names and gguf_file(directory) is not None:  # a file names no class
         names = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)]
     classes = [getattr(transformers, name, None) for name in names if isinstance(name, str) and name.isidentifier()]
@@ -298,6 +300,8 @@ def inject_adapter(backbone: PreTrainedModel, adapter: LoraConfig) -> None:
             f"LoraConfig.init_lora_weights={adapter.init_lora_weights!r}: the initialisation is chosen by "
             "PiSSAStrategy(init=PiSSA(...)), and PEFT's own would need whole weights; leave init_lora_weights unset"
         )
+    if adapter.bias not in _BIASES:
+        raise ModelError(f"LoraConfig.bias={printable(adapter.bias)!r} must be one of {', '.join(_BIASES)}")
     backbone.requires_grad_(False)
     asked = Asked.by(adapter)
     if isinstance(adapter.target_modules, str) and adapter.target_modules.lower() == "all-linear":

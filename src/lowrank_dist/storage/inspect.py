@@ -31,6 +31,7 @@ from lowrank_dist.storage.layout import (
     read_manifest,
     residual_stem,
 )
+from lowrank_dist.storage.parse import Record, is_list_of, is_text
 
 OTHER_WEIGHTS = ("*.bin", "*.gguf", "*.h5", "*.msgpack", "*.pt", "*.pth")
 
@@ -235,13 +236,15 @@ def _peft_adapter(directory: Path, found: Description) -> None:
 
 def _model(directory: Path, found: Description) -> None:
     """An ordinary Hugging Face model."""
-    config, facts = read_json(directory / "config.json") if (directory / "config.json").is_file() else {}, found.facts
-    facts["architecture"] = ", ".join(config.get("architectures") or ["unknown"])
+    file, facts = directory / "config.json", found.facts
+    config = read_json(file) if file.is_file() else Record({}, str(file))
+    names = config.expect("architectures", is_list_of(is_text), "names of classes", None)
+    facts["architecture"] = ", ".join(names or ["unknown"])
     for key in ("model_type", "dtype", "torch_dtype", "tie_word_embeddings", "vocab_size"):
         if key in config:
             facts[key.removeprefix("torch_").replace("_", " ")] = config[key]
     if "quantization_config" in config:
-        facts["quantization"] = config["quantization_config"].get("quant_method", "yes")
+        facts["quantization"] = config.record("quantization_config").get("quant_method", "yes")
     if not config:
         found.problems.append("config.json is missing")
     others = sorted(path.name for pattern in OTHER_WEIGHTS for path in directory.glob(pattern))

@@ -92,12 +92,14 @@ def test_one_run_done_twice_is_no_second_seed(tmp_path: Path, capsys: pytest.Cap
 def test_losses_of_csv_logger_serve_too(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(settings(LORA)))
-    rows = ["step,train_loss,val_loss,throughput/memory_resident_gb", "0,3.0,,0.5", "7,2.0,,0.75", "7,,2.5,"]
+    columns = "step,train_loss,val_loss,throughput/memory_resident_gb,tasks/add/exact_match"
+    rows = [columns, "0,3.0,,0.5,0.0", "7,2.0,,0.75,", "7,,2.5,,0.25"]
     (tmp_path / "run" / "metrics.csv").write_text("\n".join(rows) + "\n")
     (method,) = compared(tmp_path)["methods"]
     assert method["loss"]["mean"] == 2.5
     assert method["memory_gb"]["mean"] == 0.75
     assert method["loss_at_equal_time"] is None
+    assert method["scores"]["add/exact_match"]["mean"] == 0.25
 
 
 NO_LOSSES = '{"train": [], "validation": []}'

@@ -60,11 +60,12 @@ def test_files_with_an_index_and_old_ones(model: Path, tmp_path: Path) -> None:
         import_checkpoint(source, tmp_path / "other")
 
 
-def test_a_state_inside_of_another_file(tmp_path: Path) -> None:
+def test_a_state_inside_of_another_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     weights = {"a": torch.arange(6.0).view(2, 3).T, "b": torch.tensor(3, dtype=torch.int64)}
     torch.save({"state_dict": weights, "step": 5}, tmp_path / "last.pt")
     found = stored(import_checkpoint(tmp_path / "last.pt", tmp_path / "out"))
     assert all(torch.equal(found[name], weight) for name, weight in weights.items())
+    assert caplog.text.count("the weights are those of its entry 'state_dict'; not written: step") == 1
 
 
 class Other(nn.Module):

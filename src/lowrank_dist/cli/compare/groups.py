@@ -87,6 +87,16 @@ class Comparison:
         """Validation loss of the last validation up to a step, or up to a time."""
         return Figure.of([_reached(run, step, seconds) for run in runs])
 
+    @property
+    def tasks(self) -> list[str]:
+        """Names of scores that any run has."""
+        runs = (run for method in self.methods for run in method.runs)
+        return sorted({name for run in runs for name in run.scores})
+
+    def score(self, runs: Sequence[Run], name: str) -> Figure | None:
+        """The last score of this name, of runs that have it."""
+        return Figure.of([run.scores.get(name) for run in runs])
+
     def start(self, runs: Sequence[Run]) -> Figure | None:
         """Validation loss before the first step, of runs that validated then."""
         return Figure.of([next((p.loss for p in run.validation if p.step == 0), None) for run in runs])
@@ -198,6 +208,7 @@ def as_dict(found: Comparison) -> dict[str, Any]:
                 "train_seconds": figure(Figure.of([run.seconds for run in runs])),
                 "memory_gb": figure(Figure.of([run.memory_gb for run in runs])),
                 "trained_parameters": figure(Figure.of([run.trained for run in runs])),
+                "scores": {name: figure(found.score(runs, name)) for name in found.tasks},
                 "runs": [str(run.directory) for run in runs],
             }
         )

@@ -18,6 +18,7 @@ from lowrank_dist.storage.inspect import inspect
 from lowrank_dist.storage.parse import MAX_JSON, MAX_MANIFEST, Record, is_number, printable, read_bytes, read_record
 
 CONFIG, INIT_REPORT = "config.yaml", "init_report.json"
+_TASKS = "tasks/"
 _MEMORY = ("throughput/memory_allocated_gb", "throughput/memory_resident_gb")
 
 
@@ -50,6 +51,8 @@ class Run:
         The most of a rank.
     trained
         Trained parameters, from the newest checkpoint.
+    scores
+        Last scores of `EvaluateTasks`, by task and metric.
     """
 
     directory: Path
@@ -60,6 +63,7 @@ class Run:
     init_seconds: float | None = None
     memory_gb: float | None = None
     trained: int | None = None
+    scores: dict[str, float] = field(default_factory=dict)
 
     @property
     def last_step(self) -> int:
@@ -97,14 +101,14 @@ def _read(config: Path) -> Run | None:
     """The run of a configuration; None if there are no losses."""
     directory, settings = config.parent, read_settings(config)
     history, metrics = _record(directory, HISTORY), _record(directory, METRICS)
+    logged = {} if metrics is None else _columns(metrics)
     if history is not None:
         train, validation = _history(history)
     elif metrics is not None:
-        train, validation = _of_csv(metrics, "train_loss"), _of_csv(metrics, "val_loss")
+        train, validation = (logged.get(name, []) for name in ("train_loss", "val_loss"))
     else:
         return None
     init = _record(directory, INIT_REPORT)
-    memory = [point.loss for name in _MEMORY for point in (_of_csv(metrics, name) if metrics is not None else [])]
     return Run(
         directory=directory,
         settings=flat(settings),
@@ -112,8 +116,9 @@ def _read(config: Path) -> Run | None:
         train=train,
         validation=validation,
         init_seconds=None if init is None else read_record(init, MAX_MANIFEST).get("seconds"),
-        memory_gb=max(memory, default=None),
+        memory_gb=max((point.loss for name in _MEMORY for point in logged.get(name, [])), default=None),
         trained=_trained(directory, settings),
+        scores={name.removeprefix(_TASKS): of[-1].loss for name, of in logged.items() if name.startswith(_TASKS)},
     )
 
 
@@ -136,15 +141,18 @@ def _points(found: Record, part: str, file: Path) -> list[Point]:
     return points
 
 
-def _of_csv(file: Path, column: str) -> list[Point]:
-    """The values of a column of CSVLogger's table; a later line of a step replaces an earlier one."""
+def _columns(file: Path) -> dict[str, list[Point]]:
+    """The columns of CSVLogger's table; a later line of a step replaces an earlier one."""
+    found: dict[str, dict[int, float]] = {}
     try:
-        rows = csv.DictReader(io.StringIO(read_bytes(file, MAX_JSON).decode("utf-8")))
-        # Lightning numbers steps from 0 in its loggers
-        values = {int(row["step"]) + 1: float(row[column]) for row in rows if row.get(column)}
+        for row in csv.DictReader(io.StringIO(read_bytes(file, MAX_JSON).decode("utf-8"))):
+            step = int(row["step"]) + 1  # Lightning numbers steps from 0 in its loggers
+            for name, value in row.items():
+                if value:
+                    found.setdefault(str(name), {})[step] = float(value)
     except (csv.Error, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: not a table of CSVLogger ({printable(error)})") from error
-    return [Point(step=step, loss=value) for step, value in sorted(values.items())]
+    return {name: [Point(step=step, loss=of[step]) for step in sorted(of)] for name, of in found.items()}
 
 
 def _trained(directory: Path, settings: dict[str, Any]) -> int | None:

@@ -37,6 +37,7 @@ def _titles(found: Comparison) -> list[str]:
     time = "at equal time" if found.seconds is None else f"at {found.seconds:.3g} s"
     return [
         *("method", "lr", "tried", "runs", "loss at step 0", f"at step {found.step}", time),
+        *found.tasks,
         *("init s", "train s", "memory GB", "trained"),
     ]
 
@@ -50,9 +51,10 @@ def _row(found: Comparison, method: Method) -> list[str]:
         method.best + _EDGE * method.is_at_an_edge,
         str(len(method.by_rate)),
         str(len(runs)),
-        _loss(found.start(runs)),
-        _loss(found.loss(runs)),
-        _loss(at_time),
+        _figure(found.start(runs)),
+        _figure(found.loss(runs)),
+        _figure(at_time),
+        *(_figure(found.score(runs, name)) for name in found.tasks),
         _number(Figure.of([run.init_seconds for run in runs]), ".1f"),
         _number(Figure.of([run.seconds for run in runs]), ".3g"),
         _number(Figure.of([run.memory_gb for run in runs]), ".2f"),
@@ -78,7 +80,7 @@ def _notes(found: Comparison) -> Iterator[str]:
         yield f"Left out: {name}: {reason}."
 
 
-def _loss(value: Figure | None) -> str:
+def _figure(value: Figure | None) -> str:
     if value is None:
         return "-"
     if not math.isfinite(value.mean):
