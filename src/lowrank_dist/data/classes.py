@@ -62,12 +62,12 @@ class LabelledRenderer:
             raise InputError(f"{where}: {error}") from error
 
     def _label(self, label: Any) -> int:
-        if self.classes is not None and isinstance(label, str):
-            if label not in self.classes:
-                raise InputError(f"the label {label!r} is none of the classes {', '.join(self.classes)}")
+        if self.classes is not None and label in self.classes:
             return self.classes.index(label)
         if isinstance(label, str) and label.isascii() and label.isdecimal():  # all of a CSV file is text
             label = int(label)
+        if self.classes is not None and isinstance(label, str):
+            raise InputError(f"the label {label!r} is none of the classes {', '.join(self.classes)}")
         if not isinstance(label, int):
             remedy = "; list the names in `classes`" if isinstance(label, str) else ""
             raise InputError(f"the label {label!r} is not the number of a class, 0 or more{remedy}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 from torch.nn import functional
 
@@ -44,8 +43,8 @@ class SequenceClassificationModule(TransformersModule):
     Notes
     -----
     A head that the pretrained weights lack has small random numbers, the same on every rank, and must be trained whole:
-    ``modules_to_save`` of the adapter names it (``score`` in decoders, ``classifier`` in BERT). It is an error if no
-    parameter of the head is trained and the pretrained model is not a classifier.
+    ``modules_to_save`` of the adapter names it (``score`` in decoders, ``classifier`` in BERT), without which
+    `PiSSAStrategy` refuses the model.
 
     A batch has ``input_ids`` and ``attention_mask``, int64 ``[batch, length]``, and ``labels``, int64 ``[batch]``,
     -100 for fillers. A decoder reads the class off the last token that is no padding, so that it must know the padding:
@@ -102,24 +101,6 @@ class SequenceClassificationModule(TransformersModule):
         logits = self(**{name: values for name, values in batch.items() if name != "labels"}).logits.float()
         losses = functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none")
         return losses, (logits.argmax(1) == labels).float(), (labels != IGNORE_INDEX).float()
-
-    def configure_optimizers(self) -> Any:
-        """Return optimizer and schedule; InputError if a head without pretrained weights would stay as it is."""
-        model: Any = self.model
-        model = model.get_base_model() if isinstance(model, PeftModel) else model
-        known = any("Classification" in name for name in model.config.architectures or [])
-        heads = [
-            (name, list(child.parameters()))
-            for name, child in model.named_children()
-            if name != model.base_model_prefix
-        ]
-        idle = [name for name, own in heads if own and not any(parameter.requires_grad for parameter in own)]
-        if idle and not known:
-            raise InputError(
-                f"the head of {type(model).__name__} ({', '.join(idle)}) has random weights, which {self.pretrained} "
-                f"lacks, and would not be trained; add modules_to_save={idle} to the adapter"
-            )
-        return super().configure_optimizers()
 
     # ---- training
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:

@@ -129,7 +129,7 @@ class PreferenceModule(TransformersModule):
             self._whole_copy = StepZero(dict(self.named_parameters()))
 
     @contextmanager
-    def _reference(self) -> Iterator[None]:
+    def reference(self) -> Iterator[None]:
         """Inside, the model is that of step 0, without dropout and gradient."""
         assert self.model is not None
         own = self._whole_copy
@@ -173,7 +173,7 @@ class PreferenceModule(TransformersModule):
         counts = (sizes > 0).all(0).float()
         reference = None
         if self.loss == "dpo":
-            with self._reference():
+            with self.reference():
                 reference = token_log_probs(self(**inputs).logits, labels).sum(1).unflatten(0, (2, -1))
         output = self(**inputs)
         if self.loss == "orpo":  # also of prompts

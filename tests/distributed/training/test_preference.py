@@ -50,7 +50,7 @@ class Recorded(PreferenceModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         if self.loss == "dpo":
-            with self._reference():
+            with self.reference():
                 inputs = {name: values for name, values in batch.items() if name != "labels"}
                 found = token_log_probs(self(**inputs).logits, batch["labels"]).sum(1)
             self.references.append((batch, found))

@@ -1,4 +1,4 @@
-"""Losses of pairs are those of TRL on the same batch, and so are their gradients; the reference stays that of step 0."""
+"""Losses of pairs and their gradients are those of TRL on the same batch; the reference stays that of step 0."""
 
 from __future__ import annotations
 
