@@ -23,7 +23,7 @@ from lowrank_dist.data.cache import Made, cached, key_of
 from lowrank_dist.data.chat_template import read_template
 from lowrank_dist.data.classes import CLASS_NAMES, LabelledEncoder, LabelledRenderer
 from lowrank_dist.data.loading import Loaded, OnBadRecord, Transform, load
-from lowrank_dist.data.packing import Collator, TokenDataset, Tokens
+from lowrank_dist.data.packing import Collator, ItemLists, TokenDataset, Tokens
 from lowrank_dist.data.preference import PREFERENCE_NAMES
 from lowrank_dist.data.records import read_hub
 from lowrank_dist.data.rendering import PairRenderer, Renderer, Thinking, TrainOn
@@ -31,6 +31,7 @@ from lowrank_dist.data.sampler import ResumableLoader, ShardedSampler
 from lowrank_dist.data.shapes import NAMES, check_columns
 from lowrank_dist.data.sources import Source
 from lowrank_dist.data.tasks import PER_ITEM, Task
+from lowrank_dist.data.token_batches import TokenBatchSampler, padded
 from lowrank_dist.data.tokenizing import WEIGHTS, Encoder
 from lowrank_dist.errors import InputError
 
@@ -117,6 +118,9 @@ class SFTDataModule(L.LightningDataModule):
         Largest number of tokens in an example and in a packed row.
     batch_size
         Examples (with `packing`: packed rows) in a batch on one device.
+    tokens_per_batch
+        Largest number of tokens in a batch on one device, padding included, in place of `batch_size`: batches of short
+        examples have more of them. Which examples make a batch is decided once, their order anew in every epoch.
     packing
         Put several examples into one row of up to `max_length` tokens, without attention between them. The model must
         find the borders from `position_ids`. Many models of transformers do; convolutions, state spaces, linear
@@ -177,6 +181,7 @@ class SFTDataModule(L.LightningDataModule):
         cache_dir: str | None = None,
         max_length: int = 512,
         batch_size: int = 1,
+        tokens_per_batch: int | None = None,
         packing: bool = False,
         group_by_length: bool = False,
         limit: int | None = None,
@@ -190,8 +195,14 @@ class SFTDataModule(L.LightningDataModule):
                 "packing=True and group_by_length=True exclude each other, because packed rows all have about "
                 "max_length tokens; set one of them to false"
             )
+        if tokens_per_batch is not None and batch_size != 1:
+            raise InputError(
+                f"batch_size={batch_size} and tokens_per_batch={tokens_per_batch} exclude each other; leave one "
+                "of them out"
+            )
         for name, value, least in (
             ("max_length", max_length, 2),
+            ("tokens_per_batch", tokens_per_batch, padded(max_length)),
             ("batch_size", batch_size, 1),
             ("limit", limit, 1),
             ("eval_limit", eval_limit, 1),
@@ -232,6 +243,7 @@ class SFTDataModule(L.LightningDataModule):
         self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
         self.max_length = max_length
         self.batch_size = batch_size
+        self.tokens_per_batch = tokens_per_batch
         self.packing = packing
         self.group_by_length = group_by_length
         self.num_workers = num_workers
@@ -310,17 +322,13 @@ class SFTDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         """Return the training examples, in a new order every epoch."""
-        dataset = self._sets["train"]
-        sampler = self._sampler(dataset, shuffle=True)
+        loaded = self._sets["train"]
+        sampler = self._sampler(loaded, shuffle=True)
         # With a reference cycle between module and loader, the garbage collector frees the workers after their queues,
         # which takes 5 seconds per worker.
         module = weakref.proxy(self)
         self._train_loader = ResumableLoader(
-            dataset,
-            self.batch_size,
-            sampler=sampler,
-            unused=lambda: module._unused_batches(),
-            **self._loader_settings(),
+            sampler=sampler, unused=lambda: module._unused_batches(), **self._loader_settings(loaded)
         )
         self._train_loader.load_state_dict(self._state)
         return self._train_loader
@@ -329,7 +337,7 @@ class SFTDataModule(L.LightningDataModule):
         """Return the first training batches of one of `num_replicas` ranks, for use without a Trainer."""
         dataset = self._sets["train"]
         sampler = self._sampler(dataset, shuffle=True, ranks={"num_replicas": num_replicas, "rank": rank})
-        return DataLoader(dataset, self.batch_size, sampler=sampler, **self._loader_settings())
+        return DataLoader(sampler=sampler, **self._loader_settings(dataset))
 
     def _unused_batches(self) -> int:
         """Number of batches of an unfinished step, in a checkpoint saved on an exception."""
@@ -359,10 +367,13 @@ class SFTDataModule(L.LightningDataModule):
         if (dataset := self._sets.get(role)) is None:
             return []
         sampler = self._sampler(dataset, shuffle=False)
-        return DataLoader(dataset, self.batch_size, sampler=sampler, **self._loader_settings())
+        return DataLoader(sampler=sampler, **self._loader_settings(dataset))
 
-    def _loader_settings(self) -> dict[str, Any]:
+    def _loader_settings(self, dataset: TokenDataset) -> dict[str, Any]:
+        by_tokens = self.tokens_per_batch is not None  # the sampler makes the batches
         return {
+            "dataset": ItemLists(dataset) if by_tokens else dataset,
+            "batch_size": None if by_tokens else self.batch_size,
             "collate_fn": Collator(self.pad_token_id),
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
@@ -372,16 +383,17 @@ class SFTDataModule(L.LightningDataModule):
     def _sampler(self, dataset: TokenDataset, *, shuffle: bool, ranks: dict[str, int] | None = None) -> ShardedSampler:
         if ranks is None:
             ranks = (self.trainer.distributed_sampler_kwargs if self.trainer is not None else None) or {}
-        return ShardedSampler(
-            dataset,
-            batch_size=self.batch_size,
-            num_replicas=ranks.get("num_replicas", 1),
-            rank=ranks.get("rank", 0),
-            shuffle=shuffle,
-            seed=self.seed,
-            group_by_length=self.group_by_length,
-            repeats=shuffle and not self._module_takes_fillers(),
-        )
+        settings: dict[str, Any] = {
+            "num_replicas": ranks.get("num_replicas", 1),
+            "rank": ranks.get("rank", 0),
+            "shuffle": shuffle,
+            "seed": self.seed,
+            "group_by_length": self.group_by_length,
+            "repeats": shuffle and not self._module_takes_fillers(),
+        }
+        if self.tokens_per_batch is not None:
+            return TokenBatchSampler(dataset, tokens_per_batch=self.tokens_per_batch, **settings)
+        return ShardedSampler(dataset, batch_size=self.batch_size, **settings)
 
     def _module_takes_fillers(self) -> bool:
         module = None if self.trainer is None else self.trainer.lightning_module
@@ -413,7 +425,13 @@ class SFTDataModule(L.LightningDataModule):
                 "so that they would count for nothing; use CausalLMModule, or, if the module multiplies the losses of "
                 "tokens by `weights` of the batch, give it the attribute takes_weights = True"
             )
-        return TokenDataset(tokens, self.max_length if self.packing else None, per_item=PER_ITEM[task])
+        items = TokenDataset(tokens, self.max_length if self.packing else None, per_item=PER_ITEM[task])
+        if self.tokens_per_batch is not None and self.tokens_per_batch < padded(max(items.lengths)) * items.per_item:
+            raise InputError(
+                f"tokens_per_batch={self.tokens_per_batch} is less than the largest pair has, "
+                f"{padded(max(items.lengths)) * items.per_item}; raise it, or lower max_length"
+            )
+        return items
 
     def _cache_key(self, tokenizer: Any, source: Source, limit: int | None, task: Task) -> str | None:
         if self.cache_dir is None:

@@ -207,6 +207,21 @@ class TokenDataset(Dataset[dict[str, Tensor]]):
         return item
 
 
+class ItemLists(Dataset[list[dict[str, Any]]]):
+    """Items of a `TokenDataset` by lists of their indices, for samplers that make batches themselves."""
+
+    def __init__(self, items: TokenDataset) -> None:
+        self.items = items
+        self.lengths, self.per_item = items.lengths, items.per_item
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, indices: int | Sequence[int]) -> list[dict[str, Any]]:
+        """Return the items; of one index, a list of one."""
+        return [self.items[index] for index in ([indices] if isinstance(indices, int) else indices)]
+
+
 @dataclass(frozen=True)
 class Collator:
     """Right-pads the items of a batch to one length, a multiple of 8; of pairs, all chosen ones come first.

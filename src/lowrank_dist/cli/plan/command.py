@@ -120,6 +120,7 @@ def planned_run(options: argparse.Namespace, of_fit: Sequence[str]) -> Forecast:
 def _job(settings: Any, strategy: Any) -> RunSpec:
     trainer, data, precision = settings.trainer, settings.data, str(settings.trainer.precision)
     model = module_settings(settings)
+    by_tokens = data.tokens_per_batch is not None
     rows = 2 if settings.model.get("class_path", "").endswith(".PreferenceModule") else 1  # of an item: a pair
     if precision not in PRECISIONS:
         raise InputError(f"plan: precision={precision!r} is not supported; use one of {', '.join(PRECISIONS)}")
@@ -129,7 +130,8 @@ def _job(settings: Any, strategy: Any) -> RunSpec:
     options: dict[str, Any] = {
         "nodes": trainer.num_nodes,
         "gpus_per_node": int(trainer.devices),
-        "batch_size": data.batch_size * rows,
+        # of a batch of so many tokens, rows of the full length
+        "batch_size": max(1, data.tokens_per_batch // data.max_length) if by_tokens else data.batch_size * rows,
         "length": data.max_length,
         "accumulate": trainer.accumulate_grad_batches,
         "compute_dtype": compute_dtype,
@@ -159,7 +161,7 @@ def _job(settings: Any, strategy: Any) -> RunSpec:
     elif options.get("stage") and compute_dtype == torch.bfloat16:
         options["factor_dtype"] = torch.bfloat16  # DeepSpeed's engine casts the model
     job = RunSpec(**options)
-    return RunSpec(**options, steps=_steps(trainer, data.limit, job.global_batch // rows))
+    return RunSpec(**options, steps=_steps(trainer, None if by_tokens else data.limit, job.global_batch // rows))
 
 
 def _deepspeed_options(strategy: DeepSpeedStrategy) -> dict[str, Any]:
