@@ -108,8 +108,8 @@ class TokenBatchSampler(ShardedSampler):
         """
         if tokens_per_batch != self.tokens_per_batch:
             raise InputError(
-                f"the resumed run had tokens_per_batch={tokens_per_batch}, and this one has {self.tokens_per_batch}: in "
-                "the middle of an epoch its items cannot be divided otherwise; resume with the same"
+                f"the resumed run had tokens_per_batch={tokens_per_batch}, and this one has {self.tokens_per_batch}: "
+                "in the middle of an epoch its items cannot be divided otherwise; resume with the same"
             )
         super().resume(epoch=epoch, start=start, order_step_size=self.order_step_size)
 

@@ -41,6 +41,8 @@ class Plain(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> None: ...
 
+    validation_step = training_step
+
     def configure_optimizers(self) -> None: ...
 
 
