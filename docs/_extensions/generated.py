@@ -207,7 +207,7 @@ def configuration() -> str:
         "| `trainer` | [flags of the Trainer](#trainer) |",
         "| `trainer.strategy` | [`lowrank_dist.PiSSAStrategy`](#trainer-strategy), or any strategy of Lightning |",
         "| `trainer.callbacks` | a list of [callbacks](#trainer-callbacks) |",
-        "| `model` | [keys of `CausalLMModule`](#model) |",
+        "| `model` | [keys of `CausalLMModule`](#model), or a `class_path` with the `init_args` of another module |",
         "| `data` | [keys of `SFTDataModule`](#data) |",
         "| `ckpt_path` | checkpoint to resume from: a directory, or `last` for the newest complete one |",
         "| `weights_only` | no effect: reading a checkpoint never runs code |",
@@ -249,6 +249,9 @@ def configuration() -> str:
         if issubclass(found, ModelCheckpoint):
             lines += ["Further keys are those of Lightning's `ModelCheckpoint`:", "", *key_table(ModelCheckpoint)]
     lines += ["## model", "", *key_table(lowrank_dist.CausalLMModule)]
+    for found in (lowrank_dist.PreferenceModule, lowrank_dist.SequenceClassificationModule):
+        lines += [f"### {found.__name__}", "", f"`class_path: lowrank_dist.{found.__name__}`. {summary(found)}", ""]
+        lines += [*key_table(found), "Further keys are those of `CausalLMModule` up to `gradient_checkpointing`.", ""]
     lines += ["## data", "", *key_table(lowrank_dist.SFTDataModule)]
     return "\n".join(lines)
 

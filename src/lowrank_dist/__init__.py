@@ -15,6 +15,8 @@ from lowrank_dist._version import __version__ as __version__
 _EXPORTS = {
     "PiSSAStrategy": "lowrank_dist.training.strategy",
     "CausalLMModule": "lowrank_dist.training.module",
+    "PreferenceModule": "lowrank_dist.training.preference",
+    "SequenceClassificationModule": "lowrank_dist.training.classification",
     "SFTDataModule": "lowrank_dist.data.datamodule",
     "PublishedRate": "lowrank_dist.training.published_rates",
     "published_rates": "lowrank_dist.training.published_rates",
@@ -82,7 +84,9 @@ if TYPE_CHECKING:
     from lowrank_dist.quantization import NF4 as NF4
     from lowrank_dist.storage import WeightSource as WeightSource
     from lowrank_dist.storage.inspect import inspect as inspect
+    from lowrank_dist.training.classification import SequenceClassificationModule as SequenceClassificationModule
     from lowrank_dist.training.module import CausalLMModule as CausalLMModule
+    from lowrank_dist.training.preference import PreferenceModule as PreferenceModule
     from lowrank_dist.training.published_rates import PublishedRate as PublishedRate
     from lowrank_dist.training.published_rates import published_rates as published_rates
     from lowrank_dist.training.strategy import PiSSAStrategy as PiSSAStrategy

@@ -102,7 +102,8 @@ def save_material(directory: Path, records: list[Any]) -> Path:
 
 def encode(tokenizer: Any, record: dict[str, Any], template: str | None = None) -> list[tuple[list[int], list[int]]]:
     """Tokens and labels of every example that a record gives."""
-    return Encoder(tokenizer)(Renderer(tokenizer, template).examples(record, "f.jsonl:1"))
+    encoded = Encoder(tokenizer)(Renderer(tokenizer, template).examples(record, "f.jsonl:1"))
+    return [(one.tokens, one.labels) for one in encoded]
 
 
 def encode_one(tokenizer: Any, record: dict[str, Any], template: str | None = None) -> tuple[list[int], list[int]]:

@@ -19,7 +19,7 @@ from helpers.ranks import environment_of, meeting_place
 
 EXAMPLES = ROOT / "examples"
 #: Those of the second list run in `make test-matrix` only.
-QUICK = ["classify", "chat"]
+QUICK = ["classify", "chat", "preference"]
 OTHERS = ["plain_module", "pretrain", "experts", "own_method", "own_source", "sweep"]
 
 
@@ -56,9 +56,9 @@ def test_an_example_runs(name: str, directory: Path) -> None:
     if name == "classify":
         base = AutoModelForSequenceClassification.from_pretrained(directory / "runs" / "examples" / "bert")
         PeftModel.from_pretrained(base, written / "step=4" / "lora")
-    elif name in ("chat", "experts"):
+    elif name in ("chat", "experts", "preference"):
         base = AutoModelForCausalLM.from_pretrained(
-            directory / "runs" / "examples" / ("llama" if name == "chat" else "mixtral")
+            directory / "runs" / "examples" / ("mixtral" if name == "experts" else "llama")
         )
         PeftModel.from_pretrained(base, next(written.iterdir()) / "lora")
     elif name == "sweep":

@@ -10,6 +10,7 @@ import torch
 from lowrank_dist.cli.output import add_overwrite
 from lowrank_dist.errors import InputError
 from lowrank_dist.export.convert import SERVED_RANKS, Conversion, convert_checkpoint
+from lowrank_dist.export.serving import DEFAULT_RANK, objections
 from lowrank_dist.linalg.truncate import EnergyKept
 from lowrank_dist.storage.dtypes import NAMED_DTYPES
 from lowrank_dist.storage.layout import MANIFEST
@@ -32,7 +33,7 @@ def run(argv: Sequence[str]) -> int:
     print(done.path)
     if done.energy is not None:
         print(f"Rank {done.rank} of {done.exact_rank} {_kept(done.energy)}.")
-    for line in advice(done):
+    for line in [*advice(done), *objections(done.path)]:
         print(line)
     return 0
 
@@ -118,6 +119,8 @@ def advice(done: Conversion) -> list[str]:
         larger = [rank for rank in SERVED_RANKS if rank > done.rank]
         serves = f"rank {done.rank} needs {larger[0]}" if larger else f"rank {done.rank} is beyond them"
         lines.append(f"vLLM's --max-lora-rank is one of {', '.join(map(str, SERVED_RANKS))}: {serves}.")
+    elif done.rank > DEFAULT_RANK and not done.is_dora:
+        lines.append(f"vLLM needs --max-lora-rank {done.rank}: by default it takes ranks up to {DEFAULT_RANK}.")
     return lines + [f"--rank {rank} {_kept(energy)}." for rank, energy in done.alternatives.items()]
 
 

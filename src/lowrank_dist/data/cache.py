@@ -80,8 +80,7 @@ def cached(directory: Path, make: Callable[[], Made]) -> Made:
             return found
         tokens, lines = make()
         with atomic_directory(directory, overwrite=True) as staging:
-            sizes = tokens.sizes_tensor()
-            write_tensors(staging / FILE, {"tokens": tokens.tokens, "labels": tokens.labels, "sizes": sizes})
+            write_tensors(staging / FILE, tokens.stored())
             write_json(staging / MANIFEST, {"kind": "tokens", "lines": lines, "largest_token": tokens.largest})
     found = _read(directory)
     assert found is not None
@@ -93,8 +92,8 @@ def _read(directory: Path) -> Made | None:
         manifest = read_record(directory / MANIFEST)
         lines = manifest.expect("lines", is_list_of(lambda line: isinstance(line, str)), "a list of texts")
         with safe_open(directory / FILE, framework="pt") as file:
-            tokens, labels, sizes = (file.get_tensor(name) for name in ("tokens", "labels", "sizes"))
-        return Tokens.mapped(tokens, labels, sizes, largest=manifest.integer("largest_token")), lines
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return Tokens.mapped(stored, largest=manifest.integer("largest_token")), lines
     except FileNotFoundError:
         return None
     except (CheckpointError, SafetensorError, ValueError) as error:

@@ -21,24 +21,32 @@ from torch.utils.data import DataLoader
 
 from lowrank_dist.data.cache import Made, cached, key_of
 from lowrank_dist.data.chat_template import read_template
+from lowrank_dist.data.classes import CLASS_NAMES, LabelledEncoder, LabelledRenderer
 from lowrank_dist.data.loading import Loaded, OnBadRecord, Transform, load
-from lowrank_dist.data.packing import Collator, TokenDataset, Tokens
+from lowrank_dist.data.packing import Collator, ItemLists, TokenDataset, Tokens
+from lowrank_dist.data.preference import PREFERENCE_NAMES
 from lowrank_dist.data.records import read_hub
-from lowrank_dist.data.rendering import Renderer, Thinking, TrainOn
+from lowrank_dist.data.rendering import PairRenderer, Renderer, Thinking, TrainOn
 from lowrank_dist.data.sampler import ResumableLoader, ShardedSampler
-from lowrank_dist.data.shapes import check_columns
+from lowrank_dist.data.shapes import NAMES, check_columns
 from lowrank_dist.data.sources import Source
-from lowrank_dist.data.tokenizing import Encoder
+from lowrank_dist.data.tasks import PER_ITEM, Task
+from lowrank_dist.data.token_batches import TokenBatchSampler, padded
+from lowrank_dist.data.tokenizing import WEIGHTS, Encoder
 from lowrank_dist.errors import InputError
 from lowrank_dist.seeds import global_seed
+
+COLUMN_NAMES = {"sft": NAMES, "preference": PREFERENCE_NAMES, "classification": CLASS_NAMES}
+"""Columns that are known, by the task."""
 
 log = logging.getLogger(__name__)
 
 
 class SFTDataModule(L.LightningDataModule):
-    """Supervised fine-tuning data from files or Hugging Face data sets, with the loss on responses only.
+    """Data for fine-tuning from files or Hugging Face data sets: responses, preference pairs or labelled texts.
 
-    A record has one of these sets of columns, the first that is there; other columns are ignored:
+    For supervised fine-tuning, with the loss on responses only, a record has one of these sets of columns, the first
+    that is there; other columns are ignored:
 
     - `messages`: a conversation in OpenAI's form, rendered with the chat template. Every assistant turn is trained on,
       but for those with ``"weight": 0``. The template also receives the column `tools` (or the older `functions`).
@@ -49,6 +57,10 @@ class SFTDataModule(L.LightningDataModule):
     - `instruction` and `output`, with or without `input`: put into the Alpaca prompt.
     - `query` and `response`, or `question` and `answer`: put into the instruction prompt of Alpaca, MetaMath and PiSSA.
     - `text`: trained as a whole. Longer than `max_length`, it is split.
+
+    A preference pair is `chosen` and `rejected`, text or messages, beside a `prompt` (or `question`, `query`,
+    `instruction`; text or messages), or as two conversations that begin alike. A labelled text is `text`, with or
+    without `text_pair`, and `label`.
 
     What a record gives must be found in the rendered text: a template that drops a call, a function, a message or its
     thinking makes the record a bad one. The end-of-sequence token is trained on. Examples longer than `max_length` are
@@ -72,6 +84,12 @@ class SFTDataModule(L.LightningDataModule):
         Split for `validation`, if it is a Hugging Face data set.
     test_split
         Split for `test`, if it is a Hugging Face data set.
+    task
+        What the batches are for: ``"sft"``, ``"preference"`` (each item is a pair, and a batch has the chosen
+        responses, then the rejected ones) or ``"classification"`` (labels are classes). None: what the module of the
+        Trainer trains on (`PreferenceModule`, ...); any other one, ``"sft"``.
+    classes
+        Names of the classes, in order, if labels are names.
     subset
         Subset (configuration) of the Hugging Face data sets.
     chat_template
@@ -101,6 +119,9 @@ class SFTDataModule(L.LightningDataModule):
         Largest number of tokens in an example and in a packed row.
     batch_size
         Examples (with `packing`: packed rows) in a batch on one device.
+    tokens_per_batch
+        Largest number of tokens in a batch on one device, padding included, in place of `batch_size`: batches of short
+        examples have more of them. Which examples make a batch is decided once, their order anew in every epoch.
     packing
         Put several examples into one row of up to `max_length` tokens, without attention between them. The model must
         find the borders from `position_ids`. Many models of transformers do; convolutions, state spaces, linear
@@ -145,6 +166,8 @@ class SFTDataModule(L.LightningDataModule):
         validation: str | list[str] | None = None,
         test: str | list[str] | None = None,
         *,
+        task: Task | None = None,
+        classes: list[str] | None = None,
         train_split: str = "train",
         validation_split: str = "validation",
         test_split: str = "test",
@@ -159,6 +182,7 @@ class SFTDataModule(L.LightningDataModule):
         cache_dir: str | None = None,
         max_length: int = 512,
         batch_size: int = 1,
+        tokens_per_batch: int | None = None,
         packing: bool = False,
         group_by_length: bool = False,
         limit: int | None = None,
@@ -172,8 +196,14 @@ class SFTDataModule(L.LightningDataModule):
                 "packing=True and group_by_length=True exclude each other, because packed rows all have about "
                 "max_length tokens; set one of them to false"
             )
+        if tokens_per_batch is not None and batch_size != 1:
+            raise InputError(
+                f"batch_size={batch_size} and tokens_per_batch={tokens_per_batch} exclude each other; leave one "
+                "of them out"
+            )
         for name, value, least in (
             ("max_length", max_length, 2),
+            ("tokens_per_batch", tokens_per_batch, padded(max_length)),
             ("batch_size", batch_size, 1),
             ("limit", limit, 1),
             ("eval_limit", eval_limit, 1),
@@ -182,7 +212,11 @@ class SFTDataModule(L.LightningDataModule):
             if value is not None and value < least:
                 raise InputError(f"{name}={value} must be at least {least}")
         self.tokenizer = tokenizer
-        check_columns(columns)
+        if task is not None:
+            if task not in get_args(Task):
+                raise InputError(f"task={task!r}; valid choices: {', '.join(get_args(Task))}")
+            self._check_task(task, columns=columns, packing=packing, train_on=train_on)
+        check_columns(columns, list(dict.fromkeys(name for names in COLUMN_NAMES.values() for name in names)))
         for name, chosen, choices in (
             ("train_on", train_on, get_args(TrainOn)),
             ("thinking", thinking, get_args(Thinking)),
@@ -198,6 +232,8 @@ class SFTDataModule(L.LightningDataModule):
                 ("test", test, test_split, eval_limit),
             )
         }
+        self.task = task
+        self.classes = classes
         self.chat_template = chat_template
         self.train_on = train_on
         self.thinking = thinking
@@ -208,17 +244,45 @@ class SFTDataModule(L.LightningDataModule):
         self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
         self.max_length = max_length
         self.batch_size = batch_size
+        self.tokens_per_batch = tokens_per_batch
         self.packing = packing
         self.group_by_length = group_by_length
         self.num_workers = num_workers
         self.seed = global_seed() if seed is None else seed
         #: Largest token id of the data that were read.
         self.largest_token = 0
+        #: Largest class of the data that were read.
+        self.largest_class = -1
+        #: Token of the padding, once data were read.
+        self.pad_token_id = 0
         self._sets: dict[str, TokenDataset] = {}
-        self._pad_token_id = 0
         self._train_loader: ResumableLoader | None = None
         self._state: dict[str, int] = {}
         self._limit_val_batches: int | float | None = None
+
+    @staticmethod
+    def _check_task(task: Task, *, columns: dict[str, str] | None, packing: bool, train_on: TrainOn) -> None:
+        check_columns(columns, COLUMN_NAMES[task])
+        if task != "sft" and packing:
+            raise InputError(f"packing=True puts several examples into a row, which task={task!r} cannot keep apart")
+        if task == "preference" and train_on == "everything":
+            raise InputError(
+                "train_on='everything' would compare prompts, which both responses of a pair share; use "
+                "'all_assistant' or 'last_assistant'"
+            )
+
+    def _task(self) -> Task:
+        """The task of this module, which is that of the Trainer's if none was given."""
+        module = None if self.trainer is None else self.trainer.lightning_module
+        wanted = getattr(module, "data_task", None)
+        if wanted is not None and self.task not in (None, wanted):
+            raise InputError(
+                f"{type(module).__name__} trains on batches for {wanted!r}, but the data have task={self.task!r}; "
+                "leave it out"
+            )
+        task: Task = self.task or wanted or "sft"
+        self._check_task(task, columns=self.columns, packing=self.packing, train_on=self.train_on)
+        return task
 
     # ---- Lightning's hooks, in order
     def prepare_data(self) -> None:
@@ -259,17 +323,13 @@ class SFTDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         """Return the training examples, in a new order every epoch."""
-        dataset = self._sets["train"]
-        sampler = self._sampler(dataset, shuffle=True)
+        loaded = self._sets["train"]
+        sampler = self._sampler(loaded, shuffle=True)
         # With a reference cycle between module and loader, the garbage collector frees the workers after their queues,
         # which takes 5 seconds per worker.
         module = weakref.proxy(self)
         self._train_loader = ResumableLoader(
-            dataset,
-            self.batch_size,
-            sampler=sampler,
-            unused=lambda: module._unused_batches(),
-            **self._loader_settings(),
+            sampler=sampler, unused=lambda: module._unused_batches(), **self._loader_settings(loaded)
         )
         self._train_loader.load_state_dict(self._state)
         return self._train_loader
@@ -278,7 +338,7 @@ class SFTDataModule(L.LightningDataModule):
         """Return the first training batches of one of `num_replicas` ranks, for use without a Trainer."""
         dataset = self._sets["train"]
         sampler = self._sampler(dataset, shuffle=True, ranks={"num_replicas": num_replicas, "rank": rank})
-        return DataLoader(dataset, self.batch_size, sampler=sampler, **self._loader_settings())
+        return DataLoader(sampler=sampler, **self._loader_settings(dataset))
 
     def _unused_batches(self) -> int:
         """Number of batches of an unfinished step, in a checkpoint saved on an exception."""
@@ -308,11 +368,14 @@ class SFTDataModule(L.LightningDataModule):
         if (dataset := self._sets.get(role)) is None:
             return []
         sampler = self._sampler(dataset, shuffle=False)
-        return DataLoader(dataset, self.batch_size, sampler=sampler, **self._loader_settings())
+        return DataLoader(sampler=sampler, **self._loader_settings(dataset))
 
-    def _loader_settings(self) -> dict[str, Any]:
+    def _loader_settings(self, dataset: TokenDataset) -> dict[str, Any]:
+        by_tokens = self.tokens_per_batch is not None  # the sampler makes the batches
         return {
-            "collate_fn": Collator(self._pad_token_id),
+            "dataset": ItemLists(dataset) if by_tokens else dataset,
+            "batch_size": None if by_tokens else self.batch_size,
+            "collate_fn": Collator(self.pad_token_id),
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
             "pin_memory": torch.cuda.is_available(),
@@ -321,16 +384,17 @@ class SFTDataModule(L.LightningDataModule):
     def _sampler(self, dataset: TokenDataset, *, shuffle: bool, ranks: dict[str, int] | None = None) -> ShardedSampler:
         if ranks is None:
             ranks = (self.trainer.distributed_sampler_kwargs if self.trainer is not None else None) or {}
-        return ShardedSampler(
-            dataset,
-            batch_size=self.batch_size,
-            num_replicas=ranks.get("num_replicas", 1),
-            rank=ranks.get("rank", 0),
-            shuffle=shuffle,
-            seed=self.seed,
-            group_by_length=self.group_by_length,
-            repeats=shuffle and not self._module_takes_fillers(),
-        )
+        settings: dict[str, Any] = {
+            "num_replicas": ranks.get("num_replicas", 1),
+            "rank": ranks.get("rank", 0),
+            "shuffle": shuffle,
+            "seed": self.seed,
+            "group_by_length": self.group_by_length,
+            "repeats": shuffle and not self._module_takes_fillers(),
+        }
+        if self.tokens_per_batch is not None:
+            return TokenBatchSampler(dataset, tokens_per_batch=self.tokens_per_batch, **settings)
+        return ShardedSampler(dataset, batch_size=self.batch_size, **settings)
 
     def _module_takes_fillers(self) -> bool:
         module = None if self.trainer is None else self.trainer.lightning_module
@@ -339,22 +403,38 @@ class SFTDataModule(L.LightningDataModule):
     def _load(self, source: Source, limit: int | None) -> TokenDataset:
         from transformers import AutoTokenizer
 
+        task = self._task()
         revision_of = getattr(getattr(self.trainer, "strategy", None), "revision_of", lambda _: None)
         tokenizer = AutoTokenizer.from_pretrained(self.tokenizer, revision=revision_of(self.tokenizer) or "main")
-        self._pad_token_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+        self.pad_token_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
 
         def make() -> Made:
-            loaded = self.read(tokenizer, source, limit)
-            return Tokens.of(loaded.examples), loaded.lines(self.max_length)
+            loaded = self.read(tokenizer, source, limit, task=task)
+            return Tokens.of(loaded.examples, loaded.along, loaded.targets), loaded.lines(self.max_length)
 
-        key = self._cache_key(tokenizer, source, limit)
+        key = self._cache_key(tokenizer, source, limit, task)
         tokens, lines = make() if self.cache_dir is None or key is None else cached(Path(self.cache_dir) / key, make)
         for line in lines:
             self._report("%s: %s", source, line)
         self.largest_token = max(tokens.largest, self.largest_token)
-        return TokenDataset(tokens, self.max_length if self.packing else None)
+        if tokens.targets is not None:
+            self.largest_class = max(int(tokens.targets.max()), self.largest_class)
+        module = None if self.trainer is None else self.trainer.lightning_module
+        if WEIGHTS in tokens.along and module is not None and not getattr(module, "takes_weights", False):
+            raise InputError(
+                f"{source}: messages have a `weight` other than 0 and 1, and {type(module).__name__} takes no weights, "
+                "so that they would count for nothing; use CausalLMModule, or, if the module multiplies the losses of "
+                "tokens by `weights` of the batch, give it the attribute takes_weights = True"
+            )
+        items = TokenDataset(tokens, self.max_length if self.packing else None, per_item=PER_ITEM[task])
+        if self.tokens_per_batch is not None and self.tokens_per_batch < padded(max(items.lengths)) * items.per_item:
+            raise InputError(
+                f"tokens_per_batch={self.tokens_per_batch} is less than the largest pair has, "
+                f"{padded(max(items.lengths)) * items.per_item}; raise it, or lower max_length"
+            )
+        return items
 
-    def _cache_key(self, tokenizer: Any, source: Source, limit: int | None) -> str | None:
+    def _cache_key(self, tokenizer: Any, source: Source, limit: int | None, task: Task) -> str | None:
         if self.cache_dir is None:
             return None
         if self.transform is not None:
@@ -363,16 +443,17 @@ class SFTDataModule(L.LightningDataModule):
         settings = {
             "chat_template": read_template(self.chat_template),
             "limit": limit,
+            "task": task,
             **{
                 name: getattr(self, name)
-                for name in ("train_on", "thinking", "columns", "as_chat", "on_bad_record", "max_length")
+                for name in ("train_on", "thinking", "columns", "as_chat", "on_bad_record", "max_length", "classes")
             },
         }
         if (key := key_of(source, tokenizer, settings)) is None:
             self._report("%s: not cached, because %s is no fast tokenizer", source, type(tokenizer).__name__)
         return key
 
-    def read(self, tokenizer: Any, source: Source, limit: int | None = None) -> Loaded:
+    def read(self, tokenizer: Any, source: Source, limit: int | None = None, *, task: Task | None = None) -> Loaded:
         """Read and tokenize a source with the settings of this module.
 
         Raises
@@ -380,19 +461,28 @@ class SFTDataModule(L.LightningDataModule):
         InputError
             If it cannot be read, a record cannot be used, or nothing is left.
         """
-        renderer = Renderer(
-            tokenizer,
-            read_template(self.chat_template),
-            train_on=self.train_on,
-            thinking=self.thinking,
-            columns=self.columns,
-            as_chat=self.as_chat,
-        )
+        task = task or self.task or "sft"
+        renderer: Renderer | LabelledRenderer
+        encoder: Encoder | LabelledEncoder
+        if task == "classification":
+            renderer = LabelledRenderer(columns=self.columns, classes=self.classes)
+            encoder = LabelledEncoder(tokenizer, self.max_length)
+        else:
+            renderer = (PairRenderer if task == "preference" else Renderer)(
+                tokenizer,
+                read_template(self.chat_template),
+                train_on=self.train_on,
+                thinking=self.thinking,
+                columns=self.columns,
+                as_chat=self.as_chat,
+            )
+            encoder = Encoder(tokenizer)
         loaded = load(
             source,
             renderer,
-            Encoder(tokenizer),
+            encoder,
             max_length=self.max_length,
+            names=COLUMN_NAMES[task],
             limit=limit,
             transform=self.transform,
             on_bad_record=self.on_bad_record,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal
@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lowrank_dist.data.classes import Labelled, LabelledEncoder, LabelledRenderer
+from lowrank_dist.data.preference import SIDES
 from lowrank_dist.data.records import Records
 from lowrank_dist.data.rendering import Example, Renderer
 from lowrank_dist.data.shapes import NAMES
 from lowrank_dist.data.sources import Source
-from lowrank_dist.data.tokenizing import IGNORE_INDEX, Encoder
+from lowrank_dist.data.tokenizing import IGNORE_INDEX, Encoded, Encoder
 from lowrank_dist.errors import InputError
 
 CHUNK = 1000
@@ -35,7 +37,11 @@ class Loaded:
     Attributes
     ----------
     examples
-        Token ids and labels of each example: int32, [2, length].
+        Token ids and labels of each example: int32, [2, length]. The two examples of a pair follow each other.
+    along
+        Further values of the tokens of each example (`lowrank_dist.data.tokenizing.Encoded`): fp32, [length] each.
+    targets
+        Class of each example; -1 if it has none.
     wheres
         Where the record of each example stands.
     lengths
@@ -47,8 +53,10 @@ class Loaded:
     left_out
         Number of records that the user's function left out.
     cut, dropped, split
-        Examples longer than `max_length` that were cut; those without a trained token in what is left; and passages
-        that were split into several examples.
+        Examples longer than `max_length` that were cut; those without a trained token in what is left, of pairs both if
+        one has none; and passages that were split into several examples.
+    alike
+        Pairs whose two responses are the same in what is left, which were dropped.
     full
         Examples, other than passages, of which every token is trained without `train_on` having asked for it.
     silent
@@ -60,6 +68,8 @@ class Loaded:
     """
 
     examples: list[Tensor] = field(default_factory=list)
+    along: list[dict[str, Tensor]] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
     wheres: list[str] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     records: int = 0
@@ -68,6 +78,7 @@ class Loaded:
     cut: int = 0
     dropped: int = 0
     split: int = 0
+    alike: int = 0
     full: int = 0
     silent: int = 0
     unused: set[str] = field(default_factory=set)
@@ -85,6 +96,8 @@ class Loaded:
                 f"{self.cut} of {len(self.lengths)} examples are longer than max_length={max_length} and were cut; "
                 f"{self.dropped} of them had no response left and were dropped"
             )
+        if self.alike:
+            lines.append(f"{self.alike} pairs were dropped: what is left of their two responses is the same")
         if self.split:
             lines.append(f"{self.split} passages are longer than max_length={max_length} and were split")
         if self.full:
@@ -97,10 +110,11 @@ class Loaded:
 
 def load(
     source: Source,
-    renderer: Renderer,
-    encoder: Encoder,
+    renderer: Renderer | LabelledRenderer,
+    encoder: Encoder | LabelledEncoder,
     *,
     max_length: int,
+    names: Sequence[str] = NAMES,
     limit: int | None = None,
     transform: Transform | None = None,
     on_bad_record: OnBadRecord = "error",
@@ -116,6 +130,8 @@ def load(
         From records to text, and to tokens.
     max_length
         Largest number of tokens of an example.
+    names
+        Columns that the renderer knows, for the account of those that nothing reads.
     limit
         Number of records to read. None: all.
     transform
@@ -138,30 +154,34 @@ def load(
             raise error
         loaded.skipped.append(str(error))
 
-    known = set(NAMES) if renderer.columns is None else set(renderer.columns.values())
-    whole = renderer.train_on == "everything"
+    known = set(names) if renderer.columns is None else set(renderer.columns.values())
+    whole = isinstance(renderer, Renderer) and renderer.train_on == "everything"
     good = _good(source.records(bad), loaded, limit)
     # disable=None: only on a terminal
     bar = tqdm(good, desc=f"Tokenizing {source.role}", unit=" records", disable=None if progress else True)
     records = islice(bar, limit)
     while chunk := list(islice(records, CHUNK)):
-        examples: list[tuple[str, Example]] = []
+        items: list[tuple[str, tuple[Any, ...]]] = []
         for where, record in chunk:
             try:
                 changed = _transformed(transform, record, where)
                 if changed is None:
                     loaded.left_out += 1
                 else:
-                    examples += [(where, example) for example in renderer.examples(changed, where)]
+                    items += [(where, item) for item in renderer.items(changed, where)]
                     loaded.unused |= changed.keys() - known
             except InputError as error:
                 loaded.records -= 1
                 bad(error)
-        for where, example, (tokens, labels) in _encoded(encoder, examples, loaded, on_bad_record):
-            _keep(loaded, where, example, torch.tensor([tokens, labels], dtype=torch.int32), max_length, whole)
+        for where, item, encoded in _encoded(encoder, items, loaded, on_bad_record):
+            if len(item) == 2:
+                _keep_pair(loaded, where, encoded, max_length)
+            else:
+                _keep(loaded, where, item[0], encoded[0], max_length, whole)
     bar.close()
-    loaded.notes = renderer.notes.copy()
-    renderer.notes.clear()
+    if isinstance(renderer, Renderer):
+        loaded.notes = renderer.notes.copy()
+        renderer.notes.clear()
     return loaded
 
 
@@ -187,31 +207,49 @@ def _transformed(transform: Transform | None, record: dict[str, Any], where: str
 
 
 def _encoded(
-    encoder: Encoder, examples: list[tuple[str, Example]], loaded: Loaded, on_bad_record: OnBadRecord
-) -> Iterator[tuple[str, Example, tuple[list[int], list[int]]]]:
-    """Examples with their token ids and labels; those whose text is no text are named, or skipped."""
+    encoder: Encoder | LabelledEncoder,
+    items: list[tuple[str, tuple[Any, ...]]],
+    loaded: Loaded,
+    on_bad_record: OnBadRecord,
+) -> Iterator[tuple[str, tuple[Any, ...], list[Encoded]]]:
+    """Items with the tokens of their examples; those whose text is no text are named, or skipped."""
     try:
-        encoded = encoder([example for _, example in examples])
+        encoded = iter(encoder([example for _, item in items for example in item]))
     except (TypeError, ValueError, OverflowError):  # half of a surrogate pair, which is valid JSON but no text
-        for where, example in examples:
+        for where, item in items:
             try:
-                "".join(text for text, _ in example.segments).encode()  # says what is no text better than a tokenizer
-                (one,) = encoder([example])
+                "".join(_texts(item)).encode()  # says what is no text better than a tokenizer
+                one = encoder(list(item))
             except (TypeError, ValueError, OverflowError) as error:
                 message = f"{where}: the text cannot be tokenized: {error}"
                 if on_bad_record == "error":
                     raise InputError(message) from error
                 loaded.skipped.append(message)
             else:
-                yield where, example, one
+                yield where, item, one
         return
-    for (where, example), one in zip(examples, encoded, strict=True):
-        yield where, example, one
+    for where, item in items:
+        yield where, item, list(islice(encoded, len(item)))
 
 
-def _keep(loaded: Loaded, where: str, example: Example, tokens: Tensor, max_length: int, whole: bool) -> None:
-    length = tokens.shape[1]
+def _texts(item: tuple[Any, ...]) -> Iterator[str]:
+    for example in item:
+        if isinstance(example, Example):
+            yield from (text for text, _ in example.segments)
+        else:
+            yield from filter(None, (example.text, example.beside))
+
+
+def _keep(
+    loaded: Loaded, where: str, example: Example | Labelled, encoded: Encoded, max_length: int, whole: bool
+) -> None:
+    tokens, along = _tensors(encoded)
+    length = encoded.length or tokens.shape[1]
     loaded.lengths.append(length)
+    if isinstance(example, Labelled):  # its encoder has cut it
+        loaded.cut += length > max_length
+        _append(loaded, where, tokens, along, target=encoded.target)
+        return
     if example.splittable:
         loaded.split += length > max_length
         # nothing predicts the first token of a part; a last part of one token would train nothing
@@ -219,13 +257,41 @@ def _keep(loaded: Loaded, where: str, example: Example, tokens: Tensor, max_leng
     else:
         loaded.cut += length > max_length
         parts = [tokens[:, :max_length]]
+        along = {name: values[:max_length] for name, values in along.items()}
     for part in parts:
         trained = part[1, 1:] != IGNORE_INDEX
         if trained.any():
             if not (example.splittable or whole):
                 loaded.full += all(on or not text for text, on in example.segments)
                 loaded.silent += length == part.shape[1] and int(trained.sum()) == 1
-            loaded.examples.append(part)
-            loaded.wheres.append(where)
+            _append(loaded, where, part, along)
         else:
             loaded.dropped += 1
+
+
+def _keep_pair(loaded: Loaded, where: str, encoded: Sequence[Encoded], max_length: int) -> None:
+    """Keep both examples, or none."""
+    sides = [_tensors(one) for one in encoded]
+    lengths = [tokens.shape[1] for tokens, _ in sides]
+    loaded.lengths += lengths
+    loaded.cut += sum(length > max_length for length in lengths)
+    left = [tokens[:, :max_length] for tokens, _ in sides]
+    if not all(bool((tokens[1, 1:] != IGNORE_INDEX).any()) for tokens in left):
+        loaded.dropped += 2
+    elif torch.equal(*left):
+        loaded.alike += 1
+    else:
+        for name, tokens, (_, along) in zip(SIDES, left, sides, strict=True):
+            _append(loaded, f"{where} ({name})", tokens, {k: values[:max_length] for k, values in along.items()})
+
+
+def _tensors(encoded: Encoded) -> tuple[Tensor, dict[str, Tensor]]:
+    tokens = torch.tensor([encoded.tokens, encoded.labels], dtype=torch.int32)
+    return tokens, {name: torch.tensor(values, dtype=torch.float32) for name, values in encoded.along.items()}
+
+
+def _append(loaded: Loaded, where: str, tokens: Tensor, along: dict[str, Tensor], *, target: int = -1) -> None:
+    loaded.examples.append(tokens)
+    loaded.along.append(along)
+    loaded.targets.append(target)
+    loaded.wheres.append(where)

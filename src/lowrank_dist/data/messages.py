@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -48,8 +49,8 @@ class Message:
     inline: bool = False
     """Whether the record gave the thinking inside the text."""
     calls: tuple[Call, ...] = ()
-    trained: bool = True
-    """False if the record gave the weight 0."""
+    weight: float = 1.0
+    """What the loss of each of its tokens counts, relative to others; 0: it is not trained."""
     others: Mapping[str, Any] = field(default_factory=dict)
     """Other entries, for the template."""
 
@@ -163,7 +164,7 @@ def _message(entry: dict[str, Any]) -> Message:
     for name in ("images", "image", "audio", "videos", "video"):
         if others.get(name):
             raise InputError(f"`{name}`: only text is trained here")
-    return replace(message, calls=tuple(map(_call, calls)), trained=_weight(entry.get("weight", 1)), others=others)
+    return replace(message, calls=tuple(map(_call, calls)), weight=_weight(entry.get("weight", 1)), others=others)
 
 
 def _content(content: Any, role: str) -> tuple[str, str]:
@@ -206,7 +207,7 @@ def _call(value: Any) -> Call:
     return Call(name=name, arguments=arguments, text=text, id=None if identity is None else str(identity))
 
 
-def _weight(value: Any) -> bool:
-    if value not in (0, 1):
-        raise InputError(f"`weight` is {value!r}; a turn is trained (1) or not (0)")
-    return bool(value)
+def _weight(value: Any) -> float:
+    if not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise InputError(f"`weight` is {value!r}; it must be a number of 0 (not trained) or more, 1 by default")
+    return float(value)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lowrank_dist.data.chat_template import ChatTemplate, Dialect, Turn
 from lowrank_dist.data.found import SYSTEM, NotRendered, check_prompt, check_response
 from lowrank_dist.data.messages import Message
+from lowrank_dist.data.preference import SIDES, read_preference
 from lowrank_dist.data.shapes import Conversation, Pair, Passage, read_columns
 from lowrank_dist.errors import InputError
 
@@ -25,8 +26,8 @@ TrainOn = Literal["all_assistant", "last_assistant", "everything"]
 Thinking = Literal["keep", "drop"]
 """What becomes of the thinking in turns of the assistant."""
 
-Segments = list[tuple[str, bool]]
-"""Consecutive pieces of a text, each with whether it is trained on."""
+Segments = list[tuple[str, float]]
+"""Consecutive pieces of a text, each with the weight of its tokens in the loss; 0: it is not trained on."""
 
 
 @dataclass(frozen=True)
@@ -95,17 +96,27 @@ class Renderer:
             record, or something that the record gives is not in the text. The message begins with `where`.
         """
         try:
-            read = read_columns(record, self.columns, as_chat=self.as_chat)
-            if isinstance(read, Conversation):
-                return [Example(segments, templated=True) for segments in self.conversation(read)]
+            return self._examples(read_columns(record, self.columns, as_chat=self.as_chat))
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
-        if isinstance(read, Passage):
-            return [Example([(read.text, True)], templated=False, splittable=True)]
-        return [self._pair(read)]
 
-    def _pair(self, pair: Pair) -> Example:
-        return Example([(pair.prompt, self.train_on == "everything"), (pair.response, True)], templated=False)
+    def items(self, record: Mapping[str, Any], where: str) -> list[tuple[Example, ...]]:
+        """Return the examples of every item that a record holds; those of `examples`, each for itself.
+
+        Raises
+        ------
+        InputError
+            As `examples`.
+        """
+        return [(example,) for example in self.examples(record, where)]
+
+    def _examples(self, read: Conversation | Pair | Passage) -> list[Example]:
+        if isinstance(read, Conversation):
+            return [Example(segments, templated=True) for segments in self.conversation(read)]
+        if isinstance(read, Passage):
+            return [Example([(read.text, 1.0)], templated=False, splittable=True)]
+        asked = 1.0 if self.train_on == "everything" else 0.0
+        return [Example([(read.prompt, asked), (read.response, 1.0)], templated=False)]
 
     def conversation(self, read: Conversation) -> list[Segments]:
         """Segments of a conversation, with the turns of the assistant that are to be trained on.
@@ -138,7 +149,7 @@ class Renderer:
         if self.train_on == "everything":
             return []
         spoken = [index for index, message in enumerate(messages) if index >= start and message.role == "assistant"]
-        turns = [index for index in spoken if messages[index].trained]
+        turns = [index for index in spoken if messages[index].weight]
         if not spoken:
             raise InputError("`messages` has no assistant turn to train on; add one, or a column `completion`")
         if not turns:
@@ -186,12 +197,13 @@ class Renderer:
             self.notes["the template's prompt leaves out the system prompt, which other turns have"] += lacking
         if closed:
             self.notes["the template's prompt opens a thought that the turn lacks, which is closed at once"] += closed
+        weights = [messages[index].weight for index in turns]
         if apart:
-            return [[(before, False), (spoken, True)] for before, spoken in spans]
+            return [[(before, 0.0), (spoken, weight)] for (before, spoken), weight in zip(spans, weights, strict=True)]
         segments: Segments = []
         end = 0
-        for before, spoken in spans:
-            segments += [(whole[end : len(before)], False), (spoken, True)]
+        for (before, spoken), weight in zip(spans, weights, strict=True):
+            segments += [(whole[end : len(before)], 0.0), (spoken, weight)]
             end = len(before) + len(spoken)
         return [segments]
 
@@ -215,28 +227,57 @@ class Renderer:
         return replace(turn, response=response)
 
     def _everything(self, messages: list[Message], tools: list[dict[str, Any]], dialect: Dialect) -> Segments:
-        """The whole conversation, trained but for the turns of weight 0."""
+        """The whole conversation, trained but for the turns that have a weight of their own."""
         whole = self._until_last_marker(self.template.render(messages, tools, dialect))
         check_prompt(whole, messages, tools, thinking=True)
         segments: Segments = []
         end = 0
         for index, message in enumerate(messages):
-            if message.trained:
+            if message.weight == 1:
                 continue
             if message.role != "assistant":
-                raise InputError(f"message {index} ({message.role}) has the weight 0; only turns of the assistant may")
+                raise InputError(
+                    f"message {index} ({message.role}) has the weight {message.weight:g}; only turns of the assistant "
+                    "may have one"
+                )
             turn = self._turn(messages, index, tools, dialect)
             if not whole.startswith(turn.prompt + turn.response):
                 raise InputError(
-                    f"message {index} has the weight 0, and the chat template rewrites it once other messages follow; "
-                    "use `train_on: all_assistant`"
+                    f"message {index} has the weight {message.weight:g}, and the chat template rewrites it once other "
+                    "messages follow; use `train_on: all_assistant`"
                 )
-            segments += [(whole[end : len(turn.prompt)], True), (turn.response, False)]
+            segments += [(whole[end : len(turn.prompt)], 1.0), (turn.response, message.weight)]
             end = len(turn.prompt) + len(turn.response)
         if whole[end:]:
-            return [*segments, (whole[end:], True)]
-        return segments[:-1]
+            return [*segments, (whole[end:], 1.0)]
+        return segments if segments[-1][1] else segments[:-1]
 
     def _until_last_marker(self, text: str) -> str:
         body = text.rstrip()
         return body if body and body.endswith(self.markers) else text
+
+
+class PairRenderer(Renderer):
+    """Turns records with a chosen and a rejected response into the segments of both; options as of `Renderer`."""
+
+    def items(self, record: Mapping[str, Any], where: str) -> list[tuple[Example, ...]]:
+        """Return the example of the chosen response and that of the rejected one.
+
+        Raises
+        ------
+        InputError
+            As `Renderer.examples`, and if the trained turns of a response do not fit into one example.
+        """
+        try:
+            read = read_preference(record, self.columns, as_chat=self.as_chat)
+            sides = [self._examples(side) for side in (read.chosen, read.rejected)]
+            for name, examples in zip(SIDES, sides, strict=True):
+                if len(examples) > 1:
+                    raise InputError(
+                        f"the chat template rewrites earlier turns, so that the {len(examples)} trained turns of "
+                        f"`{name}` are separate examples, and a pair needs one; train on the last turn alone "
+                        "(`train_on: last_assistant`)"
+                    )
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+        return [(sides[0][0], sides[1][0])]

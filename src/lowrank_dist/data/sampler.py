@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 from lowrank_dist.data.packing import TokenDataset
+from lowrank_dist.errors import InputError
 
 
 class ShardedSampler(DistributedSampler[Any]):
@@ -64,11 +65,30 @@ class ShardedSampler(DistributedSampler[Any]):
             self.order_step_size = self.step_size
         super().set_epoch(epoch)
 
-    def resume(self, *, epoch: int, start: int, order_step_size: int) -> None:
-        """Continue an epoch after its first `start` items, in the order of a run with steps of `order_step_size`."""
+    def resume(self, *, epoch: int, start: int, order_step_size: int = 0, tokens_per_batch: int | None = None) -> None:
+        """Continue an epoch after its first `start` items, in the order of a run with steps of `order_step_size`.
+
+        Raises
+        ------
+        InputError
+            If the run had batches of so many tokens.
+        """
+        if tokens_per_batch is not None:
+            raise InputError(
+                f"the resumed run had tokens_per_batch={tokens_per_batch}, and this one has batch_size: in the middle "
+                "of an epoch its items cannot be divided otherwise; resume with the same"
+            )
         super().set_epoch(epoch)
         self.start = self.handed_out = start % len(self.dataset)  # type: ignore[arg-type]
         self.order_step_size = order_step_size
+
+    def state(self) -> dict[str, int]:
+        """What `resume` takes beside the position."""
+        return {"epoch": self.epoch, "order_step_size": self.order_step_size}
+
+    def items_after(self, start: int, steps: int) -> int:
+        """Items of the epoch that all ranks have had, `steps` steps after the first `start` ones."""
+        return min(len(self.dataset), start + steps * self.step_size)  # type: ignore[arg-type]
 
     def order(self) -> list[int]:
         """Global order of this epoch, before padding; the same on every rank."""
@@ -125,14 +145,14 @@ class ResumableLoader(DataLoader[dict[str, Tensor]]):
         self._begun = self._steps = 0  # first item of this iteration, and its number of steps so far
 
     def state_dict(self) -> dict[str, int]:
-        """Return the epoch, its items yielded so far over all ranks, and the step size of its order."""
+        """Return the epoch, its items yielded so far over all ranks, and what decides its order."""
         sampler = self.sampler
         if not isinstance(sampler, ShardedSampler):  # Lightning's overfit_batches replaces the sampler
             return {}
         start = sampler.handed_out
         if unused := self.unused():
-            start = self._begun + max(0, self._steps - unused) * sampler.step_size
-        return {"epoch": sampler.epoch, "start": start, "order_step_size": sampler.order_step_size}
+            start = sampler.items_after(self._begun, max(0, self._steps - unused))
+        return {**sampler.state(), "start": start}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue from the position in `state`."""
@@ -146,9 +166,9 @@ class ResumableLoader(DataLoader[dict[str, Tensor]]):
         if not isinstance(sampler, ShardedSampler):
             yield from super().__iter__()
             return
-        start, total = sampler.start, len(sampler.dataset)  # type: ignore[arg-type]
+        start = sampler.start
         for step, batch in enumerate(super().__iter__(), start=1):
             sampler.start = 0  # a later iteration starts from the beginning
-            sampler.handed_out = min(total, start + step * sampler.step_size)
+            sampler.handed_out = sampler.items_after(start, step)
             self._begun, self._steps = start, step
             yield batch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,41 +81,57 @@ def read_columns(
     InputError
         If the columns are not understood or hold something else.
     """
-    if columns is not None:
-        for name in columns.values():
-            if name not in record:
-                raise InputError(f"the column {name!r} of `columns` is missing (columns found: {_listed(record)})")
-        record = {name: record[column] for name, column in columns.items()}
+    record = renamed(record, columns)
     shape = _shape(record)
     if shape[0] in ("messages", "conversations"):
         messages = parse_messages(record[shape[0]], shape[0])
         if shape[0] == "messages" and record.get("completion") is not None:
-            return _conversation(messages, [assistant(_text(record, "completion"))], record)
-        return _conversation([], messages, record)
+            return conversation(messages, [assistant(text_of(record, "completion"))], record)
+        return conversation([], messages, record)
     if shape == ("text",):
-        return Passage(_text(record, "text"))
+        return Passage(text_of(record, "text"))
     if shape == ("prompt", "completion"):
         prompt, completion = (_chat(record.get(name), name) for name in shape)
         if prompt is not None or completion is not None:
-            prompt = prompt or [Message(role="user", text=_text(record, "prompt"))]
-            completion = completion or [assistant(_text(record, "completion"))]
-            return _conversation(prompt, completion, record)
-    ask, answer = (_text(record, name) for name in shape)
-    given = _text(record, "input") if shape[0] == "instruction" and record.get("input") else ""
+            prompt = prompt or [Message(role="user", text=text_of(record, "prompt"))]
+            completion = completion or [assistant(text_of(record, "completion"))]
+            return conversation(prompt, completion, record)
+    ask, answer = (text_of(record, name) for name in shape)
+    given = text_of(record, "input") if shape[0] == "instruction" and record.get("input") else ""
     if as_chat:
         asked = f"{ask}\n\n{given}" if given else ask
-        return _conversation([Message(role="user", text=asked)], [assistant(answer)], record)
+        return conversation([Message(role="user", text=asked)], [assistant(answer)], record)
     if shape == ("prompt", "completion"):
         return Pair(ask, answer)
-    prompt_text = INPUT_PROMPT.format(query=ask, input=given) if given else INSTRUCTION_PROMPT.format(query=ask)
-    return Pair(prompt_text, " " + answer)
+    return Pair(instruction(ask, given), " " + answer)
 
 
-def check_columns(columns: Mapping[str, str] | None) -> None:
-    """InputError if `columns` has a name that is not known here."""
+def instruction(query: str, given: str = "") -> str:
+    """The Alpaca prompt of a question, with its input if there is one."""
+    return INPUT_PROMPT.format(query=query, input=given) if given else INSTRUCTION_PROMPT.format(query=query)
+
+
+def renamed(record: Mapping[str, Any], columns: Mapping[str, str] | None) -> Mapping[str, Any]:
+    """The record by the names used here: all of its columns, or those in `columns`.
+
+    Raises
+    ------
+    InputError
+        If one of these is missing.
+    """
+    if columns is None:
+        return record
+    for name in columns.values():
+        if name not in record:
+            raise InputError(f"the column {name!r} of `columns` is missing (columns found: {listed(record)})")
+    return {name: record[column] for name, column in columns.items()}
+
+
+def check_columns(columns: Mapping[str, str] | None, names: Sequence[str] = NAMES) -> None:
+    """InputError if `columns` has a name that is not among `names`, by default those that are known here."""
     for name in columns or ():
-        if name not in NAMES:
-            raise InputError(f"columns: {name!r} is not known; valid choices: {', '.join(NAMES)}")
+        if name not in names:
+            raise InputError(f"columns: {name!r} is not known; valid choices: {', '.join(names)}")
 
 
 def _shape(record: Mapping[str, Any]) -> tuple[str, ...]:
@@ -123,20 +139,23 @@ def _shape(record: Mapping[str, Any]) -> tuple[str, ...]:
     if whole is not None and whole != ("text",):
         return whole
     if "chosen" in record and "rejected" in record:
-        raise InputError("`chosen` and `rejected` are a preference pair, and nothing here trains on pairs")
+        raise InputError(
+            "`chosen` and `rejected` are a preference pair; train on it with PreferenceModule (`task: preference`)"
+        )
     for part in (("prompt", "completion"), ("query", "response")):  # names that mean nothing else: the other is missing
         if any(name in record for name in part):
             return part
     if whole is None:
-        raise InputError(f"columns found: {_listed(record)}; valid choices: {COLUMNS}")
+        raise InputError(f"columns found: {listed(record)}; valid choices: {COLUMNS}")
     return whole
 
 
-def _conversation(prompt: list[Message], trained: list[Message], record: Mapping[str, Any]) -> Conversation:
+def conversation(prompt: list[Message], trained: list[Message], record: Mapping[str, Any]) -> Conversation:
+    """Messages of a prompt and those that may be trained on, with the record's functions and system prompt."""
     tools = [tool for column in ("tools", "functions") for tool in parse_tools(record.get(column), column)]
     messages = [*prompt, *trained]
     if record.get("system"):
-        system = Message(role="system", text=_text(record, "system"))
+        system = Message(role="system", text=text_of(record, "system"))
         if messages[0].role != "system":
             messages = [system, *messages]
         elif messages[0].text.strip() != system.text.strip():
@@ -149,12 +168,14 @@ def _chat(value: Any, column: str) -> list[Message] | None:
     return parse_messages(value, column) if isinstance(value, list) and value and isinstance(value[0], dict) else None
 
 
-def _text(record: Mapping[str, Any], column: str) -> str:
+def text_of(record: Mapping[str, Any], column: str) -> str:
+    """The text in a column; InputError if there is none."""
     if not isinstance(value := record.get(column), str):
         kind = f"a {type(value).__name__}, not text" if column in record else "missing"
-        raise InputError(f"`{column}` is {kind} (columns found: {_listed(record)}); valid choices: {COLUMNS}")
+        raise InputError(f"`{column}` is {kind} (columns found: {listed(record)}); valid choices: {COLUMNS}")
     return value
 
 
-def _listed(record: Mapping[str, Any]) -> str:
+def listed(record: Mapping[str, Any]) -> str:
+    """The names of the columns, for a message."""
     return ", ".join(f"`{name}`" for name in sorted(record)) or "none"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,33 @@ if TYPE_CHECKING:
 
 IGNORE_INDEX = -100
 """Label of a token that is not trained on."""
+
+WEIGHTS = "weights"
+"""What else there is of a token: what its loss counts, if that is not 1 everywhere."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An example as tokens.
+
+    Attributes
+    ----------
+    tokens, labels
+        Token ids, and labels: the token where it is trained, else -100.
+    along
+        Further values of every token, by name: `weights`, numbers; `token_type_ids`, integers. None are zeros, but
+        weights, which are ones.
+    target
+        The class of the whole; -1 if it has none.
+    length
+        Number of tokens before it was cut; 0 if it is not cut yet.
+    """
+
+    tokens: list[int]
+    labels: list[int]
+    along: dict[str, list[float]] = field(default_factory=dict)
+    target: int = -1
+    length: int = 0
 
 
 class Encoder:
@@ -52,8 +80,8 @@ class Encoder:
         ids: list[list[int]] = encoded["input_ids"]
         return ids
 
-    def __call__(self, batch: Sequence[Example]) -> list[tuple[list[int], list[int]]]:
-        """Return token ids and labels of each example of a batch, without truncation.
+    def __call__(self, batch: Sequence[Example]) -> list[Encoded]:
+        """Return token ids, labels and, if there are such, weights of each example of a batch, without truncation.
 
         The label of a trained token is the token; every other label is -100. The label of an example's first token is
         also -100, since no token precedes it. The end-of-sequence token follows the last response unless the response
@@ -65,16 +93,20 @@ class Encoder:
         for example in batch:
             tokens: list[int] = []
             labels: list[int] = []
-            for (_, trained), piece in zip(example.segments, islice(ids, len(example.segments)), strict=True):
+            weights: list[float] = []
+            for (_, weight), piece in zip(example.segments, islice(ids, len(example.segments)), strict=True):
                 if not tokens and not example.templated and piece[: len(self.prefix)] != self.prefix:
                     piece = self.prefix + piece
                 tokens += piece
-                labels += piece if trained else [IGNORE_INDEX] * len(piece)
+                labels += piece if weight else [IGNORE_INDEX] * len(piece)
+                weights += [weight] * len(piece)
             if not example.segments[-1][0].endswith(self.tokenizer.eos_token):
                 tokens.append(self.tokenizer.eos_token_id)
-                labels.append(self.tokenizer.eos_token_id)
+                labels.append(self.tokenizer.eos_token_id if weight else IGNORE_INDEX)
+                weights.append(weight)
             labels[0] = IGNORE_INDEX
-            encoded.append((tokens, labels))
+            weighted = any(weight not in (0.0, 1.0) for weight in weights)
+            encoded.append(Encoded(tokens, labels, {WEIGHTS: weights} if weighted else {}))
         return encoded
 
     def _segment_ids(self, batch: Sequence[Example]) -> list[list[int]]:

@@ -121,6 +121,7 @@ def build_model(
     computation: Computation | None = None,
     sharding: Sharding | None = None,
     resume: Resume | None = None,
+    restart: bool = False,
     first_on_host: bool = True,
     announce: Callable[[str], object] = lambda _: None,
     show_progress: bool = False,
@@ -157,6 +158,9 @@ def build_model(
         How matrices are shared while they are decomposed, see `lowrank_dist.decomposition.schedule.scheduled`.
     resume
         State of the run that is resumed; None: a new run.
+    restart
+        Give the trained parameters of a resumed run the values from which it began, if these are a starting adapter's;
+        without one they have them anyway. The caller loads the checkpoint's own values afterwards.
     first_on_host
         Whether this rank downloads the missing files of a hub id before the other ranks look for them.
     announce
@@ -266,8 +270,8 @@ def build_model(
         )
         tuned = put_on(opened, partitioner, loading, seed=seed)
 
-    # A resumed run takes its values from its checkpoint instead; its residual must be the same, bit for bit.
-    if opened.start is not None and resume is None:
+    # A resumed run takes its values from its checkpoint in the end; its residual must be the same, bit for bit.
+    if opened.start is not None and (resume is None or restart):
         if tuned is None:
             opened.start.load(backbone, group, result.initial)
         else:

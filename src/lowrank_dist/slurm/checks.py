@@ -11,6 +11,7 @@ from typing import Any
 from lowrank_dist.checkpoints.layout import newest_checkpoint
 from lowrank_dist.errors import CheckpointError
 from lowrank_dist.slurm.options import SubmitError, SubmitOptions, check_line
+from lowrank_dist.training.fit_cli import module_settings
 
 _CHECKPOINT = "lowrank_dist.AdapterCheckpoint"
 _NODE_LOCAL = ("/tmp", "/var/tmp", "/dev/shm", "/run")
@@ -184,7 +185,7 @@ def _check_paths(settings: Any, options: SubmitOptions) -> list[str]:
     strategy = getattr(settings.trainer.strategy, "init_args", {})
     named = {
         "trainer.strategy.pretrained": strategy.get("pretrained"),
-        "model.pretrained": settings.model.get("pretrained"),
+        "model.pretrained": module_settings(settings).get("pretrained"),
         "data.tokenizer": settings.data.get("tokenizer"),
         "data.train": settings.data.get("train"),
         "data.validation": settings.data.get("validation"),

@@ -10,8 +10,10 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]
 from jsonargparse import ArgumentParser, capture_parser
 
 TRAINER_COMMANDS = {
@@ -22,8 +24,12 @@ TRAINER_COMMANDS = {
 
 
 def run_trainer(argv: Sequence[str]) -> int:
-    """Run a Trainer command of LightningCLI with `CausalLMModule` and `SFTDataModule`; return 0."""
-    from lightning.pytorch.cli import LightningCLI
+    """Run a Trainer command of LightningCLI with a module and `SFTDataModule`; return 0.
+
+    The module is `CausalLMModule`, or the one that ``model.class_path`` names.
+    """
+    import lightning
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
     from lowrank_dist.data.datamodule import SFTDataModule
     from lowrank_dist.training.module import CausalLMModule
@@ -34,9 +40,15 @@ def run_trainer(argv: Sequence[str]) -> int:
             skipped = {"model", "dataloaders", "train_dataloaders", "val_dataloaders", "datamodule"}
             return dict.fromkeys(TRAINER_COMMANDS, skipped)
 
+        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+            if named:  # a part of a configuration that names no class
+                parser.set_defaults({"model": {"class_path": "lowrank_dist.CausalLMModule"}})
+
+    named = names_module(argv)
     Cli(
-        CausalLMModule,
+        lightning.LightningModule if named else CausalLMModule,
         SFTDataModule,
+        subclass_mode_model=named,
         # LightningCLI warns about `args` beside a command line, even if both are the same
         args=None if list(argv) == sys.argv[1:] else list(argv),
         save_config_kwargs={"overwrite": True},
@@ -55,11 +67,37 @@ def command_line(argv: Sequence[str]) -> Iterator[None]:
         sys.argv = before
 
 
+def names_module(argv: Sequence[str]) -> bool:
+    """Whether arguments of a Trainer command, or a file of settings among them, name the class of the module."""
+    files = []
+    for place, argument in enumerate(argv):
+        option, equals, value = argument.partition("=")
+        if option in ("--model", "--model.class_path"):
+            return True
+        if option in ("--config", "-c"):
+            files.append(value if equals else next(iter(argv[place + 1 :]), ""))
+    for file in files:
+        try:
+            settings = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):  # the parser says what is wrong with it
+            continue
+        model = settings.get("model") if isinstance(settings, dict) else None
+        if isinstance(model, str) or (isinstance(model, dict) and "class_path" in model):
+            return True
+    return False
+
+
 @cache
-def fit_parser() -> ArgumentParser:
-    """The parser that LightningCLI builds in `run_trainer`."""
-    with command_line(["fit"]):
-        return capture_parser(run_trainer, ["fit"])
+def fit_parser(*, named: bool = False) -> ArgumentParser:
+    """The parser that LightningCLI builds in `run_trainer`; `named`: for settings that name the module's class."""
+    argv = ["fit", "--model=lowrank_dist.CausalLMModule"] if named else ["fit"]
+    with command_line(argv):
+        return capture_parser(run_trainer, argv)
+
+
+def module_settings(settings: Any) -> Any:
+    """The options of the module in the settings from `parse_fit`, whether they name its class or not."""
+    return settings.model.init_args if "class_path" in settings.model else settings.model
 
 
 def parse_fit(argv: Sequence[str]) -> Any:
@@ -73,12 +111,12 @@ def parse_fit(argv: Sequence[str]) -> Any:
     with warnings.catch_warnings():
         # jsonargparse sets every option of peft's configuration, and peft warns about this one
         warnings.filterwarnings("ignore", message="`loftq_config` specified but will be ignored")
-        return fit_parser().parse_args(["fit", *argv]).fit
+        return fit_parser(named=names_module(argv)).parse_args(["fit", *argv]).fit
 
 
 def instantiated(settings: Any, part: str) -> Any:
     """Instantiate `part` (``model``, ``data``) of the settings from `parse_fit`; for ``trainer`` return its options."""
-    fit: Any = fit_parser()._subcommands_action.choices["fit"]  # type: ignore[union-attr]
+    fit: Any = fit_parser(named="class_path" in settings.model)._subcommands_action.choices["fit"]  # type: ignore[union-attr]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`loftq_config` specified but will be ignored")
         return getattr(fit, "instantiate", fit.instantiate_classes)(settings)[part]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -22,15 +24,17 @@ from lowrank_dist.cluster.watch import PeerWatch, end_with_launcher, mark_launch
 from lowrank_dist.decomposition.report import InitializationReport
 from lowrank_dist.decomposition.schedule import Sharding
 from lowrank_dist.distributed.group import ShardGroup, groups_with_timeout, ignore_renamed
-from lowrank_dist.errors import InputError, ModelError
+from lowrank_dist.errors import CheckpointError, InputError, ModelError
 from lowrank_dist.forecast.job import ShardWithin
 from lowrank_dist.initialization.build import build_model
 from lowrank_dist.initialization.open import Encode, ModelRecipe, OpenedModel
+from lowrank_dist.initialization.step_zero import StepZero
 from lowrank_dist.initialization.trainable import Computation
 from lowrank_dist.layers.adapted import FoldAdapters
 from lowrank_dist.methods import Method
 from lowrank_dist.model.skeleton import find_backbone
 from lowrank_dist.quantization.nf4 import NF4
+from lowrank_dist.storage.layout import LORA_DIR
 from lowrank_dist.storage.source import WeightSource
 from lowrank_dist.training.calibration_batches import calibration_pass
 from lowrank_dist.training.checkpointing import CheckpointedStrategy
@@ -99,6 +103,7 @@ class ModelStrategy(CheckpointedStrategy):
         self._watch: PeerWatch | None = None
         self.init_report: InitializationReport | None = None
         self._backbone: PreTrainedModel | None = None
+        self._step_zero: StepZero | None = None
 
     # -- all ranks end together -------------------------------------------------------------------------------------
 
@@ -151,6 +156,7 @@ class ModelStrategy(CheckpointedStrategy):
             self._check_schedule(steps)
             resume = None if self._resumed is None else earlier_run(self._resumed)
             name, backbone = find_backbone(module)
+        keeps_step_zero = bool(getattr(module, "keeps_step_zero", False))
         built = build_model(
             self.recipe,
             backbone,
@@ -175,6 +181,7 @@ class ModelStrategy(CheckpointedStrategy):
                 calibration_pass, module=module, calibration=self.calibration or Calibration(), autocast=autocast
             ),
             resume=resume,
+            restart=keeps_step_zero,
             first_on_host=self.local_rank == 0,
             announce=rank_zero_info,
             show_progress=self.show_progress,
@@ -183,6 +190,12 @@ class ModelStrategy(CheckpointedStrategy):
         if built.root is not backbone:
             parent, _, child = name.rpartition(".")
             setattr(module.get_submodule(parent), child, built.root)
+        facts = built.facts | {"precision": precision}
+        if keeps_step_zero:  # before the parameters of a resumed run are loaded
+            self._step_zero = StepZero(dict(built.root.named_parameters()))
+            facts["step_zero"] = self._step_zero.digest(group)
+            with group.shared_errors():
+                self._check_step_zero(facts["step_zero"], module)
         self._checkpoints_with(
             CheckpointWriter(
                 built.root,
@@ -191,7 +204,7 @@ class ModelStrategy(CheckpointedStrategy):
                 group,
                 base=built.source.base,
                 starts_at_zero=built.source.starts_at_zero,
-                facts=built.facts | {"precision": precision},
+                facts=facts,
                 files=built.files,
                 derived=built.derived,
                 allocation=built.allocation,
@@ -200,6 +213,48 @@ class ModelStrategy(CheckpointedStrategy):
         PackedExamples(backbone, group)
         module.strict_loading = False  # checkpoints hold the trained parameters only
         self._gathers_with(partitioner, built.root, self.live_layers)
+
+    def _check_step_zero(self, digest: str, module: LightningModule) -> None:
+        """Raise CheckpointError if the resumed run did not begin with these values, or kept none."""
+        if self._resumed is None:
+            return
+        before = self._resumed.manifest.get("step_zero")
+        if before is None:
+            raise CheckpointError(
+                f"{self._resumed.directory} is of a run without a reference, but {type(module).__name__} compares the "
+                "model with itself at step 0 of its own run; to go on from what that run has learned, begin a new run: "
+                f"adapter={str(self._resumed.directory / LORA_DIR)!r} on the original model, or merge it first "
+                "(lowrank-dist merge)"
+            )
+        if before != digest:
+            raise CheckpointError(
+                f"{self._resumed.directory}: the values from which this run began (digest {before}) cannot be had "
+                f"again (now {digest}); resume with the adapter, the model and the options of the run that wrote it"
+            )
+
+    @contextmanager
+    def at_step_zero(self) -> Iterator[None]:
+        """Inside, the model computes with the trained parameters from which the run began, also in a resumed run.
+
+        For forwards without gradient, before the forward of the step that is trained on. Layers are gathered anew
+        inside and afterwards.
+
+        Raises
+        ------
+        InputError
+            If the module has no true attribute ``keeps_step_zero``, without which they are not kept.
+        """
+        if self._step_zero is None or self.gathering is None:
+            raise InputError(
+                "at_step_zero: the initial values of the trained parameters are not kept; set keeps_step_zero = True "
+                "in the LightningModule, before fit"
+            )
+        try:
+            with self._step_zero.in_place():
+                self.gathering.forget()
+                yield
+        finally:  # also what is being gathered ahead: it has the values of the reference
+            self.gathering.forget()
 
     def _steps_of_schedule(self, module: LightningModule) -> float | None:
         """Number of optimizer steps of the run if the adapter has a schedule; None otherwise. Lightning's collectives.

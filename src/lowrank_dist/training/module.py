@@ -2,40 +2,26 @@
 
 from __future__ import annotations
 
-import math
-import os
 from typing import Any, Literal, get_args
 
-import lightning as L
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor, nn
+from torch import Tensor
 
+from lowrank_dist.data.tokenizing import WEIGHTS
 from lowrank_dist.errors import InputError
-from lowrank_dist.methods import Method
-from lowrank_dist.model.skeleton import read_config
+from lowrank_dist.training.base_module import DEFAULT_LR, SchedulerName, TransformersModule
 from lowrank_dist.training.fused_loss import FusedLoss
-from lowrank_dist.training.optim import build_optimizer, check_optimizer, optimizer_class
-from lowrank_dist.training.packed_examples import PackedExamples
-from lowrank_dist.training.parameter_groups import parameter_groups
-from lowrank_dist.training.published_rates import hint
-from lowrank_dist.training.token_mean import TokenMean, accumulator_dtype, check_accumulation, trained_tokens
-from lowrank_dist.zero3.elementwise import check_class
+from lowrank_dist.training.token_losses import router_loss, token_log_probs
+from lowrank_dist.training.token_mean import TokenMean, accumulator_dtype, token_weight, trained_tokens
 
 LossAverage = Literal["tokens", "batches"]
 LOSS_AVERAGES: tuple[str, ...] = get_args(LossAverage)
-SchedulerName = Literal["cosine", "linear", "constant"]
-SCHEDULERS: tuple[str, ...] = get_args(SchedulerName)
 
-DEFAULT_LR = 2e-5
-
-_LOAD_DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 # attention implementations for which transformers builds a mask from `position_ids`, one per row of the batch
 _MASKED_ATTENTION = {"eager", "sdpa", "flex_attention"}
 
 
-class CausalLMModule(L.LightningModule):
+class CausalLMModule(TransformersModule):
     """Causal language model with its loss, optimizer and learning-rate schedule.
 
     Under a strategy that loads weights itself (`PiSSAStrategy`) the module builds only the architecture, and the
@@ -122,8 +108,11 @@ class CausalLMModule(L.LightningModule):
     The model is built by ``trainer.fit(module, data)``, not by the constructor.
     """
 
-    #: Tells data modules that batches without trained tokens count for nothing.
-    takes_fillers = True
+    #: Tells data modules that ``weights`` of a batch count.
+    takes_weights = True
+
+    data_task = "sft"
+    auto_class = "AutoModelForCausalLM"
 
     def __init__(
         self,
@@ -144,121 +133,33 @@ class CausalLMModule(L.LightningModule):
         fused_cross_entropy: bool = False,
         average_loss_over: LossAverage = "tokens",
     ) -> None:
-        super().__init__()
-        if scheduler not in SCHEDULERS:
-            raise ValueError(f"scheduler={scheduler!r} is not known; valid names: {', '.join(SCHEDULERS)}")
-        check_optimizer(optimizer, optimizer_options)
-        if "." in optimizer and tuple(betas) != (0.9, 0.999):
-            raise ValueError(
-                f"betas={tuple(betas)} has no effect on optimizer={optimizer!r}; set optimizer_options={{'betas': ...}}"
-            )
         if average_loss_over not in LOSS_AVERAGES:
             raise ValueError(
                 f"average_loss_over={average_loss_over!r} is not known; valid names: {', '.join(LOSS_AVERAGES)}"
             )
-        if not 0 <= warmup_ratio <= 1:
-            raise ValueError(f"warmup_ratio={warmup_ratio} must be between 0 and 1: it is a share of all steps")
-        if lr < 0 or weight_decay < 0:
-            raise ValueError(f"lr={lr} and weight_decay={weight_decay} must not be negative")
-        if loraplus_lr_ratio <= 0:
-            raise ValueError(f"loraplus_lr_ratio={loraplus_lr_ratio} must be positive")
-        for name, rate in (("embedding_lr", embedding_lr), ("norm_lr", norm_lr)):
-            if rate is not None and rate < 0:
-                raise ValueError(f"{name}={rate} must not be negative")
-        self.save_hyperparameters()
-        self.pretrained = pretrained
-        self.lr = lr
-        self.weight_decay = weight_decay
-        self.betas = betas
-        self.warmup_ratio = warmup_ratio
-        self.scheduler = scheduler
-        self.optimizer = optimizer
-        self.optimizer_options = dict(optimizer_options or {})
-        self.loraplus_lr_ratio = loraplus_lr_ratio
-        self.embedding_lr = embedding_lr
-        self.norm_lr = norm_lr
-        self.attn_implementation = attn_implementation
-        self.gradient_checkpointing = gradient_checkpointing
+        super().__init__(
+            pretrained,
+            lr=lr,
+            weight_decay=weight_decay,
+            betas=betas,
+            warmup_ratio=warmup_ratio,
+            scheduler=scheduler,
+            optimizer=optimizer,
+            optimizer_options=optimizer_options,
+            loraplus_lr_ratio=loraplus_lr_ratio,
+            embedding_lr=embedding_lr,
+            norm_lr=norm_lr,
+            attn_implementation=attn_implementation,
+            gradient_checkpointing=gradient_checkpointing,
+        )
         self.fused_cross_entropy = fused_cross_entropy
         self.average_loss_over = average_loss_over
         self._fused_loss: FusedLoss | None = None
-        self.model: nn.Module | None = None
         self._token_mean = TokenMean()
         self._step_losses: list[Tensor] = []  # losses of the batches of the current step
-        self._evaluated = torch.zeros(2)  # sum of token losses, number of tokens
 
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **options: Any) -> Any:
-        """Load a file that Lightning's own strategies wrote.
-
-        Raises
-        ------
-        InputError
-            If `checkpoint_path` is a directory, which `PiSSAStrategy` writes: it holds adapters, no module.
-        """
-        if isinstance(checkpoint_path, str | os.PathLike) and os.path.isdir(checkpoint_path):
-            raise InputError(
-                f"{os.fspath(checkpoint_path)} is a directory of adapters, from which {cls.__name__}."
-                "load_from_checkpoint cannot make a module; resume or evaluate with trainer.fit, validate or test("
-                "module, ckpt_path=...), or load its lora/ onto the pretrained model with PEFT"
-            )
-        return super().load_from_checkpoint(checkpoint_path, *args, **options)
-
-    def setup(self, stage: str) -> None:
-        """Before weights are read, raise ValueError for what the strategy cannot do.
-
-        That is to average over tokens while accumulating, or to step the optimizer's class on shards.
-        """
-        if stage != "fit":
-            return
-        if self.average_loss_over == "tokens" and self.trainer.accumulate_grad_batches > 1:
-            check_accumulation(self.trainer)
-        if "." in self.optimizer:
-            kind = optimizer_class(self.optimizer)
-            if isinstance(self.trainer.strategy, DeepSpeedStrategy):
-                check_class(kind)
-
-    def configure_model(self) -> None:
-        """Build the model on the first call.
-
-        Under a strategy with a true `materializes_weights`, the model comes from ``AutoModelForCausalLM.from_config``.
-        Under other strategies its weights are loaded, in the dtype of a ``"*-true"`` precision and otherwise in fp32,
-        because mixed precision needs fp32 master weights.
-        """
-        if self.model is not None:
-            return
-        from transformers import AutoModelForCausalLM
-
-        attention = {} if self.attn_implementation is None else {"attn_implementation": self.attn_implementation}
-        if getattr(self.trainer.strategy, "materializes_weights", False):
-            if self.gradient_checkpointing:
-                raise ValueError(
-                    f"gradient_checkpointing=True of the model has no effect under "
-                    f"{type(self.trainer.strategy).__name__}, which has its own option; set it to false in the model"
-                )
-            revision_of = getattr(self.trainer.strategy, "revision_of", lambda _: None)
-            config = read_config(self.pretrained, revision=revision_of(self.pretrained))
-            model = AutoModelForCausalLM.from_config(config, **attention)
-        else:
-            dtype = _LOAD_DTYPES.get(str(self.trainer.precision), torch.float32)
-            model = AutoModelForCausalLM.from_pretrained(self.pretrained, dtype=dtype, **attention)
-            model.train()  # from_pretrained returns evaluation mode, which Lightning would keep
-            if self.gradient_checkpointing:
-                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            PackedExamples(model)
-        self._check_tokens(model)
-        self.model = model
-
-    def _check_tokens(self, model: Any) -> None:
-        """Raise InputError if the data have tokens without an embedding, rather than at the batch that has one."""
-        data = getattr(self.trainer, "datamodule", None)
-        largest = getattr(data, "largest_token", 0)
-        rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
-        if rows is not None and largest >= rows:
-            raise InputError(
-                f"the data have the token {largest}, but the embedding of {self.pretrained} has {rows} rows; set "
-                f"data.tokenizer={getattr(data, 'tokenizer', None)!r} to that of the model"
-            )
+    def _weights_batches(self) -> bool:
+        return self.average_loss_over == "tokens"
 
     def forward(self, **batch: Tensor) -> Any:
         """Return the output of the model, with `loss` if the batch has `labels`, int64 of shape [batch, length].
@@ -278,7 +179,12 @@ class CausalLMModule(L.LightningModule):
         return self.model(**batch, use_cache=False)
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """Return the mean loss over the tokens whose next label is not -100: fp32 scalar."""
+        """Return the mean loss over the tokens whose next label is not -100: fp32 scalar.
+
+        It is weighted if the batch has ``weights``, fp32 ``[batch, length]``.
+        """
+        if WEIGHTS in batch:
+            return self._weighted_loss(batch)
         if not self.fused_cross_entropy:
             return self(**batch).loss
         if self._fused_loss is None:
@@ -286,22 +192,25 @@ class CausalLMModule(L.LightningModule):
         with self._fused_loss.of(batch["labels"]):
             return self(**batch).loss
 
-    # ---- training
-    def on_fit_start(self) -> None:
-        """If the learning rate is the default, say what was published for the method of the run, on rank 0."""
-        strategy = self.trainer.strategy
-        init = getattr(strategy, "init", None)
-        if self.lr != DEFAULT_LR or not isinstance(init, Method):
-            return
-        line = hint(
-            self.lr,
-            init,
-            quantized=getattr(strategy, "quantization", None) is not None,
-            rslora=bool(getattr(getattr(strategy, "adapter", None), "use_rslora", False)),
-        )
-        if line is not None:
-            rank_zero_info(line)
+    def _weighted_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        if self.fused_cross_entropy:
+            raise InputError(
+                "messages have a `weight` other than 0 and 1, and liger-kernel's loss takes none; set "
+                "fused_cross_entropy=False"
+            )
+        labels, weights = batch["labels"], batch[WEIGHTS]
+        output = self(**{name: values for name, values in batch.items() if name not in ("labels", WEIGHTS)})
+        rows = output.logits.shape[:2]  # several rows may have been joined, each of which begins without a label
+        losses = -token_log_probs(output.logits, labels.reshape(rows)) * weights.reshape(rows)[:, 1:]
+        return losses.sum() / token_weight(labels, weights) + router_loss(self.model, output)
 
+    def _size(self, batch: dict[str, Tensor]) -> Tensor:
+        """What the mean loss of a batch counts: the number of its trained tokens, or the sum of their weights."""
+        if WEIGHTS in batch:
+            return token_weight(batch["labels"], batch[WEIGHTS])
+        return trained_tokens(batch["labels"])
+
+    # ---- training
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return this rank's loss for backward, scalar, so that the gradient of the step is that of `train_loss`.
 
@@ -314,13 +223,13 @@ class CausalLMModule(L.LightningModule):
         loss, size = self.loss(batch), len(batch["input_ids"])
         first = batch_idx % self.trainer.accumulate_grad_batches == 0
         if self.average_loss_over == "tokens":
-            loss, mean = self._token_mean.weighted(loss, trained_tokens(batch["labels"]), self.trainer, first=first)
+            loss, mean = self._token_mean.weighted(loss, self._size(batch), self.trainer, first=first)
             if mean is not None:
                 self.log("train_loss", mean, prog_bar=True, batch_size=size)
             return loss
         if first:
             self._step_losses = []
-        loss = self._over_batches(loss, trained_tokens(batch["labels"]))
+        loss = self._over_batches(loss, self._size(batch))
         self._step_losses.append(loss.detach())
         # the loss whose gradient is the averaged gradient
         self.log("train_loss", torch.stack(self._step_losses).mean(), prog_bar=True, sync_dist=True, batch_size=size)
@@ -334,91 +243,22 @@ class CausalLMModule(L.LightningModule):
 
     def calibration_step(self, batch: dict[str, Tensor]) -> Tensor:
         """Return the loss of a batch of a calibration pass (`lowrank_dist.Calibration`); 0 if no token is trained."""
-        return torch.where(trained_tokens(batch["labels"]) > 0, self.loss(batch), 0.0)
-
-    def configure_optimizers(self) -> Any:
-        """Return the optimizer of the parameters that require grad, and a schedule that advances every optimizer step.
-
-        The schedule multiplies the learning rates of all parameter groups by the same factor.
-
-        Raises
-        ------
-        ValueError
-            If no parameter requires grad, the run has no fixed number of steps, or a learning rate is given for
-            parameters that are not trained.
-        """
-        from transformers import get_scheduler
-
-        params = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        if not params:
-            raise ValueError("no parameter requires grad; check `target_modules` of the adapter")
-        optimizer = build_optimizer(
-            self._groups() or params,
-            options=self.optimizer_options,
-            name=self.optimizer,
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            betas=(self.betas[0], self.betas[1]),
-            device=self.trainer.strategy.root_device,
-        )
-        total = self.trainer.estimated_stepping_batches
-        if math.isinf(total):
-            raise ValueError(
-                f"scheduler={self.scheduler} with warmup_ratio={self.warmup_ratio} needs the number of steps, which is "
-                "unlimited with max_epochs=-1 and no max_steps; set max_steps or max_epochs"
-            )
-        schedule = get_scheduler(
-            "constant_with_warmup" if self.scheduler == "constant" else self.scheduler,
-            optimizer,
-            num_warmup_steps=math.ceil(self.warmup_ratio * total),
-            num_training_steps=int(total),
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"}}
-
-    def _groups(self) -> list[dict[str, Any]]:
-        """Parameter groups; none if all parameters have the same learning rate and weight decay."""
-        rates = {
-            "lora_B": None if self.loraplus_lr_ratio == 1 else self.lr * self.loraplus_lr_ratio,
-            "embedding": self.embedding_lr,
-            "norm": self.norm_lr,
-        }
-        given = {role: rate for role, rate in rates.items() if rate is not None}
-        if not given:
-            return []
-        groups = parameter_groups(self, lr=self.lr, rates=given, weight_decay=self.weight_decay)
-        roles = [group["name"] for group in groups]
-        options = {"lora_B": "loraplus_lr_ratio", "embedding": "embedding_lr", "norm": "norm_lr"}
-        for role in given:
-            if role not in roles or (role == "lora_B" and "lora_A" not in roles):
-                raise ValueError(
-                    f"{options[role]} sets the learning rate of {role}, but the run trains {', '.join(roles)}; leave "
-                    "it out, or adapt layers that have it"
-                )
-        return groups
+        return torch.where(self._size(batch) > 0, self.loss(batch), 0.0)
 
     # ---- evaluation
-    def on_validation_epoch_start(self) -> None:
-        self._reset_evaluated()
-
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Add this rank's batch to the sums."""
         self._evaluate(batch)
 
     def on_validation_epoch_end(self) -> None:
-        self._log_evaluated("val_loss")
-
-    def on_test_epoch_start(self) -> None:
-        self._reset_evaluated()
+        self._means("val_loss")
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Add this rank's batch to the sums."""
         self._evaluate(batch)
 
     def on_test_epoch_end(self) -> None:
-        self._log_evaluated("test_loss")
-
-    def _reset_evaluated(self) -> None:
-        self._evaluated = torch.zeros(2, dtype=accumulator_dtype(self.device), device=self.device)
+        self._means("test_loss")
 
     def _evaluate(self, batch: dict[str, Tensor]) -> None:
         """Add the sum of this batch's token losses, and their number.
@@ -426,14 +266,6 @@ class CausalLMModule(L.LightningModule):
         A batch without trained tokens consists of fillers. It takes part in the step, but its mean (0 / 0) is ignored.
         """
         loss = self.loss(batch)
-        count = trained_tokens(batch["labels"])
-        self._evaluated += torch.stack([torch.where(count > 0, loss.to(self._evaluated) * count, 0.0), count])
-
-    def _log_evaluated(self, name: str) -> None:
-        """Log the mean token loss over all ranks.
-
-        One all-reduce of two numbers, and one of the result by Lightning.
-        """
-        loss, count = self.trainer.strategy.reduce(self._evaluated, reduce_op="sum")
-        # every rank has the same value: a maximum keeps it exactly, a mean would round it
-        self.log(name, (loss / count).float(), prog_bar=True, sync_dist=True, reduce_fx="max")
+        count = self._size(batch)
+        total = loss.to(accumulator_dtype(loss.device)) * count
+        self._add(torch.stack([torch.where(count > 0, total, 0.0), count.to(total)]))

@@ -28,6 +28,11 @@ def trained_tokens(labels: Tensor) -> Tensor:
     return (labels[:, 1:] != IGNORE_INDEX).sum()
 
 
+def token_weight(labels: Tensor, weights: Tensor) -> Tensor:
+    """Sum of the weights, fp32 ``[batch, length]``, of the trained tokens in `labels`: fp32 scalar."""
+    return (weights[:, 1:] * (labels[:, 1:] != IGNORE_INDEX)).sum()
+
+
 def accumulator_dtype(device: torch.device) -> torch.dtype:
     """Dtype of sums over many losses: fp64, so that the sum does not depend on how it was split; MPS has no fp64."""
     return torch.float32 if device.type == "mps" else torch.float64
@@ -60,7 +65,8 @@ class TokenMean:
         loss
             Mean loss of this rank's batch, scalar. It may be NaN if `count` is 0.
         count
-            Number of trained tokens of this rank's batch, int64 scalar.
+            Number of trained tokens of this rank's batch, or the sum of their weights, scalar. The mean may as well be
+            one over pairs or examples.
         trainer
             The Trainer in whose ``training_step`` this is called.
         first
@@ -92,7 +98,7 @@ class TokenMean:
         self._sums = None
         if trainer.world_size > 1:
             ShardGroup(device=loss.device).sum(sums)
-        total, tokens = sums[0], sums[1].clamp(min=1)
+        total, tokens = sums[0], torch.where(sums[1] > 0, sums[1], 1.0)
         scale = trainer.world_size / tokens
         if earlier is not None:
             _scale_gradients(scale * _PROVISIONAL, trainer)

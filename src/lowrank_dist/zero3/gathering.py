@@ -173,6 +173,17 @@ class Gathering:
             for pack in stage.packs:
                 pack.expire()
 
+    def forget(self) -> None:
+        """Drop all that is gathered, or is being gathered: shards have been given other values.
+
+        Not between a forward and its backward, whose layers would be gathered with the other values.
+        """
+        self.expire()
+        for index, stage in enumerate(self._stages):
+            if stage.held or stage.pending:
+                self._release(index)
+        self._attach()
+
     def _attach(self) -> None:
         """Make the shards of parameters that this rank holds alone their data, also where DeepSpeed has moved them."""
         for parameter in self._resident:

@@ -266,6 +266,23 @@ def fit(data, tmp_path, *, epochs=2, checkpoint=None, **settings):
     return module, trainer
 
 
+def test_a_run_by_tokens_resumes_in_the_middle_of_an_epoch(tokenizer_dir, train, tmp_path):
+    def data(**settings):
+        return SFTDataModule(tokenizer_dir, train, max_length=64, **{"tokens_per_batch": 64, **settings})
+
+    whole, trainer = fit(data(), tmp_path, callbacks=[Saver(tmp_path)])
+    steps = len(trainer.train_dataloader)
+    assert isinstance(trainer.train_dataloader.sampler, ShardedSampler)  # not replaced
+    assert len(whole.seen) == 2 * steps > 8
+    assert whole.seen[:steps] != whole.seen[steps:]
+    for step in (2, 4, steps + steps % 2 + 2):
+        resumed, _ = fit(data(), tmp_path, checkpoint=tmp_path / f"{step}.ckpt")
+        assert resumed.seen == whole.seen[step:]
+    for settings in ({"tokens_per_batch": 192}, {"tokens_per_batch": None, "batch_size": 4}):
+        with pytest.raises(InputError, match="the resumed run had tokens_per_batch=64"):
+            fit(data(**settings), tmp_path, checkpoint=tmp_path / "2.ckpt")
+
+
 @pytest.mark.parametrize("grouped", [False, True])
 def test_a_run_resumes_in_the_middle_of_an_epoch(tokenizer_dir, train, tmp_path, grouped):
     def data():

@@ -73,17 +73,17 @@ def test_thinking_has_one_form(message, thinking, text, whole):
     assert (parsed.thinking, parsed.text, parsed.block + parsed.text) == (thinking, text, whole)
 
 
-@pytest.mark.parametrize(("weight", "trained"), [(0, False), (1, True), (0.0, False), (None, True), (False, False)])
-def test_weights(weight, trained):
-    assert one({"role": "assistant", "content": "4", "weight": weight}).trained is trained
+@pytest.mark.parametrize(("given", "weight"), [(0, 0), (1, 1), (0.25, 0.25), (3, 3), (None, 1), (False, 0)])
+def test_weights(given, weight):
+    assert one({"role": "assistant", "content": "4", "weight": given}).weight == weight
 
 
 @pytest.mark.parametrize(
     ("message", "reason"),
     [
         (
-            {"role": "assistant", "content": "4", "weight": 0.5},
-            r"`weight` is 0.5; a turn is trained \(1\) or not \(0\)",
+            {"role": "assistant", "content": "4", "weight": -0.5},
+            r"`weight` is -0.5; it must be a number of 0",
         ),
         ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "of type 'image_url'; only text"),
         ({"role": "user", "content": "a", "images": ["x.png"]}, "`images`: only text is trained here"),

@@ -110,7 +110,7 @@ def test_a_pair_can_be_a_conversation(record):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "are a preference pair, and nothing here trains on pairs"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "are a preference pair; train on it with PreferenceModule"),
         ({"instruction": "a"}, "columns found: `instruction`; valid choices"),
         ({"question": "a", "answer": {"text": "b"}}, "`answer` is a dict, not text"),
         ({"text": 3}, "`text` is a int, not text"),

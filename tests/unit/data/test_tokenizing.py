@@ -13,7 +13,7 @@ from helpers.sft import (
     trained_text,
 )
 from lowrank_dist.data.rendering import Renderer
-from lowrank_dist.data.tokenizing import IGNORE_INDEX, Encoder
+from lowrank_dist.data.tokenizing import IGNORE_INDEX, Encoded, Encoder
 
 
 def test_prompt_and_completion_are_taken_as_they_are():
@@ -83,3 +83,27 @@ def test_a_tokenizer_without_eos_is_refused():
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no end-of-sequence token"):
         Encoder(tokenizer)
+
+
+def test_weights_of_messages_are_those_of_their_tokens():
+    """Also of the last token, and only where a weight is neither 0 nor 1."""
+    tokenizer = byte_level_tokenizer()
+    renderer, encoder = Renderer(tokenizer, None), Encoder(tokenizer)
+
+    def encoded(first: float, second: float, **options) -> Encoded:
+        messages = [dict(message) for message in CONVERSATION]
+        messages[2]["weight"], messages[4]["weight"] = first, second
+        made = Renderer(tokenizer, None, **options) if options else renderer
+        (one,) = encoder(made.examples({"messages": messages}, "x"))
+        return one
+
+    for options in ({}, {"train_on": "everything"}):
+        one = encoded(0.5, 2, **options)
+        weights = one.along["weights"]
+        for message, weight in (("world<|im_end|>", 0.5), ("four<|im_end|>", 2.0)):
+            ids = tokenizer(message)["input_ids"]
+            (at,) = (i for i in range(len(one.tokens)) if one.tokens[i : i + len(ids)] == ids)
+            assert weights[at : at + len(ids)] == [weight] * len(ids)
+            assert one.labels[at : at + len(ids)] == ids
+    assert encoded(0, 1).along == {}
+    assert encoded(0, 0.5).along["weights"][-1] == 0.5

@@ -20,7 +20,7 @@ from lowrank_dist.forecast import Cluster, Forecast, ModelShapes, RunSpec, forec
 from lowrank_dist.methods import PiSSA
 from lowrank_dist.quantization.dense import Dense
 from lowrank_dist.storage.reader import resolve_checkpoint
-from lowrank_dist.training.fit_cli import instantiated, parse_fit
+from lowrank_dist.training.fit_cli import instantiated, module_settings, parse_fit
 from lowrank_dist.training.model_strategy import PRECISIONS
 from lowrank_dist.training.strategy import PiSSAStrategy
 
@@ -107,7 +107,7 @@ def planned_run(options: argparse.Namespace, of_fit: Sequence[str]) -> Forecast:
         source = _source(strategy.pretrained, strategy.revision, options.model_config, beside)
         shapes, job = with_adapters(strategy, source, job)
     else:
-        shapes = ModelShapes.of(_source(settings.model.pretrained, None, options.model_config, beside), None)
+        shapes = ModelShapes.of(_source(module_settings(settings).pretrained, None, options.model_config, beside), None)
     limit = round((options.gpu_memory - options.reserve) * 1e9) if job.on_gpu else None
     automatic = isinstance(strategy, PiSSAStrategy) and strategy.shard_within == "auto"
     looks_at_data = job.init is not None and job.init.statistic is not None  # which needs the world
@@ -119,6 +119,9 @@ def planned_run(options: argparse.Namespace, of_fit: Sequence[str]) -> Forecast:
 
 def _job(settings: Any, strategy: Any) -> RunSpec:
     trainer, data, precision = settings.trainer, settings.data, str(settings.trainer.precision)
+    model = module_settings(settings)
+    by_tokens = data.tokens_per_batch is not None
+    rows = 2 if settings.model.get("class_path", "").endswith(".PreferenceModule") else 1  # of an item: a pair
     if precision not in PRECISIONS:
         raise InputError(f"plan: precision={precision!r} is not supported; use one of {', '.join(PRECISIONS)}")
     if not str(trainer.devices).isdecimal():  # a list, "auto", -1
@@ -127,14 +130,15 @@ def _job(settings: Any, strategy: Any) -> RunSpec:
     options: dict[str, Any] = {
         "nodes": trainer.num_nodes,
         "gpus_per_node": int(trainer.devices),
-        "batch_size": data.batch_size,
+        # of a batch of so many tokens, rows of the full length
+        "batch_size": max(1, data.tokens_per_batch // data.max_length) if by_tokens else data.batch_size * rows,
         "length": data.max_length,
         "accumulate": trainer.accumulate_grad_batches,
         "compute_dtype": compute_dtype,
         "factor_dtype": factor_dtype,
-        "optimizer": settings.model.optimizer,
-        "fused_cross_entropy": settings.model.fused_cross_entropy,
-        "gradient_checkpointing": settings.model.gradient_checkpointing,
+        "optimizer": model.get("optimizer", "adamw"),
+        "fused_cross_entropy": model.get("fused_cross_entropy", False),
+        "gradient_checkpointing": model.get("gradient_checkpointing", False),
         "on_gpu": trainer.accelerator != "cpu",
     }
     if isinstance(strategy, DeepSpeedStrategy):
@@ -158,7 +162,7 @@ def _job(settings: Any, strategy: Any) -> RunSpec:
     elif options.get("stage") and compute_dtype == torch.bfloat16:
         options["factor_dtype"] = torch.bfloat16  # DeepSpeed's engine casts the model
     job = RunSpec(**options)
-    return RunSpec(**options, steps=_steps(trainer, data.limit, job.global_batch))
+    return RunSpec(**options, steps=_steps(trainer, None if by_tokens else data.limit, job.global_batch // rows))
 
 
 def _deepspeed_options(strategy: DeepSpeedStrategy) -> dict[str, Any]:

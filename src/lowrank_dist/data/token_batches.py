@@ -1,0 +1,142 @@
+"""Batches of at most so many tokens, padding included, and each rank's share of them."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from lowrank_dist.data.packing import PAD_TO_MULTIPLE_OF, TokenDataset
+from lowrank_dist.data.sampler import ShardedSampler
+from lowrank_dist.errors import InputError
+
+_WINDOW = 50  # batches whose items are sorted by length together
+
+
+def padded(length: int) -> int:
+    """Number of tokens of a row of a batch whose longest item has `length`."""
+    return -(-length // PAD_TO_MULTIPLE_OF) * PAD_TO_MULTIPLE_OF
+
+
+def token_batches(order: Sequence[int], lengths: Sequence[int], most: int, rows: int = 1) -> list[list[int]]:
+    """Consecutive items of `order` in batches that are as large as `most` tokens allow, padding included.
+
+    Parameters
+    ----------
+    order
+        Indices of the items.
+    lengths
+        Number of tokens of each item.
+    most
+        Largest number of tokens of a batch; an item that has more is a batch by itself.
+    rows
+        Rows of an item in a batch.
+    """
+    batches: list[list[int]] = []
+    longest = 0
+    for index in order:
+        longest = max(longest, padded(lengths[index]))
+        if not batches or (len(batches[-1]) + 1) * longest * rows > most:
+            batches.append([])
+            longest = padded(lengths[index])
+        batches[-1].append(index)
+    return batches
+
+
+class TokenBatchSampler(ShardedSampler):
+    """A rank's share of batches of at most `tokens_per_batch` tokens, as lists of items.
+
+    Which items make a batch is decided once, by `seed` and the lengths alone, so that all epochs have the same number
+    of steps on any number of ranks; the order of the batches is drawn every epoch. A step takes the next batches, one
+    for each rank. If fewer are left for the last step, the largest of them are divided, and ranks for which nothing is
+    left have a filler without labels.
+
+    Parameters
+    ----------
+    dataset, num_replicas, rank, shuffle, seed, repeats
+        As of `ShardedSampler`.
+    tokens_per_batch
+        Largest number of tokens of a batch on one rank, padding included.
+    group_by_length
+        Form batches from items of similar length, of windows of some 50 batches.
+    """
+
+    def __init__(self, dataset: TokenDataset, *, tokens_per_batch: int, group_by_length: bool, **settings: Any) -> None:
+        super().__init__(dataset, batch_size=1, **settings)
+        self.tokens_per_batch = tokens_per_batch
+        total, lengths = len(dataset), dataset.lengths
+        generator = torch.Generator().manual_seed(self.seed)
+        order = (torch.randperm(total, generator=generator) if self.shuffle else torch.arange(total)).tolist()
+        if group_by_length:
+            mean = sum(map(padded, lengths)) * dataset.per_item / total
+            window = max(1, int(_WINDOW * tokens_per_batch / mean)) if self.shuffle else total
+            order = [
+                index
+                for at in range(0, total, window)
+                for index in sorted(order[at : at + window], key=lambda index: -lengths[index])
+            ]
+        self.batches = token_batches(order, lengths, tokens_per_batch, dataset.per_item)
+        sizes = [len(batch) * max(padded(lengths[index]) for index in batch) for batch in self.batches]
+        self._largest = sizes.index(max(sizes))
+
+    def epoch_batches(self) -> list[list[int]]:
+        """All batches of this epoch in their order, the same on every rank; the one with most tokens comes first."""
+        if not self.shuffle:
+            return self.batches
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(len(self.batches), generator=generator).tolist()
+        first = order.index(self._largest)
+        order[0], order[first] = order[first], order[0]
+        return [self.batches[place] for place in order]
+
+    def __len__(self) -> int:
+        return -(-len(self.batches) // self.num_replicas)
+
+    def state(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "tokens_per_batch": self.tokens_per_batch}
+
+    def resume(self, *, epoch: int, start: int, order_step_size: int = 0, tokens_per_batch: int | None = None) -> None:
+        """Continue an epoch after its first `start` items.
+
+        Raises
+        ------
+        InputError
+            If the run had other batches.
+        """
+        if tokens_per_batch != self.tokens_per_batch:
+            raise InputError(
+                f"the resumed run had tokens_per_batch={tokens_per_batch}, and this one has {self.tokens_per_batch}: "
+                "in the middle of an epoch its items cannot be divided otherwise; resume with the same"
+            )
+        super().resume(epoch=epoch, start=start, order_step_size=self.order_step_size)
+
+    def items_after(self, start: int, steps: int) -> int:
+        ends = [0, *accumulate(map(len, self.epoch_batches()))]
+        place = bisect_left(ends, start) + steps * self.num_replicas
+        return ends[min(place, len(ends) - 1)]
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = self.epoch_batches()
+        todo = batches[bisect_left([0, *accumulate(map(len, batches))], self.start) :]
+        for at in range(0, len(todo), self.num_replicas):
+            step = todo[at : at + self.num_replicas]
+            if len(step) < self.num_replicas:
+                step = self._divided(step, batches)
+            yield step[self.rank]
+
+    def _divided(self, step: list[list[int]], batches: list[list[int]]) -> list[list[int]]:
+        """As many batches as ranks, of the items of fewer."""
+        step = list(step)
+        while len(step) < self.num_replicas:
+            largest = max(range(len(step)), key=lambda place: len(step[place]))
+            batch = step[largest]
+            half = len(batch) // 2
+            if half == 0:  # all have one item
+                break
+            step[largest : largest + 1] = [batch[:half], batch[half:]]
+        for rank in range(len(step), self.num_replicas):
+            step.append([batches[rank % len(batches)][0]] if self.repeats else [~step[0][0]])
+        return step

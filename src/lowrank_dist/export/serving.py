@@ -1,0 +1,59 @@
+"""What servers say to a LoRA, told from its files alone.
+
+The rules are those of vLLM's loader (``vllm/lora/peft_helper.py`` and ``lora_model.py``): it asks for a LoRA without
+DoRA and ``modules_to_save``, of which every tensor is a factor, and takes no ranks by module.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors import safe_open
+
+from lowrank_dist.storage.layout import WEIGHTS
+
+#: vLLM's ``--max-lora-rank`` if none is given.
+DEFAULT_RANK = 16
+
+_FACTORS = (".lora_A.", ".lora_B.", ".lora_embedding_A", ".lora_embedding_B", ".lora_magnitude_vector")
+
+
+def objections(directory: str | os.PathLike[str]) -> list[str]:
+    """Reasons, beside its ranks, for which vLLM does not load a LoRA, or loads it for some models only.
+
+    Parameters
+    ----------
+    directory
+        Directory with ``adapter_config.json`` and ``adapter_model.safetensors``.
+    """
+    directory = Path(directory)
+    config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+    with safe_open(directory / WEIGHTS, framework="pt") as file:
+        names = sorted(file.keys())
+    whole = [name for name in names if not any(mark in name for mark in _FACTORS)]
+    embeddings = [name for name in names if ".lora_embedding_A" in name]
+    stacked = config.get("target_parameters") or []
+    found = []
+    if whole:
+        found.append(
+            f"It holds {_some(whole)} whole, and vLLM refuses a LoRA with tensors that are no factors; merge instead "
+            "(lowrank-dist merge)."
+        )
+    if embeddings:
+        found.append(
+            f"It adapts the embedding {_some(embeddings)}, which vLLM takes for models that declare it; else merge."
+        )
+    if stacked:
+        found.append(
+            f"It adapts experts in one tensor ({_some(stacked)}), which vLLM takes for some mixtures of experts only, "
+            "and other servers do not; else merge."
+        )
+    return found
+
+
+def _some(names: Sequence[str]) -> str:
+    first = names[0].removeprefix("base_model.model.").partition(".lora_")[0]
+    return first if len(names) == 1 else f"{first} and {len(names) - 1} more"
