@@ -19,7 +19,7 @@ LAW = """
 cli
 slurm callbacks
 training
-forecast
+forecast inference
 calibration checkpoints
 initialization export
 residual_model
@@ -35,7 +35,7 @@ errors progress _lazy _version
 """
 LEVELS = {name: level for level, names in enumerate(LAW.split("\n")) for name in names.split()}
 #: These stand beside the others: what they import, and who imports them.
-BESIDE = {"data": ({"storage", "errors"}, {"training", "cli"}), "demo": ({"storage", "errors"}, {"cli"})}
+BESIDE = {"data": ({"storage", "errors"}, {"training", "inference", "cli"}), "demo": ({"storage", "errors"}, {"cli"})}
 #: Libraries that take seconds to import or whose internals change, and the packages that may.
 HOMES = {
     "deepspeed": {"zero3"},

@@ -59,6 +59,10 @@ COMMANDS = {
     "merge": Command(
         help="write the original model with a checkpoint's adapter merged into it", run="lowrank_dist.cli.merge:run"
     ),
+    "generate": Command(
+        help="ask a model: a prompt, a file of prompts, or a chat; on the base that it was trained on",
+        run="lowrank_dist.cli.generate:run",
+    ),
     "import": Command(
         help="write weights in pytorch_model.bin and the like as safetensors",
         run="lowrank_dist.cli.import_weights:run",

@@ -31,6 +31,7 @@ from lowrank_dist.layers.adapted import FoldAdapters
 from lowrank_dist.methods import Method
 from lowrank_dist.model.skeleton import find_backbone
 from lowrank_dist.quantization.nf4 import NF4
+from lowrank_dist.storage.dtypes import PRECISIONS
 from lowrank_dist.storage.source import WeightSource
 from lowrank_dist.training.calibration_batches import calibration_pass
 from lowrank_dist.training.checkpointing import CheckpointedStrategy
@@ -39,13 +40,6 @@ from lowrank_dist.training.sharding import run_spec, smallest_group
 from lowrank_dist.training.stopping import add_to
 from lowrank_dist.tuners.adalora.schedule import objection_to_steps
 from lowrank_dist.zero3.partition import Partitioner
-
-# by precision: dtype of frozen parameters and arithmetic, dtype of trained factors
-PRECISIONS = {
-    "32-true": (torch.float32, torch.float32),
-    "bf16-true": (torch.bfloat16, torch.bfloat16),
-    "bf16-mixed": (torch.bfloat16, torch.float32),
-}
 
 
 class ModelStrategy(CheckpointedStrategy):
