@@ -35,6 +35,7 @@ _EXPORTS = {
     "QERA": "lowrank_dist.methods",
     "SVFT": "lowrank_dist.methods",
     "AdapterCheckpoint": "lowrank_dist.callbacks",
+    "EvaluateTasks": "lowrank_dist.callbacks",
     "HealthCheck": "lowrank_dist.callbacks",
     "InitReport": "lowrank_dist.callbacks",
     "LossHistory": "lowrank_dist.callbacks",

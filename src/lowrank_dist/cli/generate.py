@@ -126,8 +126,11 @@ def _generate(options: Any, group: Any) -> None:
                 f"a chat needs a chat template, and the tokenizer {tokenizer.name_or_path!r} has none; pass "
                 "--chat_template, or a --prompt"
             )
-    say(group, f"{options.model}: {model.kind}; {model.precision_on(group.device)} on {group.size} "
-        f"{group.device.type.upper()} rank{'s' if group.size > 1 else ''}")
+    say(
+        group,
+        f"{options.model}: {model.kind}; {model.precision_on(group.device)} on {group.size} "
+        f"{group.device.type.upper()} rank{'s' if group.size > 1 else ''}",
+    )
     names = [f"{tokenizer.convert_ids_to_tokens(token)} ({what})" for token, what in stops.items()]
     say(group, f"{sampling.says(model.generation())}; an answer ends with {', '.join(names)}")
     if options.prompt is not None or not prompts:

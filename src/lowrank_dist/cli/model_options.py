@@ -90,7 +90,9 @@ def tokenizer_of(options: Any, model: ModelOnDisk) -> PreTrainedTokenizerBase:
     except Exception as error:  # whatever a tokenizer's class raises
         if is_passing(error):
             raise
-        raise InputError(f"{name}: holds no tokenizer that transformers loads ({error}); name one (--tokenizer)") from error
+        raise InputError(
+            f"{name}: holds no tokenizer that transformers loads ({error}); name one (--tokenizer)"
+        ) from error
     return tokenizer
 
 

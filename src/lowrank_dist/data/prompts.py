@@ -83,9 +83,7 @@ class Prompter:
         """A prompt that is `text` itself."""
         return self._prompt(text, where, templated=False)
 
-    def conversation(
-        self, messages: Sequence[Message], where: str, tools: Sequence[dict[str, Any]] = ()
-    ) -> Prompt:
+    def conversation(self, messages: Sequence[Message], where: str, tools: Sequence[dict[str, Any]] = ()) -> Prompt:
         """A conversation, followed by the template's generation prompt.
 
         Raises
@@ -128,6 +126,25 @@ class Prompter:
             return self.text(read.text, where)
         assert isinstance(read, Pair)
         return self.text(read.prompt, where)
+
+    def response(self, record: Mapping[str, Any], where: str) -> str:
+        """The text of the last response of a record.
+
+        Raises
+        ------
+        InputError
+            If it has none, or one with calls, whose text a template makes.
+        """
+        try:
+            read = read_columns(record, self._renderer.columns, as_chat=self._renderer.as_chat)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+        if isinstance(read, Pair):
+            return read.response
+        last = read.messages[-1] if isinstance(read, Conversation) else None
+        if last is None or last.role != "assistant" or last.calls or not last.text.strip():
+            raise InputError(f"{where}: has no response of text at its end")
+        return last.text
 
     def _completed(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
         """`record` with an empty response, if it has a prompt alone."""

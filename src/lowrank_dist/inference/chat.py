@@ -25,7 +25,7 @@ class Streamer(TextStreamer):
     """Writes an answer as it is generated."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], object]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._write = write
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
@@ -52,9 +52,7 @@ def stream(
     with model.in_step():
         if model.group.rank == 0:
             streamer = Streamer(tokenizer, to_terminal)
-            found = generate_one(
-                model, prompt, tokenizer, sampling, stops=stops, number=number, streamer=streamer
-            )
+            found = generate_one(model, prompt, tokenizer, sampling, stops=stops, number=number, streamer=streamer)
     return found
 
 
@@ -73,7 +71,8 @@ def chat(
     InputError
         On every rank, if the chat template cannot render the conversation.
     """
-    first, messages, number = model.group.rank == 0, [], 0
+    first, number = model.group.rank == 0, 0
+    messages: list[Message] = []
     reader = _Reader() if first else None
     if first:
         print(f"({HELP})", file=sys.stderr)
@@ -92,9 +91,7 @@ def chat(
         messages = [*messages, Message(role="user", text=text)]
         try:  # the same on every rank
             prompt = prompter.conversation(messages, "the conversation")
-            check_prompts(
-                [prompt], sampling, rows=model.rows, context=model.context, tokenizer=tokenizer.name_or_path
-            )
+            check_prompts([prompt], sampling, rows=model.rows, context=model.context, tokenizer=tokenizer.name_or_path)
         except InputError as error:
             if len(messages) == 1 and "chat template" in str(error):
                 raise
@@ -102,9 +99,7 @@ def chat(
             if first:
                 print(f"{error}\n({HELP})", file=sys.stderr)
             continue
-        found = model.group.broadcast_object(
-            stream(model, prompt, tokenizer, sampling, stops=stops, number=number)
-        )
+        found = model.group.broadcast_object(stream(model, prompt, tokenizer, sampling, stops=stops, number=number))
         assert isinstance(found, Answer)
         messages = [*messages, assistant(found.text)]
         number += 1

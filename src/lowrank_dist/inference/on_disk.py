@@ -19,8 +19,8 @@ from lowrank_dist.checkpoints.resuming import earlier_run, load_parameters
 from lowrank_dist.decoding.open import open_reader
 from lowrank_dist.decomposition.schedule import Sharding
 from lowrank_dist.distributed.group import ShardGroup
-from lowrank_dist.errors import CheckpointError, InputError, is_passing
-from lowrank_dist.inference.sharded import ShardedCausalLM, context_of
+from lowrank_dist.errors import CheckpointError, InputError
+from lowrank_dist.inference.sharded import ShardedCausalLM, context_of, generation_of
 from lowrank_dist.initialization.build import build_model
 from lowrank_dist.initialization.open import ModelRecipe
 from lowrank_dist.initialization.trainable import Computation
@@ -206,15 +206,7 @@ class ModelOnDisk:
 
     def generation(self) -> GenerationConfig:
         """The generation settings of the pretrained model."""
-        if (self.directory / "generation_config.json").is_file():
-            try:
-                settings: GenerationConfig = GenerationConfig.from_pretrained(self.directory)
-            except Exception as error:  # whatever its checks raise
-                if is_passing(error):
-                    raise
-                raise InputError(f"{self.directory}/generation_config.json: cannot be used: {error}") from error
-            return settings
-        return GenerationConfig.from_model_config(self.config)
+        return generation_of(self.directory, self.config)
 
     @contextmanager
     def loaded(
@@ -283,9 +275,8 @@ class ModelOnDisk:
         to_device(built.root, device)
         gathering = Gathering(built.root, partitioner, ahead=_AHEAD)
         gathering.install()
-        model = ShardedCausalLM(
-            backbone, built.root, group, gathering, name=str(self.directory), generation=self.generation()
-        )
+        backbone.generation_config = self.generation()
+        model = ShardedCausalLM(backbone, built.root, group, gathering, name=str(self.directory))
         try:
             with model.evaluating():
                 yield model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from lowrank_dist.distributed.group import ShardGroup
+from lowrank_dist.errors import InputError, is_passing
 from lowrank_dist.inference.lockstep import Lockstep
 from lowrank_dist.zero3.gathering import Gathering
 
@@ -20,6 +22,25 @@ def context_of(config: PretrainedConfig) -> int | None:
     text = config.get_text_config()
     names = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length")
     return next((int(getattr(text, name)) for name in names if getattr(text, name, None)), None)
+
+
+def generation_of(directory: Path, config: PretrainedConfig) -> GenerationConfig:
+    """The generation settings of a pretrained model, or those of its configuration.
+
+    Raises
+    ------
+    InputError
+        If transformers does not take its ``generation_config.json``.
+    """
+    if not (directory / "generation_config.json").is_file():
+        return GenerationConfig.from_model_config(config)
+    try:
+        settings: GenerationConfig = GenerationConfig.from_pretrained(directory)
+    except Exception as error:  # whatever its checks raise
+        if is_passing(error):
+            raise
+        raise InputError(f"{directory}/generation_config.json: cannot be used: {error}") from error
+    return settings
 
 
 class ShardedCausalLM:
@@ -37,8 +58,6 @@ class ShardedCausalLM:
         What gathers its layers.
     name
         Directory or hub id of the pretrained model.
-    generation
-        The generation settings that belong to the pretrained model. Default: those of its configuration.
 
     Attributes
     ----------
@@ -54,16 +73,20 @@ class ShardedCausalLM:
         gathering: Gathering,
         *,
         name: str,
-        generation: GenerationConfig | None = None,
     ) -> None:
         self.backbone, self.root, self.group, self.gathering, self.name = backbone, root, group, gathering, name
-        self.generation = generation or GenerationConfig.from_model_config(backbone.config)
         self.in_step = Lockstep(backbone, group)
 
     @property
     def config(self) -> PretrainedConfig:
         """The configuration of the model."""
         return self.backbone.config
+
+    @property
+    def generation(self) -> GenerationConfig:
+        """The generation settings of the model."""
+        settings: GenerationConfig = self.backbone.generation_config
+        return settings
 
     @property
     def device(self) -> torch.device:
@@ -78,7 +101,7 @@ class ShardedCausalLM:
     @property
     def rows(self) -> int:
         """Rows of the input embedding: one more than the largest token."""
-        return int(self.backbone.get_input_embeddings().num_embeddings)  # type: ignore[union-attr, arg-type]
+        return int(self.backbone.get_input_embeddings().num_embeddings)
 
     @property
     def context(self) -> int | None:
@@ -92,13 +115,9 @@ class ShardedCausalLM:
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
-        """``generate`` of transformers, with a key-value cache; ``[batch, length + new]``. To be called in `in_step`.
-
-        The model's own `generation` settings hold, unless a ``generation_config`` is passed.
-        """
+        """``generate`` of transformers, with its key-value cache: ``[batch, length + new]``; only inside `in_step`."""
         # a PEFT model around the backbone has a `generate` that adds its virtual tokens
         model: Any = self.root if hasattr(self.root, "generate") else self.backbone
-        options.setdefault("generation_config", self.generation)
         generated: Tensor = model.generate(input_ids=input_ids, synced_gpus=False, **options)
         return generated
 
