@@ -42,6 +42,7 @@ HOMES = {
     "bitsandbytes": {"quantization", "zero3", "training"},
     "lightning": {"training", "callbacks", "data", "cli"},
     "submitit": {"slurm"},
+    "lm_eval": {"inference"},
 }
 SOURCES = sorted(path for path in ROOT.rglob("*.py") if path.parent != ROOT or path.name != "__init__.py")
 

@@ -8,12 +8,12 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from lowrank_dist.data.chat_template import read_template
 from lowrank_dist.distributed.group import ShardGroup
-from lowrank_dist.errors import InputError, is_passing
+from lowrank_dist.errors import InputError
 from lowrank_dist.inference.scoring import Scores, Tasks, score
+from lowrank_dist.inference.tokenizer import load_tokenizer
 
 
 class EvaluateTasks(Callback):
@@ -117,7 +117,6 @@ class EvaluateTasks(Callback):
         self.tokenizer, self.chat_template = tokenizer, chat_template
         self.scores: dict[int, dict[tuple[str, str], tuple[float, float | None]]] = {}
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._template: str | None = None
         self._last = -1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -130,14 +129,14 @@ class EvaluateTasks(Callback):
             )
         group = ShardGroup(device=strategy.root_device)
         with group.shared_errors():
-            tokenizer, self._template = self._own_tokenizer(trainer)
+            tokenizer = self._own_tokenizer(trainer)
         with group.shared_errors():
             if strategy.local_rank == 0:  # others then find the data of the tasks in the cache
-                self.tasks.load(tokenizer.name_or_path, self._template)
+                self.tasks.load(tokenizer)
         self._tokenizer = tokenizer
         rank_zero_info(f"EvaluateTasks every {self.every_n_steps} steps: {self.tasks.says()}")
 
-    def _own_tokenizer(self, trainer: Trainer) -> tuple[PreTrainedTokenizerBase, str | None]:
+    def _own_tokenizer(self, trainer: Trainer) -> PreTrainedTokenizerBase:
         datamodule = getattr(trainer, "datamodule", None)
         named = (
             self.tokenizer or getattr(datamodule, "tokenizer", None) or getattr(trainer.strategy, "pretrained", None)
@@ -146,18 +145,11 @@ class EvaluateTasks(Callback):
             raise InputError(
                 "EvaluateTasks: neither the data module nor the strategy names a tokenizer; pass tokenizer"
             )
-        try:
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(named)
-        except Exception as error:  # whatever a tokenizer's class raises
-            if is_passing(error):
-                raise
-            raise InputError(f"EvaluateTasks: {named} holds no tokenizer that transformers loads: {error}") from error
-        template = read_template(self.chat_template or getattr(datamodule, "chat_template", None))
-        if template is not None:
-            tokenizer.chat_template = template
+        template = self.chat_template or getattr(datamodule, "chat_template", None)
+        tokenizer = load_tokenizer(named, template)
         if self.tasks.chat and not tokenizer.chat_template:
             raise InputError(f"EvaluateTasks(apply_chat_template=True): the tokenizer {named!r} has no chat template")
-        return tokenizer, template
+        return tokenizer
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last = trainer.global_step
@@ -179,7 +171,7 @@ class EvaluateTasks(Callback):
         model = strategy.inference_model()
         with isolate_rng(), model.evaluating():
             with model.group.shared_errors():
-                loaded = self.tasks.load(self._tokenizer.name_or_path, self._template)
+                loaded = self.tasks.load(self._tokenizer)
             found: Scores = score(model, self._tokenizer, self.tasks, loaded, batch_size=self.batch_size)
         self.scores[trainer.global_step] = found.values
         named = {f"tasks/{task}/{metric}": value for (task, metric), (value, _) in found.values.items()}

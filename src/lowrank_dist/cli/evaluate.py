@@ -95,7 +95,6 @@ def _check(options: Any) -> None:
 
 def _evaluate(options: Any, group: Any) -> None:
     from lowrank_dist.cli.ranks import first_on_host
-    from lowrank_dist.data.chat_template import read_template
     from lowrank_dist.data.prompts import Prompter
     from lowrank_dist.inference.generation import stop_tokens
     from lowrank_dist.inference.scoring import Tasks, as_table, score
@@ -123,8 +122,6 @@ def _evaluate(options: Any, group: Any) -> None:
     with group.shared_errors():
         first = models[stages[0]]
         tokenizer = tokenizer_of(options, first)
-        if options.chat_template is not None:
-            tokenizer.chat_template = read_template(options.chat_template)
         if tasks.chat and not tokenizer.chat_template:
             raise InputError(
                 f"--apply_chat_template: the tokenizer {tokenizer.name_or_path!r} has none; pass --chat_template"
@@ -134,9 +131,8 @@ def _evaluate(options: Any, group: Any) -> None:
                 largest = max(tokenizer.get_vocab().values())
                 say(group, f"the tokenizer has tokens up to {largest}, the model an embedding of {model.rows} rows")
     with group.shared_errors():
-        template = read_template(options.chat_template)
         if first_on_host():  # others then find the data of the tasks in the cache
-            tasks.load(tokenizer.name_or_path, template)
+            tasks.load(tokenizer)
     with group.shared_errors():
         stops = stop_tokens(first.generation(), Prompter(tokenizer).stops())
     say(group, tasks.says())
@@ -151,7 +147,7 @@ def _evaluate(options: Any, group: Any) -> None:
             f"{group.device.type.upper()} rank{'s' if group.size > 1 else ''}",
         )
         with group.shared_errors():
-            found = tasks.load(tokenizer.name_or_path, template)
+            found = tasks.load(tokenizer)
         with loaded(model, group) as sharded:
             scores[stage] = score(sharded, tokenizer, tasks, found, batch_size=options.batch_size, show_progress=True)
         model.close()

@@ -89,7 +89,6 @@ def _check(options: Any) -> None:
 
 
 def _generate(options: Any, group: Any) -> None:
-    from lowrank_dist.data.chat_template import read_template
     from lowrank_dist.data.prompts import Prompter
     from lowrank_dist.data.shapes import check_columns
     from lowrank_dist.inference.chat import chat, stream
@@ -113,7 +112,6 @@ def _generate(options: Any, group: Any) -> None:
         tokenizer = tokenizer_of(options, model)
         prompter = Prompter(
             tokenizer,
-            read_template(options.chat_template),
             system=options.system,
             columns=options.columns,
             as_chat=options.as_chat,

@@ -79,21 +79,10 @@ def on_disk(options: Any, group: ShardGroup, *, stage: Stage = "trained") -> Mod
 
 
 def tokenizer_of(options: Any, model: ModelOnDisk) -> PreTrainedTokenizerBase:
-    """The tokenizer that the options name, or the model's own."""
-    from transformers import AutoTokenizer
+    """The tokenizer that the options name, or the model's own, with the chat template that they give."""
+    from lowrank_dist.inference.tokenizer import load_tokenizer
 
-    from lowrank_dist.errors import is_passing
-
-    name = options.tokenizer or str(model.directory)
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # whatever a tokenizer's class raises
-        if is_passing(error):
-            raise
-        raise InputError(
-            f"{name}: holds no tokenizer that transformers loads ({error}); name one (--tokenizer)"
-        ) from error
-    return tokenizer
+    return load_tokenizer(options.tokenizer or str(model.directory), options.chat_template)
 
 
 @contextmanager

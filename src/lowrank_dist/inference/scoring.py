@@ -8,6 +8,7 @@ import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,14 +90,13 @@ class Tasks:
             every = f"the first {self.limit:.0%} of the documents of each"
         return f"{', '.join(self.names)}: {every}, {shots}, {how}, seed {self.seed}"
 
-    def load(self, tokenizer: str | None = None, chat_template: str | None = None) -> list[Any]:
+    def load(self, tokenizer: PreTrainedTokenizerBase | None = None) -> list[Any]:
         """The tasks and groups, with their data.
 
         Parameters
         ----------
-        tokenizer, chat_template
-            Name of the model's tokenizer, and a template in place of its own, for tasks that make prompts as training
-            does (``responses``).
+        tokenizer
+            That of the model, for tasks that make prompts as training does (``responses``).
 
         Raises
         ------
@@ -104,41 +104,53 @@ class Tasks:
             If the harness is not installed, a task is not known, or its data cannot be loaded.
         """
         harness()
-        from lm_eval.tasks import TaskManager
-
         if self.include_path is not None and not Path(self.include_path).is_dir():
             raise InputError(f"include_path={self.include_path!r} is not a directory")
         with warnings.catch_warnings(), _quiet():
             warnings.simplefilter("ignore")
-            manager = TaskManager(
-                include_path=[str(OWN_TASKS), *([self.include_path] if self.include_path else [])],
-                metadata={"tokenizer": tokenizer, "chat_template": chat_template},
-            )
+            try:  # those of the harness are many, and their files are read only if they are needed
+                few = self._manager(tokenizer, everything=False)
+                if all(self._knows(few, name) for name in self.names):
+                    return [found for name in self.names for found in self._loaded(name, few, last=False)]
+            except (KeyError, ValueError) as error:  # a group of tasks of the harness
+                if isinstance(error, InputError):
+                    raise
+            every = self._manager(tokenizer, everything=True)
             for name in self.names:
-                if name not in manager.all_tasks and not Path(name).is_file():
-                    near = difflib.get_close_matches(name, manager.all_tasks, n=3)
+                if not self._knows(every, name):
+                    near = difflib.get_close_matches(name, every.all_tasks, n=3)
                     hint = f"; similar ones: {', '.join(near)}" if near else ""
                     raise InputError(
                         f"there is no task {name!r}{hint}; give a name of lm-evaluation-harness, one in include_path, "
                         "or the path of a YAML file"
                     )
-            loaded: list[Any] = []
-            for name in self.names:
-                try:
-                    found = self._loaded(name, manager)
-                except InputError:
-                    raise
-                except Exception as error:  # whatever YAML files, their functions and `datasets` raise
-                    if is_passing(error) and not isinstance(error, ConnectionError):
-                        raise
-                    raise InputError(
-                        f"task {name!r}: its data cannot be loaded ({type(error).__name__}: {_line(error)}); give a "
-                        f"local file (--data {name}=FILE)"
-                    ) from error
-                loaded += found
-        return loaded
+            return [found for name in self.names for found in self._loaded(name, every)]
 
-    def _loaded(self, name: str, manager: Any) -> list[Any]:
+    def _manager(self, tokenizer: PreTrainedTokenizerBase | None, *, everything: bool) -> Any:
+        name = None if tokenizer is None else tokenizer.name_or_path
+        template = None if tokenizer is None else tokenizer.chat_template
+        return _managed(self.include_path, name, template if isinstance(template, str) else None, everything)
+
+    @staticmethod
+    def _knows(manager: Any, name: str) -> bool:
+        return name in manager.all_tasks or Path(name).is_file()
+
+    def _loaded(self, name: str, manager: Any, *, last: bool = True) -> list[Any]:
+        """One task or group; unless this manager is the `last`, a name that it lacks is a KeyError or a ValueError."""
+        try:
+            return self._with_data(name, manager)
+        except InputError:
+            raise
+        except Exception as error:  # whatever YAML files, their functions and `datasets` raise
+            unknown = not last and isinstance(error, KeyError | ValueError)
+            if unknown or (is_passing(error) and not isinstance(error, ConnectionError)):
+                raise
+            raise InputError(
+                f"task {name!r}: its data cannot be loaded ({type(error).__name__}: {_line(error)}); give a local file "
+                f"(--data {name}=FILE)"
+            ) from error
+
+    def _with_data(self, name: str, manager: Any) -> list[Any]:
         given = {key.partition(":")[2] or "test": file for key, file in self.data.items() if _is_for(key, name)}
         if not given:
             found = manager.load([name])
@@ -174,6 +186,18 @@ class Tasks:
             changed = Path(directory) / f"{Path(path).stem}.yaml"
             changed.write_text(yaml.safe_dump({"include": str(Path(path).absolute()), **changes}), encoding="utf-8")
             return list(manager.load([str(changed)])["tasks"].values())
+
+
+@cache
+def _managed(include_path: str | None, tokenizer: str | None, template: str | None, everything: bool) -> Any:
+    """A TaskManager of the harness; to read the files of its own tasks takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(
+        include_path=[str(OWN_TASKS), *([] if include_path is None else [include_path])],
+        include_defaults=everything,
+        metadata={"tokenizer": tokenizer, "chat_template": template},
+    )
 
 
 def harness() -> Any:

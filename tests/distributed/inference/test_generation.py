@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,8 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from helpers.ranks import run_ranks, run_ranks_catching
 from helpers.training import fit
 from lowrank_dist import NF4
+from lowrank_dist.data.messages import Message, assistant
 from lowrank_dist.data.prompts import Prompter
 from lowrank_dist.distributed.group import ShardGroup
+from lowrank_dist.inference.chat import chat
 from lowrank_dist.inference.generation import Answer, Sampling, answer, stop_tokens
 from lowrank_dist.inference.on_disk import ModelOnDisk
 
@@ -94,6 +100,42 @@ def test_sampled_answers_are_those_of_the_seed(saved: Path, material: Path) -> N
     assert run_ranks(2, answers, saved, material / "model", first)[1] == one
     other = Sampling(max_new_tokens=8, temperature=1.0, top_k=50, seed=2)
     assert run_ranks(2, answers, saved, material / "model", other)[0] != one
+
+
+def chatted(saved: Path, model: Path, said: str) -> tuple[str, str, list[str]]:
+    """Output and errors of a chat, and the answers to the same conversation."""
+    found, group = ModelOnDisk(saved), ShardGroup()
+    tokenizer, sampling = AutoTokenizer.from_pretrained(model), Sampling(max_new_tokens=8)
+    prompter = Prompter(tokenizer)
+    stops = stop_tokens(found.generation(), prompter.stops())
+    output, errors, expected = io.StringIO(), io.StringIO(), []
+    with found.loaded(group) as sharded:
+        with redirect_stdout(output), redirect_stderr(errors), patch.object(sys, "stdin", io.StringIO(said)):
+            chat(sharded, prompter, tokenizer, sampling, stops=stops)
+        messages: list[Message] = []
+        for line in ("hello", "and 2?", "hello"):
+            messages = [*(messages if line.startswith("and") else []), Message(role="user", text=line)]
+            prompt = prompter.conversation(messages, "here")
+            (given,) = answer(sharded, [prompt], tokenizer, sampling, stops=stops)
+            messages.append(assistant(given.text))
+            expected.append(given.text)
+    found.close()
+    return output.getvalue(), errors.getvalue(), expected
+
+
+def test_a_chat_streams_what_is_answered(saved: Path, material: Path) -> None:
+    said = "hello\n\nand 2?\n" + "long " * 200 + "\n/reset\nhello\n"  # too long for the context, and refused
+    first, second = run_ranks(2, chatted, saved, material / "model", said)
+    printed, errors, expected = first
+    assert "are more than the 128 tokens that the model was made for" in errors
+    assert errors.count("cut after 8 tokens") == 3
+    assert printed == "".join(shown(text) + "\n" for text in expected)
+    assert (second[0], second[1]) == ("", "")
+
+
+def shown(text: str) -> str:
+    """As a terminal gets it."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 def failing(saved: Path, how: str) -> None:

@@ -14,7 +14,7 @@ from lm_eval.models.huggingface import HFLM
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from helpers.ranks import run_ranks
+from helpers.ranks import alone, run_ranks
 from helpers.sft import write_jsonl
 from helpers.training import CausalLM, fit, loader, make_strategy, make_trainer
 from lowrank_dist import EvaluateTasks
@@ -83,6 +83,7 @@ def saved(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@alone
 def scored(saved: Path, model: Path, directory: Path, batch_size: int = 2) -> Scores:
     tasks, found = Tasks(names=NAMES, include_path=str(directory)), ModelOnDisk(saved)
     with found.loaded(ShardGroup()) as sharded:
@@ -129,6 +130,7 @@ class Evaluated(CausalLM):
         return super().training_step(batch, index) * (1 + torch.rand(()))
 
 
+@alone
 def trained_with(pretrained: Path, directory: Path | None) -> tuple[list[float], dict[int, Any], dict[str, float]]:
     torch.manual_seed(3)
     callbacks: list[Any] = []

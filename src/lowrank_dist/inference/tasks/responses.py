@@ -1,4 +1,4 @@
-"""Records of training data as questions: is the response given exactly?"""
+"""Records of training data as questions, whose responses are to be given exactly."""
 
 from __future__ import annotations
 
