@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import InputError
 from lowrank_dist.inference.scoring import Scores, Tasks, score
+from lowrank_dist.inference.sharded import check_virtual_tokens
 from lowrank_dist.inference.tokenizer import load_tokenizer
 
 
@@ -128,6 +129,7 @@ class EvaluateTasks(Callback):
                 f"EvaluateTasks needs PiSSAStrategy, not {type(strategy).__name__}; leave it out, or score checkpoints"
             )
         group = ShardGroup(device=strategy.root_device)
+        check_virtual_tokens(strategy.adapter, group.size)
         with group.shared_errors():
             tokenizer = self._own_tokenizer(trainer)
         with group.shared_errors():

@@ -121,10 +121,10 @@ def stop_tokens(own: GenerationConfig, learned: Mapping[int, str]) -> dict[int, 
     return dict(learned) | {int(i): "generation_config.json" for i in listed if i is not None and i not in learned}
 
 
-def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that fills a batch; it is not attended to."""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return int(pad)
+def pad_token(tokenizer: PreTrainedTokenizerBase, rows: int) -> int:
+    """The token that fills a batch, one of the `rows` of the embedding; it is not attended to."""
+    tokens = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((int(token) for token in tokens if token is not None and token < rows), 0)
 
 
 def check_prompts(
@@ -205,7 +205,7 @@ def answer(
         raise InputError(f"batch_size={batch_size} must be at least 1")
     order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index].tokens), index))
     batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
-    settings = sampling.applied(model.generation, list(stops), pad_token(tokenizer))
+    settings = sampling.applied(model.generation, list(stops), pad_token(tokenizer, model.rows))
     mine: dict[int, Answer] = {}
     with model.in_step():
         for number in range(model.group.rank, len(batches), model.group.size):
@@ -232,7 +232,7 @@ def generate_one(
 
     `streamer` is one of transformers, which gets the tokens one by one.
     """
-    settings = sampling.applied(model.generation, list(stops), pad_token(tokenizer))
+    settings = sampling.applied(model.generation, list(stops), pad_token(tokenizer, model.rows))
     (row,) = _generated(model, [prompt.tokens], settings, sampling, number, streamer=streamer)
     return _answer(row, tokenizer, stops)
 

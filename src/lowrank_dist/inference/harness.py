@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lowrank_dist.errors import InputError
-from lowrank_dist.inference.generation import seeded
+from lowrank_dist.inference.generation import pad_token, seeded
 from lowrank_dist.inference.sharded import ShardedCausalLM
 from lowrank_dist.progress import count_bar
 
@@ -70,6 +70,7 @@ class ShardedHarnessLM(HFLM):
             raise InputError(f"batch_size={batch_size} must be at least 1")
         self._sharded, self._seed, self._own_size = model, seed, batch_size
         self._show = show_progress and model.group.rank == 0
+        tokenizer.pad_token_id = pad_token(tokenizer, model.rows)
         with quiet():
             super().__init__(model, backend="causal", tokenizer=tokenizer, batch_size=batch_size)
         self._chunk = 0  # of those of this call, that is computed
@@ -91,6 +92,7 @@ class ShardedHarnessLM(HFLM):
         self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         requests = list(requests)
+        self._check(max((max(*context, *continuation) for _, context, continuation in requests), default=0))
         groups: dict[tuple[int, ...], list[int]] = {}  # those of one context: the harness computes the longest
         for index, (_, context, continuation) in enumerate(requests):
             groups.setdefault((*context, *continuation[:-1]), []).append(index)
@@ -112,11 +114,20 @@ class ShardedHarnessLM(HFLM):
             kinds.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(index)
         chunks = []
         for indices in kinds.values():
-            lengths = {index: len(self.tok_encode(requests[index].args[0])) for index in indices}
-            order = sorted(indices, key=lambda index: (-lengths[index], requests[index].args[0]))
+            tokens = {index: self.tok_encode(requests[index].args[0]) for index in indices}
+            self._check(max((max(part, default=0) for part in tokens.values()), default=0))
+            order = sorted(indices, key=lambda index: (-len(tokens[index]), requests[index].args[0]))
             chunks += [order[first : first + self._own_size] for first in range(0, len(order), self._own_size)]
         compute = super().generate_until
         return self._shared_out(requests, chunks, lambda part: compute(part, disable_tqdm=True), "Generating")
+
+    def _check(self, largest: int) -> None:
+        """Raise InputError for a token that the model does not have; on every rank, since all have all requests."""
+        if largest >= self._sharded.rows:
+            raise InputError(
+                f"a question has the token {largest}, but the embedding of the model has {self._sharded.rows} rows; "
+                f"pass the tokenizer of the model (--tokenizer), not {self.tokenizer.name_or_path!r}"
+            )
 
     def _shared_out(
         self,

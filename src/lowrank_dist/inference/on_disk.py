@@ -20,7 +20,7 @@ from lowrank_dist.decoding.open import open_reader
 from lowrank_dist.decomposition.schedule import Sharding
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import CheckpointError, InputError
-from lowrank_dist.inference.sharded import ShardedCausalLM, context_of, generation_of
+from lowrank_dist.inference.sharded import ShardedCausalLM, check_virtual_tokens, context_of, generation_of
 from lowrank_dist.initialization.build import build_model
 from lowrank_dist.initialization.open import ModelRecipe
 from lowrank_dist.initialization.trainable import Computation
@@ -98,6 +98,7 @@ class ModelOnDisk:
         self.model, self.precision, self.stage, self._cache = os.fspath(model), precision, stage, cache
         self.checkpoint: TrainingCheckpoint | None = None
         self._fingerprint: str | None = None
+        self._adapter: PeftConfig | None = None
         self._quantize = quantize
         path = Path(model)
         if _is_checkpoint(path):
@@ -112,9 +113,12 @@ class ModelOnDisk:
         self._weights = pretrained
 
     def _take_checkpoint(self, path: Path, base: str | None) -> None:
+        manifest = read_manifest(path)
+        if self.precision is None and manifest.get("precision") in PRECISIONS:
+            self.precision = manifest["precision"]
         if self.stage in ("base", "converted"):
             # the original model; a run from a residual model knows the one that it was made from
-            original = base or read_manifest(path).text("base")
+            original = base or manifest.text("base")
             if ResidualModel.is_at(resolve_checkpoint(original)):
                 self._refuse(
                     f"the run began from the residual model {original}, and the original one is not recorded; name it "
@@ -130,14 +134,11 @@ class ModelOnDisk:
         if self._quantize:
             self._refuse("a checkpoint says itself how its base is held; leave --quantization out")
         self.checkpoint = TrainingCheckpoint(path)
-        manifest = self.checkpoint.manifest
         self.recipe = recorded_recipe(self.checkpoint, pretrained=base, cache=self._cache)
+        self._adapter = self.recipe.adapter if isinstance(self.recipe.adapter, PeftConfig) else None
         held = "dense" if manifest.get("quantization") is None else f"in {manifest['quantization']}"
         at = "as initialised" if self.stage == "step0" else f"trained for {manifest['step']} steps"
         self.kind = f"checkpoint, {manifest['method']} {at}, its frozen base {held}"
-        recorded = manifest.get("precision")
-        if self.precision is None and recorded in PRECISIONS:
-            self.precision = recorded
 
     def _take_other(self, path: Path, base: str | None, revision: str | None) -> None:
         if self.stage != "trained":
@@ -162,12 +163,12 @@ class ModelOnDisk:
 
     def _take_adapter(self, directory: Path, base: str | None, revision: str | None) -> None:
         adapter = find_adapter(directory, any_type=True)
-        named, config = adapter.base, adapter.config
+        named, self._adapter = adapter.base, adapter.config
         adapter.close()
         base = base or named
         if not base:
             self._refuse("does not name its base model; name it (--base)")
-        self.kind = f"adapter ({_type(config)}) on {base}{', in NF4' if self._quantize else ''}"
+        self.kind = f"adapter ({_type(self._adapter)}) on {base}{', in NF4' if self._quantize else ''}"
         self._fingerprint = _recorded_fingerprint(directory)
         self.recipe = ModelRecipe(
             pretrained=base,
@@ -246,6 +247,7 @@ class ModelOnDisk:
             self.checkpoint.verify(group)
             resume = earlier_run(self.checkpoint)
         self._check_base(group)
+        check_virtual_tokens(self._adapter, group.size)
         name = self.precision_on(device)
         compute_dtype, factor_dtype = PRECISIONS[name]
         with group.shared_errors():

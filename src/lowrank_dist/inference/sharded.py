@@ -43,6 +43,18 @@ def generation_of(directory: Path, config: PretrainedConfig) -> GenerationConfig
     return settings
 
 
+def check_virtual_tokens(config: object, ranks: int) -> None:
+    """Raise InputError for virtual tokens on several ranks.
+
+    They are parameters beside the model, gathered in some passes only, so that ranks could not join each other's.
+    """
+    if getattr(config, "is_prompt_learning", False) and ranks > 1:
+        raise InputError(
+            f"{type(config).__name__}: virtual tokens answer on one rank only, not on {ranks}; use one rank, or stock "
+            "PEFT with the adapter"
+        )
+
+
 class ShardedCausalLM:
     """A model whose layers are gathered while they compute.
 

@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule
-from lm_eval.evaluator import simple_evaluate
-from lm_eval.models.huggingface import HFLM
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -97,6 +95,9 @@ def answers(scores: Scores, name: str) -> list[Any]:
 
 
 def test_scores_equal_those_of_the_harness_on_any_number_of_ranks(saved: Path, material: Path, tasks: Path) -> None:
+    from lm_eval.evaluator import simple_evaluate  # not in the ranks that import this file
+    from lm_eval.models.huggingface import HFLM
+
     one = run_ranks(1, scored, saved, material / "model", tasks)[0]
     for ranks in (2, 3):
         for found in run_ranks(ranks, scored, saved, material / "model", tasks):
