@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import io
 import logging
+import random
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, redirect_stderr
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
 
 from lowrank_dist.errors import InputError, is_passing
 from lowrank_dist.inference.sharded import ShardedCausalLM
@@ -111,7 +117,9 @@ class Tasks:
             try:  # those of the harness are many, and their files are read only if they are needed
                 few = self._manager(tokenizer, everything=False)
                 if all(self._knows(few, name) for name in self.names):
-                    return [found for name in self.names for found in self._loaded(name, few, last=False)]
+                    found = [task for name in self.names for task in self._loaded(name, few, last=False)]
+                    self.changed(found)
+                    return found
             except (KeyError, ValueError) as error:  # a group of tasks of the harness
                 if isinstance(error, InputError):
                     raise
@@ -124,7 +132,9 @@ class Tasks:
                         f"there is no task {name!r}{hint}; give a name of lm-evaluation-harness, one in include_path, "
                         "or the path of a YAML file"
                     )
-            return [found for name in self.names for found in self._loaded(name, every)]
+            found = [task for name in self.names for task in self._loaded(name, every)]
+            self.changed(found)
+            return found
 
     def _manager(self, tokenizer: PreTrainedTokenizerBase | None, *, everything: bool) -> Any:
         name = None if tokenizer is None else tokenizer.name_or_path
@@ -176,6 +186,24 @@ class Tasks:
             "fewshot_split": "train" if "train" in given else None,
         }
         return self._changed(path, changes, manager)
+
+    def changed(self, loaded: Sequence[Any]) -> dict[str, Any]:
+        """Tasks and groups from `load` with these options, in the form that ``lm_eval.evaluator.evaluate`` takes."""
+        groups = {item.name: item for item in loaded if hasattr(item, "get_all_tasks")}
+        for group in list(groups.values()):
+            groups |= {inner.name: inner for inner in group.get_all_groups()}
+        single = [item for item in loaded if not hasattr(item, "get_all_tasks")]
+        found = [*single, *(task for group in groups.values() for task in group.get_all_tasks())]
+        named = {task.task_name: task for task in found}
+        for task in named.values():
+            own = task.get_config("num_fewshot")
+            if own == 0 and self.num_fewshot:
+                raise InputError(f"num_fewshot={self.num_fewshot}: {task.task_name} is asked without examples")
+            task.set_config(key="num_fewshot", value=(own or 0) if self.num_fewshot is None else self.num_fewshot)
+            task.set_fewshot_seed(seed=self.seed)
+            if self.options is not None and task.get_config("output_type") == "generate_until":
+                task.set_config(key="generation_kwargs", value=dict(self.options), update=True)
+        return {"tasks": named, "groups": groups}
 
     @staticmethod
     def _changed(path: str | Path, changes: dict[str, Any], manager: Any) -> list[Any]:
@@ -267,37 +295,36 @@ def score(
     InputError
         On every rank, if a task cannot be run.
     """
-    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.evaluator import evaluate
 
     from lowrank_dist.inference.harness import ShardedHarnessLM
 
     lm = ShardedHarnessLM(model, tokenizer, batch_size=batch_size, seed=tasks.seed, show_progress=show_progress)
-    with _quiet(), warnings.catch_warnings():
+    random.seed(tasks.seed)
+    np.random.seed(tasks.seed)
+    torch.manual_seed(tasks.seed)
+    with ExitStack() as stack:
+        stack.enter_context(_quiet())
+        stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
-        try:
-            results = simple_evaluate(
+        if model.group.rank > 0:  # bars of the harness, which takes every rank for the first
+            stack.enter_context(redirect_stderr(io.StringIO()))
+        try:  # not `simple_evaluate`, which looks at the machine for seconds
+            results = evaluate(
                 lm,
-                tasks=list(loaded),
-                num_fewshot=tasks.num_fewshot,
+                tasks.changed(loaded),
                 limit=tasks.limit,
+                bootstrap_iters=1000,
                 system_instruction=tasks.system,
                 apply_chat_template=tasks.chat,
-                gen_kwargs=None if tasks.options is None else dict(tasks.options),
-                random_seed=tasks.seed,
-                numpy_random_seed=tasks.seed,
-                torch_random_seed=tasks.seed,
-                fewshot_random_seed=tasks.seed,
+                fewshot_as_multiturn=True,
                 confirm_run_unsafe_code=tasks.unsafe,
-                bootstrap_iters=1000,
             )
         except (AssertionError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{', '.join(tasks.names)}: {_line(error)}") from error
-    # those of rank 0: the harness gives one rank of a host its results
-    found = model.group.broadcast_object(None if model.group.rank else _kept(results))
-    assert isinstance(found, Scores)
-    return found
+    return _kept(results)  # every rank has all answers
 
 
 def _kept(results: Any) -> Scores:

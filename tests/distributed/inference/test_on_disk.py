@@ -36,7 +36,6 @@ RUNS: dict[str, dict[str, Any]] = {
     "prompt tuning": {"adapter": PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"), "init": None},
     "vera": {"adapter": VeraConfig(r=4, target_modules=["q_proj", "v_proj"]), "init": None},
 }
-MIXED = {"precision": "bf16-mixed", "fp32_norms": True}
 
 
 def trained(pretrained: Path, directory: Path, name: str, precision: str) -> Tensor:
@@ -68,8 +67,19 @@ def opened(directory: Path, stage: Stage = "trained", options: dict[str, Any] | 
     return found.kind, logits
 
 
+#: The others are run by `make test-matrix`.
+BY_DEFAULT = {
+    ("pissa", "32-true"),
+    ("qlora, all layers, norms", "32-true"),
+    ("vera", "32-true"),
+    ("qpissa", "bf16-true"),
+}
+CASES = [*((name, "32-true") for name in RUNS), ("qpissa", "bf16-true"), ("pissa", "bf16-mixed")]
+
+
 @pytest.mark.parametrize(
-    ("name", "precision"), [*((name, "32-true") for name in RUNS), ("qpissa", "bf16-true"), ("pissa", "bf16-mixed")]
+    ("name", "precision"),
+    [pytest.param(*case, marks=() if case in BY_DEFAULT else pytest.mark.matrix) for case in CASES],
 )
 def test_a_checkpoint_computes_what_its_run_computed(llama: Path, tmp_path: Path, name: str, precision: str) -> None:
     expected = run_ranks(2, trained, llama, tmp_path / "saved", name, precision)[0]

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
-from helpers.sft import write_jsonl
+from helpers.sft import byte_level_tokenizer, write_jsonl
+from lowrank_dist.data.shapes import INSTRUCTION_PROMPT
 from lowrank_dist.errors import InputError
 from lowrank_dist.inference.scoring import Scores, Tasks, as_table
+from lowrank_dist.inference.tokenizer import load_tokenizer
 
 OWN: dict[str, Any] = {
     "task": "own",
@@ -44,6 +46,22 @@ def test_local_files_take_the_place_of_a_tasks_data(own: Path) -> None:
     assert len(task.test_docs()) == 3
 
 
+def gsm8k(directory: Path) -> str:
+    return write_jsonl(directory / "gsm8k.jsonl", [{"question": "1 + 1?", "answer": "#### 2"}])
+
+
+def test_gsm8k_and_responses_take_a_file(own: Path) -> None:
+    names = ("gsm8k_pissa", "responses")
+    data = {names[0]: gsm8k(own), names[1]: write_jsonl(own / "r.jsonl", [{"query": "1 + 1?", "response": "2"}])}
+    tokenizer = byte_level_tokenizer(template=None)
+    tokenizer.save_pretrained(own / "tokenizer")
+    numbers, responses = Tasks(names=names, data=data).load(load_tokenizer(str(own / "tokenizer")))
+    (asked,), (record,) = numbers.test_docs(), responses.test_docs()
+    assert asked["number"] == "2"
+    assert asked["prompt"] == record["prompt"] == INSTRUCTION_PROMPT.format(query="1 + 1?")
+    assert record["response"] == " 2"
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -56,13 +74,15 @@ def test_local_files_take_the_place_of_a_tasks_data(own: Path) -> None:
         ({"data": {"own": "none.jsonl"}}, "none.jsonl is not a file"),
         ({"data": {"own": "TASK"}}, "is none of .json"),
         ({}, "its data cannot be loaded"),
+        ({"names": ("gsm8k_pissa",), "data": {"gsm8k_pissa": "GSM"}, "num_fewshot": 5}, "is asked without examples"),
     ],
 )
 def test_what_cannot_be_run_is_refused(own: Path, options: dict[str, Any], says: str) -> None:
     options = {"names": ("own",), "include_path": str(own / "tasks"), **options}
     if "data" in options:
         options["data"] = {
-            name: file.replace("TASK", str(own / "tasks" / "own.yaml")) for name, file in options["data"].items()
+            name: file.replace("TASK", str(own / "tasks" / "own.yaml")).replace("GSM", gsm8k(own))
+            for name, file in options["data"].items()
         }
     with pytest.raises(InputError, match=says):
         Tasks(**options).load()
