@@ -26,8 +26,11 @@ def run(argv: Sequence[str]) -> int:
 
     if options.devices > 1 and not launched():
         return launch(["generate", *argv], options.devices)
-    with shard_group(options.accelerator, sharded_model=True) as (group, _):
-        _generate(options, group)
+    try:
+        with shard_group(options.accelerator, sharded_model=True) as (group, _):
+            _generate(options, group)
+    except KeyboardInterrupt:  # Ctrl-C in a chat
+        return 130
     return 0
 
 
