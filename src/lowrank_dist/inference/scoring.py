@@ -307,7 +307,7 @@ def score(
         stack.enter_context(_quiet())
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
-        if model.group.rank > 0:  # bars of the harness, which takes every rank for the first
+        if model.group.rank > 0 or not show_progress:  # the harness takes every rank for the first, and shows bars
             stack.enter_context(redirect_stderr(io.StringIO()))
         try:  # not `simple_evaluate`, which looks at the machine for seconds
             results = evaluate(
