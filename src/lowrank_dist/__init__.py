@@ -55,6 +55,7 @@ __all__ = ["__version__", *_EXPORTS]
 if TYPE_CHECKING:
     from lowrank_dist.calibration.measure import Calibration as Calibration
     from lowrank_dist.callbacks import AdapterCheckpoint as AdapterCheckpoint
+    from lowrank_dist.callbacks import EvaluateTasks as EvaluateTasks
     from lowrank_dist.callbacks import HealthCheck as HealthCheck
     from lowrank_dist.callbacks import InitReport as InitReport
     from lowrank_dist.callbacks import LossHistory as LossHistory
