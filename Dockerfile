@@ -23,7 +23,7 @@ COPY src/lowrank_dist/_version.py src/lowrank_dist/_version.py
 COPY configs configs
 RUN python3 -m venv /opt/lowrank \
     && touch src/lowrank_dist/__init__.py \
-    && pip install --no-cache-dir --constraint constraints.txt ".[datasets,gpu,slurm]"
+    && pip install --no-cache-dir --constraint constraints.txt ".[datasets,evaluate,gpu,slurm]"
 COPY src src
 RUN pip install --no-cache-dir --no-deps --force-reinstall .
 

@@ -37,6 +37,7 @@ _EXPORTS = {
     "QERA": "lowrank_dist.methods",
     "SVFT": "lowrank_dist.methods",
     "AdapterCheckpoint": "lowrank_dist.callbacks",
+    "EvaluateTasks": "lowrank_dist.callbacks",
     "HealthCheck": "lowrank_dist.callbacks",
     "InitReport": "lowrank_dist.callbacks",
     "LossHistory": "lowrank_dist.callbacks",
@@ -56,6 +57,7 @@ __all__ = ["__version__", *_EXPORTS]
 if TYPE_CHECKING:
     from lowrank_dist.calibration.measure import Calibration as Calibration
     from lowrank_dist.callbacks import AdapterCheckpoint as AdapterCheckpoint
+    from lowrank_dist.callbacks import EvaluateTasks as EvaluateTasks
     from lowrank_dist.callbacks import HealthCheck as HealthCheck
     from lowrank_dist.callbacks import InitReport as InitReport
     from lowrank_dist.callbacks import LossHistory as LossHistory

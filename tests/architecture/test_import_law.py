@@ -19,7 +19,7 @@ LAW = """
 cli
 slurm callbacks
 training
-forecast
+forecast inference
 calibration checkpoints
 initialization export
 residual_model
@@ -35,13 +35,17 @@ errors progress seeds _lazy _version
 """
 LEVELS = {name: level for level, names in enumerate(LAW.split("\n")) for name in names.split()}
 #: These stand beside the others: what they import, and who imports them.
-BESIDE = {"data": ({"storage", "errors", "seeds"}, {"training", "cli"}), "demo": ({"storage", "errors"}, {"cli"})}
+BESIDE = {
+    "data": ({"storage", "errors", "seeds"}, {"training", "inference", "cli"}),
+    "demo": ({"storage", "errors"}, {"cli"}),
+}
 #: Libraries that take seconds to import or whose internals change, and the packages that may.
 HOMES = {
     "deepspeed": {"zero3"},
     "bitsandbytes": {"quantization", "zero3", "training"},
     "lightning": {"training", "callbacks", "data", "cli"},
     "submitit": {"slurm"},
+    "lm_eval": {"inference"},
 }
 SOURCES = sorted(path for path in ROOT.rglob("*.py") if path.parent != ROOT or path.name != "__init__.py")
 

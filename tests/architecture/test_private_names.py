@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
@@ -27,7 +28,7 @@ from lowrank_dist.zero3.partition import use_cpu_accelerator
 
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "docs" / "private-names.md"
-LIBRARIES = ("bitsandbytes", "deepspeed", "lightning", "peft", "submitit", "transformers")
+LIBRARIES = ("bitsandbytes", "deepspeed", "lightning", "lm_eval", "peft", "submitit", "transformers")
 
 
 class Row(NamedTuple):
@@ -255,6 +256,7 @@ STRATEGY = "lightning.pytorch.strategies.deepspeed:DeepSpeedStrategy"
 LOADING = "transformers.core_model_loading"
 TRANSFORMER = "transformers.modeling_utils:PreTrainedModel"
 GEMMA = "transformers.models.gemma3.modeling_gemma3"
+HFLM = "lm_eval.models.huggingface:HFLM"
 SLURM = "submitit.slurm.slurm:SlurmExecutor"
 
 #: By library and name in the table.
@@ -520,6 +522,14 @@ CANARIES: dict[tuple[str, str], Callable[..., object]] = {
         lambda: "submitit.core._submit" in inspect.getsource(at("submitit.local.local:LocalExecutor")),
         "tasks are not started as python -m submitit.core._submit",
     ),
+    # lm_eval
+    ("lm_eval", "HFLM._loglikelihood_tokens"): takes(f"{HFLM}._loglikelihood_tokens", "requests", "disable_tqdm"),
+    ("lm_eval", "HFLM._model_call"): takes(f"{HFLM}._model_call", "inps", "attn_mask", "labels"),
+    ("lm_eval", "HFLM._model_generate"): takes(f"{HFLM}._model_generate", "context", "max_length", "stop"),
+    ("lm_eval", "HFLM.batch_size_per_gpu"): check_that(
+        lambda: "return self.batch_size_per_gpu" in inspect.getsource(at(f"{HFLM}.batch_size").fget),
+        "HFLM keeps its batch size elsewhere",
+    ),
     # bitsandbytes
     ("bitsandbytes", "Optimizer8bit.init_state"): takes(
         "bitsandbytes.optim.optimizer:Optimizer8bit.init_state", "group", "p", "gindex", "pindex"
@@ -546,6 +556,8 @@ CANARIES: dict[tuple[str, str], Callable[..., object]] = {
 @pytest.mark.parametrize(("library", "name"), CANARIES, ids=lambda part: part)
 def test_canary(library: str, name: str, request: pytest.FixtureRequest) -> None:
     check = CANARIES[library, name]
+    if library == "lm_eval":
+        pytest.importorskip("lm_eval")  # an extra
     arguments = [request.getfixturevalue("engine")] if hasattr(check, "needs_engine") else []
     try:
         check(*arguments)
@@ -678,6 +690,8 @@ def own_classes() -> Iterator[type]:
     """Classes of the package."""
     for module in pkgutil.walk_packages(lowrank_dist.__path__, "lowrank_dist."):
         if module.name.endswith(("__main__", "nf4_triton")):  # a program; and a module that needs Triton
+            continue
+        if module.name.endswith("inference.harness") and importlib.util.find_spec("lm_eval") is None:  # an extra
             continue
         for found in vars(importlib.import_module(module.name)).values():
             if isinstance(found, type) and found.__module__ == module.name:

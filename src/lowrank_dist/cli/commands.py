@@ -59,6 +59,14 @@ COMMANDS = {
     "merge": Command(
         help="write the original model with a checkpoint's adapter merged into it", run="lowrank_dist.cli.merge:run"
     ),
+    "generate": Command(
+        help="ask a model: a prompt, a file of prompts, or a chat; on the base that it was trained on",
+        run="lowrank_dist.cli.generate:run",
+    ),
+    "evaluate": Command(
+        help="score a model with tasks of lm-evaluation-harness, on the base that it was trained on",
+        run="lowrank_dist.cli.evaluate:run",
+    ),
     "import": Command(
         help="write weights in pytorch_model.bin and the like as safetensors",
         run="lowrank_dist.cli.import_weights:run",

@@ -154,6 +154,39 @@ class RestoredMethod(Method):
         return self.earlier.decompose(matrix, residual)
 
 
+@dataclass(frozen=True, kw_only=True)
+class RecordedMethod(Method):
+    """An initialisation of which only its record in a checkpoint is known; nothing is decomposed with it.
+
+    Parameters
+    ----------
+    name
+        Its name.
+    zero
+        Its `starts_at_zero`.
+    trained
+        Its `layout`.
+    """
+
+    name: str
+    zero: bool
+    trained: FactorLayout
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def starts_at_zero(self) -> bool:
+        return self.zero
+
+    @property
+    def layout(self) -> FactorLayout:
+        return self.trained
+
+    def decompose(self, matrix: Matrix, residual: ResidualFormat) -> Decomposition:
+        raise AssertionError(f"{self.name}: decompositions of a run are restored from its checkpoint")
+
+
 class StoredFactors:
     """Factors in an adapter file, read by rows.
 

@@ -302,6 +302,7 @@ def build_model(
         "method": source.method,
         "quantization": opened.quantization,
         "residual": format_as_dict(source.residual),
+        "recipe": recipe.facts() | {"fp32_norms": fp32_norms} | source.layout.facts(),
         "tuner_seed": seed,
     }
     if tuned is None:

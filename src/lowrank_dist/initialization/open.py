@@ -6,10 +6,10 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeGuard
+from typing import Any, Literal, TypeGuard
 
 import torch
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from transformers import PreTrainedModel
 
 from lowrank_dist.decomposition.restore import Resume
@@ -128,10 +128,26 @@ class ModelRecipe:
         return self.pretrained if isinstance(self.pretrained, str) else self.pretrained.name
 
     @property
+    def is_bare(self) -> bool:
+        """Whether the model has no adapter: it is the pretrained model, as it is or, if `encode` says so, encoded."""
+        return self.adapter is None and isinstance(self.init, Frozen)
+
+    @property
     def location(self) -> str:
         """The name, with a directory or file made absolute; hub ids and names of weight sources are unchanged."""
         is_path = isinstance(self.pretrained, str) and Path(self.pretrained).exists()
         return str(Path(self.name).absolute()) if is_path else self.name
+
+    def facts(self) -> dict[str, Any]:
+        """The options that a checkpoint's manifest records, so that its model can be built without the run's settings.
+
+        Those that say more than its other entries and the configuration of its adapter.
+        """
+        return {
+            "encode": self.encode,
+            "train_also": list(self.train_also),
+            "untie_embeddings": self.untie_embeddings,
+        }
 
     def directories(self) -> tuple[Path | WeightSource, Path | None]:
         """Return the directories of the pretrained model and of the starting adapter, downloaded if necessary.
@@ -184,6 +200,9 @@ class ModelRecipe:
                 start = self._starting_adapter(adapter_directory, directory)
                 adapter, init = start.config, None if _is_decomposed(directory) else LoRA()
             tuner, tuner_plan = self._tuner(directory, start), None
+            if self.is_bare:
+                adapter = LoraConfig()  # of nothing
+                backbone.requires_grad_(False)
             if tuner is not None:
                 adapter, init, tuner_plan = tuner.config, Frozen(adapter=tuner.name), tuner.plan(backbone)
                 backbone.requires_grad_(False)
@@ -203,10 +222,10 @@ class ModelRecipe:
             encode = self._encoded(backbone, tuner_plan, source)
         plan = open_plan(
             source.reader,
-            source.adapter if tuner is None else None,
+            None if tuner is not None or self.is_bare else source.adapter,
             backbone=backbone,
             untie=self.untie_embeddings,
-            limit_rank=start is None,
+            limit_rank=start is None and resume is None,
             encode=encode,
             trained_whole=() if tuner_plan is None else tuner_plan.whole,
             also=() if tuner is not None else self.train_also,

@@ -25,6 +25,8 @@ class Computation:
     autocast
         Dtype of an autocast around the forward; None: no autocast. DeepSpeed's own autocast would not cover
         ``validate``, and it disables an outer one.
+    backward
+        Whether there will be backward passes. Without, no engine of DeepSpeed is needed either.
     """
 
     gradient_checkpointing: bool = False
@@ -34,6 +36,7 @@ class Computation:
     compile_layers: str | None = None
     experts_at_a_time: int | None = None
     autocast: torch.dtype | None = None
+    backward: bool = True
 
     def check(self, backbone: PreTrainedModel) -> None:
         """Raise ModelError if `backbone` does not support these settings."""
@@ -59,7 +62,7 @@ def make_trainable(backbone: PreTrainedModel, computation: Computation, partitio
             backbone.activation_checkpointing_enable(options)
         else:  # the name before transformers 5.23
             backbone.gradient_checkpointing_enable(options)
-    else:
+    elif computation.backward:
         partitioner.save_no_views()
     fuse_adapters(backbone, computation.fold_adapters)
     said = bound_experts(backbone, computation.experts_at_a_time)
@@ -71,6 +74,8 @@ def make_trainable(backbone: PreTrainedModel, computation: Computation, partitio
         keep_decoded(backbone)
     if computation.autocast is not None:
         backbone.forward = torch.autocast(partitioner.device.type, dtype=computation.autocast)(backbone.forward)
+    if not computation.backward:
+        return said
     reduce_by_layer(backbone)
     backbone.enable_input_require_grads()  # for reduce_by_layer and reentrant gradient checkpointing
     return said

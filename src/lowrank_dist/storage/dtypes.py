@@ -23,3 +23,9 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 FLOAT_DTYPES = {code: DTYPES[code] for code in ("F32", "F16", "BF16")}
 #: The same dtypes by their names in options: ``float32``, ...
 NAMED_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES.values()}
+#: By Lightning's names of precisions: dtype of frozen parameters and of arithmetic, dtype of trained parameters.
+PRECISIONS = {
+    "32-true": (torch.float32, torch.float32),
+    "bf16-true": (torch.bfloat16, torch.bfloat16),
+    "bf16-mixed": (torch.bfloat16, torch.float32),
+}

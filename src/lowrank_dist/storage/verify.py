@@ -30,7 +30,7 @@ from lowrank_dist.storage.layout import (
     read_manifest,
     seal_of,
 )
-from lowrank_dist.storage.parse import MAX_MANIFEST, read_bytes
+from lowrank_dist.storage.parse import MAX_MANIFEST, Record, read_bytes
 from lowrank_dist.storage.reader import CheckpointReader
 
 FORMAT = 3  # of checkpoints; hashes of format 2 cover neither dtype nor shape
@@ -80,7 +80,7 @@ class HashedParts:
         The checkpoint.
     """
 
-    def __init__(self, directory: Path, manifest: Mapping[str, Any]) -> None:
+    def __init__(self, directory: Path, manifest: Record) -> None:
         self.directory, self.manifest = directory, manifest
         self._readers: dict[str, CheckpointReader] = {}
 
@@ -180,7 +180,7 @@ def verify_adapter(directory: Path, group: ShardGroup) -> None:
 
 def hashes_of_root(directory: Path) -> dict[str, dict[str, str]]:
     """The entry ``hashes`` of the manifest of a converted LoRA in `directory`."""
-    lora = HashedParts(directory, {})
+    lora = HashedParts(directory, Record({}, str(directory)))
     try:
         reader = lora.part("root")
         return {"root": {name: str(lora._digest("root", name)) for name in reader}}

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 from jsonargparse import ArgumentParser, capture_parser
 
 TRAINER_COMMANDS = {

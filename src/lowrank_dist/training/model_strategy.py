@@ -9,12 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from peft import AdaLoraConfig, PeftConfig
+from torch import nn
 from transformers import PreTrainedModel
 
 from lowrank_dist.calibration.measure import Calibration
@@ -26,6 +26,7 @@ from lowrank_dist.decomposition.schedule import Sharding
 from lowrank_dist.distributed.group import ShardGroup, groups_with_timeout, ignore_renamed
 from lowrank_dist.errors import CheckpointError, InputError, ModelError
 from lowrank_dist.forecast.job import ShardWithin
+from lowrank_dist.inference.sharded import ShardedCausalLM, generation_of
 from lowrank_dist.initialization.build import build_model
 from lowrank_dist.initialization.open import Encode, ModelRecipe, OpenedModel
 from lowrank_dist.initialization.step_zero import StepZero
@@ -34,6 +35,7 @@ from lowrank_dist.layers.adapted import FoldAdapters
 from lowrank_dist.methods import Method
 from lowrank_dist.model.skeleton import find_backbone
 from lowrank_dist.quantization.nf4 import NF4
+from lowrank_dist.storage.dtypes import PRECISIONS
 from lowrank_dist.storage.layout import LORA_DIR
 from lowrank_dist.storage.source import WeightSource
 from lowrank_dist.training.calibration_batches import calibration_pass
@@ -43,13 +45,6 @@ from lowrank_dist.training.sharding import run_spec, smallest_group
 from lowrank_dist.training.stopping import add_to
 from lowrank_dist.tuners.adalora.schedule import objection_to_steps
 from lowrank_dist.zero3.partition import Partitioner
-
-# by precision: dtype of frozen parameters and arithmetic, dtype of trained factors
-PRECISIONS = {
-    "32-true": (torch.float32, torch.float32),
-    "bf16-true": (torch.bfloat16, torch.bfloat16),
-    "bf16-mixed": (torch.bfloat16, torch.float32),
-}
 
 
 class ModelStrategy(CheckpointedStrategy):
@@ -104,6 +99,7 @@ class ModelStrategy(CheckpointedStrategy):
         self.init_report: InitializationReport | None = None
         self._backbone: PreTrainedModel | None = None
         self._step_zero: StepZero | None = None
+        self._root: nn.Module | None = None  # what computes: the backbone, or PEFT's model around it
 
     # -- all ranks end together -------------------------------------------------------------------------------------
 
@@ -186,7 +182,7 @@ class ModelStrategy(CheckpointedStrategy):
             announce=rank_zero_info,
             show_progress=self.show_progress,
         )
-        self._backbone, self.init_report = backbone, built.report
+        self._backbone, self._root, self.init_report = backbone, built.root, built.report
         if built.root is not backbone:
             parent, _, child = name.rpartition(".")
             setattr(module.get_submodule(parent), child, built.root)
@@ -255,6 +251,27 @@ class ModelStrategy(CheckpointedStrategy):
                 yield
         finally:  # also what is being gathered ahead: it has the values of the reference
             self.gathering.forget()
+
+    def inference_model(self) -> ShardedCausalLM:
+        """The model for inference, as it is trained; to be used within its `evaluating`, while the engine exists.
+
+        It answers with the generation settings of the pretrained model.
+
+        Raises
+        ------
+        InputError
+            Before the engine exists, or if the model does not generate text.
+        """
+        backbone = self._backbone
+        if backbone is None or self._root is None or self.gathering is None:
+            raise InputError("PiSSAStrategy.inference_model: the model is set up by fit, validate or test, and not yet")
+        if not backbone.can_generate():
+            raise InputError(f"a {type(backbone).__name__} does not generate text; only causal language models do")
+        directory, _ = self.recipe.directories()
+        if isinstance(directory, Path):
+            directory = directory if directory.is_dir() else directory.parent
+            backbone.generation_config = generation_of(directory, backbone.config)
+        return ShardedCausalLM(backbone, self._root, self._group, self.gathering, name=self.recipe.name)
 
     def _steps_of_schedule(self, module: LightningModule) -> float | None:
         """Number of optimizer steps of the run if the adapter has a schedule; None otherwise. Lightning's collectives.

@@ -45,10 +45,11 @@ class PackedExamples:
 
     Notes
     -----
-    The first call with `position_ids` and without an `attention_mask` is preceded by three forward passes of 16 tokens
-    (two of one row, one of two rows) without gradient, on all ranks, with the arguments of that call, and by two object
-    all-gathers. If the model keeps examples apart, nothing is done in later calls. If not, every later call asks
-    whether positions begin again within a row, and issues the collectives of `ShardGroup.shared_errors`.
+    The first call with `position_ids`, without an `attention_mask` and without a key-value cache to continue is
+    preceded by three forward passes of 16 tokens (two of one row, one of two rows) without gradient, on all ranks, with
+    the arguments of that call, and by two object all-gathers. If the model keeps examples apart, nothing is done in
+    later calls. If not, every later call asks whether positions begin again within a row, and issues the collectives of
+    `ShardGroup.shared_errors`.
     """
 
     def __init__(self, backbone: PreTrainedModel, group: ShardGroup | None = None) -> None:
@@ -65,6 +66,8 @@ class PackedExamples:
         call = self._arguments(args, kwargs)
         positions = call.pop("position_ids", None)
         if positions is None or call.pop("attention_mask", None) is not None:
+            return
+        if call.get("past_key_values") is not None:  # generation, which ranks need not do together
             return
         if self._leaks is None:
             tokens = call.pop("input_ids", None)

@@ -23,8 +23,9 @@ from lowrank_dist.model.skeleton import meta_parameters
 from lowrank_dist.quantization.dense import Dense
 from lowrank_dist.quantization.nf4 import NF4
 from lowrank_dist.residual_model.reader import ResidualModel
+from lowrank_dist.storage.dtypes import PRECISIONS
 from lowrank_dist.storage.source import WeightSource
-from lowrank_dist.training.model_strategy import PRECISIONS, ModelStrategy
+from lowrank_dist.training.model_strategy import ModelStrategy
 from lowrank_dist.tuners.support import is_for_peft, objection
 from lowrank_dist.zero3.partition import to_device
 

@@ -227,6 +227,23 @@ class Gathering:
             module.register_forward_hook(after),
         ]
 
+    def is_root(self, module: nn.Module) -> bool:
+        """Whether `module` is the root."""
+        return module is self._root
+
+    @contextmanager
+    def entered_by(self, module: nn.Module) -> Iterator[None]:
+        """Inside, `module`, a part of the root, may be called without the root: its calls are steps, too."""
+        hooks = [
+            module.register_forward_pre_hook(self._begins),
+            module.register_forward_hook(self._ends, always_call=True),
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     # -- a step -------------------------------------------------------------------------------------------------
 
     def _begins(self, *_: Any) -> None:

@@ -16,7 +16,19 @@ from peft import LoraConfig
 import lowrank_dist
 from helpers.checkpoints import make_checkpoint
 from lowrank_dist import cli
-from lowrank_dist.cli import convert, data, decompose, demo, import_weights, inspect, merge, report, submit
+from lowrank_dist.cli import (
+    convert,
+    data,
+    decompose,
+    demo,
+    evaluate,
+    generate,
+    import_weights,
+    inspect,
+    merge,
+    report,
+    submit,
+)
 from lowrank_dist.cli.commands import COMMANDS
 from lowrank_dist.cli.plan import command as plan
 from lowrank_dist.methods import METHODS
@@ -37,6 +49,7 @@ def own_parsers() -> dict[str, argparse.ArgumentParser]:
     """The parsers of the commands that are not LightningCLI's."""
     modules = {"convert": convert, "demo": demo, "inspect": inspect, "merge": merge, "plan": plan}
     modules |= {"data": data, "import": import_weights, "report": report, "submit": submit}
+    modules |= {"evaluate": evaluate, "generate": generate}
     assert {*modules, "decompose", *TRAINER_COMMANDS} == COMMANDS.keys()
     own = {name: module.parser() for name, module in modules.items()}
     assert {name: parser.prog for name, parser in own.items()} == {name: f"lowrank-dist {name}" for name in own}

@@ -19,9 +19,9 @@ from lowrank_dist.errors import InputError
 from lowrank_dist.forecast import Cluster, Forecast, ModelShapes, RunSpec, forecast
 from lowrank_dist.methods import PiSSA
 from lowrank_dist.quantization.dense import Dense
+from lowrank_dist.storage.dtypes import PRECISIONS
 from lowrank_dist.storage.reader import resolve_checkpoint
 from lowrank_dist.training.fit_cli import instantiated, module_settings, parse_fit
-from lowrank_dist.training.model_strategy import PRECISIONS
 from lowrank_dist.training.strategy import PiSSAStrategy
 
 DOES_NOT_FIT = 3  # exit status
