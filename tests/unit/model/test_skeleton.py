@@ -169,7 +169,8 @@ def test_all_linear_leaves_out_what_cannot_be_meant(
         ours, stock = AutoModelForCausalLM.from_config(config), AutoModelForCausalLM.from_config(config)
     adapter = LoraConfig(r=4, target_modules="all-linear", exclude_modules=given, task_type="CAUSAL_LM")
     inject_adapter(ours, adapter)
-    (line,) = [record.message for record in caplog.records]
+    line, of_experts = [record.message for record in caplog.records]
+    assert of_experts.startswith('target_modules="all-linear" leaves 4 stacked parameters out')
     assert line.startswith(f'target_modules="all-linear" leaves 2 layers out ({name}), such as model.layers.0.')
     assert reason in line
     adapter.save_pretrained(tmp_path)
