@@ -30,6 +30,7 @@ from lowrank_dist.cli import (
     submit,
 )
 from lowrank_dist.cli.commands import COMMANDS
+from lowrank_dist.cli.compare import command as compare
 from lowrank_dist.cli.plan import command as plan
 from lowrank_dist.methods import METHODS
 from lowrank_dist.training.fit_cli import TRAINER_COMMANDS, run_trainer
@@ -49,7 +50,7 @@ def own_parsers() -> dict[str, argparse.ArgumentParser]:
     """The parsers of the commands that are not LightningCLI's."""
     modules = {"convert": convert, "demo": demo, "inspect": inspect, "merge": merge, "plan": plan}
     modules |= {"data": data, "import": import_weights, "report": report, "submit": submit}
-    modules |= {"evaluate": evaluate, "generate": generate}
+    modules |= {"compare": compare, "evaluate": evaluate, "generate": generate}
     assert {*modules, "decompose", *TRAINER_COMMANDS} == COMMANDS.keys()
     own = {name: module.parser() for name, module in modules.items()}
     assert {name: parser.prog for name, parser in own.items()} == {name: f"lowrank-dist {name}" for name in own}
