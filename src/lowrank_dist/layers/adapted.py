@@ -48,7 +48,8 @@ class _AdaptedFunction(torch.autograd.Function):
         else:
             y = rows @ base.used(dtype)
             y.addmm_(rows @ _in(a, dtype).mT, _in(b, dtype).mT, alpha=scaling)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        # not a view, which models could not change in place
+        return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

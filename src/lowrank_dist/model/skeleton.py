@@ -27,6 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_dist.errors import ModelError, is_passing
+from lowrank_dist.model.bypassed import bypassed_layers
 from lowrank_dist.model.names import ADAPTER, plain_name
 from lowrank_dist.storage.find_weights import cached_snapshot
 from lowrank_dist.storage.parse import Record, printable, read_record
@@ -298,6 +299,7 @@ def inject_adapter(backbone: PreTrainedModel, adapter: LoraConfig) -> None:
             "PiSSAStrategy(init=PiSSA(...)), and PEFT's own would need whole weights; leave init_lora_weights unset"
         )
     backbone.requires_grad_(False)
+    bypassed = bypassed_layers(backbone)
     if isinstance(adapter.target_modules, str) and adapter.target_modules.lower() == "all-linear":
         _exclude(backbone, adapter)
     adapter.inference_mode = False  # saved configurations set it, and modules_to_save would silently stay frozen
@@ -308,14 +310,36 @@ def inject_adapter(backbone: PreTrainedModel, adapter: LoraConfig) -> None:
             f"LoraConfig.target_modules={adapter.target_modules!r} cannot be applied to {type(backbone).__name__}: "
             f"{error} {named_linears(backbone)}"
         ) from error
+    _check_bypassed(backbone, bypassed)
+
+
+def _check_bypassed(backbone: PreTrainedModel, bypassed: dict[str, bool]) -> None:
+    """Raise ModelError for adapted layers that are never called, and warn of those that some paths do not call."""
+    adapted = {plain_name(name) for name, module in backbone.named_modules() if isinstance(module, BaseTunerLayer)}
+    never = sorted(name for name in adapted if bypassed.get(name))
+    if never:
+        raise ModelError(
+            f"{type(backbone).__name__} multiplies by the weight of {never[0]} without calling the layer, so that an "
+            "adapter would have no effect on it; drop it from target_modules"
+        )
+    sometimes = sorted(adapted.intersection(bypassed))
+    if sometimes and (not dist.is_initialized() or dist.get_rank() == 0):
+        log.warning(
+            "%s passes over %s in its fused kernels, where the adapter would have no effect: do not use them here",
+            type(backbone).__name__,
+            ", ".join(sorted({name.rpartition(".")[2] for name in sometimes})),
+        )
 
 
 def _exclude(backbone: PreTrainedModel, adapter: LoraConfig) -> None:
     """Add the linear layers that ``all-linear`` cannot mean to ``exclude_modules``, where stock PEFT finds them too.
 
-    These are layers whose short side is below the rank (gates of shared experts), and those of a class with a forward
-    of its own (routers of Llama 4 and PhiMoE), which PEFT's layer would not call.
+    These are layers whose short side is below the rank (gates of shared experts), those of a class with a forward of its
+    own (routers of Llama 4 and PhiMoE), which PEFT's layer would not call, those whose weights the model uses without
+    calling them (`lowrank_dist.model.bypassed`), and those that share their weight with another parameter.
     """
+    bypassed = bypassed_layers(backbone)
+    uses = Counter(id(p) for _, p in backbone.named_parameters(remove_duplicate=False))
     others = {*(adapter.modules_to_save or ()), *(SEQ_CLS_HEAD_NAMES if adapter.task_type == TaskType.SEQ_CLS else ())}
     head = backbone.get_output_embeddings()
     reasons: dict[str, str] = {}
@@ -327,6 +351,10 @@ def _exclude(backbone: PreTrainedModel, adapter: LoraConfig) -> None:
         rank = adapter.rank_pattern.get(get_pattern_key(adapter.rank_pattern, name), adapter.r)
         if isinstance(layer, nn.Linear) and type(layer).forward is not nn.Linear.forward:
             reasons[name] = f"a {type(layer).__name__}, with a forward of its own"
+        elif name in bypassed:
+            reasons[name] = "the model uses its weight without calling it, where an adapter has no effect"
+        elif uses[id(layer.weight)] > 1:
+            reasons[name] = "its weight is tied to another parameter"
         elif min(layer.weight.shape) < rank:
             reasons[name] = f"{' x '.join(map(str, layer.weight.shape))}, of less than rank {rank}"
         else:

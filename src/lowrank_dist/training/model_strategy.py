@@ -80,7 +80,7 @@ class ModelStrategy(CheckpointedStrategy):
     revision: str | None
     adapter_revision: str | None
     untie_embeddings: bool
-    gradient_checkpointing: bool
+    gradient_checkpointing: bool | None
     use_reentrant: bool
     keep_decoded: bool
     fp32_norms: bool
@@ -150,6 +150,7 @@ class ModelStrategy(CheckpointedStrategy):
             self._check_schedule(steps)
             resume = None if self._resumed is None else earlier_run(self._resumed)
             name, backbone = find_backbone(module)
+            checkpointing = self._recomputes(backbone)
         built = build_model(
             self.recipe,
             backbone,
@@ -158,14 +159,14 @@ class ModelStrategy(CheckpointedStrategy):
             factor_dtype=factor_dtype,
             fp32_norms=self.fp32_norms,
             computation=Computation(
-                gradient_checkpointing=self.gradient_checkpointing,
+                gradient_checkpointing=checkpointing,
                 use_reentrant=self.use_reentrant,
                 keep_decoded=self.keep_decoded,
                 fold_adapters=self.fold_adapters,
                 compile_layers=self.compile_layers,
                 autocast=autocast,
             ),
-            copies=self._copies_of_frozen,
+            copies=partial(self._copies_of_frozen, gradient_checkpointing=checkpointing),
             sharding=Sharding(
                 ranks_per_matrix=self.ranks_per_matrix, ranks_per_node=max(1, group.size // self.num_nodes)
             ),
@@ -216,7 +217,19 @@ class ModelStrategy(CheckpointedStrategy):
         if reason is not None:
             raise InputError(reason)
 
-    def _copies_of_frozen(self, opened: OpenedModel) -> int:
+    def _recomputes(self, backbone: PreTrainedModel) -> bool:
+        """Whether activations are recomputed: as asked for, or else if `backbone` can."""
+        if self.gradient_checkpointing is not None or backbone.supports_gradient_checkpointing:
+            return self.gradient_checkpointing is not False
+        if self.compile_layers is not None:
+            raise ModelError(
+                f"{type(backbone).__name__} does not support gradient checkpointing, which compile_layers="
+                f"{self.compile_layers!r} needs; leave compile_layers out"
+            )
+        rank_zero_info(f"{type(backbone).__name__} does not support gradient checkpointing: all activations are kept")
+        return False
+
+    def _copies_of_frozen(self, opened: OpenedModel, gradient_checkpointing: bool) -> int:
         """Number of copies of the frozen parameters. Collective, unless ``"rank"`` or ``"world"`` was chosen."""
         within = self.shard_within
         if within == "auto":
@@ -226,7 +239,7 @@ class ModelStrategy(CheckpointedStrategy):
                 self,
                 compute_dtype=compute_dtype,
                 factor_dtype=factor_dtype,
-                gradient_checkpointing=self.gradient_checkpointing,
+                gradient_checkpointing=gradient_checkpointing,
                 keep_decoded=self.keep_decoded or self.compile_layers is not None,
                 live_layers=self.live_layers,
                 fp32_norms=self.fp32_norms,
