@@ -18,7 +18,9 @@ BATCH, LENGTH, CLASSES = 4, 12, 3
 SMALL: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "embedding_size"), 64),
     **dict.fromkeys(("word_embed_proj_dim", "output_hidden_size", "emb_dim", "attention_hidden_size"), 64),
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim", "ffn_hidden_size"), 96),
+    **dict.fromkeys(
+        ("intermediate_size", "ffn_dim", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim", "ffn_hidden_size"), 96
+    ),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers"), 2),
     **dict.fromkeys(("num_decoder_layers", "depth", "encoder_num_hidden_layers", "decoder_num_hidden_layers"), 2),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "encoder_attention_heads", "num_heads"), 4),
@@ -26,7 +28,9 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("num_key_value_heads", "encoder_num_key_value_heads", "decoder_num_key_value_heads"), 2),
     **dict.fromkeys(("head_dim", "d_kv", "attention_head_dim", "v_head_dim"), 16),
     "vocab_size": 256,
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_sequence_length", "n_ctx", "max_target_positions"), 64),
+    **dict.fromkeys(
+        ("max_position_embeddings", "n_positions", "max_sequence_length", "n_ctx", "max_target_positions"), 64
+    ),
     "type_vocab_size": 2,
     "pad_token_id": 0,
     "bos_token_id": 1,
@@ -210,4 +214,224 @@ TASKS: dict[str, tuple[str, Callable[[Any, torch.Generator], Batch]]] = {
     "speech": ("AutoModelForSpeechSeq2Seq", heard),
     "ctc": ("AutoModelForCTC", waves),
 }
-FAMILIES: dict[str, Family] = {}
+
+
+# -- batches of models with several towers --
+
+IMAGE = 4  #: Id of the token that stands for a part of an image or a sound.
+
+
+@dataclass(frozen=True)
+class WithImage:
+    """Batches whose rows begin with `count` tokens of an image; `types` names their mask, for models that want it."""
+
+    count: int
+    types: str | None = None
+
+    def __call__(self, config: Any, generator: torch.Generator) -> Batch:
+        ids = torch.cat([torch.full((BATCH, self.count), IMAGE), tokens(config, generator)], dim=1)
+        labels = ids.masked_fill(ids == IMAGE, -100)
+        batch = {"input_ids": ids, "labels": labels, "pixel_values": images(config, generator)}
+        return batch if self.types is None else {**batch, self.types: (ids == IMAGE).long()}
+
+
+def with_patches(config: Any, generator: torch.Generator) -> Batch:
+    """Qwen's images: rows of 16 patches each, of which four make a token."""
+    vision = config.vision_config
+    width = 3 * vision.temporal_patch_size * vision.patch_size**2
+    text = tokens(config, generator)
+    ids = torch.cat([torch.full((BATCH, 1), 3), torch.full((BATCH, 4), IMAGE), text], dim=1)
+    return {
+        "input_ids": ids,
+        "labels": ids.masked_fill(ids == IMAGE, -100),
+        "pixel_values": torch.randn(16 * BATCH, width, generator=generator),
+        "image_grid_thw": torch.tensor([[1, 4, 4]] * BATCH),
+        "mm_token_type_ids": (ids == IMAGE).int(),
+    }
+
+
+def labelled_image(config: Any, generator: torch.Generator) -> Batch:
+    return {"pixel_values": images(config, generator, 64), "labels": classes(generator)}
+
+
+# -- the table --
+
+QWEN_VL = {
+    "image_token_id": IMAGE,
+    "video_token_id": 6,
+    "vision_start_token_id": 3,
+    "vision_end_token_id": 7,
+    "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
+}
+LATENT = {"num_key_value_heads": 4, "v_head_dim": 16, "head_dim": 8}  # multi-head latent attention
+SMALL_STAGES = {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4, "patch_size": 4}
+
+FAMILIES: dict[str, Family] = {
+    # dense
+    **{
+        name: Family(name)
+        for name in (
+            "llama",
+            "qwen2",
+            "qwen3",
+            "mistral",
+            "ministral3",
+            "gemma",
+            "gemma2",
+            "gemma3_text",
+            "phi",
+            "phi3",
+            "gpt2",
+            "gpt_neox",
+            "opt",
+            "bloom",
+            "falcon",
+            "mpt",
+            "olmo",
+            "olmo2",
+            "olmo3",
+            "granite",
+            "cohere",
+            "cohere2",
+            "glm",
+            "glm4",
+            "smollm3",
+            "starcoder2",
+            "stablelm",
+            "exaone4",
+            "ernie4_5",
+            "seed_oss",
+            "apertus",
+            "nemotron",
+            "helium",
+            "modernbert-decoder",
+            "xlnet",
+        )
+    },
+    # mixtures of experts
+    **{
+        name: Family(name)
+        for name in (
+            "mixtral",
+            "qwen2_moe",
+            "qwen3_moe",
+            "gpt_oss",
+            "olmoe",
+            "granitemoe",
+            "phimoe",
+            "minimax_m2",
+            "glm4_moe",
+            "ernie4_5_moe",
+            "llama4_text",
+            "jetmoe",
+        )
+    },
+    "deepseek_v3": Family("deepseek_v3", config=LATENT),
+    # state spaces, convolutions, linear attention
+    **{
+        name: Family(name)
+        for name in (
+            "mamba",
+            "falcon_mamba",
+            "bamba",
+            "jamba",
+            "granitemoehybrid",
+            "nemotron_h",
+            "lfm2",
+            "recurrent_gemma",
+            "qwen3_next",
+            "qwen3_5_text",
+            "minimax",
+            "olmo_hybrid",
+        )
+    },
+    # encoders
+    **{
+        f"{name} (masked LM)": Family(name, "masked")
+        for name in (
+            "bert",
+            "roberta",
+            "xlm-roberta",
+            "deberta-v2",
+            "modernbert",
+            "electra",
+            "distilbert",
+            "albert",
+            "mobilebert",
+            "nomic_bert",
+            "gte",
+            "eurobert",
+            "esm",
+        )
+    },
+    **{
+        f"{name} (sequence classification)": Family(name, "sequence", adapter={"task_type": "SEQ_CLS"})
+        for name in ("bert", "roberta", "deberta", "modernbert", "albert", "llama")
+    },
+    **{
+        f"{name} (token classification)": Family(name, "token", adapter={"task_type": "TOKEN_CLS"})
+        for name in ("bert", "deberta-v2", "modernbert")
+    },
+    # encoder-decoders
+    **{
+        name: Family(name, "seq2seq", {"decoder_start_token_id": 0})
+        for name in ("t5", "mt5", "umt5", "longt5", "switch_transformers")
+    },
+    **{
+        name: Family(name, "seq2seq")
+        for name in ("bart", "mbart", "marian", "pegasus", "m2m_100", "blenderbot", "t5gemma", "prophetnet")
+    },
+    # speech
+    "whisper": Family("whisper", "speech"),
+    # vision
+    **{
+        name: Family(name, "image")
+        for name in ("vit", "beit", "dinov2", "siglip", "clip", "data2vec-vision", "segformer", "swiftformer")
+    },
+    "dinov2 (SwiGLU)": Family("dinov2", "image", {"use_swiglu_ffn": True}),
+    "swin": Family("swin", "image", SMALL_STAGES),
+    "swinv2": Family("swinv2", "image", SMALL_STAGES),
+    "convnext": Family(
+        "convnext",
+        "image",
+        {"hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2, "patch_size": 4},
+        labelled_image,
+    ),
+    # vision and language
+    "llava": Family("llava", "image-text", {"image_token_index": IMAGE, "image_token_id": IMAGE}, WithImage(16)),
+    "vipllava": Family(
+        "vipllava",
+        "image-text",
+        {"image_token_index": IMAGE, "image_token_id": IMAGE, "vision_feature_layers": [-2, -1, -1, 0, 1]},
+        WithImage(16),
+    ),
+    "mistral3": Family("mistral3", "image-text", {"image_token_index": IMAGE, "image_token_id": IMAGE}),
+    "paligemma": Family(
+        "paligemma",
+        "image-text",
+        {"image_token_id": IMAGE, "projection_dim": 64},
+        WithImage(16, types="token_type_ids"),
+    ),
+    "gemma3": Family(
+        "gemma3",
+        "image-text",
+        {"image_token_id": IMAGE, "mm_tokens_per_image": 4},
+        WithImage(4, types="token_type_ids"),
+    ),
+    "qwen2_vl": Family("qwen2_vl", "image-text", QWEN_VL, with_patches),
+    "qwen2_5_vl": Family(
+        "qwen2_5_vl",
+        "image-text",
+        {**QWEN_VL, "vision_config": {"out_hidden_size": 64, "fullatt_block_indexes": [1]}},
+        with_patches,
+    ),
+    "qwen3_vl": Family(
+        "qwen3_vl",
+        "image-text",
+        {
+            **QWEN_VL,
+            "vision_config": {"out_hidden_size": 64, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16},
+        },
+        with_patches,
+    ),
+}

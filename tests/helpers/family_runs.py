@@ -72,7 +72,9 @@ def answer(output: Any) -> Tensor:
 
 
 def adapter_of(family: Family) -> LoraConfig:
-    return LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **copy.deepcopy(dict(family.adapter))})
+    return LoraConfig(
+        **{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **copy.deepcopy(dict(family.adapter))}
+    )
 
 
 def share(batch: Batch, rank: int, size: int) -> Batch:
@@ -87,9 +89,7 @@ def train(
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     batches = family.batches(AutoConfig.from_pretrained(pretrained), STEPS)
     init = PiSSA() if quantization is None else LoRA()
-    strategy = make_strategy(
-        pretrained, adapter=adapter_of(family), quantization=quantization, init=init, **options
-    )
+    strategy = make_strategy(pretrained, adapter=adapter_of(family), quantization=quantization, init=init, **options)
     saves = AdapterCheckpoint(dirpath=output, filename="{step}", every_n_train_steps=STEPS)
     trainer = make_trainer(
         strategy, precision=precision, steps=STEPS, callbacks=[saves], enable_checkpointing=True, num_sanity_val_steps=1
@@ -107,7 +107,7 @@ def train(
     return Run(first=first, losses=module.losses, last=last, matrices=len(strategy.init_report.matrices))
 
 
-# -- stock libraries, one process ----------------------------------------------------------------------------------------
+# -- stock libraries, one process --
 
 
 @contextmanager
@@ -140,7 +140,8 @@ def stock_peft(pretrained: Path, family: Family, initial: Path, quantization: NF
     factors = load_file(initial / "adapter_model.safetensors")
     wanted = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     by_name = {plain(name): parameter for name, parameter in wanted.items()}
-    assert set(factors) == set(by_name), sorted(set(factors) ^ set(by_name))[:4]
+    copies = {plain(name) for name in wanted if ".modules_to_save." in name}  # which start as the checkpoint's
+    assert set(factors) | copies == set(by_name), sorted(set(factors) ^ set(by_name))[:4]
     with torch.no_grad():
         for name, value in factors.items():
             by_name[name].copy_(value)
@@ -180,13 +181,16 @@ def reloaded(pretrained: Path, family: Family, directory: Path, quantization: NF
         model = PeftModel.from_pretrained(model, directory)
     if quantization is not None:
         for layer in model.modules():
-            if isinstance(layer, BaseTunerLayer):
+            # PEFT wraps stacked experts as well if their parts have the names of adapted layers; their B is 0
+            if isinstance(layer, BaseTunerLayer) and hasattr(layer.get_base_layer(), "weight"):
                 weight = layer.get_base_layer().weight
                 weight.copy_(encoded(weight))
     return answer(model.eval()(**batch))
 
 
-def compare(pretrained: Path, family: Family, output: Path, quantization: NF4 | None, runs: list[Run]) -> dict[str, float]:
+def compare(
+    pretrained: Path, family: Family, output: Path, quantization: NF4 | None, runs: list[Run]
+) -> dict[str, float]:
     """How far a run is from stock libraries: relative differences of step 0, of losses, of the LoRA that was saved."""
     batches = family.batches(AutoConfig.from_pretrained(pretrained), STEPS)
     checkpoint = output / f"step={STEPS}"

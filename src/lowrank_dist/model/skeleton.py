@@ -5,6 +5,7 @@ Nothing is read but the configuration, and nothing is communicated.
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import logging
 import re
@@ -22,7 +23,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.other import get_pattern_key
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
@@ -144,6 +151,14 @@ def _check_sizes(config: Record) -> None:
             config.integer(name, low=-(2**31), high=100_000 if many else 2**40)
 
 
+def language_model_class(config: PretrainedConfig) -> Any:
+    """The class of transformers that builds a language model of `config`: with image or sound towers if it has them."""
+    for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        if type(config) in auto_class._model_mapping:
+            return auto_class
+    return AutoModelForCausalLM  # whose error lists the configurations
+
+
 def build_skeleton(directory: Path, config: PretrainedConfig | None = None) -> PreTrainedModel:
     """The transformers model that `config`, or the ``config.json`` of a pretrained model, names; on the meta device.
 
@@ -171,6 +186,24 @@ def build_skeleton(directory: Path, config: PretrainedConfig | None = None) -> P
             f"{directory}/config.json: transformers cannot build a {found[0].__name__} of it ({printable(repr(error))})"
         ) from error
     return backbone
+
+
+def build_buffers_in(backbone: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give floating-point buffers the values that they have in a model built in `dtype`; parameters stay.
+
+    A model is built in the dtype that its configuration names. Some buffers take it (sinusoidal positions, decays of
+    linear attention), others are fp32 whatever it is (rotary frequencies). Stock transformers builds the model in the
+    dtype in which it is loaded.
+    """
+    buffers = {n: b for n, b in backbone.named_buffers() if b.is_floating_point() and b.dtype != dtype}
+    if not buffers or backbone.dtype == dtype:
+        return
+    with meta_parameters():
+        built = type(backbone)._from_config(copy.deepcopy(backbone.config), dtype=dtype)
+    for name, buffer in built.named_buffers():
+        if name in buffers and buffer.dtype == dtype:
+            owner, _, leaf = name.rpartition(".")
+            setattr(backbone.get_submodule(owner), leaf, buffer)
 
 
 def untie_embeddings(backbone: PreTrainedModel) -> dict[str, str]:
@@ -314,7 +347,7 @@ def inject_adapter(backbone: PreTrainedModel, adapter: LoraConfig) -> None:
 
 
 def _check_bypassed(backbone: PreTrainedModel, bypassed: dict[str, bool]) -> None:
-    """Raise ModelError for adapted layers that are never called, and warn of those that some paths do not call."""
+    """Raise ModelError for adapted layers that the model multiplies by itself, and warn of those of fused kernels."""
     adapted = {plain_name(name) for name, module in backbone.named_modules() if isinstance(module, BaseTunerLayer)}
     never = sorted(name for name in adapted if bypassed.get(name))
     if never:
@@ -334,9 +367,9 @@ def _check_bypassed(backbone: PreTrainedModel, bypassed: dict[str, bool]) -> Non
 def _exclude(backbone: PreTrainedModel, adapter: LoraConfig) -> None:
     """Add the linear layers that ``all-linear`` cannot mean to ``exclude_modules``, where stock PEFT finds them too.
 
-    These are layers whose short side is below the rank (gates of shared experts), those of a class with a forward of its
-    own (routers of Llama 4 and PhiMoE), which PEFT's layer would not call, those whose weights the model uses without
-    calling them (`lowrank_dist.model.bypassed`), and those that share their weight with another parameter.
+    These are layers whose short side is below the rank (gates of shared experts), those of a class with a forward of
+    its own (routers of Llama 4 and PhiMoE), which PEFT's layer would not call, those whose weights the model uses
+    without calling them (`lowrank_dist.model.bypassed`), and those that share their weight with another parameter.
     """
     bypassed = bypassed_layers(backbone)
     uses = Counter(id(p) for _, p in backbone.named_parameters(remove_duplicate=False))

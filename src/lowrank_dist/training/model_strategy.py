@@ -29,12 +29,13 @@ from lowrank_dist.initialization.open import Encode, ModelRecipe, OpenedModel
 from lowrank_dist.initialization.trainable import Computation
 from lowrank_dist.layers.adapted import FoldAdapters
 from lowrank_dist.methods import Method
-from lowrank_dist.model.skeleton import find_backbone
+from lowrank_dist.model.skeleton import build_buffers_in, find_backbone
 from lowrank_dist.quantization.nf4 import NF4
 from lowrank_dist.storage.source import WeightSource
 from lowrank_dist.training.calibration_batches import calibration_pass
 from lowrank_dist.training.checkpointing import CheckpointedStrategy
 from lowrank_dist.training.packed_examples import PackedExamples
+from lowrank_dist.training.same_inputs import SameInputs
 from lowrank_dist.training.sharding import run_spec, smallest_group
 from lowrank_dist.training.stopping import add_to
 from lowrank_dist.tuners.adalora.schedule import objection_to_steps
@@ -151,6 +152,8 @@ class ModelStrategy(CheckpointedStrategy):
             resume = None if self._resumed is None else earlier_run(self._resumed)
             name, backbone = find_backbone(module)
             checkpointing = self._recomputes(backbone)
+            if precision == "bf16-true":
+                build_buffers_in(backbone, compute_dtype)
         built = build_model(
             self.recipe,
             backbone,
@@ -197,6 +200,7 @@ class ModelStrategy(CheckpointedStrategy):
             )
         )
         PackedExamples(backbone, group)
+        SameInputs(backbone, group)
         module.strict_loading = False  # checkpoints hold the trained parameters only
         self._gathers_with(partitioner, built.root, self.live_layers)
 

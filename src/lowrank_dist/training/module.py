@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lowrank_dist.errors import InputError
 from lowrank_dist.methods import Method
-from lowrank_dist.model.skeleton import read_config
+from lowrank_dist.model.skeleton import language_model_class, read_config
 from lowrank_dist.training.fused_loss import FusedLoss
 from lowrank_dist.training.optim import build_optimizer, check_optimizer, optimizer_class
 from lowrank_dist.training.packed_examples import PackedExamples
@@ -221,14 +221,13 @@ class CausalLMModule(L.LightningModule):
     def configure_model(self) -> None:
         """Build the model on the first call.
 
-        Under a strategy with a true `materializes_weights`, the model comes from ``AutoModelForCausalLM.from_config``.
+        Under a strategy with a true `materializes_weights`, the model comes from ``AutoModelForCausalLM.from_config``,
+        or from ``AutoModelForImageTextToText`` where only that knows the configuration.
         Under other strategies its weights are loaded, in the dtype of a ``"*-true"`` precision and otherwise in fp32,
         because mixed precision needs fp32 master weights.
         """
         if self.model is not None:
             return
-        from transformers import AutoModelForCausalLM
-
         attention = {} if self.attn_implementation is None else {"attn_implementation": self.attn_implementation}
         if getattr(self.trainer.strategy, "materializes_weights", False):
             if self.gradient_checkpointing:
@@ -238,10 +237,11 @@ class CausalLMModule(L.LightningModule):
                 )
             revision_of = getattr(self.trainer.strategy, "revision_of", lambda _: None)
             config = read_config(self.pretrained, revision=revision_of(self.pretrained))
-            model = AutoModelForCausalLM.from_config(config, **attention)
+            model = language_model_class(config).from_config(config, **attention)
         else:
             dtype = _LOAD_DTYPES.get(str(self.trainer.precision), torch.float32)
-            model = AutoModelForCausalLM.from_pretrained(self.pretrained, dtype=dtype, **attention)
+            kind = language_model_class(read_config(self.pretrained))
+            model = kind.from_pretrained(self.pretrained, dtype=dtype, **attention)
             model.train()  # from_pretrained returns evaluation mode, which Lightning would keep
             if self.gradient_checkpointing:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
