@@ -181,9 +181,8 @@ def reloaded(pretrained: Path, family: Family, directory: Path, quantization: NF
         model = PeftModel.from_pretrained(model, directory)
     if quantization is not None:
         for layer in model.modules():
-            # PEFT wraps stacked experts as well if their parts have the names of adapted layers; their B is 0
-            if isinstance(layer, BaseTunerLayer) and hasattr(layer.get_base_layer(), "weight"):
-                weight = layer.get_base_layer().weight
+            if isinstance(layer, BaseTunerLayer):
+                weight = getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"))
                 weight.copy_(encoded(weight))
     return answer(model.eval()(**batch))
 
