@@ -150,7 +150,7 @@ def enliven(model: PreTrainedModel) -> None:
             elif parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
         for module in model.modules():
-            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            if isinstance(module, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d):
                 module.running_mean.add_(torch.randn_like(module.running_mean) * 0.05)
                 module.running_var.mul_(torch.rand_like(module.running_var) + 0.5)
 

@@ -211,7 +211,7 @@ class CheckpointKeys:
         steps = ", ".join(map(str, converter.operations))
         self._refused[name] = (
             f"transformers makes it while loading, of {first} and {sum(map(len, sources.values())) - 1} others "
-            f"({steps}); only renaming, stacking and moving rows are done here. Load it with transformers and save it once with "
-            "`save_pretrained(directory, save_original_format=False)`"
+            f"({steps}); only renaming, stacking and moving rows are done here. Load it with transformers and save it "
+            "once with `save_pretrained(directory, save_original_format=False)`"
         )
         return None
