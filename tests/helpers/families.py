@@ -386,7 +386,7 @@ FAMILIES: dict[str, Family] = {
     # vision
     **{
         name: Family(name, "image")
-        for name in ("vit", "beit", "dinov2", "siglip", "clip", "data2vec-vision", "segformer", "swiftformer")
+        for name in ("vit", "beit", "dinov2", "siglip", "clip", "data2vec-vision", "segformer")
     },
     "dinov2 (SwiGLU)": Family("dinov2", "image", {"use_swiglu_ffn": True}),
     "swin": Family("swin", "image", SMALL_STAGES),

@@ -11,8 +11,9 @@ import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from peft import AdaLoraConfig, PeftConfig
+from torch import nn
 from transformers import PreTrainedModel
 
 from lowrank_dist.calibration.measure import Calibration
@@ -199,6 +200,12 @@ class ModelStrategy(CheckpointedStrategy):
                 allocation=built.allocation,
             )
         )
+        if any(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) for m in backbone.modules()):
+            rank_zero_warn(
+                f"{type(backbone).__name__} has batch normalisation, whose running statistics move in training, "
+                "differently on every rank, and are in no adapter file; put these layers into evaluation mode in "
+                "on_train_epoch_start"
+            )
         PackedExamples(backbone, group)
         SameInputs(backbone, group)
         module.strict_loading = False  # checkpoints hold the trained parameters only
