@@ -7,6 +7,7 @@ name that no longer exists fails the build.
 from __future__ import annotations
 
 import ast
+import json
 import re
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ if sys.version_info >= (3, 11):
     import tomllib
 
 MODELS = "tests/helpers/models.py"
+FAMILIES = "docs/_extensions/families.json"
 #: What a model is put through; the file of the tests; where the models are listed: a file, and the name in it.
 STAGES = {
     "step 0 as the original, trained in NF4": ("tests/distributed/decomposition/test_walk.py", MODELS, "CAUSAL_LMS"),
@@ -110,8 +112,19 @@ def page(root: Path) -> str:
         "## Models",
         "",
         "Any model of transformers can be tried: what cannot be handled is refused before weights are read, by name.",
-        "The tests put these architectures through the stages below; `yes` means that the architecture is among the",
-        "cases of the file named under the table. BERT, T5 and BART are tested in single places.",
+        "",
+        "`make test-matrix` trains every family of the table dense (PiSSA) and in NF4 (QLoRA), on one and two ranks:",
+        "three steps in fp32. `yes`: the answer of step 0 is that of stock transformers (in NF4, of bitsandbytes'",
+        "weights), the losses are those of stock PEFT to 2e-5, and `lora/` in stock PEFT gives the trained model's",
+        "answer. Empty: not tried yet. A third of the families is also among the tests of every change",
+        "(`tests/system/test_architectures.py`; configurations and batches are in `tests/helpers/families.py`).",
+        "",
+        *families(root),
+        "",
+        "### Stages",
+        "",
+        "The tests put these architectures through further stages; `yes` means that the architecture is among the",
+        "cases of the file named under the table.",
         "",
         *models(root),
         "",
@@ -140,6 +153,18 @@ def page(root: Path) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def families(root: Path) -> list[str]:
+    """The matrix of families, as `make test-matrix` has written it."""
+    columns = [f"{fmt}, {ranks}" for fmt in ("dense", "nf4") for ranks in (1, 2)]
+    titles = ["dense, 1 rank", "dense, 2", "NF4, 1 rank", "NF4, 2"]
+    table = json.loads((root / FAMILIES).read_text(encoding="utf-8"))
+    rows = [f"| family | class | {' | '.join(titles)} |", "|---" * 6 + "|"]
+    cell = {True: "yes", False: "**no**", None: ""}
+    for name, found in table.items():
+        rows.append(f"| `{name}` | `{found['class']}` | {' | '.join(cell[found.get(c)] for c in columns)} |")
+    return rows
 
 
 def models(root: Path) -> list[str]:

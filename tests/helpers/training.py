@@ -123,7 +123,7 @@ def make_trainer(
         enable_model_summary=False,
         enable_checkpointing=options.pop("enable_checkpointing", False),
         use_distributed_sampler=False,
-        num_sanity_val_steps=0,
+        num_sanity_val_steps=options.pop("num_sanity_val_steps", 0),
         **options,
     )
 

@@ -28,7 +28,7 @@ from lowrank_dist.model.plan import Plan, PlannedMatrix, open_plan
 from lowrank_dist.model.skeleton import build_skeleton, read_config
 from lowrank_dist.residual_model.reader import initial_directory
 from lowrank_dist.storage.layout import CONFIG
-from lowrank_dist.storage.reader import CheckpointReader, FileTensor, resolve_checkpoint
+from lowrank_dist.storage.reader import CheckpointReader, FileTensor, Piece, resolve_checkpoint
 from lowrank_dist.storage.writer import stored_dtype
 from lowrank_dist.tuners.support import adds_product
 
@@ -312,13 +312,32 @@ class _MergePlanBuilder:
     def copies(self) -> None:
         """Add all other tensors, unchanged."""
         changes = (*self.tensors, *self.of_tuned.values())
-        changed = {span.name for tensor in changes for span in tensor.target}
+        changed: dict[str, list[Span]] = {}
+        for span in (span for tensor in changes for span in tensor.target):
+            changed.setdefault(span.name, []).append(span)
         for name in self.reader:
-            if name not in changed:
-                target = (Span(name=name, start=0, numel=self.files[name].numel),)
+            spans = sorted(changed.get(name, ()), key=lambda span: span.start)
+            whole, shape, end = self.files[name].numel, self.files[name].shape, 0
+            ends = [*spans, Span(name=name, start=whole, numel=0)] if spans else []
+            if not spans:
+                target = (Span(name=name, start=0, numel=whole),)
                 self.tensors.append(
                     MergedTensor(source=self.reader, key=name, target=target, dtype=self.files[name].dtype)
                 )
+            for span in ends:  # rows between those that changed: of a projection that is stored fused
+                if span.start > end and span.start <= whole:
+                    width = math.prod(shape[1:])
+                    key = f"{name}[{end // width}:{span.start // width}]"
+                    self.reader.join(key, [Piece(key=name, start=end // width, stop=span.start // width)])
+                    self.tensors.append(
+                        MergedTensor(
+                            source=self.reader,
+                            key=key,
+                            target=(Span(name=name, start=end, numel=span.start - end),),
+                            dtype=self.files[name].dtype,
+                        )
+                    )
+                end = max(end, span.start + span.numel)
 
     def _change(
         self,
@@ -347,8 +366,16 @@ class _MergePlanBuilder:
         """Parts of the stored tensors of the base that `key` refers to."""
         for piece in self.reader.pieces(key):
             shape = self.reader.stored(piece.key).shape
+            if piece.transposed:
+                raise ModelError(
+                    f"{piece.key} is stored transposed, which merging does not write back; load the model with "
+                    "transformers, save it with `save_pretrained(directory, save_original_format=False)`, merge there"
+                )
             if piece.index is None:
-                yield Span(name=piece.key, start=0, numel=math.prod(shape))
+                width = math.prod(shape[1:])
+                stop = shape[0] if piece.stop is None and shape else piece.stop
+                numel = math.prod(shape) if stop is None else (stop - piece.start) * width
+                yield Span(name=piece.key, start=piece.start * width, numel=numel)
             else:
                 numel = math.prod(shape[1:])
                 yield Span(name=piece.key, start=piece.index * numel, numel=numel)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,6 +17,8 @@ from lowrank_dist.model.plan import PlannedTensor
 from lowrank_dist.seeds import global_seed
 from lowrank_dist.storage.reader import CheckpointReader, check_finite
 from lowrank_dist.zero3.partition import Partitioner, whole_shape
+
+_ROWS = 8192  # read at a time for a mean
 
 
 class Loading:
@@ -76,7 +79,10 @@ class Loading:
 
     def shape(self, tensor: PlannedTensor, parameter: Tensor) -> torch.Size:
         """Shape of a whole parameter, of which PEFT may have made an empty copy."""
-        return whole_shape(parameter) if tensor.key is None else torch.Size(self.reader.info(tensor.key).shape)
+        if tensor.key is None:
+            return whole_shape(parameter)
+        stored = self.reader.info(tensor.key).shape
+        return torch.Size(stored if tensor.rows is None else (tensor.rows, *stored[1:]))
 
     def flat_shard(self, tensor: PlannedTensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """This rank's flat shard of a parameter, read or newly initialised, in `dtype`."""
@@ -84,21 +90,63 @@ class Loading:
         start, stop = FlatPartition(numel=shape.numel(), world_size=group.size).bounds(group.rank)
         if tensor.key is None:
             return self.fresh(tensor.names[0], shape).flatten()[start:stop].to(self.partitioner.device, dtype)
-        shard = self.reader.flat(tensor.key, start, stop)
+        stored = torch.Size(self.reader.info(tensor.key).shape).numel()
+        shard = self.reader.flat(tensor.key, min(start, stored), min(stop, stored))
         check_finite(tensor.key, shard, start)
         self.advance(self.reader.info(tensor.key).nbytes)
+        if shape.numel() > stored:
+            mean = self.mean_row(tensor.key)
+            more = mean.expand(-(-(shape.numel() - stored) // mean.numel()), *mean.shape).flatten()
+            shard = torch.cat([shard.float(), more[max(start - stored, 0) : max(stop - stored, 0)]])
         return shard.to(self.partitioner.device, dtype)
 
-    def fresh(self, name: str, shape: torch.Size) -> Tensor:
-        """Transformers' initial value of a linear layer missing in the pretrained weights; the same on every rank.
+    def mean_row(self, key: str) -> Tensor:
+        """The mean row of a stored tensor in fp32: where new tokens start, as in transformers. One all-reduce."""
+        rows, *row = self.reader.info(key).shape
+        start, stop = FlatPartition(numel=rows, world_size=self.group.size).bounds(self.group.rank)
+        total = torch.zeros(row, dtype=torch.float32)
+        for low in range(start, stop, _ROWS):
+            total += self.reader.rows(key, low, min(low + _ROWS, stop)).float().sum(0)
+        total = total.to(self.partitioner.device)
+        self.group.sum(total)
+        return (total / rows).cpu()
 
-        The seed is made of the name and of that of ``lightning.seed_everything``.
+    def fresh(self, name: str, shape: torch.Size) -> Tensor:
+        """The initial value that transformers gives a parameter missing in the pretrained weights.
+
+        It is the same on every rank. The seed is made of the name and of that of ``lightning.seed_everything``.
         """
-        if name.endswith(".bias"):
+        owner, _, leaf = name.rpartition(".")
+        module = self.backbone.get_submodule(owner)
+        if not isinstance(module, nn.Linear):
+            return self._initialized(owner, module, leaf, shape)
+        if leaf == "bias":
             return torch.zeros(shape)
         generator = torch.Generator().manual_seed(seed_from_name(name, global_seed()))
         std = getattr(self.backbone.config, "initializer_range", 0.02)
         return torch.randn(shape, generator=generator) * std
+
+    def _initialized(self, owner: str, module: nn.Module, leaf: str, shape: torch.Size) -> Tensor:
+        """Parameter `leaf` of a module as the model that it belongs to initialises it."""
+        whole = copy.copy(module)
+        whole._parameters = {
+            name: None if parameter is None else nn.Parameter(torch.zeros(whole_shape(parameter)), requires_grad=False)
+            for name, parameter in module._parameters.items()
+        }
+        model, inner = self.backbone, owner
+        while inner:
+            inner = inner.rpartition(".")[0]
+            candidate = self.backbone.get_submodule(inner)
+            if isinstance(candidate, PreTrainedModel):
+                model = candidate
+                break
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(seed_from_name(f"{owner}.{leaf}", global_seed()))
+            model._init_weights(whole)
+        value = whole._parameters[leaf]
+        assert value is not None
+        assert value.shape == shape
+        return value.detach()
 
     def buffers(self, planned: Iterable[PlannedTensor]) -> None:
         """Load persistent buffers: rank 0 reads them, and they are replicated. Collective."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from lowrank_dist.errors import ModelError
@@ -77,5 +81,27 @@ def make_trainable(backbone: PreTrainedModel, computation: Computation, partitio
     if not computation.backward:
         return said
     reduce_by_layer(backbone)
-    backbone.enable_input_require_grads()  # for reduce_by_layer and reentrant gradient checkpointing
+    _require_input_grads(backbone)
     return said
+
+
+def _require_input_grads(backbone: PreTrainedModel) -> None:
+    """Let embedded inputs require gradients, for `reduce_by_layer` and reentrant gradient checkpointing.
+
+    As ``enable_input_require_grads`` does, and also where an embedding returns more than one tensor (Swin).
+    """
+
+    def require(_: nn.Module, args: Any, output: Any) -> None:
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                tensor.requires_grad_(True)
+
+    embeddings: dict[int, nn.Module] = {}
+    for module in backbone.modules():
+        if isinstance(module, PreTrainedModel):
+            with suppress(NotImplementedError, AttributeError):  # towers without a known embedding
+                found = module.get_input_embeddings()
+                if isinstance(found, nn.Module):
+                    embeddings[id(found)] = found
+    for embedding in embeddings.values():
+        embedding.register_forward_hook(require)

@@ -43,12 +43,14 @@ class _AdaptedFunction(torch.autograd.Function):
         ctx.how = a, b, how
         base, scaling, fold = how
         rows, dtype = x.flatten(0, -2), x.dtype
-        if fold:
-            y = rows @ base.used(dtype, _product(base, a, b, scaling, dtype))
-        else:
-            y = rows @ base.used(dtype)
+        weight = base.used(dtype, _product(base, a, b, scaling, dtype) if fold else None)
+        # the result is no view of another tensor, so that models can change it in place
+        result = x.new_empty(*x.shape[:-1], weight.shape[1])
+        y = result.view(rows.shape[0], weight.shape[1])
+        torch.mm(rows, weight, out=y)
+        if not fold:
             y.addmm_(rows @ _in(a, dtype).mT, _in(b, dtype).mT, alpha=scaling)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
+from lowrank_dist.model.rearrange import rearranged, rearranges_rows
 from lowrank_dist.storage.dtypes import FLOAT_DTYPES
 from lowrank_dist.storage.reader import PACKED_DTYPE, CheckpointReader, Piece
 
@@ -153,13 +154,33 @@ class CheckpointKeys:
         found: dict[str, dict[str | None, list[str]]] = {}
         for key in sorted(self._reader, key=dot_natural_key):
             name, pattern = rename_source_key(key, renamings, converters, prefix, shapes)
-            if name in shapes:
+            if name in shapes or (pattern is not None and len(by_pattern[pattern].target_patterns) > 1):
                 found.setdefault(name, {}).setdefault(pattern, []).append(key)
         for name, sources in found.items():
             converter = next((by_pattern[pattern] for pattern in sources if pattern is not None), None)
-            taken = self._take(name, sources, converter, shapes[name])
+            if converter is not None and rearranges_rows(converter):
+                keys |= self._rearrange(name, sources, converter, shapes)
+                continue
+            taken = self._take(name, sources, converter, shapes[name]) if name in shapes else None
             if taken is not None:
                 keys[name] = taken
+
+    def _rearrange(
+        self,
+        name: str,
+        sources: Mapping[str | None, list[str]],
+        converter: Any,
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> dict[str, str]:
+        """Join the parameters that `converter` makes of the rows of `sources`; their names in the reader, by name."""
+        stored = {str(p): keys for p, keys in sources.items()}
+        rows = {key: self._reader.info(key).shape for keys in stored.values() for key in keys}
+        joined = {}
+        for target, pieces in rearranged(name, stored, converter, rows, self._backbone).items():
+            if target in shapes:
+                self._reader.join(target, pieces)
+                joined[target] = target
+        return joined
 
     def _take(
         self, name: str, sources: Mapping[str | None, list[str]], converter: Any, shape: tuple[int, ...]
@@ -178,13 +199,19 @@ class CheckpointKeys:
         if operations == _FUSE and len(converter.target_patterns) == 1:
             self._reader.join(name, [piece for part in parts for piece in part])
             return name
-        may_fit = operations == [("Transpose", None)] and converter.operations[0].check_dims
-        if may_fit and self._reader.info(first).shape == shape:
-            return first
+        if [kind for kind, _ in operations] == ["Transpose"] and len(sources) == 1:
+            operation, stored = converter.operations[0], self._reader.info(first).shape
+            if operation.check_dims and stored == shape:
+                return first
+            last = {operation.dim0 % len(stored), operation.dim1 % len(stored)} == {len(stored) - 2, len(stored) - 1}
+            if last and len(stored) == 3:
+                pieces = [Piece(key=first, index=index, transposed=True) for index in range(stored[0])]
+                self._reader.join_stack(name, pieces, stored[0])
+                return name
         steps = ", ".join(map(str, converter.operations))
         self._refused[name] = (
             f"transformers makes it while loading, of {first} and {sum(map(len, sources.values())) - 1} others "
-            f"({steps}); only renaming and stacking are done here. Load it with transformers and save it once with "
-            "`save_pretrained(directory, save_original_format=False)`"
+            f"({steps}); only renaming, stacking and moving rows are done here. Load it with transformers and save it "
+            "once with `save_pretrained(directory, save_original_format=False)`"
         )
         return None

@@ -27,6 +27,7 @@ from lowrank_dist.errors import ModelError
 from lowrank_dist.model.names import ADAPTER as ADAPTER
 from lowrank_dist.model.names import MAGNITUDE, CheckpointKeys
 from lowrank_dist.model.names import plain_name as plain_name
+from lowrank_dist.model.new import is_computed, train_heads
 from lowrank_dist.model.skeleton import build_skeleton, inject_adapter, train_also, untie_embeddings
 from lowrank_dist.model.stacking import stacked_shapes
 from lowrank_dist.model.ties import separate_ties
@@ -130,11 +131,14 @@ class PlannedTensor:
         head under ``modules_to_save``).
     trainable
         Whether it is trained (copies under ``modules_to_save``).
+    rows
+        Its rows if they are more or fewer than those stored (a resized vocabulary); None if they are not.
     """
 
     names: tuple[str, ...]
     key: str | None
     trainable: bool = False
+    rows: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,6 +217,7 @@ def open_plan(
     with group.shared_errors():
         tied = untie_embeddings(backbone) if untie else {}
         if adapter is not None:
+            train_heads(backbone, adapter, CheckpointKeys(backbone, reader, tied))
             inject_adapter(backbone, adapter)
         train_also(backbone, also)
         plan = plan_walk(backbone, reader, tied, limit_rank=limit_rank, encode=encode, trained_whole=trained_whole)
@@ -375,12 +380,26 @@ class _PlanBuilder:
                 continue
             names = tuple(self._names[id(parameter)])
             key = next((found for found in map(self.keys.find, names) if found is not None), None)
-            owner = self.backbone.get_submodule(name.rpartition(".")[0])
-            is_new = key is None and name.startswith(may_be_new) and isinstance(owner, nn.Linear)
-            problem = None if is_new else self.keys.check(name, key, parameter)
+            is_new = key is None and (name.startswith(may_be_new) or is_computed(self.backbone, plain_name(name)))
+            rows = None if key is None else self._changed_rows(name, key, parameter)
+            problem = None if is_new or rows is not None else self.keys.check(name, key, parameter)
             if problem is not None:
                 self.problems.append(problem)
-            self.plan.parameters.append(PlannedTensor(names=names, key=key, trainable=parameter.requires_grad))
+            self.plan.parameters.append(
+                PlannedTensor(names=names, key=key, trainable=parameter.requires_grad, rows=rows)
+            )
+
+    def _changed_rows(self, name: str, key: str, parameter: nn.Parameter) -> int | None:
+        """Rows of an embedding or head whose vocabulary was resized; None if it has as many as are stored."""
+        stored, shape = self.reader.info(key).shape, tuple(parameter.shape)
+        if stored == shape or stored[1:] != shape[1:] or not stored or self.reader.holds_residuals:
+            return None
+        ends = (self.backbone.get_input_embeddings(), self.backbone.get_output_embeddings())
+        owner = plain_name(name).rpartition(".")[0]
+        if owner not in {plain_name(other) for other, module in self.backbone.named_modules() if module in ends}:
+            return None
+        # the configuration says so: resize_token_embeddings sets it
+        return shape[0] if self.backbone.config.get_text_config().vocab_size == shape[0] else None
 
     def persistent_buffers(self) -> None:
         persistent = self.backbone.state_dict(keep_vars=True)

@@ -5,6 +5,7 @@ Nothing is read but the configuration, and nothing is communicated.
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import logging
 import re
@@ -22,11 +23,18 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.other import get_pattern_key
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_dist.errors import ModelError, is_passing
+from lowrank_dist.model.bypassed import bypassed_layers
 from lowrank_dist.model.names import ADAPTER, plain_name
 from lowrank_dist.model.targets import Asked, compare, own_warning_of_patterns
 from lowrank_dist.storage.find_weights import cached_snapshot
@@ -145,6 +153,14 @@ def _check_sizes(config: Record) -> None:
             config.integer(name, low=-(2**31), high=100_000 if many else 2**40)
 
 
+def language_model_class(config: PretrainedConfig) -> Any:
+    """The class of transformers that builds a language model of `config`: with image or sound towers if it has them."""
+    for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        if type(config) in auto_class._model_mapping:
+            return auto_class
+    return AutoModelForCausalLM  # whose error lists the configurations
+
+
 def build_skeleton(directory: Path, config: PretrainedConfig | None = None) -> PreTrainedModel:
     """The transformers model that `config`, or the ``config.json`` of a pretrained model, names; on the meta device.
 
@@ -173,6 +189,24 @@ def build_skeleton(directory: Path, config: PretrainedConfig | None = None) -> P
             f"{directory}/config.json: transformers cannot build a {found[0].__name__} of it ({printable(repr(error))})"
         ) from error
     return backbone
+
+
+def build_buffers_in(backbone: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give floating-point buffers the values that they have in a model built in `dtype`; parameters stay.
+
+    A model is built in the dtype that its configuration names. Some buffers take it (sinusoidal positions, decays of
+    linear attention), others are fp32 whatever it is (rotary frequencies). Stock transformers builds the model in the
+    dtype in which it is loaded.
+    """
+    buffers = {n: b for n, b in backbone.named_buffers() if b.is_floating_point() and b.dtype != dtype}
+    if not buffers or backbone.dtype == dtype:
+        return
+    with meta_parameters():
+        built = type(backbone)._from_config(copy.deepcopy(backbone.config), dtype=dtype)
+    for name, buffer in built.named_buffers():
+        if name in buffers and buffer.dtype == dtype:
+            owner, _, leaf = name.rpartition(".")
+            setattr(backbone.get_submodule(owner), leaf, buffer)
 
 
 def untie_embeddings(backbone: PreTrainedModel) -> dict[str, str]:
@@ -304,6 +338,7 @@ def inject_adapter(backbone: PreTrainedModel, adapter: LoraConfig) -> None:
         raise ModelError(f"LoraConfig.bias={printable(adapter.bias)!r} must be one of {', '.join(_BIASES)}")
     backbone.requires_grad_(False)
     asked = Asked.by(adapter)
+    bypassed = bypassed_layers(backbone)
     if isinstance(adapter.target_modules, str) and adapter.target_modules.lower() == "all-linear":
         _exclude(backbone, adapter)
     adapter.inference_mode = False  # saved configurations set it, and modules_to_save would silently stay frozen
@@ -316,14 +351,36 @@ def inject_adapter(backbone: PreTrainedModel, adapter: LoraConfig) -> None:
             f"{error} {named_linears(backbone)}"
         ) from error
     compare(backbone, adapter, asked)
+    _check_bypassed(backbone, bypassed)
+
+
+def _check_bypassed(backbone: PreTrainedModel, bypassed: dict[str, bool]) -> None:
+    """Raise ModelError for adapted layers that the model multiplies by itself, and warn of those of fused kernels."""
+    adapted = {plain_name(name) for name, module in backbone.named_modules() if isinstance(module, BaseTunerLayer)}
+    never = sorted(name for name in adapted if bypassed.get(name))
+    if never:
+        raise ModelError(
+            f"{type(backbone).__name__} multiplies by the weight of {never[0]} without calling the layer, so that an "
+            "adapter would have no effect on it; drop it from target_modules"
+        )
+    sometimes = sorted(adapted.intersection(bypassed))
+    if sometimes and (not dist.is_initialized() or dist.get_rank() == 0):
+        log.warning(
+            "%s passes over %s in its fused kernels, where the adapter would have no effect: do not use them here",
+            type(backbone).__name__,
+            ", ".join(sorted({name.rpartition(".")[2] for name in sometimes})),
+        )
 
 
 def _exclude(backbone: PreTrainedModel, adapter: LoraConfig) -> None:
     """Add the linear layers that ``all-linear`` cannot mean to ``exclude_modules``, where stock PEFT finds them too.
 
-    These are layers whose short side is below the rank (gates of shared experts), and those of a class with a forward
-    of its own (routers of Llama 4 and PhiMoE), which PEFT's layer would not call.
+    These are layers whose short side is below the rank (gates of shared experts), those of a class with a forward of
+    its own (routers of Llama 4 and PhiMoE), which PEFT's layer would not call, those whose weights the model uses
+    without calling them (`lowrank_dist.model.bypassed`), and those that share their weight with another parameter.
     """
+    bypassed = bypassed_layers(backbone)
+    uses = Counter(id(p) for _, p in backbone.named_parameters(remove_duplicate=False))
     others = {*(adapter.modules_to_save or ()), *(SEQ_CLS_HEAD_NAMES if adapter.task_type == TaskType.SEQ_CLS else ())}
     head = backbone.get_output_embeddings()
     reasons: dict[str, str] = {}
@@ -335,6 +392,10 @@ def _exclude(backbone: PreTrainedModel, adapter: LoraConfig) -> None:
         rank = adapter.rank_pattern.get(get_pattern_key(adapter.rank_pattern, name), adapter.r)
         if isinstance(layer, nn.Linear) and type(layer).forward is not nn.Linear.forward:
             reasons[name] = f"a {type(layer).__name__}, with a forward of its own"
+        elif name in bypassed:
+            reasons[name] = "the model uses its weight without calling it, where an adapter has no effect"
+        elif uses[id(layer.weight)] > 1:
+            reasons[name] = "its weight is tied to another parameter"
         elif min(layer.weight.shape) < rank:
             reasons[name] = f"{' x '.join(map(str, layer.weight.shape))}, of less than rank {rank}"
         else:

@@ -21,7 +21,7 @@ from lowrank_dist._version import __version__
 from lowrank_dist.decomposition.report import MatrixReport
 from lowrank_dist.decomposition.walk import DecomposedMatrix, Walk
 from lowrank_dist.distributed.partition import FlatPartition
-from lowrank_dist.errors import CheckpointError
+from lowrank_dist.errors import CheckpointError, ModelError
 from lowrank_dist.linalg import full_fp32
 from lowrank_dist.model.names import plain_name
 from lowrank_dist.model.plan import Plan, PlannedMatrix
@@ -113,7 +113,15 @@ class ResidualModelWriter:
         self._pending: list[MatrixReport] = []
         self._error: Exception | None = None
         # a 4-bit residual has tensors of its own, a dense one takes the place of the stored weight
-        adapted = {piece.key for planned in plan.matrices for piece in walk.reader.pieces(planned.key)}
+        pieces = [piece for planned in plan.matrices for piece in walk.reader.pieces(planned.key)]
+        apart = next((piece.key for piece in pieces if not piece.is_ordinary), None)
+        if apart is not None:
+            raise ModelError(
+                f"{apart} is stored fused or transposed and taken apart when loaded, which a residual model on disk "
+                "cannot be; leave init_cache out, or load the pretrained model with transformers and save it once with "
+                "`save_pretrained(directory, save_original_format=False)`"
+            )
+        adapted = {piece.key for piece in pieces}
         self._others = [name for name in self.reader if name not in adapted]
         dense = list(self.reader) if self.residual.exact else self._others
         root = {name: FileTensor(shape=self.reader.info(name).shape, dtype=self._dtype(name)) for name in dense}

@@ -64,10 +64,30 @@ class TensorInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """A stored matrix: tensor `key`, or entry `index` of its first dimension."""
+    """A stored tensor, or a part of it, that is joined to others along the first dimension.
+
+    Attributes
+    ----------
+    key
+        The stored tensor.
+    index
+        Entry of its first dimension, if the piece is a matrix of a stack.
+    start, stop
+        Rows of the first dimension, if it is not the whole tensor.
+    transposed
+        Whether the entry is joined transposed.
+    """
 
     key: str
     index: int | None = None
+    start: int = 0
+    stop: int | None = None
+    transposed: bool = False
+
+    @property
+    def is_ordinary(self) -> bool:
+        """Whether the piece is a stored tensor, or an entry of it, as it is."""
+        return self.start == 0 and self.stop is None and not self.transposed
 
 
 class CheckpointReader:
@@ -176,7 +196,7 @@ class CheckpointReader:
         return sum(self.stored(name).nbytes for name in self._file_of)
 
     def join(self, name: str, pieces: Sequence[Piece]) -> None:
-        """Define the tensor `name` as `pieces`, matrices stacked along their rows.
+        """Define the tensor `name` as `pieces`, stacked along their first dimension.
 
         A joined tensor is read like any other, but counts neither among the names nor in the bytes of the reader.
 
@@ -186,17 +206,29 @@ class CheckpointReader:
             If the pieces differ in width or dtype.
         """
         infos = [self.stored(piece.key) for piece in pieces]
-        shapes = [info.shape[0 if piece.index is None else 1 :] for piece, info in zip(pieces, infos, strict=True)]
+        shapes = [self._shape(piece) for piece in pieces]
         for piece, info, shape in zip(pieces, infos, shapes, strict=True):
-            if len(shape) != 2 or shape[1] != shapes[0][1] or info.dtype != infos[0].dtype:
+            if not shape or shape[1:] != shapes[0][1:] or info.dtype != infos[0].dtype:
                 raise CheckpointError(
                     f"{name}: {piece.key} {list(shape)} {info.dtype} does not go with {pieces[0].key} "
                     f"{list(shapes[0])} {infos[0].dtype}; fetch the model again"
                 )
         rows = sum(shape[0] for shape in shapes)
-        nbytes = sum(i.nbytes // (1 if p.index is None else i.shape[0]) for p, i in zip(pieces, infos, strict=True))
+        nbytes = sum(
+            info.nbytes * math.prod(shape) // max(1, math.prod(info.shape))
+            for info, shape in zip(infos, shapes, strict=True)
+        )
         self._joined[name] = tuple(pieces)
-        self._info[name] = TensorInfo(shape=(rows, shapes[0][1]), dtype=infos[0].dtype, nbytes=nbytes)
+        self._info[name] = TensorInfo(shape=(rows, *shapes[0][1:]), dtype=infos[0].dtype, nbytes=nbytes)
+
+    def _shape(self, piece: Piece) -> tuple[int, ...]:
+        """Shape of a piece."""
+        shape = self.stored(piece.key).shape[0 if piece.index is None else 1 :]
+        if piece.transposed:
+            return shape[::-1]
+        return (
+            shape if piece.is_ordinary else ((shape[0] if piece.stop is None else piece.stop) - piece.start, *shape[1:])
+        )
 
     def join_stack(self, name: str, pieces: Sequence[Piece], depth: int) -> None:
         """Like `join`, for a ``[depth, rows, columns]`` tensor: as many pieces for every entry of its first dimension.
@@ -208,7 +240,7 @@ class CheckpointReader:
         """
         self.join(name, pieces)
         info, each = self._info[name], len(pieces) // depth
-        heights = [self.stored(piece.key).shape[0] for piece in pieces]
+        heights = [self._shape(piece)[0] for piece in pieces]
         if len(pieces) % depth or heights != heights[:each] * depth:
             raise CheckpointError(f"{name}: {len(pieces)} tensors do not make {depth} equal ones; fetch them again")
         shape = (depth, info.shape[0] // depth, info.shape[1])
@@ -315,12 +347,17 @@ class CheckpointReader:
     def _flat_of_pieces(self, name: str, start: int, stop: int) -> Tensor:
         parts = []
         for piece, low, high in self._within_pieces(name, start, stop):
-            if piece.index is None:
-                parts.append(self.flat(piece.key, low, high))
+            shape = self._shape(piece)
+            width = math.prod(shape[1:])
+            if piece.index is None and not piece.transposed:
+                parts.append(self.flat(piece.key, piece.start * width + low, piece.start * width + high))
                 continue
-            width = self.stored(piece.key).shape[-1]
             top, bottom = low // width, -(-high // width)
-            rows = self._load(piece.key, top, bottom, piece.index)
+            if piece.transposed:
+                entry = () if piece.index is None else (piece.index,)
+                rows = self.part(piece.key, *entry, slice(None), slice(top, bottom)).mT
+            else:
+                rows = self._load(piece.key, piece.start + top, piece.start + bottom, piece.index)
             parts.append(rows.reshape(-1)[low - top * width : high - top * width])
             self._count(piece.key, parts[-1])
         empty = torch.empty(0, dtype=DTYPES.get(self.stored(name).dtype, torch.float32))
@@ -330,7 +367,7 @@ class CheckpointReader:
         """The pieces that elements ``start:stop`` of `name` lie in, and from where to where in each."""
         first = 0
         for piece in self.pieces(name):
-            numel = torch.Size(self.stored(piece.key).shape[0 if piece.index is None else 1 :]).numel()
+            numel = math.prod(self._shape(piece))
             low, high = max(start - first, 0), min(stop - first, numel)
             first += numel
             if low < high:
@@ -339,9 +376,9 @@ class CheckpointReader:
     def places(self, name: str, start: int, stop: int) -> Iterator[tuple[str, int, int]]:
         """Where elements ``start:stop`` of `name` lie in the files: tensor, first element there, how many; in order."""
         for piece, low, high in self._within_pieces(name, start, stop):
-            before = 0
+            before = piece.start * math.prod(self._shape(piece)[1:])
             if piece.index is not None:
-                before = piece.index * torch.Size(self.stored(piece.key).shape[1:]).numel()
+                before += piece.index * torch.Size(self.stored(piece.key).shape[1:]).numel()
             yield piece.key, before + low, high - low
 
     def close(self) -> None:

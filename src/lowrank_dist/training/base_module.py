@@ -12,10 +12,11 @@ import transformers
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from lowrank_dist.errors import InputError
 from lowrank_dist.methods import Method
-from lowrank_dist.model.skeleton import read_config
+from lowrank_dist.model.skeleton import language_model_class, read_config
 from lowrank_dist.training.optim import build_optimizer, check_optimizer, optimizer_class
 from lowrank_dist.training.packed_examples import PackedExamples
 from lowrank_dist.training.parameter_groups import parameter_groups
@@ -187,7 +188,6 @@ class TransformersModule(L.LightningModule):
         """
         if self.model is not None:
             return
-        auto_class: Any = getattr(transformers, self.auto_class)
         attention = {} if self.attn_implementation is None else {"attn_implementation": self.attn_implementation}
         if getattr(self.trainer.strategy, "materializes_weights", False):
             if self.gradient_checkpointing:
@@ -199,16 +199,23 @@ class TransformersModule(L.LightningModule):
             config = read_config(self.pretrained, revision=revision_of(self.pretrained))
             for name, value in self._config_options().items():
                 setattr(config, name, value)
-            model = auto_class.from_config(config, **attention)
+            model = self._class_for(config).from_config(config, **attention)
         else:
             dtype = _LOAD_DTYPES.get(str(self.trainer.precision), torch.float32)
-            model = auto_class.from_pretrained(self.pretrained, dtype=dtype, **attention, **self._config_options())
+            kind = self._class_for(read_config(self.pretrained))
+            model = kind.from_pretrained(self.pretrained, dtype=dtype, **attention, **self._config_options())
             model.train()  # from_pretrained returns evaluation mode, which Lightning would keep
             if self.gradient_checkpointing:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             PackedExamples(model)
         self._check_tokens(model)
         self.model = model
+
+    def _class_for(self, config: PretrainedConfig) -> Any:
+        """The class that builds the model: `auto_class`, or one with towers where only that knows the configuration."""
+        if self.auto_class == "AutoModelForCausalLM":
+            return language_model_class(config)
+        return getattr(transformers, self.auto_class)
 
     def _check_tokens(self, model: Any) -> None:
         """Raise InputError if the data have tokens without an embedding, rather than at the batch that has one."""

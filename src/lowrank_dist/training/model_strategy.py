@@ -12,7 +12,7 @@ from typing import Any, Literal
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from peft import AdaLoraConfig, PeftConfig
 from torch import nn
 from transformers import PreTrainedModel
@@ -33,7 +33,7 @@ from lowrank_dist.initialization.step_zero import StepZero
 from lowrank_dist.initialization.trainable import Computation
 from lowrank_dist.layers.adapted import FoldAdapters
 from lowrank_dist.methods import Method
-from lowrank_dist.model.skeleton import find_backbone
+from lowrank_dist.model.skeleton import build_buffers_in, find_backbone
 from lowrank_dist.quantization.nf4 import NF4
 from lowrank_dist.storage.dtypes import PRECISIONS
 from lowrank_dist.storage.layout import LORA_DIR
@@ -41,6 +41,7 @@ from lowrank_dist.storage.source import WeightSource
 from lowrank_dist.training.calibration_batches import calibration_pass
 from lowrank_dist.training.checkpointing import CheckpointedStrategy
 from lowrank_dist.training.packed_examples import PackedExamples
+from lowrank_dist.training.same_inputs import SameInputs
 from lowrank_dist.training.sharding import run_spec, smallest_group
 from lowrank_dist.training.stopping import add_to
 from lowrank_dist.tuners.adalora.schedule import objection_to_steps
@@ -79,7 +80,7 @@ class ModelStrategy(CheckpointedStrategy):
     revision: str | None
     adapter_revision: str | None
     untie_embeddings: bool
-    gradient_checkpointing: bool
+    gradient_checkpointing: bool | None
     use_reentrant: bool
     keep_decoded: bool
     fp32_norms: bool
@@ -152,6 +153,9 @@ class ModelStrategy(CheckpointedStrategy):
             self._check_schedule(steps)
             resume = None if self._resumed is None else earlier_run(self._resumed)
             name, backbone = find_backbone(module)
+            checkpointing = self._recomputes(backbone)
+            if precision == "bf16-true":
+                build_buffers_in(backbone, compute_dtype)
         keeps_step_zero = bool(getattr(module, "keeps_step_zero", False))
         built = build_model(
             self.recipe,
@@ -161,7 +165,7 @@ class ModelStrategy(CheckpointedStrategy):
             factor_dtype=factor_dtype,
             fp32_norms=self.fp32_norms,
             computation=Computation(
-                gradient_checkpointing=self.gradient_checkpointing,
+                gradient_checkpointing=checkpointing,
                 use_reentrant=self.use_reentrant,
                 keep_decoded=self.keep_decoded,
                 fold_adapters=self.fold_adapters,
@@ -169,7 +173,7 @@ class ModelStrategy(CheckpointedStrategy):
                 experts_at_a_time=self.experts_at_a_time,
                 autocast=autocast,
             ),
-            copies=self._copies_of_frozen,
+            copies=partial(self._copies_of_frozen, gradient_checkpointing=checkpointing),
             sharding=Sharding(
                 ranks_per_matrix=self.ranks_per_matrix, ranks_per_node=max(1, group.size // self.num_nodes)
             ),
@@ -206,7 +210,14 @@ class ModelStrategy(CheckpointedStrategy):
                 allocation=built.allocation,
             )
         )
+        if any(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) for m in backbone.modules()):
+            rank_zero_warn(
+                f"{type(backbone).__name__} has batch normalisation, whose running statistics move in training, "
+                "differently on every rank, and are in no adapter file; put these layers into evaluation mode in "
+                "on_train_epoch_start"
+            )
         PackedExamples(backbone, group)
+        SameInputs(backbone, group)
         module.strict_loading = False  # checkpoints hold the trained parameters only
         self._gathers_with(partitioner, built.root, self.live_layers)
 
@@ -290,7 +301,19 @@ class ModelStrategy(CheckpointedStrategy):
         if reason is not None:
             raise InputError(reason)
 
-    def _copies_of_frozen(self, opened: OpenedModel) -> int:
+    def _recomputes(self, backbone: PreTrainedModel) -> bool:
+        """Whether activations are recomputed: as asked for, or else if `backbone` can."""
+        if self.gradient_checkpointing is not None or backbone.supports_gradient_checkpointing:
+            return self.gradient_checkpointing is not False
+        if self.compile_layers is not None:
+            raise ModelError(
+                f"{type(backbone).__name__} does not support gradient checkpointing, which compile_layers="
+                f"{self.compile_layers!r} needs; leave compile_layers out"
+            )
+        rank_zero_info(f"{type(backbone).__name__} does not support gradient checkpointing: all activations are kept")
+        return False
+
+    def _copies_of_frozen(self, opened: OpenedModel, gradient_checkpointing: bool) -> int:
         """Number of copies of the frozen parameters. Collective, unless ``"rank"`` or ``"world"`` was chosen."""
         within = self.shard_within
         if within == "auto":
@@ -300,7 +323,7 @@ class ModelStrategy(CheckpointedStrategy):
                 self,
                 compute_dtype=compute_dtype,
                 factor_dtype=factor_dtype,
-                gradient_checkpointing=self.gradient_checkpointing,
+                gradient_checkpointing=gradient_checkpointing,
                 keep_decoded=self.keep_decoded or self.compile_layers is not None,
                 live_layers=self.live_layers,
                 fp32_norms=self.fp32_norms,

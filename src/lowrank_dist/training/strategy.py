@@ -79,7 +79,8 @@ class PiSSAStrategy(ModelStrategy):
         Give a head that is tied to the input embedding its own weight, so that either can be a target. Both are read
         from the same pretrained tensor, which then counts twice in ``init_report.bytes_read``.
     gradient_checkpointing
-        Recompute activations layer by layer in backward.
+        Recompute activations layer by layer in backward. None: where the model offers it, and one line says so where it
+        does not.
     use_reentrant
         Use the reentrant variant of gradient checkpointing.
     keep_decoded
@@ -181,7 +182,7 @@ class PiSSAStrategy(ModelStrategy):
         revision: str | None = None,
         adapter_revision: str | None = None,
         untie_embeddings: bool = False,
-        gradient_checkpointing: bool = True,
+        gradient_checkpointing: bool | None = None,
         use_reentrant: bool = False,
         keep_decoded: bool = True,
         fp32_norms: bool = False,
@@ -208,7 +209,7 @@ class PiSSAStrategy(ModelStrategy):
             raise ValueError(
                 f"PiSSAStrategy: fold_adapters={fold_adapters!r} is none of {', '.join(get_args(FoldAdapters))}"
             )
-        if compile_layers is not None and not gradient_checkpointing:
+        if compile_layers is not None and gradient_checkpointing is False:
             raise ValueError(
                 f"PiSSAStrategy: compile_layers={compile_layers!r} needs gradient_checkpointing=True: compiled layers "
                 "would keep decoded weights of the whole model until their backward"
@@ -236,7 +237,7 @@ class PiSSAStrategy(ModelStrategy):
                 f"and tokenizer, but {self.pretrained} is a source of weights alone; leave init_cache out"
             )
         if isinstance(adapter, PeftConfig) and is_for_peft(adapter, init):
-            reason = objection(adapter, gradient_checkpointing=gradient_checkpointing)
+            reason = objection(adapter, gradient_checkpointing=gradient_checkpointing is not False)
             if reason is not None:
                 raise ValueError(f"PiSSAStrategy: adapter is a {type(adapter).__name__}: {reason}")
         if encode not in (None, *get_args(Encode)):

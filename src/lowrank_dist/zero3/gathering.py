@@ -16,25 +16,38 @@ Parameters that one rank holds alone are not gathered at all; their data is thei
 holds all frozen parameters, trained ones are gathered once a step and stay until the optimizer changes them: then no
 layer waits for a collective in the batches that follow, and adapters are small beside what the rank holds already.
 
+Some models use the parameters of a module without calling it: they multiply by an embedding's weight, or look positions
+up by a method of their own. Outside the decoder layers, such a use gathers the module's unit too, which then stays
+until the next call of the model. A layer that runs several times in one call (ALBERT's are shared) keeps its gradients
+until the backward ends.
+
 All ranks must run the same units in the same order, as with DeepSpeed.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import InputError
 from lowrank_dist.zero3.backward import in_backward
 from lowrank_dist.zero3.packs import Pack, packed
-from lowrank_dist.zero3.partition import Partitioner, local_shard, repeated_layers, set_empty, set_whole
+from lowrank_dist.zero3.partition import (
+    Partitioner,
+    is_gathered,
+    local_shard,
+    repeated_layers,
+    set_empty,
+    set_whole,
+)
 from lowrank_dist.zero3.reduction import LayerReduction
 from lowrank_dist.zero3.units import Unit, units_of
 
@@ -109,6 +122,9 @@ class Gathering:
         self._taken: list[int] = []  # units in the order in which this step gathered them
         self._callback_queued = False
         self._reduced: set[int] = set()  # units whose gradients this backward has brought together
+        self._ran: set[int] = set()  # units that have run in this call of the root
+        self._repeated: set[int] = set()  # units that run more than once in a call
+        self._used_from_outside: set[int] = set()
 
     # -- set-up -------------------------------------------------------------------------------------------------
 
@@ -128,6 +144,9 @@ class Gathering:
             if packs or trained:
                 self._stages.append(_Stage(packs, all(pack.lasts for pack in packs), trained))
                 self._watch(len(self._stages) - 1, unit.module)
+                if packs and unit.module not in layers:
+                    for member in unit.members:
+                        member._parameters = _Watched(member._parameters, self, len(self._stages) - 1)
         if self._reduction is not None:
             inside = dict.fromkeys(p for unit in units if unit.module in layers for p in unit.parameters)
             self._reduction.at_the_end = [p for p in inside if p.requires_grad and uses[p] > 1]
@@ -142,6 +161,9 @@ class Gathering:
             self._release(index)
         for parameter in self._resident:
             set_empty(parameter)
+        for module in self._root.modules():
+            if isinstance(module._parameters, _Watched):
+                module._parameters = dict(module._parameters)
         self._hooks, self._stages, self._resident = [], [], []
 
     def _packs(self, unit: Unit, uses: Counter[nn.Parameter], shared: dict[nn.Parameter, Pack]) -> Iterator[Pack]:
@@ -196,16 +218,18 @@ class Gathering:
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             self._acquire(index)
-            if stage.lasts and not stage.trained:
+            if (stage.lasts and not stage.trained) or not torch.is_grad_enabled():
                 return None
+            if not in_backward():
+                self._count(index)
             tensors = [value for value in (*args, *kwargs.values()) if _wants_gradient(value)]
-            if not tensors or not torch.is_grad_enabled():
-                return None
-            passed = iter(_AfterBackward.apply(self, index, *tensors))
-            return (
-                tuple(next(passed) if _wants_gradient(value) else value for value in args),
-                {name: next(passed) if _wants_gradient(value) else value for name, value in kwargs.items()},
-            )
+            if tensors:
+                passed = iter(_AfterBackward.apply(self, index, *tensors))
+                return (
+                    tuple(next(passed) if _wants_gradient(value) else value for value in args),
+                    {name: next(passed) if _wants_gradient(value) else value for name, value in kwargs.items()},
+                )
+            return self._nested(index, args, kwargs) if stage.trained else None
 
         def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if stage.lasts and not stage.trained:
@@ -219,7 +243,7 @@ class Gathering:
                         tensor.register_hook(lambda _: self._before_backward(index))
             if self._training and self._next(1) == [index]:
                 stage.kept = True
-            elif not stage.lasts:
+            elif not stage.lasts and index not in self._used_from_outside:
                 self._release(index)
 
         self._hooks += [
@@ -244,6 +268,42 @@ class Gathering:
             for hook in hooks:
                 hook.remove()
 
+    def _nested(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The inputs of a layer whose backward is to be noticed although no argument itself wants a gradient.
+
+        Tensors inside of tuples may; otherwise the first floating-point tensor is made to (the first layer of a tower
+        whose embedding is not known).
+        """
+        leaves, structure = tree_flatten((args, kwargs))
+        places = [place for place, value in enumerate(leaves) if _wants_gradient(value)]
+        if not places:
+            places = [i for i, value in enumerate(leaves) if isinstance(value, Tensor) and value.is_floating_point()][
+                :1
+            ]
+            for place in places:
+                leaves[place] = leaves[place].detach().requires_grad_()
+        if not places:
+            return None
+        passed = _AfterBackward.apply(self, index, *(leaves[place] for place in places))
+        for place, value in zip(places, passed, strict=True):
+            leaves[place] = value
+        return tree_unflatten(leaves, structure)
+
+    def _count(self, index: int) -> None:
+        """Note that a unit runs; gradients of one that runs more than once in a call are complete at the end."""
+        if index not in self._ran:
+            self._ran.add(index)
+        elif index not in self._repeated:
+            self._repeated.add(index)
+            if self._reduction is not None:
+                self._reduction.at_the_end = [*self._reduction.at_the_end, *self._stages[index].trained]
+
+    def use_from_outside(self, index: int) -> None:
+        """Gather a unit because a parameter of it is used outside of its forward, until the next call of the root."""
+        if self._depth > 0 and not self._stages[index].held:
+            self._used_from_outside.add(index)
+            self._acquire(index)
+
     # -- a step -------------------------------------------------------------------------------------------------
 
     def _begins(self, *_: Any) -> None:
@@ -256,6 +316,7 @@ class Gathering:
         self._training = torch.is_grad_enabled()
         self._order, self._taken = self._orders[self._training], []
         self._callback_queued = False
+        self._ran.clear()
         for index, stage in enumerate(self._stages):
             if (stage.held or stage.pending) and not stage.lasts:
                 self._release(index)
@@ -314,7 +375,7 @@ class Gathering:
             If it is the unit's second in one backward: its gradients would overwrite those of the first.
         """
         stage = self._stages[index]
-        if index in self._reduced and stage.trained:
+        if index in self._reduced and stage.trained and index not in self._repeated:
             raise InputError(
                 "a decoder layer ran twice before one backward, and its gradients are reduced after the first time: "
                 "pass both batches through the model at once (concatenated), or call manual_backward after each "
@@ -327,9 +388,9 @@ class Gathering:
     def after_backward(self, index: int) -> None:
         """Called when the backward of a unit is done."""
         self._reduced.add(index)
-        if self._reduction is not None and self._stages[index].trained:
+        if self._reduction is not None and self._stages[index].trained and index not in self._repeated:
             self._reduction.take(self._stages[index].trained)
-        if not self._stages[index].lasts:
+        if not self._stages[index].lasts and index not in self._used_from_outside:
             self._release(index)
 
     def _keep_until_backward(self, index: int) -> None:
@@ -342,8 +403,22 @@ class Gathering:
         """Release the units without an input that has a gradient: nothing else tells that their backward is done."""
         self._callback_queued = False
         for index, stage in enumerate(self._stages):
-            if stage.in_backward:
+            if stage.in_backward and index not in self._used_from_outside:
                 self._release(index)
+
+
+class _Watched(dict[str, nn.Parameter | None]):
+    """The parameters of a module outside the decoder layers; whoever asks for one by name gets it gathered."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter | None], gathering: Gathering, index: int) -> None:
+        super().__init__(parameters)
+        self._gathering, self._index = gathering, index
+
+    def __getitem__(self, name: str) -> nn.Parameter | None:
+        parameter = super().__getitem__(name)
+        if parameter is not None and not is_gathered(parameter):
+            self._gathering.use_from_outside(self._index)
+        return parameter
 
 
 class _AfterBackward(torch.autograd.Function):

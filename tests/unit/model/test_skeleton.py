@@ -254,15 +254,15 @@ def test_experts_that_do_not_fit(tmp_path: Path) -> None:
     refused(base, "model.layers.0.mlp.experts.gate_up_proj [4, 80, 64]", target_modules=["q_proj"])
 
 
-def test_conversions_that_are_more_than_stacking(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    chunk = WeightConverter("self_attn.q_proj.weight", ["self_attn.a.weight", "self_attn.b.weight"], [Chunk(dim=0)])
+def test_conversions_that_take_columns_apart(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chunk = WeightConverter("self_attn.q_proj.weight", ["self_attn.a.weight", "self_attn.b.weight"], [Chunk(dim=1)])
     monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda *_, **__: [chunk])
     model = skeleton(llama)
     with meta_parameters():
         for layer in model.model.layers:
-            layer.self_attn.a, layer.self_attn.b = nn.Linear(64, 32, bias=False), nn.Linear(64, 32, bias=False)
+            layer.self_attn.a, layer.self_attn.b = nn.Linear(32, 64, bias=False), nn.Linear(32, 64, bias=False)
             del layer.self_attn.q_proj
     text = (
-        "model.layers.0.self_attn.a.weight [32, 64]: transformers makes it while loading, of model.layers.0.self_attn"
+        "model.layers.0.self_attn.a.weight [64, 32]: transformers makes it while loading, of model.layers.0.self_attn"
     )
-    refused(llama, text, "Chunk(dim=0", "save_original_format=False", model=model, target_modules=["v_proj"])
+    refused(llama, text, "Chunk(dim=1", "save_original_format=False", model=model, target_modules=["v_proj"])

@@ -152,7 +152,7 @@ def _job(settings: Any, strategy: Any) -> RunSpec:
         options |= {
             "init": strategy.init or PiSSA(),
             "residual": strategy.quantization or Dense(dtype=compute_dtype),
-            "gradient_checkpointing": strategy.gradient_checkpointing,
+            "gradient_checkpointing": strategy.gradient_checkpointing is not False,
             "keep_decoded": strategy.keep_decoded or strategy.compile_layers is not None,
             "live_layers": strategy.live_layers,
             "fp32_norms": strategy.fp32_norms,
