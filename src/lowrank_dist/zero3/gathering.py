@@ -122,7 +122,7 @@ class Gathering:
         self._taken: list[int] = []  # units in the order in which this step gathered them
         self._callback_queued = False
         self._reduced: set[int] = set()  # units whose gradients this backward has brought together
-        self._ran: set[int] = set()  # units that have run in this call of the root
+        self._ran: set[int] = set()  # units that have run in this call of the model
         self._repeated: set[int] = set()  # units that run more than once in a call
         self._used_from_outside: set[int] = set()
 
@@ -134,6 +134,8 @@ class Gathering:
             self._root.register_forward_pre_hook(self._begins),
             self._root.register_forward_hook(self._ends, always_call=True),
         ]
+        # a layer may run again within a call of the model, not in a second call before the backward
+        self._hooks += [m.register_forward_pre_hook(lambda *_: self._ran.clear()) for m in self._root.children()]
         units, layers = units_of(self._root), set(repeated_layers(self._root))
         uses = Counter(parameter for unit in units for parameter in unit.parameters)
         shared: dict[nn.Parameter, Pack] = {}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers.models import save_checkpoint
-from helpers.ranks import alone, run_ranks
+from helpers.ranks import alone, run_ranks, run_ranks_catching
 from helpers.traffic import Traffic
 from helpers.training import CausalLM, dense_state, loader, make_strategy, make_trainer, tokens
 from lowrank_dist import LoRA
@@ -206,9 +206,10 @@ def test_inference_mode_leaves_nothing_behind(deep: Path, checkpointing: str, wi
 
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
-def test_every_gradient_of_two_forwards_before_one_backward(deep: Path, checkpointing: str, world_size: int) -> None:
-    """DeepSpeed would overwrite the gradients of the first; here they are reduced when the backward ends."""
-    run_ranks(world_size, check_every_gradient, deep, 3, CHECKPOINTING[checkpointing], Twice)
+def test_two_forwards_before_one_backward_are_refused(deep: Path, checkpointing: str, world_size: int) -> None:
+    """DeepSpeed would overwrite the gradients of the first, or fail with an error that does not say so."""
+    for _, error in run_ranks_catching(world_size, check_every_gradient, deep, 3, CHECKPOINTING[checkpointing], Twice):
+        assert "a decoder layer ran twice before one backward" in str(error)
 
 
 class Watch(Callback):
