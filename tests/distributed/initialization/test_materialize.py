@@ -174,8 +174,12 @@ def train_with_stock_peft(base: Path, case: Case, initial: Path) -> list[float]:
     model = original(base, case)
     if "untie_embeddings" in case.options:
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    config = adapter_of(case)
+    if config.target_modules == "all-linear":  # of which routers are left out, as the saved configuration says
+        config = LoraConfig.from_pretrained(initial)
+        config.inference_mode = False
     with expected_warnings():
-        model = get_peft_model(model, adapter_of(case))
+        model = get_peft_model(model, config)
     factors = load_file(initial / "adapter_model.safetensors")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
