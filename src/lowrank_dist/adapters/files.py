@@ -104,8 +104,8 @@ def _check_entries(values: Record, kind: type[PeftConfig]) -> None:
     """Raise CheckpointError if an entry has a type that PEFT does not declare, or could make it hang."""
     hints = get_type_hints(kind)
     for name, value in values.items():
-        if name in hints:
-            values.expect(name, partial(_fits, hint=hints[name]), "of the type that PEFT declares", None)
+        if name in hints and (value is not None or hints[name] in (int, float)):  # null stands for any other default
+            values.expect(name, partial(_fits, hint=hints[name]), "of the type that PEFT declares")
         if isinstance(value, list | dict) and len(value) > _MOST:
             raise values.wrong(name, f"at most {_MOST} elements")
     values.integer("r", 1, low=1 if "lora_alpha" in hints else 0, high=2**20)  # 0: not used by that type
