@@ -346,6 +346,9 @@ CANARIES: dict[tuple[str, str], Callable[..., object]] = {
     ("deepspeed", "engine._start_timers"): of_engine("engine", "_start_timers"),
     ("deepspeed", "engine._stop_timers"): of_engine("engine", "_stop_timers"),
     ("deepspeed", "engine.engine_timers"): of_engine("engine", "engine_timers"),
+    ("deepspeed", "InsertPostInitMethodToModuleSubClasses.linear_bk"): there(
+        "deepspeed.runtime.zero.partition_parameters:InsertPostInitMethodToModuleSubClasses.linear_bk"
+    ),
     ("deepspeed", "module._original_parameters"): of_engine("module", "_original_parameters"),
     ("deepspeed", "engine.basic_optimizer"): of_engine("engine", "basic_optimizer"),
     ("deepspeed", "engine.global_steps"): of_engine("engine", "global_steps"),
