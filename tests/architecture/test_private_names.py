@@ -346,8 +346,13 @@ CANARIES: dict[tuple[str, str], Callable[..., object]] = {
     ("deepspeed", "engine._start_timers"): of_engine("engine", "_start_timers"),
     ("deepspeed", "engine._stop_timers"): of_engine("engine", "_stop_timers"),
     ("deepspeed", "engine.engine_timers"): of_engine("engine", "engine_timers"),
-    ("deepspeed", "InsertPostInitMethodToModuleSubClasses.linear_bk"): there(
-        "deepspeed.runtime.zero.partition_parameters:InsertPostInitMethodToModuleSubClasses.linear_bk"
+    # set where DeepSpeed replaces F.linear
+    ("deepspeed", "InsertPostInitMethodToModuleSubClasses.linear_bk"): check_that(
+        lambda: (
+            "InsertPostInitMethodToModuleSubClasses.linear_bk = torch.nn.functional.linear"
+            in inspect.getsource(at("deepspeed.runtime.zero.partition_parameters"))
+        ),
+        "DeepSpeed does not keep the F.linear that it replaces",
     ),
     ("deepspeed", "module._original_parameters"): of_engine("module", "_original_parameters"),
     ("deepspeed", "engine.basic_optimizer"): of_engine("engine", "basic_optimizer"),
