@@ -2,8 +2,8 @@
 
     python examples/tiny.py && python examples/sweep.py
 
-``lowrank-dist submit --sweep rank=8,16 --sweep lr=1e-4,1e-3`` makes jobs of the same, on a cluster or on one machine, and
-``lowrank-dist compare`` a table of them.
+``lowrank-dist submit --sweep rank=8,16 --sweep lr=1e-4,1e-3`` makes jobs of the same, on a cluster or on one machine,
+and ``lowrank-dist compare`` a table of them.
 """
 
 from __future__ import annotations
