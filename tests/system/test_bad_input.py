@@ -15,9 +15,8 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from helpers.models import save_checkpoint
 from helpers.ranks import run_ranks_catching
 from helpers.training import CausalLM, loader, make_strategy, make_trainer
 from lowrank_dist import NF4, AdapterCheckpoint, PiSSA
@@ -168,18 +167,6 @@ def test_embedding_target(llama: Path, tmp_path: Path) -> None:
 )
 def test_unsupported_adapter_options(llama: Path, tmp_path: Path, adapter: dict[str, Any], text: str) -> None:
     refused(llama, tmp_path, text, adapter=adapter)
-
-
-class MaskedLM(CausalLM):
-    def __init__(self, pretrained: Path) -> None:
-        super().__init__(pretrained, AutoModelForMaskedLM)
-
-
-def test_a_new_head_that_is_not_linear(tmp_path: Path) -> None:
-    base = save_checkpoint(tmp_path / "bert", "bert", auto_class=AutoModel)
-    adapter = {"target_modules": ["query"], "modules_to_save": ["cls"]}
-    text = "cls.predictions.transform.LayerNorm.weight [64]: the pretrained weights hold no such tensor"
-    refused(base, tmp_path, text, adapter=adapter, module=MaskedLM)
 
 
 class BuiltTooEarly(CausalLM):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import fields
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -102,9 +103,10 @@ _LARGEST = 2**31
 
 def _check_entries(values: Record, kind: type[PeftConfig]) -> None:
     """Raise CheckpointError if an entry has a type that PEFT does not declare, or could make it hang."""
-    hints = get_type_hints(kind)
+    hints, defaults = get_type_hints(kind), {field.name: field.default for field in fields(kind)}
     for name, value in values.items():
-        if name in hints and (value is not None or hints[name] in (int, float)):  # null stands for any other default
+        # null stands for a default, but for those that are numbers
+        if name in hints and (value is not None or isinstance(defaults[name], int | float)):
             values.expect(name, partial(_fits, hint=hints[name]), "of the type that PEFT declares")
         if isinstance(value, list | dict) and len(value) > _MOST:
             raise values.wrong(name, f"at most {_MOST} elements")

@@ -28,7 +28,7 @@ from lowrank_dist.model.names import ADAPTER as ADAPTER
 from lowrank_dist.model.names import MAGNITUDE, CheckpointKeys
 from lowrank_dist.model.names import plain_name as plain_name
 from lowrank_dist.model.new import is_computed, train_heads
-from lowrank_dist.model.skeleton import build_skeleton, inject_adapter, train_also, untie_embeddings
+from lowrank_dist.model.skeleton import build_skeleton, inject_adapter, read_config, train_also, untie_embeddings
 from lowrank_dist.model.stacking import stacked_shapes
 from lowrank_dist.model.ties import separate_ties
 from lowrank_dist.storage.reader import CheckpointReader
@@ -398,8 +398,12 @@ class _PlanBuilder:
         owner = plain_name(name).rpartition(".")[0]
         if owner not in {plain_name(other) for other, module in self.backbone.named_modules() if module in ends}:
             return None
-        # the configuration says so: resize_token_embeddings sets it
-        return shape[0] if self.backbone.config.get_text_config().vocab_size == shape[0] else None
+        # resize_token_embeddings has set it; that beside the weights is of what is stored, unless they are damaged
+        if self.backbone.config.get_text_config().vocab_size != shape[0]:
+            return None
+        file = self.reader.directory / "config.json"
+        before = read_config(self.reader.directory).get_text_config().vocab_size if file.is_file() else None
+        return None if before == shape[0] else shape[0]
 
     def persistent_buffers(self) -> None:
         persistent = self.backbone.state_dict(keep_vars=True)

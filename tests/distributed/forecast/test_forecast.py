@@ -199,7 +199,9 @@ def test_bytes_are_those_of_the_run(
         if live_layers:
             assert gather.nbytes / 2 < gathered[ranks] <= gather.nbytes
         else:
-            assert gathered == {ranks: gather.nbytes}
+            # what virtual tokens' unit keeps until the next step is counted as gathered again
+            least = gather.nbytes if name != "prompt" else 0.99 * gather.nbytes
+            assert least <= gathered[ranks] <= gather.nbytes
             assert peak >= 0.98 * max(said.memory.layers, said.memory.head)
     # names of a tuner's tensors, in the headers of the files, are not known
     tuned = not isinstance(adapter(case), LoraConfig)

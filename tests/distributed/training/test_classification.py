@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from helpers.ranks import run_ranks
 from helpers.sft import save_material, write_jsonl
 from helpers.training import make_strategy
-from lowrank_dist import InputError, ModelError, SequenceClassificationModule, SFTDataModule
+from lowrank_dist import InputError, SequenceClassificationModule, SFTDataModule
 
 RECORDS = [
     {"text": f"{word} " * (1 + place % 4), "label": place % 3} for place, word in enumerate(["one", "two", "four"] * 3)
@@ -59,8 +59,6 @@ def fit(material: Path, tmp: Path, *, steps: int = 4, num_labels: int | None = 3
 
 
 def refused(material: Path, tmp: Path) -> None:
-    with pytest.raises(ModelError, match=r"score.weight \[3, 32\]: the pretrained weights hold no such tensor"):
-        fit(material, tmp, modules_to_save=None, task_type=None)
     with pytest.raises(InputError, match="the data have the class 2, but the model has 2 of them.*num_labels=3"):
         fit(material, tmp, num_labels=2)
 
