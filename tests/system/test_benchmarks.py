@@ -36,6 +36,7 @@ def of_an_accelerator(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
     return dict(zip(found[::2], found[1::2], strict=True))
 
 
+@pytest.mark.matrix
 def test_a_dry_run_replaces_nothing_that_was_measured(tmp_path: Path) -> None:
     """The test's own copy of the project stands in for this one. The run is a whole job without training."""
     project = tmp_path / "project"
@@ -162,6 +163,7 @@ def test_a_whole_job_on_the_cpu(of_an_accelerator: dict[str, str]) -> None:
     assert all(last < first for first, last in losses)
 
 
+@pytest.mark.matrix
 def test_the_host_at_tiny_scale(tmp_path: Path) -> None:
     """Of the figures, those that are no times: one collective brings a layer."""
     report = dry_run("benchmarks/bench_host.py", output=tmp_path / "host.md")
@@ -183,6 +185,7 @@ def test_experts_at_tiny_scale(tmp_path: Path) -> None:
         assert f"| {way} |" in report
 
 
+@pytest.mark.matrix
 def test_a_step_at_tiny_scale(tmp_path: Path) -> None:
     """Every way trains the same model: the losses agree, but for those of dense weights."""
     report = dry_run("benchmarks/bench_step.py", output=tmp_path / "step.md")

@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from helpers.command import ROOT, lowrank_dist
 
 METHODS = ROOT / "configs" / "method"
@@ -45,6 +47,7 @@ def events(output: Path) -> list[str]:
     return [entry["event"] for entry in sorted(map(json.loads, lines), key=lambda entry: entry["time"])]
 
 
+@pytest.mark.matrix
 def test_a_sweep_on_one_machine(material: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     files = ",".join(str(METHODS / f"{method}.yaml") for method in ("qpissa", "qlora"))

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ from lowrank_dist.errors import InputError
 if TYPE_CHECKING:
     from lowrank_dist.data.prompts import Prompt
     from lowrank_dist.inference.generation import Answer
+
+_ANSWER = 256  # tokens
 
 
 def run(argv: Sequence[str]) -> int:
@@ -54,7 +57,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", help="write the answers to --prompts there, as JSON lines")
     add_overwrite(parser)
     parser.add_argument(
-        "--max_new_tokens", type=int, default=256, help="the most tokens of an answer (default: %(default)s)"
+        "--max_new_tokens",
+        type=int,
+        help=f"the most tokens of an answer (default: {_ANSWER}, or what the model's context leaves)",
     )
     parser.add_argument(
         "--temperature",
@@ -101,7 +106,7 @@ def _generate(options: Any, group: Any) -> None:
     with group.shared_errors():
         check_ranks(options, group)
         sampling = Sampling(
-            max_new_tokens=options.max_new_tokens,
+            max_new_tokens=_ANSWER if options.max_new_tokens is None else options.max_new_tokens,
             temperature=options.temperature,
             top_p=options.top_p,
             top_k=options.top_k,
@@ -121,6 +126,10 @@ def _generate(options: Any, group: Any) -> None:
         )
         prompts = _prompts(options, prompter)
         stops = stop_tokens(model.generation(), prompter.stops())
+        if options.max_new_tokens is None and model.context is not None:
+            # of a chat, whose messages are not known yet, half of the context is left for answers
+            left = model.context - max((len(one.tokens) for one in prompts), default=model.context // 2)
+            sampling = replace(sampling, max_new_tokens=max(1, min(_ANSWER, left)))
         check_prompts(prompts, sampling, rows=model.rows, context=model.context, tokenizer=tokenizer.name_or_path)
         if not prompts and not prompter.has_template:
             raise InputError(
