@@ -116,7 +116,7 @@ def page(root: Path) -> str:
         "`make test-matrix` trains every family of the table dense (PiSSA) and in NF4 (QLoRA), on one and two ranks:",
         "three steps in fp32. `yes`: the answer of step 0 is that of stock transformers (in NF4, of bitsandbytes'",
         "weights), the losses are those of stock PEFT to 2e-5, and `lora/` in stock PEFT gives the trained model's",
-        "answer. Empty: not tried yet. A third of the families is also among the tests of every change",
+        "answer. Empty: not tried yet. A fifth of the families is also among the tests of every change",
         "(`tests/system/test_architectures.py`; configurations and batches are in `tests/helpers/families.py`).",
         "",
         *families(root),

@@ -1,6 +1,6 @@
 """Families of transformers models against stock transformers and PEFT: step 0, losses, the LoRA that is saved.
 
-A third of the families, spread over all kinds, is tried by default, each once: dense weights on two ranks, or NF4 on
+A fifth of the families, spread over all kinds, is tried by default, each once: dense weights on two ranks, or NF4 on
 one. ``make test-matrix`` tries every family dense and in NF4, on one and on two ranks, and writes the table of
 the documentation's page of compatibility anew.
 """
@@ -57,7 +57,7 @@ def check(pretrained: Path, name: str, output: Path, quantization: NF4 | None, r
 
 
 @pytest.mark.parametrize("name", list(FAMILIES)[::5])
-def test_a_third(saved: Callable[[str], Path], tmp_path: Path, name: str) -> None:
+def test_a_fifth(saved: Callable[[str], Path], tmp_path: Path, name: str) -> None:
     """Every other one dense on two ranks, the others in NF4 on one."""
     dense = list(FAMILIES).index(name) % 2 == 0
     check(saved(name), name, tmp_path, None if dense else NF4(), 2 if dense else 1)
