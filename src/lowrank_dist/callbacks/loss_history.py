@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lowrank_dist.callbacks.run_directory import run_directory
 from lowrank_dist.storage.writer import write_report
@@ -86,8 +87,11 @@ class LossHistory(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._record("validation", "val_loss", trainer)
         self._write(trainer)
-        if not trainer.sanity_checking:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._clock.start()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._clock.stop()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._write(trainer)

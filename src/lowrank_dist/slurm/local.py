@@ -24,16 +24,17 @@ def run_here(submission: Submission) -> int:
         0 if all jobs were started and completed, else 1.
     """
     waiting, executor = list(zip(submission.jobs, submission.roots, strict=True)), submission.executor()
+    running: list[Any] = []
     with Forwarding() as signals:
 
         def go_on() -> None:
             signals.deliver()
-            running = sum(state_of(submission, job) not in ENDED for job in signals.jobs)
-            while waiting and running < submission.options.parallelism and not signals.received:
+            running[:] = [job for job in running if state_of(submission, job) not in ENDED]
+            while waiting and len(running) < submission.options.parallelism and not signals.received:
                 job, root = waiting.pop(0)
-                signals.jobs.append(executor.submit(job))
-                describe(submission, signals.jobs[-1], root)
-                running += 1
+                running.append(executor.submit(job))
+                signals.jobs.append(running[-1])
+                describe(submission, running[-1], root)
 
         go_on()
         status, followed = 0, 0

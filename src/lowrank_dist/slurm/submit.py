@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +178,12 @@ def prepare(options: SubmitOptions) -> Submission:
     def parse(files: Sequence[str], overrides: Sequence[str]) -> Any:
         return parse_fit([*(f"--config={path}" for path in files), *overrides])
 
-    settings = parse(config, options.overrides)
+    @cache
+    def with_file(file: str | None) -> Any:
+        """Settings of all points with this file, but for their other keys."""
+        return parse(config if file is None else [*config, _absolute(file)], options.overrides)
+
+    settings = with_file(None)
     root = Path(settings.trainer.default_root_dir or ".").absolute()
     # without the file of a point the configuration need not be whole
     shape = replace(check(options, parse(*arguments(options.points[0])) if options.sweep else settings), root=root)
@@ -187,7 +193,7 @@ def prepare(options: SubmitOptions) -> Submission:
     for point in options.points:
         files, overrides = arguments(point)
         if point:
-            overrides += _own_directory(point, root, parse(files, overrides))
+            overrides += _own_directory(point, root, with_file(point.get(FILES)))
         parsed.append(parse(files, overrides) if point else settings)
         roots.append(check(options, parsed[-1]).root if point else root)
         jobs.append(

@@ -50,12 +50,19 @@ class Uneven(Validated):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def run(pretrained: Path, output: Path, module: Validated, every: int | None, accumulate: int = 1) -> Any:
+def run(
+    pretrained: Path,
+    output: Path,
+    module: Validated,
+    every: int | None,
+    accumulate: int = 1,
+    filename: str = "{step}",
+) -> Any:
     """Train `STEPS` steps or until the signal; the module and the exit status."""
     trainer = make_trainer(
         make_strategy(pretrained),
         steps=STEPS,
-        callbacks=[AdapterCheckpoint(output, filename="{step}", save_top_k=1, every_n_epochs=100)],
+        callbacks=[AdapterCheckpoint(output, filename=filename, save_top_k=1, every_n_epochs=100)],
         enable_checkpointing=True,
         accumulate_grad_batches=accumulate,
         val_check_interval=every,
@@ -115,6 +122,16 @@ def uneven(pretrained: Path, output: Path) -> None:
     SIGNALS.disarm()
     assert trainer.global_step == 3
     assert module.scores.keys() == {2}
+
+
+def named_by_a_metric(pretrained: Path, output: Path) -> None:
+    """The metric of half a validation is not the one that the name promises."""
+    assert run(pretrained, output, Validated(pretrained, 4), 4, filename="{step}-{val_loss:.2f}") == TERMINATED
+    assert [path.name for path in output.glob("[!.]*")] == ["preempted"]
+
+
+def test_a_name_with_a_metric_waits_for_the_whole_validation(llama: Path, tmp_path: Path) -> None:
+    run_ranks(2, named_by_a_metric, llama, tmp_path)
 
 
 def test_ranks_that_validate_differently_end_after_the_next_step(llama: Path, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_methods_at_their_best_rate_over_seeds(tmp_path: Path, capsys: pytest.Ca
     reached |= {("lora", 1e-4): (3.0, 3.0), ("lora", 1e-3): (1.5, 1.7), ("lora", 1e-2): (1.4, 1.6)}
     for (name, lr), losses in reached.items():
         for seed, loss in enumerate(losses):
-            init, seconds = (PISSA, 20.0) if name == "pissa" else (LORA, 10.0)
+            init, seconds = (PISSA, 20.0) if name == "pissa" else (LORA, 10.0 - seed)
             points = {0: 4.0, 4: 3.5, 8: loss}
             write_run(tmp_path / f"{name},{lr},{seed}", settings(init, lr=lr, seed=seed), points, seconds)
     found = compared(tmp_path, "--picture", str(tmp_path / "out.png"))
@@ -59,7 +59,7 @@ def test_methods_at_their_best_rate_over_seeds(tmp_path: Path, capsys: pytest.Ca
     assert best["loss"] == {"mean": pytest.approx(1.2), "deviation": pytest.approx(0.2 * 2**0.5), "runs": 2}
     assert (second["name"], second["learning_rate"], second["is_at_an_edge"]) == ("LoRA", "0.01", True)
     assert list(second["by_rate"]) == ["0.0001", "0.001", "0.01"]
-    assert found["seconds"] == 10.0  # LoRA's time, in which PiSSA came to step 4
+    assert found["seconds"] == 10.0  # in which both runs of LoRA had ended, and those of PiSSA came to step 4
     assert best["loss_at_equal_time"]["mean"] == 3.5
     assert second["loss_at_equal_time"]["mean"] == pytest.approx(1.5)
     text = capsys.readouterr().out
@@ -80,6 +80,14 @@ def test_what_cannot_be_compared_is_left_out_by_name(tmp_path: Path, capsys: pyt
     assert f"Left out: {tmp_path / 'stopped'}: ended at step 4" in (text := capsys.readouterr().out)
     assert "diverged" in text
     assert "Not every rate has the same number of runs." in text
+
+
+def test_of_as_many_runs_that_ended_at_either_step_the_longer_count(tmp_path: Path) -> None:
+    for seed, step in enumerate((4, 8, 4, 8)):
+        write_run(tmp_path / str(seed), settings(LORA, seed=seed), {step: 2.0})
+    found = compared(tmp_path)
+    assert found["step"] == 8
+    assert set(found["left_out"]) == {str(tmp_path / "0"), str(tmp_path / "2")}
 
 
 def test_one_run_done_twice_is_no_second_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

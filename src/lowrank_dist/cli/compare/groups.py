@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lowrank_dist.cli.compare.runs import Point, Run
+from lowrank_dist.cli.compare.runs import Run
 from lowrank_dist.cli.compare.settings import names
 from lowrank_dist.errors import InputError
 
@@ -73,7 +73,8 @@ class Comparison:
     step
         The last step.
     seconds
-        Training time of the fastest method's runs, validations apart; None if it was not recorded.
+        Training time in which the runs of the fastest method had all ended, validations apart; None if it is not known
+        of all runs.
     left_out
         Runs that are not compared, with the reason.
     """
@@ -83,9 +84,9 @@ class Comparison:
     seconds: float | None
     left_out: dict[str, str]
 
-    def loss(self, runs: Sequence[Run], *, step: int | None = None, seconds: float | None = None) -> Figure | None:
-        """Validation loss of the last validation up to a step, or up to a time."""
-        return Figure.of([_reached(run, step, seconds) for run in runs])
+    def loss(self, runs: Sequence[Run], *, seconds: float | None = None) -> Figure | None:
+        """Loss of the last validation, or of the last one up to a time."""
+        return Figure.of([_reached(run, seconds) for run in runs])
 
     @property
     def tasks(self) -> list[str]:
@@ -117,9 +118,8 @@ def compare(runs: Sequence[Run], *, rate: str = "model.lr") -> Comparison:
     InputError
         If no run is left, or runs of one method, rate and seed are more than one.
     """
-    last = max((run.last_step for run in runs), default=0)
-    usual, _ = Counter(run.last_step for run in runs).most_common(1)[0] if runs else (0, 0)
-    last = usual if usual else last
+    ends = Counter(run.last_step for run in runs)
+    last = max(ends, key=lambda step: (ends[step], step), default=0)  # where most ended
     left_out = {}
     for run in runs:
         if run.last_step != last:
@@ -137,11 +137,12 @@ def compare(runs: Sequence[Run], *, rate: str = "model.lr") -> Comparison:
     for name, by_rate in groups.items():
         _check_seeds(name, by_rate)
         by_rate = {key: by_rate[key] for key in sorted(by_rate, key=_number)}
-        best = min(by_rate, key=lambda key: _order(_mean_loss(by_rate[key], last)))
+        best = min(by_rate, key=lambda key: _mean_loss(by_rate[key]))
         methods.append(Method(name=name, by_rate=by_rate, best=best))
-    methods.sort(key=lambda method: _order(_mean_loss(method.runs, last)))
-    times = [time for method in methods if (time := Figure.of([run.seconds for run in method.runs])) is not None]
-    seconds = min(time.mean for time in times) if len(times) == len(methods) else None
+    methods.sort(key=lambda method: _mean_loss(method.runs))
+    times = [[run.seconds for run in method.runs] for method in methods]
+    known = [[time for time in of_method if time is not None] for of_method in times]
+    seconds = min(map(max, known)) if known == times else None
     return Comparison(methods=methods, step=last, seconds=seconds, left_out=left_out)
 
 
@@ -156,24 +157,17 @@ def _check_seeds(name: str, by_rate: dict[str, list[Run]]) -> None:
             )
 
 
-def _reached(run: Run, step: int | None, seconds: float | None) -> float | None:
-    def counts(point: Point) -> bool:
-        if step is not None and point.step > step:
-            return False
-        return seconds is None or (point.seconds is not None and point.seconds <= seconds)
-
-    points = [point for point in run.validation if counts(point)]
+def _reached(run: Run, seconds: float | None) -> float | None:
+    points = [
+        point for point in run.validation if seconds is None or (point.seconds is not None and point.seconds <= seconds)
+    ]
     return max(points, key=lambda point: point.step).loss if points else None
 
 
-def _mean_loss(runs: Sequence[Run], step: int) -> float:
-    found = Figure.of([_reached(run, step, None) for run in runs])
-    return math.nan if found is None else found.mean
-
-
-def _order(loss: float) -> float:
-    """A run that diverged is the worst."""
-    return loss if math.isfinite(loss) else math.inf
+def _mean_loss(runs: Sequence[Run]) -> float:
+    """Of the last validations; infinite if a run diverged, which is the worst."""
+    found = Figure.of([_reached(run, None) for run in runs])
+    return math.inf if found is None or not math.isfinite(found.mean) else found.mean
 
 
 def _number(text: str) -> tuple[float, str]:
