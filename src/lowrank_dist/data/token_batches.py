@@ -81,9 +81,19 @@ class TokenBatchSampler(ShardedSampler):
         self.batches = token_batches(order, lengths, tokens_per_batch, dataset.per_item)
         sizes = [len(batch) * max(padded(lengths[index]) for index in batch) for batch in self.batches]
         self._largest = sizes.index(max(sizes))
+        self._of_epoch: tuple[int, list[list[int]], list[int]] | None = None
 
-    def epoch_batches(self) -> list[list[int]]:
-        """All batches of this epoch in their order, the same on every rank; the one with most tokens comes first."""
+    def epoch_batches(self) -> tuple[list[list[int]], list[int]]:
+        """All batches of this epoch in their order, the same on every rank, and where each begins and the last ends.
+
+        The batch with most tokens comes first.
+        """
+        if self._of_epoch is None or self._of_epoch[0] != self.epoch:
+            batches = self._ordered()
+            self._of_epoch = self.epoch, batches, [0, *accumulate(map(len, batches))]
+        return self._of_epoch[1:]
+
+    def _ordered(self) -> list[list[int]]:
         if not self.shuffle:
             return self.batches
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
@@ -114,13 +124,13 @@ class TokenBatchSampler(ShardedSampler):
         super().resume(epoch=epoch, start=start, order_step_size=self.order_step_size)
 
     def items_after(self, start: int, steps: int) -> int:
-        ends = [0, *accumulate(map(len, self.epoch_batches()))]
+        _, ends = self.epoch_batches()
         place = bisect_left(ends, start) + steps * self.num_replicas
         return ends[min(place, len(ends) - 1)]
 
     def __iter__(self) -> Iterator[Any]:
-        batches = self.epoch_batches()
-        todo = batches[bisect_left([0, *accumulate(map(len, batches))], self.start) :]
+        batches, ends = self.epoch_batches()
+        todo = batches[bisect_left(ends, self.start) :]
         for at in range(0, len(todo), self.num_replicas):
             step = todo[at : at + self.num_replicas]
             if len(step) < self.num_replicas:

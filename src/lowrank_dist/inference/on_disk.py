@@ -25,7 +25,7 @@ from lowrank_dist.initialization.build import build_model
 from lowrank_dist.initialization.open import ModelRecipe
 from lowrank_dist.initialization.trainable import Computation
 from lowrank_dist.methods.frozen import Frozen
-from lowrank_dist.model.skeleton import build_skeleton, read_config
+from lowrank_dist.model.skeleton import build_buffers_in, build_skeleton, read_config
 from lowrank_dist.quantization.nf4 import NF4
 from lowrank_dist.residual_model.fingerprint import source_fingerprint
 from lowrank_dist.residual_model.reader import ResidualModel
@@ -251,8 +251,9 @@ class ModelOnDisk:
         name = self.precision_on(device)
         compute_dtype, factor_dtype = PRECISIONS[name]
         with group.shared_errors():
-            with _default_dtype(compute_dtype if name.endswith("-true") else torch.get_default_dtype()):
-                backbone = build_skeleton(self._weights, self.config)
+            backbone = build_skeleton(self._weights, self.config)
+            if name == "bf16-true":
+                build_buffers_in(backbone, compute_dtype)
             if not backbone.can_generate():
                 self._refuse(f"a {type(backbone).__name__} does not generate text; only causal language models do")
         partitioner = Partitioner({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}})
@@ -327,13 +328,3 @@ def _type(config: PeftConfig) -> str:
 
 def _no_calibration(*_: Any, **__: Any) -> NoReturn:
     raise AssertionError("decompositions of a run are restored, not made again")
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

@@ -138,6 +138,8 @@ class ShardedCausalLM:
         """Inside, the model is in evaluation mode, and may be called beside the module that it is a part of."""
         modes = {module: module.training for module in self.root.modules()}
         self.root.eval()
+        # what a save has emptied since the last step is not gathered any more, although it stayed beyond that step
+        self.gathering.forget()
         outside: AbstractContextManager[None] = nullcontext()
         if not self.gathering.is_root(self.backbone):
             outside = self.gathering.entered_by(self.backbone)

@@ -23,7 +23,7 @@ from lowrank_dist.methods import LoRA, Method
 from lowrank_dist.methods.frozen import Frozen
 from lowrank_dist.model.factor_layout import FactorLayout, TrainedFactors
 from lowrank_dist.model.names import plain_name
-from lowrank_dist.model.plan import Plan, open_plan
+from lowrank_dist.model.plan import Plan, PlannedTensor, open_plan
 from lowrank_dist.model.skeleton import linear_layers
 from lowrank_dist.quantization.format import ResidualFormat
 from lowrank_dist.residual_model.reader import ResidualModel, starts_at_zero
@@ -237,6 +237,9 @@ class ModelRecipe:
         if fresh and start is None and resume is None:
             more = f" and {len(fresh) - 5} more" if len(fresh) > 5 else ""
             announce(f"{source.reader.directory} holds no {', '.join(fresh[:5])}{more}: newly initialised and trained")
+        for tensor in plan.parameters:
+            if tensor.key is not None and tensor.rows is not None:
+                announce(_resized(plain_name(tensor.names[0]), tensor, source.reader.info(tensor.key).shape[0]))
         return OpenedModel(
             backbone=backbone,
             plan=plan,
@@ -296,3 +299,12 @@ class ModelRecipe:
 
 def _is_decomposed(pretrained: Path | WeightSource) -> TypeGuard[Path]:
     return isinstance(pretrained, Path) and ResidualModel.is_at(pretrained)
+
+
+def _resized(name: str, tensor: PlannedTensor, stored: int) -> str:
+    """What happens to the rows of a vocabulary that was resized."""
+    assert tensor.rows is not None
+    if tensor.rows < stored:
+        return f"{name}: the last {stored - tensor.rows} of {stored} stored rows are left out"
+    trained = "trained" if tensor.trainable else "frozen; name the layer in modules_to_save to train them"
+    return f"{name}: {tensor.rows - stored} rows beyond the {stored} stored ones start at their mean and are {trained}"

@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 from peft import LoraConfig, TaskType
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from transformers import PreTrainedModel
 
 if TYPE_CHECKING:
@@ -13,8 +14,8 @@ if TYPE_CHECKING:
 
 #: Modules that PEFT trains whole for a task, whatever ``modules_to_save`` says.
 _HEADS = {
-    TaskType.SEQ_CLS: ("classifier", "score"),
-    TaskType.TOKEN_CLS: ("classifier", "score"),
+    TaskType.SEQ_CLS: SEQ_CLS_HEAD_NAMES,
+    TaskType.TOKEN_CLS: SEQ_CLS_HEAD_NAMES,
     TaskType.QUESTION_ANS: ("qa_outputs",),
 }
 

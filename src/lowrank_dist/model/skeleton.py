@@ -10,7 +10,7 @@ import fnmatch
 import logging
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -340,7 +340,7 @@ def inject_adapter(backbone: PreTrainedModel, adapter: LoraConfig) -> None:
     asked = Asked.by(adapter)
     bypassed = bypassed_layers(backbone)
     if isinstance(adapter.target_modules, str) and adapter.target_modules.lower() == "all-linear":
-        _exclude(backbone, adapter)
+        _exclude(backbone, adapter, bypassed)
     adapter.inference_mode = False  # saved configurations set it, and modules_to_save would silently stay frozen
     try:
         with own_warning_of_patterns():
@@ -372,14 +372,13 @@ def _check_bypassed(backbone: PreTrainedModel, bypassed: dict[str, bool]) -> Non
         )
 
 
-def _exclude(backbone: PreTrainedModel, adapter: LoraConfig) -> None:
+def _exclude(backbone: PreTrainedModel, adapter: LoraConfig, bypassed: Collection[str]) -> None:
     """Add the linear layers that ``all-linear`` cannot mean to ``exclude_modules``, where stock PEFT finds them too.
 
     These are layers whose short side is below the rank (gates of shared experts), those of a class with a forward of
     its own (routers of Llama 4 and PhiMoE), which PEFT's layer would not call, those whose weights the model uses
     without calling them (`lowrank_dist.model.bypassed`), and those that share their weight with another parameter.
     """
-    bypassed = bypassed_layers(backbone)
     uses = Counter(id(p) for _, p in backbone.named_parameters(remove_duplicate=False))
     others = {*(adapter.modules_to_save or ()), *(SEQ_CLS_HEAD_NAMES if adapter.task_type == TaskType.SEQ_CLS else ())}
     head = backbone.get_output_embeddings()

@@ -7,16 +7,20 @@ or take the bytes of one layer for those of another.
 from __future__ import annotations
 
 from typing import Any
+from zlib import crc32
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import InputError
 
+_OF_TEXT = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position", "labels"}
+
 
 class SameInputs:
-    """Compares the names of the inputs of a model with several towers, over the ranks, before every forward.
+    """Compares the names of the towers' inputs of a model with several, over the ranks, before every forward.
 
     Parameters
     ----------
@@ -27,7 +31,8 @@ class SameInputs:
 
     Notes
     -----
-    One object all-gather a forward. Models of a single tower, and single ranks, are left alone.
+    One all-reduce of two integers a forward, whose result the host waits for. Models of a single tower, and single
+    ranks, are left alone. Inputs of the text alone may differ: while ranks generate, they do.
     """
 
     def __init__(self, backbone: PreTrainedModel, group: ShardGroup) -> None:
@@ -36,7 +41,11 @@ class SameInputs:
             backbone.register_forward_pre_hook(self._before, with_kwargs=True)
 
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = sorted(name for name, value in kwargs.items() if isinstance(value, Tensor))
+        given = sorted(name for name, value in kwargs.items() if isinstance(value, Tensor) and name not in _OF_TEXT)
+        code = crc32(" ".join(given).encode())
+        highest, negative = self._group.max(torch.tensor([code, -code], device=self._group.device)).tolist()
+        if highest == -negative:
+            return
         every = self._group.gather_objects(given)
         for rank, other in enumerate(every):
             if other != every[0]:

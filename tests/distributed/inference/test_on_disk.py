@@ -72,6 +72,7 @@ BY_DEFAULT = {
     ("pissa", "32-true"),
     ("qlora, all layers, norms", "32-true"),
     ("vera", "32-true"),
+    ("prompt tuning", "32-true"),
     ("qpissa", "bf16-true"),
 }
 CASES = [*((name, "32-true") for name in RUNS), ("qpissa", "bf16-true"), ("pissa", "bf16-mixed")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -25,7 +26,13 @@ class Resized(CausalLM):
             self.model.resize_token_embeddings(self.rows, mean_resizing=False)
 
 
-def train(pretrained: Path, rows: int, saved: list[str] | None) -> tuple[list[Tensor], list[float]]:
+def train(pretrained: Path, rows: int, saved: list[str] | None) -> tuple[list[Tensor], list[float], list[str]]:
+    lines: list[str] = []
+    with patch("lowrank_dist.training.model_strategy.rank_zero_info", lines.append):
+        return *fit(pretrained, rows, saved), lines
+
+
+def fit(pretrained: Path, rows: int, saved: list[str] | None) -> tuple[list[Tensor], list[float]]:
     module, tables = Resized(pretrained), []
     module.rows = rows
     adapter = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=saved)
@@ -50,7 +57,10 @@ def test_new_rows_start_at_the_mean(tmp_path: Path, rows: int, saved: list[str] 
     base = save_checkpoint(tmp_path, "llama", tie_word_embeddings=tied)
     stock = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     stored = [layer.weight.detach() for layer in (stock.get_input_embeddings(), stock.get_output_embeddings())]
-    for tables, losses in run_ranks(2, train, base, rows, saved):
+    for tables, losses, lines in run_ranks(2, train, base, rows, saved):
+        end = "frozen; name the layer in modules_to_save to train them" if saved is None else "trained"
+        said = f"{rows - 256} rows beyond the 256 stored ones start at their mean and are {end}"
+        assert f"model.embed_tokens.weight: {said}" in lines
         for table, old in zip(tables, stored, strict=True):
             assert table.shape == (rows, 64)
             assert torch.equal(table[:256], old)

@@ -20,7 +20,7 @@ def train(pretrained: Path, images_on: tuple[int, ...]) -> list[float]:
     batch = share(family.batches(AutoConfig.from_pretrained(pretrained), 1)[0], rank, 2)
     if rank not in images_on:
         ids = batch["input_ids"][:, 5:]
-        batch = {"input_ids": ids, "labels": ids}
+        batch = {"input_ids": ids, "labels": ids} | ({"attention_mask": torch.ones_like(ids)} if rank else {})
     module = FamilyModule(pretrained, family.auto_class)
     strategy = make_strategy(pretrained, adapter=adapter_of(family), quantization=None)
     make_trainer(strategy, steps=1).fit(module, DataLoader([batch], batch_size=None))
