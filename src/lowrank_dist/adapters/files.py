@@ -103,10 +103,11 @@ _LARGEST = 2**31
 
 def _check_entries(values: Record, kind: type[PeftConfig]) -> None:
     """Raise CheckpointError if an entry has a type that PEFT does not declare, or could make it hang."""
-    hints, defaults = get_type_hints(kind), {field.name: field.default for field in fields(kind)}
+    hints = get_type_hints(kind)
+    numbers = {field.name for field in fields(kind) if is_number(field.default)}
     for name, value in values.items():
         # null stands for a default, but for those that are numbers
-        if name in hints and (value is not None or isinstance(defaults[name], int | float)):
+        if name in hints and (value is not None or name in numbers):
             values.expect(name, partial(_fits, hint=hints[name]), "of the type that PEFT declares")
         if isinstance(value, list | dict) and len(value) > _MOST:
             raise values.wrong(name, f"at most {_MOST} elements")

@@ -45,7 +45,7 @@ class LossHistory(Callback):
         JSON file, relative to the directory of the first logger (without one to the trainer's ``default_root_dir``),
         written at the end of every validation and of the fit:
         ``{"train": [{"step", "loss", "seconds"}, ...], "validation": [...]}``. ``seconds`` are those of training so
-        far, over all attempts, without validations.
+        far, over all attempts: saves and scores of tasks count, validations do not.
 
     Attributes
     ----------

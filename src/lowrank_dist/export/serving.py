@@ -6,14 +6,13 @@ DoRA and ``modules_to_save``, of which every tensor is a factor, and takes no ra
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors import safe_open
 
-from lowrank_dist.storage.layout import WEIGHTS
+from lowrank_dist.storage.layout import CONFIG, WEIGHTS, read_json
 
 #: vLLM's ``--max-lora-rank`` if none is given.
 DEFAULT_RANK = 16
@@ -30,7 +29,7 @@ def objections(directory: str | os.PathLike[str]) -> list[str]:
         Directory with ``adapter_config.json`` and ``adapter_model.safetensors``.
     """
     directory = Path(directory)
-    config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_json(directory / CONFIG)
     with safe_open(directory / WEIGHTS, framework="pt") as file:
         names = sorted(file.keys())
     whole = [name for name in names if not any(mark in name for mark in _FACTORS)]
