@@ -38,11 +38,13 @@ def why_not() -> str | None:
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """A test that fails shows what its jobs have written."""
     report = yield
-    root = getattr(item, "funcargs", {}).get("tmp_path")
-    if report.failed and root is not None:
+    values = getattr(item, "funcargs", {})
+    jobs = [*values.get("beside", {}).values(), *(value for value in values.values() if isinstance(value, Job))]
+    roots = {*(job.root for job in jobs), *([values["tmp_path"]] if "tmp_path" in values else [])}
+    for root in sorted(roots) if report.failed else ():
         for pattern in ("*_attempts.jsonl", "*_log.out", "log"):
             for path in sorted(root.rglob(pattern)):
-                report.sections.append((f"{path.relative_to(root)}", path.read_text(errors="replace")[-20_000:]))
+                report.sections.append((f"{path.relative_to(root.parent)}", path.read_text(errors="replace")[-20_000:]))
     return report
 
 

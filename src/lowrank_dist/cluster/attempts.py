@@ -27,7 +27,8 @@ class AttemptLog:
 
     Notes
     -----
-    An attempt without an ``end`` counts as failed, whatever ended it. Every line is appended in one write.
+    An attempt without an ``end`` counts as failed, whatever ended it. An ``error`` after the ``end`` changes nothing:
+    ranks that SLURM ends one after the other lose each other. Every line is appended in one write.
     """
 
     def __init__(self, folder: str | os.PathLike[str], job_id: str) -> None:
@@ -45,8 +46,7 @@ class AttemptLog:
             If the last two attempts failed at the same step. The job is then marked as stopped.
         """
         events = self.events()
-        unfinished = bool(events) and events[-1]["event"] != "end"
-        if unfinished:
+        if events and self._end_of_last(events) is None:
             events.append(self._append(event="end", outcome="failed", step=self._last_step()))
         ends = [event for event in events if event["event"] == "end"][-2:]
         if len(ends) == 2 and all(end["outcome"] == "failed" for end in ends) and ends[0]["step"] == ends[1]["step"]:
@@ -87,8 +87,8 @@ class AttemptLog:
 
     def was_cancelled(self) -> bool:
         """Whether the last attempt saved and ended on request, without the job being marked as stopped."""
-        events = self.events()
-        return bool(events) and events[-1].get("outcome") == "stopped" and not self._stopped.exists()
+        end = self._end_of_last(self.events())
+        return end is not None and end["outcome"] == "stopped" and not self._stopped.exists()
 
     def events(self) -> list[dict[str, Any]]:
         """All complete lines; one that a dying process has truncated is skipped."""
@@ -114,6 +114,16 @@ class AttemptLog:
         finally:
             os.close(descriptor)
         return event
+
+    @staticmethod
+    def _end_of_last(events: list[dict[str, Any]]) -> dict[str, Any] | None:
+        """The ``end`` of the last attempt; None where it has none."""
+        for event in reversed(events):
+            if event["event"] == "end":
+                return event
+            if event["event"] == "begin":
+                break
+        return None
 
     @staticmethod
     def _reason(events: list[dict[str, Any]]) -> str:

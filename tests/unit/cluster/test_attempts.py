@@ -49,3 +49,18 @@ def test_a_job_that_has_finished_is_not_requeued(tmp_path: Path) -> None:
     log.end("finished")
     assert (tmp_path / "7.stopped").exists()
     assert not log.was_cancelled()
+
+
+def test_an_error_after_the_end_is_of_the_shutdown(tmp_path: Path) -> None:
+    """Rank 0 has requeued the job; the others are ended after it, and lose it while they wait for its status."""
+    for _ in range(3):
+        log = AttemptLog(tmp_path, "7")
+        log.begin(nodes=["a"])
+        log.progress(3)
+        log.end("requeued")
+        log.error(node="a", rank=1, error=RuntimeError("Connection closed by peer"))
+    assert {event["outcome"] for event in log.events() if event["event"] == "end"} == {"requeued"}
+    log.begin(nodes=["a"])
+    log.end("stopped")
+    log.error(node="a", rank=1, error=RuntimeError("Connection closed by peer"))
+    assert log.was_cancelled()
