@@ -16,6 +16,7 @@ from lowrank_dist import NF4, LoftQ, LoRA, PiSSA, PiSSAStrategy
 from lowrank_dist.cli.plan import command
 from lowrank_dist.cli.plan.command import parser, planned_run
 from lowrank_dist.forecast import Forecast, ModelShapes
+from lowrank_dist.inference.tasks.gsm8k import PEFT_PROMPT
 from lowrank_dist.quantization.stacks import DECODED_BYTES
 from lowrank_dist.training.fit_cli import fit_parser, instantiated, parse_fit
 
@@ -148,7 +149,8 @@ EXPERTS = {
     "mixtral-8x22b_8gpu": (56 * (4 + 2 * 8), 281.24e9),  # 281 GB
     "deepseek-v3_16gpu": (61 * 5 + 58 * 2 * 256, 673.15e9),  # 688.6 GB with a layer that predicts two tokens
 }
-BASES = sorted({path.stem for path in (CONFIGS / "base").glob("*.yaml")} - EXPERTS.keys())
+COMPARISON = "llama3.2-3b_1gpu"
+BASES = sorted({path.stem for path in (CONFIGS / "base").glob("*.yaml")} - EXPERTS.keys() - {COMPARISON})
 # every base, every method, both ranks
 PAIRS = [
     ("llama3-8b_8gpu", "full", None),
@@ -242,6 +244,23 @@ def test_mixtures_of_experts_fit_their_cluster(
     assert shapes.checkpoint_bytes == pytest.approx(nbytes, rel=1e-3)
     assert found.memory.decoded < 2 * DECODED_BYTES + 2e8
     assert not caplog.records
+
+
+@pytest.mark.parametrize("method", ["pissa", "qpissa"])
+def test_the_settings_of_pefts_comparison(method: str) -> None:
+    """Those of its `default_training_params.json` and of its LoRA of rank 32, whose trained parameters it publishes."""
+    settings = parse(*composed(COMPARISON, method))
+    model, data, trainer = settings.model, settings.data, settings.trainer
+    assert (model.lr, model.weight_decay, model.warmup_ratio, model.scheduler) == (1e-4, 0.1, 0.1, "cosine")
+    assert (data.max_length, data.batch_size, data.train_on, data.limit) == (768, 4, "everything", None)
+    assert data.prompt_template == PEFT_PROMPT
+    assert (trainer.max_steps, trainer.gradient_clip_val, trainer.devices) == (5000, 1.0, 1)
+    strategy = instantiated(settings, "trainer").strategy
+    assert (strategy.adapter.r, strategy.adapter.lora_alpha, strategy.adapter.lora_dropout) == (32, 64, 0.0)
+    found = plan(*composed(COMPARISON, method))
+    assert found.memory.resident["trained"] == 2 * 9_175_040
+    assert found.fits
+    assert found.job.steps == 5000
 
 
 def test_full_fine_tuning_of_70b_is_said_not_to_fit() -> None:

@@ -42,7 +42,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tasks",
         required=True,
-        help="names of the harness, separated by commas, or paths of YAML files; gsm8k_pissa comes with this package",
+        help="names of the harness, separated by commas, or paths of YAML files; responses, gsm8k_pissa and gsm8k_peft "
+        "come with this package",
     )
     parser.add_argument("--include_path", help="directory with YAML files of further tasks")
     parser.add_argument(

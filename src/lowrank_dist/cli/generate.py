@@ -52,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--text", action="store_true", help="take --prompt as it is, without the chat template")
     parser.add_argument("--as_chat", action="store_true", help="render the prompts of --prompts as conversations")
+    parser.add_argument("--prompt_template", help="what training put around the prompts of records, as in `data:`")
     parser.add_argument("--columns", type=json.loads, metavar="JSON", help="names of the columns of --prompts")
     parser.add_argument("--system", help="a system message before conversations that have none")
     parser.add_argument("--output", help="write the answers to --prompts there, as JSON lines")
@@ -81,7 +82,7 @@ def _check(options: Any) -> None:
     if options.prompt is not None and options.prompts is not None:
         raise InputError("--prompt and --prompts exclude each other; pass one of them, or neither for a chat")
     if options.prompts is None:
-        for name in ("output", "columns", "as_chat"):
+        for name in ("output", "columns", "as_chat", "prompt_template"):
             if getattr(options, name):
                 raise InputError(f"--{name} is for a file of prompts; pass --prompts")
     if options.text and options.prompt is None:
@@ -97,6 +98,7 @@ def _check(options: Any) -> None:
 
 
 def _generate(options: Any, group: Any) -> None:
+    from lowrank_dist.data.prompt_template import PromptTemplate
     from lowrank_dist.data.prompts import Prompter
     from lowrank_dist.data.shapes import check_columns
     from lowrank_dist.inference.chat import chat, stream
@@ -123,6 +125,7 @@ def _generate(options: Any, group: Any) -> None:
             system=options.system,
             columns=options.columns,
             as_chat=options.as_chat,
+            prompt_template=None if options.prompt_template is None else PromptTemplate(options.prompt_template),
         )
         prompts = _prompts(options, prompter)
         stops = stop_tokens(model.generation(), prompter.stops())

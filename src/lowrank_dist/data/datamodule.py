@@ -25,6 +25,7 @@ from lowrank_dist.data.classes import CLASS_NAMES, LabelledEncoder, LabelledRend
 from lowrank_dist.data.loading import Loaded, OnBadRecord, Transform, load
 from lowrank_dist.data.packing import Collator, ItemLists, TokenDataset, Tokens
 from lowrank_dist.data.preference import PREFERENCE_NAMES
+from lowrank_dist.data.prompt_template import PromptTemplate
 from lowrank_dist.data.records import read_hub
 from lowrank_dist.data.rendering import PairRenderer, Renderer, Thinking, TrainOn
 from lowrank_dist.data.sampler import ResumableLoader, ShardedSampler
@@ -105,6 +106,9 @@ class SFTDataModule(L.LightningDataModule):
         None: they have these names.
     as_chat
         Render prompts and responses as a conversation, with the chat template, instead of the instruction prompt.
+    prompt_template
+        What is put around prompts that are text, in place of the instruction prompt, with the names of columns in
+        braces: ``"Question: {query} Answer: "``. The response follows; spaces at the end become part of it.
     transform
         A function that makes a record with such columns from a record of any kind, or returns None to leave it out; on
         the command line its import path, ``my_module.my_function``.
@@ -177,6 +181,7 @@ class SFTDataModule(L.LightningDataModule):
         thinking: Thinking = "keep",
         columns: dict[str, str] | None = None,
         as_chat: bool = False,
+        prompt_template: str | None = None,
         transform: Transform | None = None,
         on_bad_record: OnBadRecord = "error",
         cache_dir: str | None = None,
@@ -239,6 +244,7 @@ class SFTDataModule(L.LightningDataModule):
         self.thinking = thinking
         self.columns = columns
         self.as_chat = as_chat
+        self.prompt_template = None if prompt_template is None else PromptTemplate(prompt_template)
         self.transform = transform
         self.on_bad_record = on_bad_record
         self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
@@ -448,6 +454,7 @@ class SFTDataModule(L.LightningDataModule):
                 name: getattr(self, name)
                 for name in ("train_on", "thinking", "columns", "as_chat", "on_bad_record", "max_length", "classes")
             },
+            "prompt_template": None if self.prompt_template is None else self.prompt_template.text,
         }
         if (key := key_of(source, tokenizer, settings)) is None:
             self._report("%s: not cached, because %s is no fast tokenizer", source, type(tokenizer).__name__)
@@ -465,6 +472,8 @@ class SFTDataModule(L.LightningDataModule):
         renderer: Renderer | LabelledRenderer
         encoder: Encoder | LabelledEncoder
         if task == "classification":
+            if self.prompt_template is not None:
+                raise InputError("prompt_template is for a prompt and a response, and a labelled text has neither")
             renderer = LabelledRenderer(columns=self.columns, classes=self.classes)
             encoder = LabelledEncoder(tokenizer, self.max_length)
         else:
@@ -475,6 +484,7 @@ class SFTDataModule(L.LightningDataModule):
                 thinking=self.thinking,
                 columns=self.columns,
                 as_chat=self.as_chat,
+                prompt_template=self.prompt_template,
             )
             encoder = Encoder(tokenizer)
         loaded = load(
@@ -482,7 +492,7 @@ class SFTDataModule(L.LightningDataModule):
             renderer,
             encoder,
             max_length=self.max_length,
-            names=COLUMN_NAMES[task],
+            names=(*COLUMN_NAMES[task], *(self.prompt_template.names if self.prompt_template else ())),
             limit=limit,
             transform=self.transform,
             on_bad_record=self.on_bad_record,

@@ -7,7 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowrank_dist.data.messages import Message, assistant, parse_messages
-from lowrank_dist.data.shapes import Conversation, Pair, conversation, instruction, listed, renamed, text_of
+from lowrank_dist.data.prompt_template import PromptTemplate
+from lowrank_dist.data.shapes import (
+    Conversation,
+    Pair,
+    asked,
+    asked_in_chat,
+    conversation,
+    listed,
+    renamed,
+    text_of,
+)
 from lowrank_dist.errors import InputError
 
 PROMPTS = ("prompt", "question", "query", "instruction")
@@ -25,7 +35,11 @@ class Preference:
 
 
 def read_preference(
-    record: Mapping[str, Any], columns: Mapping[str, str] | None = None, *, as_chat: bool = False
+    record: Mapping[str, Any],
+    columns: Mapping[str, str] | None = None,
+    *,
+    as_chat: bool = False,
+    template: PromptTemplate | None = None,
 ) -> Preference:
     """The pair of a record.
 
@@ -35,7 +49,7 @@ def read_preference(
 
     Parameters
     ----------
-    record, columns, as_chat
+    record, columns, as_chat, template
         As of `lowrank_dist.data.shapes.read_columns`.
 
     Raises
@@ -53,36 +67,38 @@ def read_preference(
         raise InputError("`chosen` and `rejected` are the same: nothing is preferred")
     column = next((name for name in PROMPTS if record.get(name) is not None), None)
     given = [_messages(record[side], side) for side in SIDES]
-    asked = None if column is None else _messages(record[column], column)
-    if given[0] is None and given[1] is None and asked is None:
-        return _of_texts(record, column, as_chat=as_chat)
+    prompt = None if column is None else _messages(record[column], column)
+    if given[0] is None and given[1] is None and prompt is None:
+        return _of_texts(record, column, as_chat=as_chat, template=template)
+    if template is not None:
+        raise InputError("prompt_template is for text, and this pair holds messages")
     chosen, rejected = (
         [assistant(text_of(record, side))] if messages is None else messages
         for side, messages in zip(SIDES, given, strict=True)
     )
     if column is not None:
-        prompt = asked or [Message(role="user", text=_asked(record, column))]
+        prompt = prompt or [Message(role="user", text=asked_in_chat(record, column))]
         chosen, rejected = (_after(prompt, side) for side in (chosen, rejected))
     return _of_messages(chosen, rejected, record)
 
 
-def _of_texts(record: Mapping[str, Any], column: str | None, *, as_chat: bool) -> Preference:
+def _of_texts(
+    record: Mapping[str, Any], column: str | None, *, as_chat: bool, template: PromptTemplate | None
+) -> Preference:
     if column is None:
         raise InputError(
             "`chosen` and `rejected` are text without a `prompt`, so that nothing tells where the responses begin; "
             "give the prompt in a column of its own, or divide the texts with `transform`"
         )
-    asked, sides = _asked(record, column), [text_of(record, side) for side in SIDES]
+    sides = [text_of(record, side) for side in SIDES]
     if as_chat:
-        prompt = [Message(role="user", text=asked)]
+        prompt = [Message(role="user", text=asked_in_chat(record, column, template))]
         return Preference(*(conversation(prompt, [assistant(side)], record) for side in sides))
     for name in ("system", "tools", "functions"):
         if record.get(name):
             raise InputError(f"`{name}` belongs to a conversation, and this pair is text; set `as_chat`")
-    if column == "prompt":
-        return Preference(*(Pair(asked, side) for side in sides))
-    text = instruction(text_of(record, column), _input(record, column))
-    return Preference(*(Pair(text, " " + side) for side in sides))
+    text, gap = asked(record, column, template)
+    return Preference(*(Pair(text, gap + side) for side in sides))
 
 
 def _of_messages(chosen: list[Message], rejected: list[Message], record: Mapping[str, Any]) -> Preference:
@@ -124,15 +140,6 @@ def _messages(value: Any, column: str) -> list[Message] | None:
     if isinstance(value, dict):
         value = [value]
     return parse_messages(value, column) if isinstance(value, list) and value else None
-
-
-def _asked(record: Mapping[str, Any], column: str) -> str:
-    asked, given = text_of(record, column), _input(record, column)
-    return f"{asked}\n\n{given}" if given else asked
-
-
-def _input(record: Mapping[str, Any], column: str) -> str:
-    return text_of(record, "input") if column == "instruction" and record.get("input") else ""
 
 
 def _from_openai(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from lowrank_dist.data.found import check_prompt
 from lowrank_dist.data.messages import Message
+from lowrank_dist.data.prompt_template import PromptTemplate
 from lowrank_dist.data.records import kind_of, read_file
 from lowrank_dist.data.rendering import Example, Renderer
-from lowrank_dist.data.shapes import SHAPES, Conversation, Pair, Passage, read_columns
+from lowrank_dist.data.shapes import SHAPES, Conversation, Pair, Passage
 from lowrank_dist.data.tokenizing import IGNORE_INDEX, Encoder
 from lowrank_dist.errors import InputError
 
@@ -52,7 +53,7 @@ class Prompter:
         Jinja template that replaces the tokenizer's. None: the tokenizer's own.
     system
         Text of a system message that is put before conversations that have none.
-    columns, as_chat
+    columns, as_chat, prompt_template
         As in `lowrank_dist.SFTDataModule`.
 
     Raises
@@ -69,9 +70,12 @@ class Prompter:
         system: str | None = None,
         columns: Mapping[str, str] | None = None,
         as_chat: bool = False,
+        prompt_template: PromptTemplate | None = None,
     ) -> None:
         self.tokenizer, self.system = tokenizer, system
-        self._renderer = Renderer(tokenizer, chat_template, columns=columns, as_chat=as_chat)
+        self._renderer = Renderer(
+            tokenizer, chat_template, columns=columns, as_chat=as_chat, prompt_template=prompt_template
+        )
         self._encoder = Encoder(tokenizer)
 
     @property
@@ -113,7 +117,7 @@ class Prompter:
             If its columns are not understood, or it has no prompt.
         """
         try:
-            read = read_columns(self._completed(record), self._renderer.columns, as_chat=self._renderer.as_chat)
+            read = self._renderer.read(self._completed(record))
             if isinstance(read, Conversation):
                 messages = read.messages[:-1] if read.messages[-1].role == "assistant" else read.messages
                 if not messages:
@@ -136,7 +140,7 @@ class Prompter:
             If it has none, or one with calls, whose text a template makes.
         """
         try:
-            read = read_columns(record, self._renderer.columns, as_chat=self._renderer.as_chat)
+            read = self._renderer.read(record)
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
         if isinstance(read, Pair):

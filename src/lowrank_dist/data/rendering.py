@@ -14,6 +14,7 @@ from lowrank_dist.data.chat_template import ChatTemplate, Dialect, Turn
 from lowrank_dist.data.found import SYSTEM, NotRendered, check_prompt, check_response
 from lowrank_dist.data.messages import Message
 from lowrank_dist.data.preference import SIDES, read_preference
+from lowrank_dist.data.prompt_template import PromptTemplate
 from lowrank_dist.data.shapes import Conversation, Pair, Passage, read_columns
 from lowrank_dist.errors import InputError
 
@@ -59,6 +60,8 @@ class Renderer:
         Names of the records' columns, by the names used here.
     as_chat
         Render a prompt and its response as a conversation.
+    prompt_template
+        What is put around the prompt of a prompt and its response.
 
     Attributes
     ----------
@@ -75,12 +78,14 @@ class Renderer:
         thinking: Thinking = "keep",
         columns: Mapping[str, str] | None = None,
         as_chat: bool = False,
+        prompt_template: PromptTemplate | None = None,
     ) -> None:
         self.template = ChatTemplate(tokenizer, chat_template)
         self.train_on = train_on
         self.thinking = thinking
         self.columns = columns
         self.as_chat = as_chat
+        self.prompt_template = prompt_template
         self.notes: Counter[str] = Counter()
         self.eos = tokenizer.eos_token
         added = (token.content for token in tokenizer.added_tokens_decoder.values())
@@ -96,9 +101,19 @@ class Renderer:
             record, or something that the record gives is not in the text. The message begins with `where`.
         """
         try:
-            return self._examples(read_columns(record, self.columns, as_chat=self.as_chat))
+            return self._examples(self.read(record))
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
+
+    def read(self, record: Mapping[str, Any]) -> Conversation | Pair | Passage:
+        """What a record holds, with the prompts of these settings.
+
+        Raises
+        ------
+        InputError
+            As `lowrank_dist.data.shapes.read_columns`.
+        """
+        return read_columns(record, self.columns, as_chat=self.as_chat, template=self.prompt_template)
 
     def items(self, record: Mapping[str, Any], where: str) -> list[tuple[Example, ...]]:
         """Return the examples of every item that a record holds; those of `examples`, each for itself.
@@ -269,7 +284,7 @@ class PairRenderer(Renderer):
             As `Renderer.examples`, and if the trained turns of a response do not fit into one example.
         """
         try:
-            read = read_preference(record, self.columns, as_chat=self.as_chat)
+            read = read_preference(record, self.columns, as_chat=self.as_chat, template=self.prompt_template)
             sides = [self._examples(side) for side in (read.chosen, read.rejected)]
             for name, examples in zip(SIDES, sides, strict=True):
                 if len(examples) > 1:

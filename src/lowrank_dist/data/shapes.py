@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowrank_dist.data.messages import Message, assistant, parse_messages, parse_tools
+from lowrank_dist.data.prompt_template import PromptTemplate
 from lowrank_dist.errors import InputError
 
 INSTRUCTION_PROMPT = (
@@ -63,7 +64,11 @@ class Passage:
 
 
 def read_columns(
-    record: Mapping[str, Any], columns: Mapping[str, str] | None = None, *, as_chat: bool = False
+    record: Mapping[str, Any],
+    columns: Mapping[str, str] | None = None,
+    *,
+    as_chat: bool = False,
+    template: PromptTemplate | None = None,
 ) -> Conversation | Pair | Passage:
     """What a record holds.
 
@@ -75,6 +80,8 @@ def read_columns(
         Names of its columns by the names used here, if they differ; others are then not looked at.
     as_chat
         Take a prompt and its response for a conversation of two messages.
+    template
+        Prompt of a question, in place of the instruction prompt; of a `prompt`, in place of the bare text.
 
     Raises
     ------
@@ -83,6 +90,8 @@ def read_columns(
     """
     record = renamed(record, columns)
     shape = _shape(record)
+    if template is not None and len(shape) != 2:
+        raise InputError(f"prompt_template is for a prompt and a response, and this record is `{shape[0]}`")
     if shape[0] in ("messages", "conversations"):
         messages = parse_messages(record[shape[0]], shape[0])
         if shape[0] == "messages" and record.get("completion") is not None:
@@ -93,22 +102,46 @@ def read_columns(
     if shape == ("prompt", "completion"):
         prompt, completion = (_chat(record.get(name), name) for name in shape)
         if prompt is not None or completion is not None:
+            if template is not None:
+                raise InputError("prompt_template is for text, and `prompt` or `completion` holds messages")
             prompt = prompt or [Message(role="user", text=text_of(record, "prompt"))]
             completion = completion or [assistant(text_of(record, "completion"))]
             return conversation(prompt, completion, record)
-    ask, answer = (text_of(record, name) for name in shape)
-    given = text_of(record, "input") if shape[0] == "instruction" and record.get("input") else ""
+    answer = text_of(record, shape[1])
     if as_chat:
-        asked = f"{ask}\n\n{given}" if given else ask
-        return conversation([Message(role="user", text=asked)], [assistant(answer)], record)
-    if shape == ("prompt", "completion"):
-        return Pair(ask, answer)
-    return Pair(instruction(ask, given), " " + answer)
+        message = Message(role="user", text=asked_in_chat(record, shape[0], template))
+        return conversation([message], [assistant(answer)], record)
+    text, gap = asked(record, shape[0], template)
+    return Pair(text, gap + answer)
 
 
-def instruction(query: str, given: str = "") -> str:
-    """The Alpaca prompt of a question, with its input if there is one."""
-    return INPUT_PROMPT.format(query=query, input=given) if given else INSTRUCTION_PROMPT.format(query=query)
+def asked(record: Mapping[str, Any], column: str, template: PromptTemplate | None = None) -> tuple[str, str]:
+    """The prompt in a column as training on text has it, and what lies between it and the response.
+
+    Raises
+    ------
+    InputError
+        If it is missing or no text, or the template does not fit the record.
+    """
+    text = text_of(record, column)
+    if template is not None:
+        return template.filled(record, column), template.gap
+    if column == "prompt":
+        return text, ""
+    given = _input(record, column)
+    return INPUT_PROMPT.format(query=text, input=given) if given else INSTRUCTION_PROMPT.format(query=text), " "
+
+
+def asked_in_chat(record: Mapping[str, Any], column: str, template: PromptTemplate | None = None) -> str:
+    """The message of a user that a prompt in a column is, with its input if there is one."""
+    text, given = text_of(record, column), _input(record, column)
+    if template is not None:
+        return template.filled(record, column)
+    return f"{text}\n\n{given}" if given else text
+
+
+def _input(record: Mapping[str, Any], column: str) -> str:
+    return text_of(record, "input") if column == "instruction" and record.get("input") else ""
 
 
 def renamed(record: Mapping[str, Any], columns: Mapping[str, str] | None) -> Mapping[str, Any]:

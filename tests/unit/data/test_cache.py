@@ -90,6 +90,7 @@ def test_an_entry_belongs_to_all_that_decides_it(data: dict[str, Any], tmp_path:
         {"train_on": "last_assistant"},
         {"thinking": "drop"},
         {"as_chat": True},
+        {"prompt_template": "Q: {prompt}\nA: "},
         {"columns": {"prompt": "prompt", "completion": "completion"}},
         {"chat_template": template},
     ):
@@ -98,10 +99,10 @@ def test_an_entry_belongs_to_all_that_decides_it(data: dict[str, Any], tmp_path:
         assert len(entries(data)) == count + 1, settings
     Path(data["train"]).write_text(json.dumps(RECORDS[0]) + "\n")
     batches(data)
-    assert len(entries(data)) == 9
+    assert len(entries(data)) == 10
     sentencepiece_tokenizer(template=template).save_pretrained(tmp_path / "other")
     batches(data | {"tokenizer": str(tmp_path / "other")})
-    assert len(entries(data)) == 10
+    assert len(entries(data)) == 11
 
 
 def test_the_name_of_a_file_decides_nothing(data: dict[str, Any], tmp_path: Path, no_tokenizing: Any) -> None:

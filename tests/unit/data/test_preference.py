@@ -15,7 +15,7 @@ from lowrank_dist.data.messages import Message
 from lowrank_dist.data.packing import Collator, TokenDataset, Tokens
 from lowrank_dist.data.preference import Preference, read_preference
 from lowrank_dist.data.rendering import PairRenderer
-from lowrank_dist.data.shapes import Conversation, Pair, instruction
+from lowrank_dist.data.shapes import INPUT_PROMPT, INSTRUCTION_PROMPT, Conversation, Pair
 from lowrank_dist.data.sources import Source
 from lowrank_dist.data.tokenizing import IGNORE_INDEX, Encoder
 from lowrank_dist.errors import InputError
@@ -40,11 +40,11 @@ REWRITING = (
         ({"prompt": "2+2?", "chosen": "4", "rejected": "5"}, Preference(Pair("2+2?", "4"), Pair("2+2?", "5"))),
         (
             {"question": "2+2?", "chosen": "4", "rejected": "5"},
-            Preference(Pair(instruction("2+2?"), " 4"), Pair(instruction("2+2?"), " 5")),
+            Preference(*(Pair(INSTRUCTION_PROMPT.format(query="2+2?"), f" {side}") for side in "45")),
         ),
         (
             {"instruction": "add", "input": "2 2", "chosen": "4", "rejected": "5"},
-            Preference(Pair(instruction("add", "2 2"), " 4"), Pair(instruction("add", "2 2"), " 5")),
+            Preference(*(Pair(INPUT_PROMPT.format(query="add", input="2 2"), f" {side}") for side in "45")),
         ),
         ({"prompt": [ASK], "chosen": [GOOD], "rejected": [BAD]}, TALK),
         ({"prompt": [ASK], "chosen": "4", "rejected": "5"}, TALK),

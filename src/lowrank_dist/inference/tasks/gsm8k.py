@@ -1,8 +1,9 @@
-"""The answers of GSM8K, read as the authors of PiSSA and MetaMath read them."""
+"""The answers of GSM8K, read as the authors of PiSSA and MetaMath do, or as PEFT's comparison of methods does."""
 
 from __future__ import annotations
 
 import re
+from decimal import Decimal, DecimalException
 from fractions import Fraction
 from typing import Any
 
@@ -11,6 +12,9 @@ from lowrank_dist.errors import InputError
 
 MARK = "The answer is: "
 _NUMBER = re.compile(r"[-+]?\d*[.,/]?\d+")
+
+PEFT_PROMPT = "Question: {query} Think step by step.\nAnswer:"
+_PEFT_MARKS = ("The answer is: ", "The answer is ", "The final answer is: ", "The final answer is ", "#### ")
 
 
 def number_in(text: str) -> float | None:
@@ -72,3 +76,44 @@ def _checked(number: str) -> str:
     except ValueError as error:
         raise InputError(f"gsm8k_pissa: an answer in the data ends with {number[:40]!r}, not with a number") from error
     return number
+
+
+def answer_in(text: str) -> float | str | None:
+    """The answer as PEFT's comparison reads it: a number, else the text after the last mark; None without a mark.
+
+    Of the marks, the first in the order of that comparison counts. Commas make an answer text.
+    """
+    text = text.strip().rstrip(".!?")
+    mark = next((mark for mark in _PEFT_MARKS if mark in text), None)
+    if mark is None:
+        return None
+    answer = text.rpartition(mark)[2].strip().partition("\n")[0].strip(" .!?$%")
+    above, slash, below = answer.partition("/")
+    try:
+        return float(Decimal(above.strip()) / Decimal(below.strip()) if slash else Decimal(answer.strip()))
+    except (DecimalException, ValueError):
+        return answer
+
+
+def documents_for_peft(dataset: Any) -> Any:
+    """Questions of GSM8K with the prompt of PEFT's comparison.
+
+    Raises
+    ------
+    InputError
+        If the records are not GSM8K's own.
+    """
+    if not {"question", "answer"} <= set(dataset.column_names):
+        raise InputError(
+            f"gsm8k_peft: the data have the columns {', '.join(dataset.column_names)}; they must be GSM8K's (question, "
+            "answer)"
+        )
+    return dataset.map(lambda doc: {"prompt": PEFT_PROMPT.format(query=doc["question"])})
+
+
+def score_as_peft(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """Whether the answer to a question is right; marks in the question count, as in PEFT's comparison."""
+    found, right = answer_in(doc["prompt"] + results[0]), answer_in(doc["answer"])
+    if right is None:
+        raise InputError(f"gsm8k_peft: an answer in the data ends with {doc['answer'][-40:]!r}, without a mark")
+    return {"exact_match": float(found is not None and found == right)}
