@@ -67,7 +67,8 @@ test-matrix: $(INSTALLED)
 	$(RUN) python -m pytest tests/system/test_tuners.py tests/system/test_architectures.py tests/unit/export/test_tuned.py \
 		tests/distributed/decoding/test_fit.py tests/distributed/training/test_every_optimizer.py \
 		tests/distributed/training/test_killed.py tests/distributed/inference/test_on_disk.py tests/system/test_sweep.py \
-		tests/system/test_examples.py tests/system/test_benchmarks.py -m "matrix or not matrix" \
+		tests/system/test_examples.py tests/system/test_benchmarks.py tests/system/test_launch.py \
+		tests/distributed/zero3/test_gathering.py -m "matrix or not matrix" \
 		--numprocesses $(JOBS) --junitxml .cache/matrix.xml $(PYTEST_ARGS)
 	$(RUN) python tests/helpers/tuner_table.py .cache/matrix.xml
 	PYTHONPATH=tests $(RUN) python tests/helpers/family_table.py .cache/matrix.xml

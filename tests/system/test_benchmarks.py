@@ -7,10 +7,12 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from benchmarks.gpu.profiles import overlap
+from benchmarks.gpu.trainers import SHORT
 
 from helpers.command import ROOT, python
 
@@ -23,17 +25,22 @@ def dry_run(*program: str, output: Path) -> str:
     return report
 
 
-@pytest.fixture(scope="module")
-def of_an_accelerator(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The tables that are made for an accelerator, by their names; one run on the CPU."""
-    names = ("layers", "step", "initialisation", "whole")
-    tables = [option for name in names for option in ("--table", name)]
-    output = tmp_path_factory.mktemp("accelerator") / "gpu.md"
-    report = dry_run("-m", "benchmarks.gpu", *tables, "--device", "cpu", output=output)
+def tables_of(output: Path, *names: str, ways: Sequence[str] = ()) -> dict[str, str]:
+    """Tables that are made for an accelerator, by their names; one run on the CPU."""
+    options = [option for name in names for option in ("--table", name)]
+    options += [option for way in ways for option in ("--way", way)]
+    report = dry_run("-m", "benchmarks.gpu", *options, "--device", "cpu", output=output)
     assert "out of memory" not in report
     found = re.split(r"^## .*\(`(\w+)`\)$", report, flags=re.MULTILINE)[1:]
     assert found[::2] == list(names)
     return dict(zip(found[::2], found[1::2], strict=True))
+
+
+@pytest.fixture(scope="module")
+def of_an_accelerator(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Without what is compiled, which takes a minute on a CPU."""
+    output = tmp_path_factory.mktemp("accelerator") / "gpu.md"
+    return tables_of(output, "layers", "step", "initialisation", ways=[way for way in SHORT if way != "compiled"])
 
 
 @pytest.mark.matrix
@@ -106,19 +113,32 @@ def test_checkpoints_at_tiny_scale(tmp_path: Path) -> None:
     assert "as many ranks: DeepSpeed loaded it" in report
 
 
-def test_those_of_an_accelerator_on_the_cpu(of_an_accelerator: dict[str, str]) -> None:
-    """fp32: all ways of computing a layer are right to rounding, gradients included; all ways of training learn."""
-    layers, step = of_an_accelerator["layers"], of_an_accelerator["step"]
+def test_ways_of_training_on_the_cpu(of_an_accelerator: dict[str, str]) -> None:
+    check_ways_of_training(of_an_accelerator["step"], 6)
+
+
+@pytest.mark.matrix
+def test_all_ways_of_training_on_the_cpu(tmp_path: Path) -> None:
+    check_ways_of_training(tables_of(tmp_path / "gpu.md", "step")["step"], len(SHORT))
+
+
+def check_ways_of_training(step: str, count: int) -> None:
+    """They learn from the same model."""
+    rows = {cells[1].strip(): cells[-2].split() for line in step.splitlines() if len(cells := line.split("|")) == 10}
+    trained = {way: tuple(map(float, cells)) for way, cells in rows.items() if way.startswith(("ours", "PEFT"))}
+    assert len(trained) == count
+    dense = trained.pop("PEFT, dense")
+    assert len({first for first, _ in trained.values()}) == 1  # of one quantized model
+    assert all(last < first for first, last in [dense, *trained.values()])
+
+
+def test_ways_of_computing_a_layer_on_the_cpu(of_an_accelerator: dict[str, str]) -> None:
+    """fp32: all of them are right to rounding, gradients included."""
+    layers = of_an_accelerator["layers"]
     rows = [line.split("|") for line in layers.splitlines() if line.startswith("| tiny up_proj")]
     assert len(rows) == 7
     errors = [cell.strip() for row in rows for cell in row[-3:-1]]
     assert all(float(error) < 1e-6 for error in errors if error != "-")
-    rows = {cells[1].strip(): cells[-2].split() for line in step.splitlines() if len(cells := line.split("|")) == 10}
-    trained = {way: tuple(map(float, cells)) for way, cells in rows.items() if way.startswith(("ours", "PEFT"))}
-    assert len(trained) == 7
-    dense = trained.pop("PEFT, dense")
-    assert len({first for first, _ in trained.values()}) == 1  # of one quantized model
-    assert all(last < first for first, last in [dense, *trained.values()])
 
 
 def test_what_a_profile_says_is_hidden() -> None:
@@ -150,9 +170,10 @@ def test_initialisation_on_the_cpu(of_an_accelerator: dict[str, str]) -> None:
         assert float(line[2]) == pytest.approx(3 * sum(int(n) * float(each) for n, each in terms), abs=0.06)
 
 
-def test_a_whole_job_on_the_cpu(of_an_accelerator: dict[str, str]) -> None:
+@pytest.mark.matrix
+def test_a_whole_job_on_the_cpu(tmp_path: Path) -> None:
     """Every stage runs, more rounds save more of the quantization error, and what is trained learns."""
-    report = of_an_accelerator["whole"]
+    report = tables_of(tmp_path / "gpu.md", "whole")["whole"]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.splitlines() if line.startswith("| ")]
     stages = [row[0] for row in rows if row[0] in ("initialise", "train", "save", "convert")]
     assert stages == 2 * ["initialise", "train", "save", "convert"]

@@ -89,7 +89,7 @@ def test_a_bad_checkpoint_is_one_line_and_no_traceback(material: Path, tmp_path:
     assert not [path for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()]
 
 
-@pytest.mark.parametrize("launch", [by_lightning, by_torchrun, by_slurm])
+@pytest.mark.parametrize("launch", [by_lightning, pytest.param(by_torchrun, marks=pytest.mark.matrix), by_slurm])
 def test_fit_convert_and_load(material: Path, tmp_path: Path, launch: object) -> None:
     done = launch(arguments(material, tmp_path))  # type: ignore[operator]
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,6 +60,10 @@ COMMANDS = {
     "merge": Command(
         help="write the original model with a checkpoint's adapter merged into it", run="lowrank_dist.cli.merge:run"
     ),
+    "push": Command(
+        help="write a model card beside a LoRA or a merged model, and upload both to the Hugging Face hub",
+        run="lowrank_dist.cli.push:run",
+    ),
     "generate": Command(
         help="ask a model: a prompt, a file of prompts, or a chat; on the base that it was trained on",
         run="lowrank_dist.cli.generate:run",
@@ -93,6 +98,10 @@ _BANNERS = {
 }
 
 
+#: Exit status of a command whose reader ended first, as of a process that SIGPIPE ended.
+READER_GONE = 128 + 13
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``lowrank-dist``; `argv` excludes the program's name. Returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -102,13 +111,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     for logger, banner in _BANNERS.items():
         logging.getLogger(logger).addFilter(partial(_is_news, banner))
     try:
-        return int(resolve_name(command.run)(argv if command.takes_name else argv[1:]))
+        status = int(resolve_name(command.run)(argv if command.takes_name else argv[1:]))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        return READER_GONE
     except InputError as error:
         from lowrank_dist.storage.parse import printable
 
         text = "\n".join(printable(line, 10_000) for line in str(error).split("\n"))
         print(f"lowrank-dist {name}: {text}", file=sys.stderr)
         return 1
+
+
+def _nobody_reads() -> bool:
+    """Whether who read the standard output has ended, as ``head`` does; then what is left for it goes nowhere."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _is_news(banner: str, record: logging.LogRecord) -> bool:

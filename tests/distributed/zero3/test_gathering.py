@@ -117,7 +117,7 @@ class Short(CausalLM):
         return super().training_step([ids[:, : self.length] for ids in batch], index)
 
 
-@pytest.mark.parametrize("checkpointing", ["non-reentrant", "reentrant"])
+@pytest.mark.parametrize("checkpointing", ["non-reentrant", pytest.param("reentrant", marks=pytest.mark.matrix)])
 def test_every_gradient_with_large_buffers(large: Path, checkpointing: str) -> None:
     """The memory of a layer is given to the next ones."""
     options = {**CHECKPOINTING[checkpointing], "init": LoRA(), "quantization": None}

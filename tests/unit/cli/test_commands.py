@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from peft import LoraConfig
 
 import lowrank_dist
 from helpers.checkpoints import make_checkpoint
+from helpers.models import save_checkpoint
 from lowrank_dist import cli
 from lowrank_dist.cli import (
     convert,
@@ -26,10 +28,11 @@ from lowrank_dist.cli import (
     import_weights,
     inspect,
     merge,
+    push,
     report,
     submit,
 )
-from lowrank_dist.cli.commands import COMMANDS
+from lowrank_dist.cli.commands import COMMANDS, READER_GONE
 from lowrank_dist.cli.compare import command as compare
 from lowrank_dist.cli.plan import command as plan
 from lowrank_dist.methods import METHODS
@@ -49,7 +52,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 def own_parsers() -> dict[str, argparse.ArgumentParser]:
     """The parsers of the commands that are not LightningCLI's."""
     modules = {"convert": convert, "demo": demo, "inspect": inspect, "merge": merge, "plan": plan}
-    modules |= {"data": data, "import": import_weights, "report": report, "submit": submit}
+    modules |= {"data": data, "import": import_weights, "push": push, "report": report, "submit": submit}
     modules |= {"compare": compare, "evaluate": evaluate, "generate": generate}
     assert {*modules, "decompose", *TRAINER_COMMANDS} == COMMANDS.keys()
     own = {name: module.parser() for name, module in modules.items()}
@@ -222,3 +225,14 @@ def test_convert_of_unequal_ranks(tmp_path: Path, llama: Path, capsys: pytest.Ca
     _, output, _ = run(capsys, "convert", directory, "--output", str(tmp_path / "lora"))
     assert "Ranks (up to 8) or scalings differ between modules" in output
     assert "--rank 8 keeps all of the update's energy." in output
+
+
+def test_a_reader_that_has_gone_is_no_error(tmp_path: Path) -> None:
+    """As in ``lowrank-dist ... | head``, which reads no further."""
+    save_checkpoint(tmp_path)
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "lowrank_dist.cli", "inspect", str(tmp_path)]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (READER_GONE, "")

@@ -72,6 +72,14 @@ def decoding(patch: pytest.MonkeyPatch) -> Iterator[Decoded]:
         yield watched
 
 
+def assert_same_sums(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Sums in fp32 in another order: what cancels is as large as the largest element."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        scale = max(1.0, float(value.abs().max()))
+        torch.testing.assert_close(found[name], value, rtol=0, atol=2e-5 * scale, msg=name)
+
+
 @pytest.fixture(params=["mixtral", "qwen3_moe", "gpt_oss"])
 def architecture(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -90,7 +98,7 @@ def test_the_same_as_peft(architecture: str, implementation: str, residual: Any)
             bound_experts(own, at_a_time)
             found = outcome(own, args)
             assert found.keys() == expected.keys()
-            torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+            assert_same_sums(found, expected)
     assert all(float(gradient.abs().max()) > 0 for gradient in expected.values())
 
 
@@ -164,7 +172,7 @@ def test_under_gradient_checkpointing(use_reentrant: bool) -> None:
         found = {"y": y.detach(), "x": x.grad, "weights": weights.grad, **trained}
     else:
         found = outcome(own, args, run)
-    torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+    assert_same_sums(found, expected)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -203,7 +211,7 @@ def test_the_kernel_of_torch(implementation: str, at_a_time: int, monkeypatch: p
             if at_a_time == count:
                 patch.setattr(Rows, "on_host", lambda self: pytest.fail("the host waits for the device"))
             found = outcome(own, args)
-        torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+        assert_same_sums(found, expected)
 
 
 class Even(nn.Module):
