@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import select
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -129,11 +130,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _nobody_reads() -> bool:
     """Whether who read the standard output has ended, as ``head`` does; then what is left for it goes nowhere."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+        output = sys.stdout.fileno()
+    except OSError:  # not of the system
+        return False
+    poll = select.poll()
+    poll.register(output, 0)
+    gone = any(event & select.POLLERR for _, event in poll.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return gone
 
 
 def _is_news(banner: str, record: logging.LogRecord) -> bool:

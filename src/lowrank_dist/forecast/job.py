@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +31,7 @@ from lowrank_dist.storage.reader import CheckpointReader
 from lowrank_dist.storage.source import SourceReader
 from lowrank_dist.tuners.tuner import TunerPlan
 from lowrank_dist.zero3.packs import ALIGNMENT
+from lowrank_dist.zero3.partition import repeated_layers
 
 ShardWithin = Literal["rank", "node", "world"]
 """The ranks that hold the frozen parameters once between them."""
@@ -64,7 +66,13 @@ class ModelShapes:
 
     @classmethod
     def of(
-        cls, source: Path, adapter: LoraConfig | None, *, init: Method | None = None, untie: bool = False
+        cls,
+        source: Path,
+        adapter: LoraConfig | None,
+        *,
+        init: Method | None = None,
+        untie: bool = False,
+        backbone: PreTrainedModel | None = None,
     ) -> ModelShapes:
         """Shapes of a pretrained model.
 
@@ -78,13 +86,15 @@ class ModelShapes:
             Method whose requirements on matrices are checked. None: no check.
         untie
             Give a tied head a weight of its own.
+        backbone
+            The model of `source` on the meta device, which gets the adapter. None: it is built.
 
         Raises
         ------
         ModelError
             Wherever the set-up of a run would raise it.
         """
-        backbone = build_skeleton(source)
+        backbone = build_skeleton(source) if backbone is None else backbone
         try:
             reader = open_reader(source)
         except CheckpointError:
@@ -97,6 +107,12 @@ class ModelShapes:
         shapes = cls.planned(backbone, plan, reader)
         reader.close()
         return shapes
+
+    @cached_property
+    def layers(self) -> list[str]:
+        """Names of the repeated layers."""
+        names = {id(module): name for name, module in self.backbone.named_modules()}
+        return [names[id(layer)] for layer in repeated_layers(self.backbone)]
 
     @classmethod
     def planned(

@@ -10,7 +10,6 @@ from lowrank_dist.forecast.activations import Activations
 from lowrank_dist.forecast.job import ModelShapes, Parameter, RunSpec, parameters
 from lowrank_dist.quantization.nf4 import NF4
 from lowrank_dist.quantization.stacks import decoding_bytes, experts_at_a_time
-from lowrank_dist.zero3.partition import repeated_layers
 
 #: Parts of `Memory.resident`, in the order of the table.
 RESIDENT = {
@@ -176,7 +175,7 @@ def _largest_layer(shapes: ModelShapes, every: list[Parameter]) -> int:
 
 def _by_layer(shapes: ModelShapes, every: list[Parameter], nbytes: Callable[[Parameter], int]) -> list[int]:
     """Sums over the parameters of each decoder layer; at last, nothing."""
-    sizes = dict.fromkeys([*layer_prefixes(shapes), ""], 0)
+    sizes = dict.fromkeys([*shapes.layers, ""], 0)
     for p in every:
         layer = next((prefix for prefix in _prefixes(p.name) if prefix in sizes), None)
         if layer is not None:
@@ -187,15 +186,9 @@ def _by_layer(shapes: ModelShapes, every: list[Parameter], nbytes: Callable[[Par
 def _largest_other(shapes: ModelShapes, job: RunSpec, every: list[Parameter]) -> int:
     if job.stage < 3 or job.keeps_trained:
         return 0
-    inside = set(layer_prefixes(shapes))
+    inside = set(shapes.layers)
     outside = (p for p in every if p.ranks > 1 and not inside.intersection(_prefixes(p.name)))
     return 2 * max((p.gathered_bytes for p in outside), default=0)
-
-
-def layer_prefixes(shapes: ModelShapes) -> list[str]:
-    """Names of the repeated layers."""
-    names = {id(module): name for name, module in shapes.backbone.named_modules()}
-    return [names[id(layer)] for layer in repeated_layers(shapes.backbone)]
 
 
 def _prefixes(name: str) -> list[str]:
@@ -207,7 +200,7 @@ def _decoded(shapes: ModelShapes, job: RunSpec) -> int:
     if job.residual is None:
         return 0
     itemsize, wrapped, single, largest_maxima = job.compute_dtype.itemsize, 0, 0, 0
-    layers, kept = set(layer_prefixes(shapes)), Counter[str]()
+    layers, kept = set(shapes.layers), Counter[str]()
     for planned in shapes.plan.matrices:
         elements = planned.rows * planned.columns * planned.experts
         if planned.wrapped:

@@ -45,6 +45,7 @@ PUBLISHED = {  # parameters, as the models' pages on the hub say
     "gpt-oss-120b": 116_829_156_672,
     "Mixtral-8x22B-v0.1": 140_620_634_112,
     "DeepSeek-V3": 671_026_404_352,
+    "Llama-3.2-3B": 3_212_749_824,
 }
 QUANTIZED = {"gpt-oss-20b", "gpt-oss-120b", "DeepSeek-V3"}
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from peft import LoraConfig, PeftConfig
+from transformers import PreTrainedModel
 
 from lowrank_dist.adapters.files import read_config as read_adapter_config
 from lowrank_dist.decoding.sizes import shapes_only
@@ -39,7 +40,7 @@ def with_adapters(strategy: PiSSAStrategy, source: Path, job: RunSpec) -> tuple[
     pretrained: str | WeightSource = str(source)
     if not holds_weights(source):
         if not _made_by_peft(adapter, strategy):
-            return _of_dimensions(strategy, adapter, source, job)
+            return _of_dimensions(strategy, adapter, source, job, backbone)
         pretrained = shapes_only(backbone)
     found = replace(strategy.recipe, pretrained=pretrained, adapter=adapter, revision=None, adapter_revision=None)
     opened = found.open(
@@ -64,7 +65,11 @@ def _made_by_peft(adapter: PeftConfig | str | Path | None, strategy: PiSSAStrate
 
 
 def _of_dimensions(
-    strategy: PiSSAStrategy, adapter: PeftConfig | str | Path | None, source: Path, job: RunSpec
+    strategy: PiSSAStrategy,
+    adapter: PeftConfig | str | Path | None,
+    source: Path,
+    job: RunSpec,
+    backbone: PreTrainedModel,
 ) -> tuple[ModelShapes, RunSpec]:
     if adapter is None:
         raise InputError("plan: the strategy has no adapter: pass adapter=LoraConfig(...) with the layers to decompose")
@@ -73,7 +78,7 @@ def _of_dimensions(
         start.close()
         adapter, job = start.config, replace(job, init=LoRA())
     assert isinstance(adapter, LoraConfig)
-    shapes = ModelShapes.of(source, adapter, init=job.init, untie=strategy.untie_embeddings)
+    shapes = ModelShapes.of(source, adapter, init=job.init, untie=strategy.untie_embeddings, backbone=backbone)
     return shapes, replace(job, fills_cache=strategy.init_cache is not None)
 
 
