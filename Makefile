@@ -1,9 +1,9 @@
-# make demo | test | test-matrix | test-slurm | test-lowest | kills | fuzz | lint | docs | package | bench | clean; each fails when something in it fails.
+# make demo | test | test-matrix | test-slurm | test-lowest | test-serving | kills | fuzz | lint | docs | package | bench | clean; each fails when something in it fails.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup extras demo test test-matrix test-slurm test-lowest kills fuzz lint docs test-site package bench clean
+.PHONY: help setup extras demo test test-matrix test-slurm test-lowest test-serving kills fuzz lint docs test-site package bench clean
 
 PYTHON ?= python3
 # files of tests that run at a time, one more than CI has cores: each waits a quarter of its time, for ranks to meet;
@@ -14,6 +14,10 @@ INSTALLED := $(VENV)/.installed
 EXTRAS := $(VENV)/.extras-installed
 # the lowest versions that pyproject.toml admits; of torch the pinned release, or another that there is a CPU build of
 LOWEST := .venv-lowest
+# vLLM, of which the loader is tested, and what its modules import
+SERVING := .venv-serving
+VLLM := vllm==0.33.0 apache-tvm-ffi cachetools cbor2 fastapi llguidance msgspec openai openai_harmony \
+	partial_json_parser prometheus_client pybase64 pyzmq sniffio starlette uvloop xgrammar
 TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 # walk, fit on 2 ranks, save, resume, convert, the text for sbatch, and the private names of others
 SMOKE := \
@@ -35,6 +39,7 @@ help:
 	@echo "make test-matrix  every tuner, optimizer and quantized format on all ranks; writes the table of docs/tuners.md"
 	@echo "make test-slurm  install Debian's Slurm (as root) and pass tests/slurm on it, on loopback"
 	@echo "make test-lowest  pass a smoke set with the lowest versions that pyproject.toml admits (.venv-lowest)"
+	@echo "make test-serving  put converted LoRAs through vLLM's own loader (.venv-serving; not in CI)"
 	@echo "make kills   end ranks of training runs at random moments, and resume (KILLS=30 SEED=0 RANKS=2; not in CI)"
 	@echo "make fuzz    damage files of every kind, and check what the readers make of them (FUZZ_CASES, FUZZ_SEED)"
 	@echo "make lint    ruff check, ruff format --check, mypy, hadolint"
@@ -79,6 +84,16 @@ test-slurm: $(INSTALLED)
 		tests/slurm/lab.sh install || echo "Debian's Slurm could not be installed: its tests are skipped" >&2; \
 	fi
 	$(RUN) python -m pytest tests/slurm --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
+
+# on top of the project's environment, without the CUDA builds that it pins
+test-serving: $(INSTALLED)
+	$(PYTHON) -m venv --clear $(SERVING)
+	$(SERVING)/bin/python -m pip install --quiet --disable-pip-version-check --no-input --no-deps $(VLLM)
+	$(SERVING)/bin/python -m pip install --quiet --disable-pip-version-check --no-input opentelemetry-api \
+		opentelemetry-sdk opentelemetry-exporter-otlp
+	$(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$($(SERVING)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth"
+	env LOWRANK_DIST_VLLM="$(CURDIR)/$(SERVING)/bin/python" $(RUN) python -m pytest tests/system/test_serving.py $(PYTEST_ARGS)
 
 # warnings of older releases about newer ones are nobody's here
 test-lowest: export OMP_NUM_THREADS := 1
@@ -130,5 +145,5 @@ bench: $(INSTALLED)
 	for file in "$${files[@]}"; do echo "== $$file"; $(RUN) python "$$file"; done
 
 clean:
-	rm -rf $(VENV) $(LOWEST) .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf $(VENV) $(LOWEST) $(SERVING) .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
 	find . -path ./.git -prune -o -path ./runs -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -112,10 +112,10 @@ def advice(done: Conversion) -> list[str]:
         lines.append("It is a DoRA, which servers such as vLLM do not load; --rank writes the nearest LoRA.")
     if not done.uniform:
         lines.append(
-            f"Ranks (up to {done.rank}) or scalings differ between modules; servers such as vLLM need one rank "
-            "and one scaling for all modules; --rank writes that."
+            f"Ranks (up to {done.rank}) or scalings differ between modules. vLLM 0.33 takes that; older and other "
+            "servers may need one rank and one scaling for all modules: --rank writes that."
         )
-    elif done.rank not in SERVED_RANKS:
+    if done.rank not in SERVED_RANKS:
         larger = [rank for rank in SERVED_RANKS if rank > done.rank]
         serves = f"rank {done.rank} needs {larger[0]}" if larger else f"rank {done.rank} is beyond them"
         lines.append(f"vLLM's --max-lora-rank is one of {', '.join(map(str, SERVED_RANKS))}: {serves}.")

@@ -1,7 +1,7 @@
 """What servers say to a LoRA, told from its files alone.
 
-The rules are those of vLLM's loader (``vllm/lora/peft_helper.py`` and ``lora_model.py``): it asks for a LoRA without
-DoRA and ``modules_to_save``, of which every tensor is a factor, and takes no ranks by module.
+The rules are those of vLLM's loader (0.33: ``vllm/lora/peft_helper.py`` and ``lora_model.py``). It asks for a LoRA
+without DoRA, of which every tensor is a factor or of a classification head, ``score`` or ``classifier``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from lowrank_dist.storage.layout import CONFIG, WEIGHTS, read_json
 #: vLLM's ``--max-lora-rank`` if none is given.
 DEFAULT_RANK = 16
 
+#: Heads that vLLM takes whole, for classification.
+_HEADS = ("score", "classifier")
 _FACTORS = (".lora_A.", ".lora_B.", ".lora_embedding_A", ".lora_embedding_B", ".lora_magnitude_vector")
 
 
@@ -32,7 +34,8 @@ def objections(directory: str | os.PathLike[str]) -> list[str]:
     config = read_json(directory / CONFIG)
     with safe_open(directory / WEIGHTS, framework="pt") as file:
         names = sorted(file.keys())
-    whole = [name for name in names if not any(mark in name for mark in _FACTORS)]
+    heads = {name for name in config.get("modules_to_save") or [] if name in _HEADS}
+    whole = [name for name in names if not any(mark in name for mark in _FACTORS) and name.split(".")[-2] not in heads]
     embeddings = [name for name in names if ".lora_embedding_A" in name]
     stacked = config.get("target_parameters") or []
     found = []

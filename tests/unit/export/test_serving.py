@@ -26,6 +26,12 @@ EMBEDDING = "base_model.model.model.embed_tokens"
             {},
             ["It holds lm_head.weight and 1 more whole, and vLLM refuses"],
         ),
+        ((*PLAIN, "base_model.model.score.weight"), {"modules_to_save": ["score"]}, []),
+        (
+            (*PLAIN, "base_model.model.score.weight"),
+            {},
+            ["It holds score.weight whole, and vLLM refuses"],
+        ),
         (
             (*PLAIN, f"{EMBEDDING}.lora_embedding_A", f"{EMBEDDING}.lora_embedding_B"),
             {},
