@@ -64,14 +64,14 @@ class PromptTemplate:
         record
             Values by column.
         needed
-            The column of the prompt, which the template must name; an `input` beside it, too.
+            The column of the prompt, which the template must name; the `input` of an `instruction`, too.
 
         Raises
         ------
         InputError
             If a column is missing, or has no text, or is left out by the template.
         """
-        for name in (needed, *(("input",) if record.get("input") else ())):
+        for name in (needed, *(("input",) if needed == "instruction" and record.get("input") else ())):
             if name not in self.names:
                 raise InputError(f"prompt_template leaves `{name}` of the record out; add `{{{name}}}` to it")
         values = {name: record.get(name) for name in self.names}

@@ -98,7 +98,8 @@ class Publication:
             data = content if isinstance(content, Path) else content.encode()
             operations.append(CommitOperationAdd(path_in_repo=name, path_or_fileobj=data))
         try:
-            api.create_repo(repo_id, private=private, exist_ok=True)
+            # not False: it is public, whatever is the organisation's default
+            api.create_repo(repo_id, private=private or None, exist_ok=True)
             if revision is not None:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             done = api.create_commit(repo_id, operations, commit_message=message, revision=revision)

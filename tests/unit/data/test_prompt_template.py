@@ -80,7 +80,6 @@ MESSAGES = [{"role": "user", "content": "a"}]
     ("record", "message"),
     [
         ({"question": "a", "answer": "b"}, r"leaves `question` of the record out; add `\{question\}`"),
-        ({"query": "a", "response": "b", "input": "c"}, r"leaves `input` of the record out"),
         ({"query": 3, "response": "b"}, "`query` is a int, not text"),
         ({"messages": MESSAGES}, "is for a prompt and a response, and this record is `messages`"),
         ({"text": "a"}, "is for a prompt and a response, and this record is `text`"),
@@ -90,6 +89,14 @@ MESSAGES = [{"role": "user", "content": "a"}]
 def test_a_record_that_does_not_fit_is_refused(record: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         read_columns(record, template=ASK)
+
+
+def test_what_the_template_leaves_out_is_named() -> None:
+    record = {"instruction": "a", "input": "b", "output": "c"}
+    with pytest.raises(InputError, match=r"leaves `input` of the record out; add `\{input\}`"):
+        read_columns(record, template=PromptTemplate("{instruction}"))
+    other = {"query": "a", "response": "b", "input": "c"}  # as without a template: a column of no meaning
+    assert read_columns(other, template=PromptTemplate("{query}")) == Pair("a", "b")
 
 
 def test_a_column_that_is_missing_is_named() -> None:
