@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -21,7 +22,8 @@ class EvaluateTasks(Callback):
     """Score the model with tasks of lm-evaluation-harness while it is trained, and log the scores.
 
     They are logged as ``tasks/<task>/<metric>``, where a ModelCheckpoint can monitor them. Answers come from the
-    sharded model as it trains; nothing is merged or loaded twice. Training goes on as it would without the callback:
+    sharded model as it trains; nothing is merged or loaded twice. The task ``responses`` asks with the prompts of the
+    Trainer's data module. Training goes on as it would without the callback:
     random numbers are put back. Collective; needs `lowrank_dist.PiSSAStrategy` and the extra ``evaluate``.
 
     Parameters
@@ -128,6 +130,8 @@ class EvaluateTasks(Callback):
             raise InputError(
                 f"EvaluateTasks needs PiSSAStrategy, not {type(strategy).__name__}; leave it out, or score checkpoints"
             )
+        datamodule = getattr(trainer, "datamodule", None)
+        self.tasks = replace(self.tasks, prompts=getattr(datamodule, "prompt_settings", {}))
         group = ShardGroup(device=strategy.root_device)
         check_virtual_tokens(strategy.adapter, group.size)
         with group.shared_errors():

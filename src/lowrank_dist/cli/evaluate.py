@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 STAGES = ("base", "step0", "trained", "converted")
 
 
+#: Options that say what the prompts of training were.
+_PROMPTS = ("columns", "as_chat", "prompt_template")
+
+
 def run(argv: Sequence[str]) -> int:
     """Run ``lowrank-dist evaluate``; `argv` excludes the command's name. Returns the exit status."""
     options = parser().parse_args(argv)
@@ -61,6 +65,9 @@ def parser() -> argparse.ArgumentParser:
         help="models of a checkpoint, a column each: the original model, that of step 0, the trained one, and its LoRA "
         "on the original model (default: trained)",
     )
+    parser.add_argument("--columns", type=json.loads, metavar="JSON", help="of `responses`: as in `data:` of the run")
+    parser.add_argument("--as_chat", action="store_true", help="of `responses`: as in `data:` of the run")
+    parser.add_argument("--prompt_template", help="of `responses`: as in `data:` of the run")
     parser.add_argument("--num_fewshot", type=int, help="examples before every question (default: the task's)")
     parser.add_argument("--limit", type=float, help="only so many documents of every task; below 1, this share")
     parser.add_argument("--apply_chat_template", action="store_true", help="put questions into the chat template")
@@ -90,6 +97,12 @@ def _check(options: Any) -> None:
     for entry in options.data:
         if "=" not in entry or not all(entry.partition("=")[::2]):
             raise InputError(f"--data {entry}: must be TASK=FILE or TASK:SPLIT=FILE")
+    if "responses" not in options.tasks.split(","):
+        for name in _PROMPTS:
+            if getattr(options, name):
+                raise InputError(f"--{name} is for the task responses; other tasks make prompts of their own")
+    if options.columns is not None and not isinstance(options.columns, dict):
+        raise InputError('--columns must be a JSON object, such as {"prompt": "question_text"}')
     if options.gen_kwargs is not None and not isinstance(options.gen_kwargs, dict):
         raise InputError('--gen_kwargs must be a JSON object, such as {"max_gen_toks": 128}')
 
@@ -112,6 +125,7 @@ def _evaluate(options: Any, group: Any) -> None:
             chat=options.apply_chat_template,
             system=options.system_instruction,
             options=options.gen_kwargs,
+            prompts={name: value for name in _PROMPTS if (value := getattr(options, name))},
             seed=options.seed,
             unsafe=options.confirm_run_unsafe_code,
         )

@@ -266,6 +266,13 @@ class SFTDataModule(L.LightningDataModule):
         self._state: dict[str, int] = {}
         self._limit_val_batches: int | float | None = None
 
+    @property
+    def prompt_settings(self) -> dict[str, Any]:
+        """The settings that decide what a prompt is, without the chat template and those left at their defaults."""
+        template = None if self.prompt_template is None else self.prompt_template.text
+        settings = {"columns": self.columns, "as_chat": self.as_chat, "prompt_template": template}
+        return {name: value for name, value in settings.items() if value}
+
     @staticmethod
     def _check_task(task: Task, *, columns: dict[str, str] | None, packing: bool, train_on: TrainOn) -> None:
         check_columns(columns, COLUMN_NAMES[task])
@@ -451,10 +458,9 @@ class SFTDataModule(L.LightningDataModule):
             "limit": limit,
             "task": task,
             **{
-                name: getattr(self, name)
-                for name in ("train_on", "thinking", "columns", "as_chat", "on_bad_record", "max_length", "classes")
+                name: getattr(self, name) for name in ("train_on", "thinking", "on_bad_record", "max_length", "classes")
             },
-            "prompt_template": None if self.prompt_template is None else self.prompt_template.text,
+            **self.prompt_settings,
         }
         if (key := key_of(source, tokenizer, settings)) is None:
             self._report("%s: not cached, because %s is no fast tokenizer", source, type(tokenizer).__name__)

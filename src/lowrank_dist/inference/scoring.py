@@ -52,6 +52,8 @@ class Tasks:
         A system message.
     options
         Changes of the options with which tasks generate.
+    prompts
+        Settings of prompts in training (`columns`, `as_chat`, `prompt_template`), for tasks on such data: ``responses``.
     seed
         Seed of what is drawn: examples before questions, and answers of tasks that sample.
     unsafe
@@ -71,6 +73,7 @@ class Tasks:
     chat: bool = False
     system: str | None = None
     options: Mapping[str, Any] | None = None
+    prompts: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 1234
     unsafe: bool = False
 
@@ -172,7 +175,8 @@ class Tasks:
             if list(given) != ["test"]:
                 raise InputError(f"data for {name!r}: it has one split, test")
             _reader(given["test"])
-            return self._changed(path, {"dataset_kwargs": {"data": str(Path(given["test"]).absolute())}}, manager)
+            settings = {"data": str(Path(given["test"]).absolute()), **self.prompts}
+            return self._changed(path, {"dataset_kwargs": settings}, manager)
         kinds = {_reader(file) for file in given.values()}
         if len(kinds) > 1:
             raise InputError(f"data for {name!r}: files of one kind, not of {', '.join(sorted(kinds))}")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from helpers.sft import byte_level_tokenizer, write_jsonl
+from lowrank_dist.data.datamodule import SFTDataModule
 from lowrank_dist.data.shapes import INSTRUCTION_PROMPT
 from lowrank_dist.errors import InputError
 from lowrank_dist.inference.scoring import Scores, Tasks, as_table
@@ -60,6 +61,18 @@ def test_gsm8k_and_responses_take_a_file(own: Path) -> None:
     assert asked["number"] == "2"
     assert asked["prompt"] == record["prompt"] == INSTRUCTION_PROMPT.format(query="1 + 1?")
     assert record["response"] == " 2"
+
+
+def test_responses_take_the_prompts_of_the_data_module(own: Path) -> None:
+    file = write_jsonl(own / "r.jsonl", [{"q": "1 + 1?", "gold": "2"}])
+    byte_level_tokenizer(template=None).save_pretrained(own / "tokenizer")
+    columns = {"query": "q", "response": "gold"}
+    module = SFTDataModule(str(own / "tokenizer"), file, columns=columns, prompt_template="Sum: {query} = ")
+    tasks = Tasks(names=("responses",), data={"responses": file}, prompts=module.prompt_settings)
+    (task,) = tasks.load(load_tokenizer(str(own / "tokenizer")))
+    (doc,) = task.test_docs()
+    assert (doc["prompt"], doc["response"]) == ("Sum: 1 + 1? =", " 2")
+    assert SFTDataModule(str(own / "tokenizer"), file).prompt_settings == {}
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lowrank_dist.data.prompt_template import PromptTemplate
 from lowrank_dist.data.prompts import Prompter
 from lowrank_dist.data.records import read_file
 from lowrank_dist.errors import InputError
 
 
 def documents(
-    data: str | None = None, tokenizer: str | None = None, chat_template: str | None = None, **_: Any
+    data: str | None = None,
+    tokenizer: str | None = None,
+    chat_template: str | None = None,
+    columns: dict[str, str] | None = None,
+    as_chat: bool = False,
+    prompt_template: str | None = None,
+    **_: Any,
 ) -> dict[str, Any]:
     """The split ``test``: prompts as in training, and responses.
 
@@ -21,6 +28,8 @@ def documents(
         A data file.
     tokenizer, chat_template
         The tokenizer of the model by its name, and a chat template in place of its own.
+    columns, as_chat, prompt_template
+        As in `lowrank_dist.SFTDataModule`.
 
     Raises
     ------
@@ -32,7 +41,13 @@ def documents(
 
     if data is None or tokenizer is None:
         raise InputError("responses: scores a data file of yours; give one (--data responses=FILE)")
-    prompter = Prompter(AutoTokenizer.from_pretrained(tokenizer), chat_template)
+    prompter = Prompter(
+        AutoTokenizer.from_pretrained(tokenizer),
+        chat_template,
+        columns=columns,
+        as_chat=as_chat,
+        prompt_template=None if prompt_template is None else PromptTemplate(prompt_template),
+    )
     pairs = [
         (prompter.record(record, where), prompter.response(record, where)) for where, record in read_file(Path(data))
     ]
