@@ -53,7 +53,7 @@ class Tasks:
     options
         Changes of the options with which tasks generate.
     prompts
-        Settings of prompts in training (`columns`, `as_chat`, `prompt_template`), for tasks on such data: ``responses``.
+        Settings of prompts in training (`columns`, `as_chat`, `prompt_template`), for the task ``responses``.
     seed
         Seed of what is drawn: examples before questions, and answers of tasks that sample.
     unsafe
