@@ -35,7 +35,11 @@ def objections(directory: str | os.PathLike[str]) -> list[str]:
     with safe_open(directory / WEIGHTS, framework="pt") as file:
         names = sorted(file.keys())
     heads = {name for name in config.get("modules_to_save") or [] if name in _HEADS}
-    whole = [name for name in names if not any(mark in name for mark in _FACTORS) and name.split(".")[-2] not in heads]
+    whole = [
+        name
+        for name in names
+        if not any(mark in name for mark in _FACTORS) and not heads.intersection(name.split(".")[-2:-1])
+    ]
     embeddings = [name for name in names if ".lora_embedding_A" in name]
     stacked = config.get("target_parameters") or []
     found = []

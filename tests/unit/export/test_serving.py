@@ -27,6 +27,7 @@ EMBEDDING = "base_model.model.model.embed_tokens"
             ["It holds lm_head.weight and 1 more whole, and vLLM refuses"],
         ),
         ((*PLAIN, "base_model.model.score.weight"), {"modules_to_save": ["score"]}, []),
+        ((*PLAIN, "bare"), {"modules_to_save": ["score"]}, ["It holds bare whole, and vLLM refuses"]),
         (
             (*PLAIN, "base_model.model.score.weight"),
             {},
