@@ -36,7 +36,7 @@ RUN := env PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 help:
 	@echo "make demo    train QPiSSA on a small model with 2 CPU ranks, convert, evaluate with stock PEFT (runs/demo)"
 	@echo "make test    set up and run the tests, but for tests/slurm and the site's"
-	@echo "make test-matrix  every tuner, optimizer and quantized format on all ranks; writes the table of docs/tuners.md"
+	@echo "make test-matrix  every combination that make test leaves out; writes the table of docs/tuners.md"
 	@echo "make test-slurm  install Debian's Slurm (as root) and pass tests/slurm on it, on loopback"
 	@echo "make test-lowest  pass a smoke set with the lowest versions that pyproject.toml admits (.venv-lowest)"
 	@echo "make test-serving  put converted LoRAs through vLLM's own loader (.venv-serving; not in CI)"
@@ -69,11 +69,7 @@ fuzz: $(INSTALLED)
 	$(RUN) python -m pytest --capture=no tests/distributed/checkpoints/test_fuzz.py $(PYTEST_ARGS)
 
 test-matrix: $(INSTALLED)
-	$(RUN) python -m pytest tests/system/test_tuners.py tests/system/test_architectures.py tests/unit/export/test_tuned.py \
-		tests/distributed/decoding/test_fit.py tests/distributed/training/test_every_optimizer.py \
-		tests/distributed/training/test_killed.py tests/distributed/inference/test_on_disk.py tests/system/test_sweep.py \
-		tests/system/test_examples.py tests/system/test_benchmarks.py tests/system/test_launch.py \
-		tests/distributed/zero3/test_gathering.py -m "matrix or not matrix" \
+	$(RUN) python -m pytest --ignore=tests/slurm -m "matrix or table" \
 		--numprocesses $(JOBS) --junitxml .cache/matrix.xml $(PYTEST_ARGS)
 	$(RUN) python tests/helpers/tuner_table.py .cache/matrix.xml
 	PYTHONPATH=tests $(RUN) python tests/helpers/family_table.py .cache/matrix.xml

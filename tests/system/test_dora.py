@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from helpers.covering import covering
 from helpers.ranks import run_ranks
 from helpers.training import BATCHES, LR, ByStep, dense_state, loader, make_strategy, make_trainer, tokens
 from helpers.tuners import logits
@@ -64,8 +65,7 @@ def train_stock(pretrained: Path, state: dict[str, Tensor], steps: int) -> tuple
     return losses, model
 
 
-@pytest.mark.parametrize("ranks", [(1, 2), (3, 1)], ids=["1-2", "3-1"])
-@pytest.mark.parametrize("start", STARTS)
+@covering(1, {"start": STARTS, "ranks": [(1, 2), (3, 1)]}, ids=str)
 def test_trains_and_resumes_as_stock_peft(llama: Path, tmp_path: Path, start: str, ranks: tuple[int, int]) -> None:
     first, then = ranks
     save, options = tmp_path / "save", STARTS[start]

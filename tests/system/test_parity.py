@@ -11,6 +11,7 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from helpers.covering import covering
 from helpers.ranks import run_ranks
 from helpers.training import STEPS, CausalLM, dense_state, fit, loader, make_strategy, make_trainer, train_plainly
 from lowrank_dist import LoRA, PiSSA
@@ -28,8 +29,7 @@ def train_sharded(pretrained: Path, precision: str, options: dict[str, Any]) -> 
     return module.losses, dense_state(trainer.strategy)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@covering(1, {"checkpointing": CHECKPOINTING, "world_size": [1, 2, 3, 4]})
 def test_losses_equal_those_of_one_process(llama: Path, world_size: int, checkpointing: str) -> None:
     """fp32, 1e-5 relative: only the order of sums differs, over the ranks and in the batched products."""
     results = run_ranks(world_size, train_sharded, llama, "32-true", CHECKPOINTING[checkpointing])

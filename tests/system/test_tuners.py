@@ -41,6 +41,7 @@ def check(pretrained: Path, directory: Path, name: str, first: int, then: int, q
     torch.testing.assert_close(here, there, rtol=0, atol=10 * tolerance * float(there.abs().max()))
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("name", CASES)
 def test_trains_resumes_and_reloads_as_stock_peft(llama: Path, tmp_path: Path, name: str) -> None:
     """NF4, two ranks and then one; fp32, so that only the order of sums differs."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from transformers import AutoModelForCausalLM
 
+from helpers.covering import covering
 from helpers.models import save_checkpoint
 from helpers.ranks import run_ranks
 from helpers.training import BATCHES, CausalLM, dense_state, loader, make_strategy, make_trainer, tokens
@@ -45,8 +46,7 @@ def fitted(pretrained: Path, init: Method, precision: str, quantized: bool) -> t
     return module.losses, trainer.strategy.init_report
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("init", METHODS, ids=repr)
+@covering(1, {"init": METHODS, "world_size": [1, 2]}, ids=repr)
 def test_step_0_is_the_original_model(llama: Path, init: Method, world_size: int) -> None:
     """fp32 without quantization: B A and the residual add up to W. The checkpoint is read once."""
     losses, report = run_ranks(world_size, fitted, llama, init, "32-true", False)[0]
@@ -57,8 +57,7 @@ def test_step_0_is_the_original_model(llama: Path, init: Method, world_size: int
     assert len(set(losses)) == 3
 
 
-@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
-@pytest.mark.parametrize("init", [CorDA(), LoRAGA(), QERA()], ids=repr)
+@covering(1, {"init": [CorDA(), LoRAGA(), QERA()], "precision": ["bf16-true", "bf16-mixed"]}, ids=repr)
 def test_quantized_in_bf16(llama: Path, init: Method, precision: str) -> None:
     """NF4 moves the loss of this random model by less than a tenth."""
     losses, _ = run_ranks(2, fitted, llama, init, precision, True)[0]

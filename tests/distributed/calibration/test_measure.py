@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from helpers.covering import covering
 from helpers.live import LiveStorages
 from helpers.models import save_checkpoint
 from helpers.ranks import alone, run_ranks
@@ -162,9 +163,7 @@ def check(parts: list[dict[str, Any]], expected: dict[str, Tensor], weights: Any
         assert torch.equal(torch.cat([one["seen"][name][0] for one in parts]), weights[name])
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-@pytest.mark.parametrize("statistic", ["covariance", "gradient"])
+@covering(2, {"statistic": ["covariance", "gradient"], "architecture": ["llama", "gpt2"], "world_size": [1, 2, 3, 4]})
 def test_statistics_equal_those_of_the_whole_model(
     checkpoints: dict[str, Path], architecture: str, world_size: int, statistic: str
 ) -> None:

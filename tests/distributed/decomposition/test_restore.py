@@ -18,6 +18,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from helpers.covering import covering
 from helpers.models import save_checkpoint
 from helpers.ranks import run_ranks, run_ranks_catching
 from helpers.training import DEEPSPEED_CONFIG
@@ -265,8 +266,7 @@ TARGETS: dict[str, tuple[str, dict[str, Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", TARGETS)
-@pytest.mark.parametrize(("first", "again"), [(2, 3), (3, 1)])
+@covering(1, {("first", "again"): [(2, 3), (3, 1)], "name": TARGETS})
 def test_every_kind_of_weight(tmp_path: Path, name: str, first: int, again: int) -> None:
     architecture, adapter, changes = TARGETS[name]
     pretrained = save_checkpoint(tmp_path / "model", architecture, **changes)

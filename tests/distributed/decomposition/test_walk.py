@@ -24,6 +24,7 @@ from transformers import (
 )
 
 import lowrank_dist.decomposition.walk
+from helpers.covering import covering
 from helpers.live import LiveMemory
 from helpers.models import CAUSAL_LMS, save_checkpoint
 from helpers.ranks import alone, run_ranks, run_ranks_catching
@@ -68,9 +69,7 @@ def decompose_rows(method: Any, fmt: Any, rows: int, columns: int) -> tuple[Tens
     return result.factors.left, result.factors.right, result.residual.shards, residual_block(matrix, result.factors)
 
 
-@pytest.mark.parametrize("method", [PiSSA(), LoRA()], ids=str)
-@pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+@covering(2, {("rows", "columns"): SHAPES, "double_quant": [False, True], "method": [PiSSA(), LoRA()]}, ids=str)
 def test_shards_equal_bitsandbytes_on_the_whole_residual(
     method: Any, double_quant: bool, rows: int, columns: int
 ) -> None:
@@ -278,8 +277,7 @@ def walk(pretrained: Path, options: dict[str, Any], auto_class: Any = None) -> d
     }
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("double_quant", [False, True])
+@covering(1, {"double_quant": [False, True], "world_size": [1, 2, 3, 4]})
 def test_an_idle_rank_holds_its_part_and_padding(llama: Path, world_size: int, double_quant: bool) -> None:
     results = run_ranks(world_size, walk, llama, {"quantization": NF4(double_quant=double_quant)})
     for result in results:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from helpers.covering import covering
 from helpers.models import save_checkpoint, stored, with_head
 from helpers.ranks import run_ranks
 from helpers.training import CausalLM, loader, make_strategy, make_trainer
@@ -85,8 +86,7 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("head", HEADS)
+@covering(1, {"head": HEADS, "world_size": [1, 2]})
 def test_step_0_is_the_stock_model(head: str, world_size: int, llama: Path, tmp_path: Path) -> None:
     base = base_with(head, llama, tmp_path)
     stock = AutoModelForCausalLM.from_pretrained(base, dtype=FP32)
@@ -131,8 +131,7 @@ def write(pretrained: Path, output: Path, targets: list[str], residual: Any) -> 
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("head", HEADS)
+@covering(1, {"head": HEADS, "world_size": [1, 2]})
 def test_residual_models(head: str, world_size: int, llama: Path, tmp_path: Path) -> None:
     """Stock transformers and peft compute from it what they compute from the original, and so does the strategy."""
     base = base_with(head, llama, tmp_path)
@@ -191,8 +190,7 @@ def compare(pretrained: Path) -> tuple[int, bool]:
     return reader.bytes_read, backbone.lm_head.weight is backbone.model.embed_tokens.weight
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("head", HEADS)
+@covering(1, {"head": HEADS, "world_size": [1, 2, 3]})
 def test_the_ranks_share_the_comparison(head: str, world_size: int, llama: Path, tmp_path: Path) -> None:
     """Every byte of the two once, whatever the number of ranks; all ranks decide the same."""
     read, tied = zip(*run_ranks(world_size, compare, base_with(head, llama, tmp_path)), strict=True)

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from helpers.covering import covering
 from helpers.faults import kill_after_commits
 from helpers.models import save_checkpoint
 from helpers.ranks import alone, run_ranks, run_ranks_catching
@@ -78,8 +79,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # -- written ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("double_quant", [False, True])
+@covering(1, {"double_quant": [False, True], "world_size": [1, 2, 3, 4]})
 def test_the_serialization_is_that_of_bitsandbytes(
     qwen: Path, tmp_path: Path, world_size: int, double_quant: bool
 ) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from helpers.checkpoints import load_lora
+from helpers.covering import covering
 from helpers.faults import kill_after_commits
 from helpers.models import save_checkpoint
 from helpers.ranks import run_ranks, run_ranks_catching
@@ -116,8 +117,7 @@ def from_directory(directory: Path) -> Tensor:
     return step_0(directory, PiSSAStrategy(directory, show_progress=False))
 
 
-@pytest.mark.parametrize("residual", [None, NF4(double_quant=True)], ids=str)
-@pytest.mark.parametrize("name", CASES)
+@covering(1, {"name": CASES, "residual": [None, NF4(double_quant=True)]}, ids=str)
 def test_step_0_is_that_of_decomposing_in_place(tmp_path: Path, name: str, residual: Any) -> None:
     """By the same ranks bit for bit, by others to the rounding of sums. Stock transformers + peft compute the same in
     fp32 where they load it, else refuse.

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from helpers.covering import covering
 from helpers.ranks import run_ranks, run_ranks_catching
 from helpers.training import CausalLM, dense_state, loader, make_strategy, make_trainer
 from lowrank_dist import AdapterCheckpoint
@@ -204,10 +205,18 @@ def steps_of(log: list[tuple[float, int, float]]) -> list[tuple[float, int, floa
     return found
 
 
-@pytest.mark.parametrize(("ranks", "accumulated", "batch_size"), [(2, 2, 2), (1, 2, 4), (1, 4, 2)])
-@pytest.mark.parametrize(
-    ("checkpoint", "batches"),
-    [("steps/step=1", 2), ("steps/step=2", 4), ("steps/step=3", 5), ("epochs/step=3", 5), ("steps/step=5", 9)],
+@covering(
+    1,
+    {
+        ("checkpoint", "batches"): [
+            ("steps/step=1", 2),
+            ("steps/step=2", 4),
+            ("steps/step=3", 5),
+            ("epochs/step=3", 5),
+            ("steps/step=5", 9),
+        ],
+        ("ranks", "accumulated", "batch_size"): [(2, 2, 2), (1, 2, 4), (1, 4, 2)],
+    },
 )
 def test_resuming_at_any_step(
     material: Path,

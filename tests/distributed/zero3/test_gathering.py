@@ -13,6 +13,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from helpers.covering import covering
 from helpers.models import save_checkpoint
 from helpers.ranks import alone, run_ranks, run_ranks_catching
 from helpers.traffic import Traffic
@@ -81,9 +82,7 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_checkpoint(tmp_path_factory.mktemp("deep"), "llama", num_hidden_layers=4, tie_word_embeddings=False)
 
 
-@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
-@pytest.mark.parametrize("ahead", [0, 2])
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@covering(2, {"world_size": [1, 2, 3], "ahead": [0, 2], "checkpointing": CHECKPOINTING})
 def test_every_gradient(deep: Path, world_size: int, ahead: int, checkpointing: str) -> None:
     """In the third step the order of gathers is known, and layers are gathered ahead."""
     options = {**CHECKPOINTING[checkpointing], "live_layers": ahead}
@@ -142,8 +141,7 @@ def reduced(pretrained: Path, options: dict[str, Any], module: type[CausalLM]) -
     return [nbytes for name, _, nbytes in traffic.calls if name == "reduce_scatter_tensor"]
 
 
-@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
-@pytest.mark.parametrize(("layers_at_once", "module"), [(4, Rates), (2, CausalLM), (1, Rates)])
+@covering(1, {("layers_at_once", "module"): [(4, Rates), (2, CausalLM), (1, Rates)], "checkpointing": CHECKPOINTING})
 def test_gradients_of_layers_are_reduced_together(
     deep: Path, layers_at_once: int, module: type[CausalLM], checkpointing: str
 ) -> None:
@@ -195,8 +193,7 @@ class InferenceFirst(CausalLM):
         return super().training_step(batch, index)
 
 
-@pytest.mark.parametrize("within", ["world", "rank"])
-@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@covering(1, {"within": ["world", "rank"], "checkpointing": CHECKPOINTING})
 def test_inference_mode_leaves_nothing_behind(deep: Path, checkpointing: str, within: str) -> None:
     """What was gathered in it is saved for backward by PEFT's own layers, which compute dropout."""
     adapter = LoraConfig(r=4, lora_alpha=4, target_modules=TARGETS, lora_dropout=1e-9)
@@ -204,8 +201,7 @@ def test_inference_mode_leaves_nothing_behind(deep: Path, checkpointing: str, wi
     run_ranks(2, check_every_gradient, deep, 3, options, InferenceFirst)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@covering(1, {"world_size": [1, 2], "checkpointing": CHECKPOINTING})
 def test_two_forwards_before_one_backward_are_refused(deep: Path, checkpointing: str, world_size: int) -> None:
     """DeepSpeed would overwrite the gradients of the first, or fail with an error that does not say so."""
     for _, error in run_ranks_catching(world_size, check_every_gradient, deep, 3, CHECKPOINTING[checkpointing], Twice):
@@ -246,8 +242,7 @@ def watched(pretrained: Path, options: dict[str, Any]) -> tuple[list[tuple[str, 
     return [(name, nbytes) for name, _, nbytes in calls], watch.visited, modules
 
 
-@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
-@pytest.mark.parametrize("ahead", [0, 2])
+@covering(1, {"ahead": [0, 2], "checkpointing": CHECKPOINTING})
 def test_one_collective_brings_a_layer(deep: Path, ahead: int, checkpointing: str) -> None:
     """Forward and backward of each of four layers and of the norm, one for the embedding and one for the head."""
     options = {**CHECKPOINTING[checkpointing], "live_layers": ahead}

@@ -87,6 +87,7 @@ def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
     return [name for name in one if not torch.equal(one[name], other[name])]
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("name", [name for name in TUNERS if name not in REFUSED and not name.startswith(VIRTUAL)])
 def test_every_tuner(llama: Path, tmp_path: Path, name: str) -> None:
     """The bits of stock PEFT's merge; on a model with tied embeddings."""
