@@ -15,7 +15,7 @@ from lowrank_dist.errors import CheckpointError, InputError
 from lowrank_dist.initialization.open import Encode, ModelRecipe
 from lowrank_dist.methods import LoRA, Method
 from lowrank_dist.model.factor_layout import stored_layout
-from lowrank_dist.quantization.nf4 import format_from_dict
+from lowrank_dist.quantization.registry import format_from_dict
 from lowrank_dist.residual_model.reader import ResidualModel
 from lowrank_dist.storage.layout import ADAPTER_DIR, LORA_DIR, MANIFEST
 from lowrank_dist.storage.parse import is_flag, is_list_of, is_text

@@ -40,7 +40,8 @@ from lowrank_dist.model.skeleton import build_skeleton
 from lowrank_dist.model.stacking import positions, put_factor
 from lowrank_dist.progress import progress_bar
 from lowrank_dist.quantization.format import Encoded
-from lowrank_dist.quantization.nf4 import NF4, format_from_dict
+from lowrank_dist.quantization.nf4 import NF4
+from lowrank_dist.quantization.registry import format_from_dict
 from lowrank_dist.residual_model.reader import ResidualModel
 from lowrank_dist.storage.atomic import atomic_directory
 from lowrank_dist.storage.digest import digest_sums, digests

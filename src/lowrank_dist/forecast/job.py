@@ -23,8 +23,8 @@ from lowrank_dist.methods.base import Method
 from lowrank_dist.model.factor_layout import FactorLayout, TrainedFactors
 from lowrank_dist.model.plan import Plan, PlannedMatrix, PlannedTensor, open_plan
 from lowrank_dist.model.skeleton import build_skeleton
+from lowrank_dist.quantization.blocks import BlockFormat
 from lowrank_dist.quantization.format import ResidualFormat
-from lowrank_dist.quantization.nf4 import NF4
 from lowrank_dist.residual_model.reader import ResidualModel
 from lowrank_dist.storage.dtypes import DTYPES
 from lowrank_dist.storage.reader import CheckpointReader
@@ -227,7 +227,7 @@ class RunSpec:
     @property
     def keeps_decoded(self) -> bool:
         """Whether a layer's decoded weights stay from its recomputation to its backward."""
-        return isinstance(self.residual, NF4) and self.gradient_checkpointing and self.keep_decoded
+        return isinstance(self.residual, BlockFormat) and self.gradient_checkpointing and self.keep_decoded
 
     @property
     def keeps_trained(self) -> bool:

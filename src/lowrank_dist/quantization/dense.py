@@ -50,6 +50,10 @@ class Dense:
     def exact(self) -> bool:
         return True
 
+    @property
+    def stock(self) -> bool:
+        return True
+
     def storages(self, partition: RowPartition) -> dict[str, FlatStorage]:
         numel, shard_numel = partition.rows * partition.columns, partition.rows_per_rank * partition.columns
         return {"weight_rows": FlatStorage(numel=numel, shard_numel=shard_numel, dtype=self.dtype)}

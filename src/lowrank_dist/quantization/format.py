@@ -3,7 +3,7 @@
 A format encodes this rank's rows of the residual as named flat shards, states the length of every shard, and decodes
 gathered (or local) shards. The walk, the ZeRO-3 partition and the layers know nothing else about a format, so a new
 format is one class. `lowrank_dist.quantization.dense.Dense` stores floating-point values,
-`lowrank_dist.quantization.nf4.NF4` packs them into 4 bits.
+`lowrank_dist.quantization.blocks.BlockFormat` is what formats of few bits have in common.
 """
 
 from __future__ import annotations
@@ -97,6 +97,10 @@ class ResidualFormat(Protocol):
     @property
     def exact(self) -> bool:
         """Whether decoding returns the encoded values up to rounding to a floating-point type."""
+
+    @property
+    def stock(self) -> bool:
+        """Whether stock transformers loads its `files` where they hold the weight of a linear layer."""
 
     def storages(self, partition: RowPartition) -> dict[str, FlatStorage]:
         """Names, lengths and dtypes of the shards of a matrix partitioned by `partition`."""

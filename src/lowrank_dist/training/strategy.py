@@ -20,8 +20,8 @@ from lowrank_dist.initialization.open import Encode
 from lowrank_dist.layers.adapted import FoldAdapters
 from lowrank_dist.methods import Method
 from lowrank_dist.model.skeleton import meta_parameters
+from lowrank_dist.quantization.blocks import BlockFormat
 from lowrank_dist.quantization.dense import Dense
-from lowrank_dist.quantization.nf4 import NF4
 from lowrank_dist.residual_model.reader import ResidualModel
 from lowrank_dist.storage.dtypes import PRECISIONS
 from lowrank_dist.storage.source import WeightSource
@@ -51,7 +51,8 @@ class PiSSAStrategy(ModelStrategy):
     init
         Method that makes adapters and residual from the weights: ``PiSSA(...)``, ``LoRA()``, ``LoftQ(...)``, ...
     quantization
-        ``NF4(...)`` for a 4-bit residual; None keeps it in the compute dtype.
+        Format of the residual: ``NF4(...)``, ``FP4(...)`` or ``MXFP4()`` (4 bits), ``INT8(...)`` or ``FP8(...)``
+        (8 bits); None keeps it in the compute dtype.
     encode
         Linear layers in the format of `quantization`: all but the output embedding (``"all-linear"``), or the adapted
         ones (``"adapted"``). Default: the adapted ones with a LoRA, whose residuals are made with it, else all.
@@ -172,7 +173,7 @@ class PiSSAStrategy(ModelStrategy):
         pretrained: str | os.PathLike[str] | WeightSource,
         adapter: PeftConfig | str | Path | None = None,  # not os.PathLike, which jsonargparse makes of any dictionary
         init: Method | None = None,
-        quantization: NF4 | None = None,
+        quantization: BlockFormat | None = None,
         *,
         encode: Encode | None = None,
         train_also: Sequence[str] = (),
