@@ -15,7 +15,6 @@ from lowrank_dist.forecast.rates import Cluster
 from lowrank_dist.forecast.sharding import ShardingChoice, alternatives, choose_sharding
 from lowrank_dist.forecast.startup import Seconds, decomposed_bytes, predict
 from lowrank_dist.forecast.traffic import Traffic, traffic
-from lowrank_dist.quantization.blocks import BlockFormat
 from lowrank_dist.quantization.four_bit import FourBit
 from lowrank_dist.quantization.nf4 import NF4
 
@@ -280,9 +279,9 @@ def _step_time(shapes: ModelShapes, job: RunSpec, cluster: Cluster) -> StepTime:
             trained += share * parameter.numel() * tensor.trainable
     flops = 2 * job.tokens * (passes * (frozen + adapters + others) + adapters + trained)
     seconds = flops / cluster.flops
-    if isinstance(job.residual, BlockFormat):
-        written = sum(m.rows * m.columns for m in shapes.plan.matrices)
-        moved = written * (job.compute_dtype.itemsize + job.residual.bits / 8)
+    if job.residual is not None and not job.residual.exact:
+        moved = sum(m.rows * m.columns for m in shapes.plan.matrices) * job.compute_dtype.itemsize
+        moved += sum(p.whole_bytes for p in parameters(shapes, job) if p.kind in ("codes", "maxima"))
         seconds += passes * moved / cluster.memory_rate
     # the rates are those of an all-reduce, which is a reduce-scatter and a gather; each takes half of its time
     communicate = sum(c.nbytes / (2 * cluster.bandwidth[c.crosses]) for c in traffic(shapes, job).collectives)

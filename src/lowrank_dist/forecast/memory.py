@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from lowrank_dist.forecast.activations import Activations
 from lowrank_dist.forecast.job import ModelShapes, Parameter, RunSpec, parameters
-from lowrank_dist.quantization.blocks import BlockFormat
 from lowrank_dist.quantization.stacks import decoding_bytes, experts_at_a_time
 
 #: Parts of `Memory.resident`, in the order of the table.
@@ -202,13 +201,14 @@ def _decoded(shapes: ModelShapes, job: RunSpec) -> int:
     itemsize, wrapped, single, largest_scratch = job.compute_dtype.itemsize, 0, 0, 0
     layers, kept = set(shapes.layers), Counter[str]()
     for planned in shapes.plan.matrices:
+        residual = job.residual.of_matrix(planned.key)
         elements = planned.rows * planned.columns * planned.experts
         if planned.wrapped:
-            partition = planned.row_partition(job.shard_ranks if job.stage == 3 else 1, block=job.residual.block)
+            partition = planned.row_partition(job.shard_ranks if job.stage == 3 else 1, block=residual.block)
             count = experts_at_a_time(job.experts_at_a_time, planned.experts, partition, job.compute_dtype)
-            wrapped = max(wrapped, decoding_bytes(job.residual, partition, count, job.compute_dtype))
-        elif isinstance(job.residual, BlockFormat) and not planned.lookup:
-            scratch = job.residual.scratch_bytes(elements)
+            wrapped = max(wrapped, decoding_bytes(residual, partition, count, job.compute_dtype))
+        elif not job.residual.exact and not planned.lookup:
+            scratch = residual.scratch_bytes(elements)
             single, largest_scratch = max(single, elements * itemsize + scratch), max(largest_scratch, scratch)
             kept.update(dict.fromkeys(layers.intersection(_prefixes(planned.layer)), elements * itemsize))
     if job.keeps_decoded:

@@ -112,6 +112,7 @@ def decomposed_bytes(matrices: Sequence[PlannedMatrix], residual: ResidualFormat
 
 def _residual_bytes(matrix: PlannedMatrix, residual: ResidualFormat) -> int:
     """Bytes of a residual on disk; dense ones are counted as 2 bytes an element."""
+    residual = residual.of_matrix(matrix.key)
     if residual.exact:
         return 2 * matrix.rows * matrix.columns
     storages = residual.storages(matrix.row_partition(1, block=residual.block)).values()

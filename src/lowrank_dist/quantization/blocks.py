@@ -21,11 +21,12 @@ from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import FlatStorage, RowPartition
 from lowrank_dist.errors import InputError
 from lowrank_dist.quantization.dense import pad_rows
-from lowrank_dist.quantization.format import Encoded, Product, ReadFile
+from lowrank_dist.quantization.format import Encoded, Product, ReadFile, ResidualFormat
 from lowrank_dist.storage.layout import QUANT_STATES
 from lowrank_dist.storage.reader import FileTensor
 
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
+_BY_NAME: dict[str, type[BlockFormat]] = {}
 _STATE_BYTES = 256  # fixed size of the JSON beside a weight, whose own length depends on the digits of its numbers
 
 
@@ -66,6 +67,10 @@ class BlockFormat(ABC):
     #: Whether stock transformers loads the files of linear layers.
     stock: ClassVar[bool] = False
 
+    def __init_subclass__(cls) -> None:
+        if "name" in vars(cls):
+            _BY_NAME[cls.name] = cls
+
     @property
     @abstractmethod
     def block(self) -> int:
@@ -84,6 +89,9 @@ class BlockFormat(ABC):
     @abstractmethod
     def decoded(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         """Decode codes ``[k, block_bytes]`` uint8 with scales ``[k]``: ``[k, block]`` in `dtype`."""
+
+    def of_matrix(self, key: str) -> ResidualFormat:
+        return self
 
     @property
     def exact(self) -> bool:
@@ -105,7 +113,6 @@ class BlockFormat(ABC):
         return torch.float32 if self.scale_bytes == 4 else torch.uint8
 
     def scratch_bytes(self, elements: int, *, stacked: bool = False) -> int:
-        """Upper bound of the temporary bytes of decoding `elements`, beside codes, scales and the result."""
         return 0
 
     def storages(self, partition: RowPartition) -> dict[str, FlatStorage]:
@@ -161,9 +168,7 @@ class BlockFormat(ABC):
     ) -> Tensor:
         """See `ResidualFormat`."""
         if torch.compiler.is_compiling():
-            from lowrank_dist.quantization.opaque import decode_in_graph
-
-            return decode_in_graph(self, stored, partition, dtype, product)
+            return _decode_in_graph(self, stored, partition, dtype, product)
         return self.decode_now(stored, partition, dtype, product)
 
     def decode_now(
@@ -253,3 +258,53 @@ def check_block_size(residual: BlockFormat) -> None:
     """Raise InputError if the blocks of `residual` have a size that bitsandbytes does not know."""
     if residual.block not in BLOCK_SIZES:
         raise InputError(f"{type(residual).__name__}: block_size={residual.block} is not one of {BLOCK_SIZES}")
+
+
+def _decode_in_graph(
+    residual: BlockFormat,
+    stored: Mapping[str, Tensor],
+    partition: RowPartition,
+    dtype: torch.dtype,
+    product: Product | None,
+) -> Tensor:
+    """`BlockFormat.decode` as one operator in the graphs of ``torch.compile``, which does not look inside."""
+    packed, absmax, nested = (stored.get(f"weight_{name}") for name in ("packed", "absmax", "nested"))
+    left, right = product or (None, None)
+    facts = partition.rows, partition.columns, partition.world_size, residual.block
+    weight: Tensor = _decode_opaquely(packed, absmax, nested, left, right, *facts, residual.name, dtype)
+    return weight
+
+
+@torch.library.custom_op(
+    "lowrank_dist::decode_blocks",
+    mutates_args=(),
+    schema=(
+        "(Tensor packed, Tensor absmax, Tensor? nested, Tensor? left, Tensor? right, SymInt rows, SymInt columns, "
+        "SymInt world_size, SymInt block, str name, ScalarType dtype) -> Tensor"
+    ),
+)
+def _decode_opaquely(
+    packed: Tensor,
+    absmax: Tensor,
+    nested: Tensor | None,
+    left: Tensor | None,
+    right: Tensor | None,
+    rows: int,
+    columns: int,
+    world_size: int,
+    block: int,
+    name: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    stored = {"weight_packed": packed, "weight_absmax": absmax}
+    if nested is not None:
+        stored["weight_nested"] = nested
+    partition = RowPartition(rows=rows, columns=columns, world_size=world_size, block=block)
+    product = None if left is None or right is None else (left, right)
+    return _BY_NAME[name].of(block, nested=nested is not None).decode_now(stored, partition, dtype, product)
+
+
+@_decode_opaquely.register_fake
+def _shape_of_decoded(packed: Tensor, *args: Any) -> Tensor:
+    *_, rows, columns, _, _, _, dtype = args
+    return packed.new_empty((rows, columns), dtype=dtype)

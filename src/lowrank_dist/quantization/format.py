@@ -98,6 +98,15 @@ class ResidualFormat(Protocol):
     def exact(self) -> bool:
         """Whether decoding returns the encoded values up to rounding to a floating-point type."""
 
+    def of_matrix(self, key: str) -> ResidualFormat:
+        """The format of a matrix, whose weight the reader calls `key`; for all formats but one, this format."""
+
+    def scratch_bytes(self, elements: int, *, stacked: bool = False) -> int:
+        """Upper bound of the temporary bytes of decoding `elements`, beside the stored ones and the result.
+
+        `stacked`: of matrices of a stack (`lowrank_dist.quantization.stacks`).
+        """
+
     @property
     def stock(self) -> bool:
         """Whether stock transformers loads its `files` where they hold the weight of a linear layer."""

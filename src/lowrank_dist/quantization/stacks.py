@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from lowrank_dist.distributed.partition import RowPartition
-from lowrank_dist.quantization.blocks import BlockFormat
 from lowrank_dist.quantization.dense import Dense
 from lowrank_dist.quantization.format import ResidualFormat
 
@@ -82,5 +81,4 @@ def decoding_bytes(residual: ResidualFormat, partition: RowPartition, count: int
     nbytes = sum(storage.shard_numel * partition.world_size * storage.dtype.itemsize for storage in storages)
     if isinstance(residual, Dense) and residual.dtype == dtype:
         return count * nbytes
-    scratch = residual.scratch_bytes(count * elements, stacked=True) if isinstance(residual, BlockFormat) else 0
-    return count * (elements * dtype.itemsize + nbytes) + scratch
+    return count * (elements * dtype.itemsize + nbytes) + residual.scratch_bytes(count * elements, stacked=True)
