@@ -26,7 +26,6 @@ from lowrank_dist.quantization import FP4, FP8, INT8, MXFP4, NF4, ResidualFormat
 FORMATS: list[ResidualFormat] = [NF4(), NF4(double_quant=True), FP4(), MXFP4(), INT8(), FP8()]
 STARTS: dict[str, Method] = {
     "LoRA (the format alone)": LoRA(),
-    "PiSSA, T = 1": PiSSA(),
     "PiSSA, T = 5": PiSSA(quantization_iterations=5),
     "LoftQ, T = 5": LoftQ(quantization_iterations=5),
 }

@@ -66,7 +66,7 @@ def recorded_recipe(
     name = manifest.text("pretrained") if pretrained is None else pretrained
     revision = manifest.get("pretrained_commit") if pretrained is None and not Path(name).exists() else None
     residual = format_from_dict(manifest.record("residual"))
-    quantization = None if residual.exact else residual
+    quantization = residual if isinstance(residual, str) or not residual.exact else None
     method: Method | None = None
     if ResidualModel.is_at(resolve_checkpoint(name, revision=revision)):
         quantization = None  # it says itself

@@ -26,7 +26,7 @@ from lowrank_dist.initialization.open import ModelRecipe
 from lowrank_dist.initialization.trainable import Computation
 from lowrank_dist.methods.frozen import Frozen
 from lowrank_dist.model.skeleton import build_buffers_in, build_skeleton, read_config
-from lowrank_dist.quantization.format import ResidualFormat
+from lowrank_dist.quantization.format import AS_STORED, ResidualFormat
 from lowrank_dist.residual_model.fingerprint import source_fingerprint
 from lowrank_dist.residual_model.reader import ResidualModel
 from lowrank_dist.storage.dtypes import PRECISIONS
@@ -136,7 +136,8 @@ class ModelOnDisk:
         self.checkpoint = TrainingCheckpoint(path)
         self.recipe = recorded_recipe(self.checkpoint, pretrained=base, cache=self._cache)
         self._adapter = self.recipe.adapter if isinstance(self.recipe.adapter, PeftConfig) else None
-        held = "dense" if manifest.get("quantization") is None else f"in {manifest['quantization']}"
+        residual = manifest.get("quantization")
+        held = {None: "dense", AS_STORED: AS_STORED}.get(residual, f"in {residual}")
         at = "as initialised" if self.stage == "step0" else f"trained for {manifest['step']} steps"
         self.kind = f"checkpoint, {manifest['method']} {at}, its frozen base {held}"
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -63,6 +63,12 @@ Product = tuple[Tensor, Tensor]
 #: ``read(suffix, start, stop)`` reads elements ``start:stop`` of the flattened file tensor ``<weight's name><suffix>``.
 #: A `stop` of None means its end.
 ReadFile = Callable[[str, int, int | None], Tensor]
+
+
+#: What a user passes instead of a format to keep the bytes of a quantized checkpoint
+#: (`lowrank_dist.decoding.as_stored`).
+AsStoredOption = Literal["as stored"]
+AS_STORED: AsStoredOption = "as stored"
 
 
 class ResidualFormat(Protocol):

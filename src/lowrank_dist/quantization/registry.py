@@ -8,7 +8,7 @@ from typing import Any
 
 from lowrank_dist.quantization.blocks import BlockFormat
 from lowrank_dist.quantization.dense import Dense
-from lowrank_dist.quantization.format import ResidualFormat
+from lowrank_dist.quantization.format import AS_STORED, AsStoredOption, ResidualFormat
 from lowrank_dist.quantization.fp4 import FP4
 from lowrank_dist.quantization.fp8 import FP8
 from lowrank_dist.quantization.int8 import INT8
@@ -25,13 +25,17 @@ def format_as_dict(residual: ResidualFormat) -> dict[str, Any]:
     """Describe a residual format for a manifest, by its name and its options."""
     if isinstance(residual, BlockFormat):
         return {"format": residual.name, **asdict(residual)}
+    if str(residual) == AS_STORED:
+        return {"format": AS_STORED}
     return {"format": "dense", "dtype": str(getattr(residual, "dtype", None)).removeprefix("torch.")}
 
 
-def format_from_dict(values: Mapping[str, Any]) -> ResidualFormat:
+def format_from_dict(values: Mapping[str, Any]) -> ResidualFormat | AsStoredOption:
     """The residual format that `format_as_dict` described."""
     values = Record(values, "the residual format in the manifest")
     name = values.text("format")
+    if name == AS_STORED:
+        return AS_STORED
     if name not in FORMATS:
         dtype = values.expect("dtype", lambda name: name in NAMED_DTYPES, "a dtype")
         return Dense(dtype=NAMED_DTYPES[dtype])
