@@ -235,7 +235,12 @@ def configuration() -> str:
     for name, method in METHODS.items():
         lines += [f"#### {method.__name__}", "", f"`--method {name}` of `decompose`. {summary(method)}", ""]
         lines += key_table(method)
-    lines += ["### quantization", "", "`class_path: lowrank_dist.NF4`, or another of these; null: dense.", ""]
+    lines += [
+        "### quantization",
+        "",
+        "`class_path: lowrank_dist.NF4`, or another of these; null: dense; `as stored`: {doc}`../guides/quantized`.",
+        "",
+    ]
     for name, residual in FORMATS.items():
         lines += [f"#### {residual.__name__}", "", f"`--quantization {name}` of `decompose`. {summary(residual)}", ""]
         lines += key_table(residual)

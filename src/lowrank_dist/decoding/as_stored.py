@@ -57,7 +57,7 @@ class StoredPart:
         return self.matrix.shape[-2]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class StoredMatrix:
     """Residual format of one matrix that stays as its checkpoint stores it.
 
@@ -166,11 +166,11 @@ class StoredMatrix:
     def from_files(self, read: ReadFile, partition: RowPartition, rank: int) -> dict[str, Tensor]:
         raise AssertionError("a weight that stays as it is stored is in no residual model")
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return AS_STORED
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class AsStored(Dense):
     """The formats of a model whose base stays as its checkpoint stores it.
 
@@ -195,7 +195,7 @@ class AsStored(Dense):
     def of_matrix(self, key: str) -> ResidualFormat:
         return self.formats.get(key) or Dense(dtype=self.dtype)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return AS_STORED
 
     @classmethod

@@ -273,8 +273,8 @@ class _Refit:
             with group.shared_errors():
                 if fingerprint != self.manifest.get("pretrained_fingerprint"):
                     raise CheckpointError(
-                        f"{directory}: the weights have changed since {checkpoint} was written; use those of the run, or "
-                        "convert without --base"
+                        f"{directory}: the weights have changed since {checkpoint} was written; use those of the "
+                        "run, or convert without --base"
                     )
         with group.shared_errors():
             self.dense = {planned.layer for planned in self.plan.matrices if planned.lookup or planned.wrapped} | head
