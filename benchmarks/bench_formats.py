@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/demo"), help="where `make demo` puts model and data")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--examples", type=int, default=16, help="whose inputs the outputs' errors are for; held out")
+    parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS))
     parser.add_argument("--tiny", action="store_true", help="dry run on a random model of two layers")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -64,7 +65,8 @@ def report(model: Path, data: Data, options: argparse.Namespace) -> None:
     machine = f"one process, {torch.get_num_threads()} threads"
     parts = [header("Residual formats: measured", Path(__file__).name, PACKAGES, machine, notes)]
     columns = ["format", "bits", "weight error %", "output error %", "loss at step 0", "seconds"]
-    for label, method in STARTS.items():
+    for label in options.starts:
+        method = STARTS[label]
         rows = []
         for residual in FORMATS:
             found = start(backbone, model, method, options.rank, (moments, moments), data.held_out, residual)
