@@ -1,6 +1,7 @@
 """Residual formats: bits for each weight, and how far weights, outputs and the loss are from the original's. A report.
 
     python benchmarks/bench_formats.py               # benchmarks/results/formats.md
+    python benchmarks/bench_formats.py --examples 0  # errors of the weights alone, without the model's outputs
     python benchmarks/bench_formats.py --tiny        # a dry run on a random model of two layers
 
 The model, the data and the errors are those of ``benchmarks/bench_quantized_starts.py``: SmolLM2-135M, all linears.
@@ -11,17 +12,21 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
+from statistics import fmean
 
 import models
 import torch
-from bench_quantized_starts import PACKAGES, Data, batches_of, loss_of, random_data, second_moments, start
+from bench_quantized_starts import PACKAGES, Data, batches_of, computed, loss_of, random_data, second_moments, start
+from peft import LoraConfig
 from reporting import header, table, write_report
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowrank_dist.demo.assets import fetch_data, fetch_model
 from lowrank_dist.distributed.partition import RowPartition
 from lowrank_dist.methods import LoftQ, LoRA, Method, PiSSA
+from lowrank_dist.model.plan import open_plan
 from lowrank_dist.quantization import FP4, FP8, INT8, MXFP4, NF4, ResidualFormat
+from lowrank_dist.storage.reader import CheckpointReader
 
 FORMATS: list[ResidualFormat] = [NF4(), NF4(double_quant=True), FP4(), MXFP4(), INT8(), FP8()]
 STARTS: dict[str, Method] = {
@@ -50,7 +55,7 @@ def main() -> None:
             train, test = fetch_data(options.work, tokenizer)
             data = Data(calibration=[], held_out=batches_of(test, tokenizer, options.examples), train=[])
             del train
-        report(model, data, options)
+        (report if data.held_out else report_of_weights)(model, data, options)
 
 
 def report(model: Path, data: Data, options: argparse.Namespace) -> None:
@@ -75,6 +80,33 @@ def report(model: Path, data: Data, options: argparse.Namespace) -> None:
             print(f"{label}: {' | '.join(rows[-1])}", flush=True)
         parts.append(f"## {label}\n\n{table(columns, rows)}")
         write_report(options.output, parts, dry=options.tiny)
+
+
+def report_of_weights(model: Path, data: Data, options: argparse.Namespace) -> None:
+    """Errors of the weights; the model itself is not loaded."""
+    notes = [f"all linears of {model.name}, fp32 factors, r = alpha = {options.rank}; means over the matrices"]
+    machine = f"one process, {torch.get_num_threads()} threads"
+    parts = [header("Residual formats: measured", Path(__file__).name, PACKAGES, machine, notes)]
+    for label in options.starts:
+        rows = []
+        for residual in FORMATS:
+            error = weight_error(model, STARTS[label], options.rank, residual)
+            rows.append([str(residual), f"{bits(residual):.3f}", f"{100 * error:.2f}"])
+            print(f"{label}: {' | '.join(rows[-1])}", flush=True)
+        parts.append(f"## {label}\n\n{table(['format', 'bits', 'weight error %'], rows)}")
+        write_report(options.output, parts, dry=options.tiny)
+
+
+def weight_error(model: Path, method: Method, rank: int, residual: ResidualFormat) -> float:
+    """Mean of ``||W - (Q + s B A)||_F / ||W||_F``."""
+    reader, errors = CheckpointReader(model), list[float]()
+    adapter = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    for planned in open_plan(reader, adapter).plan.matrices:
+        weight = reader.rows(planned.key, 0, planned.rows).float()
+        lost = weight - computed(planned, weight, method, torch.empty(0), residual)
+        errors.append(float(lost.norm() / weight.norm()))
+    reader.close()
+    return fmean(errors)
 
 
 def bits(residual: ResidualFormat) -> float:
