@@ -38,7 +38,7 @@ from lowrank_dist.demo.evaluate import encode
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.methods import EVA, QERA, CorDA, LoftQ, LoRA, Matrix, Method, PiSSA
 from lowrank_dist.model.plan import PlannedMatrix, open_plan
-from lowrank_dist.quantization import NF4
+from lowrank_dist.quantization import NF4, ResidualFormat
 from lowrank_dist.storage.reader import CheckpointReader
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
@@ -215,6 +215,7 @@ def start(
     rank: int,
     moments: tuple[dict[str, Tensor], dict[str, Tensor]],
     held_out: Batches,
+    residual: ResidualFormat = FORMAT,
 ) -> Start:
     """Decompose all linears and put what the model then computes with in their place, until it has been measured."""
     reader = CheckpointReader(model)
@@ -226,7 +227,7 @@ def start(
         weight = backbone.get_submodule(planned.layer).weight
         originals[planned.layer] = weight.data.clone()
         started = time.monotonic()
-        at_start = computed(planned, weight.data, method, moments[0][planned.layer])
+        at_start = computed(planned, weight.data, method, moments[0][planned.layer], residual)
         seconds += time.monotonic() - started
         lost = weight.data - at_start
         on = (relative(lost, weight.data, of[planned.layer]) for of in moments)
@@ -239,17 +240,19 @@ def start(
     return Start(weight=weight_error, output=output, held_out=other, loss=loss, seconds=seconds)
 
 
-def computed(planned: PlannedMatrix, weight: Tensor, method: Method, moments: Tensor) -> Tensor:
+def computed(
+    planned: PlannedMatrix, weight: Tensor, method: Method, moments: Tensor, residual: ResidualFormat
+) -> Tensor:
     """``Q + s B A``, ``[out, in]``: the weight that the model computes with at step 0."""
     matrix = Matrix.of(
         planned,
         weight.clone(),
         SINGLE,
-        partition=planned.row_partition(1, block=FORMAT.block),
+        partition=planned.row_partition(1, block=residual.block),
         factor_dtype=torch.float32,
         statistic=moments if method.statistic == "covariance" else None,
     )
-    found = method.decompose(matrix, FORMAT)
+    found = method.decompose(matrix, residual)
     product = found.factors.left @ found.factors.right
     return found.residual.rows(slice(None)) + matrix.scaling * product
 

@@ -47,6 +47,7 @@ RESULTS = {
     "dora": "DoRA",
     "startup": "Start-up of commands",
     "quantized_starts": "Starts on a quantized base",
+    "formats": "Residual formats",
 }
 
 
@@ -194,6 +195,7 @@ def configuration() -> str:
 
     import lowrank_dist
     from lowrank_dist.methods import METHODS
+    from lowrank_dist.quantization.registry import FORMATS
 
     lines = [
         "# Keys of a configuration",
@@ -233,8 +235,15 @@ def configuration() -> str:
     for name, method in METHODS.items():
         lines += [f"#### {method.__name__}", "", f"`--method {name}` of `decompose`. {summary(method)}", ""]
         lines += key_table(method)
-    lines += ["### quantization", "", "`class_path: lowrank_dist.NF4`; null keeps the residual dense.", ""]
-    lines += key_table(lowrank_dist.NF4)
+    lines += [
+        "### quantization",
+        "",
+        "`class_path: lowrank_dist.NF4`, or another of these; null: dense; `as stored`: {doc}`../guides/quantized`.",
+        "",
+    ]
+    for name, residual in FORMATS.items():
+        lines += [f"#### {residual.__name__}", "", f"`--quantization {name}` of `decompose`. {summary(residual)}", ""]
+        lines += key_table(residual)
     lines += [
         "### calibration",
         "",

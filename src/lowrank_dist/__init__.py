@@ -21,6 +21,10 @@ _EXPORTS = {
     "PublishedRate": "lowrank_dist.training.published_rates",
     "published_rates": "lowrank_dist.training.published_rates",
     "NF4": "lowrank_dist.quantization",
+    "FP4": "lowrank_dist.quantization",
+    "INT8": "lowrank_dist.quantization",
+    "FP8": "lowrank_dist.quantization",
+    "MXFP4": "lowrank_dist.quantization",
     "Calibration": "lowrank_dist.calibration.measure",
     "WeightSource": "lowrank_dist.storage",
     "Method": "lowrank_dist.methods",
@@ -83,6 +87,10 @@ if TYPE_CHECKING:
     from lowrank_dist.methods import OLoRA as OLoRA
     from lowrank_dist.methods import PiSSA as PiSSA
     from lowrank_dist.methods import register as register
+    from lowrank_dist.quantization import FP4 as FP4
+    from lowrank_dist.quantization import FP8 as FP8
+    from lowrank_dist.quantization import INT8 as INT8
+    from lowrank_dist.quantization import MXFP4 as MXFP4
     from lowrank_dist.quantization import NF4 as NF4
     from lowrank_dist.storage import WeightSource as WeightSource
     from lowrank_dist.storage.inspect import inspect as inspect

@@ -96,6 +96,17 @@ def test_quantized_starts_at_tiny_scale(tmp_path: Path) -> None:
 
 
 @pytest.mark.matrix
+def test_formats_at_tiny_scale(tmp_path: Path) -> None:
+    """Eight bits err less than four, and NF4 less than MXFP4."""
+    report = dry_run("benchmarks/bench_formats.py", output=tmp_path / "formats.md")
+    alone = report.split("## ")[1]
+    rows = {cells[1].strip(): cells[2:-1] for line in alone.splitlines() if len(cells := line.split("|")) > 3}
+    assert float(rows["FP8(block_size=128)"][1]) < float(rows["NF4(block_size=64, double_quant=False)"][1])
+    assert float(rows["NF4(block_size=64, double_quant=False)"][1]) < float(rows["MXFP4()"][1])
+    assert float(rows["INT8(block_size=64)"][1]) < 1
+
+
+@pytest.mark.matrix
 def test_checkpoints_at_tiny_scale(tmp_path: Path) -> None:
     """Of the figures, those that are no times: what can be resumed elsewhere, and what holds pickles."""
     report = dry_run("benchmarks/bench_checkpoint.py", output=tmp_path / "checkpoint.md")

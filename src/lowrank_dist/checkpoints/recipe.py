@@ -15,7 +15,7 @@ from lowrank_dist.errors import CheckpointError, InputError
 from lowrank_dist.initialization.open import Encode, ModelRecipe
 from lowrank_dist.methods import LoRA, Method
 from lowrank_dist.model.factor_layout import stored_layout
-from lowrank_dist.quantization.nf4 import format_from_dict
+from lowrank_dist.quantization.registry import format_from_dict
 from lowrank_dist.residual_model.reader import ResidualModel
 from lowrank_dist.storage.layout import ADAPTER_DIR, LORA_DIR, MANIFEST
 from lowrank_dist.storage.parse import is_flag, is_list_of, is_text
@@ -66,7 +66,7 @@ def recorded_recipe(
     name = manifest.text("pretrained") if pretrained is None else pretrained
     revision = manifest.get("pretrained_commit") if pretrained is None and not Path(name).exists() else None
     residual = format_from_dict(manifest.record("residual"))
-    quantization = None if residual.exact else residual
+    quantization = residual if isinstance(residual, str) or not residual.exact else None
     method: Method | None = None
     if ResidualModel.is_at(resolve_checkpoint(name, revision=revision)):
         quantization = None  # it says itself

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
 
 from jsonargparse import ArgumentParser
 
@@ -14,11 +16,11 @@ from lowrank_dist.cli.output import add_overwrite
 from lowrank_dist.cli.ranks import launch, launched
 from lowrank_dist.errors import InputError
 from lowrank_dist.methods import METHODS, Method, method_named
-from lowrank_dist.quantization.nf4 import NF4
+from lowrank_dist.quantization.registry import FORMATS
 from lowrank_dist.storage.dtypes import NAMED_DTYPES
 
-QUANTIZED = {"qpissa": "pissa", "qlora": "lora"}  # common names of a method with an NF4 residual
-NEED_NF4 = (*QUANTIZED, "loftq", "qera")
+QUANTIZED = {"qpissa": "pissa", "qlora": "lora"}  # common names of a method with a quantized residual
+NEED_FORMAT = (*QUANTIZED, "loftq", "qera")
 FACTOR_DTYPES = [name for name in NAMED_DTYPES if name != "float16"]
 
 
@@ -28,17 +30,37 @@ def run(argv: Sequence[str]) -> int:
     options = parser(name).parse_args(list(argv))
     if options.devices > 1 and not launched():
         return launch(["decompose", *argv], options.devices)
-    quantized = options.quantization == "nf4" or (options.quantization is None and name in NEED_NF4)
-    if name in QUANTIZED and not quantized:
+    quantization = options.quantization or ("nf4" if name in NEED_FORMAT else "none")
+    if name in QUANTIZED and quantization == "none":
         raise InputError(
-            f"--method {name} requires an NF4 residual; leave --quantization out, or use {QUANTIZED[name]}"
+            f"--method {name} requires a quantized residual; leave --quantization out, or use {QUANTIZED[name]}"
         )
+    _check_unused(options, quantization)
+    residual = FORMATS[quantization](**_options_of(options, quantization)) if quantization in FORMATS else None
     settings = options.get("init")  # absent where the method has none
     from lowrank_dist.cli.decompose_model import decompose_model
 
     init: Method = _method(name)(**({} if settings is None else vars(settings)))
-    decompose_model(options, init, quantized=quantized)
+    decompose_model(options, init, residual)
     return 0
+
+
+def _options_of(options: Any, name: str) -> dict[str, Any]:
+    """The options of a residual format; it has none if the parser knows none."""
+    found = options.get(name)
+    return {} if found is None else dict(vars(found))
+
+
+def _check_unused(options: Any, quantization: str) -> None:
+    """Raise InputError if options of another format than that of the residual were changed."""
+    for name, residual in FORMATS.items():
+        given = _options_of(options, name)
+        changed = [f.name for f in fields(residual) if given.get(f.name, f.default) != f.default]
+        if changed and name != quantization:
+            raise InputError(
+                f"--{name}.{changed[0]} has no effect on --quantization {quantization}; leave it out, or pass "
+                f"--quantization {name}"
+            )
 
 
 def _method_of(argv: Sequence[str]) -> str:
@@ -81,10 +103,13 @@ def parser(method: str) -> ArgumentParser:
     )
     parser.add_argument(
         "--quantization",
-        choices=["nf4", "none"],
-        help=f"format of the residual (default: nf4 for {', '.join(NEED_NF4)}; else none: the dtype of --pretrained)",
+        choices=[*FORMATS, "none"],
+        help=f"format of the residual (default: nf4 for {', '.join(NEED_FORMAT)}; else none: the dtype of "
+        "--pretrained). Stock transformers loads nf4, fp4 and none; this package all",
     )
-    parser.add_class_arguments(NF4, "nf4")
+    for residual in FORMATS.values():
+        if fields(residual):
+            parser.add_class_arguments(residual, residual.name)
     parser.add_argument(
         "--factor_dtype", choices=FACTOR_DTYPES, help="dtype of A and B (default: that of --pretrained)"
     )

@@ -19,14 +19,14 @@ from lowrank_dist.methods import Method
 from lowrank_dist.model.plan import open_plan
 from lowrank_dist.progress import progress_bar
 from lowrank_dist.quantization.dense import Dense
-from lowrank_dist.quantization.nf4 import NF4
+from lowrank_dist.quantization.format import ResidualFormat
 from lowrank_dist.residual_model.create import decompose
 from lowrank_dist.storage.dtypes import FLOAT_DTYPES, NAMED_DTYPES
 from lowrank_dist.storage.layout import read_manifest
 from lowrank_dist.storage.reader import resolve_checkpoint
 
 
-def decompose_model(options: Any, init: Method, *, quantized: bool) -> None:
+def decompose_model(options: Any, init: Method, residual: ResidualFormat | None) -> None:
     """Decompose the pretrained model of `options` with `init`, and print the report on the first rank. Collective.
 
     Parameters
@@ -35,8 +35,8 @@ def decompose_model(options: Any, init: Method, *, quantized: bool) -> None:
         Those of `lowrank_dist.cli.decompose.parser`.
     init
         The method, with its settings.
-    quantized
-        Whether the residual is NF4; else it has the dtype of the pretrained weights.
+    residual
+        Format of the residual; None: the dtype of the pretrained weights.
 
     Raises
     ------
@@ -58,7 +58,7 @@ def decompose_model(options: Any, init: Method, *, quantized: bool) -> None:
         plan = opened.plan
         with group.shared_errors():
             source_dtype = FLOAT_DTYPES[reader.info(plan.matrices[0].key).dtype]
-            residual = NF4(**vars(options.nf4)) if quantized else Dense(dtype=source_dtype)
+            residual = residual or Dense(dtype=source_dtype)
             init.check(residual)
             check_matrices(plan, init)
         # the calibration pass reads the weights too
@@ -87,6 +87,8 @@ def decompose_model(options: Any, init: Method, *, quantized: bool) -> None:
         if group.rank == 0:
             entries = read_manifest(output).records("matrices")
             print(as_table([MatrixReport.from_dict(entry) for entry in entries]))
+            if not residual.stock:
+                print(f"{residual}: this package loads the residual; stock transformers knows NF4, FP4 and dense ones")
             print(output)
 
 

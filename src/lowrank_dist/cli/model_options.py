@@ -31,7 +31,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="revision of a hub id: of --base, or of a pretrained model")
     parser.add_argument(
         "--quantization",
-        choices=["nf4", "none"],
+        choices=["nf4", "fp4", "int8", "fp8", "mxfp4", "none"],
         default="none",
         help="how the linear layers of an original model are held (default: %(default)s); a checkpoint says itself",
     )
@@ -58,13 +58,14 @@ def on_disk(options: Any, group: ShardGroup, *, stage: Stage = "trained") -> Mod
     """The model that the options name. Collective: its errors are raised on every rank."""
     from lowrank_dist.cli.ranks import first_on_host
     from lowrank_dist.inference.on_disk import ModelOnDisk
+    from lowrank_dist.quantization.registry import FORMATS
 
     def opened() -> ModelOnDisk:
         return ModelOnDisk(
             options.model,
             base=options.base,
             revision=options.revision,
-            quantize=options.quantization == "nf4",
+            quantization=None if options.quantization == "none" else FORMATS[options.quantization](),
             precision=options.precision,
             cache=options.init_cache,
             stage=stage,

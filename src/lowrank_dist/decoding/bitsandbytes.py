@@ -24,16 +24,17 @@ from lowrank_dist.decoding.encoded import (
     spread,
 )
 from lowrank_dist.errors import CheckpointError
-from lowrank_dist.quantization.nf4 import read_quant_state
+from lowrank_dist.quantization.elements import from_int8
+from lowrank_dist.quantization.state import read_quant_state
 from lowrank_dist.storage.dtypes import DTYPES, NAMED_DTYPES
+from lowrank_dist.storage.layout import QUANT_STATES
 from lowrank_dist.storage.parse import Record
 from lowrank_dist.storage.reader import CheckpointReader
 
-_STATES = {kind: f".quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4")}
+_STATES = {kind: QUANT_STATES[kind] for kind in ("nf4", "fp4")}
 _STORAGES = ("U8", "BF16", "F16", "F32")
 _MAX_STATE = 2**16  # bytes
 _SMALL_BOOK, _BOOK = 16, 256  # codes of 4 and of 8 bits
-_INT8_STEP = 7.874015718698502e-3  # bitsandbytes' 1 / 127
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +100,7 @@ class RowScaledInt8(EncodedMatrix):
     def rows(self, read: Read, start: int, stop: int, entry: int | None = None) -> Tensor:
         codes = read(self.tensors[0], slice(start, stop), ALL)
         maxima = read(self.tensors[1], slice(start, stop))
-        # in the order of bitsandbytes, whose product with the maximum is rounded first
-        return (codes.to(torch.float32).mul_(maxima.view(-1, 1)).mul_(_INT8_STEP)).to(self.dtype)
+        return from_int8(codes, maxima.view(-1, 1)).to(self.dtype)
 
 
 def find(reader: CheckpointReader, settings: Record, dtype: torch.dtype) -> Found:

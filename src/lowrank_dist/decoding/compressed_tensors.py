@@ -23,10 +23,11 @@ from lowrank_dist.decoding.encoded import (
     layers_with,
     refuse,
 )
-from lowrank_dist.decoding.fp4 import MX_GROUP, NV_GROUP, packed_groups
+from lowrank_dist.decoding.fp4 import NV_GROUP, packed_groups
 from lowrank_dist.decoding.packed import WORD, unpack
 from lowrank_dist.decoding.scaled import combine, of_activations, scaled_matrix
 from lowrank_dist.errors import ModelError
+from lowrank_dist.quantization.elements import MX_GROUP
 from lowrank_dist.storage.dtypes import FLOAT_DTYPES
 from lowrank_dist.storage.parse import Record, is_integer, printable
 from lowrank_dist.storage.reader import CheckpointReader

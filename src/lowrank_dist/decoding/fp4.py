@@ -13,20 +13,11 @@ from torch import Tensor
 
 from lowrank_dist.decoding.encoded import ALL, FP8, EncodedMatrix, Found, Parts, Read, cover, layers_with, refuse
 from lowrank_dist.decoding.scaled import of_activations, scaled_matrix
+from lowrank_dist.quantization.elements import MX_GROUP, exponential, unpacked
 from lowrank_dist.storage.parse import Record
 from lowrank_dist.storage.reader import CheckpointReader
 
-#: Values of the codes.
-VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-MX_GROUP = 32
 NV_GROUP = 16
-_BIAS = 127  # of the exponents in a byte
-
-
-def unpacked(packed: Tensor) -> Tensor:
-    """Values in fp32 of ``[..., n]`` bytes: ``[..., 2 n]``."""
-    codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
-    return torch.tensor(VALUES)[codes.to(torch.int32)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,11 +66,6 @@ class StackedBlocks(EncodedMatrix):
         values *= scales[:, :, None]
         skipped = start - first * MX_GROUP
         return values.flatten(1)[:, skipped : skipped + stop - start].to(self.dtype).mT.contiguous()
-
-
-def exponential(exponents: Tensor) -> Tensor:
-    """Two to the power of biased exponents in bytes, in fp32."""
-    return torch.exp2(exponents.to(torch.float32) - _BIAS)
 
 
 def find_stacked(reader: CheckpointReader, settings: Record, dtype: torch.dtype) -> Found:

@@ -66,6 +66,10 @@ class DecodingReader(CheckpointReader):
         matrices = (self._matrices.get(piece.key) for piece in self.pieces(name))
         return any(matrix is not None and matrix.is_quantized for matrix in matrices)
 
+    def encoded(self, name: str) -> EncodedMatrix | None:
+        """How a tensor of the files is encoded; None if it is returned as stored."""
+        return self._matrices.get(name)
+
     def _open(self, file: str) -> Any:
         return self.stored_reader._open(file)
 
@@ -82,11 +86,11 @@ class DecodingReader(CheckpointReader):
         inside = matrix.shape[1 if entry is None else 2 :]
         step = max(CHUNK // max(math.prod(inside), 1) // ALIGNMENT, 1) * ALIGNMENT
         if stop - start <= step:
-            return matrix.rows(self._part, start, stop, entry)
+            return matrix.rows(self.stored_part, start, stop, entry)
         values = torch.empty(stop - start, *inside, dtype=matrix.dtype)
         bounds = [start, *range((start // step + 1) * step, stop, step), stop]
         for low, high in pairwise(bounds):
-            values[low - start : high - start] = matrix.rows(self._part, low, high, entry)
+            values[low - start : high - start] = matrix.rows(self.stored_part, low, high, entry)
         return values
 
     def flat(self, name: str, start: int, stop: int) -> Tensor:
@@ -103,7 +107,7 @@ class DecodingReader(CheckpointReader):
             parts.append(some[low - top * width : high - top * width])
         return torch.cat(parts)
 
-    def _part(self, name: str, *index: int | slice) -> Tensor:
+    def stored_part(self, name: str, *index: int | slice) -> Tensor:
         """A part of a stored tensor, whose bytes are counted."""
         part = self.stored_reader.part(name, *index)
         self.bytes_read += part.nbytes

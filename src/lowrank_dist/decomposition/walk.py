@@ -210,32 +210,15 @@ class Walk:
         measure = self.measure if init is self.init else Measure(init, self.residual, thorough=self.thorough)
         before = measure.before(matrix) if measured else {}
         decomposition = init.decompose(matrix, self.residual)
-        shards = decomposition.residual.shards | self._factor_shards(planned, partition, decomposition.factors, group)
+        shards = decomposition.residual.shards | factor_shards(
+            planned, partition, decomposition.factors, group, self.factor_dtype
+        )
         if decomposition.encoded_from is not None:
-            further = self._factor_shards(planned, partition, decomposition.encoded_from, group)
+            further = factor_shards(planned, partition, decomposition.encoded_from, group, self.factor_dtype)
             shards |= {_ENCODED_FROM[name]: shard for name, shard in further.items()}
         measures[0] = decomposition.encoded_from is not None
         if measured:
             measure.after(matrix, decomposition, before, out=measures[1:])
-        return shards
-
-    def _factor_shards(
-        self, planned: PlannedMatrix, partition: RowPartition, factors: Factors, group: ShardGroup
-    ) -> dict[str, Tensor]:
-        if planned.rank == 0:
-            return {}
-        left, right = factors.left, factors.right
-        # without padding a rank's rows of B are its flat shard of B, so that nothing needs to be gathered
-        rows_are_shard = not planned.input_first and partition.padded_rows == partition.rows
-        if not rows_are_shard:
-            left = whole_left(left, partition, group)
-        a, b = (left.mT, right.mT) if planned.input_first else (right, left)
-        shards = {}
-        for name, factor in zip(FACTORS, (a, b), strict=True):
-            shard = factor.flatten()
-            if not (rows_are_shard and name == "lora_B"):
-                shard = shard[slice(*FlatPartition(numel=shard.numel(), world_size=group.size).bounds(group.rank))]
-            shards[name] = shard.to(self.factor_dtype)
         return shards
 
     def _reshard(
@@ -291,6 +274,27 @@ class Walk:
                     storages[_ENCODED_FROM[name]] = of_factor
             both.append(storages)
         return {name: (storage, both[1][name]) for name, storage in both[0].items()}
+
+
+def factor_shards(
+    planned: PlannedMatrix, partition: RowPartition, factors: Factors, group: ShardGroup, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """This rank's flat shards of A and B in `dtype`, by name. Collective where B has to be gathered."""
+    if planned.rank == 0:
+        return {}
+    left, right = factors.left, factors.right
+    # without padding a rank's rows of B are its flat shard of B, so that nothing needs to be gathered
+    rows_are_shard = not planned.input_first and partition.padded_rows == partition.rows
+    if not rows_are_shard:
+        left = whole_left(left, partition, group)
+    a, b = (left.mT, right.mT) if planned.input_first else (right, left)
+    shards = {}
+    for name, factor in zip(FACTORS, (a, b), strict=True):
+        shard = factor.flatten()
+        if not (rows_are_shard and name == "lora_B"):
+            shard = shard[slice(*FlatPartition(numel=shard.numel(), world_size=group.size).bounds(group.rank))]
+        shards[name] = shard.to(dtype)
+    return shards
 
 
 class Calibrated(Protocol):

@@ -39,8 +39,11 @@ from lowrank_dist.model.plan import PlannedMatrix, open_plan, plan_walk
 from lowrank_dist.model.skeleton import build_skeleton
 from lowrank_dist.model.stacking import positions, put_factor
 from lowrank_dist.progress import progress_bar
+from lowrank_dist.quantization.dense import Dense
 from lowrank_dist.quantization.format import Encoded
-from lowrank_dist.quantization.nf4 import NF4, format_from_dict
+from lowrank_dist.quantization.nf4 import NF4
+from lowrank_dist.quantization.registry import format_from_dict
+from lowrank_dist.residual_model.fingerprint import source_fingerprint
 from lowrank_dist.residual_model.reader import ResidualModel
 from lowrank_dist.storage.atomic import atomic_directory
 from lowrank_dist.storage.digest import digest_sums, digests
@@ -246,7 +249,9 @@ class _Refit:
                         f"{checkpoint}: its {MANIFEST} has no {key}; it was written by an older version"
                     )
             self.reports = {e["name"]: MatrixReport.from_dict(e) for e in self.manifest.records("matrices")}
-            self.format = format_from_dict(self.manifest["residual"])
+            residual = format_from_dict(self.manifest["residual"])
+            # the base of a run that kept the stored bytes is the decoded weight
+            self.format = Dense(dtype=torch.float32) if isinstance(residual, str) else residual
             self.target = None
             if base == "nf4":
                 self.target = self.format if isinstance(self.format, NF4) else NF4()
@@ -262,6 +267,15 @@ class _Refit:
             untie = changes_tied(backbone, self.trained, self.config.modules_to_save)
         opened = open_plan(self.reader, self.config, backbone=backbone, untie=untie, limit_rank=False, group=group)
         self.plan = opened.plan
+        if isinstance(residual, str):  # their digests are those of the stored bytes
+            self.reports = {name: replace(report, digest=None) for name, report in self.reports.items()}
+            fingerprint = source_fingerprint(self.reader, group)
+            with group.shared_errors():
+                if fingerprint != self.manifest.get("pretrained_fingerprint"):
+                    raise CheckpointError(
+                        f"{directory}: the weights have changed since {checkpoint} was written; use those of the "
+                        "run, or convert without --base"
+                    )
         with group.shared_errors():
             self.dense = {planned.layer for planned in self.plan.matrices if planned.lookup or planned.wrapped} | head
             fitted = {planned.layer for planned in self.plan.matrices} - self.dense

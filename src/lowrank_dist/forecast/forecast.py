@@ -15,6 +15,7 @@ from lowrank_dist.forecast.rates import Cluster
 from lowrank_dist.forecast.sharding import ShardingChoice, alternatives, choose_sharding
 from lowrank_dist.forecast.startup import Seconds, decomposed_bytes, predict
 from lowrank_dist.forecast.traffic import Traffic, traffic
+from lowrank_dist.quantization.four_bit import FourBit
 from lowrank_dist.quantization.nf4 import NF4
 
 
@@ -206,10 +207,10 @@ def _alternatives(job: RunSpec) -> Iterator[list[tuple[str, RunSpec]]]:
             (f"live_layers: {layers}", replace(job, live_layers=layers)) for layers in reversed(range(job.live_layers))
         ]
     if job.init is not None:  # without it, the files on disk determine the format
-        if isinstance(job.residual, NF4) and not job.residual.double_quant:
+        if isinstance(job.residual, FourBit) and not job.residual.double_quant:
             smaller = replace(job, residual=replace(job.residual, double_quant=True))
-            yield [("quantization: NF4 with double_quant: true", smaller)]
-        elif not isinstance(job.residual, NF4):
+            yield [(f"quantization: {type(job.residual).__name__} with double_quant: true", smaller)]
+        elif not isinstance(job.residual, FourBit):
             yield [("quantization: NF4", replace(job, residual=NF4()))]
     if job.stage and not job.offload_optimizer:
         yield [("offload_optimizer: true", replace(job, offload_optimizer=True))]
@@ -278,8 +279,9 @@ def _step_time(shapes: ModelShapes, job: RunSpec, cluster: Cluster) -> StepTime:
             trained += share * parameter.numel() * tensor.trainable
     flops = 2 * job.tokens * (passes * (frozen + adapters + others) + adapters + trained)
     seconds = flops / cluster.flops
-    if isinstance(job.residual, NF4):
-        moved = sum(m.rows * m.columns for m in shapes.plan.matrices) * (job.compute_dtype.itemsize + 0.5)
+    if job.residual is not None and not job.residual.exact:
+        moved = sum(m.rows * m.columns for m in shapes.plan.matrices) * job.compute_dtype.itemsize
+        moved += sum(p.whole_bytes for p in parameters(shapes, job) if p.kind in ("codes", "maxima"))
         seconds += passes * moved / cluster.memory_rate
     # the rates are those of an all-reduce, which is a reduce-scatter and a gather; each takes half of its time
     communicate = sum(c.nbytes / (2 * cluster.bandwidth[c.crosses]) for c in traffic(shapes, job).collectives)

@@ -24,7 +24,6 @@ from lowrank_dist.model.factor_layout import FactorLayout, TrainedFactors
 from lowrank_dist.model.plan import Plan, PlannedMatrix, PlannedTensor, open_plan
 from lowrank_dist.model.skeleton import build_skeleton
 from lowrank_dist.quantization.format import ResidualFormat
-from lowrank_dist.quantization.nf4 import NF4
 from lowrank_dist.residual_model.reader import ResidualModel
 from lowrank_dist.storage.dtypes import DTYPES
 from lowrank_dist.storage.reader import CheckpointReader
@@ -227,7 +226,8 @@ class RunSpec:
     @property
     def keeps_decoded(self) -> bool:
         """Whether a layer's decoded weights stay from its recomputation to its backward."""
-        return isinstance(self.residual, NF4) and self.gradient_checkpointing and self.keep_decoded
+        quantized = self.residual is not None and not self.residual.exact
+        return quantized and self.gradient_checkpointing and self.keep_decoded
 
     @property
     def keeps_trained(self) -> bool:
@@ -330,13 +330,12 @@ def parameters(shapes: ModelShapes, job: RunSpec) -> Iterator[Parameter]:
 
 def _of_residual(planned: PlannedMatrix, job: RunSpec, ranks: int) -> Iterator[Parameter]:
     assert job.residual is not None
-    kinds = {"weight_packed": "codes", "weight_absmax": "maxima", "weight_nested": "maxima"}
-    storages: dict[str, FlatStorage] = dict(
-        job.residual.storages(planned.row_partition(ranks, block=job.residual.block))
-    )
+    kinds = {"weight_packed": "codes", "weight_absmax": "maxima", "weight_nested": "maxima", "weight_scales": "maxima"}
+    residual = job.residual.of_matrix(planned.key)
+    storages: dict[str, FlatStorage] = dict(residual.storages(planned.row_partition(ranks, block=residual.block)))
     for name, storage in storages.items():
         yield Parameter(
-            kind=kinds.get(name, "dense"),
+            kind=kinds.get(name.partition("[")[0], "dense"),
             name=planned.layer,
             shard_numel=storage.shard_numel * planned.experts,
             ranks=ranks,

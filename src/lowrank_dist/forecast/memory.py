@@ -8,13 +8,12 @@ from dataclasses import dataclass
 
 from lowrank_dist.forecast.activations import Activations
 from lowrank_dist.forecast.job import ModelShapes, Parameter, RunSpec, parameters
-from lowrank_dist.quantization.nf4 import NF4
 from lowrank_dist.quantization.stacks import decoding_bytes, experts_at_a_time
 
 #: Parts of `Memory.resident`, in the order of the table.
 RESIDENT = {
-    "codes": "NF4 codes",
-    "maxima": "their block maxima",
+    "codes": "codes of the residual",
+    "maxima": "their block scales",
     "dense": "dense residual",
     "other": "other frozen parameters",
     "trained": "trained parameters",
@@ -199,18 +198,19 @@ def _prefixes(name: str) -> list[str]:
 def _decoded(shapes: ModelShapes, job: RunSpec) -> int:
     if job.residual is None:
         return 0
-    itemsize, wrapped, single, largest_maxima = job.compute_dtype.itemsize, 0, 0, 0
+    itemsize, wrapped, single, largest_scratch = job.compute_dtype.itemsize, 0, 0, 0
     layers, kept = set(shapes.layers), Counter[str]()
     for planned in shapes.plan.matrices:
+        residual = job.residual.of_matrix(planned.key)
         elements = planned.rows * planned.columns * planned.experts
         if planned.wrapped:
-            partition = planned.row_partition(job.shard_ranks if job.stage == 3 else 1, block=job.residual.block)
+            partition = planned.row_partition(job.shard_ranks if job.stage == 3 else 1, block=residual.block)
             count = experts_at_a_time(job.experts_at_a_time, planned.experts, partition, job.compute_dtype)
-            wrapped = max(wrapped, decoding_bytes(job.residual, partition, count, job.compute_dtype))
-        elif isinstance(job.residual, NF4) and not planned.lookup:
-            maxima = 4 * elements // job.residual.block_size if job.residual.double_quant else 0
-            single, largest_maxima = max(single, elements * itemsize + maxima), max(largest_maxima, maxima)
+            wrapped = max(wrapped, decoding_bytes(residual, partition, count, job.compute_dtype))
+        elif not job.residual.exact and not planned.lookup:
+            scratch = residual.scratch_bytes(elements)
+            single, largest_scratch = max(single, elements * itemsize + scratch), max(largest_scratch, scratch)
             kept.update(dict.fromkeys(layers.intersection(_prefixes(planned.layer)), elements * itemsize))
     if job.keeps_decoded:
-        return max(max(kept.values(), default=0) + largest_maxima + wrapped, single)
+        return max(max(kept.values(), default=0) + largest_scratch + wrapped, single)
     return max(single, wrapped)

@@ -23,10 +23,9 @@ from lowrank_dist.methods.frozen import method_for
 from lowrank_dist.methods.principal import PrincipalMethod
 from lowrank_dist.model.plan import PlannedMatrix
 from lowrank_dist.quantization.format import ResidualFormat
-from lowrank_dist.quantization.nf4 import NF4
 
 OTHER_COLLECTIVES = 4  # per matrix, outside its decomposition: two checks for errors, norms, measurements
-NF4_COLLECTIVES = 3  # per encoding with double quantization
+ENCODING_COLLECTIVES = 3  # per encoding with double quantization
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,15 +105,18 @@ def predict(
     return total
 
 
-def decomposed_bytes(matrices: Sequence[PlannedMatrix], residual: ResidualFormat) -> float:
+def decomposed_bytes(matrices: Sequence[PlannedMatrix], residual: ResidualFormat) -> int:
     """Bytes of decomposed matrices on disk: residuals and 2-byte factors."""
-    elements = sum(m.rows * m.columns for m in matrices)
-    return elements * residual_bytes(residual) + sum(2 * m.rank * (m.rows + m.columns) for m in matrices)
+    return sum(_residual_bytes(m, residual) + 2 * m.rank * (m.rows + m.columns) for m in matrices)
 
 
-def residual_bytes(residual: ResidualFormat) -> float:
-    """Bytes of one residual element on disk."""
-    return 4.127 / 8 if isinstance(residual, NF4) else 2
+def _residual_bytes(matrix: PlannedMatrix, residual: ResidualFormat) -> int:
+    """Bytes of a residual on disk; dense ones are counted as 2 bytes an element."""
+    residual = residual.of_matrix(matrix.key)
+    if residual.exact:
+        return 2 * matrix.rows * matrix.columns
+    storages = residual.storages(matrix.row_partition(1, block=residual.block)).values()
+    return sum(storage.numel * storage.dtype.itemsize for storage in storages)
 
 
 def _matrix_seconds(matrix: PlannedMatrix, method: Method, residual: ResidualFormat, host: Host, ranks: int) -> Seconds:
@@ -125,7 +127,7 @@ def _matrix_seconds(matrix: PlannedMatrix, method: Method, residual: ResidualFor
     sharded = work.sharded_flops + 2.0 * elements * matrix.rank * (decompositions + 1)
     replicated = max(0.0, work.replicated_flops - small)
     encodings = 1 if residual.exact else _rounds(method) + 1  # W is encoded once more to measure its error
-    others = OTHER_COLLECTIVES + (0 if residual.exact else NF4_COLLECTIVES * encodings)
+    others = OTHER_COLLECTIVES + (0 if residual.exact else ENCODING_COLLECTIVES * encodings)
     messages = Work(collectives=work.collectives + others, reduced_bytes=work.reduced_bytes)
     return Seconds(
         products=(sharded / ranks + replicated) / host.machine.flops,

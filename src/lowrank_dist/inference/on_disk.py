@@ -26,7 +26,7 @@ from lowrank_dist.initialization.open import ModelRecipe
 from lowrank_dist.initialization.trainable import Computation
 from lowrank_dist.methods.frozen import Frozen
 from lowrank_dist.model.skeleton import build_buffers_in, build_skeleton, read_config
-from lowrank_dist.quantization.nf4 import NF4
+from lowrank_dist.quantization.format import AS_STORED, ResidualFormat
 from lowrank_dist.residual_model.fingerprint import source_fingerprint
 from lowrank_dist.residual_model.reader import ResidualModel
 from lowrank_dist.storage.dtypes import PRECISIONS
@@ -54,9 +54,9 @@ class ModelOnDisk:
         Directory or hub id of the weights that the adapter is for. Default: what the checkpoint or the adapter names.
     revision
         Revision of a hub id: of `base`, or of a pretrained model.
-    quantize
-        Hold the linear layers in NF4, as training with ``encode="all-linear"`` does. A checkpoint and a residual model
-        say themselves how they are held.
+    quantization
+        Hold the linear layers in this format, as training with ``encode="all-linear"`` does. A checkpoint and a
+        residual model say themselves how they are held.
     precision
         One of ``32-true``, ``bf16-true`` and ``bf16-mixed``. Default: that of the run; for other models ``bf16-true``
         on CUDA devices and ``32-true`` on CPUs.
@@ -88,7 +88,7 @@ class ModelOnDisk:
         *,
         base: str | None = None,
         revision: str | None = None,
-        quantize: bool = False,
+        quantization: ResidualFormat | None = None,
         precision: str | None = None,
         cache: str | os.PathLike[str] | None = None,
         stage: Stage = "trained",
@@ -99,7 +99,7 @@ class ModelOnDisk:
         self.checkpoint: TrainingCheckpoint | None = None
         self._fingerprint: str | None = None
         self._adapter: PeftConfig | None = None
-        self._quantize = quantize
+        self._quantization = quantization
         path = Path(model)
         if _is_checkpoint(path):
             self._take_checkpoint(path, base)
@@ -131,12 +131,13 @@ class ModelOnDisk:
                 self._refuse(f"it has no {LORA_DIR}/, so that there is no LoRA on the original model to score")
             self._take_adapter(path / LORA_DIR, original, None)
             return
-        if self._quantize:
+        if self._quantization:
             self._refuse("a checkpoint says itself how its base is held; leave --quantization out")
         self.checkpoint = TrainingCheckpoint(path)
         self.recipe = recorded_recipe(self.checkpoint, pretrained=base, cache=self._cache)
         self._adapter = self.recipe.adapter if isinstance(self.recipe.adapter, PeftConfig) else None
-        held = "dense" if manifest.get("quantization") is None else f"in {manifest['quantization']}"
+        residual = manifest.get("quantization")
+        held = {None: "dense", AS_STORED: AS_STORED}.get(residual, f"in {residual}")
         at = "as initialised" if self.stage == "step0" else f"trained for {manifest['step']} steps"
         self.kind = f"checkpoint, {manifest['method']} {at}, its frozen base {held}"
 
@@ -151,7 +152,7 @@ class ModelOnDisk:
                 self._refuse(f"holds checkpoints; pass one of them, such as the newest, {newest}")
         directory = resolve_checkpoint(self.model, revision=None if base is not None else revision, option="model")
         if ResidualModel.is_at(directory):
-            if self._quantize:
+            if self._quantization:
                 self._refuse("a residual model says itself how its base is held; leave --quantization out")
             self.recipe, self.kind = ModelRecipe(pretrained=self.model), "residual model with its initial adapter"
         elif directory.is_dir() and (directory / CONFIG).is_file():
@@ -168,13 +169,14 @@ class ModelOnDisk:
         base = base or named
         if not base:
             self._refuse("does not name its base model; name it (--base)")
-        self.kind = f"adapter ({_type(self._adapter)}) on {base}{', in NF4' if self._quantize else ''}"
+        held = "" if self._quantization is None else f", in {self._quantization}"
+        self.kind = f"adapter ({_type(self._adapter)}) on {base}{held}"
         self._fingerprint = _recorded_fingerprint(directory)
         self.recipe = ModelRecipe(
             pretrained=base,
             adapter=str(directory),
-            quantization=NF4() if self._quantize else None,
-            encode="all-linear" if self._quantize else None,
+            quantization=self._quantization,
+            encode="all-linear" if self._quantization else None,
             revision=revision,
         )
 
@@ -182,8 +184,8 @@ class ModelOnDisk:
         return ModelRecipe(
             pretrained=pretrained,
             init=Frozen(adapter="no adapter"),
-            quantization=NF4() if self._quantize else None,
-            encode="all-linear" if self._quantize else None,
+            quantization=self._quantization,
+            encode="all-linear" if self._quantization else None,
             revision=revision,
         )
 

@@ -30,7 +30,7 @@ from lowrank_dist.initialization.tuned import TunedModel, put_on
 from lowrank_dist.model.adapter_files import AdapterFiles
 from lowrank_dist.model.plan import Plan
 from lowrank_dist.progress import progress_bar
-from lowrank_dist.quantization.nf4 import format_as_dict
+from lowrank_dist.quantization.registry import format_as_dict
 from lowrank_dist.residual_model.fingerprint import source_fingerprint
 from lowrank_dist.seeds import global_seed
 from lowrank_dist.storage.reader import CheckpointReader, commit_of

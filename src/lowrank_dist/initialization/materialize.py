@@ -122,7 +122,7 @@ def materialize(
     sums = []
     for matrix in decomposed:
         if digest:
-            storages = residual.storages(matrix.partition)
+            storages = residual.of_matrix(matrix.planned.key).storages(matrix.partition)
             sums.append(digest_sums(matrix.residual, storages, partitioner.group.rank).to(partitioner.device))
         filling.matrix(matrix)
         del matrix  # free its memory before the next one is decomposed
@@ -187,6 +187,7 @@ class _Filling:
         """
         matrix = self.within_nodes(matrix)
         planned, residual = matrix.planned, matrix.residual
+        stored_as = self.residual.of_matrix(planned.key)
         factors, encoded_from = matrix.factors, matrix.encoded_from
         self.report.matrices.append(matrix.report)
         if planned.expert is not None:
@@ -198,7 +199,7 @@ class _Filling:
             self.experts |= dict.fromkeys(planned.factor_names.values(), planned.experts)
         layer: Any = self.backbone.get_submodule(planned.layer)
         frozen = self.frozen(layer, matrix)
-        for name, storage in self.residual.storages(matrix.partition).items():
+        for name, storage in stored_as.storages(matrix.partition).items():
             shape = (storage.shard_numel * self.shared.size * planned.experts,)
             parameter = self.partitioner.parameter(shape, storage.dtype, residual[name], group=self.shared)
             setattr(frozen, name, parameter)
@@ -225,8 +226,9 @@ class _Filling:
         """
         if self.shared.size == self.group.size:
             return matrix
-        partition = matrix.planned.row_partition(self.shared.size, block=self.residual.block)
-        held, wanted = self.residual.storages(matrix.partition), self.residual.storages(partition)
+        residual = self.residual.of_matrix(matrix.planned.key)
+        partition = matrix.planned.row_partition(self.shared.size, block=residual.block)
+        held, wanted = residual.storages(matrix.partition), residual.storages(partition)
         layout = {name: (held[name], wanted[name]) for name in held}
         (shards,) = redistribute([matrix.residual], [layout], self.group.size, self.group, kept_by=self.shared.size)
         return replace(matrix, partition=partition, residual=shards)
@@ -234,10 +236,11 @@ class _Filling:
     def frozen(self, layer: Any, matrix: DecomposedMatrix) -> FrozenWeight:
         """The module that holds the encoded residual."""
         planned, partition = matrix.planned, matrix.partition
+        residual = self.residual.of_matrix(planned.key)
         if planned.wrapped:
             return AdaptedParameter(
                 partition,
-                self.residual,
+                residual,
                 compute_dtype=self.compute_dtype,
                 wrapper=layer,
                 adapter=ADAPTER,
@@ -248,11 +251,9 @@ class _Filling:
             )
         if planned.lookup:
             return FrozenEmbedding(
-                partition, self.residual, compute_dtype=self.compute_dtype, replaced=layer.get_base_layer()
+                partition, residual, compute_dtype=self.compute_dtype, replaced=layer.get_base_layer()
             )
-        linear = FrozenLinear(
-            partition, self.residual, compute_dtype=self.compute_dtype, input_first=planned.input_first
-        )
+        linear = FrozenLinear(partition, residual, compute_dtype=self.compute_dtype, input_first=planned.input_first)
         replaced = layer if planned.rank == 0 else layer.base_layer
         linear.bias = replaced.bias  # still on meta; loaded with the other parameters
         return linear

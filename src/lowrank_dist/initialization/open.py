@@ -17,7 +17,8 @@ from lowrank_dist.decomposition.schedule import Sharding
 from lowrank_dist.decomposition.walk import Calibrated
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import ModelError
-from lowrank_dist.initialization.source import MatrixSource, open_source
+from lowrank_dist.initialization.open_source import open_source
+from lowrank_dist.initialization.source import MatrixSource
 from lowrank_dist.initialization.starting_adapter import StartingAdapter
 from lowrank_dist.methods import LoRA, Method
 from lowrank_dist.methods.frozen import Frozen
@@ -25,7 +26,7 @@ from lowrank_dist.model.factor_layout import FactorLayout, TrainedFactors
 from lowrank_dist.model.names import plain_name
 from lowrank_dist.model.plan import Plan, PlannedTensor, open_plan
 from lowrank_dist.model.skeleton import linear_layers
-from lowrank_dist.quantization.format import ResidualFormat
+from lowrank_dist.quantization.format import AsStoredOption, ResidualFormat
 from lowrank_dist.residual_model.reader import ResidualModel, starts_at_zero
 from lowrank_dist.storage.reader import resolve_checkpoint
 from lowrank_dist.storage.source import WeightSource
@@ -114,7 +115,7 @@ class ModelRecipe:
     pretrained: str | WeightSource
     adapter: PeftConfig | str | Path | None = None
     init: Method | None = None
-    quantization: ResidualFormat | None = None
+    quantization: ResidualFormat | AsStoredOption | None = None
     encode: Encode | None = None
     train_also: Sequence[str] = ()
     cache: str | os.PathLike[str] | None = None
@@ -271,7 +272,8 @@ class ModelRecipe:
     def _encoded(self, backbone: PreTrainedModel, planned: TunerPlan | None, source: MatrixSource) -> list[str]:
         """Names of the linear layers that are encoded beside those with factors; none that a tuner trains whole."""
         if planned is None:
-            if self.encode != "all-linear":
+            # what stays as it is stored does so whether it is adapted or not
+            if self.encode != "all-linear" and (self.encode is not None or not isinstance(self.quantization, str)):
                 return []
             if source.init is None or source.init.statistic is not None or self.cache is not None:
                 raise ModelError(

@@ -1,8 +1,8 @@
 """Sources of decomposed matrices: pretrained weights that are decomposed during the run, or a residual model on disk.
 
-`open_source` returns one or the other, depending on the directory; callers know both as `MatrixSource`. If a run is
-resumed, the pretrained weights are not decomposed again: `lowrank_dist.decomposition.restore` takes the factors from
-the run's checkpoint.
+`lowrank_dist.initialization.open_source` returns one or the other, depending on the directory; callers know both as
+`MatrixSource`. If a run is resumed, the pretrained weights are not decomposed again:
+`lowrank_dist.decomposition.restore` takes the factors from the run's checkpoint.
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ from lowrank_dist.decomposition.restore import RestoredMethod, Resume, StoredDec
 from lowrank_dist.decomposition.schedule import Sharding, scheduled
 from lowrank_dist.decomposition.walk import Calibrated, DecomposedMatrix, Walk, check_matrices
 from lowrank_dist.distributed.group import ShardGroup
-from lowrank_dist.errors import CheckpointError, ModelError
-from lowrank_dist.methods import Method, PiSSA
+from lowrank_dist.errors import CheckpointError
+from lowrank_dist.methods import Method
 from lowrank_dist.model.factor_layout import FactorLayout
 from lowrank_dist.model.plan import Plan
-from lowrank_dist.quantization.dense import Dense
 from lowrank_dist.quantization.format import ResidualFormat
 from lowrank_dist.residual_model.create import decompose, is_complete
 from lowrank_dist.residual_model.fingerprint import fingerprint, source_fingerprint
@@ -333,65 +332,3 @@ class PretrainedSource:
         self.reader.close()
         if self._earlier is not None:
             self._earlier.close()
-
-
-def open_source(
-    pretrained: str,
-    directory: Path | WeightSource,
-    *,
-    adapter: LoraConfig | None,
-    init: Method | None,
-    quantization: ResidualFormat | None,
-    compute_dtype: torch.dtype,
-    cache: str | os.PathLike[str] | None = None,
-    sharding: Sharding | None = None,
-    announce: Callable[[str], object] = lambda _: None,
-    resume: Resume | None = None,
-) -> MatrixSource:
-    """Open the pretrained weights, or the residual model, at `directory`.
-
-    Parameters
-    ----------
-    pretrained
-        Its name as the user gave it.
-    directory
-        Its directory, or a weight source, which counts as pretrained weights.
-    adapter, init, quantization
-        The user's options; None: those that a residual model records. Pretrained weights need an `adapter`; their
-        default `init` is PiSSA.
-    compute_dtype
-        Dtype of a dense residual.
-    cache, sharding, announce, resume
-        See `PretrainedSource`.
-
-    Raises
-    ------
-    ModelError
-        If a residual model was made with other options, or if pretrained weights come without an `adapter`.
-    """
-    if not isinstance(directory, Path) or not ResidualModel.is_at(directory):
-        if adapter is None:
-            raise ModelError(
-                f"pretrained={pretrained!r} is not a residual model: pass adapter=LoraConfig(...) to say which weights "
-                "to decompose"
-            )
-        residual = Dense(dtype=compute_dtype) if quantization is None else quantization
-        source = PretrainedSource(
-            directory,
-            adapter=adapter,
-            init=init or PiSSA(),
-            residual=residual,
-            base=pretrained,
-            cache=cache,
-            sharding=sharding,
-            announce=announce,
-            resume=resume,
-        )
-        if source.decoded_from is not None:
-            announce(f"{directory}: {source.decoded_from}, decoded by rows as it is read; the adapter is for it")
-        return source
-    stored = ResidualModel(directory, Dense(dtype=compute_dtype))
-    stored.check_settings(adapter=adapter, init=init, quantization=quantization)
-    if adapter is not None:
-        stored.adapter = adapter
-    return stored

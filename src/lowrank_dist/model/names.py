@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lowrank_dist.model.rearrange import rearranged, rearranges_rows
 from lowrank_dist.storage.dtypes import FLOAT_DTYPES
-from lowrank_dist.storage.reader import PACKED_DTYPE, CheckpointReader, Piece
+from lowrank_dist.storage.reader import PACKED_DTYPES, CheckpointReader, Piece
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -122,7 +122,7 @@ class CheckpointKeys:
         info = self._reader.info(key)
         if info.shape != shape and not (name in self._transposed and self._reader.decodes(key)):
             return f"{name}: the model has shape {list(shape)}, the pretrained weights {list(info.shape)}"
-        readable = [*FLOAT_DTYPES, *([PACKED_DTYPE] if self._reader.holds_residuals else [])]
+        readable = [*FLOAT_DTYPES, *(PACKED_DTYPES if self._reader.holds_residuals else ())]
         if torch.is_floating_point(parameter) and info.dtype not in readable:
             hint = "" if info.dtype == "F64" else "; quantization_config of config.json must say how they are quantized"
             return f"{name}: the pretrained weights store {info.dtype}; only {', '.join(readable)} are read{hint}"

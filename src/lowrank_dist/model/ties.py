@@ -17,7 +17,7 @@ from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import FlatPartition
 from lowrank_dist.model.names import CheckpointKeys
 from lowrank_dist.storage.dtypes import FLOAT_DTYPES
-from lowrank_dist.storage.reader import PACKED_DTYPE, CheckpointReader
+from lowrank_dist.storage.reader import PACKED_DTYPES, CheckpointReader
 
 log = logging.getLogger(__name__)
 
@@ -85,8 +85,8 @@ def _differ(reader: CheckpointReader, first: str, second: str, group: ShardGroup
     if first == second:
         return False
     one, other = reader.info(first), reader.info(second)
-    # a residual in 4 bits belongs to an adapted parameter, which was not tied when the model was decomposed
-    if one.shape != other.shape or PACKED_DTYPE in (one.dtype, other.dtype):
+    # an encoded residual belongs to an adapted parameter, which was not tied when the model was decomposed
+    if one.shape != other.shape or not {one.dtype, other.dtype}.isdisjoint(PACKED_DTYPES):
         return True
     if one.dtype != other.dtype and not {one.dtype, other.dtype} <= FLOAT_DTYPES.keys():
         return True

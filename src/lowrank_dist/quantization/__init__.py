@@ -4,8 +4,13 @@ A format is a frozen dataclass with the members of `ResidualFormat`; the walk, t
 it.
 """
 
+from lowrank_dist.quantization.blocks import BlockFormat
 from lowrank_dist.quantization.dense import Dense
 from lowrank_dist.quantization.format import Encoded, ResidualFormat
+from lowrank_dist.quantization.fp4 import FP4
+from lowrank_dist.quantization.fp8 import FP8
+from lowrank_dist.quantization.int8 import INT8
+from lowrank_dist.quantization.mxfp4 import MXFP4
 from lowrank_dist.quantization.nf4 import NF4
 
-__all__ = ["NF4", "Dense", "Encoded", "ResidualFormat"]
+__all__ = ["FP4", "FP8", "INT8", "MXFP4", "NF4", "BlockFormat", "Dense", "Encoded", "ResidualFormat"]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import FlatStorage, RowPartition
-from lowrank_dist.quantization.format import Encoded, Product, ReadFile
+from lowrank_dist.quantization.format import Encoded, Product, ReadFile, ResidualFormat
 from lowrank_dist.storage.reader import FileTensor
 
 
@@ -48,6 +48,16 @@ class Dense:
 
     @property
     def exact(self) -> bool:
+        return True
+
+    def of_matrix(self, key: str) -> ResidualFormat:
+        return self
+
+    def scratch_bytes(self, elements: int, *, stacked: bool = False) -> int:
+        return 0
+
+    @property
+    def stock(self) -> bool:
         return True
 
     def storages(self, partition: RowPartition) -> dict[str, FlatStorage]:

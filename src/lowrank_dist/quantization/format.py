@@ -3,14 +3,14 @@
 A format encodes this rank's rows of the residual as named flat shards, states the length of every shard, and decodes
 gathered (or local) shards. The walk, the ZeRO-3 partition and the layers know nothing else about a format, so a new
 format is one class. `lowrank_dist.quantization.dense.Dense` stores floating-point values,
-`lowrank_dist.quantization.nf4.NF4` packs them into 4 bits.
+`lowrank_dist.quantization.blocks.BlockFormat` is what formats of few bits have in common.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -65,6 +65,12 @@ Product = tuple[Tensor, Tensor]
 ReadFile = Callable[[str, int, int | None], Tensor]
 
 
+#: What a user passes instead of a format to keep the bytes of a quantized checkpoint
+#: (`lowrank_dist.decoding.as_stored`).
+AsStoredOption = Literal["as stored"]
+AS_STORED: AsStoredOption = "as stored"
+
+
 class ResidualFormat(Protocol):
     """How a residual is stored. Implementations are frozen dataclasses without state.
 
@@ -97,6 +103,19 @@ class ResidualFormat(Protocol):
     @property
     def exact(self) -> bool:
         """Whether decoding returns the encoded values up to rounding to a floating-point type."""
+
+    def of_matrix(self, key: str) -> ResidualFormat:
+        """The format of a matrix, whose weight the reader calls `key`; for all formats but one, this format."""
+
+    def scratch_bytes(self, elements: int, *, stacked: bool = False) -> int:
+        """Upper bound of the temporary bytes of decoding `elements`, beside the stored ones and the result.
+
+        `stacked`: of matrices of a stack (`lowrank_dist.quantization.stacks`).
+        """
+
+    @property
+    def stock(self) -> bool:
+        """Whether stock transformers loads its `files` where they hold the weight of a linear layer."""
 
     def storages(self, partition: RowPartition) -> dict[str, FlatStorage]:
         """Names, lengths and dtypes of the shards of a matrix partitioned by `partition`."""

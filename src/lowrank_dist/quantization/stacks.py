@@ -11,7 +11,6 @@ from torch import Tensor
 from lowrank_dist.distributed.partition import RowPartition
 from lowrank_dist.quantization.dense import Dense
 from lowrank_dist.quantization.format import ResidualFormat
-from lowrank_dist.quantization.nf4 import NF4
 
 #: Bytes of decoded experts at one time, unless the user asks for a number of experts: those of one matrix of a large
 #: dense model (28672 x 8192 in 16 bits), which cost nothing beside what is gathered, and enough to keep a GPU busy.
@@ -82,6 +81,4 @@ def decoding_bytes(residual: ResidualFormat, partition: RowPartition, count: int
     nbytes = sum(storage.shard_numel * partition.world_size * storage.dtype.itemsize for storage in storages)
     if isinstance(residual, Dense) and residual.dtype == dtype:
         return count * nbytes
-    if isinstance(residual, NF4) and residual.double_quant:
-        nbytes += 3 * 4 * elements // residual.block_size  # maxima in fp32, their codes as int32, their scales
-    return count * (elements * dtype.itemsize + nbytes)
+    return count * (elements * dtype.itemsize + nbytes) + residual.scratch_bytes(count * elements, stacked=True)

@@ -1,20 +1,22 @@
 """Residual models on disk: the layout of their files, and their reader.
 
 The layout is the one that the authors of PiSSA publish. The root is an ordinary model directory that holds the
-residual, dense or in the 4-bit serialization of bitsandbytes. A directory ``pissa_init/`` (``loftq_init/``, ...) in it
-holds the initial adapter in PEFT's format. Stock transformers and peft load both. Here every rank reads its own part.
+residual, dense or in the 4-bit serialization of bitsandbytes (NF4, FP4). A directory ``pissa_init/`` (``loftq_init/``,
+...) in it holds the initial adapter in PEFT's format. Stock transformers and peft load both. Here every rank reads its
+own part.
 
 The published layout cannot hold two things, for which this package adds its own files:
 
-- 4-bit residuals of anything but the ``[out, in]`` weight of a linear layer: experts, embeddings, ``Conv1D``,
-  parameters that PEFT adapts without their module, weights that transformers fuses while loading. The root then holds
+- Residuals in INT8, FP8 and MXFP4, and 4-bit ones of anything but the ``[out, in]`` weight of a linear layer: experts,
+  embeddings, ``Conv1D``, parameters that PEFT adapts without their module, weights that transformers fuses while
+  loading. The root then holds
   ``residual.safetensors`` (or several files and an index) instead of ``model.safetensors``: transformers does not find
   its file and refuses the directory, instead of initialising the weights that it cannot read. The tensors have the
   names and suffixes of bitsandbytes' serialization. Each expert of a stack has its own, ``<parameter>[<expert>]``.
 - The frozen B of LoRA-XS, in ``frozen_factors.safetensors`` beside the initial adapter, which holds A and ``B R``.
 
-Beside the initial adapter of a 4-bit residual, ``encoded_factors.safetensors`` holds the factors that the residual was
-encoded from: those of the last step but one where the last step fitted the initial adapter to the residual. Checkpoints
+Beside the initial adapter of an encoded residual, ``encoded_factors.safetensors`` holds the factors that it was encoded
+from: those of the last step but one where the last step fitted the initial adapter to the residual. Checkpoints
 keep them, so that a run can resume without the residual model.
 """
 
@@ -43,12 +45,21 @@ from lowrank_dist.model.names import peft_name
 from lowrank_dist.model.plan import Plan, PlannedMatrix
 from lowrank_dist.model.stacking import FactorReader, positions
 from lowrank_dist.quantization.format import Encoded, ResidualFormat
-from lowrank_dist.quantization.nf4 import NF4, read_quant_state
-from lowrank_dist.storage.layout import CONFIG, MANIFEST, QUANT_STATE, WEIGHTS, read_manifest, residual_stem
-from lowrank_dist.storage.reader import PACKED_DTYPE, CheckpointReader, TensorInfo, check_finite, read_ahead
+from lowrank_dist.quantization.registry import FORMATS
+from lowrank_dist.quantization.state import read_quant_state
+from lowrank_dist.storage.layout import (
+    CONFIG,
+    MANIFEST,
+    QUANT_STATES,
+    WEIGHTS,
+    encoded_weight,
+    read_manifest,
+    residual_stem,
+)
+from lowrank_dist.storage.reader import PACKED_DTYPES, CheckpointReader, TensorInfo, check_finite, read_ahead
 from lowrank_dist.storage.verify import ENCODED_STEM, FROZEN_STEM, damage
 
-_STACK_ENTRY = re.compile(r"(.+)\[(\d+)\]" + re.escape(QUANT_STATE))
+_STACK_ENTRY = re.compile(r"(.+)\[(\d+)\]")
 
 
 def initial_directory(directory: Path) -> Path | None:
@@ -84,7 +95,7 @@ def factor_keys(planned: PlannedMatrix) -> dict[str, str]:
 
 
 def packed_name(planned: PlannedMatrix, source: CheckpointReader) -> str:
-    """Name of a 4-bit residual in the files: the name of its weight in `source`, if that is one tensor there.
+    """Name of an encoded residual in the files: the name of its weight in `source`, if that is one tensor there.
 
     Otherwise it is the name of the weight in the model: `source` joins several tensors to it, or it is one expert of a
     stack.
@@ -95,14 +106,15 @@ def packed_name(planned: PlannedMatrix, source: CheckpointReader) -> str:
 def has_stock_layout(planned: PlannedMatrix, residual: ResidualFormat, source: CheckpointReader) -> bool:
     """Whether stock transformers can load the residual of a matrix of `source`."""
     linear = not (planned.input_first or planned.lookup or planned.wrapped)
-    return residual.exact or (linear and planned.key in source)
+    return residual.exact or (residual.stock and linear and planned.key in source)
 
 
 class ResidualReader(CheckpointReader):
     """Reader of the root of a residual model.
 
-    `info` describes a 4-bit weight by the shape of the matrix that it encodes and the dtype ``NF4``. The files hold the
-    matrices of a 4-bit stack one by one; the name of the stack stands for all of them.
+    `info` describes an encoded weight by the shape of the matrix that it encodes and a dtype that is the name of its
+    format (``NF4``, ...). The files hold the matrices of an encoded stack one by one; the name of the stack stands for
+    all of them.
     """
 
     holds_residuals = True
@@ -110,7 +122,9 @@ class ResidualReader(CheckpointReader):
     def __init__(self, directory: Path) -> None:
         super().__init__(directory, stem=residual_stem(directory))
         self._depths: dict[str, int] = {}
-        for match in filter(None, map(_STACK_ENTRY.fullmatch, self)):
+        #: Names of the formats of encoded weights.
+        self.kinds = dict(filter(None, map(encoded_weight, self)))
+        for match in filter(None, map(_STACK_ENTRY.fullmatch, self.kinds)):
             self._depths[match[1]] = max(self._depths.get(match[1], 0), int(match[2]) + 1)
 
     def __contains__(self, name: object) -> bool:
@@ -120,25 +134,25 @@ class ResidualReader(CheckpointReader):
         if name in self._depths:
             each = [self.info(self.entry(name, index)) for index in range(self._depths[name])]
             nbytes = sum(info.nbytes for info in each)
-            return TensorInfo(shape=(len(each), *each[0].shape), dtype=PACKED_DTYPE, nbytes=nbytes)
+            return TensorInfo(shape=(len(each), *each[0].shape), dtype=each[0].dtype, nbytes=nbytes)
         info = super().info(name)
-        if name + QUANT_STATE not in self:
+        if name not in self.kinds:
             return info
         state = self.quant_state(name)
-        return TensorInfo(shape=tuple(state["shape"]), dtype=PACKED_DTYPE, nbytes=info.nbytes)
+        return TensorInfo(shape=tuple(state["shape"]), dtype=self.kinds[name].upper(), nbytes=info.nbytes)
 
     def entry(self, name: str, index: int) -> str:
         return f"{name}[{index}]" if name in self._depths else super().entry(name, index)
 
     def quant_state(self, name: str) -> dict[str, Any]:
-        """The quantization state of the 4-bit weight `name`, which bitsandbytes stores as JSON beside it.
+        """The quantization state of the encoded weight `name`, the JSON beside it.
 
         Raises
         ------
         CheckpointError
             If it cannot be read.
         """
-        key = name + QUANT_STATE
+        key = name + QUANT_STATES[self.kinds[name]]
         info = self.stored(key)
         if info.dtype != "U8" or info.nbytes > 2**16:
             raise CheckpointError(f"{key}: {list(info.shape)} {info.dtype} is no text; fetch the model again")
@@ -153,7 +167,7 @@ class ResidualModel:
     directory
         Its root.
     dense
-        Format of the residual if it is not stored in 4 bits.
+        Format of the residual if the model holds no encoded weights.
 
     Attributes
     ----------
@@ -162,7 +176,7 @@ class ResidualModel:
     adapter : peft.LoraConfig
         Configuration of the initial adapter, ready for training.
     residual : ResidualFormat
-        Format of the residual: NF4 if the model holds 4-bit weights, else `dense`.
+        Format of the residual: the one that encoded weights are stored in, or `dense` if there are none.
     manifest : dict
         The manifest; empty if this package did not write the model.
     base : str
@@ -235,11 +249,9 @@ class ResidualModel:
 
     def _stored_format(self) -> ResidualFormat | None:
         found: dict[ResidualFormat, str] = {}
-        for key in self.reader:
-            if key.endswith(QUANT_STATE):
-                name = key.removesuffix(QUANT_STATE)
-                block_size = self.reader.quant_state(name)["blocksize"]
-                found.setdefault(NF4(block_size=block_size, double_quant=f"{name}.nested_absmax" in self.reader), name)
+        for name, kind in self.reader.kinds.items():
+            block, nested = self.reader.quant_state(name)["blocksize"], f"{name}.nested_absmax" in self.reader
+            found.setdefault(FORMATS[kind].of(block, nested=nested), name)
         if len(found) > 1:
             shown = "; ".join(f"{name}: {fmt}" for fmt, name in found.items())
             raise CheckpointError(
@@ -271,14 +283,14 @@ class ResidualModel:
     def check(self, plan: Plan) -> None:
         """Raise ModelError if `plan` has other targets, shapes or formats than are stored."""
         for parameter in plan.parameters:
-            if parameter.key is not None and self.reader.info(parameter.key).dtype == PACKED_DTYPE:
+            if parameter.key is not None and self.reader.info(parameter.key).dtype in PACKED_DTYPES:
                 raise ModelError(
-                    f"{parameter.names[0]} is stored in 4 bits, and the adapter does not target it; leave `adapter` "
+                    f"{parameter.names[0]} is stored quantized, and the adapter does not target it; leave `adapter` "
                     "out to use the stored configuration"
                 )
         for planned in plan.matrices:
             dtype = self.reader.info(planned.key).dtype
-            if (dtype == PACKED_DTYPE) == self.residual.exact:
+            if (dtype in PACKED_DTYPES) == self.residual.exact:
                 raise ModelError(
                     f"{planned.layer}: its residual is stored as {dtype}, those of other layers as {self.residual}; "
                     "leave `adapter` out to use the stored configuration"

@@ -27,7 +27,7 @@ from lowrank_dist.model.names import plain_name
 from lowrank_dist.model.plan import Plan, PlannedMatrix
 from lowrank_dist.model.skeleton import build_skeleton
 from lowrank_dist.model.stacking import StackedFactors
-from lowrank_dist.quantization.nf4 import NF4
+from lowrank_dist.quantization.four_bit import FourBit
 from lowrank_dist.residual_model.reader import factor_keys, has_stock_layout, packed_name
 from lowrank_dist.storage.atomic import put_in_place, staging_directory
 from lowrank_dist.storage.digest import digest_of_pieces, piece_sums
@@ -112,7 +112,7 @@ class ResidualModelWriter:
         self.reports: dict[str, MatrixReport] = {}
         self._pending: list[MatrixReport] = []
         self._error: Exception | None = None
-        # a 4-bit residual has tensors of its own, a dense one takes the place of the stored weight
+        # an encoded residual has tensors of its own, a dense one takes the place of the stored weight
         pieces = [piece for planned in plan.matrices for piece in walk.reader.pieces(planned.key)]
         apart = next((piece.key for piece in pieces if not piece.is_ordinary), None)
         if apart is not None:
@@ -494,7 +494,7 @@ class ResidualModelWriter:
         config = read_record(config_path)
         if self.reader.encoding is not None:
             write_json(config_path, without_quantization(config))
-        if self.stock and isinstance(self.residual, NF4):
+        if self.stock and isinstance(self.residual, FourBit):
             first = self._dtype(self.plan.matrices[0].key)
             kept = [
                 plain_name(name).rpartition(".")[0]
@@ -506,7 +506,7 @@ class ResidualModelWriter:
                 "quant_method": "bitsandbytes",
                 "load_in_4bit": True,
                 "load_in_8bit": False,
-                "bnb_4bit_quant_type": "nf4",
+                "bnb_4bit_quant_type": self.residual.name,
                 "bnb_4bit_use_double_quant": self.residual.double_quant,
                 "bnb_4bit_compute_dtype": str(first).removeprefix("torch."),
                 "bnb_4bit_quant_storage": "uint8",

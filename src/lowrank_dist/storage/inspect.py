@@ -25,8 +25,9 @@ from lowrank_dist.storage.layout import (
     INITIAL_DIR,
     LORA_DIR,
     MANIFEST,
-    QUANT_STATE,
+    QUANT_STATES,
     WEIGHTS,
+    encoded_weight,
     read_json,
     read_manifest,
     residual_stem,
@@ -222,7 +223,9 @@ def _decomposed(directory: Path, found: Description) -> None:
         found.problems.append(f"{len(initial)} initial adapters: {', '.join(path.name for path in initial)}")
     _add_adapter(initial[0], found)
     weights = Weights(directory, residual_stem(directory))
-    facts["residual"] = facts.pop("quantization", None) or ("NF4" if "NF4" in weights.parameters else "dense")
+    facts["residual"] = facts.pop("quantization", None) or next(
+        (name for name in weights.parameters if name.lower() in QUANT_STATES), "dense"
+    )
     _add_weights(weights, found)
     facts["bytes"] = {"residual": weights.nbytes, **{path.name: _size(path) for path in initial}}
 
@@ -376,8 +379,8 @@ class Weights:
     files : list of str
         Names of the files that there should be.
     parameters : Counter
-        Numbers by dtype, as far as files are there; those of 4-bit weights as ``NF4``, without what belongs to their
-        quantization.
+        Numbers by dtype, as far as files are there; those of encoded weights by their format (``NF4``, ...), without
+        what belongs to their quantization.
     nbytes : int
         Of the files that are there.
     not_read : str or None
@@ -419,12 +422,13 @@ class Weights:
             lacking = sorted(names[file] - held.keys())
             if lacking:
                 self.problems.append(f"{file} lacks {lacking[0]}{f' and {len(lacking) - 1} more' * (len(lacking) > 1)}")
-        packed = {name.removesuffix(QUANT_STATE) for name in tensors if name.endswith(QUANT_STATE)}
+        states = {name: found for name in tensors if (found := encoded_weight(name)) is not None}
+        packed = dict(states.values())
         self.parameters = Counter[str]()
         for name, (dtype, numel) in tensors.items():
             if name in packed:
-                self.parameters["NF4"] += 2 * numel
-            elif not any(part in packed for part in (name.rpartition(".")[0], name.removesuffix(QUANT_STATE))):
+                self.parameters[packed[name].upper()] += 2 * numel if packed[name].endswith("4") else numel
+            elif name not in states and name.rpartition(".")[0] not in packed:
                 self.parameters[dtype] += numel
 
 

@@ -141,4 +141,19 @@ def seal_of(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-QUANT_STATE = ".quant_state.bitsandbytes__nf4"
+#: What follows the name of an encoded weight in the name of the tensor that describes it, by the format's name.
+QUANT_STATES = {
+    "nf4": ".quant_state.bitsandbytes__nf4",
+    "fp4": ".quant_state.bitsandbytes__fp4",
+    "int8": ".quant_state.lowrank_dist__int8",
+    "fp8": ".quant_state.lowrank_dist__fp8",
+    "mxfp4": ".quant_state.lowrank_dist__mxfp4",
+}
+
+
+def encoded_weight(name: str) -> tuple[str, str] | None:
+    """The weight that a tensor called `name` describes, and the name of its format; None: it describes none."""
+    for kind, suffix in QUANT_STATES.items():
+        if name.endswith(suffix):
+            return name.removesuffix(suffix), kind
+    return None

@@ -22,6 +22,7 @@ from lowrank_dist.linalg import all_finite
 from lowrank_dist.storage.dtypes import DTYPES
 from lowrank_dist.storage.find_weights import cached_snapshot, find_weights, plain_names
 from lowrank_dist.storage.headers import open_file, read_index
+from lowrank_dist.storage.layout import QUANT_STATES
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,8 @@ _Block = TypeVar("_Block")
 
 _FETCHED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*"]
 
-PACKED_DTYPE = "NF4"  # dtype of 4-bit weights in the reader of a residual model
+#: Dtypes of encoded weights in the reader of a residual model.
+PACKED_DTYPES = tuple(name.upper() for name in QUANT_STATES)
 
 
 @dataclass(frozen=True, kw_only=True)

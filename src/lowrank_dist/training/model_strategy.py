@@ -34,7 +34,8 @@ from lowrank_dist.initialization.trainable import Computation
 from lowrank_dist.layers.adapted import FoldAdapters
 from lowrank_dist.methods import Method
 from lowrank_dist.model.skeleton import build_buffers_in, find_backbone
-from lowrank_dist.quantization.nf4 import NF4
+from lowrank_dist.quantization.blocks import BlockFormat
+from lowrank_dist.quantization.format import AsStoredOption
 from lowrank_dist.storage.dtypes import PRECISIONS
 from lowrank_dist.storage.layout import LORA_DIR
 from lowrank_dist.storage.source import WeightSource
@@ -71,7 +72,7 @@ class ModelStrategy(CheckpointedStrategy):
     pretrained: str
     adapter: PeftConfig | str | Path | None
     init: Method | None
-    quantization: NF4 | None
+    quantization: BlockFormat | AsStoredOption | None
     encode: Encode | None
     train_also: tuple[str, ...]
     calibration: Calibration | None

@@ -17,11 +17,13 @@ from peft import PeftConfig
 from lowrank_dist.calibration.measure import Calibration, check_options
 from lowrank_dist.forecast.job import ShardWithin
 from lowrank_dist.initialization.open import Encode
+from lowrank_dist.initialization.stored import check_options as check_stored
 from lowrank_dist.layers.adapted import FoldAdapters
-from lowrank_dist.methods import Method
+from lowrank_dist.methods import LoRA, Method
 from lowrank_dist.model.skeleton import meta_parameters
+from lowrank_dist.quantization.blocks import BlockFormat
 from lowrank_dist.quantization.dense import Dense
-from lowrank_dist.quantization.nf4 import NF4
+from lowrank_dist.quantization.format import AS_STORED, AsStoredOption
 from lowrank_dist.residual_model.reader import ResidualModel
 from lowrank_dist.storage.dtypes import PRECISIONS
 from lowrank_dist.storage.source import WeightSource
@@ -51,7 +53,9 @@ class PiSSAStrategy(ModelStrategy):
     init
         Method that makes adapters and residual from the weights: ``PiSSA(...)``, ``LoRA()``, ``LoftQ(...)``, ...
     quantization
-        ``NF4(...)`` for a 4-bit residual; None keeps it in the compute dtype.
+        Format of the residual: ``NF4(...)``, ``FP4(...)`` or ``MXFP4()`` (4 bits), ``INT8(...)`` or ``FP8(...)``
+        (8 bits); None keeps it in the compute dtype. ``"as stored"`` keeps the bytes of a checkpoint in FP8 or MXFP4,
+        for ``init=LoRA()`` and every other adapter that starts at zero.
     encode
         Linear layers in the format of `quantization`: all but the output embedding (``"all-linear"``), or the adapted
         ones (``"adapted"``). Default: the adapted ones with a LoRA, whose residuals are made with it, else all.
@@ -172,7 +176,7 @@ class PiSSAStrategy(ModelStrategy):
         pretrained: str | os.PathLike[str] | WeightSource,
         adapter: PeftConfig | str | Path | None = None,  # not os.PathLike, which jsonargparse makes of any dictionary
         init: Method | None = None,
-        quantization: NF4 | None = None,
+        quantization: BlockFormat | AsStoredOption | None = None,
         *,
         encode: Encode | None = None,
         train_also: Sequence[str] = (),
@@ -258,8 +262,18 @@ class PiSSAStrategy(ModelStrategy):
         self.fold_adapters = fold_adapters
         self.compile_layers = compile_layers
         self.experts_at_a_time = experts_at_a_time
-        if init is not None and (self.weights is not None or not ResidualModel.is_at(Path(self.pretrained))):
-            init.check(Dense(dtype=torch.float32) if quantization is None else quantization)
+        if isinstance(quantization, str):
+            if quantization != AS_STORED:
+                raise ValueError(f"PiSSAStrategy: quantization={quantization!r} is neither a format nor {AS_STORED!r}")
+            if compile_layers is not None:
+                raise ValueError(
+                    f"PiSSAStrategy: compile_layers={compile_layers!r} is not supported with quantization="
+                    f"{AS_STORED!r}, whose decoding is no single operator; leave compile_layers out"
+                )
+            if not isinstance(adapter, PeftConfig) or not is_for_peft(adapter, init):
+                check_stored(LoRA() if isinstance(adapter, str | os.PathLike) else init, init_cache)
+        elif init is not None and (self.weights is not None or not ResidualModel.is_at(Path(self.pretrained))):
+            init.check(quantization or Dense(dtype=torch.float32))
         self.calibration = calibration
         check_options(init, calibration, ranks_per_matrix=ranks_per_matrix)
 

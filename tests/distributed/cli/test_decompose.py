@@ -16,7 +16,7 @@ from helpers.command import lowrank_dist
 from lowrank_dist.cli import main
 from lowrank_dist.cli.decompose import QUANTIZED
 from lowrank_dist.methods import METHODS
-from lowrank_dist.quantization import Dense
+from lowrank_dist.quantization import FP4, FP8, INT8, MXFP4, Dense
 from lowrank_dist.residual_model.reader import ResidualModel
 
 
@@ -55,8 +55,10 @@ def test_decompose_with_two_ranks_then_report(llama: Path, tmp_path: Path) -> No
         (["--method", "nonsense"], "there is no initialisation 'nonsense'; registered are"),
         (["--method", "corda"], "--method corda needs data; pass --calibration_data"),
         (["--calibration_data", "x.jsonl"], "PiSSA uses no data; leave it out"),
-        (["--method", "qpissa", "--quantization", "none"], "--method qpissa requires an NF4 residual"),
+        (["--method", "qpissa", "--quantization", "none"], "--method qpissa requires a quantized residual"),
         (["--method", "loftq", "--quantization", "none"], "LoftQ corrects a quantization error"),
+        (["--method", "qpissa", "--fp8.block_size", "64"], "--fp8.block_size has no effect on --quantization nf4"),
+        (["--quantization", "int8", "--int8.block_size", "100"], "INT8: block_size=100 is not one of"),
         (["--init.power_iterations", "-1"], "power_iterations=-1 must not be negative"),
         (["--rank", "65"], "rank=65 exceeds min(out, in)"),
         (["--ranks_per_matrix", "2"], "ranks_per_matrix=2 does not divide the 1 ranks"),
@@ -90,3 +92,23 @@ def test_every_method_without_calibration_decomposes(method: str, llama: Path, t
     arguments = ["--pretrained", str(llama), "--output", str(tmp_path / "out"), "--rank", "4", "--method", method]
     assert main(["decompose", *arguments]) == 0
     assert ResidualModel(tmp_path / "out", Dense(dtype=torch.float32)).adapter.r == 4
+
+
+def test_formats_of_the_residual(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their names and options on the command line; `report` and `inspect` say them."""
+    for name, options, expected in (
+        ("fp4", ["--fp4.double_quant", "true"], FP4(double_quant=True)),
+        ("int8", [], INT8()),
+        ("fp8", ["--fp8.block_size", "64"], FP8(block_size=64)),
+        ("mxfp4", [], MXFP4()),
+    ):
+        output = tmp_path / name
+        arguments = ["--pretrained", str(llama), "--output", str(output), "--rank", "4", "--method", "qpissa"]
+        assert main(["decompose", *arguments, "--quantization", name, *options]) == 0
+        said = capsys.readouterr().out
+        assert (f"{expected}: this package loads the residual" in said) == (name != "fp4")
+        assert ResidualModel(output, Dense(dtype=torch.float32)).residual == expected
+        entries = json.loads((output / "lowrank_dist.json").read_text())["matrices"]
+        assert all(0 < entry["error"] < entry["quantization_error"] for entry in entries)
+        assert main(["inspect", str(output)]) == 0
+        assert str(expected) in capsys.readouterr().out

@@ -119,14 +119,14 @@ def test_an_adapter_and_a_base_are_opened_by_themselves(llama: Path, saved: Path
     torch.testing.assert_close(found, run_ranks(1, opened, saved)[0][1], rtol=1e-4, atol=1e-4)
     kind, dense = run_ranks(2, opened, llama)[0]
     assert kind == "pretrained model, without an adapter"
-    (_, encoded) = run_ranks(2, opened, llama, "trained", {"quantize": True})[0]
+    (_, encoded) = run_ranks(2, opened, llama, "trained", {"quantization": NF4()})[0]
     assert 0.01 < (dense - encoded).abs().max() < 1
 
 
 def test_what_cannot_be_opened_is_refused_before_weights_are_read(llama: Path, saved: Path, tmp_path: Path) -> None:
     for options, says in (
         ({"model": saved.parent}, "holds checkpoints; pass one of them, such as the newest"),
-        ({"model": saved, "quantize": True}, "a checkpoint says itself how its base is held"),
+        ({"model": saved, "quantization": NF4()}, "a checkpoint says itself how its base is held"),
         ({"model": saved / "lora", "stage": "step0"}, "only a checkpoint of a run has a step0 model"),
         ({"model": llama, "base": str(llama)}, "holds no adapter"),
         ({"model": saved, "precision": "16-true"}, "valid choices: 32-true"),

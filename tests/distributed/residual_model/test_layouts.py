@@ -6,7 +6,7 @@ Stock transformers + peft load those that they have a layout for; the others are
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from helpers.models import save_checkpoint
 from helpers.ranks import run_ranks, run_ranks_catching
 from helpers.staging import staging_of
 from helpers.training import CausalLM, loader, make_strategy, make_trainer, tokens
-from lowrank_dist import NF4, SVFT, LoRAXS, PiSSA, PiSSAStrategy
+from lowrank_dist import FP4, FP8, INT8, MXFP4, NF4, SVFT, LoRA, LoRAXS, PiSSA, PiSSAStrategy
 from lowrank_dist.decomposition.schedule import Sharding
 from lowrank_dist.decomposition.walk import Walk
 from lowrank_dist.distributed.group import ShardGroup
@@ -63,6 +63,7 @@ CASES = {
     "parameter": Case("llama", {"target_modules": ["q_proj"], "target_parameters": ["up_proj.weight"]}),
     "conv1d": Case("gpt2", {"target_modules": ["c_attn", "c_fc", "c_proj"]}),
     "embedding": Case("llama", {"target_modules": ["v_proj", "embed_tokens"]}),
+    "linear": Case("llama", {"target_modules": "all-linear"}, stock_in_4_bits=True),
     "lora_xs": Case("llama", {"target_modules": "all-linear"}, stock_in_4_bits=True, init=LoRAXS(core_std=0.1)),
     "svft": Case("llama", {"target_modules": "all-linear"}, stock_in_4_bits=True, init=SVFT()),
 }
@@ -142,6 +143,41 @@ def test_step_0_is_that_of_decomposing_in_place(tmp_path: Path, name: str, resid
     else:
         with pytest.raises(OSError, match=r"no file named model\.safetensors"):
             AutoModelForCausalLM.from_pretrained(output)
+
+
+def write_all(base: Path, output: Path, case: Case, formats: list[Any]) -> None:
+    for residual in formats:
+        write(base, output / str(residual), case, residual, 1)
+
+
+@pytest.mark.parametrize("name", [pytest.param("mixtral", marks=pytest.mark.matrix), "linear"])
+def test_formats_are_read_back_on_other_ranks(tmp_path: Path, name: str) -> None:
+    """The files have the same bytes on 1, 2 and 3 ranks. Stock transformers loads FP4, which bitsandbytes knows."""
+    case, formats = CASES[name], [FP4(double_quant=True), INT8(), FP8(block_size=64), MXFP4()]
+    base = save_checkpoint(tmp_path / "base", case.architecture)
+    zero = replace(case, init=LoRA())
+    for ranks in (1, 2, 3):
+        run_ranks(ranks, write_all, base, tmp_path / str(ranks), zero, formats)
+    for residual in formats:
+        one, two, three = (tmp_path / str(ranks) / str(residual) for ranks in (1, 2, 3))
+        stock = isinstance(residual, FP4) and name == "linear"
+        file = "{}.safetensors".format("model" if stock else "residual")
+        if isinstance(residual, FP4):  # the JSON holds a mean, which is summed exactly
+            assert load_file(one / file).keys() == load_file(two / file).keys()
+        assert (one / file).read_bytes() == (two / file).read_bytes() == (three / file).read_bytes()
+        described = inspect(two)
+        assert not described.problems
+        assert described.facts["residual"] == str(residual)
+        expected = run_ranks(2, in_place, base, zero, residual)[0]
+        found = run_ranks(3, from_directory, two)[0]
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        if stock:
+            with torch.no_grad():
+                logits = load_lora(two, two / "lora_init")(input_ids=tokens(1)[0]).logits
+            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        else:
+            with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+                AutoModelForCausalLM.from_pretrained(two)
 
 
 @pytest.mark.parametrize("residual", [None, NF4()], ids=str)

@@ -130,7 +130,7 @@ def test_table_and_json_say_the_same(capsys: pytest.CaptureFixture[str]) -> None
     assert found["fits"] is True
     assert found["ranks"] == 8
     resident = found["memory"]["resident"]
-    for text, nbytes in (("NF4 codes", resident["codes"]), ("optimizer's moments", resident["moments"])):
+    for text, nbytes in (("codes of the residual", resident["codes"]), ("optimizer's moments", resident["moments"])):
         (shown,) = re.findall(rf"{text} +([\d.]+) (MB|GB)", table)
         assert float(shown[0]) == pytest.approx(nbytes / {"MB": 1e6, "GB": 1e9}[shown[1]], abs=0.005)
     assert f"{found['memory']['peak'] / 1e9:.2f} GB of 74.00 GB" in table

@@ -7,14 +7,18 @@ from typing import Any
 import pytest
 import torch
 
-from lowrank_dist import NF4
+from lowrank_dist import FP4, FP8, INT8, MXFP4, NF4
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import RowPartition
 from lowrank_dist.quantization.dense import Dense
 
 each_format = pytest.mark.parametrize(
     "fmt",
-    [Dense(dtype=torch.float32), NF4(), NF4(block_size=128, double_quant=True), NF4(double_quant=True)],
+    [
+        Dense(dtype=torch.float32),
+        *(NF4(), NF4(block_size=128, double_quant=True), NF4(double_quant=True), FP4(), FP4(double_quant=True)),
+        *(INT8(), FP8(), MXFP4()),
+    ],
     ids=str,
 )
 

@@ -14,11 +14,13 @@ from torch import Tensor
 from helpers.ranks import run_ranks
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import RowPartition
-from lowrank_dist.quantization.dense import Dense
-from lowrank_dist.quantization.nf4 import NF4
+from lowrank_dist.quantization import FP4, FP8, INT8, MXFP4, NF4, Dense
 from lowrank_dist.quantization.stacks import DECODED_BYTES, decode_stack, decoding_bytes, experts_at_a_time
 
-FORMATS = [NF4(), NF4(block_size=128), NF4(double_quant=True), Dense(dtype=torch.bfloat16), Dense(dtype=torch.float32)]
+FORMATS = [
+    *(NF4(), NF4(block_size=128), NF4(double_quant=True), FP4(double_quant=True), INT8(), FP8(), MXFP4()),
+    *(Dense(dtype=torch.bfloat16), Dense(dtype=torch.float32)),
+]
 
 
 @dataclass(frozen=True)

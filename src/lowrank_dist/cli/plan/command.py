@@ -151,7 +151,10 @@ def _job(settings: Any, strategy: Any) -> RunSpec:
     if isinstance(strategy, PiSSAStrategy):
         options |= {
             "init": strategy.init or PiSSA(),
-            "residual": strategy.quantization or Dense(dtype=compute_dtype),
+            # what stays as it is stored is planned from its headers
+            "residual": Dense(dtype=compute_dtype)
+            if strategy.quantization is None or isinstance(strategy.quantization, str)
+            else strategy.quantization,
             "gradient_checkpointing": strategy.gradient_checkpointing is not False,
             "keep_decoded": strategy.keep_decoded or strategy.compile_layers is not None,
             "live_layers": strategy.live_layers,

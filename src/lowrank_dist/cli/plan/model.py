@@ -18,6 +18,7 @@ from lowrank_dist.forecast.job import planned_run
 from lowrank_dist.initialization.starting_adapter import StartingAdapter
 from lowrank_dist.methods import LoRA
 from lowrank_dist.model.skeleton import build_skeleton, read_config
+from lowrank_dist.quantization.format import AS_STORED
 from lowrank_dist.storage.find_weights import holds_weights
 from lowrank_dist.storage.source import WeightSource
 from lowrank_dist.training.strategy import PiSSAStrategy
@@ -39,6 +40,12 @@ def with_adapters(strategy: PiSSAStrategy, source: Path, job: RunSpec) -> tuple[
     backbone = build_skeleton(source, read_config(source))
     pretrained: str | WeightSource = str(source)
     if not holds_weights(source):
+        if strategy.quantization == AS_STORED:
+            raise InputError(
+                f"plan: quantization={AS_STORED!r} is planned from the headers of the weights, and {source} has none; "
+                "pass a directory with the weights, or plan with quantization FP8 or MXFP4, which take about the same "
+                "bytes"
+            )
         if not _made_by_peft(adapter, strategy):
             return _of_dimensions(strategy, adapter, source, job, backbone)
         pretrained = shapes_only(backbone)

@@ -1,0 +1,314 @@
+"""Weights that stay in the bytes of a quantized checkpoint: their layout in memory, and what can be kept so.
+
+The bytes of the tensors that encode a matrix are sharded evenly over the ranks and gathered as any residual. A layer
+decodes them with the code that decodes checkpoints as they are read, so that both give the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from lowrank_dist.decoding.encoded import EncodedMatrix
+from lowrank_dist.decoding.fp4 import PackedGroups, StackedBlocks
+from lowrank_dist.decoding.reader import ALIGNMENT, DecodingReader
+from lowrank_dist.decoding.scaled import ScaledMatrix
+from lowrank_dist.distributed.group import ShardGroup
+from lowrank_dist.distributed.partition import FlatStorage, RowPartition
+from lowrank_dist.errors import CheckpointError, ModelError
+from lowrank_dist.model.plan import Plan
+from lowrank_dist.quantization.dense import Dense
+from lowrank_dist.quantization.format import AS_STORED, Encoded, Product, ReadFile, ResidualFormat
+from lowrank_dist.storage.dtypes import DTYPES
+from lowrank_dist.storage.reader import FileTensor
+
+#: Layouts that are kept; others are decoded by code that runs on the CPU only, or take longer than a step can wait.
+KEPT = (ScaledMatrix, PackedGroups, StackedBlocks)
+_DTYPES = DTYPES | {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+if hasattr(torch, "float8_e8m0fnu"):
+    _DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
+_UNIT = 16  # bytes that shards are multiples of, so that no element of any dtype is cut
+#: Elements that are decoded at a time, on the CPU and elsewhere.
+_CHUNKS = {"cpu": 2**20, "": 2**25}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredPart:
+    """Some rows of a matrix that are stored together.
+
+    Attributes
+    ----------
+    matrix
+        How they are encoded. Its tensors are called ``"0"``, ``"1"``, ...; of a stack it is one entry.
+    shapes, dtypes
+        Of its tensors.
+    """
+
+    matrix: EncodedMatrix
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+
+    @property
+    def rows(self) -> int:
+        return self.matrix.shape[-2]
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class StoredMatrix:
+    """Residual format of one matrix that stays as its checkpoint stores it.
+
+    Parameters
+    ----------
+    parts
+        Rows that are stored together, in order; more than one where transformers joins weights while loading.
+
+    See Also
+    --------
+    AsStored : The formats of all matrices of a model.
+    lowrank_dist.quantization.format.ResidualFormat : What a format implements.
+
+    Notes
+    -----
+    Storages are ``weight_packed[i]`` (values or codes) and ``weight_scales[i]``, as bytes: those of the first tensor,
+    and of the others, of every part. A rank holds an even share of each, whatever rows these are of.
+    """
+
+    parts: tuple[StoredPart, ...]
+
+    @property
+    def block(self) -> int:
+        return 1
+
+    @property
+    def exact(self) -> bool:
+        return False
+
+    @property
+    def stock(self) -> bool:
+        return False
+
+    def of_matrix(self, key: str) -> ResidualFormat:
+        return self
+
+    def _tensors(self) -> Iterator[tuple[str, int, int, int]]:
+        """Name of the storage, part, tensor and bytes of every stored tensor."""
+        count = 0
+        for index, part in enumerate(self.parts):
+            for place, (shape, dtype) in enumerate(zip(part.shapes, part.dtypes, strict=True)):
+                name = f"weight_{'scales' if place else 'packed'}[{count}]"
+                yield name, index, place, math.prod(shape) * dtype.itemsize
+                count += 1
+
+    def storages(self, partition: RowPartition) -> dict[str, FlatStorage]:
+        ranks = partition.world_size
+        return {
+            name: FlatStorage(numel=nbytes, shard_numel=-(-nbytes // (ranks * _UNIT)) * _UNIT, dtype=torch.uint8)
+            for name, _, _, nbytes in self._tensors()
+        }
+
+    def bounds(self, partition: RowPartition, rank: int) -> Iterator[tuple[str, int, int, int, int]]:
+        """Name of the storage, part, tensor, first byte and last byte + 1 of what `rank` holds."""
+        storages = self.storages(partition)
+        for name, index, place, nbytes in self._tensors():
+            start = min(rank * storages[name].shard_numel, nbytes)
+            yield name, index, place, start, min(start + storages[name].shard_numel, nbytes)
+
+    def scratch_bytes(self, elements: int, *, stacked: bool = False) -> int:
+        # codes of 4 bits become indices and fp32 values, which are rounded; one matrix of a stack is copied
+        copied = sum(math.prod(part.matrix.shape[-2:]) for part in self.parts) * 4 if stacked else 0
+        return min(elements, max(_CHUNKS.values())) * 16 + copied
+
+    def decode(
+        self, stored: Mapping[str, Tensor], partition: RowPartition, dtype: torch.dtype, product: Product | None = None
+    ) -> Tensor:
+        device = next(iter(stored[name] for name, *_ in self._tensors())).device
+        tensors: list[dict[str, Tensor]] = [{} for _ in self.parts]
+        for name, index, place, nbytes in self._tensors():
+            part = self.parts[index]
+            flat = stored[name][:nbytes].view(part.dtypes[place])
+            tensors[index][str(place)] = flat.view(part.shapes[place])
+        weight = torch.empty(partition.rows, partition.columns, dtype=dtype, device=device)
+        step = _CHUNKS.get(device.type, _CHUNKS[""]) // max(partition.columns, 1)
+        step = max(step // ALIGNMENT, 1) * ALIGNMENT
+        below = 0
+        for part, held in zip(self.parts, tensors, strict=True):
+
+            def read(name: str, *index: int | slice, held: Mapping[str, Tensor] = held) -> Tensor:
+                return held[name][index]
+
+            entry = 0 if len(part.matrix.shape) > 2 else None
+            for start in range(0, part.rows, step):
+                stop = min(start + step, part.rows)
+                weight[below + start : below + stop] = part.matrix.rows(read, start, stop, entry)
+            below += part.rows
+        return weight if product is None else weight.addmm_(*product)
+
+    def decode_rows(
+        self, stored: Mapping[str, Tensor], partition: RowPartition, rows: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        return self.decode(stored, partition, dtype)[rows]
+
+    def encode(self, block: Tensor, partition: RowPartition, group: ShardGroup) -> Encoded:
+        raise AssertionError("a weight that stays as it is stored is not encoded")
+
+    def files(self, partition: RowPartition, dtype: torch.dtype) -> dict[str, FileTensor]:
+        raise AssertionError("a weight that stays as it is stored is in no residual model")
+
+    def to_files(
+        self, shards: Mapping[str, Tensor], partition: RowPartition, rank: int, dtype: torch.dtype
+    ) -> Iterator[tuple[str, int, Tensor]]:
+        raise AssertionError("a weight that stays as it is stored is in no residual model")
+
+    def from_files(self, read: ReadFile, partition: RowPartition, rank: int) -> dict[str, Tensor]:
+        raise AssertionError("a weight that stays as it is stored is in no residual model")
+
+    def __repr__(self) -> str:
+        return AS_STORED
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class AsStored(Dense):
+    """The formats of a model whose base stays as its checkpoint stores it.
+
+    A matrix that the checkpoint holds dense is dense in `dtype`.
+
+    Parameters
+    ----------
+    formats
+        Formats of the quantized matrices, by the names that the reader has for their weights.
+    """
+
+    formats: Mapping[str, StoredMatrix] = field(default_factory=dict)
+
+    @property
+    def exact(self) -> bool:
+        return False
+
+    @property
+    def stock(self) -> bool:
+        return False
+
+    def of_matrix(self, key: str) -> ResidualFormat:
+        return self.formats.get(key) or Dense(dtype=self.dtype)
+
+    def __repr__(self) -> str:
+        return AS_STORED
+
+    @classmethod
+    def of(cls, plan: Plan, reader: DecodingReader, dtype: torch.dtype) -> AsStored:
+        """The formats of the matrices of `plan`, from the headers.
+
+        Raises
+        ------
+        ModelError
+            If a quantized matrix cannot be kept as it is stored.
+        """
+        found: dict[str, StoredMatrix] = {}
+        of_stack: dict[str, StoredMatrix | None] = {}
+        for planned in plan.matrices:
+            stored = _stored(planned.key, reader)
+            if stored is not None:
+                found[planned.key] = stored
+            if planned.expert is not None and of_stack.setdefault(planned.name.partition("[")[0], stored) != stored:
+                raise ModelError(
+                    f"quantization={AS_STORED!r}: {planned.name} is stored in another layout than the first matrix of "
+                    "its stack; pass quantization=NF4(), FP8() or another format to encode it"
+                )
+        return cls(dtype=dtype, formats=found)
+
+
+def _stored(key: str, reader: DecodingReader) -> StoredMatrix | None:
+    """How the matrix `key` is stored; None if it is dense."""
+    pieces, parts = reader.pieces(key), []
+    encoded = [reader.encoded(piece.key) for piece in pieces]
+    if not any(matrix is not None and matrix.is_quantized for matrix in encoded):
+        return None
+    for piece, matrix in zip(pieces, encoded, strict=True):
+        problem = None
+        if matrix is None or not matrix.is_quantized:
+            problem = f"only some of the tensors that make it up are quantized ({piece.key} is not)"
+        elif not piece.is_ordinary:
+            problem = f"it is a part of {piece.key}, or its transpose"
+        elif not isinstance(matrix, KEPT):
+            problem = f"{reader.encoding} is decoded while it is read, not in a step"
+        if problem is not None or matrix is None:
+            raise ModelError(
+                f"quantization={AS_STORED!r}: {key} cannot be kept: {problem}; pass quantization=NF4(), FP8() or "
+                "another format to encode it"
+            )
+        infos = [reader.stored_reader.stored(name) for name in matrix.tensors]
+        shape = matrix.shape
+        shapes = [info.shape for info in infos]
+        if piece.index is not None:
+            shape, shapes = (1, *shape[1:]), [(1, *of[1:]) for of in shapes]
+        names = tuple(str(place) for place in range(len(infos)))
+        parts.append(
+            StoredPart(
+                matrix=replace(matrix, shape=shape, tensors=names),
+                shapes=tuple(shapes),
+                dtypes=tuple(_DTYPES[info.dtype] for info in infos),
+            )
+        )
+    return StoredMatrix(parts=tuple(parts))
+
+
+def read_stored(
+    key: str, stored: StoredMatrix, reader: DecodingReader, partition: RowPartition, rank: int
+) -> dict[str, Tensor]:
+    """Read what `rank` holds of a matrix, as bytes. What is read is counted.
+
+    Raises
+    ------
+    CheckpointError
+        If a value or a scale is NaN or infinite.
+    """
+    storages, pieces, shards = stored.storages(partition), reader.pieces(key), dict[str, Tensor]()
+    for name, index, place, start, stop in stored.bounds(partition, rank):
+        piece, part = pieces[index], stored.parts[index]
+        matrix = reader.encoded(piece.key)
+        assert matrix is not None
+        values = _bytes_of(
+            matrix.tensors[place], piece.index, part.shapes[place], part.dtypes[place], start, stop, reader
+        )
+        _check_finite(matrix.tensors[place], values, part.dtypes[place])
+        shards[name] = torch.nn.functional.pad(values, (0, storages[name].shard_numel - values.numel()))
+    return shards
+
+
+def _bytes_of(
+    name: str,
+    entry: int | None,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    start: int,
+    stop: int,
+    reader: DecodingReader,
+) -> Tensor:
+    """Bytes ``start:stop`` of a tensor, or of an entry of its first dimension, with `shape` ``[1, ...]``."""
+    if start >= stop:
+        return torch.empty(0, dtype=torch.uint8)
+    inside = shape if entry is None else shape[1:]
+    if not inside:  # a scalar
+        whole = reader.stored_part(name) if entry is None else reader.stored_part(name, entry)
+        return whole.reshape(1).view(torch.uint8)[start:stop]
+    width = math.prod(inside[1:]) * dtype.itemsize
+    first, last = start // width, -(-stop // width)
+    rows = reader.stored_part(name, *(() if entry is None else (entry,)), slice(first, last))
+    return rows.reshape(-1).view(torch.uint8)[start - first * width : stop - first * width].clone()
+
+
+def _check_finite(name: str, values: Tensor, dtype: torch.dtype) -> None:
+    if dtype == torch.float8_e4m3fn:
+        bad = (values & 0x7F == 0x7F).any()
+    elif dtype == torch.float8_e5m2:
+        bad = (values & 0x7F >= 0x7C).any()
+    elif dtype.is_floating_point and dtype.itemsize > 1:
+        bad = ~torch.isfinite(values.view(dtype)).all()
+    else:
+        return
+    if bad:
+        raise CheckpointError(f"{name}: holds a NaN or infinity; fetch the model again")

@@ -1,0 +1,159 @@
+"""A zero start over the bytes of a quantized checkpoint: nothing is decoded or encoded when a run begins."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_dist.decoding.as_stored import AsStored, StoredMatrix, read_stored
+from lowrank_dist.decoding.reader import DecodingReader
+from lowrank_dist.decomposition.report import MatrixReport
+from lowrank_dist.decomposition.restore import RecordedMethod, RestoredMethod
+from lowrank_dist.decomposition.walk import DecomposedMatrix, check_matrices, factor_shards
+from lowrank_dist.distributed.group import ShardGroup
+from lowrank_dist.distributed.partition import RowPartition
+from lowrank_dist.errors import InputError, ModelError
+from lowrank_dist.initialization.source import PretrainedSource
+from lowrank_dist.methods import LoRA, Matrix, Method
+from lowrank_dist.methods.frozen import Frozen, method_for
+from lowrank_dist.model.plan import Plan, PlannedMatrix
+from lowrank_dist.quantization.dense import Dense
+from lowrank_dist.quantization.format import AS_STORED, Encoded
+from lowrank_dist.storage.reader import check_finite, read_ahead
+
+
+class _Nothing(Dense):
+    """Takes the place of a residual format while factors are made: they do not depend on the weight."""
+
+    def encode(self, block: Tensor, partition: RowPartition, group: ShardGroup) -> Encoded:
+        return Encoded(shards={}, rows=lambda some: block[some])
+
+
+class StoredSource(PretrainedSource):
+    """Pretrained weights that stay as they are stored, with an adapter that starts at zero.
+
+    Parameters
+    ----------
+    *args, **options
+        See `PretrainedSource`; `residual` is an `AsStored`, whose formats the plan decides.
+    """
+
+    residual: AsStored
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        check_options(self.init, self.cache)
+        if not isinstance(self.reader, DecodingReader) or self.reader.encoding is None:
+            raise ModelError(
+                f"quantization={AS_STORED!r}: {self.reader.directory} is not quantized; leave quantization out to keep "
+                "its weights in the compute dtype, or pass NF4() or another format"
+            )
+        self.stored_reader: DecodingReader = self.reader
+
+    def check(self, plan: Plan) -> None:
+        """Decide the formats of the matrices of `plan`, and say what is decoded.
+
+        Raises
+        ------
+        ModelError
+            If a quantized matrix cannot be kept.
+        """
+        check_matrices(plan, self.init)
+        self.residual = AsStored.of(plan, self.stored_reader, self.residual.dtype)
+        if not self.residual.formats:
+            raise ModelError(
+                f"quantization={AS_STORED!r}: no linear layer and no adapted parameter of {self.reader.directory} is "
+                "quantized; leave quantization out"
+            )
+        dense = len(plan.matrices) - len(self.residual.formats)
+        keys = [tensor.key for tensor in plan.parameters if tensor.key is not None]
+        decoded = [key for key in keys if self.reader.decodes(key)]
+        lines = [f"{len(self.residual.formats)} matrices stay in {self.reader.encoding}"]
+        if dense:
+            lines.append(f"{dense} that are stored dense stay dense")
+        if decoded:
+            sizes = [torch.Size(self.reader.info(key).shape).numel() for key in decoded]
+            nbytes = sum(sizes) * self.residual.dtype.itemsize
+            lines.append(
+                f"{len(decoded)} quantized parameters that are neither linear layers nor adapted are decoded, "
+                f"{nbytes / 1e9:.2f} GB in all ({decoded[0]}, ...): name stacks of experts in target_parameters to "
+                "keep them"
+            )
+        self.announce(f"{AS_STORED}: {'; '.join(lines)}")
+
+    def matrices(
+        self,
+        plan: Plan,
+        group: ShardGroup,
+        factor_dtype: torch.dtype,
+        *,
+        device: torch.device | None = None,
+        advance: Callable[[int], object] = lambda _: None,
+    ) -> Iterator[DecomposedMatrix]:
+        """All matrices of `plan`, read as they are stored. Collective: all ranks of `group` iterate to the end.
+
+        Raises
+        ------
+        CheckpointError
+            On every rank, if any rank finds a NaN or infinity or cannot read, or if the checkpoint of a run that is
+            resumed lacks factors.
+        """
+        known = {} if self.resume is None else self.resume.reports
+        if self._earlier is not None:
+            with group.shared_errors():
+                self._earlier.check_factors(plan, factor_dtype, known)
+        device = device or torch.device("cpu")
+        shards_of = read_ahead(lambda planned: self._read(planned, group), plan.matrices)
+        for planned in plan.matrices:
+            started = time.monotonic()
+            with group.shared_errors():
+                shards = next(shards_of)
+            partition = planned.row_partition(group.size, block=1)
+            start, stop = partition.bounds(group.rank)
+            block = torch.empty(1, 1, device=device).expand(stop - start, planned.columns)  # takes no memory
+            matrix = Matrix.of(planned, block, group, partition=partition, factor_dtype=factor_dtype)
+            found = method_for(planned, self.init).decompose(matrix, _Nothing(dtype=torch.float32))
+            report = known.get(planned.name) or MatrixReport(
+                name=planned.name, rows=planned.rows, columns=planned.columns, rank=planned.rank
+            )
+            nbytes = self.reader.info(planned.key).nbytes
+            yield DecomposedMatrix(
+                planned=planned,
+                partition=partition,
+                residual={name: shard.to(device) for name, shard in shards.items()},
+                factors=factor_shards(planned, partition, found.factors, group, factor_dtype),
+                report=replace(
+                    report, seconds=time.monotonic() - started, nbytes=nbytes, group_size=group.size, digest=None
+                ),
+            )
+            advance(nbytes)
+
+    def _read(self, planned: PlannedMatrix, group: ShardGroup) -> dict[str, Tensor]:
+        """This rank's shards of a matrix, on the CPU."""
+        residual, partition = self.residual.of_matrix(planned.key), planned.row_partition(group.size, block=1)
+        if isinstance(residual, StoredMatrix):
+            return read_stored(planned.key, residual, self.stored_reader, partition, group.rank)
+        start, stop = partition.bounds(group.rank)
+        rows = self.reader.rows(planned.key, start, stop)
+        check_finite(planned.key, rows, start)
+        return residual.encode(rows, partition, group).shards
+
+
+def check_options(init: Method | None, cache: object) -> None:
+    """Raise InputError if options contradict a base that stays as it is stored."""
+    original = init.original if isinstance(init, RestoredMethod) else init
+    if not isinstance(original, LoRA | Frozen | RecordedMethod):
+        raise InputError(
+            f"quantization={AS_STORED!r} keeps the weights as they are, but init={original or 'PiSSA (the default)'} "
+            "is made from them and leaves a residual; pass init=LoRA(), or encode the residual with "
+            "quantization=FP8(), MXFP4() or NF4()"
+        )
+    if cache is not None:
+        raise InputError(
+            f"quantization={AS_STORED!r} decomposes nothing that init_cache={str(cache)!r} could keep; leave it out"
+        )
