@@ -173,7 +173,7 @@ def test_the_large_models_are_there() -> None:
     assert {base for base, _, _ in PAIRS} == set(BASES)
     models = {base.partition("_")[0] for base in BASES}
     assert models == {"llama3-8b", "llama3-70b", "qwen2-72b", "mistral-7b"}
-    assert {path.stem for path in (CONFIGS / "method").glob("*.yaml")} == {"full", *METHODS}
+    assert {path.stem for path in (CONFIGS / "method").glob("*.yaml")} == {"full", "llama_pro", *METHODS}
 
 
 @pytest.mark.parametrize(("base", "method", "rank"), PAIRS)
@@ -261,6 +261,13 @@ def test_the_settings_of_pefts_comparison(method: str) -> None:
     assert found.memory.resident["trained"] == 2 * 9_175_040
     assert found.fits
     assert found.job.steps == 5000
+
+
+def test_copies_of_layers_are_planned() -> None:
+    """Eight of the 32 layers of LLaMA-3-8B, whose 218 112 000 parameters each are trained in bf16 on 8 GPUs."""
+    found = plan(*composed("llama3-8b_8gpu", "llama_pro"))
+    assert found.memory.resident["trained"] == 2 * 218_112_000
+    assert found.fits
 
 
 def test_full_fine_tuning_of_70b_is_said_not_to_fit() -> None:

@@ -39,7 +39,7 @@ def with_adapters(strategy: PiSSAStrategy, source: Path, job: RunSpec) -> tuple[
     backbone = build_skeleton(source, read_config(source))
     pretrained: str | WeightSource = str(source)
     if not holds_weights(source):
-        if not _made_by_peft(adapter, strategy):
+        if not _made_by_peft(adapter, strategy) and strategy.expand_blocks is None:
             return _of_dimensions(strategy, adapter, source, job, backbone)
         pretrained = shapes_only(backbone)
     found = replace(strategy.recipe, pretrained=pretrained, adapter=adapter, revision=None, adapter_revision=None)
