@@ -78,7 +78,15 @@ def _of_dimensions(
         start.close()
         adapter, job = start.config, replace(job, init=LoRA())
     assert isinstance(adapter, LoraConfig)
-    shapes = ModelShapes.of(source, adapter, init=job.init, untie=strategy.untie_embeddings, backbone=backbone)
+    shapes = ModelShapes.of(
+        source,
+        adapter,
+        init=job.init,
+        untie=strategy.untie_embeddings,
+        encode_all=strategy.encode == "all-linear",
+        also=strategy.train_also,
+        backbone=backbone,
+    )
     return shapes, replace(job, fills_cache=strategy.init_cache is not None)
 
 
