@@ -16,7 +16,7 @@ from helpers.models import save_checkpoint
 from helpers.ranks import run_ranks
 from helpers.training import BATCHES, LR, ByStep, loader, make_trainer, tokens
 from helpers.tuners import decoded
-from lowrank_dist import NF4, LoRA, PiSSAStrategy, convert_checkpoint, merge_checkpoint
+from lowrank_dist import NF4, LoRA, PiSSAStrategy, convert_checkpoint, inspect, merge_checkpoint
 from lowrank_dist.checkpoints.layout import TrainingCheckpoint
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import CheckpointError, ModelError
@@ -79,6 +79,8 @@ def test_copies_train_as_in_stock_transformers(llama: Path, tmp_path: Path, quan
     losses += run_ranks(3, train, llama, quantization, 4, saves[1], saves[0])[0]
     losses += run_ranks(1, train, llama, quantization, 5, saves[2], saves[1])[0]
     assert losses == pytest.approx(expected, rel=1e-5)
+    found = inspect(saves[2])
+    assert (found.facts["type"], found.problems) == ("copies of layers (expand_blocks=2)", [])
     assert set(TrainingCheckpoint(saves[2]).manifest["hashes"]) == {"adapter", "optimizer", "state"}
 
     merged = AutoModelForCausalLM.from_pretrained(merge_checkpoint(saves[2], tmp_path / "merged"), dtype=torch.float32)

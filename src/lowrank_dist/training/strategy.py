@@ -61,8 +61,8 @@ class PiSSAStrategy(ModelStrategy):
         holds them: ``["*norm*", "*.bias", "model.embed_tokens.weight"]``. They are saved with the adapter, and stock
         PEFT loads them with it.
     calibration
-        Data for methods that look at data (``CorDA``, ``EVA``, ``LoRAGA``, ``QERA``); default ``Calibration()``: the
-        first 8 batches that each rank would train on.
+        Data for methods that look at data (``CorDA``, ``EVA``, ``LoRAGA``, ``LoRAOne``, ``QERA``); default
+        ``Calibration()``: the first 8 batches that each rank would train on.
     init_cache
         Directory, visible to all ranks, for residual models: the first run with the same weights and settings writes
         one there, and this and later runs start from it. If a run was killed, the next one continues where it stopped.
