@@ -37,6 +37,7 @@ _EXPORTS = {
     "CorDA": "lowrank_dist.methods",
     "EVA": "lowrank_dist.methods",
     "LoRAGA": "lowrank_dist.methods",
+    "LoRAOne": "lowrank_dist.methods",
     "LoRAXS": "lowrank_dist.methods",
     "QERA": "lowrank_dist.methods",
     "SVFT": "lowrank_dist.methods",
@@ -81,6 +82,7 @@ if TYPE_CHECKING:
     from lowrank_dist.methods import LoftQ as LoftQ
     from lowrank_dist.methods import LoRA as LoRA
     from lowrank_dist.methods import LoRAGA as LoRAGA
+    from lowrank_dist.methods import LoRAOne as LoRAOne
     from lowrank_dist.methods import LoRAXS as LoRAXS
     from lowrank_dist.methods import Method as Method
     from lowrank_dist.methods import MiLoRA as MiLoRA

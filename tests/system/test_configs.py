@@ -24,6 +24,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(CONFIGS.glob("*.yaml"))
 NAME = re.compile(r"(?P<model>[a-z0-9.-]+)_(?P<method>[a-z]+)_(?P<count>\d+)(?P<kind>cpu|gpu)")
 METHODS = {"lora": LoRA, "qlora": LoRA, "pissa": PiSSA, "qpissa": PiSSA, "loftq": LoftQ}
+OTHERS = {"apollo", "full", "galore", "llama_pro", "longlora"}
 QUANTIZED = {"qlora", "qpissa", "loftq"}
 
 # jsonargparse fills every option of the configuration in, and peft warns of this one
@@ -173,7 +174,14 @@ def test_the_large_models_are_there() -> None:
     assert {base for base, _, _ in PAIRS} == set(BASES)
     models = {base.partition("_")[0] for base in BASES}
     assert models == {"llama3-8b", "llama3-70b", "qwen2-72b", "mistral-7b"}
-    assert {path.stem for path in (CONFIGS / "method").glob("*.yaml")} == {"full", *METHODS}
+    assert {path.stem for path in (CONFIGS / "method").glob("*.yaml")} == {
+        "apollo",
+        "full",
+        "galore",
+        "llama_pro",
+        "longlora",
+        *METHODS,
+    }
 
 
 @pytest.mark.parametrize(("base", "method", "rank"), PAIRS)
@@ -261,6 +269,36 @@ def test_the_settings_of_pefts_comparison(method: str) -> None:
     assert found.memory.resident["trained"] == 2 * 9_175_040
     assert found.fits
     assert found.job.steps == 5000
+
+
+def test_copies_of_layers_are_planned() -> None:
+    """Eight of the 32 layers of LLaMA-3-8B, whose 218 112 000 parameters each are trained in bf16 on 8 GPUs."""
+    found = plan(*composed("llama3-8b_8gpu", "llama_pro"))
+    assert found.memory.resident["trained"] == 2 * 218_112_000  # of a GPU: an eighth of eight copies
+    assert found.fits
+
+
+def test_embeddings_and_norms_beside_a_lora_are_planned() -> None:
+    """LongLoRA on LLaMA-3-8B: a LoRA of rank 8 on the attention, the embedding, 65 norms; also before weights exist."""
+    paths = composed("llama3-8b_8gpu", "longlora")
+    lora = 32 * 8 * (2 * (4096 + 4096) + 2 * (4096 + 1024))
+    found = plan(*paths)
+    assert found.memory.resident["trained"] == 2 * (lora + 128256 * 4096 + 65 * 4096) // 8
+    assert instantiated(parse(*paths), "model").shifted_attention == parse(*paths).data.max_length // 4
+
+
+@pytest.mark.parametrize("method", ["galore", "apollo"])
+def test_projected_gradients_are_planned(method: str) -> None:
+    """LLaMA-3.2-3B in fp32 on one GPU: matrices have the state of few directions, the embedding has two moments."""
+    found = plan(*composed(COMPARISON, method))
+    rank = found.job.optimizer_rank
+    of_layer = sum(
+        count * rank * (8 * max(m, n) + 4 * min(m, n))
+        for m, n, count in [(3072, 3072, 2), (1024, 3072, 2), (8192, 3072, 3)]
+    )
+    assert rank == {"galore": 128, "apollo": 256}[method]
+    assert found.memory.resident["moments"] == 8 * (128256 * 3072 + 57 * 3072) + 28 * of_layer
+    assert found.fits
 
 
 def test_full_fine_tuning_of_70b_is_said_not_to_fit() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from lowrank_dist.adapters.files import open_adapter, open_tuned, read_config
 from lowrank_dist.errors import CheckpointError
 from lowrank_dist.storage.dtypes import FLOAT_DTYPES
 from lowrank_dist.storage.layout import ADAPTER_DIR, CONFIG, INITIAL_DIR, LORA_DIR, MANIFEST, read_manifest
+from lowrank_dist.storage.parse import is_integer, is_list_of, printable
 from lowrank_dist.storage.reader import CheckpointReader
 
 # values of init_lora_weights with which PEFT leaves the base model unchanged, so that the adapter is for the base model
@@ -39,6 +41,8 @@ class AdapterSource:
         Whether this package wrote the directory.
     norms
         Frobenius norms of the original matrices, by the name of the matrix, as far as the manifest records them.
+    expand_blocks
+        The option of the run, if it trained copies of layers; None otherwise.
     """
 
     directory: Path
@@ -48,6 +52,7 @@ class AdapterSource:
     base: str | None
     has_manifest: bool
     norms: dict[str, float]
+    expand_blocks: int | list[int] | None = None
 
     @property
     def parts(self) -> list[CheckpointReader]:
@@ -86,7 +91,12 @@ class AdapterSource:
 
 
 def find_adapter(
-    directory: Path, *, for_residual: bool = False, any_type: bool = False, converted_dora: bool = False
+    directory: Path,
+    *,
+    for_residual: bool = False,
+    any_type: bool = False,
+    converted_dora: bool = False,
+    copies: bool = False,
 ) -> AdapterSource:
     """Open the adapter of a checkpoint, or of a directory that PEFT or `convert_checkpoint` wrote.
 
@@ -102,6 +112,8 @@ def find_adapter(
         Whether adapters other than LoRAs are taken too.
     converted_dora
         Whether to take the converted DoRA of a checkpoint instead of the two that it has for the residual.
+    copies
+        Whether the checkpoint of a run that trained copies of layers is taken too.
 
     Raises
     ------
@@ -109,6 +121,8 @@ def find_adapter(
         If there is no adapter, if it is damaged, not a LoRA but for `any_type`, or for another kind of base model.
     """
     manifest: dict[str, Any] = read_manifest(directory) if (directory / MANIFEST).is_file() else {}
+    if not copies or not manifest:
+        refuse_copies(directory)
     if for_residual:
         _refuse_if_for_original(directory.absolute())
     if manifest and (directory / ADAPTER_DIR).is_dir():
@@ -144,7 +158,29 @@ def find_adapter(
         base=manifest.get("base") or config.base_model_name_or_path,
         has_manifest=bool(manifest),
         norms={name: norm for name, norm in norms.items() if norm is not None},
+        expand_blocks=copied_blocks(manifest),
     )
+
+
+def copied_blocks(manifest: Mapping[str, Any]) -> int | list[int] | None:
+    """The ``expand_blocks`` of the run that wrote a manifest; None if it trained no copies of layers."""
+    recipe = manifest.get("recipe")
+    blocks = recipe.get("expand_blocks") if isinstance(recipe, Mapping) else None
+    if blocks is not None and not (is_integer(blocks) or is_list_of(is_integer)(blocks)):
+        raise CheckpointError(f"{MANIFEST}: expand_blocks={printable(blocks, 60)} must be a number or a list")
+    return blocks
+
+
+def refuse_copies(directory: Path) -> None:
+    """Raise CheckpointError if `directory` is, or is in, the checkpoint of a run that trained copies of layers."""
+    directory = directory.absolute()
+    for checkpoint in (directory, directory.parent):
+        if (checkpoint / MANIFEST).is_file() and copied_blocks(read_manifest(checkpoint)) is not None:
+            raise CheckpointError(
+                f"{directory}: its run trained copies of layers (expand_blocks), which are no adapter of the "
+                f"pretrained model; `lowrank-dist merge {checkpoint}` writes the expanded model, and "
+                f"ckpt_path={str(checkpoint)!r} resumes the run"
+            )
 
 
 def _refuse_if_for_residual(directory: Path) -> None:

@@ -106,7 +106,7 @@ def check_options(init: Method | None, calibration: Calibration | None, **others
     if calibration is not None and not looks:
         raise InputError(
             f"calibration={calibration} has no effect: {init or 'the default initialisation'} does not look at data; "
-            "leave it out, or choose CorDA(), EVA(), LoRAGA() or QERA()"
+            "leave it out, or choose CorDA(), EVA(), LoRAGA(), LoRAOne() or QERA()"
         )
     for option, value in others.items():
         if looks and value is not None:

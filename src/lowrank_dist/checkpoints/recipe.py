@@ -18,7 +18,7 @@ from lowrank_dist.model.factor_layout import stored_layout
 from lowrank_dist.quantization.registry import format_from_dict
 from lowrank_dist.residual_model.reader import ResidualModel
 from lowrank_dist.storage.layout import ADAPTER_DIR, LORA_DIR, MANIFEST
-from lowrank_dist.storage.parse import is_flag, is_list_of, is_text
+from lowrank_dist.storage.parse import is_flag, is_integer, is_list_of, is_text
 from lowrank_dist.storage.reader import resolve_checkpoint
 from lowrank_dist.tuners.support import needs_peft
 
@@ -67,8 +67,11 @@ def recorded_recipe(
     revision = manifest.get("pretrained_commit") if pretrained is None and not Path(name).exists() else None
     residual = format_from_dict(manifest.record("residual"))
     quantization = residual if isinstance(residual, str) or not residual.exact else None
+    blocks = options.expect("expand_blocks", _is_blocks, "a number or a list of layers", None)
     method: Method | None = None
-    if ResidualModel.is_at(resolve_checkpoint(name, revision=revision)):
+    if blocks is not None:
+        pass  # no adapter
+    elif ResidualModel.is_at(resolve_checkpoint(name, revision=revision)):
         quantization = None  # it says itself
     elif isinstance(adapter, LoraConfig):
         zero = bool(manifest["starts_at_zero"])
@@ -77,7 +80,7 @@ def recorded_recipe(
             method = LoRA()
     return ModelRecipe(
         pretrained=name,
-        adapter=adapter,
+        adapter=adapter if blocks is None else None,
         init=method,
         quantization=quantization,
         encode=options.expect("encode", lambda value: value in get_args(Encode), "all-linear or adapted", None),
@@ -85,4 +88,9 @@ def recorded_recipe(
         cache=cache,
         revision=revision,
         untie_embeddings=options.expect("untie_embeddings", is_flag, "true or false"),
+        expand_blocks=blocks,
     )
+
+
+def _is_blocks(value: object) -> bool:
+    return is_integer(value) or is_list_of(is_integer)(value)

@@ -40,7 +40,7 @@ def check_calibration(init: Method, options: Any) -> None:
     if init.statistic is None and options.calibration_data is not None:
         raise InputError(
             f"--calibration_data {options.calibration_data}: {init} uses no data; leave it out, or use --method "
-            "corda, eva, lora_ga or qera"
+            "corda, eva, lora_ga, lora_one or qera"
         )
     if init.statistic is not None and options.calibration_data is None:
         raise InputError(

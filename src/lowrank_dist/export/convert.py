@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from lowrank_dist.adapters.files import changed_config, read_config, whole_tensor
 from lowrank_dist.adapters.lora import ExactLora, LoraModule
+from lowrank_dist.adapters.source import refuse_copies
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import CheckpointError, InputError
 from lowrank_dist.linalg.truncate import EnergyKept, energy_kept, singular_values, truncate
@@ -159,6 +160,7 @@ def convert_checkpoint(
     """
     check_target(output, overwrite=overwrite, inputs=parts_of(Path(checkpoint)))
     checkpoint, output = Path(checkpoint), Path(output).absolute()
+    refuse_copies(checkpoint)
     manifest = read_manifest(checkpoint)
     verify_checkpoint(checkpoint, ShardGroup.single())
 

@@ -130,7 +130,7 @@ def merge_checkpoint(
     'GPT2LMHeadModel'
     """
     verify_adapter(Path(checkpoint), ShardGroup.single())
-    adapter = find_adapter(Path(checkpoint), any_type=True, converted_dora=True)
+    adapter = find_adapter(Path(checkpoint), any_type=True, converted_dora=True, copies=True)
     directory = find_base(adapter, base, revision)
     check_target(output, overwrite=overwrite, inputs=[adapter.directory, directory])
     output = Path(output).absolute()

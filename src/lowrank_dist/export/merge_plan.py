@@ -23,6 +23,7 @@ from lowrank_dist.adapters.match import changes_tied, match_adapter
 from lowrank_dist.adapters.source import AdapterSource
 from lowrank_dist.errors import CheckpointError, ModelError
 from lowrank_dist.export.tuned import TunedModel, check_merges
+from lowrank_dist.model.expansion import expand
 from lowrank_dist.model.names import CheckpointKeys, peft_name, plain_name
 from lowrank_dist.model.plan import Plan, PlannedMatrix, open_plan
 from lowrank_dist.model.skeleton import build_skeleton, read_config
@@ -156,6 +157,9 @@ def plan_merge(adapter: AdapterSource, directory: Path, dtype: torch.dtype | Non
         check_merges(adapter)
     reader = CheckpointReader(directory)
     backbone, config_changes = _skeleton(adapter, directory)
+    expansion = None if adapter.expand_blocks is None else expand(backbone, adapter.expand_blocks)
+    if expansion is not None:
+        reader, config_changes = expansion.reader(reader), config_changes | expansion.changes
     if dtype is not None:
         config_changes["dtype"] = str(dtype).removeprefix("torch.")
     untie = changes_tied(backbone, adapter.trained, getattr(adapter.config, "modules_to_save", None))
@@ -165,11 +169,12 @@ def plan_merge(adapter: AdapterSource, directory: Path, dtype: torch.dtype | Non
             warnings.filterwarnings("ignore", message="The following .*_pattern keys did not match any targeted module")
             opened = open_plan(
                 reader,
-                None if by_peft else adapter.lora,
+                None if by_peft or expansion is not None else adapter.lora,
                 backbone=backbone,
                 untie=untie,
                 limit_rank=False,
                 trained_whole=_in_file(backbone, adapter.trained) if by_peft else (),
+                also=() if expansion is None else expansion.trained,
             )
     except ModelError as error:
         raise ModelError(

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from lowrank_dist.adapters.files import changed_config, open_adapter, read_config, whole_tensor
 from lowrank_dist.adapters.match import changes_tied
+from lowrank_dist.adapters.source import refuse_copies
 from lowrank_dist.decoding.open import open_reader
 from lowrank_dist.decomposition.report import MatrixReport
 from lowrank_dist.decomposition.restore import StoredDecompositions, StoredFactors
@@ -234,6 +235,7 @@ class _Refit:
     ) -> None:
         self.checkpoint, self.rank, self.group, self.device = checkpoint, rank, group, device
         with group.shared_errors():
+            refuse_copies(checkpoint)
             self.manifest = read_manifest(checkpoint)
         verify_checkpoint(checkpoint, group)
         with group.shared_errors():

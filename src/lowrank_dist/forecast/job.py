@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from lowrank_dist.initialization.open import OpenedModel
 from lowrank_dist.methods.base import Method
 from lowrank_dist.model.factor_layout import FactorLayout, TrainedFactors
 from lowrank_dist.model.plan import Plan, PlannedMatrix, PlannedTensor, open_plan
-from lowrank_dist.model.skeleton import build_skeleton
+from lowrank_dist.model.skeleton import build_skeleton, linear_layers
 from lowrank_dist.quantization.format import ResidualFormat
 from lowrank_dist.residual_model.reader import ResidualModel
 from lowrank_dist.storage.dtypes import DTYPES
@@ -71,6 +71,8 @@ class ModelShapes:
         *,
         init: Method | None = None,
         untie: bool = False,
+        encode_all: bool = False,
+        also: Sequence[str] = (),
         backbone: PreTrainedModel | None = None,
     ) -> ModelShapes:
         """Shapes of a pretrained model.
@@ -85,6 +87,10 @@ class ModelShapes:
             Method whose requirements on matrices are checked. None: no check.
         untie
             Give a tied head a weight of its own.
+        encode_all
+            Whether linear layers without an adapter are encoded too.
+        also
+            Patterns of `lowrank_dist.model.skeleton.train_also`.
         backbone
             The model of `source` on the meta device, which gets the adapter. None: it is built.
 
@@ -100,7 +106,8 @@ class ModelShapes:
             if any(source.glob("*.safetensors")):
                 raise
             reader = SourceReader(shapes_only(backbone))
-        plan = open_plan(reader, adapter, backbone=backbone, untie=untie).plan
+        encode = linear_layers(backbone) if encode_all else ()
+        plan = open_plan(reader, adapter, backbone=backbone, untie=untie, encode=encode, also=also).plan
         if init is not None:
             check_matrices(plan, init)
         shapes = cls.planned(backbone, plan, reader)
@@ -161,6 +168,8 @@ class RunSpec:
         Options of `PiSSAStrategy`.
     optimizer, fused_cross_entropy
         Options of `CausalLMModule`. An optimizer given by import path is taken to keep two moments.
+    optimizer_rank
+        Rank on which ``galore`` or ``apollo`` project the gradients of matrices.
     offload_optimizer, offload_parameters
         Whether optimizer state and partitions are in host memory.
     bucket
@@ -191,6 +200,7 @@ class RunSpec:
     experts_at_a_time: int | None = None
     shard_within: ShardWithin = "world"
     optimizer: str = "adamw"
+    optimizer_rank: int = 128
     fused_cross_entropy: bool = False
     offload_optimizer: bool = False
     offload_parameters: bool = False

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+
+from torch import nn
 
 from lowrank_dist.forecast.activations import Activations
 from lowrank_dist.forecast.job import ModelShapes, Parameter, RunSpec, parameters
@@ -25,6 +27,7 @@ RESIDENT = {
 }
 _OPTIMIZER = ("masters", "moments", "gradients", "importance")
 _TWO_MOMENTS = 8.0  # in fp32; of optimizers given by import path too, whose state is not known here
+_PROJECTED = ("galore", "apollo")
 _MOMENT_BYTES = {"muon": 4.0, "paged_adamw_8bit": 2 + 2 * 4 / 256}
 _DS_BUCKET = 200_000_000  # Lightning's default, elements
 
@@ -112,6 +115,9 @@ def memory(shapes: ModelShapes, job: RunSpec, activations: Activations) -> Memor
     importance = sum(p.shard_numel for p in trained if p.name in scored)
     resident["importance"] = 8 * importance  # sensitivity and uncertainty
     step = 4 * owned if job.stage and job.factor_dtype.itemsize != 4 else 0
+    if job.optimizer in _PROJECTED:
+        resident["moments"], beside = projected_state(shapes, job, trained)
+        step += beside
     if importance:  # a copy of the gradients lasts over the step; then values and gradients of the factors are copied
         step = 4 * owned + max(step, 8 * importance)
     offloaded = (_OPTIMIZER if job.offload_optimizer else ()) + (
@@ -137,6 +143,27 @@ def memory(shapes: ModelShapes, job: RunSpec, activations: Activations) -> Memor
         step=step,
         host=copied + sum(resident[kind] for kind in offloaded),
     )
+
+
+def projected_state(shapes: ModelShapes, job: RunSpec, trained: Iterable[Parameter]) -> tuple[int, int]:
+    """Bytes of the state of GaLore or APOLLO, and of what a step has beside it.
+
+    A matrix of m by n, m >= n, has moments of ``[m, r]`` and a projection of ``[r, n]``; other parameters have two
+    moments. When projections are made again, GaLore's n singular vectors of every matrix are there until the step ends.
+    """
+    backbone, state, beside = shapes.backbone, 0, 0
+    head = backbone.get_output_embeddings()
+    for p in trained:
+        whole, owner = backbone.get_parameter(p.name), backbone.get_submodule(p.name.rpartition(".")[0])
+        table = owner is head or isinstance(owner, nn.Embedding)
+        if whole.ndim != 2 or table or "norm" in type(owner).__name__.lower():
+            state += 8 * whole.numel()
+            continue
+        small, large = sorted(whole.shape)
+        rank = min(job.optimizer_rank, small) if job.optimizer == "galore" else job.optimizer_rank
+        state += 8 * rank * large + 4 * rank * small
+        beside += 4 * (small - rank) * small if job.optimizer == "galore" else 0
+    return state, beside
 
 
 def _bucket(job: RunSpec, trained: int) -> int:

@@ -35,6 +35,7 @@ from lowrank_dist.residual_model.fingerprint import source_fingerprint
 from lowrank_dist.seeds import global_seed
 from lowrank_dist.storage.reader import CheckpointReader, commit_of
 from lowrank_dist.tuners.adalora.allocation import RankAllocation
+from lowrank_dist.tuners.files import whole_files
 from lowrank_dist.tuners.support import objection
 from lowrank_dist.zero3.partition import Partitioner
 
@@ -306,8 +307,11 @@ def build_model(
         "tuner_seed": seed,
     }
     if tuned is None:
+        files: AdapterFiles = result.layout
+        if opened.expansion is not None:
+            files = whole_files(name for name, parameter in backbone.named_parameters() if parameter.requires_grad)
         return BuiltModel(
-            backbone=backbone, root=backbone, source=source, materialized=result, facts=facts, files=result.layout
+            backbone=backbone, root=backbone, source=source, materialized=result, facts=facts, files=files
         )
     return BuiltModel(
         backbone=backbone,

@@ -22,6 +22,7 @@ from lowrank_dist.initialization.source import MatrixSource
 from lowrank_dist.initialization.starting_adapter import StartingAdapter
 from lowrank_dist.methods import LoRA, Method
 from lowrank_dist.methods.frozen import Frozen
+from lowrank_dist.model.expansion import Expansion, expand
 from lowrank_dist.model.factor_layout import FactorLayout, TrainedFactors
 from lowrank_dist.model.names import plain_name
 from lowrank_dist.model.plan import Plan, PlannedTensor, open_plan
@@ -54,6 +55,8 @@ class OpenedModel:
     tuner, tuner_plan
         The tuner of PEFT that is put on top of the filled model, and what it does; None if the adapter is injected
         already, because it is made from the weights.
+    expansion
+        Copies of layers that are trained; None if there are none.
     """
 
     backbone: PreTrainedModel
@@ -63,6 +66,7 @@ class OpenedModel:
     resume: Resume | None
     tuner: Tuner | None = None
     tuner_plan: TunerPlan | None = None
+    expansion: Expansion | None = None
 
     @property
     def layout(self) -> FactorLayout:
@@ -122,6 +126,7 @@ class ModelRecipe:
     revision: str | None = None
     adapter_revision: str | None = None
     untie_embeddings: bool = False
+    expand_blocks: int | Sequence[int] | None = None
 
     @property
     def name(self) -> str:
@@ -130,8 +135,8 @@ class ModelRecipe:
 
     @property
     def is_bare(self) -> bool:
-        """Whether the model has no adapter: it is the pretrained model, as it is or, if `encode` says so, encoded."""
-        return self.adapter is None and isinstance(self.init, Frozen)
+        """Whether the model has no adapter: it is the pretrained model, as it is, encoded or expanded."""
+        return self.adapter is None and (isinstance(self.init, Frozen) or self.expand_blocks is not None)
 
     @property
     def location(self) -> str:
@@ -148,6 +153,7 @@ class ModelRecipe:
             "encode": self.encode,
             "train_also": list(self.train_also),
             "untie_embeddings": self.untie_embeddings,
+            **({} if self.expand_blocks is None else {"expand_blocks": _listed(self.expand_blocks)}),
         }
 
     def directories(self) -> tuple[Path | WeightSource, Path | None]:
@@ -196,13 +202,15 @@ class ModelRecipe:
         """
         with group.shared_errors():
             directory, adapter_directory = self.directories()
+            expansion = self._expanded(backbone, directory, announce)
             start, adapter, init = None, self.adapter, self.init
             if adapter_directory is not None:
                 start = self._starting_adapter(adapter_directory, directory)
                 adapter, init = start.config, None if _is_decomposed(directory) else LoRA()
             tuner, tuner_plan = self._tuner(directory, start), None
             if self.is_bare:
-                adapter = LoraConfig()  # of nothing
+                adapter = LoraConfig(target_modules=[])  # of nothing
+                init = init or Frozen(adapter="block expansion")
                 backbone.requires_grad_(False)
             if tuner is not None:
                 adapter, init, tuner_plan = tuner.config, Frozen(adapter=tuner.name), tuner.plan(backbone)
@@ -219,6 +227,7 @@ class ModelRecipe:
                 sharding=sharding,
                 announce=announce,
                 resume=resume,
+                expansion=expansion,
             )
             encode = self._encoded(backbone, tuner_plan, source)
         plan = open_plan(
@@ -229,7 +238,7 @@ class ModelRecipe:
             limit_rank=start is None and resume is None,
             encode=encode,
             trained_whole=() if tuner_plan is None else tuner_plan.whole,
-            also=() if tuner is not None else self.train_also,
+            also=() if tuner is not None else (*self.train_also, *(() if expansion is None else expansion.trained)),
             group=group,
         ).plan
         with group.shared_errors():
@@ -249,7 +258,37 @@ class ModelRecipe:
             resume=resume,
             tuner=tuner,
             tuner_plan=tuner_plan,
+            expansion=expansion,
         )
+
+    def _expanded(
+        self, backbone: PreTrainedModel, directory: Path | WeightSource, announce: Callable[[str], object]
+    ) -> Expansion | None:
+        """Give `backbone` the copies of layers that `expand_blocks` asks for."""
+        if self.expand_blocks is None:
+            return None
+        if self.adapter is not None or not isinstance(self.init, Frozen | None) or self.cache is not None:
+            other = next(o for o in ("adapter", "init", "cache") if getattr(self, o) is not None)
+            raise ModelError(
+                f"expand_blocks={self.expand_blocks!r} trains copies of layers, whole, instead of an adapter; leave "
+                f"{'init_cache' if other == 'cache' else other} out"
+            )
+        if isinstance(self.quantization, str):
+            raise ModelError(
+                f"expand_blocks={self.expand_blocks!r} adds layers that are not stored, which quantization="
+                f"{self.quantization!r} cannot keep; pass quantization=NF4() or another format, or None"
+            )
+        if _is_decomposed(directory):
+            raise ModelError(
+                f"expand_blocks: {self.name!r} is a residual model, whose residuals belong to its own adapter; pass "
+                "the pretrained model that it was made from"
+            )
+        expansion = expand(backbone, self.expand_blocks)
+        announce(
+            f"{len(expansion.copies)} copies of layers, after {', '.join(map(str, expansion.after))}, are trained; "
+            f"their {' and '.join(expansion.zeros)} start at zero"
+        )
+        return expansion
 
     def _tuner(self, directory: Path | WeightSource, start: StartingAdapter | None) -> Tuner | None:
         config = self.adapter if start is None else start.config
@@ -272,8 +311,10 @@ class ModelRecipe:
     def _encoded(self, backbone: PreTrainedModel, planned: TunerPlan | None, source: MatrixSource) -> list[str]:
         """Names of the linear layers that are encoded beside those with factors; none that a tuner trains whole."""
         if planned is None:
-            # what stays as it is stored does so whether it is adapted or not
-            if self.encode != "all-linear" and (self.encode is not None or not isinstance(self.quantization, str)):
+            # what stays as it is stored does so whether it is adapted or not, and beside copies of layers all is frozen
+            asked = isinstance(self.quantization, str) or self.expand_blocks is not None
+            by_default = asked and self.encode is None and self.quantization is not None
+            if self.encode != "all-linear" and not by_default:
                 return []
             if source.init is None or source.init.statistic is not None or self.cache is not None:
                 raise ModelError(
@@ -297,6 +338,10 @@ class ModelRecipe:
             )
         # QLoRA's residual is the quantized original model, so adapters for it are ordinary LoRAs
         return StartingAdapter(directory, for_residual=_is_decomposed(pretrained) and not starts_at_zero(pretrained))
+
+
+def _listed(blocks: int | Sequence[int]) -> int | list[int]:
+    return blocks if isinstance(blocks, int) else list(blocks)
 
 
 def _is_decomposed(pretrained: Path | WeightSource) -> TypeGuard[Path]:

@@ -17,6 +17,7 @@ from lowrank_dist.errors import ModelError
 from lowrank_dist.initialization.source import MatrixSource, PretrainedSource
 from lowrank_dist.initialization.stored import StoredSource, check_options
 from lowrank_dist.methods import Method, PiSSA
+from lowrank_dist.model.expansion import Expansion
 from lowrank_dist.quantization.dense import Dense
 from lowrank_dist.quantization.format import AsStoredOption, ResidualFormat
 from lowrank_dist.residual_model.reader import ResidualModel
@@ -35,6 +36,7 @@ def open_source(
     sharding: Sharding | None = None,
     announce: Callable[[str], object] = lambda _: None,
     resume: Resume | None = None,
+    expansion: Expansion | None = None,
 ) -> MatrixSource:
     """Open the pretrained weights, or the residual model, at `directory`.
 
@@ -49,7 +51,7 @@ def open_source(
         default `init` is PiSSA.
     compute_dtype
         Dtype of a dense residual.
-    cache, sharding, announce, resume
+    cache, sharding, announce, resume, expansion
         See `PretrainedSource`.
 
     Raises
@@ -73,6 +75,7 @@ def open_source(
             "sharding": sharding,
             "announce": announce,
             "resume": resume,
+            "expansion": expansion,
         }
         if isinstance(quantization, str):
             return StoredSource(directory, residual=AsStored(dtype=compute_dtype), **options)

@@ -23,6 +23,7 @@ from lowrank_dist.decomposition.walk import Calibrated, DecomposedMatrix, Walk, 
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import CheckpointError
 from lowrank_dist.methods import Method
+from lowrank_dist.model.expansion import Expansion
 from lowrank_dist.model.factor_layout import FactorLayout
 from lowrank_dist.model.plan import Plan
 from lowrank_dist.quantization.format import ResidualFormat
@@ -146,6 +147,8 @@ class PretrainedSource:
         `lowrank_dist.decomposition.schedule.scheduled`.
     resume
         State of the run that is resumed: `init` becomes a `RestoredMethod`, and nothing is written to `cache`.
+    expansion
+        Copies of layers that the model has in addition to the stored ones.
     """
 
     def __init__(
@@ -160,8 +163,10 @@ class PretrainedSource:
         sharding: Sharding | None = None,
         announce: Callable[[str], object] = lambda _: None,
         resume: Resume | None = None,
+        expansion: Expansion | None = None,
     ) -> None:
-        self.reader, self.resume = open_reader(directory), resume
+        reader = open_reader(directory)
+        self.reader, self.resume = reader if expansion is None else expansion.reader(reader), resume
         self._earlier: StoredDecompositions | None = None
         if resume is not None:
             self._earlier = StoredDecompositions(checkpoint=resume.checkpoint, starts_at_zero=init.starts_at_zero)

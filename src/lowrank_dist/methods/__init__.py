@@ -10,6 +10,7 @@ from lowrank_dist.methods.eva import EVA
 from lowrank_dist.methods.loftq import LoftQ
 from lowrank_dist.methods.lora import LoRA
 from lowrank_dist.methods.lora_ga import LoRAGA
+from lowrank_dist.methods.lora_one import LoRAOne
 from lowrank_dist.methods.lora_xs import LoRAXS
 from lowrank_dist.methods.milora import MiLoRA
 from lowrank_dist.methods.olora import OLoRA
@@ -26,6 +27,7 @@ register("milora")(MiLoRA)
 register("corda")(CorDA)
 register("eva")(EVA)
 register("lora_ga")(LoRAGA)
+register("lora_one")(LoRAOne)
 register("lora_xs")(LoRAXS)
 register("qera")(QERA)
 register("svft")(SVFT)
@@ -40,6 +42,7 @@ __all__ = [
     "Factors",
     "LoRA",
     "LoRAGA",
+    "LoRAOne",
     "LoRAXS",
     "LoftQ",
     "Matrix",

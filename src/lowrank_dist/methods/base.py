@@ -304,7 +304,10 @@ class Method(ABC):
 
     @property
     def starts_at_zero(self) -> bool:
-        """Whether the residual is W itself, so that the adapter starts at or near zero and is an ordinary LoRA."""
+        """Whether the residual is W itself, so that the adapter is an ordinary LoRA.
+
+        It starts at or near zero, but for `lowrank_dist.LoRAOne`, which starts with a step.
+        """
         return False
 
     @property

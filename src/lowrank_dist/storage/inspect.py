@@ -189,6 +189,11 @@ def _adapter_checkpoint(directory: Path, found: Description) -> None:
     manifest, facts = read_manifest(directory), found.facts
     facts |= _manifest_facts(manifest)
     _add_adapter(directory / ADAPTER_DIR, found)
+    copied = manifest.record("recipe").get("expand_blocks")
+    if copied is not None:  # the configuration is that of a LoRA of nothing
+        for name in ("rank", "alpha", "scaling"):
+            facts.pop(name, None)
+        facts["type"] = f"copies of layers (expand_blocks={copied})"
     if manifest.get("method") == "LoRAXS":  # the adapter file holds B times the core
         facts["trained parameters"] = sum(entry["rank"] ** 2 for entry in manifest["matrices"])
     elif manifest.get("method") == "SVFT":  # how many entries of the core are trained, only the core itself says

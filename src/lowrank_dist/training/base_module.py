@@ -20,6 +20,7 @@ from lowrank_dist.model.skeleton import language_model_class, read_config
 from lowrank_dist.training.optim import build_optimizer, check_optimizer, optimizer_class
 from lowrank_dist.training.packed_examples import PackedExamples
 from lowrank_dist.training.parameter_groups import parameter_groups
+from lowrank_dist.training.projected import PROJECTIONS, allow_resuming, check_strategy
 from lowrank_dist.training.published_rates import hint
 from lowrank_dist.training.token_mean import accumulator_dtype, check_accumulation
 from lowrank_dist.zero3.elementwise import check_class
@@ -46,7 +47,7 @@ class TransformersModule(L.LightningModule):
         Peak learning rate. `lowrank_dist.published_rates` lists starting points.
     weight_decay
         Weight decay, decoupled under `adamw` and the paged optimizers. Of every trained parameter; of matrices only if
-        one of the three options for learning rates is set.
+        one of the three options for learning rates is set, and under `galore` and `apollo`.
     betas
         Decay rates of Adam's running first and second moment. For an optimizer given by its import path they are among
         its `optimizer_options`.
@@ -57,8 +58,9 @@ class TransformersModule(L.LightningModule):
         keeps it.
     optimizer
         `adamw`, or a paged optimizer of bitsandbytes, `paged_adamw_32bit` or `paged_adamw_8bit`, or `muon`, DeepSpeed's
-        own, where only matrices are trained, or the import path of any optimizer class, such as `torch.optim.Adagrad`
-        or `bitsandbytes.optim.Lion`.
+        own, where only matrices are trained, or `galore` or `apollo`, which train every parameter and keep the moments
+        of projected gradients (Lightning's own strategies on one device or DDP), or the import path of any optimizer
+        class, such as `torch.optim.Adagrad` or `bitsandbytes.optim.Lion`.
     optimizer_options
         Further arguments of the optimizer's class, such as `{momentum: 0.9}`.
     loraplus_lr_ratio
@@ -123,6 +125,8 @@ class TransformersModule(L.LightningModule):
         for name, rate in (("embedding_lr", embedding_lr), ("norm_lr", norm_lr)):
             if rate is not None and rate < 0:
                 raise ValueError(f"{name}={rate} must not be negative")
+        if optimizer in PROJECTIONS:
+            allow_resuming(optimizer)
         self.save_hyperparameters()
         self.pretrained = pretrained
         self.lr = lr
@@ -166,6 +170,8 @@ class TransformersModule(L.LightningModule):
             return
         if self._weights_batches() and self.trainer.accumulate_grad_batches > 1:
             check_accumulation(self.trainer)
+        if self.optimizer in PROJECTIONS:
+            check_strategy(self.optimizer, self.trainer.strategy)
         if "." in self.optimizer:
             kind = optimizer_class(self.optimizer)
             if isinstance(self.trainer.strategy, DeepSpeedStrategy):
@@ -291,7 +297,7 @@ class TransformersModule(L.LightningModule):
             "norm": self.norm_lr,
         }
         given = {role: rate for role, rate in rates.items() if rate is not None}
-        if not given:
+        if not given and self.optimizer not in PROJECTIONS:
             return []
         groups = parameter_groups(self, lr=self.lr, rates=given, weight_decay=self.weight_decay)
         roles = [group["name"] for group in groups]

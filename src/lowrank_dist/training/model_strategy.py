@@ -81,6 +81,7 @@ class ModelStrategy(CheckpointedStrategy):
     revision: str | None
     adapter_revision: str | None
     untie_embeddings: bool
+    expand_blocks: int | list[int] | None
     gradient_checkpointing: bool | None
     use_reentrant: bool
     keep_decoded: bool
@@ -359,4 +360,5 @@ class ModelStrategy(CheckpointedStrategy):
             revision=self.revision,
             adapter_revision=self.adapter_revision,
             untie_embeddings=self.untie_embeddings,
+            expand_blocks=self.expand_blocks,
         )

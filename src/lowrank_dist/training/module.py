@@ -6,9 +6,11 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from lowrank_dist.data.tokenizing import WEIGHTS
 from lowrank_dist.errors import InputError
+from lowrank_dist.layers.shifted_attention import PREFIX, ShiftedSparseAttention, check_group
 from lowrank_dist.training.base_module import DEFAULT_LR, SchedulerName, TransformersModule
 from lowrank_dist.training.fused_loss import FusedLoss
 from lowrank_dist.training.token_losses import router_loss, token_log_probs
@@ -39,7 +41,7 @@ class CausalLMModule(TransformersModule):
         Peak learning rate. `lowrank_dist.published_rates` lists starting points.
     weight_decay
         Weight decay, decoupled under `adamw` and the paged optimizers. Of every trained parameter; of matrices only if
-        one of the three options for learning rates is set.
+        one of the three options for learning rates is set, and under `galore` and `apollo`.
     betas
         Decay rates of Adam's running first and second moment. For an optimizer given by its import path they are among
         its `optimizer_options`.
@@ -50,10 +52,11 @@ class CausalLMModule(TransformersModule):
         keeps it.
     optimizer
         `adamw`, or a paged optimizer of bitsandbytes, `paged_adamw_32bit` or `paged_adamw_8bit`, or `muon`, DeepSpeed's
-        own, where only matrices are trained, or the import path of any optimizer class, such as `torch.optim.Adagrad`
-        or `bitsandbytes.optim.Lion`. Paged optimizers need CUDA; on other devices AdamW is used and a warning is
-        logged. Under DeepSpeed, other optimizers that look at whole tensors (Adafactor, LAMB, Prodigy, ...) are
-        refused, since they would train differently on shards.
+        own, where only matrices are trained, or `galore` or `apollo`, which train every parameter and keep the moments
+        of projected gradients (Lightning's own strategies on one device or DDP), or the import path of any optimizer
+        class, such as `torch.optim.Adagrad` or `bitsandbytes.optim.Lion`. Paged optimizers need CUDA; on other devices
+        AdamW is used and a warning is logged. Under DeepSpeed, other optimizers that look at whole tensors (Adafactor,
+        LAMB, Prodigy, ...) are refused, since they would train differently on shards.
     optimizer_options
         Further arguments of the optimizer's class, such as `{momentum: 0.9}`.
     loraplus_lr_ratio
@@ -75,6 +78,10 @@ class CausalLMModule(TransformersModule):
         What the loss of a step is a mean of. `tokens`: all trained tokens of the step weigh the same, whichever rank
         and accumulated batch they are in, so that a step does not depend on how its examples are split. `batches`: all
         batches weigh the same, so that a token weighs the less, the more trained tokens its batch has.
+    shifted_attention
+        Number of tokens in a group of LongLoRA's shifted sparse attention (arXiv:2309.12307), in which tokens attend in
+        training; half of the heads have their groups shifted by half a group. Evaluation and generation attend
+        fully. The paper takes a quarter of the length. Rows must not be packed. None: full attention.
 
     Raises
     ------
@@ -132,7 +139,15 @@ class CausalLMModule(TransformersModule):
         gradient_checkpointing: bool = False,
         fused_cross_entropy: bool = False,
         average_loss_over: LossAverage = "tokens",
+        shifted_attention: int | None = None,
     ) -> None:
+        if shifted_attention is not None:
+            check_group(shifted_attention)
+        if shifted_attention is not None and attn_implementation not in (None, "sdpa"):
+            raise InputError(
+                f"shifted_attention={shifted_attention} computes in groups by sdpa; leave attn_implementation="
+                f"{attn_implementation!r} out"
+            )
         if average_loss_over not in LOSS_AVERAGES:
             raise ValueError(
                 f"average_loss_over={average_loss_over!r} is not known; valid names: {', '.join(LOSS_AVERAGES)}"
@@ -154,9 +169,17 @@ class CausalLMModule(TransformersModule):
         )
         self.fused_cross_entropy = fused_cross_entropy
         self.average_loss_over = average_loss_over
+        self.shifted_attention = shifted_attention
         self._fused_loss: FusedLoss | None = None
         self._token_mean = TokenMean()
         self._step_losses: list[Tensor] = []  # losses of the batches of the current step
+
+    def configure_model(self) -> None:
+        new = self.model is None
+        super().configure_model()
+        if new and self.shifted_attention is not None:
+            assert isinstance(self.model, PreTrainedModel)
+            ShiftedSparseAttention(self.model, self.shifted_attention)
 
     def _weights_batches(self) -> bool:
         return self.average_loss_over == "tokens"
@@ -172,7 +195,8 @@ class CausalLMModule(TransformersModule):
         """
         assert self.model is not None
         attention = getattr(getattr(self.model, "config", None), "_attn_implementation", None)
-        if "position_ids" in batch and attention not in _MASKED_ATTENTION:
+        masked = attention in _MASKED_ATTENTION or str(attention).startswith(PREFIX)
+        if "position_ids" in batch and not masked:
             # flash attention finds boundaries only in a batch of one row (`_is_packed_sequence`) and otherwise
             # silently attends across them; every row begins at position 0, so that rows can be joined
             batch = {name: values.reshape(1, -1) for name, values in batch.items()}

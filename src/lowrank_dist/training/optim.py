@@ -10,14 +10,15 @@ import importlib
 import inspect
 import logging
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from lowrank_dist.training.projected import PROJECTIONS, check_projected, projecting_optimizer
 from lowrank_dist.zero3.muon import muon
 
-OptimizerName = Literal["adamw", "paged_adamw_32bit", "paged_adamw_8bit", "muon"]
+OptimizerName = Literal["adamw", "paged_adamw_32bit", "paged_adamw_8bit", "muon", "galore", "apollo"]
 """Names that `build_optimizer` knows; the first three are those of `transformers.TrainingArguments.optim`."""
 
 OPTIMIZERS: tuple[str, ...] = get_args(OptimizerName)
@@ -47,7 +48,8 @@ def build_optimizer(
     name
         ``"adamw"`` (`torch.optim.AdamW`), ``"paged_adamw_32bit"`` or ``"paged_adamw_8bit"`` (bitsandbytes; moments in
         float32, or in blockwise 8 bit), ``"muon"`` (DeepSpeed's, of matrices alone; `betas` and `eps` have no effect),
-        or an import path such as ``"torch.optim.Adagrad"``.
+        ``"galore"`` or ``"apollo"`` (`lowrank_dist.training.projected`; `eps` is that of their classes), or an import
+        path such as ``"torch.optim.Adagrad"``.
     lr
         Learning rate.
     weight_decay
@@ -94,6 +96,9 @@ def build_optimizer(
     settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **given}
     if name == "adamw":
         return _made(torch.optim.AdamW, params, settings)
+    if name in PROJECTIONS:
+        common = {"lr": lr, "weight_decay": weight_decay, "betas": betas}
+        return projecting_optimizer(name, cast(Any, params), common, given)
     if name == "muon":
         return muon(params, {"lr": lr, "weight_decay": weight_decay, **given})
     if device.type != "cuda":
@@ -124,6 +129,8 @@ def check_optimizer(name: str, options: Mapping[str, Any] | None) -> None:
     for key in ("params", "lr", "weight_decay"):
         if key in (options or {}):
             raise ValueError(f"optimizer_options must not hold {key!r}, which has an option of its own")
+    if name in PROJECTIONS:
+        check_projected(name, options or {})
 
 
 def optimizer_class(path: str) -> type[torch.optim.Optimizer]:

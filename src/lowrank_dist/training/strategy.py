@@ -20,6 +20,7 @@ from lowrank_dist.initialization.open import Encode
 from lowrank_dist.initialization.stored import check_options as check_stored
 from lowrank_dist.layers.adapted import FoldAdapters
 from lowrank_dist.methods import LoRA, Method
+from lowrank_dist.model.expansion import check_blocks
 from lowrank_dist.model.skeleton import meta_parameters
 from lowrank_dist.quantization.blocks import BlockFormat
 from lowrank_dist.quantization.dense import Dense
@@ -64,8 +65,8 @@ class PiSSAStrategy(ModelStrategy):
         holds them: ``["*norm*", "*.bias", "model.embed_tokens.weight"]``. They are saved with the adapter, and stock
         PEFT loads them with it.
     calibration
-        Data for methods that look at data (``CorDA``, ``EVA``, ``LoRAGA``, ``QERA``); default ``Calibration()``: the
-        first 8 batches that each rank would train on.
+        Data for methods that look at data (``CorDA``, ``EVA``, ``LoRAGA``, ``LoRAOne``, ``QERA``); default
+        ``Calibration()``: the first 8 batches that each rank would train on.
     init_cache
         Directory, visible to all ranks, for residual models: the first run with the same weights and settings writes
         one there, and this and later runs start from it. If a run was killed, the next one continues where it stopped.
@@ -82,6 +83,11 @@ class PiSSAStrategy(ModelStrategy):
     untie_embeddings
         Give a head that is tied to the input embedding its own weight, so that either can be a target. Both are read
         from the same pretrained tensor, which then counts twice in ``init_report.bytes_read``.
+    expand_blocks
+        Train copies of decoder layers, whole, instead of an adapter (LLaMA Pro, arXiv:2401.02415): the number of
+        copies, spread evenly, or a list of the layers that a copy follows. Attention and feed-forward outputs of a copy
+        start at zero, so that step 0 is the pretrained model. The other layers are frozen, and with `quantization`
+        encoded. Needs no `adapter`; ``lowrank-dist merge`` writes the expanded model.
     gradient_checkpointing
         Recompute activations layer by layer in backward. None: where the model offers it, and one line says so where it
         does not.
@@ -186,6 +192,7 @@ class PiSSAStrategy(ModelStrategy):
         revision: str | None = None,
         adapter_revision: str | None = None,
         untie_embeddings: bool = False,
+        expand_blocks: int | list[int] | None = None,
         gradient_checkpointing: bool | None = None,
         use_reentrant: bool = False,
         keep_decoded: bool = True,
@@ -244,6 +251,13 @@ class PiSSAStrategy(ModelStrategy):
             reason = objection(adapter, gradient_checkpointing=gradient_checkpointing is not False)
             if reason is not None:
                 raise ValueError(f"PiSSAStrategy: adapter is a {type(adapter).__name__}: {reason}")
+        check_blocks(expand_blocks)
+        for option, given in (("adapter", adapter), ("init", init), ("init_cache", init_cache)):
+            if expand_blocks is not None and given is not None:
+                raise ValueError(
+                    f"PiSSAStrategy: expand_blocks={expand_blocks!r} trains copies of layers, whole, instead of an "
+                    f"adapter; leave {option} out"
+                )
         if encode not in (None, *get_args(Encode)):
             raise ValueError(f"PiSSAStrategy: encode={encode!r} is none of {', '.join(get_args(Encode))}")
         if isinstance(train_also, str):
@@ -252,7 +266,7 @@ class PiSSAStrategy(ModelStrategy):
         self.init, self.init_cache, self.ranks_per_matrix = init, init_cache, ranks_per_matrix
         self.quantization = quantization
         self.revision, self.adapter_revision = revision, adapter_revision
-        self.untie_embeddings = untie_embeddings
+        self.untie_embeddings, self.expand_blocks = untie_embeddings, expand_blocks
         self.gradient_checkpointing, self.use_reentrant = gradient_checkpointing, use_reentrant
         self.keep_decoded = keep_decoded
         self.fp32_norms = fp32_norms

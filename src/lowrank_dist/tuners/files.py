@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 
-from lowrank_dist.model.names import ADAPTER
+from lowrank_dist.model.names import ADAPTER, peft_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,11 @@ class PeftFiles:
 
     def adapter(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {self.keys[name]: tensor for name, tensor in parameters.items() if name in self.keys}
+
+
+def whole_files(names: Iterable[str]) -> PeftFiles:
+    """The file of parameters of the model itself, whole, where nothing else is trained."""
+    return PeftFiles(keys={name: peft_name(name) for name in names})
 
 
 def exported(model: nn.Module) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from helpers.covering import covering
 from helpers.models import save_checkpoint
 from helpers.ranks import run_ranks
 from helpers.training import BATCHES, CausalLM, dense_state, loader, make_strategy, make_trainer, tokens
-from lowrank_dist import EVA, QERA, Calibration, CorDA, LoRA, LoRAGA, PiSSA
+from lowrank_dist import EVA, QERA, Calibration, CorDA, LoRA, LoRAGA, LoRAOne, PiSSA
 from lowrank_dist.data.datamodule import SFTDataModule
 from lowrank_dist.errors import InputError
 from lowrank_dist.methods import Method
@@ -55,6 +55,20 @@ def test_step_0_is_the_original_model(llama: Path, init: Method, world_size: int
     assert losses[0] == pytest.approx(model(input_ids=ids, labels=ids).loss.item(), rel=1e-5)
     assert report.bytes_read == report.checkpoint_bytes
     assert len(set(losses)) == 3
+
+
+def test_lora_one_begins_lower_than_the_original_model(llama: Path) -> None:
+    """Step 0 is a step of descent, the same on 1, 2 and 3 ranks; gradients summed in another order turn its directions
+    by rounding.
+    """
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    (ids,) = tokens(1)
+    before = model(input_ids=ids, labels=ids).loss.item()
+    single, *others = (run_ranks(ranks, fitted, llama, LoRAOne(), "32-true", False)[0][0] for ranks in (1, 2, 3))
+    assert single[0] < before - 1e-3
+    assert len(set(single)) == 3
+    for losses in others:
+        assert losses == pytest.approx(single, rel=1e-4)
 
 
 @covering(1, {"init": [CorDA(), LoRAGA(), QERA()], "precision": ["bf16-true", "bf16-mixed"]}, ids=repr)

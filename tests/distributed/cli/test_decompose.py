@@ -86,7 +86,7 @@ def test_a_report_of_nothing(tmp_path: Path) -> None:
     assert "holds no lowrank_dist.json; pass a residual model" in done.stderr
 
 
-@pytest.mark.parametrize("method", sorted({*METHODS, *QUANTIZED} - {"corda", "eva", "lora_ga", "qera"}))
+@pytest.mark.parametrize("method", sorted({*METHODS, *QUANTIZED} - {"corda", "eva", "lora_ga", "lora_one", "qera"}))
 def test_every_method_without_calibration_decomposes(method: str, llama: Path, tmp_path: Path) -> None:
     """Those without settings of their own too."""
     arguments = ["--pretrained", str(llama), "--output", str(tmp_path / "out"), "--rank", "4", "--method", method]

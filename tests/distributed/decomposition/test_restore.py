@@ -22,7 +22,7 @@ from helpers.covering import covering
 from helpers.models import save_checkpoint
 from helpers.ranks import run_ranks, run_ranks_catching
 from helpers.training import DEEPSPEED_CONFIG
-from lowrank_dist import EVA, NF4, QERA, CorDA, LoftQ, LoRA, LoRAGA, LoRAXS, MiLoRA, OLoRA, PiSSA
+from lowrank_dist import EVA, NF4, QERA, CorDA, LoftQ, LoRA, LoRAGA, LoRAOne, LoRAXS, MiLoRA, OLoRA, PiSSA
 from lowrank_dist.adapters.files import write_adapter
 from lowrank_dist.calibration.measure import Calibration
 from lowrank_dist.calibration.walk import CalibrationPass
@@ -280,7 +280,7 @@ def test_every_kind_of_weight(tmp_path: Path, name: str, first: int, again: int)
 
 @pytest.mark.parametrize(("first", "again"), [(2, 3), (1, 2)])
 def test_without_a_second_calibration(odd: Path, tmp_path: Path, first: int, again: int) -> None:
-    inits = [CorDA(), CorDA(corda_method="kpm"), EVA(), LoRAGA()]
+    inits = [CorDA(), CorDA(corda_method="kpm"), EVA(), LoRAGA(), LoRAOne()]
     cases = [Case(init, residual) for init in inits for residual in (DOUBLE, Dense(dtype=FP32))]
     cases += [Case(QERA(), DOUBLE), Case(QERA(approximate=True), NF4())]
     results = round_trip(tmp_path, odd, (first, again), cases)

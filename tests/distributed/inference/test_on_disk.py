@@ -34,6 +34,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "dora": {"adapter": LoraConfig(**LORA, use_dora=True), "init": LoRA()},
     "lora-xs": {"init": LoRAXS(), "quantization": None},
     "prompt tuning": {"adapter": PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"), "init": None},
+    "copied layers": {"adapter": None, "init": None, "expand_blocks": 2, "quantization": NF4()},
     "vera": {"adapter": VeraConfig(r=4, target_modules=["q_proj", "v_proj"]), "init": None},
 }
 
@@ -72,10 +73,16 @@ BY_DEFAULT = {
     ("pissa", "32-true"),
     ("qlora, all layers, norms", "32-true"),
     ("vera", "32-true"),
+    ("copied layers", "bf16-true"),
     ("prompt tuning", "32-true"),
     ("qpissa", "bf16-true"),
 }
-CASES = [*((name, "32-true") for name in RUNS), ("qpissa", "bf16-true"), ("pissa", "bf16-mixed")]
+CASES = [
+    *((name, "32-true") for name in RUNS),
+    ("qpissa", "bf16-true"),
+    ("copied layers", "bf16-true"),
+    ("pissa", "bf16-mixed"),
+]
 
 
 @pytest.mark.parametrize(

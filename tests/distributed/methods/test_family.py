@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from helpers.ranks import alone, run_ranks
-from lowrank_dist import EVA, NF4, QERA, SVFT, CorDA, LoRAGA, MiLoRA, OLoRA
+from lowrank_dist import EVA, NF4, QERA, SVFT, CorDA, LoRAGA, LoRAOne, MiLoRA, OLoRA
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import RowPartition
 from lowrank_dist.errors import InputError
@@ -28,6 +28,7 @@ FAMILY: dict[str, Method] = {
     "kpm": CorDA(corda_method="kpm"),
     "eva": EVA(oversampling=1000),
     "lora_ga": LoRAGA(scale="weight_svd", oversampling=1000),
+    "lora_one": LoRAOne(oversampling=1000),
     "random": LoRAGA(direction="random", oversampling=1000),
     "svft": SVFT(oversampling=1000),
     "qera": QERA(oversampling=1000),

@@ -19,7 +19,22 @@ from peft.utils.incremental_pca import IncrementalPCA
 from torch import Tensor, nn
 
 from helpers.ranks import alone, run_ranks
-from lowrank_dist import EVA, NF4, QERA, SVFT, CorDA, LoftQ, LoRA, LoRAGA, LoRAXS, MiLoRA, OLoRA, PiSSA, register
+from lowrank_dist import (
+    EVA,
+    NF4,
+    QERA,
+    SVFT,
+    CorDA,
+    LoftQ,
+    LoRA,
+    LoRAGA,
+    LoRAOne,
+    LoRAXS,
+    MiLoRA,
+    OLoRA,
+    PiSSA,
+    register,
+)
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import RowPartition
 from lowrank_dist.errors import InputError
@@ -339,6 +354,22 @@ def test_random_directions_are_the_same_for_a_and_b() -> None:
     assert all(len(set(indices)) == 4 and max(indices) < 8 for indices in drawn)
 
 
+@pytest.mark.parametrize("input_first", [False, True])
+def test_lora_one_starts_with_a_step_down_the_gradient(input_first: bool) -> None:
+    """W stays; B A is the best approximation of rank r of the negative gradient, over gamma S_1, in equal parts."""
+    init = LoRAOne(stable_gamma=9, oversampling=WHOLE)
+    m = matrix(gaussian(24, 16), 4, init, input_first=input_first)
+    d = init.decompose(m, FP32)
+    assert torch.equal(d.residual.decoded, m.block)
+    a, b = adapter(m, d)
+    u, s, vh = torch.linalg.svd(-gaussian(24, 16, salt=2))
+    assert_near(b @ a, (u[:, :4] * s[:4]) @ vh[:4] / (9 * s[0]))
+    assert_near(b.norm(dim=0), (s[:4] / (9 * s[0])).sqrt())
+    assert_near(a.norm(dim=1), (s[:4] / (9 * s[0])).sqrt())
+    with pytest.raises(InputError, match="the gradient of w is zero, so that both factors would be and stay zero"):
+        init.decompose(replace(m, statistic=torch.zeros_like(m.block)), FP32)
+
+
 # -- against whole decompositions --------------------------------------------------------------------------------------
 
 
@@ -416,6 +447,7 @@ def test_corda_keeps_what_the_inputs_use() -> None:
         (lambda: CorDA(damping=-1), "damping=-1 must not be negative"),
         (lambda: LoRAGA(direction="BrAr"), "direction='BrAr' is none of ArBr, A2rBr, ArB2r, random"),
         (lambda: LoRAGA(scale="stabel"), "scale='stabel' is none of stable, weight_svd, gd_scale, unit"),
+        (lambda: LoRAOne(stable_gamma=0), "stable_gamma=0 must be positive"),
         (lambda: LoRAGA(stable_gamma=0), "stable_gamma=0 must be positive"),
         (lambda: EVA(power_iterations=-1), "power_iterations=-1 must not be negative"),
         (lambda: SVFT(pattern="top-k"), "pattern='top-k' is none of plain, banded, random"),  # type: ignore[arg-type]
@@ -430,7 +462,13 @@ def test_senseless_options_are_refused(build: Any, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("method", "statistic"),
-    [(CorDA(), "covariance"), (EVA(), "covariance"), (LoRAGA(), "gradient"), (QERA(), "covariance")],
+    [
+        (CorDA(), "covariance"),
+        (EVA(), "covariance"),
+        (LoRAGA(), "gradient"),
+        (LoRAOne(), "gradient"),
+        (QERA(), "covariance"),
+    ],
     ids=str,
 )
 def test_without_calibration_the_error_says_what_to_do(method: Method, statistic: str) -> None:
@@ -463,6 +501,7 @@ def test_the_family_is_registered() -> None:
         "loftq",
         "lora",
         "lora_ga",
+        "lora_one",
         "lora_xs",
         "milora",
         "olora",

@@ -22,6 +22,7 @@ from lowrank_dist.quantization.dense import Dense
 from lowrank_dist.storage.dtypes import PRECISIONS
 from lowrank_dist.storage.reader import resolve_checkpoint
 from lowrank_dist.training.fit_cli import instantiated, module_settings, parse_fit
+from lowrank_dist.training.projected import PROJECTIONS
 from lowrank_dist.training.strategy import PiSSAStrategy
 
 DOES_NOT_FIT = 3  # exit status
@@ -137,6 +138,7 @@ def _job(settings: Any, strategy: Any) -> RunSpec:
         "compute_dtype": compute_dtype,
         "factor_dtype": factor_dtype,
         "optimizer": model.get("optimizer", "adamw"),
+        "optimizer_rank": _projected_rank(model),
         "fused_cross_entropy": model.get("fused_cross_entropy", False),
         "gradient_checkpointing": model.get("gradient_checkpointing", False),
         "on_gpu": trainer.accelerator != "cpu",
@@ -166,6 +168,13 @@ def _job(settings: Any, strategy: Any) -> RunSpec:
         options["factor_dtype"] = torch.bfloat16  # DeepSpeed's engine casts the model
     job = RunSpec(**options)
     return RunSpec(**options, steps=_steps(trainer, None if by_tokens else data.limit, job.global_batch // rows))
+
+
+def _projected_rank(model: Any) -> int:
+    """Rank on which the optimizer projects gradients; that of GaLore if it projects none."""
+    name = model.get("optimizer", "adamw")
+    rank = (model.get("optimizer_options") or {}).get("rank")
+    return int(PROJECTIONS[name if name in PROJECTIONS else "galore"]["rank"] if rank is None else rank)
 
 
 def _deepspeed_options(strategy: DeepSpeedStrategy) -> dict[str, Any]:

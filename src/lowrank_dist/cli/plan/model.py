@@ -46,7 +46,7 @@ def with_adapters(strategy: PiSSAStrategy, source: Path, job: RunSpec) -> tuple[
                 "pass a directory with the weights, or plan with quantization FP8 or MXFP4, which take about the same "
                 "bytes"
             )
-        if not _made_by_peft(adapter, strategy):
+        if not _made_by_peft(adapter, strategy) and strategy.expand_blocks is None:
             return _of_dimensions(strategy, adapter, source, job, backbone)
         pretrained = shapes_only(backbone)
     found = replace(strategy.recipe, pretrained=pretrained, adapter=adapter, revision=None, adapter_revision=None)
@@ -85,7 +85,15 @@ def _of_dimensions(
         start.close()
         adapter, job = start.config, replace(job, init=LoRA())
     assert isinstance(adapter, LoraConfig)
-    shapes = ModelShapes.of(source, adapter, init=job.init, untie=strategy.untie_embeddings, backbone=backbone)
+    shapes = ModelShapes.of(
+        source,
+        adapter,
+        init=job.init,
+        untie=strategy.untie_embeddings,
+        encode_all=strategy.encode == "all-linear",
+        also=strategy.train_also,
+        backbone=backbone,
+    )
     return shapes, replace(job, fills_cache=strategy.init_cache is not None)
 
 
