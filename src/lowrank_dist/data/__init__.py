@@ -8,7 +8,11 @@
 - `rendering`: records to segments of text;
 - `tokenizing`: segments to tokens and labels;
 - `loading`: all of these, and an account of what was left out;
+- `examples`: the settings of these, and what they make of a source;
+- `cache`: examples on disk;
 - `packing`: examples to items and batches;
 - `sampler`: each rank's share of every step, and resuming;
+- `token_batches`: batches by tokens;
+- `batching`: the settings of these, and their loaders;
 - `datamodule`: the LightningDataModule.
 """

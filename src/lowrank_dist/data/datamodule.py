@@ -9,36 +9,30 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lowrank_dist.data.cache import Made, cached, key_of
-from lowrank_dist.data.chat_template import read_template
-from lowrank_dist.data.classes import CLASS_NAMES, LabelledEncoder, LabelledRenderer
-from lowrank_dist.data.loading import Loaded, OnBadRecord, Transform, load
-from lowrank_dist.data.packing import Collator, ItemLists, TokenDataset, Tokens
-from lowrank_dist.data.preference import PREFERENCE_NAMES
+from lowrank_dist.data.batching import Batching, check_numbers
+from lowrank_dist.data.cache import Made, cached
+from lowrank_dist.data.examples import ExampleSettings
+from lowrank_dist.data.loading import Loaded, OnBadRecord, Transform
+from lowrank_dist.data.packing import TokenDataset, Tokens
 from lowrank_dist.data.prompt_template import PromptTemplate
 from lowrank_dist.data.records import read_hub
-from lowrank_dist.data.rendering import PairRenderer, Renderer, Thinking, TrainOn
+from lowrank_dist.data.rendering import Thinking, TrainOn
 from lowrank_dist.data.sampler import ResumableLoader, ShardedSampler
-from lowrank_dist.data.shapes import NAMES, check_columns
 from lowrank_dist.data.sources import Source
 from lowrank_dist.data.tasks import PER_ITEM, Task
-from lowrank_dist.data.token_batches import TokenBatchSampler, padded
-from lowrank_dist.data.tokenizing import WEIGHTS, Encoder
+from lowrank_dist.data.tokenizing import WEIGHTS
 from lowrank_dist.errors import InputError
 from lowrank_dist.seeds import global_seed
-
-COLUMN_NAMES = {"sft": NAMES, "preference": PREFERENCE_NAMES, "classification": CLASS_NAMES}
-"""Columns that are known, by the task."""
 
 log = logging.getLogger(__name__)
 
@@ -196,39 +190,7 @@ class SFTDataModule(L.LightningDataModule):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        if packing and group_by_length:
-            raise InputError(
-                "packing=True and group_by_length=True exclude each other, because packed rows all have about "
-                "max_length tokens; set one of them to false"
-            )
-        if tokens_per_batch is not None and batch_size != 1:
-            raise InputError(
-                f"batch_size={batch_size} and tokens_per_batch={tokens_per_batch} exclude each other; leave one "
-                "of them out"
-            )
-        for name, value, least in (
-            ("max_length", max_length, 2),
-            ("tokens_per_batch", tokens_per_batch, padded(max_length)),
-            ("batch_size", batch_size, 1),
-            ("limit", limit, 1),
-            ("eval_limit", eval_limit, 1),
-            ("num_workers", num_workers, 0),
-        ):
-            if value is not None and value < least:
-                raise InputError(f"{name}={value} must be at least {least}")
         self.tokenizer = tokenizer
-        if task is not None:
-            if task not in get_args(Task):
-                raise InputError(f"task={task!r}; valid choices: {', '.join(get_args(Task))}")
-            self._check_task(task, columns=columns, packing=packing, train_on=train_on)
-        check_columns(columns, list(dict.fromkeys(name for names in COLUMN_NAMES.values() for name in names)))
-        for name, chosen, choices in (
-            ("train_on", train_on, get_args(TrainOn)),
-            ("thinking", thinking, get_args(Thinking)),
-            ("on_bad_record", on_bad_record, get_args(OnBadRecord)),
-        ):
-            if chosen not in choices:
-                raise InputError(f"{name}={chosen!r}; valid choices: {', '.join(choices)}")
         self.sources = {
             role: None if names is None else (Source(role=role, names=names, split=split, subset=subset), count)
             for role, names, split, count in (
@@ -265,24 +227,22 @@ class SFTDataModule(L.LightningDataModule):
         self._train_loader: ResumableLoader | None = None
         self._state: dict[str, int] = {}
         self._limit_val_batches: int | float | None = None
+        self._batching.check()
+        check_numbers(limit=(limit, 1), eval_limit=(eval_limit, 1))
+        self._example_settings.check(packing=packing)
+
+    @property
+    def _example_settings(self) -> ExampleSettings:
+        return ExampleSettings(**{field.name: getattr(self, field.name) for field in fields(ExampleSettings)})
+
+    @property
+    def _batching(self) -> Batching:
+        return Batching(**{field.name: getattr(self, field.name) for field in fields(Batching)})
 
     @property
     def prompt_settings(self) -> dict[str, Any]:
         """The settings that decide what a prompt is, without the chat template and those left at their defaults."""
-        template = None if self.prompt_template is None else self.prompt_template.text
-        settings = {"columns": self.columns, "as_chat": self.as_chat, "prompt_template": template}
-        return {name: value for name, value in settings.items() if value}
-
-    @staticmethod
-    def _check_task(task: Task, *, columns: dict[str, str] | None, packing: bool, train_on: TrainOn) -> None:
-        check_columns(columns, COLUMN_NAMES[task])
-        if task != "sft" and packing:
-            raise InputError(f"packing=True puts several examples into a row, which task={task!r} cannot keep apart")
-        if task == "preference" and train_on == "everything":
-            raise InputError(
-                "train_on='everything' would compare prompts, which both responses of a pair share; use "
-                "'all_assistant' or 'last_assistant'"
-            )
+        return self._example_settings.of_prompts
 
     def _task(self) -> Task:
         """The task of this module, which is that of the Trainer's if none was given."""
@@ -294,7 +254,7 @@ class SFTDataModule(L.LightningDataModule):
                 "leave it out"
             )
         task: Task = self.task or wanted or "sft"
-        self._check_task(task, columns=self.columns, packing=self.packing, train_on=self.train_on)
+        self._example_settings.check_task(task, packing=self.packing)
         return task
 
     # ---- Lightning's hooks, in order
@@ -342,7 +302,9 @@ class SFTDataModule(L.LightningDataModule):
         # which takes 5 seconds per worker.
         module = weakref.proxy(self)
         self._train_loader = ResumableLoader(
-            sampler=sampler, unused=lambda: module._unused_batches(), **self._loader_settings(loaded)
+            sampler=sampler,
+            unused=lambda: module._unused_batches(),
+            **self._batching.loader_arguments(loaded, self.pad_token_id),
         )
         self._train_loader.load_state_dict(self._state)
         return self._train_loader
@@ -351,7 +313,7 @@ class SFTDataModule(L.LightningDataModule):
         """Return the first training batches of one of `num_replicas` ranks, for use without a Trainer."""
         dataset = self._sets["train"]
         sampler = self._sampler(dataset, shuffle=True, ranks={"num_replicas": num_replicas, "rank": rank})
-        return DataLoader(sampler=sampler, **self._loader_settings(dataset))
+        return DataLoader(sampler=sampler, **self._batching.loader_arguments(dataset, self.pad_token_id))
 
     def _unused_batches(self) -> int:
         """Number of batches of an unfinished step, in a checkpoint saved on an exception."""
@@ -381,33 +343,19 @@ class SFTDataModule(L.LightningDataModule):
         if (dataset := self._sets.get(role)) is None:
             return []
         sampler = self._sampler(dataset, shuffle=False)
-        return DataLoader(sampler=sampler, **self._loader_settings(dataset))
-
-    def _loader_settings(self, dataset: TokenDataset) -> dict[str, Any]:
-        by_tokens = self.tokens_per_batch is not None  # the sampler makes the batches
-        return {
-            "dataset": ItemLists(dataset) if by_tokens else dataset,
-            "batch_size": None if by_tokens else self.batch_size,
-            "collate_fn": Collator(self.pad_token_id),
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-            "pin_memory": torch.cuda.is_available(),
-        }
+        return DataLoader(sampler=sampler, **self._batching.loader_arguments(dataset, self.pad_token_id))
 
     def _sampler(self, dataset: TokenDataset, *, shuffle: bool, ranks: dict[str, int] | None = None) -> ShardedSampler:
         if ranks is None:
             ranks = (self.trainer.distributed_sampler_kwargs if self.trainer is not None else None) or {}
-        settings: dict[str, Any] = {
-            "num_replicas": ranks.get("num_replicas", 1),
-            "rank": ranks.get("rank", 0),
-            "shuffle": shuffle,
-            "seed": self.seed,
-            "group_by_length": self.group_by_length,
-            "repeats": shuffle and not self._module_takes_fillers(),
-        }
-        if self.tokens_per_batch is not None:
-            return TokenBatchSampler(dataset, tokens_per_batch=self.tokens_per_batch, **settings)
-        return ShardedSampler(dataset, batch_size=self.batch_size, **settings)
+        sampler: ShardedSampler = self._batching.sampler(
+            dataset,
+            num_replicas=ranks.get("num_replicas", 1),
+            rank=ranks.get("rank", 0),
+            shuffle=shuffle,
+            repeats=shuffle and not self._module_takes_fillers(),
+        )
+        return sampler
 
     def _module_takes_fillers(self) -> bool:
         module = None if self.trainer is None else self.trainer.lightning_module
@@ -425,7 +373,9 @@ class SFTDataModule(L.LightningDataModule):
             loaded = self.read(tokenizer, source, limit, task=task)
             return Tokens.of(loaded.examples, loaded.along, loaded.targets), loaded.lines(self.max_length)
 
-        key = self._cache_key(tokenizer, source, limit, task)
+        key = None
+        if self.cache_dir is not None:
+            key = self._example_settings.cache_key(tokenizer, source, limit, task, self._report)
         tokens, lines = make() if self.cache_dir is None or key is None else cached(Path(self.cache_dir) / key, make)
         for line in lines:
             self._report("%s: %s", source, line)
@@ -440,31 +390,8 @@ class SFTDataModule(L.LightningDataModule):
                 "tokens by `weights` of the batch, give it the attribute takes_weights = True"
             )
         items = TokenDataset(tokens, self.max_length if self.packing else None, per_item=PER_ITEM[task])
-        if self.tokens_per_batch is not None and self.tokens_per_batch < padded(max(items.lengths)) * items.per_item:
-            raise InputError(
-                f"tokens_per_batch={self.tokens_per_batch} is less than the largest pair has, "
-                f"{padded(max(items.lengths)) * items.per_item}; raise it, or lower max_length"
-            )
+        self._batching.check_items(items)
         return items
-
-    def _cache_key(self, tokenizer: Any, source: Source, limit: int | None, task: Task) -> str | None:
-        if self.cache_dir is None:
-            return None
-        if self.transform is not None:
-            self._report("%s: not cached, because what the function of `transform` does cannot be known", source)
-            return None
-        settings = {
-            "chat_template": read_template(self.chat_template),
-            "limit": limit,
-            "task": task,
-            **{
-                name: getattr(self, name) for name in ("train_on", "thinking", "on_bad_record", "max_length", "classes")
-            },
-            **self.prompt_settings,
-        }
-        if (key := key_of(source, tokenizer, settings)) is None:
-            self._report("%s: not cached, because %s is no fast tokenizer", source, type(tokenizer).__name__)
-        return key
 
     def read(self, tokenizer: Any, source: Source, limit: int | None = None, *, task: Task | None = None) -> Loaded:
         """Read and tokenize a source with the settings of this module.
@@ -474,48 +401,13 @@ class SFTDataModule(L.LightningDataModule):
         InputError
             If it cannot be read, a record cannot be used, or nothing is left.
         """
-        task = task or self.task or "sft"
-        renderer: Renderer | LabelledRenderer
-        encoder: Encoder | LabelledEncoder
-        if task == "classification":
-            if self.prompt_template is not None:
-                raise InputError("prompt_template is for a prompt and a response, and a labelled text has neither")
-            renderer = LabelledRenderer(columns=self.columns, classes=self.classes)
-            encoder = LabelledEncoder(tokenizer, self.max_length)
-        else:
-            renderer = (PairRenderer if task == "preference" else Renderer)(
-                tokenizer,
-                read_template(self.chat_template),
-                train_on=self.train_on,
-                thinking=self.thinking,
-                columns=self.columns,
-                as_chat=self.as_chat,
-                prompt_template=self.prompt_template,
-            )
-            encoder = Encoder(tokenizer)
-        loaded = load(
+        return self._example_settings.read(
+            tokenizer,
             source,
-            renderer,
-            encoder,
-            max_length=self.max_length,
-            names=(*COLUMN_NAMES[task], *(self.prompt_template.names if self.prompt_template else ())),
-            limit=limit,
-            transform=self.transform,
-            on_bad_record=self.on_bad_record,
+            limit,
+            task=task or self.task or "sft",
             progress=self.cache_dir is not None or getattr(rank_zero_only, "rank", 0) == 0,
         )
-        if not loaded.records:
-            raise InputError(f"{source} holds no record; every line must hold one JSON object")
-        if not loaded.examples and not loaded.lengths:
-            raise InputError(
-                f"{source}: none of its {loaded.records} records is left: {'; '.join(loaded.lines(self.max_length))}"
-            )
-        if not loaded.examples:
-            raise InputError(
-                f"{source}: none of the {len(loaded.lengths)} examples has a response token within max_length="
-                f"{self.max_length}; raise max_length"
-            )
-        return loaded
 
     @staticmethod
     @rank_zero_only
