@@ -12,6 +12,7 @@
 - `cache`: examples on disk;
 - `packing`: examples to items and batches;
 - `sampler`: each rank's share of every step, and resuming;
+- `mixture`: several sources, and the shares of those that have weights;
 - `token_batches`: batches by tokens;
 - `batching`: the settings of these, and their loaders;
 - `datamodule`: the LightningDataModule.

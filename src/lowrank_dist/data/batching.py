@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from lowrank_dist.data.packing import Collator, ItemLists, TokenDataset
+from lowrank_dist.data.mixture import Mixing
+from lowrank_dist.data.packing import Collator, ItemLists, Items
 from lowrank_dist.data.sampler import ShardedSampler
 from lowrank_dist.data.token_batches import TokenBatchSampler, padded
 from lowrank_dist.errors import InputError
@@ -44,7 +45,7 @@ class Batching:
             num_workers=(self.num_workers, 0),
         )
 
-    def check_items(self, items: TokenDataset) -> None:
+    def check_items(self, items: Items) -> None:
         """Raise InputError if an item has more tokens than a batch may have."""
         largest = padded(max(items.lengths)) * items.per_item
         if self.tokens_per_batch is not None and self.tokens_per_batch < largest:
@@ -53,7 +54,16 @@ class Batching:
                 "lower max_length"
             )
 
-    def sampler(self, dataset: TokenDataset, *, num_replicas: int, rank: int, shuffle: bool, repeats: bool) -> Any:
+    def sampler(
+        self,
+        dataset: Items,
+        *,
+        num_replicas: int,
+        rank: int,
+        shuffle: bool,
+        repeats: bool,
+        mixing: Mixing | None = None,
+    ) -> ShardedSampler:
         """The sampler of one of `num_replicas` ranks; arguments as of `ShardedSampler`."""
         settings: dict[str, Any] = {
             "num_replicas": num_replicas,
@@ -62,12 +72,13 @@ class Batching:
             "seed": self.seed,
             "group_by_length": self.group_by_length,
             "repeats": repeats,
+            "mixing": mixing,
         }
         if self.tokens_per_batch is not None:
             return TokenBatchSampler(dataset, tokens_per_batch=self.tokens_per_batch, **settings)
         return ShardedSampler(dataset, batch_size=self.batch_size, **settings)
 
-    def loader_arguments(self, dataset: TokenDataset, pad_token_id: int) -> dict[str, Any]:
+    def loader_arguments(self, dataset: Items, pad_token_id: int) -> dict[str, Any]:
         """Arguments of a DataLoader beside the sampler."""
         by_tokens = self.tokens_per_batch is not None  # the sampler makes the batches
         return {

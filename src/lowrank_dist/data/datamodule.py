@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from lowrank_dist.data.batching import Batching, check_numbers
 from lowrank_dist.data.cache import Made, cached
 from lowrank_dist.data.examples import ExampleSettings
 from lowrank_dist.data.loading import Loaded, OnBadRecord, Transform
-from lowrank_dist.data.packing import TokenDataset, Tokens
+from lowrank_dist.data.mixture import Mixing, Names, Part, StoppingStrategy, parts_of
+from lowrank_dist.data.packing import Items, JoinedItems, TokenDataset, Tokens
 from lowrank_dist.data.prompt_template import PromptTemplate
 from lowrank_dist.data.records import read_hub
 from lowrank_dist.data.rendering import Thinking, TrainOn
@@ -68,11 +70,14 @@ class SFTDataModule(L.LightningDataModule):
     train
         Training data: a path (.jsonl, .json, both also .gz or .zst, .csv, .tsv, .parquet, .arrow), a pattern such as
         ``data/*.jsonl``, a directory with such files or written by ``save_to_disk``, the id of a Hugging Face data set,
-        or a list of these, which are read one after the other.
+        or a list of these, which are read one after the other. An entry of the list may have options of its own:
+        ``{"path": "math.jsonl", "weight": 2.0}``, `split`, `subset` and `limit`. With weights, the shares of the
+        entries in an epoch are as the weights: of its examples, of its packed rows with `packing`, of its batches with
+        `tokens_per_batch`, each of which then has examples of one entry.
     validation
-        Validation data, as `train`. None: no validation.
+        Validation data, as `train` without weights. None: no validation.
     test
-        Test data, as `train`. None: no test.
+        Test data, as `train` without weights. None: no test.
     train_split
         Split for `train`, if it is a Hugging Face data set; a slice is possible: ``train[:10%]``.
     validation_split
@@ -87,6 +92,10 @@ class SFTDataModule(L.LightningDataModule):
         Names of the classes, in order, if labels are names.
     subset
         Subset (configuration) of the Hugging Face data sets.
+    stopping_strategy
+        With weights, when an epoch ends, as of ``datasets.interleave_datasets``. ``"first_exhausted"``: when one entry
+        was used once; what is left of the others comes in the next epochs. ``"all_exhausted"``: when all were, some
+        several times.
     chat_template
         Path of a Jinja file with the chat template, or its text. None: the tokenizer's own.
     train_on
@@ -127,7 +136,7 @@ class SFTDataModule(L.LightningDataModule):
     group_by_length
         Form steps, over all devices, from examples of similar length. Cannot be combined with `packing`.
     limit
-        Use only the first `limit` records of the training data. None: all.
+        Use only the first `limit` records of the training data. None: all. Entries have a `limit` of their own.
     eval_limit
         Use only the first `eval_limit` records of the validation and of the test data. None: all.
     num_workers
@@ -160,9 +169,9 @@ class SFTDataModule(L.LightningDataModule):
     def __init__(
         self,
         tokenizer: str,
-        train: str | list[str],
-        validation: str | list[str] | None = None,
-        test: str | list[str] | None = None,
+        train: Names,
+        validation: Names | None = None,
+        test: Names | None = None,
         *,
         task: Task | None = None,
         classes: list[str] | None = None,
@@ -170,6 +179,7 @@ class SFTDataModule(L.LightningDataModule):
         validation_split: str = "validation",
         test_split: str = "test",
         subset: str | None = None,
+        stopping_strategy: StoppingStrategy = "first_exhausted",
         chat_template: str | None = None,
         train_on: TrainOn = "all_assistant",
         thinking: Thinking = "keep",
@@ -192,13 +202,15 @@ class SFTDataModule(L.LightningDataModule):
         super().__init__()
         self.tokenizer = tokenizer
         self.sources = {
-            role: None if names is None else (Source(role=role, names=names, split=split, subset=subset), count)
+            role: () if names is None else parts_of(role, names, split=split, subset=subset, limit=count)
             for role, names, split, count in (
                 ("train", train, train_split, limit),
                 ("validation", validation, validation_split, eval_limit),
                 ("test", test, test_split, eval_limit),
             )
         }
+        self.stopping_strategy = stopping_strategy
+        self.mixing = Mixing.of(self.sources["train"], stopping_strategy)
         self.task = task
         self.classes = classes
         self.chat_template = chat_template
@@ -223,9 +235,9 @@ class SFTDataModule(L.LightningDataModule):
         self.largest_class = -1
         #: Token of the padding, once data were read.
         self.pad_token_id = 0
-        self._sets: dict[str, TokenDataset] = {}
+        self._sets: dict[str, Items] = {}
         self._train_loader: ResumableLoader | None = None
-        self._state: dict[str, int] = {}
+        self._state: dict[str, Any] = {}
         self._limit_val_batches: int | float | None = None
         self._batching.check()
         check_numbers(limit=(limit, 1), eval_limit=(eval_limit, 1))
@@ -260,7 +272,7 @@ class SFTDataModule(L.LightningDataModule):
     # ---- Lightning's hooks, in order
     def prepare_data(self) -> None:
         """Download the Hugging Face data sets, once per node."""
-        for source, _ in filter(None, self.sources.values()):
+        for source in (part.source for parts in self.sources.values() for part in parts):
             for name in source.hub_ids:
                 # this runs on one rank; `setup` raises the same error on every rank
                 with contextlib.suppress(ImportError, ValueError):
@@ -270,7 +282,7 @@ class SFTDataModule(L.LightningDataModule):
         """Read, render and tokenize the sets that `stage` needs and that are not loaded yet."""
         if stage == "fit":
             self._train_loader, self._state = None, {}
-            if self.sources["validation"] is None and self.trainer is not None:
+            if not self.sources["validation"] and self.trainer is not None:
                 # Lightning warns about an empty val_dataloader and about a missing one
                 self._limit_val_batches = self.trainer.limit_val_batches
                 self.trainer.limit_val_batches = 0
@@ -278,8 +290,12 @@ class SFTDataModule(L.LightningDataModule):
         for role in needed:
             if role in self._sets:
                 continue
-            if (named := self.sources[role]) is not None:
-                self._sets[role] = self._load(*named)
+            if parts := self.sources[role]:
+                loaded = self._sets[role] = self._loaded(parts)
+                if role == "train" and self.mixing is not None:
+                    mixture = self._sampler(loaded, shuffle=True).mixture
+                    assert mixture is not None
+                    self._report("train: %s", mixture.line())
             elif stage != "fit":
                 raise InputError(f"{stage} needs data: set `{role}` to a .jsonl file or the id of a data set")
 
@@ -345,30 +361,35 @@ class SFTDataModule(L.LightningDataModule):
         sampler = self._sampler(dataset, shuffle=False)
         return DataLoader(sampler=sampler, **self._batching.loader_arguments(dataset, self.pad_token_id))
 
-    def _sampler(self, dataset: TokenDataset, *, shuffle: bool, ranks: dict[str, int] | None = None) -> ShardedSampler:
+    def _sampler(self, dataset: Items, *, shuffle: bool, ranks: dict[str, int] | None = None) -> ShardedSampler:
         if ranks is None:
             ranks = (self.trainer.distributed_sampler_kwargs if self.trainer is not None else None) or {}
-        sampler: ShardedSampler = self._batching.sampler(
+        return self._batching.sampler(
             dataset,
             num_replicas=ranks.get("num_replicas", 1),
             rank=ranks.get("rank", 0),
             shuffle=shuffle,
             repeats=shuffle and not self._module_takes_fillers(),
+            mixing=self.mixing if shuffle else None,
         )
-        return sampler
 
     def _module_takes_fillers(self) -> bool:
         module = None if self.trainer is None else self.trainer.lightning_module
         return bool(getattr(module, "takes_fillers", False))
 
-    def _load(self, source: Source, limit: int | None) -> TokenDataset:
+    def _loaded(self, parts: Sequence[Part]) -> Items:
         from transformers import AutoTokenizer
 
         task = self._task()
         revision_of = getattr(getattr(self.trainer, "strategy", None), "revision_of", lambda _: None)
         tokenizer = AutoTokenizer.from_pretrained(self.tokenizer, revision=revision_of(self.tokenizer) or "main")
         self.pad_token_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+        sets = [self._load(tokenizer, part.source, part.limit, task) for part in parts]
+        items = sets[0] if len(sets) == 1 else JoinedItems(sets)
+        self._batching.check_items(items)
+        return items
 
+    def _load(self, tokenizer: Any, source: Source, limit: int | None, task: Task) -> TokenDataset:
         def make() -> Made:
             loaded = self.read(tokenizer, source, limit, task=task)
             return Tokens.of(loaded.examples, loaded.along, loaded.targets), loaded.lines(self.max_length)
@@ -389,9 +410,7 @@ class SFTDataModule(L.LightningDataModule):
                 "so that they would count for nothing; use CausalLMModule, or, if the module multiplies the losses of "
                 "tokens by `weights` of the batch, give it the attribute takes_weights = True"
             )
-        items = TokenDataset(tokens, self.max_length if self.packing else None, per_item=PER_ITEM[task])
-        self._batching.check_items(items)
-        return items
+        return TokenDataset(tokens, self.max_length if self.packing else None, per_item=PER_ITEM[task])
 
     def read(self, tokenizer: Any, source: Source, limit: int | None = None, *, task: Task | None = None) -> Loaded:
         """Read and tokenize a source with the settings of this module.

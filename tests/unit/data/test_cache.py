@@ -149,7 +149,7 @@ def test_a_function_of_the_user_is_not_cached(data: dict[str, Any], caplog: pyte
 def test_a_template_with_the_date_has_an_entry_a_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = FAMILIES["llama3"].tokenizer()
     tokenizer.chat_template = "{{ strftime_now('%d') }}" + tokenizer.chat_template
-    source = SFTDataModule("t", write_jsonl(tmp_path / "a.jsonl", RECORDS)).sources["train"][0]
+    source = SFTDataModule("t", write_jsonl(tmp_path / "a.jsonl", RECORDS)).sources["train"][0].source
 
     class Tomorrow(datetime.date):
         @classmethod
