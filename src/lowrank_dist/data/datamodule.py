@@ -22,8 +22,9 @@ from torch.utils.data import DataLoader
 
 from lowrank_dist.data.batching import Batching, check_numbers
 from lowrank_dist.data.cache import Made, cached
+from lowrank_dist.data.chunks import OnBadRecord, Transform
 from lowrank_dist.data.examples import ExampleSettings
-from lowrank_dist.data.loading import Loaded, OnBadRecord, Transform
+from lowrank_dist.data.loaded import Loaded
 from lowrank_dist.data.mixture import Mixing, Names, Part, StoppingStrategy, parts_of
 from lowrank_dist.data.packing import Items, JoinedItems, TokenDataset, Tokens
 from lowrank_dist.data.prompt_template import PromptTemplate
@@ -31,6 +32,7 @@ from lowrank_dist.data.records import read_hub
 from lowrank_dist.data.rendering import Thinking, TrainOn
 from lowrank_dist.data.sampler import ResumableLoader, ShardedSampler
 from lowrank_dist.data.sources import Source
+from lowrank_dist.data.spool import Spool
 from lowrank_dist.data.tasks import PER_ITEM, Task
 from lowrank_dist.data.tokenizing import WEIGHTS
 from lowrank_dist.errors import InputError
@@ -122,6 +124,9 @@ class SFTDataModule(L.LightningDataModule):
         Directory in which tokenized data are kept. One process tokenizes while the others wait; all map the result into
         memory, in later runs at once. An entry belongs to the content of the files, the tokenizer, the template and the
         settings; old ones are not removed. None: every rank tokenizes, in its own memory.
+    num_proc
+        Number of processes that render and tokenize for `cache_dir`, with the results of one. They are started afresh,
+        which takes seconds. None: the rank itself.
     max_length
         Largest number of tokens in an example and in a packed row.
     batch_size
@@ -189,6 +194,7 @@ class SFTDataModule(L.LightningDataModule):
         transform: Transform | None = None,
         on_bad_record: OnBadRecord = "error",
         cache_dir: str | None = None,
+        num_proc: int | None = None,
         max_length: int = 512,
         batch_size: int = 1,
         tokens_per_batch: int | None = None,
@@ -222,6 +228,7 @@ class SFTDataModule(L.LightningDataModule):
         self.transform = transform
         self.on_bad_record = on_bad_record
         self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
+        self.num_proc = num_proc
         self.max_length = max_length
         self.batch_size = batch_size
         self.tokens_per_batch = tokens_per_batch
@@ -240,7 +247,12 @@ class SFTDataModule(L.LightningDataModule):
         self._state: dict[str, Any] = {}
         self._limit_val_batches: int | float | None = None
         self._batching.check()
-        check_numbers(limit=(limit, 1), eval_limit=(eval_limit, 1))
+        check_numbers(limit=(limit, 1), eval_limit=(eval_limit, 1), num_proc=(num_proc, 1))
+        if num_proc is not None and cache_dir is None:
+            raise InputError(
+                f"num_proc={num_proc} without cache_dir: every rank tokenizes by itself, and would start {num_proc} "
+                "processes; set cache_dir, so that one rank tokenizes for all of a host"
+            )
         self._example_settings.check(packing=packing)
 
     @property
@@ -390,14 +402,21 @@ class SFTDataModule(L.LightningDataModule):
         return items
 
     def _load(self, tokenizer: Any, source: Source, limit: int | None, task: Task) -> TokenDataset:
-        def make() -> Made:
+        def made() -> Made:
             loaded = self.read(tokenizer, source, limit, task=task)
             return Tokens.of(loaded.examples, loaded.along, loaded.targets), loaded.lines(self.max_length)
+
+        def spooled(scratch: Path) -> Made:
+            with Spool(scratch) as spool:
+                loaded = self._example_settings.read(
+                    tokenizer, source, limit, task=task, progress=True, num_proc=self.num_proc, sink=spool
+                )
+                return spool.tokens(), loaded.lines(self.max_length)
 
         key = None
         if self.cache_dir is not None:
             key = self._example_settings.cache_key(tokenizer, source, limit, task, self._report)
-        tokens, lines = make() if self.cache_dir is None or key is None else cached(Path(self.cache_dir) / key, make)
+        tokens, lines = made() if self.cache_dir is None or key is None else cached(self.cache_dir / key, spooled)
         for line in lines:
             self._report("%s: %s", source, line)
         self.largest_token = max(tokens.largest, self.largest_token)
@@ -425,7 +444,7 @@ class SFTDataModule(L.LightningDataModule):
             source,
             limit,
             task=task or self.task or "sft",
-            progress=self.cache_dir is not None or getattr(rank_zero_only, "rank", 0) == 0,
+            progress=getattr(rank_zero_only, "rank", 0) == 0,
         )
 
     @staticmethod

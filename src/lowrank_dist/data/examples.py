@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, get_args
 
 from lowrank_dist.data.cache import key_of
 from lowrank_dist.data.chat_template import read_template
+from lowrank_dist.data.chunks import OnBadRecord, Preparer, Transform
 from lowrank_dist.data.classes import CLASS_NAMES, LabelledEncoder, LabelledRenderer
-from lowrank_dist.data.loading import Loaded, OnBadRecord, Transform, load
+from lowrank_dist.data.loaded import Loaded
+from lowrank_dist.data.loading import Prepare, prepared
 from lowrank_dist.data.preference import PREFERENCE_NAMES
+from lowrank_dist.data.processes import in_processes
 from lowrank_dist.data.prompt_template import PromptTemplate
 from lowrank_dist.data.rendering import PairRenderer, Renderer, Thinking, TrainOn
 from lowrank_dist.data.shapes import NAMES, check_columns
@@ -92,57 +96,65 @@ class ExampleSettings:
             report("%s: not cached, because %s is no fast tokenizer", source, type(tokenizer).__name__)
         return key
 
-    def tools(
-        self, tokenizer: Any, task: Task
-    ) -> tuple[Renderer | LabelledRenderer, Encoder | LabelledEncoder, tuple[str, ...]]:
-        """What makes examples of records: the renderer, the encoder, and the names of the columns that they know."""
-        names = (*COLUMN_NAMES[task], *(self.prompt_template.names if self.prompt_template else ()))
+    def preparer(self, tokenizer: Any, task: Task) -> Preparer:
+        """What makes examples of records."""
+        renderer: Renderer | LabelledRenderer
+        encoder: Encoder | LabelledEncoder
         if task == "classification":
             if self.prompt_template is not None:
                 raise InputError("prompt_template is for a prompt and a response, and a labelled text has neither")
-            return (
-                LabelledRenderer(columns=self.columns, classes=self.classes),
-                LabelledEncoder(tokenizer, self.max_length),
-                names,
+            renderer = LabelledRenderer(columns=self.columns, classes=self.classes)
+            encoder = LabelledEncoder(tokenizer, self.max_length)
+        else:
+            renderer = (PairRenderer if task == "preference" else Renderer)(
+                tokenizer,
+                read_template(self.chat_template),
+                train_on=self.train_on,
+                thinking=self.thinking,
+                columns=self.columns,
+                as_chat=self.as_chat,
+                prompt_template=self.prompt_template,
             )
-        renderer = (PairRenderer if task == "preference" else Renderer)(
-            tokenizer,
-            read_template(self.chat_template),
-            train_on=self.train_on,
-            thinking=self.thinking,
-            columns=self.columns,
-            as_chat=self.as_chat,
-            prompt_template=self.prompt_template,
+            encoder = Encoder(tokenizer)
+        return Preparer(
+            renderer=renderer,
+            encoder=encoder,
+            max_length=self.max_length,
+            names=(*COLUMN_NAMES[task], *(self.prompt_template.names if self.prompt_template else ())),
+            transform=self.transform,
+            on_bad_record=self.on_bad_record,
         )
-        return renderer, Encoder(tokenizer), names
 
-    def read(self, tokenizer: Any, source: Source, limit: int | None, *, task: Task, progress: bool) -> Loaded:
-        """Read and tokenize a source.
+    def read(
+        self,
+        tokenizer: Any,
+        source: Source,
+        limit: int | None,
+        *,
+        task: Task,
+        progress: bool,
+        num_proc: int | None = None,
+        sink: Callable[[Loaded], None] | None = None,
+    ) -> Loaded:
+        """Read and tokenize a source, in `num_proc` processes or in this one; for `sink`, see `prepared`.
 
         Raises
         ------
         InputError
             If it cannot be read, a record cannot be used, or nothing is left.
         """
-        renderer, encoder, names = self.tools(tokenizer, task)
-        loaded = load(
-            source,
-            renderer,
-            encoder,
-            max_length=self.max_length,
-            names=names,
-            limit=limit,
-            transform=self.transform,
-            on_bad_record=self.on_bad_record,
-            progress=progress,
-        )
+        preparer = self.preparer(tokenizer, task)
+        prepare: Prepare = partial(map, preparer)
+        if num_proc is not None:
+            prepare = partial(in_processes, partial(self.preparer, tokenizer, task), count=num_proc)
+        loaded = prepared(source, prepare, limit=limit, on_bad_record=self.on_bad_record, progress=progress, sink=sink)
         if not loaded.records:
             raise InputError(f"{source} holds no record; every line must hold one JSON object")
-        if not loaded.examples and not loaded.lengths:
+        if not loaded.kept and not loaded.lengths:
             raise InputError(
                 f"{source}: none of its {loaded.records} records is left: {'; '.join(loaded.lines(self.max_length))}"
             )
-        if not loaded.examples:
+        if not loaded.kept:
             raise InputError(
                 f"{source}: none of the {len(loaded.lengths)} examples has a response token within max_length="
                 f"{self.max_length}; raise max_length"
