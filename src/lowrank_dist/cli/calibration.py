@@ -31,6 +31,8 @@ _NOT_OFFERED = {
         "test_split",
         "eval_limit",
         "stopping_strategy",
+        "streaming",
+        "shuffle_buffer",
         "packing",
     ),
 }

@@ -17,6 +17,7 @@
 - `sampler`: each rank's share of every step, and resuming;
 - `mixture`: several sources, and the shares of those that have weights;
 - `token_batches`: batches by tokens;
+- `streaming`: batches of records that are read while training;
 - `batching`: the settings of these, and their loaders;
 - `datamodule`: the LightningDataModule.
 """

@@ -24,6 +24,8 @@ class Batching:
     packing: bool
     group_by_length: bool
     num_workers: int
+    streaming: bool
+    shuffle_buffer: int
     seed: int
 
     def check(self) -> None:
@@ -43,7 +45,22 @@ class Batching:
             tokens_per_batch=(self.tokens_per_batch, padded(self.max_length)),
             batch_size=(self.batch_size, 1),
             num_workers=(self.num_workers, 0),
+            shuffle_buffer=(self.shuffle_buffer, 1),
         )
+        if self.streaming:
+            self._check_streaming()
+
+    def _check_streaming(self) -> None:
+        for name, value, reason in (
+            ("group_by_length", self.group_by_length, "sorts the whole set by length"),
+            ("tokens_per_batch", self.tokens_per_batch, "divides the whole set into batches"),
+        ):
+            if value:
+                raise InputError(f"{name}={value} {reason}, and streaming=True does not know it; leave one of them out")
+        if self.num_workers > 1:
+            raise InputError(
+                f"num_workers={self.num_workers}: a stream is read in one process a rank; set it to 0 or 1"
+            )
 
     def check_items(self, items: Items) -> None:
         """Raise InputError if an item has more tokens than a batch may have."""

@@ -15,30 +15,39 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lowrank_dist.data.batching import Batching, check_numbers
-from lowrank_dist.data.cache import Made, cached
 from lowrank_dist.data.chunks import OnBadRecord, Transform
 from lowrank_dist.data.examples import ExampleSettings
 from lowrank_dist.data.loaded import Loaded
 from lowrank_dist.data.mixture import Mixing, Names, Part, StoppingStrategy, parts_of
-from lowrank_dist.data.packing import Items, JoinedItems, TokenDataset, Tokens
+from lowrank_dist.data.packing import Items, JoinedItems, TokenDataset
 from lowrank_dist.data.prompt_template import PromptTemplate
 from lowrank_dist.data.records import read_hub
 from lowrank_dist.data.rendering import Thinking, TrainOn
-from lowrank_dist.data.sampler import ResumableLoader, ShardedSampler
+from lowrank_dist.data.sampler import ResumableLoader, ShardedSampler, unused_batches
 from lowrank_dist.data.sources import Source
-from lowrank_dist.data.spool import Spool
+from lowrank_dist.data.streaming import (
+    Stream,
+    StreamLoader,
+    StreamSettings,
+    check_streaming_trainer,
+    of_all_ranks,
+    stream_position,
+    stream_state,
+    streamed_parts,
+)
 from lowrank_dist.data.tasks import PER_ITEM, Task
 from lowrank_dist.data.tokenizing import WEIGHTS
 from lowrank_dist.errors import InputError
 from lowrank_dist.seeds import global_seed
 
 log = logging.getLogger(__name__)
+
+_ENDLESS = 2**31  # batches
 
 
 class SFTDataModule(L.LightningDataModule):
@@ -145,7 +154,14 @@ class SFTDataModule(L.LightningDataModule):
     eval_limit
         Use only the first `eval_limit` records of the validation and of the test data. None: all.
     num_workers
-        Processes that collate batches. The data are already tokenized, so that 0 is usually best.
+        Processes that collate batches. The data are already tokenized, so that 0 is usually best; with `streaming` 1
+        is, which tokenizes beside the training.
+    streaming
+        Read the training data while training, and keep nothing, for sets that fit neither memory nor disk. Every rank
+        reads all records and renders its share; the passes over the data never end, so that the Trainer needs
+        `max_steps`. A run resumes on the same number of ranks. Validation data are tokenized beforehand as ever.
+    shuffle_buffer
+        With `streaming`, the number of records of a rank that are rendered, packed and shuffled together.
     seed
         Seed of the order of the training examples. None: that of ``lightning.seed_everything``, or 0.
 
@@ -203,6 +219,8 @@ class SFTDataModule(L.LightningDataModule):
         limit: int | None = None,
         eval_limit: int | None = None,
         num_workers: int = 0,
+        streaming: bool = False,
+        shuffle_buffer: int = 1000,
         seed: int | None = None,
     ) -> None:
         super().__init__()
@@ -217,6 +235,8 @@ class SFTDataModule(L.LightningDataModule):
         }
         self.stopping_strategy = stopping_strategy
         self.mixing = Mixing.of(self.sources["train"], stopping_strategy)
+        if streaming:
+            self.sources["train"] = streamed_parts(self.sources["train"])
         self.task = task
         self.classes = classes
         self.chat_template = chat_template
@@ -235,6 +255,8 @@ class SFTDataModule(L.LightningDataModule):
         self.packing = packing
         self.group_by_length = group_by_length
         self.num_workers = num_workers
+        self.streaming = streaming
+        self.shuffle_buffer = shuffle_buffer
         self.seed = global_seed() if seed is None else seed
         #: Largest token id of the data that were read.
         self.largest_token = 0
@@ -243,7 +265,8 @@ class SFTDataModule(L.LightningDataModule):
         #: Token of the padding, once data were read.
         self.pad_token_id = 0
         self._sets: dict[str, Items] = {}
-        self._train_loader: ResumableLoader | None = None
+        self._train_loader: ResumableLoader | StreamLoader | None = None
+        self._stream: StreamSettings | None = None
         self._state: dict[str, Any] = {}
         self._limit_val_batches: int | float | None = None
         self._batching.check()
@@ -285,7 +308,7 @@ class SFTDataModule(L.LightningDataModule):
     def prepare_data(self) -> None:
         """Download the Hugging Face data sets, once per node."""
         for source in (part.source for parts in self.sources.values() for part in parts):
-            for name in source.hub_ids:
+            for name in () if source.streaming else source.hub_ids:
                 # this runs on one rank; `setup` raises the same error on every rank
                 with contextlib.suppress(ImportError, ValueError):
                     next(read_hub(name, source.subset, source.split), None)
@@ -301,6 +324,9 @@ class SFTDataModule(L.LightningDataModule):
         needed = {"fit": ["train", "validation"], "validate": ["validation"], "test": ["test"]}.get(stage, [])
         for role in needed:
             if role in self._sets:
+                continue
+            if role == "train" and self.streaming:
+                self._open_stream()
                 continue
             if parts := self.sources[role]:
                 loaded = self._sets[role] = self._loaded(parts)
@@ -320,10 +346,15 @@ class SFTDataModule(L.LightningDataModule):
         # Trainer.estimated_stepping_batches creates it before.
         self._state = dict(state_dict)
         if self._train_loader is not None:
-            self._train_loader.load_state_dict(self._state)
+            self._go_on()
 
-    def train_dataloader(self) -> ResumableLoader:
+    def train_dataloader(self) -> ResumableLoader | StreamLoader:
         """Return the training examples, in a new order every epoch."""
+        if self._stream is not None:
+            steps = 0 if self.trainer is None else self.trainer.max_steps * self.trainer.accumulate_grad_batches
+            self._train_loader = self._stream_loader(self._stream, steps or _ENDLESS)
+            self._go_on()
+            return self._train_loader
         loaded = self._sets["train"]
         sampler = self._sampler(loaded, shuffle=True)
         # With a reference cycle between module and loader, the garbage collector frees the workers after their queues,
@@ -331,31 +362,51 @@ class SFTDataModule(L.LightningDataModule):
         module = weakref.proxy(self)
         self._train_loader = ResumableLoader(
             sampler=sampler,
-            unused=lambda: module._unused_batches(),
+            unused=lambda: unused_batches(module.trainer),
             **self._batching.loader_arguments(loaded, self.pad_token_id),
         )
-        self._train_loader.load_state_dict(self._state)
+        self._go_on()
         return self._train_loader
 
-    def sharded_dataloader(self, *, num_replicas: int, rank: int) -> DataLoader[dict[str, Tensor]]:
+    def _go_on(self) -> None:
+        """Let the loader go on from the state that was loaded."""
+        num_replicas, rank = self._ranks()
+        position = stream_position(self._state, self._stream, num_replicas=num_replicas, rank=rank)
+        if isinstance(self._train_loader, StreamLoader):
+            if position is not None:
+                self._train_loader.go_on_from(position)
+        elif self._train_loader is not None:
+            self._train_loader.load_state_dict(self._state)
+
+    def _stream_loader(
+        self, settings: StreamSettings, length: int, ranks: tuple[int, int] | None = None
+    ) -> StreamLoader:
+        num_replicas, rank = ranks or self._ranks()
+        module = weakref.proxy(self)
+        return StreamLoader(
+            lambda start: Stream(settings, num_replicas=num_replicas, rank=rank, start=start),
+            length=length,
+            num_workers=self.num_workers,
+            unused=lambda: unused_batches(module.trainer),
+        )
+
+    def _ranks(self) -> tuple[int, int]:
+        """Number of ranks, and this rank."""
+        ranks = (self.trainer.distributed_sampler_kwargs if self.trainer is not None else None) or {}
+        return ranks.get("num_replicas", 1), ranks.get("rank", 0)
+
+    def sharded_dataloader(self, *, num_replicas: int, rank: int) -> DataLoader[dict[str, Tensor]] | StreamLoader:
         """Return the first training batches of one of `num_replicas` ranks, for use without a Trainer."""
+        if self._stream is not None:
+            return self._stream_loader(self._stream, _ENDLESS, (num_replicas, rank))
         dataset = self._sets["train"]
-        sampler = self._sampler(dataset, shuffle=True, ranks={"num_replicas": num_replicas, "rank": rank})
+        sampler = self._sampler(dataset, shuffle=True, ranks=(num_replicas, rank))
         return DataLoader(sampler=sampler, **self._batching.loader_arguments(dataset, self.pad_token_id))
 
-    def _unused_batches(self) -> int:
-        """Number of batches of an unfinished step, in a checkpoint saved on an exception."""
-        if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
-            return 0
-        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
-        unused = progress.ready - progress.processed
-        # the last step of an epoch may have fewer batches
-        epoch_ended = self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and not unused
-        if getattr(self.trainer.strategy, "resumes_whole_steps", False) and not epoch_ended:
-            unused += progress.processed % self.trainer.accumulate_grad_batches
-        return unused
-
     def state_dict(self) -> dict[str, Any]:
+        if isinstance(self._train_loader, StreamLoader):
+            assert self._stream is not None
+            return stream_state(self._stream, of_all_ranks(self._train_loader.position(), self.trainer))
         return {} if self._train_loader is None else self._train_loader.state_dict()
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]] | list[Any]:
@@ -373,13 +424,12 @@ class SFTDataModule(L.LightningDataModule):
         sampler = self._sampler(dataset, shuffle=False)
         return DataLoader(sampler=sampler, **self._batching.loader_arguments(dataset, self.pad_token_id))
 
-    def _sampler(self, dataset: Items, *, shuffle: bool, ranks: dict[str, int] | None = None) -> ShardedSampler:
-        if ranks is None:
-            ranks = (self.trainer.distributed_sampler_kwargs if self.trainer is not None else None) or {}
+    def _sampler(self, dataset: Items, *, shuffle: bool, ranks: tuple[int, int] | None = None) -> ShardedSampler:
+        num_replicas, rank = ranks or self._ranks()
         return self._batching.sampler(
             dataset,
-            num_replicas=ranks.get("num_replicas", 1),
-            rank=ranks.get("rank", 0),
+            num_replicas=num_replicas,
+            rank=rank,
             shuffle=shuffle,
             repeats=shuffle and not self._module_takes_fillers(),
             mixing=self.mixing if shuffle else None,
@@ -389,34 +439,58 @@ class SFTDataModule(L.LightningDataModule):
         module = None if self.trainer is None else self.trainer.lightning_module
         return bool(getattr(module, "takes_fillers", False))
 
-    def _loaded(self, parts: Sequence[Part]) -> Items:
+    def _open_stream(self) -> None:
+        """Look at the first records, the same on every rank."""
+        task, parts = self._task(), self.sources["train"]
+        if task == "classification":
+            raise InputError(
+                "task='classification' needs all labels before training, and streaming=True does not know "
+                "them; leave it out"
+            )
+        check_streaming_trainer(self.trainer)
+        preparer = self._example_settings.preparer(self._load_tokenizer(), task)
+        self._stream = StreamSettings(
+            parts=parts,
+            preparer=preparer,
+            shuffle_buffer=self.shuffle_buffer,
+            batch_size=self.batch_size,
+            capacity=self.max_length if self.packing else None,
+            per_item=PER_ITEM[task],
+            pad_token_id=self.pad_token_id,
+            seed=self.seed,
+        )
+        largest, lines = self._stream.first()
+        self.largest_token = max(largest, self.largest_token)
+        for line in lines:
+            self._report("%s: %s", parts[0].source, line)
+
+    def _load_tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        task = self._task()
         revision_of = getattr(getattr(self.trainer, "strategy", None), "revision_of", lambda _: None)
         tokenizer = AutoTokenizer.from_pretrained(self.tokenizer, revision=revision_of(self.tokenizer) or "main")
         self.pad_token_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+        return tokenizer
+
+    def _loaded(self, parts: Sequence[Part]) -> Items:
+        task = self._task()
+        tokenizer = self._load_tokenizer()
         sets = [self._load(tokenizer, part.source, part.limit, task) for part in parts]
         items = sets[0] if len(sets) == 1 else JoinedItems(sets)
         self._batching.check_items(items)
         return items
 
     def _load(self, tokenizer: Any, source: Source, limit: int | None, task: Task) -> TokenDataset:
-        def made() -> Made:
-            loaded = self.read(tokenizer, source, limit, task=task)
-            return Tokens.of(loaded.examples, loaded.along, loaded.targets), loaded.lines(self.max_length)
-
-        def spooled(scratch: Path) -> Made:
-            with Spool(scratch) as spool:
-                loaded = self._example_settings.read(
-                    tokenizer, source, limit, task=task, progress=True, num_proc=self.num_proc, sink=spool
-                )
-                return spool.tokens(), loaded.lines(self.max_length)
-
-        key = None
-        if self.cache_dir is not None:
-            key = self._example_settings.cache_key(tokenizer, source, limit, task, self._report)
-        tokens, lines = made() if self.cache_dir is None or key is None else cached(self.cache_dir / key, spooled)
+        tokens, lines = self._example_settings.tokens(
+            tokenizer,
+            source,
+            limit,
+            task=task,
+            cache_dir=self.cache_dir,
+            num_proc=self.num_proc,
+            progress=getattr(rank_zero_only, "rank", 0) == 0,
+            report=self._report,
+        )
         for line in lines:
             self._report("%s: %s", source, line)
         self.largest_token = max(tokens.largest, self.largest_token)

@@ -5,20 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, get_args
 
-from lowrank_dist.data.cache import key_of
+from lowrank_dist.data.cache import Made, cached, key_of
 from lowrank_dist.data.chat_template import read_template
 from lowrank_dist.data.chunks import OnBadRecord, Preparer, Transform
 from lowrank_dist.data.classes import CLASS_NAMES, LabelledEncoder, LabelledRenderer
 from lowrank_dist.data.loaded import Loaded
 from lowrank_dist.data.loading import Prepare, prepared
+from lowrank_dist.data.packing import Tokens
 from lowrank_dist.data.preference import PREFERENCE_NAMES
 from lowrank_dist.data.processes import in_processes
 from lowrank_dist.data.prompt_template import PromptTemplate
 from lowrank_dist.data.rendering import PairRenderer, Renderer, Thinking, TrainOn
 from lowrank_dist.data.shapes import NAMES, check_columns
 from lowrank_dist.data.sources import Source
+from lowrank_dist.data.spool import Spool
 from lowrank_dist.data.tasks import Task
 from lowrank_dist.data.tokenizing import Encoder
 from lowrank_dist.errors import InputError
@@ -124,6 +127,39 @@ class ExampleSettings:
             transform=self.transform,
             on_bad_record=self.on_bad_record,
         )
+
+    def tokens(
+        self,
+        tokenizer: Any,
+        source: Source,
+        limit: int | None,
+        *,
+        task: Task,
+        cache_dir: Path | None,
+        num_proc: int | None,
+        progress: bool,
+        report: Callable[..., None],
+    ) -> Made:
+        """The tokens of a source, from the cache if there is one, and lines that say what became of its records.
+
+        Raises
+        ------
+        InputError
+            As `read`.
+        """
+        key = None
+        if cache_dir is not None:
+            key = self.cache_key(tokenizer, source, limit, task, report)
+        if cache_dir is None or key is None:
+            loaded = self.read(tokenizer, source, limit, task=task, progress=progress)
+            return Tokens.of(loaded.examples, loaded.along, loaded.targets), loaded.lines(self.max_length)
+
+        def spooled(scratch: Path) -> Made:
+            with Spool(scratch) as spool:
+                loaded = self.read(tokenizer, source, limit, task=task, progress=True, num_proc=num_proc, sink=spool)
+                return spool.tokens(), loaded.lines(self.max_length)
+
+        return cached(cache_dir / key, spooled)
 
     def read(
         self,

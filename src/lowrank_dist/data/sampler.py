@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
@@ -163,6 +164,19 @@ class ShardedSampler(DistributedSampler[Any]):
             yield from mine
             if len(mine) * self.num_replicas < len(step):
                 yield order[self.rank % len(order)] if self.repeats and not mine else ~step[0]
+
+
+def unused_batches(trainer: Any) -> int:
+    """Number of batches of an unfinished step, in a checkpoint that is saved on an exception."""
+    if trainer is None or trainer.state.fn != TrainerFn.FITTING:
+        return 0
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+    unused: int = progress.current.ready - progress.current.processed
+    # the last step of an epoch may have fewer batches
+    epoch_ended = progress.is_last_batch and not unused
+    if getattr(trainer.strategy, "resumes_whole_steps", False) and not epoch_ended:
+        unused += progress.current.processed % trainer.accumulate_grad_batches
+    return unused
 
 
 def _counts(drawn: Sequence[int] | None) -> str:
