@@ -38,6 +38,10 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         ["evaluate", "RUN", "--tasks", "responses", "--data", "responses=BAD"],
         "bad.jsonl:1: has no response",
     ),
+    "a wrong column": (
+        ["evaluate", "RUN", "--tasks", "responses", "--columns", '{"promt": "a"}'],
+        "columns: 'promt' is not known; valid choices: ",
+    ),
     "stages of an adapter": (
         ["evaluate", "RUN/lora", "--tasks", "responses", "--stages", "step0"],
         "only a checkpoint of a run has a step0 model",

@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser
 from torch import Tensor
 
 from lowrank_dist.data.datamodule import SFTDataModule
-from lowrank_dist.data.loading import Loaded
+from lowrank_dist.data.loaded import Loaded
 from lowrank_dist.data.sources import Source
 from lowrank_dist.data.tokenizing import IGNORE_INDEX
 from lowrank_dist.errors import InputError, is_passing
@@ -26,8 +26,19 @@ SHOWN = 5  # reasons and duplicates that are shown
 
 # arguments of SFTDataModule that the command sets by its own options, or that change no example
 _NOT_OFFERED = {
-    *("tokenizer", "train", "validation", "test", "validation_split", "test_split", "eval_limit"),
-    *("batch_size", "tokens_per_batch", "packing", "group_by_length", "num_workers", "seed", "cache_dir"),
+    *(
+        "tokenizer",
+        "train",
+        "validation",
+        "test",
+        "validation_split",
+        "test_split",
+        "eval_limit",
+        "stopping_strategy",
+        "streaming",
+        "shuffle_buffer",
+    ),
+    *("batch_size", "tokens_per_batch", "packing", "group_by_length", "num_workers", "seed", "cache_dir", "num_proc"),
 }
 
 

@@ -90,6 +90,8 @@ def parser() -> argparse.ArgumentParser:
 
 def _check(options: Any) -> None:
     """Raise InputError for options that contradict each other, before anything heavy is imported."""
+    from lowrank_dist.data.shapes import check_columns
+
     if options.devices < 1:
         raise InputError(f"--devices {options.devices} must be at least 1")
     if options.batch_size < 1:
@@ -103,6 +105,7 @@ def _check(options: Any) -> None:
                 raise InputError(f"--{name} is for the task responses; other tasks make prompts of their own")
     if options.columns is not None and not isinstance(options.columns, dict):
         raise InputError('--columns must be a JSON object, such as {"prompt": "question_text"}')
+    check_columns(options.columns)
     if options.gen_kwargs is not None and not isinstance(options.gen_kwargs, dict):
         raise InputError('--gen_kwargs must be a JSON object, such as {"max_gen_toks": 128}')
 

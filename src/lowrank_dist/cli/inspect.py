@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_dist.cli.units import size
+from lowrank_dist.progress import aligned
 from lowrank_dist.storage.inspect import Description, inspect
 from lowrank_dist.storage.parse import printable
 
@@ -41,17 +42,15 @@ def as_table(found: Description) -> str:
     if "bytes" not in facts:
         facts["bytes"] = found.nbytes
     facts["complete"] = "yes" if found.complete else "no: " + "; ".join(found.problems)
-    width = max(map(len, facts))
-    lines = [found.path, *(f"  {name:<{width}}  {_value(name, value)}" for name, value in facts.items())]
+    rows = [[name, _value(name, value)] for name, value in facts.items()]
+    lines = [found.path, *(f"  {line}" for line in aligned(rows))]
     if found.contents:
-        names = [Path(item.path).name for item in found.contents]
-        columns = [max(map(len, names)), max(len(item.kind) for item in found.contents)]
-        lines.append("")
-        for name, item in zip(names, found.contents, strict=True):
+        items = []
+        for item in found.contents:
             step = f"step {item.facts['step']}" if "step" in item.facts else ""
             state = "" if item.complete else "incomplete: " + "; ".join(item.problems)
-            cells = [f"{name:<{columns[0]}}", f"{item.kind:<{columns[1]}}", _seconds(item.modified)]
-            lines.append("  " + "  ".join([*cells, f"{size(item.nbytes):>10}", step, state]).rstrip())
+            items.append([Path(item.path).name, item.kind, _seconds(item.modified), size(item.nbytes), step, state])
+        lines += ["", *(f"  {line}" for line in aligned(items, right=[3]))]
     return "\n".join(printable(line, 10_000) for line in lines)
 
 

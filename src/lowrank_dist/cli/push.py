@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from lowrank_dist.cli.output import add_overwrite
 from lowrank_dist.errors import InputError
 from lowrank_dist.export.publish import CARD, About, Scores, publication
+from lowrank_dist.inference.scores import measured
 from lowrank_dist.storage.layout import read_json
-from lowrank_dist.storage.parse import Record, is_number
+from lowrank_dist.storage.parse import Record
 
 
 def run(argv: Sequence[str]) -> int:
@@ -77,13 +79,9 @@ def read_scores(path: Path) -> Scores:
 
 
 def _values(results: Record) -> dict[tuple[str, str], tuple[float, float | None]]:
-    found = {}
-    for task in results:
-        metrics = results.record(task)
-        for name, value in metrics.items():
-            metric, comma, kind = name.partition(",")
-            if comma and not metric.endswith("_stderr") and is_number(value):
-                error = metrics.get(f"{metric}_stderr,{kind}")
-                label = metric if kind == "none" else f"{metric} ({kind})"
-                found[task, label] = float(value), None if error is None or not is_number(error) else float(error)
-    return found
+    return {
+        (task, metric if kind == "none" else f"{metric} ({kind})"): (value, error)
+        for task in results
+        for metric, kind, value, error in measured(results.record(task))
+        if math.isfinite(value)
+    }

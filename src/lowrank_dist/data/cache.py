@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Callable, Mapping
 from datetime import date
 from functools import cache
@@ -66,8 +67,10 @@ def key_of(source: Source, tokenizer: Any, settings: Mapping[str, Any]) -> str |
     ]
 
 
-def cached(directory: Path, make: Callable[[], Made]) -> Made:
+def cached(directory: Path, make: Callable[[Path], Made]) -> Made:
     """The entry in `directory`; if there is none, or a damaged one, `make` makes it while other processes wait.
+
+    `make` is given a path for a directory of its own, which is removed once the entry is written.
 
     Tensors are mapped from the file, so that processes of a host share its memory.
     """
@@ -78,9 +81,10 @@ def cached(directory: Path, make: Callable[[], Made]) -> Made:
     with held(Lock(lock_of(directory.with_name(f"{directory.name}.making")), str(directory)), wait=True):
         if (found := _read(directory)) is not None:
             return found
-        tokens, lines = make()
         with atomic_directory(directory, overwrite=True) as staging:
+            tokens, lines = make(staging / "scratch")
             write_tensors(staging / FILE, tokens.stored())
+            shutil.rmtree(staging / "scratch", ignore_errors=True)
             write_json(staging / MANIFEST, {"kind": "tokens", "lines": lines, "largest_token": tokens.largest})
     found = _read(directory)
     assert found is not None

@@ -9,38 +9,45 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import lightning as L
-import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lowrank_dist.data.cache import Made, cached, key_of
-from lowrank_dist.data.chat_template import read_template
-from lowrank_dist.data.classes import CLASS_NAMES, LabelledEncoder, LabelledRenderer
-from lowrank_dist.data.loading import Loaded, OnBadRecord, Transform, load
-from lowrank_dist.data.packing import Collator, ItemLists, TokenDataset, Tokens
-from lowrank_dist.data.preference import PREFERENCE_NAMES
+from lowrank_dist.data.batching import Batching, check_numbers
+from lowrank_dist.data.chunks import OnBadRecord, Transform
+from lowrank_dist.data.examples import ExampleSettings
+from lowrank_dist.data.loaded import Loaded
+from lowrank_dist.data.mixture import Mixing, Names, Part, StoppingStrategy, parts_of
+from lowrank_dist.data.packing import Items, JoinedItems, TokenDataset
 from lowrank_dist.data.prompt_template import PromptTemplate
 from lowrank_dist.data.records import read_hub
-from lowrank_dist.data.rendering import PairRenderer, Renderer, Thinking, TrainOn
-from lowrank_dist.data.sampler import ResumableLoader, ShardedSampler
-from lowrank_dist.data.shapes import NAMES, check_columns
+from lowrank_dist.data.rendering import Thinking, TrainOn
+from lowrank_dist.data.sampler import ResumableLoader, ShardedSampler, unused_batches
 from lowrank_dist.data.sources import Source
+from lowrank_dist.data.streaming import (
+    Stream,
+    StreamLoader,
+    StreamSettings,
+    check_streaming_trainer,
+    of_all_ranks,
+    stream_position,
+    stream_state,
+    streamed_parts,
+)
 from lowrank_dist.data.tasks import PER_ITEM, Task
-from lowrank_dist.data.token_batches import TokenBatchSampler, padded
-from lowrank_dist.data.tokenizing import WEIGHTS, Encoder
+from lowrank_dist.data.tokenizing import WEIGHTS
 from lowrank_dist.errors import InputError
 from lowrank_dist.seeds import global_seed
 
-COLUMN_NAMES = {"sft": NAMES, "preference": PREFERENCE_NAMES, "classification": CLASS_NAMES}
-"""Columns that are known, by the task."""
-
 log = logging.getLogger(__name__)
+
+_ENDLESS = 2**31  # batches
 
 
 class SFTDataModule(L.LightningDataModule):
@@ -74,11 +81,14 @@ class SFTDataModule(L.LightningDataModule):
     train
         Training data: a path (.jsonl, .json, both also .gz or .zst, .csv, .tsv, .parquet, .arrow), a pattern such as
         ``data/*.jsonl``, a directory with such files or written by ``save_to_disk``, the id of a Hugging Face data set,
-        or a list of these, which are read one after the other.
+        or a list of these, which are read one after the other. An entry of the list may have options of its own:
+        ``{"path": "math.jsonl", "weight": 2.0}``, `split`, `subset` and `limit`. With weights, the shares of the
+        entries in an epoch are as the weights: of its examples, of its packed rows with `packing`, of its batches with
+        `tokens_per_batch`, each of which then has examples of one entry.
     validation
-        Validation data, as `train`. None: no validation.
+        Validation data, as `train` without weights. None: no validation.
     test
-        Test data, as `train`. None: no test.
+        Test data, as `train` without weights. None: no test.
     train_split
         Split for `train`, if it is a Hugging Face data set; a slice is possible: ``train[:10%]``.
     validation_split
@@ -93,6 +103,10 @@ class SFTDataModule(L.LightningDataModule):
         Names of the classes, in order, if labels are names.
     subset
         Subset (configuration) of the Hugging Face data sets.
+    stopping_strategy
+        With weights, when an epoch ends, as of ``datasets.interleave_datasets``. ``"first_exhausted"``: when one entry
+        was used once; what is left of the others comes in the next epochs. ``"all_exhausted"``: when all were, some
+        several times.
     chat_template
         Path of a Jinja file with the chat template, or its text. None: the tokenizer's own.
     train_on
@@ -119,6 +133,9 @@ class SFTDataModule(L.LightningDataModule):
         Directory in which tokenized data are kept. One process tokenizes while the others wait; all map the result into
         memory, in later runs at once. An entry belongs to the content of the files, the tokenizer, the template and the
         settings; old ones are not removed. None: every rank tokenizes, in its own memory.
+    num_proc
+        Number of processes that render and tokenize for `cache_dir`, with the results of one. They are started afresh,
+        which takes seconds. None: the rank itself.
     max_length
         Largest number of tokens in an example and in a packed row.
     batch_size
@@ -133,11 +150,18 @@ class SFTDataModule(L.LightningDataModule):
     group_by_length
         Form steps, over all devices, from examples of similar length. Cannot be combined with `packing`.
     limit
-        Use only the first `limit` records of the training data. None: all.
+        Use only the first `limit` records of the training data. None: all. Entries have a `limit` of their own.
     eval_limit
         Use only the first `eval_limit` records of the validation and of the test data. None: all.
     num_workers
-        Processes that collate batches. The data are already tokenized, so that 0 is usually best.
+        Processes that collate batches. The data are already tokenized, so that 0 is usually best; with `streaming` 1
+        is, which tokenizes beside the training.
+    streaming
+        Read the training data while training, and keep nothing, for sets that fit neither memory nor disk. Every rank
+        reads all records and renders its share; the passes over the data never end, so that the Trainer needs
+        `max_steps`. A run resumes on the same number of ranks. Validation data are tokenized beforehand as ever.
+    shuffle_buffer
+        With `streaming`, the number of records of a rank that are rendered, packed and shuffled together.
     seed
         Seed of the order of the training examples. None: that of ``lightning.seed_everything``, or 0.
 
@@ -166,9 +190,9 @@ class SFTDataModule(L.LightningDataModule):
     def __init__(
         self,
         tokenizer: str,
-        train: str | list[str],
-        validation: str | list[str] | None = None,
-        test: str | list[str] | None = None,
+        train: Names,
+        validation: Names | None = None,
+        test: Names | None = None,
         *,
         task: Task | None = None,
         classes: list[str] | None = None,
@@ -176,6 +200,7 @@ class SFTDataModule(L.LightningDataModule):
         validation_split: str = "validation",
         test_split: str = "test",
         subset: str | None = None,
+        stopping_strategy: StoppingStrategy = "first_exhausted",
         chat_template: str | None = None,
         train_on: TrainOn = "all_assistant",
         thinking: Thinking = "keep",
@@ -185,6 +210,7 @@ class SFTDataModule(L.LightningDataModule):
         transform: Transform | None = None,
         on_bad_record: OnBadRecord = "error",
         cache_dir: str | None = None,
+        num_proc: int | None = None,
         max_length: int = 512,
         batch_size: int = 1,
         tokens_per_batch: int | None = None,
@@ -193,50 +219,24 @@ class SFTDataModule(L.LightningDataModule):
         limit: int | None = None,
         eval_limit: int | None = None,
         num_workers: int = 0,
+        streaming: bool = False,
+        shuffle_buffer: int = 1000,
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        if packing and group_by_length:
-            raise InputError(
-                "packing=True and group_by_length=True exclude each other, because packed rows all have about "
-                "max_length tokens; set one of them to false"
-            )
-        if tokens_per_batch is not None and batch_size != 1:
-            raise InputError(
-                f"batch_size={batch_size} and tokens_per_batch={tokens_per_batch} exclude each other; leave one "
-                "of them out"
-            )
-        for name, value, least in (
-            ("max_length", max_length, 2),
-            ("tokens_per_batch", tokens_per_batch, padded(max_length)),
-            ("batch_size", batch_size, 1),
-            ("limit", limit, 1),
-            ("eval_limit", eval_limit, 1),
-            ("num_workers", num_workers, 0),
-        ):
-            if value is not None and value < least:
-                raise InputError(f"{name}={value} must be at least {least}")
         self.tokenizer = tokenizer
-        if task is not None:
-            if task not in get_args(Task):
-                raise InputError(f"task={task!r}; valid choices: {', '.join(get_args(Task))}")
-            self._check_task(task, columns=columns, packing=packing, train_on=train_on)
-        check_columns(columns, list(dict.fromkeys(name for names in COLUMN_NAMES.values() for name in names)))
-        for name, chosen, choices in (
-            ("train_on", train_on, get_args(TrainOn)),
-            ("thinking", thinking, get_args(Thinking)),
-            ("on_bad_record", on_bad_record, get_args(OnBadRecord)),
-        ):
-            if chosen not in choices:
-                raise InputError(f"{name}={chosen!r}; valid choices: {', '.join(choices)}")
         self.sources = {
-            role: None if names is None else (Source(role=role, names=names, split=split, subset=subset), count)
+            role: () if names is None else parts_of(role, names, split=split, subset=subset, limit=count)
             for role, names, split, count in (
                 ("train", train, train_split, limit),
                 ("validation", validation, validation_split, eval_limit),
                 ("test", test, test_split, eval_limit),
             )
         }
+        self.stopping_strategy = stopping_strategy
+        self.mixing = Mixing.of(self.sources["train"], stopping_strategy)
+        if streaming:
+            self.sources["train"] = streamed_parts(self.sources["train"])
         self.task = task
         self.classes = classes
         self.chat_template = chat_template
@@ -248,12 +248,15 @@ class SFTDataModule(L.LightningDataModule):
         self.transform = transform
         self.on_bad_record = on_bad_record
         self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
+        self.num_proc = num_proc
         self.max_length = max_length
         self.batch_size = batch_size
         self.tokens_per_batch = tokens_per_batch
         self.packing = packing
         self.group_by_length = group_by_length
         self.num_workers = num_workers
+        self.streaming = streaming
+        self.shuffle_buffer = shuffle_buffer
         self.seed = global_seed() if seed is None else seed
         #: Largest token id of the data that were read.
         self.largest_token = 0
@@ -261,28 +264,32 @@ class SFTDataModule(L.LightningDataModule):
         self.largest_class = -1
         #: Token of the padding, once data were read.
         self.pad_token_id = 0
-        self._sets: dict[str, TokenDataset] = {}
-        self._train_loader: ResumableLoader | None = None
-        self._state: dict[str, int] = {}
+        self._sets: dict[str, Items] = {}
+        self._train_loader: ResumableLoader | StreamLoader | None = None
+        self._stream: StreamSettings | None = None
+        self._state: dict[str, Any] = {}
         self._limit_val_batches: int | float | None = None
+        self._batching.check()
+        check_numbers(limit=(limit, 1), eval_limit=(eval_limit, 1), num_proc=(num_proc, 1))
+        if num_proc is not None and cache_dir is None:
+            raise InputError(
+                f"num_proc={num_proc} without cache_dir: every rank tokenizes by itself, and would start {num_proc} "
+                "processes; set cache_dir, so that one rank tokenizes for all of a host"
+            )
+        self._example_settings.check(packing=packing)
+
+    @property
+    def _example_settings(self) -> ExampleSettings:
+        return ExampleSettings(**{field.name: getattr(self, field.name) for field in fields(ExampleSettings)})
+
+    @property
+    def _batching(self) -> Batching:
+        return Batching(**{field.name: getattr(self, field.name) for field in fields(Batching)})
 
     @property
     def prompt_settings(self) -> dict[str, Any]:
         """The settings that decide what a prompt is, without the chat template and those left at their defaults."""
-        template = None if self.prompt_template is None else self.prompt_template.text
-        settings = {"columns": self.columns, "as_chat": self.as_chat, "prompt_template": template}
-        return {name: value for name, value in settings.items() if value}
-
-    @staticmethod
-    def _check_task(task: Task, *, columns: dict[str, str] | None, packing: bool, train_on: TrainOn) -> None:
-        check_columns(columns, COLUMN_NAMES[task])
-        if task != "sft" and packing:
-            raise InputError(f"packing=True puts several examples into a row, which task={task!r} cannot keep apart")
-        if task == "preference" and train_on == "everything":
-            raise InputError(
-                "train_on='everything' would compare prompts, which both responses of a pair share; use "
-                "'all_assistant' or 'last_assistant'"
-            )
+        return self._example_settings.of_prompts
 
     def _task(self) -> Task:
         """The task of this module, which is that of the Trainer's if none was given."""
@@ -294,14 +301,14 @@ class SFTDataModule(L.LightningDataModule):
                 "leave it out"
             )
         task: Task = self.task or wanted or "sft"
-        self._check_task(task, columns=self.columns, packing=self.packing, train_on=self.train_on)
+        self._example_settings.check_task(task, packing=self.packing)
         return task
 
     # ---- Lightning's hooks, in order
     def prepare_data(self) -> None:
         """Download the Hugging Face data sets, once per node."""
-        for source, _ in filter(None, self.sources.values()):
-            for name in source.hub_ids:
+        for source in (part.source for parts in self.sources.values() for part in parts):
+            for name in () if source.streaming else source.hub_ids:
                 # this runs on one rank; `setup` raises the same error on every rank
                 with contextlib.suppress(ImportError, ValueError):
                     next(read_hub(name, source.subset, source.split), None)
@@ -310,7 +317,7 @@ class SFTDataModule(L.LightningDataModule):
         """Read, render and tokenize the sets that `stage` needs and that are not loaded yet."""
         if stage == "fit":
             self._train_loader, self._state = None, {}
-            if self.sources["validation"] is None and self.trainer is not None:
+            if not self.sources["validation"] and self.trainer is not None:
                 # Lightning warns about an empty val_dataloader and about a missing one
                 self._limit_val_batches = self.trainer.limit_val_batches
                 self.trainer.limit_val_batches = 0
@@ -318,8 +325,15 @@ class SFTDataModule(L.LightningDataModule):
         for role in needed:
             if role in self._sets:
                 continue
-            if (named := self.sources[role]) is not None:
-                self._sets[role] = self._load(*named)
+            if role == "train" and self.streaming:
+                self._open_stream()
+                continue
+            if parts := self.sources[role]:
+                loaded = self._sets[role] = self._loaded(parts)
+                if role == "train" and self.mixing is not None:
+                    mixture = self._sampler(loaded, shuffle=True).mixture
+                    assert mixture is not None
+                    self._report("train: %s", mixture.line())
             elif stage != "fit":
                 raise InputError(f"{stage} needs data: set `{role}` to a .jsonl file or the id of a data set")
 
@@ -332,40 +346,67 @@ class SFTDataModule(L.LightningDataModule):
         # Trainer.estimated_stepping_batches creates it before.
         self._state = dict(state_dict)
         if self._train_loader is not None:
-            self._train_loader.load_state_dict(self._state)
+            self._go_on()
 
-    def train_dataloader(self) -> ResumableLoader:
+    def train_dataloader(self) -> ResumableLoader | StreamLoader:
         """Return the training examples, in a new order every epoch."""
+        if self._stream is not None:
+            steps = 0 if self.trainer is None else self.trainer.max_steps * self.trainer.accumulate_grad_batches
+            self._train_loader = self._stream_loader(self._stream, steps or _ENDLESS)
+            self._go_on()
+            return self._train_loader
         loaded = self._sets["train"]
         sampler = self._sampler(loaded, shuffle=True)
         # With a reference cycle between module and loader, the garbage collector frees the workers after their queues,
         # which takes 5 seconds per worker.
         module = weakref.proxy(self)
         self._train_loader = ResumableLoader(
-            sampler=sampler, unused=lambda: module._unused_batches(), **self._loader_settings(loaded)
+            sampler=sampler,
+            unused=lambda: unused_batches(module.trainer),
+            **self._batching.loader_arguments(loaded, self.pad_token_id),
         )
-        self._train_loader.load_state_dict(self._state)
+        self._go_on()
         return self._train_loader
 
-    def sharded_dataloader(self, *, num_replicas: int, rank: int) -> DataLoader[dict[str, Tensor]]:
-        """Return the first training batches of one of `num_replicas` ranks, for use without a Trainer."""
-        dataset = self._sets["train"]
-        sampler = self._sampler(dataset, shuffle=True, ranks={"num_replicas": num_replicas, "rank": rank})
-        return DataLoader(sampler=sampler, **self._loader_settings(dataset))
+    def _go_on(self) -> None:
+        """Let the loader go on from the state that was loaded."""
+        num_replicas, rank = self._ranks()
+        position = stream_position(self._state, self._stream, num_replicas=num_replicas, rank=rank)
+        if isinstance(self._train_loader, StreamLoader):
+            if position is not None:
+                self._train_loader.go_on_from(position)
+        elif self._train_loader is not None:
+            self._train_loader.load_state_dict(self._state)
 
-    def _unused_batches(self) -> int:
-        """Number of batches of an unfinished step, in a checkpoint saved on an exception."""
-        if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
-            return 0
-        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
-        unused = progress.ready - progress.processed
-        # the last step of an epoch may have fewer batches
-        epoch_ended = self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and not unused
-        if getattr(self.trainer.strategy, "resumes_whole_steps", False) and not epoch_ended:
-            unused += progress.processed % self.trainer.accumulate_grad_batches
-        return unused
+    def _stream_loader(
+        self, settings: StreamSettings, length: int, ranks: tuple[int, int] | None = None
+    ) -> StreamLoader:
+        num_replicas, rank = ranks or self._ranks()
+        module = weakref.proxy(self)
+        return StreamLoader(
+            lambda start: Stream(settings, num_replicas=num_replicas, rank=rank, start=start),
+            length=length,
+            num_workers=self.num_workers,
+            unused=lambda: unused_batches(module.trainer),
+        )
+
+    def _ranks(self) -> tuple[int, int]:
+        """Number of ranks, and this rank."""
+        ranks = (self.trainer.distributed_sampler_kwargs if self.trainer is not None else None) or {}
+        return ranks.get("num_replicas", 1), ranks.get("rank", 0)
+
+    def sharded_dataloader(self, *, num_replicas: int, rank: int) -> DataLoader[dict[str, Tensor]] | StreamLoader:
+        """Return the first training batches of one of `num_replicas` ranks, for use without a Trainer."""
+        if self._stream is not None:
+            return self._stream_loader(self._stream, _ENDLESS, (num_replicas, rank))
+        dataset = self._sets["train"]
+        sampler = self._sampler(dataset, shuffle=True, ranks=(num_replicas, rank))
+        return DataLoader(sampler=sampler, **self._batching.loader_arguments(dataset, self.pad_token_id))
 
     def state_dict(self) -> dict[str, Any]:
+        if isinstance(self._train_loader, StreamLoader):
+            assert self._stream is not None
+            return stream_state(self._stream, of_all_ranks(self._train_loader.position(), self.trainer))
         return {} if self._train_loader is None else self._train_loader.state_dict()
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]] | list[Any]:
@@ -381,52 +422,75 @@ class SFTDataModule(L.LightningDataModule):
         if (dataset := self._sets.get(role)) is None:
             return []
         sampler = self._sampler(dataset, shuffle=False)
-        return DataLoader(sampler=sampler, **self._loader_settings(dataset))
+        return DataLoader(sampler=sampler, **self._batching.loader_arguments(dataset, self.pad_token_id))
 
-    def _loader_settings(self, dataset: TokenDataset) -> dict[str, Any]:
-        by_tokens = self.tokens_per_batch is not None  # the sampler makes the batches
-        return {
-            "dataset": ItemLists(dataset) if by_tokens else dataset,
-            "batch_size": None if by_tokens else self.batch_size,
-            "collate_fn": Collator(self.pad_token_id),
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-            "pin_memory": torch.cuda.is_available(),
-        }
-
-    def _sampler(self, dataset: TokenDataset, *, shuffle: bool, ranks: dict[str, int] | None = None) -> ShardedSampler:
-        if ranks is None:
-            ranks = (self.trainer.distributed_sampler_kwargs if self.trainer is not None else None) or {}
-        settings: dict[str, Any] = {
-            "num_replicas": ranks.get("num_replicas", 1),
-            "rank": ranks.get("rank", 0),
-            "shuffle": shuffle,
-            "seed": self.seed,
-            "group_by_length": self.group_by_length,
-            "repeats": shuffle and not self._module_takes_fillers(),
-        }
-        if self.tokens_per_batch is not None:
-            return TokenBatchSampler(dataset, tokens_per_batch=self.tokens_per_batch, **settings)
-        return ShardedSampler(dataset, batch_size=self.batch_size, **settings)
+    def _sampler(self, dataset: Items, *, shuffle: bool, ranks: tuple[int, int] | None = None) -> ShardedSampler:
+        num_replicas, rank = ranks or self._ranks()
+        return self._batching.sampler(
+            dataset,
+            num_replicas=num_replicas,
+            rank=rank,
+            shuffle=shuffle,
+            repeats=shuffle and not self._module_takes_fillers(),
+            mixing=self.mixing if shuffle else None,
+        )
 
     def _module_takes_fillers(self) -> bool:
         module = None if self.trainer is None else self.trainer.lightning_module
         return bool(getattr(module, "takes_fillers", False))
 
-    def _load(self, source: Source, limit: int | None) -> TokenDataset:
+    def _open_stream(self) -> None:
+        """Look at the first records, the same on every rank."""
+        task, parts = self._task(), self.sources["train"]
+        if task == "classification":
+            raise InputError(
+                "task='classification' needs all labels before training, and streaming=True does not know "
+                "them; leave it out"
+            )
+        check_streaming_trainer(self.trainer)
+        preparer = self._example_settings.preparer(self._load_tokenizer(), task)
+        self._stream = StreamSettings(
+            parts=parts,
+            preparer=preparer,
+            shuffle_buffer=self.shuffle_buffer,
+            batch_size=self.batch_size,
+            capacity=self.max_length if self.packing else None,
+            per_item=PER_ITEM[task],
+            pad_token_id=self.pad_token_id,
+            seed=self.seed,
+        )
+        largest, lines = self._stream.first()
+        self.largest_token = max(largest, self.largest_token)
+        for line in lines:
+            self._report("%s: %s", parts[0].source, line)
+
+    def _load_tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        task = self._task()
         revision_of = getattr(getattr(self.trainer, "strategy", None), "revision_of", lambda _: None)
         tokenizer = AutoTokenizer.from_pretrained(self.tokenizer, revision=revision_of(self.tokenizer) or "main")
         self.pad_token_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+        return tokenizer
 
-        def make() -> Made:
-            loaded = self.read(tokenizer, source, limit, task=task)
-            return Tokens.of(loaded.examples, loaded.along, loaded.targets), loaded.lines(self.max_length)
+    def _loaded(self, parts: Sequence[Part]) -> Items:
+        task = self._task()
+        tokenizer = self._load_tokenizer()
+        sets = [self._load(tokenizer, part.source, part.limit, task) for part in parts]
+        items = sets[0] if len(sets) == 1 else JoinedItems(sets)
+        self._batching.check_items(items)
+        return items
 
-        key = self._cache_key(tokenizer, source, limit, task)
-        tokens, lines = make() if self.cache_dir is None or key is None else cached(Path(self.cache_dir) / key, make)
+    def _load(self, tokenizer: Any, source: Source, limit: int | None, task: Task) -> TokenDataset:
+        tokens, lines = self._example_settings.tokens(
+            tokenizer,
+            source,
+            limit,
+            task=task,
+            cache_dir=self.cache_dir,
+            num_proc=self.num_proc,
+            progress=getattr(rank_zero_only, "rank", 0) == 0,
+            report=self._report,
+        )
         for line in lines:
             self._report("%s: %s", source, line)
         self.largest_token = max(tokens.largest, self.largest_token)
@@ -439,32 +503,7 @@ class SFTDataModule(L.LightningDataModule):
                 "so that they would count for nothing; use CausalLMModule, or, if the module multiplies the losses of "
                 "tokens by `weights` of the batch, give it the attribute takes_weights = True"
             )
-        items = TokenDataset(tokens, self.max_length if self.packing else None, per_item=PER_ITEM[task])
-        if self.tokens_per_batch is not None and self.tokens_per_batch < padded(max(items.lengths)) * items.per_item:
-            raise InputError(
-                f"tokens_per_batch={self.tokens_per_batch} is less than the largest pair has, "
-                f"{padded(max(items.lengths)) * items.per_item}; raise it, or lower max_length"
-            )
-        return items
-
-    def _cache_key(self, tokenizer: Any, source: Source, limit: int | None, task: Task) -> str | None:
-        if self.cache_dir is None:
-            return None
-        if self.transform is not None:
-            self._report("%s: not cached, because what the function of `transform` does cannot be known", source)
-            return None
-        settings = {
-            "chat_template": read_template(self.chat_template),
-            "limit": limit,
-            "task": task,
-            **{
-                name: getattr(self, name) for name in ("train_on", "thinking", "on_bad_record", "max_length", "classes")
-            },
-            **self.prompt_settings,
-        }
-        if (key := key_of(source, tokenizer, settings)) is None:
-            self._report("%s: not cached, because %s is no fast tokenizer", source, type(tokenizer).__name__)
-        return key
+        return TokenDataset(tokens, self.max_length if self.packing else None, per_item=PER_ITEM[task])
 
     def read(self, tokenizer: Any, source: Source, limit: int | None = None, *, task: Task | None = None) -> Loaded:
         """Read and tokenize a source with the settings of this module.
@@ -474,48 +513,13 @@ class SFTDataModule(L.LightningDataModule):
         InputError
             If it cannot be read, a record cannot be used, or nothing is left.
         """
-        task = task or self.task or "sft"
-        renderer: Renderer | LabelledRenderer
-        encoder: Encoder | LabelledEncoder
-        if task == "classification":
-            if self.prompt_template is not None:
-                raise InputError("prompt_template is for a prompt and a response, and a labelled text has neither")
-            renderer = LabelledRenderer(columns=self.columns, classes=self.classes)
-            encoder = LabelledEncoder(tokenizer, self.max_length)
-        else:
-            renderer = (PairRenderer if task == "preference" else Renderer)(
-                tokenizer,
-                read_template(self.chat_template),
-                train_on=self.train_on,
-                thinking=self.thinking,
-                columns=self.columns,
-                as_chat=self.as_chat,
-                prompt_template=self.prompt_template,
-            )
-            encoder = Encoder(tokenizer)
-        loaded = load(
+        return self._example_settings.read(
+            tokenizer,
             source,
-            renderer,
-            encoder,
-            max_length=self.max_length,
-            names=(*COLUMN_NAMES[task], *(self.prompt_template.names if self.prompt_template else ())),
-            limit=limit,
-            transform=self.transform,
-            on_bad_record=self.on_bad_record,
-            progress=self.cache_dir is not None or getattr(rank_zero_only, "rank", 0) == 0,
+            limit,
+            task=task or self.task or "sft",
+            progress=getattr(rank_zero_only, "rank", 0) == 0,
         )
-        if not loaded.records:
-            raise InputError(f"{source} holds no record; every line must hold one JSON object")
-        if not loaded.examples and not loaded.lengths:
-            raise InputError(
-                f"{source}: none of its {loaded.records} records is left: {'; '.join(loaded.lines(self.max_length))}"
-            )
-        if not loaded.examples:
-            raise InputError(
-                f"{source}: none of the {len(loaded.lengths)} examples has a response token within max_length="
-                f"{self.max_length}; raise max_length"
-            )
-        return loaded
 
     @staticmethod
     @rank_zero_only

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -144,7 +144,36 @@ class Tokens:
         return torch.tensor(self.sizes, dtype=torch.int64)
 
 
-class TokenDataset(Dataset[dict[str, Tensor]]):
+class Items(Dataset[dict[str, Any]]):
+    """Items of a set, by their index.
+
+    Attributes
+    ----------
+    lengths
+        Number of tokens of each item; of a pair, those of the longer one.
+    per_item
+        Rows of an item in a batch.
+    part_sizes
+        Number of items of each part that the set is made of.
+    unit
+        What an item is, in the plural.
+
+    Notes
+    -----
+    Item ``~i`` (negative) is item ``i`` with all labels set to -100: a filler, which takes part in a step but not in
+    the loss.
+    """
+
+    lengths: list[int]
+    per_item: int
+    part_sizes: list[int]
+    unit: str
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+class TokenDataset(Items):
     """Tokenized examples; an item is one example, one packed row, or one pair of a chosen and a rejected example.
 
     Parameters
@@ -155,11 +184,6 @@ class TokenDataset(Dataset[dict[str, Tensor]]):
         Largest number of tokens in a packed row. None: no packing.
     per_item
         Consecutive examples in an item: 1, or 2 for pairs. Not with packing.
-
-    Notes
-    -----
-    Item ``~i`` (negative) is item ``i`` with all labels set to -100: a filler, which takes part in a step but not in
-    the loss.
     """
 
     def __init__(self, examples: Tokens | Sequence[Tensor], capacity: int | None = None, *, per_item: int = 1) -> None:
@@ -174,9 +198,10 @@ class TokenDataset(Dataset[dict[str, Tensor]]):
         # the examples of a pair are rows of their own, padded to the longer one
         longest = sum if self.packed else max
         self.lengths = [longest([sizes[index] for index in row]) for row in self.rows]
-
-    def __len__(self) -> int:
-        return len(self.rows)
+        self.part_sizes = [len(self.rows)]
+        self.unit = "packed rows" if self.packed else "examples" if per_item == 1 else "pairs"
+        #: Further values of tokens that items have although these examples do not: zeros, or ones for weights.
+        self.also: list[str] = []
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return item `index`: `input_ids`, `labels` and, if packed, `position_ids`; each int64 of shape [length].
@@ -198,6 +223,8 @@ class TokenDataset(Dataset[dict[str, Tensor]]):
         item = {"input_ids": joined(self.examples.tokens).long(), "labels": joined(self.examples.labels).long()}
         for name, values in self.examples.along.items():
             item[name] = joined(values) if name == WEIGHTS else joined(values).long()
+        for name in self.also:
+            item[name] = torch.ones(len(item["labels"])) if name == WEIGHTS else torch.zeros_like(item["labels"])
         if self.examples.targets is not None:
             item["labels"] = self.examples.targets[row[0]].clone()
         if filler:
@@ -207,12 +234,34 @@ class TokenDataset(Dataset[dict[str, Tensor]]):
         return item
 
 
-class ItemLists(Dataset[list[dict[str, Any]]]):
-    """Items of a `TokenDataset` by lists of their indices, for samplers that make batches themselves."""
+class JoinedItems(Items):
+    """The items of several `TokenDataset`, one after the other, where they are: nothing is copied."""
 
-    def __init__(self, items: TokenDataset) -> None:
+    def __init__(self, parts: Iterable[TokenDataset]) -> None:
+        self.parts = list(parts)
+        self.per_item, self.unit = self.parts[0].per_item, self.parts[0].unit
+        self.part_sizes = [len(part) for part in self.parts]
+        self.lengths = [length for part in self.parts for length in part.lengths]
+        self._starts = list(accumulate(self.part_sizes, initial=0))
+        names = sorted({name for part in self.parts for name in part.examples.along})
+        for part in self.parts:
+            part.also = [name for name in names if name not in part.examples.along]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return an item of the part that it belongs to (see `TokenDataset`)."""
+        place = index if index >= 0 else ~index
+        part = bisect_right(self._starts, place) - 1
+        inner = place - self._starts[part]
+        return self.parts[part][inner if index >= 0 else ~inner]
+
+
+class ItemLists(Dataset[list[dict[str, Any]]]):
+    """Items of a set by lists of their indices, for samplers that make batches themselves."""
+
+    def __init__(self, items: Items) -> None:
         self.items = items
-        self.lengths, self.per_item = items.lengths, items.per_item
+        self.lengths, self.per_item, self.part_sizes = items.lengths, items.per_item, items.part_sizes
+        self.unit = items.unit
 
     def __len__(self) -> int:
         return len(self.items)

@@ -159,7 +159,7 @@ def read_saved(path: Path, split: str) -> Records:
         yield from _rows(saved, f"{path}[{split}] row")
 
 
-def read_hub(name: str, subset: str | None, split: str) -> Records:
+def read_hub(name: str, subset: str | None, split: str, *, streaming: bool = False) -> Records:
     """Yield ``("id[split] row i", record)`` for every row of a Hugging Face data set.
 
     Raises
@@ -169,7 +169,7 @@ def read_hub(name: str, subset: str | None, split: str) -> Records:
     InputError
         If the data set, its subset or its split cannot be loaded.
     """
-    yield from _rows(_loaded_set(name, subset, split), f"{name}[{split}] row")
+    yield from _rows(_loaded_set(name, subset, split, streaming=streaming), f"{name}[{split}] row")
 
 
 def hub_identity(name: str, subset: str | None, split: str) -> str:
@@ -188,7 +188,7 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _loaded_set(name: str, subset: str | None, split: str) -> Any:
+def _loaded_set(name: str, subset: str | None, split: str, *, streaming: bool = False) -> Any:
     try:
         import datasets
     except ImportError as error:
@@ -197,7 +197,7 @@ def _loaded_set(name: str, subset: str | None, split: str) -> Any:
             "`pip install lowrank-dist[datasets]`, or give the path of a .jsonl file"
         ) from error
     try:
-        return datasets.load_dataset(name, subset, split=split)
+        return datasets.load_dataset(name, subset, split=split, **({"streaming": True} if streaming else {}))
     except (ValueError, OSError) as error:  # unknown id, subset or split; no network
         if is_passing(error):
             raise

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
-from lowrank_dist.data.packing import TokenDataset
+from lowrank_dist.data.mixture import Mixing, Mixture
+from lowrank_dist.data.packing import Items
 from lowrank_dist.errors import InputError
 
 
@@ -19,7 +21,7 @@ class ShardedSampler(DistributedSampler[Any]):
 
     The order of an epoch is global and the same on every rank. A step takes the next ``batch_size * num_replicas``
     items and gives each rank a consecutive part. The last step may be smaller, and its parts then differ by one item:
-    those that lack it have a filler without labels (see `TokenDataset`), so that every item counts exactly once.
+    those that lack it have a filler without labels (see `Items`), so that every item counts exactly once.
 
     The class derives from `DistributedSampler` because Lightning wraps or replaces any other sampler.
 
@@ -38,11 +40,16 @@ class ShardedSampler(DistributedSampler[Any]):
     group_by_length
         Form steps from items of similar length: the items of up to 50 steps are sorted and split into steps, which are
         then shuffled. The step with the longest item comes first, so that a lack of memory shows at once.
+    repeats
+        Repeat an item, in place of a filler, where a rank would have a batch of fillers only.
+    mixing
+        Weights of the parts of the set, for training: an epoch is drawn by them (`lowrank_dist.data.mixture.Mixture`).
+        None: it has every item once.
     """
 
     def __init__(
         self,
-        dataset: TokenDataset,
+        dataset: Items,
         *,
         batch_size: int,
         num_replicas: int,
@@ -51,12 +58,26 @@ class ShardedSampler(DistributedSampler[Any]):
         seed: int = 0,
         group_by_length: bool = False,
         repeats: bool = False,
+        mixing: Mixing | None = None,
     ) -> None:
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)
+        self.mixture = None if mixing is None else self._mixture(mixing)
         self.lengths = torch.tensor(dataset.lengths) if group_by_length else None
         self.repeats = repeats
         self.step_size = self.order_step_size = batch_size * num_replicas
         self.start = self.handed_out = 0
+
+    def _mixture(self, mixing: Mixing) -> Mixture:
+        """What an epoch draws: items."""
+        dataset: Any = self.dataset
+        return mixing.over(dataset.part_sizes, seed=self.seed, unit=dataset.unit)
+
+    def __len__(self) -> int:
+        return -(-self.epoch_items() // self.num_replicas)
+
+    def epoch_items(self) -> int:
+        """Number of items of this epoch, over all ranks."""
+        return len(self.dataset) if self.mixture is None else self.mixture.total  # type: ignore[arg-type]
 
     def set_epoch(self, epoch: int) -> None:
         """Select the order of `epoch`. A new epoch starts at its first item, in an order for this number of ranks."""
@@ -65,36 +86,58 @@ class ShardedSampler(DistributedSampler[Any]):
             self.order_step_size = self.step_size
         super().set_epoch(epoch)
 
-    def resume(self, *, epoch: int, start: int, order_step_size: int = 0, tokens_per_batch: int | None = None) -> None:
+    def resume(
+        self,
+        *,
+        epoch: int,
+        start: int,
+        order_step_size: int = 0,
+        tokens_per_batch: int | None = None,
+        drawn: Sequence[int] | None = None,
+    ) -> None:
         """Continue an epoch after its first `start` items, in the order of a run with steps of `order_step_size`.
 
         Raises
         ------
         InputError
-            If the run had batches of so many tokens.
+            If the run had batches of so many tokens, or drew others numbers of the parts.
         """
         if tokens_per_batch is not None:
             raise InputError(
                 f"the resumed run had tokens_per_batch={tokens_per_batch}, and this one has batch_size: in the middle "
                 "of an epoch its items cannot be divided otherwise; resume with the same"
             )
+        self._check_drawn(drawn)
         super().set_epoch(epoch)
-        self.start = self.handed_out = start % len(self.dataset)  # type: ignore[arg-type]
+        self.start = self.handed_out = start % self.epoch_items()
         self.order_step_size = order_step_size
 
-    def state(self) -> dict[str, int]:
+    def _check_drawn(self, drawn: Sequence[int] | None) -> None:
+        mine = None if self.mixture is None else self.mixture.counts
+        if (None if drawn is None else list(drawn)) != mine:
+            raise InputError(
+                f"the resumed run drew {_counts(drawn)} an epoch, and this one draws {_counts(mine)}: its epoch cannot "
+                "go on; resume with the same weights and data"
+            )
+
+    def state(self) -> dict[str, Any]:
         """What `resume` takes beside the position."""
-        return {"epoch": self.epoch, "order_step_size": self.order_step_size}
+        return {"epoch": self.epoch, "order_step_size": self.order_step_size, **self._drawn_state()}
+
+    def _drawn_state(self) -> dict[str, Any]:
+        return {} if self.mixture is None else {"drawn": self.mixture.counts}
 
     def items_after(self, start: int, steps: int) -> int:
         """Items of the epoch that all ranks have had, `steps` steps after the first `start` ones."""
-        return min(len(self.dataset), start + steps * self.step_size)  # type: ignore[arg-type]
+        return min(self.epoch_items(), start + steps * self.step_size)
 
     def order(self) -> list[int]:
         """Global order of this epoch, before padding; the same on every rank."""
-        total = len(self.dataset)  # type: ignore[arg-type]
+        total = self.epoch_items()
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(total, generator=generator) if self.shuffle else torch.arange(total)
+        if self.mixture is not None:
+            order = self.mixture.drawn(self.epoch)[order]
         if self.lengths is None:
             return order.tolist()
         if not self.shuffle:
@@ -123,6 +166,23 @@ class ShardedSampler(DistributedSampler[Any]):
                 yield order[self.rank % len(order)] if self.repeats and not mine else ~step[0]
 
 
+def unused_batches(trainer: Any) -> int:
+    """Number of batches of an unfinished step, in a checkpoint that is saved on an exception."""
+    if trainer is None or trainer.state.fn != TrainerFn.FITTING:
+        return 0
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+    unused: int = progress.current.ready - progress.current.processed
+    # the last step of an epoch may have fewer batches
+    epoch_ended = progress.is_last_batch and not unused
+    if getattr(trainer.strategy, "resumes_whole_steps", False) and not epoch_ended:
+        unused += progress.current.processed % trainer.accumulate_grad_batches
+    return unused
+
+
+def _counts(drawn: Sequence[int] | None) -> str:
+    return "every item once" if drawn is None else f"{' + '.join(map(str, drawn))} of its sources"
+
+
 class ResumableLoader(DataLoader[dict[str, Tensor]]):
     """A `DataLoader` over a `ShardedSampler` that tracks its position in the epoch.
 
@@ -135,7 +195,7 @@ class ResumableLoader(DataLoader[dict[str, Tensor]]):
 
     Notes
     -----
-    The state is three integers, the same on every rank. It can be loaded on another number of ranks: the rest of the
+    The state is a few integers, the same on every rank. It can be loaded on another number of ranks: the rest of the
     epoch is then distributed again, without repeating or omitting an item.
     """
 
@@ -144,7 +204,7 @@ class ResumableLoader(DataLoader[dict[str, Tensor]]):
         self.unused = unused
         self._begun = self._steps = 0  # first item of this iteration, and its number of steps so far
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """Return the epoch, its items yielded so far over all ranks, and what decides its order."""
         sampler = self.sampler
         if not isinstance(sampler, ShardedSampler):  # Lightning's overfit_batches replaces the sampler
@@ -154,7 +214,7 @@ class ResumableLoader(DataLoader[dict[str, Tensor]]):
             start = sampler.items_after(self._begun, max(0, self._steps - unused))
         return {**sampler.state(), "start": start}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from the position in `state`."""
         if state and isinstance(self.sampler, ShardedSampler):
             self.sampler.resume(**state)

@@ -38,12 +38,15 @@ class Source:
         Split of the data sets, which may have a slice: ``train[:10%]``. Files have none.
     subset
         Subset (configuration) of the Hugging Face data sets.
+    streaming
+        Read the data sets of the hub as they come, without keeping them on the disk.
     """
 
     role: str
     names: str | Sequence[str]
     split: str = "train"
     subset: str | None = None
+    streaming: bool = False
 
     def __str__(self) -> str:
         return f"{self.role}={(self.names if isinstance(self.names, str) else list(self.names))!r}"
@@ -80,7 +83,7 @@ class Source:
 
     def _open(self, part: Path | str, bad: BadRecord | None) -> Records:
         if isinstance(part, str):
-            return read_hub(part, self.subset, self.split)
+            return read_hub(part, self.subset, self.split, streaming=self.streaming)
         return read_saved(part, self.split) if part.is_dir() else read_file(part, bad)
 
     def _parts(self) -> list[Path | str]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 
-from lowrank_dist.data.packing import PAD_TO_MULTIPLE_OF, TokenDataset
+from lowrank_dist.data.mixture import Mixing, Mixture
+from lowrank_dist.data.packing import PAD_TO_MULTIPLE_OF, Items
 from lowrank_dist.data.sampler import ShardedSampler
 from lowrank_dist.errors import InputError
 
@@ -46,6 +47,12 @@ def token_batches(order: Sequence[int], lengths: Sequence[int], most: int, rows:
     return batches
 
 
+def _ranges(sizes: Sequence[int]) -> list[range]:
+    """Consecutive ranges of these sizes."""
+    ends = list(accumulate(sizes, initial=0))
+    return [range(begin, end) for begin, end in pairwise(ends)]
+
+
 class TokenBatchSampler(ShardedSampler):
     """A rank's share of batches of at most `tokens_per_batch` tokens, as lists of items.
 
@@ -58,30 +65,53 @@ class TokenBatchSampler(ShardedSampler):
     ----------
     dataset, num_replicas, rank, shuffle, seed, repeats
         As of `ShardedSampler`.
+    mixing
+        As of `ShardedSampler`; each batch then has items of one part, and batches are drawn.
     tokens_per_batch
         Largest number of tokens of a batch on one rank, padding included.
     group_by_length
         Form batches from items of similar length, of windows of some 50 batches.
     """
 
-    def __init__(self, dataset: TokenDataset, *, tokens_per_batch: int, group_by_length: bool, **settings: Any) -> None:
+    def __init__(
+        self,
+        dataset: Items,
+        *,
+        tokens_per_batch: int,
+        group_by_length: bool,
+        mixing: Mixing | None = None,
+        **settings: Any,
+    ) -> None:
         super().__init__(dataset, batch_size=1, **settings)
         self.tokens_per_batch = tokens_per_batch
-        total, lengths = len(dataset), dataset.lengths
-        generator = torch.Generator().manual_seed(self.seed)
-        order = (torch.randperm(total, generator=generator) if self.shuffle else torch.arange(total)).tolist()
-        if group_by_length:
-            mean = sum(map(padded, lengths)) * dataset.per_item / total
-            window = max(1, int(_WINDOW * tokens_per_batch / mean)) if self.shuffle else total
-            order = [
-                index
-                for at in range(0, total, window)
-                for index in sorted(order[at : at + window], key=lambda index: -lengths[index])
-            ]
-        self.batches = token_batches(order, lengths, tokens_per_batch, dataset.per_item)
-        sizes = [len(batch) * max(padded(lengths[index]) for index in batch) for batch in self.batches]
-        self._largest = sizes.index(max(sizes))
+        lengths, generator = dataset.lengths, torch.Generator().manual_seed(self.seed)
+        self.batches: list[list[int]] = []
+        self._of_part: list[int] = []  # number of batches
+        for part in _ranges([len(dataset)] if mixing is None else dataset.part_sizes):
+            total = len(part)
+            order = torch.randperm(total, generator=generator) if self.shuffle else torch.arange(total)
+            items = [part[index] for index in order.tolist()]
+            if group_by_length:
+                mean = sum(padded(lengths[index]) for index in part) * dataset.per_item / total
+                window = max(1, int(_WINDOW * tokens_per_batch / mean)) if self.shuffle else total
+                items = [
+                    index
+                    for at in range(0, total, window)
+                    for index in sorted(items[at : at + window], key=lambda index: -lengths[index])
+                ]
+            batches = token_batches(items, lengths, tokens_per_batch, dataset.per_item)
+            self.batches += batches
+            self._of_part.append(len(batches))
+        self._tokens = [len(batch) * max(padded(lengths[index]) for index in batch) for batch in self.batches]
         self._of_epoch: tuple[int, list[list[int]], list[int]] | None = None
+        self.mixture = None if mixing is None else self._mixture(mixing)
+
+    def _mixture(self, mixing: Mixing) -> Mixture:
+        """What an epoch draws: batches."""
+        return mixing.over(self._of_part, seed=self.seed, unit="batches")
+
+    def epoch_items(self) -> int:
+        return len(self.dataset) if self.mixture is None else self.epoch_batches()[1][-1]  # type: ignore[arg-type]
 
     def epoch_batches(self) -> tuple[list[list[int]], list[int]]:
         """All batches of this epoch in their order, the same on every rank, and where each begins and the last ends.
@@ -97,18 +127,28 @@ class TokenBatchSampler(ShardedSampler):
         if not self.shuffle:
             return self.batches
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = torch.randperm(len(self.batches), generator=generator).tolist()
-        first = order.index(self._largest)
+        drawn = torch.arange(len(self.batches)) if self.mixture is None else self.mixture.drawn(self.epoch)
+        order = drawn[torch.randperm(len(drawn), generator=generator)].tolist()
+        first = order.index(min(order, key=lambda place: (-self._tokens[place], place)))
         order[0], order[first] = order[first], order[0]
         return [self.batches[place] for place in order]
 
     def __len__(self) -> int:
-        return -(-len(self.batches) // self.num_replicas)
+        batches = len(self.batches) if self.mixture is None else self.mixture.total
+        return -(-batches // self.num_replicas)
 
-    def state(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "tokens_per_batch": self.tokens_per_batch}
+    def state(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "tokens_per_batch": self.tokens_per_batch, **self._drawn_state()}
 
-    def resume(self, *, epoch: int, start: int, order_step_size: int = 0, tokens_per_batch: int | None = None) -> None:
+    def resume(
+        self,
+        *,
+        epoch: int,
+        start: int,
+        order_step_size: int = 0,
+        tokens_per_batch: int | None = None,
+        drawn: Sequence[int] | None = None,
+    ) -> None:
         """Continue an epoch after its first `start` items.
 
         Raises
@@ -121,7 +161,7 @@ class TokenBatchSampler(ShardedSampler):
                 f"the resumed run had tokens_per_batch={tokens_per_batch}, and this one has {self.tokens_per_batch}: "
                 "in the middle of an epoch its items cannot be divided otherwise; resume with the same"
             )
-        super().resume(epoch=epoch, start=start, order_step_size=self.order_step_size)
+        super().resume(epoch=epoch, start=start, order_step_size=self.order_step_size, drawn=drawn)
 
     def items_after(self, start: int, steps: int) -> int:
         _, ends = self.epoch_batches()

@@ -19,7 +19,9 @@ import numpy as np
 import torch
 
 from lowrank_dist.errors import InputError, is_passing
+from lowrank_dist.inference.scores import measured
 from lowrank_dist.inference.sharded import ShardedCausalLM
+from lowrank_dist.progress import aligned
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -335,13 +337,8 @@ def _kept(results: Any) -> Scores:
     values: dict[tuple[str, str], tuple[float, float | None]] = {}
     for task, metrics in results["results"].items():
         filters = {name.partition(",")[2] for name in metrics if "," in name}
-        for name, value in metrics.items():
-            metric, comma, kind = name.partition(",")
-            if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
-                continue
-            error = metrics.get(f"{metric}_stderr,{kind}")
-            short = metric if len(filters) == 1 else f"{metric},{kind}"
-            values[task, short] = float(value), error if isinstance(error, float) else None
+        for metric, kind, value, error in measured(metrics):
+            values[task, metric if len(filters) == 1 else f"{metric},{kind}"] = value, error
     keys = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better", "configs")
     kept = {key: results[key] for key in keys if key in results}
     return Scores(values, kept, results.get("samples", {}))
@@ -357,9 +354,7 @@ def as_table(scores: Mapping[str, Scores]) -> str:
             value, error = found.values.get((task, metric), (None, None))
             cells.append("-" if value is None else f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}"))
         table.append([task, metric, *cells])
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+    return "\n".join(aligned(table, ruled=True))
 
 
 def _outside(found: Mapping[str, Any]) -> list[Any]:

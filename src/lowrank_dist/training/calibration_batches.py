@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from lowrank_dist.calibration.measure import Calibration, Step, model_loss, step_name
 from lowrank_dist.calibration.walk import CalibrationPass
+from lowrank_dist.data.streaming import StreamLoader
 from lowrank_dist.errors import InputError
 from lowrank_dist.initialization.open import OpenedModel
 from lowrank_dist.zero3.partition import Partitioner
@@ -132,7 +133,7 @@ def _training_loaders(trainer: Trainer) -> CombinedLoader:
 
 def _reader(loader: Any) -> Any:
     """A separate loader of the same data, so that its persistent workers end with it."""
-    return copy.copy(loader) if isinstance(loader, DataLoader) else loader
+    return copy.copy(loader) if isinstance(loader, DataLoader | StreamLoader) else loader
 
 
 @contextmanager

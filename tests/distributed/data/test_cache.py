@@ -11,7 +11,7 @@ import pytest
 
 from helpers.ranks import run_ranks
 from helpers.sft import save_material
-from lowrank_dist.data import datamodule
+from lowrank_dist.data import examples
 from lowrank_dist.data.datamodule import SFTDataModule
 
 RECORDS = [{"prompt": f"hello {index}", "completion": " world" * (1 + index % 5)} for index in range(300)]
@@ -20,13 +20,13 @@ RECORDS = [{"prompt": f"hello {index}", "completion": " world" * (1 + index % 5)
 def read(material: Path, cache: str | None, train: str) -> tuple[bool, int, Any]:
     """Whether this rank tokenized, its process, and its items; or the error."""
     made = []
-    before = datamodule.load
+    before = examples.prepared
 
-    def load(*args: Any, **settings: Any) -> Any:
+    def prepared(*args: Any, **settings: Any) -> Any:
         made.append(True)
         return before(*args, **settings)
 
-    datamodule.load = load
+    examples.prepared = prepared
     try:
         data = SFTDataModule(str(material / "model"), train, packing=True, max_length=64, cache_dir=cache)
         data.setup("fit")
@@ -35,7 +35,7 @@ def read(material: Path, cache: str | None, train: str) -> tuple[bool, int, Any]
     except ValueError as error:
         return bool(made), os.getpid(), str(error)
     finally:
-        datamodule.load = before
+        examples.prepared = before
     return bool(made), os.getpid(), items
 
 

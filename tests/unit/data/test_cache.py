@@ -149,7 +149,7 @@ def test_a_function_of_the_user_is_not_cached(data: dict[str, Any], caplog: pyte
 def test_a_template_with_the_date_has_an_entry_a_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = FAMILIES["llama3"].tokenizer()
     tokenizer.chat_template = "{{ strftime_now('%d') }}" + tokenizer.chat_template
-    source = SFTDataModule("t", write_jsonl(tmp_path / "a.jsonl", RECORDS)).sources["train"][0]
+    source = SFTDataModule("t", write_jsonl(tmp_path / "a.jsonl", RECORDS)).sources["train"][0].source
 
     class Tomorrow(datetime.date):
         @classmethod
@@ -164,7 +164,7 @@ def test_a_template_with_the_date_has_an_entry_a_day(tmp_path: Path, monkeypatch
 
 def test_tokens_are_mapped_and_not_read(tmp_path: Path) -> None:
     examples = [torch.arange(2_000_000, dtype=torch.int32).view(2, -1) for _ in range(8)]
-    tokens, lines = cache.cached(tmp_path / "entry", lambda: (Tokens.of(examples), ["a line"]))
+    tokens, lines = cache.cached(tmp_path / "entry", lambda _: (Tokens.of(examples), ["a line"]))
     assert (lines, tokens.largest, tokens.sizes) == (["a line"], 999_999, [1_000_000] * 8)
     mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
     assert mapped

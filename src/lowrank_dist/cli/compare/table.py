@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lowrank_dist.cli.compare.groups import Comparison, Figure, Method
 from lowrank_dist.cli.report_figure import MARKERS, STYLES, Panel
+from lowrank_dist.progress import aligned
 from lowrank_dist.storage.parse import printable
 
 if TYPE_CHECKING:
@@ -22,14 +23,7 @@ def as_table(found: Comparison) -> str:
     """One line a method, the best first, and what is to be known of the figures."""
     rows = [_titles(found), *(_row(found, method) for method in found.methods)]
     keep = [index for index in range(len(rows[0])) if any(row[index] != "-" for row in rows[1:])]
-    widths = [max(len(row[index]) for row in rows) for index in keep]
-    lines = [
-        "  ".join(
-            row[index].ljust(width) if index == 0 else row[index].rjust(width)
-            for index, width in zip(keep, widths, strict=True)
-        ).rstrip()
-        for row in rows
-    ]
+    lines = aligned([[row[index] for index in keep] for row in rows], right=range(1, len(keep)))
     return "\n".join(printable(line, 10_000) for line in [*lines, *_notes(found)])
 
 
