@@ -612,6 +612,7 @@ OTHERS = {
     "_forward_pre_hooks": "the same",
     "_C": "torch's; see the next",
     "_world": "torch.distributed's; the groups that there are",
+    "_new_process_group_helper": "torch.distributed's; every group is made by it, whose threads the tests look for",
     "_set_pg_timeout": "torch.distributed's; no public function changes the timeout of a group",
     "_exit": "os._exit; documented",
     "_current_graph_task_id": "torch's; whether a backward runs, as torch.utils.checkpoint asks",

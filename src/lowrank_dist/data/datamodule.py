@@ -264,9 +264,10 @@ class SFTDataModule(L.LightningDataModule):
         self.largest_class = -1
         #: Token of the padding, once data were read.
         self.pad_token_id = 0
+        #: What is streamed, once set up; None without `streaming`.
+        self.stream_settings: StreamSettings | None = None
         self._sets: dict[str, Items] = {}
         self._train_loader: ResumableLoader | StreamLoader | None = None
-        self._stream: StreamSettings | None = None
         self._state: dict[str, Any] = {}
         self._limit_val_batches: int | float | None = None
         self._batching.check()
@@ -350,9 +351,9 @@ class SFTDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader | StreamLoader:
         """Return the training examples, in a new order every epoch."""
-        if self._stream is not None:
+        if self.stream_settings is not None:
             steps = 0 if self.trainer is None else self.trainer.max_steps * self.trainer.accumulate_grad_batches
-            self._train_loader = self._stream_loader(self._stream, steps or _ENDLESS)
+            self._train_loader = self._stream_loader(self.stream_settings, steps or _ENDLESS)
             self._go_on()
             return self._train_loader
         loaded = self._sets["train"]
@@ -371,7 +372,7 @@ class SFTDataModule(L.LightningDataModule):
     def _go_on(self) -> None:
         """Let the loader go on from the state that was loaded."""
         num_replicas, rank = self._ranks()
-        position = stream_position(self._state, self._stream, num_replicas=num_replicas, rank=rank)
+        position = stream_position(self._state, self.stream_settings, num_replicas=num_replicas, rank=rank)
         if isinstance(self._train_loader, StreamLoader):
             if position is not None:
                 self._train_loader.go_on_from(position)
@@ -397,16 +398,16 @@ class SFTDataModule(L.LightningDataModule):
 
     def sharded_dataloader(self, *, num_replicas: int, rank: int) -> DataLoader[dict[str, Tensor]] | StreamLoader:
         """Return the first training batches of one of `num_replicas` ranks, for use without a Trainer."""
-        if self._stream is not None:
-            return self._stream_loader(self._stream, _ENDLESS, (num_replicas, rank))
+        if self.stream_settings is not None:
+            return self._stream_loader(self.stream_settings, _ENDLESS, (num_replicas, rank))
         dataset = self._sets["train"]
         sampler = self._sampler(dataset, shuffle=True, ranks=(num_replicas, rank))
         return DataLoader(sampler=sampler, **self._batching.loader_arguments(dataset, self.pad_token_id))
 
     def state_dict(self) -> dict[str, Any]:
         if isinstance(self._train_loader, StreamLoader):
-            assert self._stream is not None
-            return stream_state(self._stream, of_all_ranks(self._train_loader.position(), self.trainer))
+            assert self.stream_settings is not None
+            return stream_state(self.stream_settings, of_all_ranks(self._train_loader.position(), self.trainer))
         return {} if self._train_loader is None else self._train_loader.state_dict()
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]] | list[Any]:
@@ -449,7 +450,7 @@ class SFTDataModule(L.LightningDataModule):
             )
         check_streaming_trainer(self.trainer)
         preparer = self._example_settings.preparer(self._load_tokenizer(), task)
-        self._stream = StreamSettings(
+        self.stream_settings = StreamSettings(
             parts=parts,
             preparer=preparer,
             shuffle_buffer=self.shuffle_buffer,
@@ -459,7 +460,7 @@ class SFTDataModule(L.LightningDataModule):
             pad_token_id=self.pad_token_id,
             seed=self.seed,
         )
-        largest, lines = self._stream.first()
+        largest, lines = self.stream_settings.first()
         self.largest_token = max(largest, self.largest_token)
         for line in lines:
             self._report("%s: %s", parts[0].source, line)

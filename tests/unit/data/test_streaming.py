@@ -39,8 +39,8 @@ def train(tmp_path: Path) -> str:
 def settings_of(tokenizer: str, train: Any, **options: Any) -> StreamSettings:
     module = SFTDataModule(tokenizer, train, streaming=True, **{"shuffle_buffer": 8, **options})
     module.setup("fit")
-    assert module._stream is not None
-    return module._stream
+    assert module.stream_settings is not None
+    return module.stream_settings
 
 
 def numbers(batches: Any) -> list[int]:
@@ -147,7 +147,7 @@ def test_what_does_not_go_with_streaming_is_named(tokenizer_dir: str, train: str
         data = SFTDataModule(tokenizer_dir, train, train, streaming=True)
         data.trainer = SimpleNamespace(lightning_module=None, **vars(trainer))  # type: ignore[assignment]
         with pytest.raises(InputError, match=message):
-            data._open_stream()
+            data.setup("fit")
 
 
 def test_a_state_of_other_runs_is_refused(tokenizer_dir: str, train: str) -> None:
