@@ -124,6 +124,7 @@ def test_checkpoints_at_tiny_scale(tmp_path: Path) -> None:
     assert "as many ranks: DeepSpeed loaded it" in report
 
 
+@pytest.mark.matrix
 def test_ways_of_training_on_the_cpu(of_an_accelerator: dict[str, str]) -> None:
     check_ways_of_training(of_an_accelerator["step"], 6)
 

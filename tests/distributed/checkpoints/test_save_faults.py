@@ -114,7 +114,12 @@ def train_and_die(pretrained: Path, output: Path, call: int, victims: list[int],
 
 
 @pytest.mark.parametrize(
-    ("victims", "trigger", "kills"), [([0], 0, 8), ([1], 1, 6), ([0, 1], 0, 6)], ids=["writer", "other", "all"]
+    ("victims", "trigger", "kills"),
+    [
+        pytest.param([0], 0, 8, id="writer"),
+        pytest.param([1], 1, 6, id="other", marks=pytest.mark.matrix),
+        pytest.param([0, 1], 0, 6, id="all"),
+    ],
 )
 def test_kills_while_saving(
     llama: Path, tmp_path: Path, undisturbed: dict[int, float], victims: list[int], trigger: int, kills: int

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from helpers.covering import covering
 from helpers.live import LiveMemory
 from helpers.models import save_checkpoint
 from helpers.ranks import alone, run_ranks
@@ -201,14 +202,7 @@ def train_with_stock_peft(base: Path, case: Case, initial: Path) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize(
-    ("name", "world_size"),
-    [
-        *((name, 2) for name in CASES),
-        *((name, 1) for name in ("embedding", "mixtral", "tied both")),
-        *((name, 3) for name in ("narrow", "mixtral", "qwen3_moe", "gpt_oss", "head")),
-    ],
-)
+@covering(1, {"name": CASES, "world_size": [1, 2, 3]})
 def test_unquantized(trained: Callable[[str, int], Trained], tmp_path: Path, name: str, world_size: int) -> None:
     """Step 0 is the original model; losses are those of stock PEFT on the same residual; the converted LoRA makes the
     original model the trained one, as do that of one rank and scaling for all, and merging. fp32: only the order of
