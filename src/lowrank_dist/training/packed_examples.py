@@ -4,18 +4,21 @@ Models of transformers find the borders of packed examples in `position_ids`, wh
 all do: convolutions, state spaces and linear attention carry their state across borders, some attentions build their
 mask without `position_ids`, and flash attention looks for borders only in batches of one row. The signature of a model
 does not tell, so the model is asked: an example that is packed between others must get the same hidden states whatever
-the others are and wherever it stands.
+the others are and wherever it stands. A model that does not look at `position_ids`, but takes a mask as it is given
+(gpt-oss, Falcon, OPT), is given one that they make.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.masking_utils import create_masks_for_generate
 
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import InputError
@@ -32,9 +35,12 @@ _OF_THE_LOSS = ("labels", "num_items_in_batch", "logits_to_keep")
 #: Relative differences up to this many machine epsilons of the dtype are rounding.
 _ROUNDING = 8
 
+#: What models raise that do not take a mask, or a mask for each kind of layer, as it is given.
+_NO_SUCH_MASK = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
+
 
 class PackedExamples:
-    """Refuses packed batches for models in which packed examples see each other.
+    """Refuses packed batches for models in which packed examples see each other, with a mask too.
 
     Parameters
     ----------
@@ -48,27 +54,28 @@ class PackedExamples:
     The first call with `position_ids`, without an `attention_mask` and without a key-value cache to continue is
     preceded by three forward passes of 16 tokens (two of one row, one of two rows) without gradient, on all ranks, with
     the arguments of that call, and by two object all-gathers. If the model keeps examples apart, nothing is done in
-    later calls. If not, every later call asks whether positions begin again within a row, and issues the collectives of
-    `ShardGroup.shared_errors`.
+    later calls. If not, three more passes and one more all-gather ask whether it does with masks of `[rows, 1, length,
+    length]`, which every later call then gets. If that fails too, every later call asks whether positions begin again
+    within a row, and issues the collectives of `ShardGroup.shared_errors`.
     """
 
     def __init__(self, backbone: PreTrainedModel, group: ShardGroup | None = None) -> None:
         self._backbone = backbone
         self._group = group or ShardGroup.single()
         self._leaks: dict[bool, float] | None = None  # by whether there are several rows
-        self._probing = self._without_cache = False
+        self._probing = self._without_cache = self._masked = False
         self._forward = inspect.signature(backbone.forward)
         self._hook = backbone.register_forward_pre_hook(self._before, with_kwargs=True)
 
-    def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._probing:
-            return
+            return None
         call = self._arguments(args, kwargs)
         positions = call.pop("position_ids", None)
         if positions is None or call.pop("attention_mask", None) is not None:
-            return
+            return None
         if call.get("past_key_values") is not None:  # generation, which ranks need not do together
-            return
+            return None
         if self._leaks is None:
             tokens = call.pop("input_ids", None)
             unknown = [name for name, value in call.items() if isinstance(value, Tensor)]
@@ -81,17 +88,40 @@ class PackedExamples:
                     f"position_ids without attention_mask, but with {obstacle}: it was not checked that "
                     f"{type(self._backbone).__name__} keeps packed examples apart"
                 )
-                return
+                return None
             assert tokens is not None
             self._without_cache = call.get("use_cache") is False
-            # ranks ask with tokens of their own, and one that finds nothing must not leave the others waiting
-            every = self._group.gather_objects(self._probe(tokens, call))
-            self._leaks = {several: max(found[several] for found in every) for several in (False, True)}
+            self._leaks = self._asked(tokens, call)
             if not any(self._leaks.values()):
                 self._hook.remove()
-                return
+                return None
+            if self._leaks[False] and self._without_cache:
+                self._masked = not any(self._asked(tokens, call, masked=True).values())
+            if self._masked:
+                rank_zero_info(
+                    f"{type(self._backbone).__name__} does not tell packed examples apart by position_ids: it is given "
+                    "masks of [rows, 1, length, length] that do"
+                )
+        if self._masked:
+            bound = self._forward.bind_partial(*args, **kwargs)
+            bound.arguments["attention_mask"] = self._mask(positions)
+            return bound.args, bound.kwargs
         with self._group.shared_errors():
             self._check(positions)
+        return None
+
+    def _asked(self, tokens: Tensor, arguments: dict[str, Any], *, masked: bool = False) -> dict[bool, float]:
+        """The largest differences that any rank has found. Collective."""
+        # ranks ask with tokens of their own, and one that finds nothing must not leave the others waiting
+        every = self._group.gather_objects(self._probe(tokens, arguments, masked=masked))
+        return {several: max(found[several] for found in every) for several in (False, True)}
+
+    def _mask(self, positions: Tensor) -> Any:
+        """What keeps examples apart, as transformers makes it: a mask, one for each kind of layer, or None."""
+        rows, length = positions.shape
+        weight = self._backbone.get_input_embeddings().weight
+        like = torch.empty(rows, length, 1, dtype=weight.dtype, device=positions.device)
+        return create_masks_for_generate(self._backbone.config, like, None, None, position_ids=positions)
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments of a call by name, without those of the loss; none if the model does not take them."""
@@ -127,10 +157,11 @@ class PackedExamples:
         )
 
     @torch.no_grad()
-    def _probe(self, tokens: Tensor, arguments: dict[str, Any]) -> dict[bool, float]:
+    def _probe(self, tokens: Tensor, arguments: dict[str, Any], *, masked: bool) -> dict[bool, float]:
         """Relative difference that neighbours make to an example, in batches of one row and of several.
 
-        A forward pass of the model on all ranks, three times; 0 where differences are rounding.
+        A forward pass of the model on all ranks, three times; 0 where differences are rounding. Infinite if the model
+        does not take a mask.
         """
         rows = self._rows(tokens)
         positions = torch.stack([_positions(_LONG, _SHORT), _positions(_SHORT, _LONG)]).to(rows.device)
@@ -138,21 +169,26 @@ class PackedExamples:
         self._probing = True
         self._backbone.eval()
         try:
-            both = self._hidden(rows, positions, arguments)
-            each = torch.cat([self._hidden(rows[i : i + 1], positions[i : i + 1], arguments) for i in (0, 1)])
+            both = self._hidden(rows, positions, arguments, masked)
+            each = torch.cat([self._hidden(rows[i : i + 1], positions[i : i + 1], arguments, masked) for i in (0, 1)])
+        except _NO_SUCH_MASK:
+            if not masked:
+                raise
+            return {False: math.inf, True: math.inf}
         finally:
             for module, training in modes.items():
                 module.training = training
             self._probing = False
         return {False: _difference(each), True: _difference(both)}
 
-    def _hidden(self, rows: Tensor, positions: Tensor, arguments: dict[str, Any]) -> Tensor:
+    def _hidden(self, rows: Tensor, positions: Tensor, arguments: dict[str, Any], masked: bool) -> Tensor:
         """What the head multiplies, ``[rows, 16, width]``; what the model returns if it has no head for tokens."""
         seen: list[Tensor] = []
         head = self._backbone.get_output_embeddings()
         hook = None if head is None else head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         try:
-            output = self._backbone(input_ids=rows, position_ids=positions, **arguments)
+            mask = {"attention_mask": self._mask(positions)} if masked else {}
+            output = self._backbone(input_ids=rows, position_ids=positions, **mask, **arguments)
         finally:
             if hook is not None:
                 hook.remove()

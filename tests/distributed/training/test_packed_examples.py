@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-from helpers.models import save_checkpoint
+from helpers.models import ARCHITECTURES, save_checkpoint
 from helpers.ranks import run_ranks
 from helpers.training import CausalLM, make_strategy, make_trainer
 from lowrank_dist import CausalLMModule
@@ -23,6 +23,7 @@ from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import InputError
 from lowrank_dist.training.packed_examples import PackedExamples
 
+LFM2 = ARCHITECTURES["llama"] | {"layer_types": ["conv", "full_attention"], "block_ff_dim": 64, "block_multiple_of": 8}
 LENGTHS = (9, 4, 12, 7, 3, 6, 11, 5)
 
 
@@ -85,32 +86,33 @@ def asked(pretrained: list[Path], extra: list[dict[str, Any]]) -> tuple[str, str
 
 def test_ranks_that_differ_do_not_wait_for_each_other(tmp_path):
     """In what they find, and in whether they can ask: one rank has a tensor that cannot be made for 16 tokens."""
-    gpt_oss, llama = save_checkpoint(tmp_path / "gpt_oss", "gpt_oss"), save_checkpoint(tmp_path / "llama")
-    for error, _ in run_ranks(2, asked, [llama, gpt_oss], [{}, {}]):
+    lfm2, llama = save_checkpoint(tmp_path / "lfm2", "lfm2", **LFM2), save_checkpoint(tmp_path / "llama")
+    for error, _ in run_ranks(2, asked, [llama, lfm2], [{}, {}]):
         assert "packed examples see each other" in error
-    found = run_ranks(2, asked, [llama, gpt_oss], [{}, {"cu_seq_lens_q": torch.tensor([0, 9, 24])}])
+    found = run_ranks(2, asked, [llama, lfm2], [{}, {"cu_seq_lens_q": torch.tensor([0, 9, 24])}])
     assert [error for error, _ in found] == ["", ""]
     assert any("with cu_seq_lens_q: it was not checked" in warning for _, warning in found)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_packed_and_padded_examples_have_the_same_losses(tmp_path, ranks):
-    pretrained = save_checkpoint(tmp_path / "model")
+@pytest.mark.parametrize(("ranks", "kind"), [(1, "llama"), (2, "llama"), (2, "gpt_oss")])
+def test_packed_and_padded_examples_have_the_same_losses(tmp_path, ranks, kind):
+    """gpt-oss is given masks."""
+    pretrained = save_checkpoint(tmp_path / "model", kind)
     for packed, padded in run_ranks(ranks, compare, pretrained):
         assert packed == pytest.approx(padded, rel=1e-5)
         assert packed[1] != packed[0]
 
 
 def test_refused_on_every_rank(tmp_path):
-    gpt_oss, llama = save_checkpoint(tmp_path / "gpt_oss", "gpt_oss"), save_checkpoint(tmp_path / "llama")
+    lfm2, llama = save_checkpoint(tmp_path / "lfm2", "lfm2", **LFM2), save_checkpoint(tmp_path / "llama")
     attention = LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "v_proj"])
     virtual = PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
     cases = [
-        (gpt_oss, CausalLMModule, {"adapter": attention}),
+        (lfm2, CausalLMModule, {"adapter": attention}),
         (llama, WithCache, {"gradient_checkpointing": False}),
         (llama, CausalLMModule, {"adapter": virtual, "init": None}),
     ]
     for said in run_ranks(2, refusals, cases):
-        assert "packed examples see each other in GptOssForCausalLM" in said[0]
+        assert "packed examples see each other in Lfm2ForCausalLM" in said[0]
         assert "pass use_cache=False" in said[1]
         assert "packed examples would attend to each other" in said[2]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -14,9 +16,12 @@ from lowrank_dist.errors import InputError
 from lowrank_dist.training.packed_examples import PackedExamples
 
 APART = ["llama", "qwen2", "mistral", "gemma", "phi", "gpt2", "mixtral"]
+MASKED = {
+    "gpt_oss": {"sliding_window": 4},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 64, "dropout": 0.0},
+    "falcon": {"alibi": False, "new_decoder_architecture": False, "multi_query": True},
+}
 SEEING = {
-    "gpt_oss": {},
-    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 64},
     "bloom": {"n_layer": 1, "n_head": 2},
     "mamba": {"state_size": 8},
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_ff_dim": 64, "block_multiple_of": 8},
@@ -36,7 +41,7 @@ SEEING = {
 
 def model_of(kind: str, **settings):
     torch.manual_seed(0)
-    shape = ARCHITECTURES.get(kind, ARCHITECTURES["llama"]) | SEEING.get(kind, {}) | settings
+    shape = ARCHITECTURES.get(kind, ARCHITECTURES["llama"]) | (MASKED | SEEING).get(kind, {}) | settings
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape, initializer_range=0.2))
     return model.train()
 
@@ -70,6 +75,33 @@ def test_models_that_keep_examples_apart_pass_and_are_asked_once(kind):
     assert all(module.training for module in model.modules())
 
 
+@pytest.mark.parametrize("kind", MASKED)
+def test_models_that_take_a_mask_are_given_one(kind, caplog):
+    """Losses and gradients of packed rows are those of the examples alone, and the line is said once."""
+    model, batch = model_of(kind), packed()
+    assert difference_alone(model, batch) > 1e-2
+    PackedExamples(model.train())
+    ids, positions = batch.values()
+    loss = 0
+    for row in ids:
+        for example in (row[:9], row[9:]):
+            logits = model(input_ids=example[None], use_cache=False).logits[0, :-1]
+            loss += F.cross_entropy(logits, example[1:], reduction="sum")
+    expected = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
+        logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        model(ids, None, position_ids=positions, use_cache=False)
+    assert sum("it is given masks" in record.message for record in caplog.records) == 1
+    loss = sum(
+        F.cross_entropy(row[part][:-1], tokens[part][1:], reduction="sum")
+        for row, tokens in zip(logits, ids, strict=True)
+        for part in (slice(9), slice(9, None))
+    )
+    found = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", SEEING)
 def test_models_whose_examples_see_each_other_are_refused_by_name(kind):
     model, batch = model_of(kind), packed()
@@ -86,7 +118,7 @@ def test_models_whose_examples_see_each_other_are_refused_by_name(kind):
         model(**batch, **arguments)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt_oss", "lfm2"])
+@pytest.mark.parametrize("kind", ["llama", "lfm2"])
 def test_a_batch_of_one_token_and_several_ends(kind):
     """Of what is in the batch alone, neighbours would be equal; LLaMA-3's configuration lists three ends."""
     model = model_of(kind, eos_token_id=[2, 250, 251])
@@ -100,7 +132,7 @@ def test_a_batch_of_one_token_and_several_ends(kind):
 
 
 def test_padded_batches_are_not_asked():
-    model, batch = model_of("gpt_oss"), packed()
+    model, batch = model_of("lfm2"), packed()
     PackedExamples(model)
     assert model(**batch, attention_mask=torch.ones_like(batch["input_ids"])).logits.isfinite().all()
 
@@ -133,9 +165,9 @@ def test_bf16_rounding_is_no_difference_and_a_leak_still_is():
     model = model_of("llama").bfloat16()
     PackedExamples(model)
     model(**packed(), use_cache=False)
-    leaking = model_of("gpt_oss").bfloat16()
+    leaking = model_of("lfm2").bfloat16()
     PackedExamples(leaking)
-    with pytest.raises(InputError, match="GptOssForCausalLM"):
+    with pytest.raises(InputError, match="Lfm2ForCausalLM"):
         leaking(**packed(), use_cache=False)
 
 
