@@ -110,7 +110,16 @@ def run(worker: str, tokenizer: str, folder: Path, processes: int) -> dict[str, 
     """What a worker reports, with the CPU seconds of its process and its children."""
     environment = os.environ | {"HF_DATASETS_CACHE": str(folder / "datasets"), "PYTHONPATH": str(ROOT / "src")}
     environment["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
-    command = [sys.executable, __file__, "--worker", worker, "--tokenizer", tokenizer, "--processes", str(processes)]
+    command = [
+        sys.executable,
+        str(Path(__file__).resolve()),
+        "--worker",
+        worker,
+        "--tokenizer",
+        tokenizer,
+        "--processes",
+        str(processes),
+    ]
     done = subprocess.run(command, cwd=folder, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result

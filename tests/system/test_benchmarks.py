@@ -107,6 +107,16 @@ def test_formats_at_tiny_scale(tmp_path: Path) -> None:
 
 
 @pytest.mark.matrix
+def test_preparing_data_at_tiny_scale(tmp_path: Path) -> None:
+    """Both projects prepare all records, the first time and again."""
+    report = dry_run("benchmarks/bench_data.py", output=tmp_path / "data.md")
+    rows = [line.split("|")[1].strip() for line in report.splitlines() if line.count("|") > 6]
+    for project in ("this project", "TRL"):
+        assert f"{project}, first time, 2 processes" in rows
+        assert f"{project}, second time" in rows
+
+
+@pytest.mark.matrix
 def test_checkpoints_at_tiny_scale(tmp_path: Path) -> None:
     """Of the figures, those that are no times: what can be resumed elsewhere, and what holds pickles."""
     report = dry_run("benchmarks/bench_checkpoint.py", output=tmp_path / "checkpoint.md")

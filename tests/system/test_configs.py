@@ -151,7 +151,8 @@ EXPERTS = {
     "deepseek-v3_16gpu": (61 * 5 + 58 * 2 * 256, 673.15e9),  # 688.6 GB with a layer that predicts two tokens
 }
 COMPARISON = "llama3.2-3b_1gpu"
-BASES = sorted({path.stem for path in (CONFIGS / "base").glob("*.yaml")} - EXPERTS.keys() - {COMPARISON})
+SMALL = "smollm2-135m_1cpu"  # short runs that compare methods
+BASES = sorted({path.stem for path in (CONFIGS / "base").glob("*.yaml")} - EXPERTS.keys() - {COMPARISON, SMALL})
 # every base, every method, both ranks
 PAIRS = [
     ("llama3-8b_8gpu", "full", None),
@@ -170,16 +171,28 @@ def composed(base: str, method: str, rank: int | None = None) -> list[Path]:
     return paths if rank is None else [*paths, CONFIGS / "rank" / f"{rank}.yaml"]
 
 
+@pytest.mark.parametrize("method", ["dora", "loraplus"])
+def test_methods_that_are_compared_on_a_small_model(method: str) -> None:
+    settings = parse(*composed(SMALL, method))
+    strategy = instantiated(settings, "trainer").strategy
+    assert type(strategy.init) is LoRA
+    assert isinstance(strategy.quantization, NF4)
+    assert (strategy.adapter.r, strategy.adapter.use_dora) == (16, method == "dora")
+    assert settings.model.loraplus_lr_ratio == (16 if method == "loraplus" else 1)
+
+
 def test_the_large_models_are_there() -> None:
     assert {base for base, _, _ in PAIRS} == set(BASES)
     models = {base.partition("_")[0] for base in BASES}
     assert models == {"llama3-8b", "llama3-70b", "qwen2-72b", "mistral-7b"}
     assert {path.stem for path in (CONFIGS / "method").glob("*.yaml")} == {
         "apollo",
+        "dora",
         "full",
         "galore",
         "llama_pro",
         "longlora",
+        "loraplus",
         *METHODS,
     }
 

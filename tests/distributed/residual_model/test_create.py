@@ -245,7 +245,7 @@ def test_models_that_others_publish_load(qwen: Path, tmp_path: Path, bits: int) 
         ({"quantization": NF4(block_size=128)}, ["quantization is", "leave `quantization` out"]),
         (
             {"adapter": adapter(target_modules=["q_proj"])},
-            ["k_proj.weight is stored in 4 bits, and the adapter does not target it"],
+            ["k_proj.weight is stored quantized, and the adapter does not target it"],
         ),
     ],
     ids=["rank", "method", "format", "targets"],
