@@ -9,6 +9,7 @@ from typing import get_args
 from peft import AdaLoraConfig, LoraConfig
 
 from lowrank_dist.adapters.files import read_config
+from lowrank_dist.adapters.source import copied_blocks
 from lowrank_dist.checkpoints.layout import TrainingCheckpoint
 from lowrank_dist.decomposition.restore import RecordedMethod
 from lowrank_dist.errors import CheckpointError, InputError
@@ -18,7 +19,7 @@ from lowrank_dist.model.factor_layout import stored_layout
 from lowrank_dist.quantization.registry import format_from_dict
 from lowrank_dist.residual_model.reader import ResidualModel
 from lowrank_dist.storage.layout import ADAPTER_DIR, LORA_DIR, MANIFEST
-from lowrank_dist.storage.parse import is_flag, is_integer, is_list_of, is_text
+from lowrank_dist.storage.parse import is_flag, is_list_of, is_text
 from lowrank_dist.storage.reader import resolve_checkpoint
 from lowrank_dist.tuners.support import needs_peft
 
@@ -67,7 +68,7 @@ def recorded_recipe(
     revision = manifest.get("pretrained_commit") if pretrained is None and not Path(name).exists() else None
     residual = format_from_dict(manifest.record("residual"))
     quantization = residual if isinstance(residual, str) or not residual.exact else None
-    blocks = options.expect("expand_blocks", _is_blocks, "a number or a list of layers", None)
+    blocks = copied_blocks(manifest)
     method: Method | None = None
     if blocks is not None:
         pass  # no adapter
@@ -90,7 +91,3 @@ def recorded_recipe(
         untie_embeddings=options.expect("untie_embeddings", is_flag, "true or false"),
         expand_blocks=blocks,
     )
-
-
-def _is_blocks(value: object) -> bool:
-    return is_integer(value) or is_list_of(is_integer)(value)

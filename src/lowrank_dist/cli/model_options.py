@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lowrank_dist.errors import InputError
+from lowrank_dist.storage.layout import QUANT_STATES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,7 +32,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="revision of a hub id: of --base, or of a pretrained model")
     parser.add_argument(
         "--quantization",
-        choices=["nf4", "fp4", "int8", "fp8", "mxfp4", "none"],
+        choices=[*QUANT_STATES, "none"],
         default="none",
         help="how the linear layers of an original model are held (default: %(default)s); a checkpoint says itself",
     )

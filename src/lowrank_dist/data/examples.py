@@ -151,6 +151,8 @@ class ExampleSettings:
         if cache_dir is not None:
             key = self.cache_key(tokenizer, source, limit, task, report)
         if cache_dir is None or key is None:
+            if num_proc is not None:
+                report("%s: num_proc=%d is not used, because without a cache every rank tokenizes", source, num_proc)
             loaded = self.read(tokenizer, source, limit, task=task, progress=progress)
             return Tokens.of(loaded.examples, loaded.along, loaded.targets), loaded.lines(self.max_length)
 

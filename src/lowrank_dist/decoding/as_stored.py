@@ -274,7 +274,7 @@ def read_stored(
         values = _bytes_of(
             matrix.tensors[place], piece.index, part.shapes[place], part.dtypes[place], start, stop, reader
         )
-        _check_finite(matrix.tensors[place], values, part.dtypes[place])
+        _check_finite(matrix.tensors[place], values, part.dtypes[place], scales=place == 1)
         shards[name] = torch.nn.functional.pad(values, (0, storages[name].shard_numel - values.numel()))
     return shards
 
@@ -301,8 +301,11 @@ def _bytes_of(
     return rows.reshape(-1).view(torch.uint8)[start - first * width : stop - first * width].clone()
 
 
-def _check_finite(name: str, values: Tensor, dtype: torch.dtype) -> None:
-    if dtype == torch.float8_e4m3fn:
+def _check_finite(name: str, values: Tensor, dtype: torch.dtype, *, scales: bool) -> None:
+    """Raise CheckpointError if bytes of `dtype` hold a NaN or infinity; scales in bytes are exponents (E8M0)."""
+    if str(dtype) == "torch.float8_e8m0fnu" or (scales and dtype == torch.uint8):
+        bad = (values == 0xFF).any()
+    elif dtype == torch.float8_e4m3fn:
         bad = (values & 0x7F == 0x7F).any()
     elif dtype == torch.float8_e5m2:
         bad = (values & 0x7F >= 0x7C).any()

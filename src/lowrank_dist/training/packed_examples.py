@@ -118,6 +118,7 @@ class PackedExamples:
 
     def _mask(self, positions: Tensor) -> Any:
         """What keeps examples apart, as transformers makes it: a mask, one for each kind of layer, or None."""
+        positions = torch.atleast_2d(positions)
         rows, length = positions.shape
         weight = self._backbone.get_input_embeddings().weight
         like = torch.empty(rows, length, 1, dtype=weight.dtype, device=positions.device)

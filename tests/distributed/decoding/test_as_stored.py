@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from helpers.models import save_checkpoint
@@ -19,7 +21,7 @@ from helpers.training import ByStep, CausalLM, loader, make_strategy, make_train
 from lowrank_dist import AdapterCheckpoint, LoRA, PiSSA
 from lowrank_dist.decomposition.schedule import Sharding
 from lowrank_dist.distributed.group import ShardGroup
-from lowrank_dist.errors import InputError, ModelError
+from lowrank_dist.errors import CheckpointError, InputError, ModelError
 from lowrank_dist.export.refit import refit_checkpoint
 from lowrank_dist.forecast.job import RunSpec, parameters, planned_run
 from lowrank_dist.inference.on_disk import ModelOnDisk
@@ -122,6 +124,32 @@ def planned_bytes(quantized: Path, ranks: int, options: dict[str, Any]) -> int:
     shapes, job = planned_run(opened, RunSpec(nodes=1, gpus_per_node=ranks, compute_dtype=torch.float32))
     opened.close()
     return sum(p.shard_bytes for p in parameters(shapes, job) if p.kind in ("codes", "maxima", "dense"))
+
+
+def refusals(pretrained: dict[str, Path]) -> dict[str, str]:
+    found = {}
+    for kind, directory in pretrained.items():
+        with pytest.raises(CheckpointError) as caught:
+            trained(directory, None, {**options_of(kind), "quantization": "as stored"})
+        found[kind] = str(caught.value)
+    return found
+
+
+def test_scales_that_are_no_number_are_refused_on_every_rank(
+    made: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    """In fp32, and as exponents in bytes, of which the last is NaN; each in the part of one rank."""
+    damaged, names = {}, {}
+    for kind in ("fp8-blocks", "mxfp4"):
+        damaged[kind] = shutil.copytree(made(kind)[0], tmp_path / kind)
+        (file,) = damaged[kind].glob("*.safetensors")
+        tensors = load_file(file)
+        names[kind] = next(name for name in tensors if name.endswith(("o_proj.weight_scale_inv", "down_proj_scales")))
+        tensors[names[kind]].view(-1)[-1] = 255 if kind == "mxfp4" else float("nan")
+        save_file(tensors, file, metadata={"format": "pt"})
+    for said in run_ranks(2, refusals, damaged):
+        for kind, name in names.items():
+            assert f"{name}: holds a NaN or infinity" in said[kind]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
