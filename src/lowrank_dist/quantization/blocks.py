@@ -77,10 +77,9 @@ class BlockFormat(ABC):
         """Number of elements with one scale."""
 
     @classmethod
+    @abstractmethod
     def of(cls, block: int, *, nested: bool) -> BlockFormat:
         """The format with these blocks, as far as it has a choice."""
-        assert not nested
-        return cls(block_size=block)  # type: ignore[call-arg]
 
     @abstractmethod
     def encoded(self, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -254,10 +253,24 @@ class BlockFormat(ABC):
         return first * self.block_bytes, min(last * self.block_bytes, self._code_bytes(partition))
 
 
-def check_block_size(residual: BlockFormat) -> None:
-    """Raise InputError if the blocks of `residual` have a size that bitsandbytes does not know."""
-    if residual.block not in BLOCK_SIZES:
-        raise InputError(f"{type(residual).__name__}: block_size={residual.block} is not one of {BLOCK_SIZES}")
+@dataclass(frozen=True, kw_only=True)
+class SizedBlocks(BlockFormat):
+    """A block format whose blocks have a size that the user chooses, one of those that bitsandbytes knows."""
+
+    block_size: int = 64
+
+    def __post_init__(self) -> None:
+        if self.block_size not in BLOCK_SIZES:
+            raise InputError(f"{type(self).__name__}: block_size={self.block_size} is not one of {BLOCK_SIZES}")
+
+    @property
+    def block(self) -> int:
+        return self.block_size
+
+    @classmethod
+    def of(cls, block: int, *, nested: bool) -> BlockFormat:
+        assert not nested
+        return cls(block_size=block)
 
 
 def _decode_in_graph(

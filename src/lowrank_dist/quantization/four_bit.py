@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import FlatStorage, RowPartition
-from lowrank_dist.quantization.blocks import BlockFormat, check_block_size
+from lowrank_dist.quantization.blocks import SizedBlocks
 from lowrank_dist.quantization.format import Product, ReadFile
 from lowrank_dist.quantization.nested import (
     NESTED_BLOCK,
@@ -36,7 +36,7 @@ from lowrank_dist.storage.reader import FileTensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class FourBit(BlockFormat):
+class FourBit(SizedBlocks):
     """A 4-bit format of bitsandbytes; `name` is what it calls the code table.
 
     Parameters
@@ -49,15 +49,7 @@ class FourBit(BlockFormat):
 
     bits: ClassVar[int] = 4
     stock: ClassVar[bool] = True
-    block_size: int = 64
     double_quant: bool = False
-
-    def __post_init__(self) -> None:
-        check_block_size(self)
-
-    @property
-    def block(self) -> int:
-        return self.block_size
 
     @property
     def scale_bytes(self) -> int:

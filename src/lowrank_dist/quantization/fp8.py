@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowrank_dist.quantization.blocks import check_block_size
+from lowrank_dist.quantization.blocks import SizedBlocks
 from lowrank_dist.quantization.elements import E4M3_MAX, to_e4m3
 from lowrank_dist.quantization.scaled import ScaledFormat
 
@@ -16,7 +16,7 @@ _SMALLEST_SCALE = torch.finfo(torch.float32).eps  # of a block of zeros, as in c
 
 
 @dataclass(frozen=True, kw_only=True)
-class FP8(ScaledFormat):
+class FP8(SizedBlocks, ScaledFormat):
     """Residual format: FP8 (E4M3) values with block-wise scales (8.25 bits per weight with blocks of 128).
 
     The scale is the block's absolute maximum divided by 448, the largest value of E4M3.
@@ -51,13 +51,6 @@ class FP8(ScaledFormat):
     name: ClassVar[str] = "fp8"
     bits: ClassVar[int] = 8
     block_size: int = 128
-
-    def __post_init__(self) -> None:
-        check_block_size(self)
-
-    @property
-    def block(self) -> int:
-        return self.block_size
 
     def encoded(self, values: Tensor) -> tuple[Tensor, Tensor]:
         scales = values.abs().amax(1, keepdim=True) / E4M3_MAX

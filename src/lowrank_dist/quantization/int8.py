@@ -8,13 +8,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowrank_dist.quantization.blocks import check_block_size
+from lowrank_dist.quantization.blocks import SizedBlocks
 from lowrank_dist.quantization.elements import from_int8, to_int8
 from lowrank_dist.quantization.scaled import ScaledFormat
 
 
 @dataclass(frozen=True, kw_only=True)
-class INT8(ScaledFormat):
+class INT8(SizedBlocks, ScaledFormat):
     """Residual format: INT8 codes with block-wise absolute maxima (8.5 bits per weight with blocks of 64).
 
     LLM.int8 takes the maximum of a row; here it is that of `block_size` consecutive elements.
@@ -48,14 +48,6 @@ class INT8(ScaledFormat):
 
     name: ClassVar[str] = "int8"
     bits: ClassVar[int] = 8
-    block_size: int = 64
-
-    def __post_init__(self) -> None:
-        check_block_size(self)
-
-    @property
-    def block(self) -> int:
-        return self.block_size
 
     def encoded(self, values: Tensor) -> tuple[Tensor, Tensor]:
         maxima = values.abs().amax(1, keepdim=True)
