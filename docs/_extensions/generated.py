@@ -44,6 +44,7 @@ RESULTS = {
     "host": "CPU time of a step on the host",
     "step": "A training step on a CPU",
     "checkpoint": "Checkpoints",
+    "data": "Preparing data",
     "dora": "DoRA",
     "startup": "Start-up of commands",
     "quantized_starts": "Starts on a quantized base",

@@ -1,5 +1,5 @@
 """The command line: ``lowrank-dist COMMAND``, see ``--help``."""
 
-from lowrank_dist.cli.commands import main
+from lowrank_dist.cli.commands import main, program
 
-__all__ = ["main"]
+__all__ = ["main", "program"]

@@ -2,6 +2,6 @@
 
 import sys
 
-from lowrank_dist.cli import main
+from lowrank_dist.cli import program
 
-sys.exit(main())
+sys.exit(program())

@@ -1,7 +1,9 @@
 """Memory that autograd keeps between forward and backward, measured by a forward pass on the meta device.
 
 The shapes are those of the real model; nothing is computed. Parameters do not count, and each storage counts once. The
-frozen layers of the real model save only parameters, like a plain linear layer with a frozen weight.
+frozen layers of the real model save only parameters, like a plain linear layer with a frozen weight. Of repeated layers
+that are alike two run: the first saves what all layers share too, such as rotary embeddings, and the second what the
+others save.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import torch
 from peft.tuners.lora import ParamWrapper
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
 from lowrank_dist.distributed.partition import RowPartition
@@ -84,17 +87,14 @@ def measure_activations(backbone: PreTrainedModel, *, length: int, dtype: torch.
     chunk = fused_chunk(length, text.hidden_size, text.vocab_size)
     fused = dtype.itemsize * (chunk * text.vocab_size + length * text.hidden_size) + 4 * length
     loss = {"logits": logits, "fused": fused}
-    try:
-        inside, outside = _Saved(backbone, dtype).of(length)
-        return Activations(inputs=inputs, layers=inside, outside=outside, **loss, measured=True)
-    except (
-        RuntimeError,
-        NotImplementedError,
-        TypeError,
-        ValueError,
-    ):  # the forward needs values, which meta tensors lack, or other inputs
-        estimate = _BYTES_PER_UNIT * length * text.hidden_size * dtype.itemsize // 2
-        return Activations(inputs=inputs, layers=(estimate,) * len(layers), outside=0, **loss, measured=False)
+    for alike in (_alike(layers), {}):  # a layer that others look into must run itself
+        try:
+            inside, outside = _Saved(backbone, dtype, alike).of(length)
+            return Activations(inputs=inputs, layers=inside, outside=outside, **loss, measured=True)
+        except (RuntimeError, NotImplementedError, TypeError, ValueError, LookupError, AttributeError):
+            continue  # the forward needs values, which meta tensors lack, or other inputs
+    estimate = _BYTES_PER_UNIT * length * text.hidden_size * dtype.itemsize // 2
+    return Activations(inputs=inputs, layers=(estimate,) * len(layers), outside=0, **loss, measured=False)
 
 
 def fused_chunk(tokens: int, hidden: int, vocabulary: int) -> int:
@@ -103,11 +103,60 @@ def fused_chunk(tokens: int, hidden: int, vocabulary: int) -> int:
     return min(tokens, 1 << (-(-tokens // chunks) - 1).bit_length())
 
 
-class _Saved:
-    """Runs a copy of a model on the meta device and counts saved bytes by the layer that saves them."""
+def _alike(layers: list[nn.Module]) -> dict[int, int]:
+    """Index of a layer that saves the same bytes, for all but the first two layers of a kind."""
+    seen: dict[Any, list[int]] = {}
+    for index, layer in enumerate(layers):
+        seen.setdefault(_kind(layer), []).append(index)
+    return {index: indices[1] for indices in seen.values() for index in indices[2:]}
 
-    def __init__(self, backbone: PreTrainedModel, dtype: torch.dtype) -> None:
-        self.model: Any = copy.deepcopy(backbone)
+
+def _kind(layer: nn.Module) -> tuple[Any, ...]:
+    """All that tells layers apart: their modules with plain settings, and their tensors; not the layer's number."""
+    modules = tuple(
+        (name, type(module), *((key, value) for key, value in vars(module).items() if _is_setting(key, value)))
+        for name, module in layer.named_modules()
+    )
+    tensors = tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in layer.named_parameters())
+    return modules, tensors
+
+
+def _is_setting(key: str, value: Any) -> bool:
+    return isinstance(value, bool | int | float | str) and key != "layer_idx"
+
+
+class _Stand(nn.Module):
+    """Stands for a layer that is like another, and returns what that one returned, in tensors of its own."""
+
+    def __init__(self, layer: nn.Module, returned: dict[int, Any], like: int) -> None:
+        super().__init__()
+        # not a sub-module: it is not copied, and not asked for parameters
+        self.__dict__.update(_layer=layer, _returned=returned, _like=like)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        return tree_map_only(Tensor, _fresh, self._returned[self._like])
+
+
+def _fresh(tensor: Tensor) -> Tensor:
+    # a clone, since what follows may change it in place
+    return torch.empty_like(tensor).requires_grad_(tensor.requires_grad).clone()
+
+
+class _Saved:
+    """Runs a copy of a model on the meta device and counts saved bytes by the layer that saves them.
+
+    `alike` maps indices of layers to those of layers that save the same bytes; these layers do not run.
+    """
+
+    def __init__(self, backbone: PreTrainedModel, dtype: torch.dtype, alike: Mapping[int, int]) -> None:
+        self.alike = alike
+        self.returned: dict[int, Any] = {}
+        originals = repeated_layers(backbone)
+        stands = {id(originals[index]): _Stand(originals[index], self.returned, like) for index, like in alike.items()}
+        self.model: Any = copy.deepcopy(backbone, stands)
         for parameter in self.model.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
@@ -125,15 +174,17 @@ class _Saved:
 
     def of(self, length: int) -> tuple[tuple[int, ...], int]:
         for index, layer in enumerate(self.layers):
-            layer.register_forward_pre_hook(self._enter(index))
-            layer.register_forward_hook(self._leave)
+            if index not in self.alike:
+                layer.register_forward_pre_hook(self._enter(index))
+                layer.register_forward_hook(self._leave(index))
         self.kept = {parameter.untyped_storage()._cdata: parameter for parameter in self.model.parameters()}
         ids = torch.zeros(1, length, dtype=torch.long, device="meta")
         # a given 4-d mask is used as it is; transformers would read values to make one
         mask = torch.ones(1, 1, length, length, dtype=torch.bool, device="meta")
         with torch.autograd.graph.saved_tensors_hooks(self._count, lambda tensor: tensor), _FusedAttention():
             self.model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False)
-        return tuple(self.bytes.get(index, 0) for index in range(len(self.layers))), self.bytes.get(None, 0)
+        inside = (self.bytes.get(self.alike.get(index, index), 0) for index in range(len(self.layers)))
+        return tuple(inside), self.bytes.get(None, 0)
 
     def _enter(self, index: int) -> Callable[..., None]:
         def hook(*_: Any) -> None:
@@ -141,8 +192,12 @@ class _Saved:
 
         return hook
 
-    def _leave(self, *_: Any) -> None:
-        self.current = None
+    def _leave(self, index: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            self.current = None
+            self.returned[index] = output
+
+        return hook
 
     def _count(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

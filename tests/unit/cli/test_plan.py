@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -141,6 +143,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """A plan for a tiny model."""
     directory = save_checkpoint(tmp_path_factory.mktemp("tiny"), "llama")
     return [*EIGHT, f"--model-config={directory}", "--trainer.strategy.init_args.adapter.init_args.r=4", "--reserve=0"]
+
+
+def test_the_program_writes_all_before_it_ends(tiny: list[str]) -> None:
+    """The process ends without tearing down what it has imported; it writes nothing else."""
+    command = [sys.executable, "-m", "lowrank_dist.cli", "plan", *tiny, "--json", "--gpu-memory=1e-6"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert json.loads(done.stdout)["fits"] is False
+    assert (done.returncode, done.stderr) == (DOES_NOT_FIT, "")
 
 
 def test_nodes_and_gpus_can_be_given(tiny: list[str]) -> None:
