@@ -14,10 +14,12 @@ INSTALLED := $(VENV)/.installed
 EXTRAS := $(VENV)/.extras-installed
 # the lowest versions that pyproject.toml admits; of torch the pinned release, or another that there is a CPU build of
 LOWEST := .venv-lowest
-# vLLM, of which the loader is tested, and what its modules import
+# servers whose loaders are tested: vLLM and what its modules import; SGLang; llama.cpp, with its converters
 SERVING := .venv-serving
 VLLM := vllm==0.33.0 apache-tvm-ffi cachetools cbor2 fastapi llguidance msgspec openai openai_harmony \
 	partial_json_parser prometheus_client pybase64 pyzmq sniffio starlette uvloop xgrammar
+OTHERS := sglang==0.5.23 xllamacpp==2026.10.11549
+LLAMA_CPP := llama-cpp-python==0.3.36
 TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 # walk, fit on 2 ranks, save, resume, convert, the text for sbatch, and the private names of others
 SMOKE := \
@@ -39,7 +41,7 @@ help:
 	@echo "make test-matrix  every combination that make test leaves out; writes the table of docs/tuners.md"
 	@echo "make test-slurm  install Debian's Slurm (as root) and pass tests/slurm on it, on loopback"
 	@echo "make test-lowest  pass a smoke set with the lowest versions that pyproject.toml admits (.venv-lowest)"
-	@echo "make test-serving  put converted LoRAs through vLLM's own loader (.venv-serving; not in CI)"
+	@echo "make test-serving  put converted LoRAs through the loaders of vLLM, SGLang and llama.cpp (.venv-serving; not in CI)"
 	@echo "make kills   end ranks of training runs at random moments, and resume (KILLS=30 SEED=0 RANKS=2; not in CI)"
 	@echo "make fuzz    damage files of every kind, and check what the readers make of them (FUZZ_CASES, FUZZ_SEED)"
 	@echo "make lint    ruff check, ruff format --check, mypy, hadolint"
@@ -84,12 +86,17 @@ test-slurm: $(INSTALLED)
 # on top of the project's environment, without the CUDA builds that it pins
 test-serving: $(INSTALLED)
 	$(PYTHON) -m venv --clear $(SERVING)
-	$(SERVING)/bin/python -m pip install --quiet --disable-pip-version-check --no-input --no-deps $(VLLM)
+	$(SERVING)/bin/python -m pip install --quiet --disable-pip-version-check --no-input --no-deps $(VLLM) $(OTHERS)
 	$(SERVING)/bin/python -m pip install --quiet --disable-pip-version-check --no-input opentelemetry-api \
 		opentelemetry-sdk opentelemetry-exporter-otlp
 	$(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 		> "$$($(SERVING)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth"
-	env LOWRANK_DIST_VLLM="$(CURDIR)/$(SERVING)/bin/python" $(RUN) python -m pytest tests/system/test_serving.py $(PYTEST_ARGS)
+	$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-input --no-deps --no-binary :all: \
+		--dest $(SERVING)/llama.cpp $(LLAMA_CPP)
+	tar --extract --gzip --file $(SERVING)/llama.cpp/*.tar.gz --directory $(SERVING)/llama.cpp --strip-components 3 \
+		--wildcards "*/vendor/llama.cpp"
+	env LOWRANK_DIST_SERVING="$(CURDIR)/$(SERVING)/bin/python" LOWRANK_DIST_LLAMA_CPP="$(CURDIR)/$(SERVING)/llama.cpp" \
+		$(RUN) python -m pytest tests/system/test_serving.py $(PYTEST_ARGS)
 
 # warnings of older releases about newer ones are nobody's here
 test-lowest: export OMP_NUM_THREADS := 1

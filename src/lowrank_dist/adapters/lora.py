@@ -6,8 +6,9 @@ are the factors before training. Then ::
     W_res + s B A = W + s (B A - B_0 A_0) = W + s [B | -B_0] [A; A_0],
 
 which is a LoRA of rank 2r on W with the same scaling ([PiSSA], appendix on conversion; PEFT's
-``path_initial_model_for_weight_conversion`` does the same). The scaling is ``alpha / r``, so alpha doubles with r. With
-rsLoRA the scaling is ``alpha / sqrt(r)``, and alpha grows by ``sqrt(2)``. If the residual is quantized, the model
+``path_initial_model_for_weight_conversion`` does the same). The scaling is ``alpha / r``, so alpha doubles with r.
+rsLoRA's ``alpha / sqrt(r)`` is written as such a quotient too, because some servers know no other scaling and do not
+say so; with ranks by module rsLoRA stays, and alpha grows by ``sqrt(2)``. If the residual is quantized, the model
 computes ``Q(W_res) + s B A``. The identity then leaves out ``Q(W_res) - W_res``, whose size the checkpoint's manifest
 records.
 
@@ -82,16 +83,32 @@ def to_lora(
     return converted
 
 
-def lora_config(config: LoraConfig) -> LoraConfig:
-    """PEFT's configuration of the exact LoRA: r is doubled for every module, and the scalings stay the same."""
-    grow = math.sqrt(2) if config.use_rslora else 2
+def lora_config(config: LoraConfig, *, doubled: bool = True) -> LoraConfig:
+    """PEFT's configuration of the exact LoRA: the scalings are those of `config`, without rsLoRA where they can be.
+
+    Parameters
+    ----------
+    config
+        The trained adapter's.
+    doubled
+        Whether every module has twice the rank, because initial factors are taken off.
+    """
+    more = 2 if doubled else 1
+    plain = config.use_rslora and not config.rank_pattern
+    grow = more * math.sqrt(config.r) if plain else math.sqrt(more) if config.use_rslora else more
     return changed_config(
         config,
-        r=2 * config.r,
-        lora_alpha=config.lora_alpha * grow,
-        rank_pattern={name: 2 * rank for name, rank in (config.rank_pattern or {}).items()},
-        alpha_pattern={name: alpha * grow for name, alpha in (config.alpha_pattern or {}).items()},
+        r=more * config.r,
+        lora_alpha=_whole_number(config.lora_alpha * grow),
+        use_rslora=config.use_rslora and not plain,
+        rank_pattern={name: more * rank for name, rank in (config.rank_pattern or {}).items()},
+        alpha_pattern={name: _whole_number(alpha * grow) for name, alpha in (config.alpha_pattern or {}).items()},
     )
+
+
+def _whole_number(alpha: float) -> float:
+    """`alpha` as PEFT declares it, an integer, where it is one."""
+    return int(alpha) if float(alpha).is_integer() else alpha
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,10 +187,8 @@ class ExactLora:
         self.manifest = read_manifest(checkpoint)
         self.trained, trained_config = open_adapter(checkpoint / ADAPTER_DIR)
         self.cancels = not self.manifest["starts_at_zero"]
-        self.config, self._initial = trained_config, None
-        if self.cancels:
-            self.config = lora_config(trained_config)
-            self._initial, _ = open_adapter(checkpoint / INITIAL_DIR)
+        self.config = lora_config(trained_config, doubled=self.cancels)
+        self._initial = open_adapter(checkpoint / INITIAL_DIR)[0] if self.cancels else None
         self.modules = [self._module(name, trained_config) for name in sorted(self.trained) if name.endswith(A_NAMES)]
         if not self.modules:
             raise CheckpointError(

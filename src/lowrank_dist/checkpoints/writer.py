@@ -385,10 +385,9 @@ class CheckpointWriter:
         adapter = taken.contents.adapter
         if isinstance(adapter, AdaLoraFiles):
             return adalora.lora_config(taken.config, adapter.lora_rank or taken.config.init_r)
-        if self._starts_at_zero:
+        if not isinstance(self._config, LoraConfig):
             return self._config
-        assert isinstance(self._config, LoraConfig)
-        return lora_config(self._config)
+        return lora_config(self._config, doubled=not self._starts_at_zero)
 
 
 def _consumed(parcels: deque[Parcel]) -> Iterator[Parcel]:

@@ -106,15 +106,8 @@ def _refit(options: argparse.Namespace, dtype: torch.dtype | None, argv: Sequenc
 
 
 def advice(done: Conversion) -> list[str]:
-    """Lines that say why servers may not load the LoRA as written, and the alternative ranks with their energy."""
+    """Lines that say which ranks vLLM takes, and the energy that other ranks keep."""
     lines = []
-    if done.is_dora:
-        lines.append("It is a DoRA, which servers such as vLLM do not load; --rank writes the nearest LoRA.")
-    if not done.uniform:
-        lines.append(
-            f"Ranks (up to {done.rank}) or scalings differ between modules. vLLM 0.33 takes that; older and other "
-            "servers may need one rank and one scaling for all modules: --rank writes that."
-        )
     if done.rank not in SERVED_RANKS:
         larger = [rank for rank in SERVED_RANKS if rank > done.rank]
         serves = f"rank {done.rank} needs {larger[0]}" if larger else f"rank {done.rank} is beyond them"

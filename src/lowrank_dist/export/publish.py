@@ -145,8 +145,7 @@ def _lora(source: Path, manifest: Record, about: About) -> Publication:
     config = read_json(source / CONFIG)
     card = _Card(manifest, base, about)
     card.add("rank", f"{config.get('r')}" + (" and others (`rank_pattern`)" if config.get("rank_pattern") else ""))
-    for line in objections(source):
-        card.notes.append(f"vLLM: {line}")
+    card.notes += objections(source)
     return Publication(
         files={
             CARD: card.text(adapter=config),

@@ -1,14 +1,18 @@
-"""What servers say to a LoRA, told from its files alone.
+"""What servers say to a LoRA, and what they do not say, told from its files alone.
 
-The rules are those of vLLM's loader (0.33: ``vllm/lora/peft_helper.py`` and ``lora_model.py``). It asks for a LoRA
-without DoRA, of which every tensor is a factor or of a classification head, ``score`` or ``classifier``.
+The rules are those of the loaders of vLLM (0.33: ``vllm/lora/peft_helper.py``, ``lora_model.py``), SGLang (0.5.23:
+``sglang/srt/lora/lora.py``, ``lora_manager.py``) and llama.cpp (``convert_lora_to_gguf.py`` of October 2026).
+``make test-serving`` puts LoRAs through all three.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 
@@ -23,41 +27,72 @@ _FACTORS = (".lora_A.", ".lora_B.", ".lora_embedding_A", ".lora_embedding_B", ".
 
 
 def objections(directory: str | os.PathLike[str]) -> list[str]:
-    """Reasons, beside its ranks, for which vLLM does not load a LoRA, or loads it for some models only.
+    """Reasons, beside the size of its ranks, for which servers do not load a LoRA, or serve another model than trained.
 
     Parameters
     ----------
     directory
         Directory with ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Returns
+    -------
+    list of str
+        Sentences that name the servers and a remedy.
     """
     directory = Path(directory)
     config = read_json(directory / CONFIG)
     with safe_open(directory / WEIGHTS, framework="pt") as file:
         names = sorted(file.keys())
-    heads = {name for name in config.get("modules_to_save") or [] if name in _HEADS}
-    whole = [
-        name
-        for name in names
-        if not any(mark in name for mark in _FACTORS) and not heads.intersection(name.split(".")[-2:-1])
-    ]
-    embeddings = [name for name in names if ".lora_embedding_A" in name]
-    stacked = config.get("target_parameters") or []
-    found = []
+    return [*_of_the_configuration(config), *_of_the_tensors(names, config)]
+
+
+def _of_the_configuration(config: dict[str, Any]) -> Iterator[str]:
+    if config.get("use_dora"):
+        yield "It is a DoRA, which vLLM, SGLang and llama.cpp refuse; --rank of convert writes the nearest LoRA."
+    scalings = [name for name in ("use_rslora", "alpha_pattern") if config.get(name)]
+    if scalings:
+        yield (
+            f"Its scalings are not all lora_alpha / r ({', '.join(scalings)}). vLLM 0.33 takes that; SGLang and "
+            "llama.cpp do not look, and serve a wrong update without a word; --rank of convert writes one scaling."
+        )
+    if config.get("rank_pattern"):
+        yield (
+            "Its ranks differ (rank_pattern). vLLM 0.33 and llama.cpp take that, SGLang does not; --rank of convert "
+            "writes one rank."
+        )
+    targets = config.get("target_modules")
+    if isinstance(targets, str) and targets != "all-linear":
+        yield "Its target_modules are a regular expression, which SGLang refuses; name the modules in a list."
+
+
+def _of_the_tensors(names: Sequence[str], config: dict[str, Any]) -> Iterator[str]:
+    saved = {name for name in config.get("modules_to_save") or [] if name in _HEADS}
+    whole = [name for name in names if not any(mark in name for mark in _FACTORS)]
+    heads = [name for name in whole if saved.intersection(name.split(".")[-2:-1])]
+    whole = [name for name in whole if name not in heads]
     if whole:
-        found.append(
-            f"It holds {_some(whole)} whole, and vLLM refuses a LoRA with tensors that are no factors; merge instead "
-            "(lowrank-dist merge)."
+        yield (
+            f"It holds {_some(whole)} whole. vLLM refuses a LoRA with tensors that are no factors; SGLang and "
+            "llama.cpp leave some out without a word; merge instead (lowrank-dist merge)."
         )
-    if embeddings:
-        found.append(
-            f"It adapts the embedding {_some(embeddings)}, which vLLM takes for models that declare it; else merge."
-        )
-    if stacked:
-        found.append(
+    if heads:
+        yield f"It holds the head {_some(heads)}, which vLLM takes and SGLang leaves out without a word."
+    if embeddings := [name for name in names if ".lora_embedding_A" in name]:
+        yield f"It adapts the embedding {_some(embeddings)}, which vLLM takes for models that declare it; else merge."
+    if stacked := config.get("target_parameters") or []:
+        yield (
             f"It adapts experts in one tensor ({_some(stacked)}), which vLLM takes for some mixtures of experts only, "
             "and other servers do not; else merge."
         )
-    return found
+    attention: dict[str, set[str]] = defaultdict(set)
+    for name in names:
+        if found := re.fullmatch(r"(.*)\.([qkv]_proj)\.lora_A\.weight", name):
+            attention[found[1]].add(found[2])
+    if apart := [name for name, adapted in attention.items() if not adapted.issuperset({"q_proj", "v_proj"})]:
+        yield (
+            f"It adapts {' and '.join(sorted(attention[apart[0]]))} of {_some(apart)}: SGLang takes them with both "
+            "q_proj and v_proj only; merge for it."
+        )
 
 
 def _some(names: Sequence[str]) -> str:

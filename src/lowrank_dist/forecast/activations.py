@@ -131,13 +131,15 @@ class _Stand(nn.Module):
     def __init__(self, layer: nn.Module, returned: dict[int, Any], like: int) -> None:
         super().__init__()
         # not a sub-module: it is not copied, and not asked for parameters
-        self.__dict__.update(_layer=layer, _returned=returned, _like=like)
+        self.__dict__["layer"] = layer
+        self.returned = returned
+        self.like = like
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._layer, name)
+        return getattr(self.__dict__["layer"], name)
 
     def forward(self, *_: Any, **__: Any) -> Any:
-        return tree_map_only(Tensor, _fresh, self._returned[self._like])
+        return tree_map_only(Tensor, _fresh, self.returned[self.like])
 
 
 def _fresh(tensor: Tensor) -> Tensor:

@@ -138,7 +138,7 @@ def test_a_dora_from_zero(llama: Path, tmp_path: Path, capsys: pytest.CaptureFix
     """Its exact conversion is itself; the fit of a LoRA's factors would pass its magnitudes over."""
     run = save_run(llama, tmp_path / "run", TUNERS["dora"]())
     assert command.run([str(run), "--output", str(tmp_path / "lora")]) == 0
-    assert "It is a DoRA, which servers such as vLLM do not load; --rank" in capsys.readouterr().out
+    assert "It is a DoRA, which vLLM, SGLang and llama.cpp refuse; --rank" in capsys.readouterr().out
     tensors, config = read_adapter(tmp_path / "lora")
     before, _ = read_adapter(run / "adapter")
     assert config.use_dora

@@ -1,4 +1,4 @@
-"""What vLLM would object to in a LoRA, by its files."""
+"""What servers would make of a LoRA, by its files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from lowrank_dist.export.serving import objections
 
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
-PLAIN = (f"{LAYER}.lora_A.weight", f"{LAYER}.lora_B.weight")
+PLAIN = tuple(f"{LAYER.replace('q_', leaf)}.lora_{side}.weight" for leaf in ("q_", "v_") for side in "AB")
 EMBEDDING = "base_model.model.model.embed_tokens"
 
 
@@ -24,14 +24,18 @@ EMBEDDING = "base_model.model.model.embed_tokens"
         (
             (*PLAIN, "base_model.model.model.norm.weight", "base_model.model.lm_head.weight"),
             {},
-            ["It holds lm_head.weight and 1 more whole, and vLLM refuses"],
+            ["It holds lm_head.weight and 1 more whole. vLLM refuses"],
         ),
-        ((*PLAIN, "base_model.model.score.weight"), {"modules_to_save": ["score"]}, []),
-        ((*PLAIN, "bare"), {"modules_to_save": ["score"]}, ["It holds bare whole, and vLLM refuses"]),
+        (
+            (*PLAIN, "base_model.model.score.weight"),
+            {"modules_to_save": ["score"]},
+            ["It holds the head score.weight, which vLLM takes and SGLang leaves out"],
+        ),
+        ((*PLAIN, "bare"), {"modules_to_save": ["score"]}, ["It holds bare whole. vLLM refuses"]),
         (
             (*PLAIN, "base_model.model.score.weight"),
             {},
-            ["It holds score.weight whole, and vLLM refuses"],
+            ["It holds score.weight whole. vLLM refuses"],
         ),
         (
             (*PLAIN, f"{EMBEDDING}.lora_embedding_A", f"{EMBEDDING}.lora_embedding_B"),
@@ -39,6 +43,20 @@ EMBEDDING = "base_model.model.model.embed_tokens"
             ["It adapts the embedding model.embed_tokens, which"],
         ),
         (PLAIN, {"target_parameters": ["mlp.experts.gate_up_proj"]}, ["It adapts experts in one tensor (mlp.experts"]),
+        (PLAIN, {"use_dora": True}, ["It is a DoRA, which vLLM, SGLang and llama.cpp refuse"]),
+        (PLAIN, {"alpha_pattern": {"q_proj": 3}}, ["Its scalings are not all lora_alpha / r (alpha_pattern)."]),
+        (
+            PLAIN,
+            {"use_rslora": True, "rank_pattern": {"q_proj": 3}},
+            ["Its scalings are not all lora_alpha / r (use_rslora).", "Its ranks differ (rank_pattern)."],
+        ),
+        (PLAIN, {"target_modules": ".*[qv]_proj"}, ["Its target_modules are a regular expression, which SGLang"]),
+        (PLAIN, {"target_modules": "all-linear"}, []),
+        (
+            PLAIN[:2],
+            {},
+            ["It adapts q_proj of model.layers.0.self_attn: SGLang takes them with both q_proj and v_proj only"],
+        ),
     ],
 )
 def test_objections(names: tuple[str, ...], config: dict[str, Any], messages: list[str], tmp_path: Path) -> None:
