@@ -9,6 +9,8 @@ PYTHON ?= python3
 # files of tests that run at a time, one more than CI has cores: each waits a quarter of its time, for ranks to meet;
 # with make --jobs, tests/slurm and the others run beside each other as well
 JOBS ?= 3
+# modules are compiled when they are first imported, which most of them never are
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-input --no-compile
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 EXTRAS := $(VENV)/.extras-installed
@@ -53,7 +55,7 @@ help:
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt -e ".[dev,demo]"
+	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e ".[dev,demo]"
 	touch $@
 
 setup: $(INSTALLED)
@@ -86,8 +88,8 @@ test-slurm: $(INSTALLED)
 # on top of the project's environment, without the CUDA builds that it pins
 test-serving: $(INSTALLED)
 	$(PYTHON) -m venv --clear $(SERVING)
-	$(SERVING)/bin/python -m pip install --quiet --disable-pip-version-check --no-input --no-deps $(VLLM) $(OTHERS)
-	$(SERVING)/bin/python -m pip install --quiet --disable-pip-version-check --no-input opentelemetry-api \
+	$(SERVING)/bin/python $(PIP_INSTALL) --no-deps $(VLLM) $(OTHERS)
+	$(SERVING)/bin/python $(PIP_INSTALL) opentelemetry-api \
 		opentelemetry-sdk opentelemetry-exporter-otlp
 	$(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 		> "$$($(SERVING)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth"
@@ -103,7 +105,7 @@ test-lowest: export OMP_NUM_THREADS := 1
 test-lowest:
 	$(PYTHON) -m venv --clear $(LOWEST)
 	$(LOWEST)/bin/python tests/helpers/lowest.py $(TORCH) > $(LOWEST)/constraints.txt
-	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-input -c $(LOWEST)/constraints.txt \
+	$(LOWEST)/bin/python $(PIP_INSTALL) -c $(LOWEST)/constraints.txt \
 		-e ".[slurm]" pytest pytest-timeout hypothesis
 	env PATH="$(CURDIR)/$(LOWEST)/bin:$$PATH" python -m pytest -o filterwarnings=default --disable-warnings \
 		$(SMOKE) $(PYTEST_ARGS)
@@ -122,7 +124,7 @@ lint: $(INSTALLED)
 	$(RUN) hadolint Dockerfile
 
 $(EXTRAS): $(INSTALLED)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt -e ".[docs,release]"
+	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e ".[docs,release]"
 	touch $@
 
 extras: $(EXTRAS)

@@ -18,7 +18,7 @@ from pkgutil import resolve_name
 
 from lowrank_dist._version import __version__
 from lowrank_dist.errors import InputError
-from lowrank_dist.training.fit_cli import TRAINER_COMMANDS
+from lowrank_dist.training.fit_cli import TRAINER_COMMANDS, no_garbage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,29 +33,30 @@ class Command:
         ``module:function``. The function takes the arguments, parses them and returns the exit status.
     takes_name
         Whether the arguments passed to `run` begin with the command's name.
-    only_prints
-        Whether there is nothing to end in order after its output has been written.
+    ends_in_order
+        Whether something may be left to do at the end of the process, such as what loggers have registered for it.
     """
 
     help: str
     run: str
     takes_name: bool = False
-    only_prints: bool = False
+    ends_in_order: bool = False
 
 
 COMMANDS = {
-    name: Command(help=text, run="lowrank_dist.training.fit_cli:run_trainer", takes_name=True)
+    name: Command(help=text, run="lowrank_dist.training.fit_cli:run_trainer", takes_name=True, ends_in_order=True)
     for name, text in TRAINER_COMMANDS.items()
 } | {
     "plan": Command(
         help="forecast the memory, traffic and time of a run, and whether it fits",
         run="lowrank_dist.cli.plan.command:run",
-        only_prints=True,
     ),
     "data": Command(
         help="show what a run would train on: examples, lengths, and what is dropped", run="lowrank_dist.cli.data:run"
     ),
-    "submit": Command(help="run fit as a job on a SLURM cluster", run="lowrank_dist.cli.submit:run"),
+    "submit": Command(
+        help="run fit as a job on a SLURM cluster", run="lowrank_dist.cli.submit:run", ends_in_order=True
+    ),
     "decompose": Command(
         help="write a residual model: the residual and the initial adapter", run="lowrank_dist.cli.decompose:run"
     ),
@@ -93,6 +94,7 @@ COMMANDS = {
     "demo": Command(
         help="QPiSSA on a small real model with 2 CPU ranks, converted and checked with stock PEFT",
         run="lowrank_dist.cli.demo:run",
+        ends_in_order=True,
     ),
 }
 
@@ -109,12 +111,14 @@ READER_GONE = 128 + 13
 
 
 def program() -> int:
-    """The program ``lowrank-dist``: `main`, and for commands that only print the end of the process.
+    """The program ``lowrank-dist``: `main`, and the end of the process where nothing is left to do.
 
-    Python would look through all imported modules for garbage again, which takes as long as such a command.
+    Python would look through all imported modules for garbage before it ends, for seconds. A rank among others ends in
+    order, because they may still need it.
     """
     status = main()
-    if COMMANDS[sys.argv[1]].only_prints:
+    one_of_several = any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "SLURM_PROCID"))
+    if not COMMANDS[sys.argv[1]].ends_in_order and not one_of_several:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -148,17 +152,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _imported(run: str) -> Callable[[list[str]], int]:
-    """The function of a command.
-
-    There is no garbage while its modules are imported, and looking for it would take a sixth of the time, or half of
-    what the command computes if it is short. What has been imported is no garbage before the command ends.
-    """
-    gc.disable()
-    try:
+    """The function of a command. What is imported for it is no garbage before it ends, and is not looked at."""
+    with no_garbage():
         found: Callable[[list[str]], int] = resolve_name(run)
-    finally:
-        gc.freeze()
-        gc.enable()
+    gc.freeze()
     return found
 
 
