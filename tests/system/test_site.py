@@ -39,7 +39,7 @@ LOOKED_AT = {
 #: Questions of a new user, and the page that answers them.
 SEARCHED = {
     "resume on fewer nodes": "guides/checkpoints.html",
-    "vllm": "guides/export.html",
+    "vllm": "guides/serving.html",
     "refused": "guides/troubleshooting.html",
     "shard_within": "guides/planning.html",
     "randomized_svd": "generated/api-linalg.html",

@@ -20,7 +20,7 @@ from lowrank_dist.quantization.registry import format_from_dict
 from lowrank_dist.residual_model.reader import ResidualModel
 from lowrank_dist.storage.layout import ADAPTER_DIR, LORA_DIR, MANIFEST
 from lowrank_dist.storage.parse import is_flag, is_list_of, is_text
-from lowrank_dist.storage.reader import resolve_checkpoint
+from lowrank_dist.storage.resolve import resolve_checkpoint
 from lowrank_dist.tuners.support import needs_peft
 
 

@@ -23,7 +23,7 @@ from lowrank_dist.quantization.format import ResidualFormat
 from lowrank_dist.residual_model.create import decompose
 from lowrank_dist.storage.dtypes import FLOAT_DTYPES, NAMED_DTYPES
 from lowrank_dist.storage.layout import read_manifest
-from lowrank_dist.storage.reader import resolve_checkpoint
+from lowrank_dist.storage.resolve import resolve_checkpoint
 
 
 def decompose_model(options: Any, init: Method, residual: ResidualFormat | None) -> None:

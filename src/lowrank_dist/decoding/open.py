@@ -16,7 +16,8 @@ from lowrank_dist.decoding.reader import DecodingReader
 from lowrank_dist.errors import ModelError
 from lowrank_dist.storage.dtypes import NAMED_DTYPES
 from lowrank_dist.storage.parse import Record, printable, read_record
-from lowrank_dist.storage.reader import CheckpointReader, gguf_file
+from lowrank_dist.storage.reader import CheckpointReader
+from lowrank_dist.storage.resolve import gguf_file
 from lowrank_dist.storage.source import SourceReader, WeightSource
 
 #: Formats by the ``quant_method`` of ``config.json``.

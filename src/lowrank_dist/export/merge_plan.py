@@ -29,7 +29,8 @@ from lowrank_dist.model.plan import Plan, PlannedMatrix, open_plan
 from lowrank_dist.model.skeleton import build_skeleton, read_config
 from lowrank_dist.residual_model.reader import initial_directory
 from lowrank_dist.storage.layout import CONFIG
-from lowrank_dist.storage.reader import CheckpointReader, FileTensor, Piece, resolve_checkpoint
+from lowrank_dist.storage.reader import CheckpointReader, FileTensor, Piece
+from lowrank_dist.storage.resolve import resolve_checkpoint
 from lowrank_dist.storage.writer import stored_dtype
 from lowrank_dist.tuners.support import adds_product
 

@@ -50,8 +50,9 @@ from lowrank_dist.storage.atomic import atomic_directory
 from lowrank_dist.storage.digest import digest_sums, digests
 from lowrank_dist.storage.dtypes import DTYPES
 from lowrank_dist.storage.layout import ADAPTER_DIR, MANIFEST, WEIGHTS, parts_of, read_manifest
-from lowrank_dist.storage.reader import FileTensor, check_finite, resolve_checkpoint
+from lowrank_dist.storage.reader import FileTensor, check_finite
 from lowrank_dist.storage.replacing import check_target
+from lowrank_dist.storage.resolve import resolve_checkpoint
 from lowrank_dist.storage.verify import verify_checkpoint
 from lowrank_dist.storage.writer import TensorFiles, write_json
 from lowrank_dist.tuners.support import adds_product, said

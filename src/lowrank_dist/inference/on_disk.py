@@ -31,7 +31,7 @@ from lowrank_dist.residual_model.fingerprint import source_fingerprint
 from lowrank_dist.residual_model.reader import ResidualModel
 from lowrank_dist.storage.dtypes import PRECISIONS
 from lowrank_dist.storage.layout import ADAPTER_DIR, CONFIG, LORA_DIR, MANIFEST, read_manifest
-from lowrank_dist.storage.reader import resolve_checkpoint
+from lowrank_dist.storage.resolve import resolve_checkpoint
 from lowrank_dist.zero3.gathering import Gathering
 from lowrank_dist.zero3.partition import Partitioner, to_device, use_cpu_accelerator
 

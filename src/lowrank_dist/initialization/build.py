@@ -33,7 +33,8 @@ from lowrank_dist.progress import progress_bar
 from lowrank_dist.quantization.registry import format_as_dict
 from lowrank_dist.residual_model.fingerprint import source_fingerprint
 from lowrank_dist.seeds import global_seed
-from lowrank_dist.storage.reader import CheckpointReader, commit_of
+from lowrank_dist.storage.reader import CheckpointReader
+from lowrank_dist.storage.resolve import commit_of
 from lowrank_dist.tuners.adalora.allocation import RankAllocation
 from lowrank_dist.tuners.files import whole_files
 from lowrank_dist.tuners.support import objection

@@ -29,7 +29,7 @@ from lowrank_dist.model.plan import Plan, PlannedTensor, open_plan
 from lowrank_dist.model.skeleton import linear_layers
 from lowrank_dist.quantization.format import AsStoredOption, ResidualFormat
 from lowrank_dist.residual_model.reader import ResidualModel, starts_at_zero
-from lowrank_dist.storage.reader import resolve_checkpoint
+from lowrank_dist.storage.resolve import resolve_checkpoint
 from lowrank_dist.storage.source import WeightSource
 from lowrank_dist.tuners.support import is_for_peft, needs_peft
 from lowrank_dist.tuners.tuner import Tuner, TunerPlan

@@ -24,7 +24,8 @@ from lowrank_dist.methods.frozen import Frozen, method_for
 from lowrank_dist.model.plan import Plan, PlannedMatrix
 from lowrank_dist.quantization.dense import Dense
 from lowrank_dist.quantization.format import AS_STORED, Encoded
-from lowrank_dist.storage.reader import check_finite, read_ahead
+from lowrank_dist.storage.prefetch import read_ahead
+from lowrank_dist.storage.reader import check_finite
 
 
 class _Nothing(Dense):

@@ -39,7 +39,7 @@ from lowrank_dist.model.names import ADAPTER, plain_name
 from lowrank_dist.model.targets import Asked, compare, own_warning_of_patterns
 from lowrank_dist.storage.find_weights import cached_snapshot
 from lowrank_dist.storage.parse import Record, printable, read_record
-from lowrank_dist.storage.reader import gguf_file
+from lowrank_dist.storage.resolve import gguf_file
 
 log = logging.getLogger(__name__)
 

@@ -56,7 +56,8 @@ from lowrank_dist.storage.layout import (
     read_manifest,
     residual_stem,
 )
-from lowrank_dist.storage.reader import PACKED_DTYPES, CheckpointReader, TensorInfo, check_finite, read_ahead
+from lowrank_dist.storage.prefetch import read_ahead
+from lowrank_dist.storage.reader import PACKED_DTYPES, CheckpointReader, TensorInfo, check_finite
 from lowrank_dist.storage.verify import ENCODED_STEM, FROZEN_STEM, damage
 
 _STACK_ENTRY = re.compile(r"(.+)\[(\d+)\]")

@@ -9,14 +9,14 @@ from lowrank_dist._lazy import lazy_exports
 if TYPE_CHECKING:
     from lowrank_dist.storage.reader import CheckpointReader as CheckpointReader
     from lowrank_dist.storage.reader import TensorInfo as TensorInfo
-    from lowrank_dist.storage.reader import resolve_checkpoint as resolve_checkpoint
+    from lowrank_dist.storage.resolve import resolve_checkpoint as resolve_checkpoint
     from lowrank_dist.storage.source import WeightSource as WeightSource
 
 _EXPORTS = {
     "CheckpointReader": "lowrank_dist.storage.reader",
     "TensorInfo": "lowrank_dist.storage.reader",
     "WeightSource": "lowrank_dist.storage.source",
-    "resolve_checkpoint": "lowrank_dist.storage.reader",
+    "resolve_checkpoint": "lowrank_dist.storage.resolve",
 }
 
 __all__ = ["CheckpointReader", "TensorInfo", "WeightSource", "resolve_checkpoint"]

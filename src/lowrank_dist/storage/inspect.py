@@ -107,7 +107,7 @@ def inspect(path: str | os.PathLike[str], *, verify: bool = False) -> Descriptio
     """
     directory = Path(path)
     if not directory.is_dir():
-        from lowrank_dist.storage.reader import resolve_checkpoint  # imports torch
+        from lowrank_dist.storage.resolve import resolve_checkpoint  # imports torch
 
         directory = resolve_checkpoint(path, option="path", fetch=False)
     found = _describe(directory, verify=verify)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from lowrank_dist.linalg import slabs
 from lowrank_dist.storage.buffers import Buffers
-from lowrank_dist.storage.reader import CheckpointReader, check_finite, read_ahead
+from lowrank_dist.storage.reader import CheckpointReader, check_finite
+
+_Request = TypeVar("_Request")
+_Block = TypeVar("_Block")
 
 # elements that are widened and checked at a time on a CPU, few enough to stay in its cache
 _CACHED = 2**18
@@ -89,3 +94,23 @@ def read_blocks(
             block.values.record_stream(torch.cuda.current_stream(device))
         yield block
         del block  # before the one after the next is read
+
+
+def read_ahead(read: Callable[[_Request], _Block], requests: Iterable[_Request], *, depth: int = 1) -> Iterator[_Block]:
+    """``map(read, requests)`` with a thread that stays `depth` results ahead of the consumer.
+
+    Host memory holds at most ``depth + 1`` results beside the one in use. An error of `read` is raised in place of its
+    result.
+    """
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as pool:
+        pending: deque[Future[_Block]] = deque()
+        try:
+            for request in requests:
+                pending.append(pool.submit(read, request))
+                if len(pending) > depth:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()

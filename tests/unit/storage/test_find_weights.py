@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from lowrank_dist.errors import CheckpointError
 from lowrank_dist.model.skeleton import read_config
 from lowrank_dist.storage.find_weights import cached_snapshot
-from lowrank_dist.storage.reader import CheckpointReader, resolve_checkpoint
+from lowrank_dist.storage.reader import CheckpointReader
+from lowrank_dist.storage.resolve import resolve_checkpoint
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 1234\n"

@@ -1,4 +1,4 @@
-"""Blocks of rows, read in slabs: values, and where a NaN is said to be."""
+"""Blocks of rows, read in slabs and ahead: values, order, and where a NaN is said to be."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from lowrank_dist.errors import CheckpointError
 from lowrank_dist.storage.buffers import Buffers
-from lowrank_dist.storage.prefetch import RowRange, read_blocks
+from lowrank_dist.storage.prefetch import RowRange, read_ahead, read_blocks
 from lowrank_dist.storage.reader import CheckpointReader
 
 ROWS, COLUMNS = 700, 1024  # of several slabs
@@ -47,4 +47,29 @@ def test_a_nan_is_named_by_its_place_in_the_matrix(tmp_path: Path, dtype: torch.
     blocks = read_blocks(saved(tmp_path, weight), ranges((0, 100), (100, ROWS)), Buffers(), CPU)
     assert torch.equal(next(blocks).values, weight[:100].float())
     with pytest.raises(CheckpointError, match=rf"weight: NaN or infinity at \[{row}, 17\]"):
+        next(blocks)
+
+
+def test_reading_ahead_keeps_the_order_and_the_bound() -> None:
+    begun: list[int] = []
+
+    def read(number: int) -> int:
+        begun.append(number)
+        return number
+
+    for taken, number in enumerate(read_ahead(read, range(20), depth=2)):
+        assert number == taken
+        assert len(begun) <= taken + 3  # this one, and two ahead
+    assert begun == list(range(20))
+
+
+def test_reading_ahead_raises_in_turn() -> None:
+    def read(number: int) -> int:
+        if number == 3:
+            raise CheckpointError("three")
+        return number
+
+    blocks = read_ahead(read, range(10), depth=2)
+    assert [next(blocks) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(CheckpointError, match="three"):
         next(blocks)

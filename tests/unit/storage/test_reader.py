@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from helpers.ranks import run_ranks
 from lowrank_dist.errors import CheckpointError
 from lowrank_dist.storage.headers import INDEX_NAME
-from lowrank_dist.storage.reader import CheckpointReader, Piece, commit_of, read_ahead, resolve_checkpoint
+from lowrank_dist.storage.reader import CheckpointReader, Piece
 
 
 @pytest.fixture
@@ -139,29 +139,6 @@ def test_one_rank_warns(sharded: Path) -> None:
     assert [len(messages) for messages in run_ranks(2, warnings_of, sharded)] == [1, 0]
 
 
-def test_a_path_that_is_not_there() -> None:
-    with pytest.raises(CheckpointError, match="'/no/such/directory': no such directory"):
-        resolve_checkpoint("/no/such/directory")
-
-
-def test_a_hub_id_in_the_cache_is_found_without_a_network(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    commit = "0" * 40
-    snapshot = tmp_path / "models--someone--model" / "snapshots" / commit
-    shutil.copytree(llama, snapshot)
-    (snapshot.parents[1] / "refs").mkdir()
-    (snapshot.parents[1] / "refs" / "main").write_text(commit)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    assert resolve_checkpoint("someone/model") == snapshot
-
-
-def test_a_hub_id_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(CheckpointError, match="'someone/missing': neither a directory nor a model the hub"):
-        resolve_checkpoint("someone/missing")
-
-
 def test_what_a_joined_name_stands_for(sharded: Path) -> None:
     reader = CheckpointReader(sharded)
     up, gate = (f"model.layers.0.mlp.{part}_proj.weight" for part in ("up", "gate"))
@@ -170,35 +147,3 @@ def test_what_a_joined_name_stands_for(sharded: Path) -> None:
     assert reader.pieces("stack") == (Piece(key=up), Piece(key=gate))
     assert reader.pieces(reader.entry("stack", 1)) == (Piece(key=gate),)
     assert reader.pieces(reader.entry("stack", 0)) == (Piece(key=up),)
-
-
-def test_reading_ahead_keeps_the_order_and_the_bound() -> None:
-    begun: list[int] = []
-
-    def read(number: int) -> int:
-        begun.append(number)
-        return number
-
-    for taken, number in enumerate(read_ahead(read, range(20), depth=2)):
-        assert number == taken
-        assert len(begun) <= taken + 3  # this one, and two ahead
-    assert begun == list(range(20))
-
-
-def test_reading_ahead_raises_in_turn() -> None:
-    def read(number: int) -> int:
-        if number == 3:
-            raise CheckpointError("three")
-        return number
-
-    blocks = read_ahead(read, range(10), depth=2)
-    assert [next(blocks) for _ in range(3)] == [0, 1, 2]
-    with pytest.raises(CheckpointError, match="three"):
-        next(blocks)
-
-
-def test_the_commit_of_a_snapshot(tmp_path: Path) -> None:
-    commit = "0123456789" * 4
-    assert commit_of(tmp_path / "models--a--b" / "snapshots" / commit) == commit
-    for path in (tmp_path, tmp_path / commit, tmp_path / "snapshots" / "main"):
-        assert commit_of(path) is None

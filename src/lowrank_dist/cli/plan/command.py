@@ -20,7 +20,7 @@ from lowrank_dist.forecast import Cluster, Forecast, ModelShapes, RunSpec, forec
 from lowrank_dist.methods import PiSSA
 from lowrank_dist.quantization.dense import Dense
 from lowrank_dist.storage.dtypes import PRECISIONS
-from lowrank_dist.storage.reader import resolve_checkpoint
+from lowrank_dist.storage.resolve import resolve_checkpoint
 from lowrank_dist.training.fit_cli import instantiated, module_settings, parse_fit
 from lowrank_dist.training.projected import PROJECTIONS
 from lowrank_dist.training.strategy import PiSSAStrategy
