@@ -9,8 +9,7 @@ PYTHON ?= python3
 # files of tests that run at a time, one more than CI has cores: each waits a quarter of its time, for ranks to meet;
 # with make --jobs, tests/slurm and the others run beside each other as well
 JOBS ?= 3
-# modules are compiled when they are first imported, which most of them never are
-PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-input --no-compile
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-input
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 EXTRAS := $(VENV)/.extras-installed
