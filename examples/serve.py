@@ -1,4 +1,4 @@
-"""From a checkpoint to what a server takes: one rank and scaling for all modules, in a file that PEFT and vLLM read.
+"""From a checkpoint to what a server takes: one rank and scaling for all modules, in a file that PEFT and servers read.
 
 python examples/tiny.py && python examples/chat.py && python examples/serve.py
 """
@@ -17,11 +17,12 @@ BASE, CHECKPOINT, OUTPUT, RANK = "runs/examples/llama", "runs/examples/chat/step
 if __name__ == "__main__":
     convert_checkpoint(CHECKPOINT, OUTPUT, rank=RANK, overwrite=True)
     config = json.loads(Path(OUTPUT, "adapter_config.json").read_text())
-    # what vLLM's loader asks for: LoRA without patterns, biases and whole modules, one rank, A and B of each layer
+    # what all servers read alike: LoRA without patterns, biases and whole modules, one rank and scaling, A and B of each
     assert config["peft_type"] == "LORA"
-    assert config["r"] == RANK
+    assert config["r"] == config["lora_alpha"] == RANK
     assert config["bias"] == "none"
-    assert not any(config.get(key) for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "use_dora"))
+    others = ("rank_pattern", "alpha_pattern", "modules_to_save", "use_dora", "use_rslora")
+    assert not any(config.get(key) for key in others)
     with safe_open(Path(OUTPUT, "adapter_model.safetensors"), framework="pt") as file:
         names = set(file.keys())
         for name in names:

@@ -37,6 +37,8 @@ _ROUNDING = 8
 
 #: What models raise that do not take a mask, or a mask for each kind of layer, as it is given.
 _NO_SUCH_MASK = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
+#: RuntimeErrors that say nothing of masks.
+_OF_THE_MACHINE = (torch.OutOfMemoryError, torch.distributed.DistError)
 
 
 class PackedExamples:
@@ -172,8 +174,8 @@ class PackedExamples:
         try:
             both = self._hidden(rows, positions, arguments, masked)
             each = torch.cat([self._hidden(rows[i : i + 1], positions[i : i + 1], arguments, masked) for i in (0, 1)])
-        except _NO_SUCH_MASK:
-            if not masked:
+        except _NO_SUCH_MASK as error:
+            if not masked or isinstance(error, _OF_THE_MACHINE):
                 raise
             return {False: math.inf, True: math.inf}
         finally:

@@ -102,6 +102,19 @@ def test_models_that_take_a_mask_are_given_one(kind, caplog):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
+def test_a_device_without_memory_is_no_model_without_masks():
+    model, batch = model_of("opt"), packed()
+    PackedExamples(model)
+
+    def full(_, __, kwargs):
+        if kwargs.get("attention_mask") is not None:
+            raise torch.OutOfMemoryError("no memory for a mask")
+
+    model.base_model.register_forward_pre_hook(full, with_kwargs=True)
+    with pytest.raises(torch.OutOfMemoryError, match="no memory for a mask"):
+        model(**batch, use_cache=False)
+
+
 @pytest.mark.parametrize("kind", SEEING)
 def test_models_whose_examples_see_each_other_are_refused_by_name(kind):
     model, batch = model_of(kind), packed()
