@@ -17,7 +17,7 @@ BASE, CHECKPOINT, OUTPUT, RANK = "runs/examples/llama", "runs/examples/chat/step
 if __name__ == "__main__":
     convert_checkpoint(CHECKPOINT, OUTPUT, rank=RANK, overwrite=True)
     config = json.loads(Path(OUTPUT, "adapter_config.json").read_text())
-    # what all servers read alike: LoRA without patterns, biases and whole modules, one rank and scaling, A and B of each
+    # what all servers read alike: LoRA without patterns, biases and whole modules, one rank and scaling, A with B
     assert config["peft_type"] == "LORA"
     assert config["r"] == config["lora_alpha"] == RANK
     assert config["bias"] == "none"

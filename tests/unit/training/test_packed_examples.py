@@ -110,7 +110,7 @@ def test_a_device_without_memory_is_no_model_without_masks():
         if kwargs.get("attention_mask") is not None:
             raise torch.OutOfMemoryError("no memory for a mask")
 
-    model.base_model.register_forward_pre_hook(full, with_kwargs=True)
+    model.register_forward_pre_hook(full, with_kwargs=True)
     with pytest.raises(torch.OutOfMemoryError, match="no memory for a mask"):
         model(**batch, use_cache=False)
 
