@@ -50,13 +50,11 @@ def main(directory: str, base: str, output: str) -> int:
     from safetensors.torch import load_file, save_file
     from sglang.srt.lora.lora import LoRAAdapter
     from sglang.srt.lora.lora_config import LoRAConfig
-    from sglang.srt.lora.utils import get_normalized_target_modules
     from transformers import AutoConfig
 
     factors = {}
     try:
         config = LoRAConfig(directory)
-        get_normalized_target_modules(config.target_modules)
         adapter = LoRAAdapter("it", config, AutoConfig.from_pretrained(base), None, None)
         adapter.initialize_weights_from_tensors(load_file(f"{directory}/adapter_model.safetensors"))
         for layer in adapter.layers:
