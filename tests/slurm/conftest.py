@@ -36,7 +36,7 @@ def why_not() -> str | None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """A test that fails shows what its jobs have written."""
+    """A test that fails shows what its jobs have written, and what SLURM did with them."""
     report = yield
     values = getattr(item, "funcargs", {})
     jobs = [*values.get("beside", {}).values(), *(value for value in values.values() if isinstance(value, Job))]
@@ -45,6 +45,9 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
         for pattern in ("*_attempts.jsonl", "*_log.out", "log"):
             for path in sorted(root.rglob(pattern)):
                 report.sections.append((f"{path.relative_to(root.parent)}", path.read_text(errors="replace")[-20_000:]))
+    if report.failed and "lab" in values:
+        said = (values["lab"].directory / "log" / "slurmctld.log").read_text(errors="replace")
+        report.sections.append(("slurmctld", said[-10_000:]))
     return report
 
 

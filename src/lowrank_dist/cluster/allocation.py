@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import subprocess
+import time
 from dataclasses import dataclass
 from functools import cached_property
+
+log = logging.getLogger(__name__)
 
 #: Exit status by which a task asks submitit's controller on one machine to start the job again.
 LOCAL_REQUEUE_STATUS = 144
 
 _TIMEOUT = 60  # seconds for a SLURM command
+_PAUSES = (2, 5, 10)  # seconds before a SLURM command that has failed is tried again: slurmctld may be busy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +93,16 @@ class Allocation:
         return self.hosts[self.node]
 
     def requeue(self) -> int:
-        """Request that the job be started again, from one task. Returns the exit status for all tasks."""
+        """Request that the job be started again, from one task. Returns the exit status for all tasks.
+
+        Raises
+        ------
+        subprocess.SubprocessError
+            If SLURM refuses it, or does not answer again and again.
+        """
         if not self.on_slurm:
             return LOCAL_REQUEUE_STATUS
-        _run("scontrol", "requeue", self.job_id)
+        _run("scontrol", "requeue", self.job_id, done="pending execution")  # SLURM has requeued it itself
         return 0
 
     def is_preempted(self) -> bool:
@@ -103,5 +114,19 @@ class Allocation:
         return bool(state and state[1] == "RUNNING" and preempted and preempted[1] not in ("None", "Unknown"))
 
 
-def _run(*command: str) -> str:
+def _run(*command: str, done: str | None = None) -> str:
+    """What the command prints. It is tried again where it fails, unless it says that all is `done`."""
+    for pause in _PAUSES:
+        try:
+            return _once(*command)
+        except subprocess.SubprocessError as error:
+            said = str(getattr(error, "stderr", None) or error).strip()
+            if done is not None and done in said:
+                return said
+            log.warning("%s: %s; again in %d s", " ".join(command), said, pause)
+            time.sleep(pause)
+    return _once(*command)
+
+
+def _once(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=_TIMEOUT).stdout

@@ -138,17 +138,20 @@ def _clock(minutes: float) -> str:
 def requeue_script(folder: str) -> list[str]:
     """Shell commands that follow ``srun`` and requeue a failed job that was neither cancelled nor stopped.
 
-    SLURM itself requeues after the loss of a node and after preemption, but not after the loss of a process.
+    SLURM itself requeues after the loss of a node and after preemption, but not after the loss of a process. Where it
+    ends the job or has requeued it, it kills the script; where slurmctld is too busy to answer, the script asks again.
     """
     return [
         "status=$?",
         "job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}",
         "job=${job:-$SLURM_JOB_ID}",
-        f'if [ $status -ne 0 ] && [ ! -e {_quoted(folder)}/"$job".stopped ] && '
-        '[ "$(squeue --noheader --jobs="$job" --format=%T)" = RUNNING ]; then',
-        '    echo "srun ended with status $status: requeueing job $job"',
-        '    scontrol requeue "$job" && sleep 60  # SLURM kills this script meanwhile',
-        "fi",
+        "for seconds in 10 20 40 80; do",
+        f'    if [ $status -eq 0 ] || [ -e {_quoted(folder)}/"$job".stopped ]; then break; fi',
+        '    state=$(squeue --noheader --jobs="$job" --format=%T)',
+        '    echo "srun ended with status $status; job $job is ${state:-in a state that squeue did not say}"',
+        '    if [ "$state" = RUNNING ] && scontrol requeue "$job"; then echo "job $job is requeued"; fi',
+        "    sleep $seconds  # SLURM kills this script meanwhile",
+        "done",
         "exit $status",
     ]
 

@@ -288,7 +288,10 @@ def state_of(submission: Submission, job: Any) -> str:
     if submission.options.cluster == "local":
         return _local_state(job)
     command = ["squeue", "--noheader", "--states=all", f"--jobs={job.job_id}", "--format=%T"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        return "UNKNOWN"
     if done.stdout.split():
         return done.stdout.split()[0]
     if done.returncode and "Invalid job id" not in done.stderr:
