@@ -69,14 +69,14 @@ def report(model: Path, data: Data, options: argparse.Namespace) -> None:
     ]
     machine = f"one process, {torch.get_num_threads()} threads"
     parts = [header("Residual formats: measured", Path(__file__).name, PACKAGES, machine, notes)]
-    columns = ["format", "bits", "weight error %", "output error %", "loss at step 0", "seconds"]
+    columns = ["format", "bits", "weight error %", "output error %", "loss at step 0"]
     for label in options.starts:
         method = STARTS[label]
         rows = []
         for residual in FORMATS:
             found = start(backbone, model, method, options.rank, (moments, moments), data.held_out, residual)
             row = [str(residual), f"{bits(residual):.3f}", f"{100 * found.weight:.2f}", f"{100 * found.output:.2f}"]
-            rows.append([*row, f"{found.loss:.4f}", f"{found.seconds:.0f}"])
+            rows.append([*row, f"{found.loss:.4f}"])
             print(f"{label}: {' | '.join(rows[-1])}", flush=True)
         parts.append(f"## {label}\n\n{table(columns, rows)}")
         write_report(options.output, parts, dry=options.tiny)

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 LOCAL_REQUEUE_STATUS = 144
 
 _TIMEOUT = 60  # seconds for a SLURM command
-_PAUSES = (2, 5, 10)  # seconds before a SLURM command that has failed is tried again: slurmctld may be busy
+PAUSES = (2, 5, 10)  # seconds before a SLURM command that has failed is tried again: slurmctld may be busy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,7 @@ class Allocation:
 
 def _run(*command: str, done: str | None = None) -> str:
     """What the command prints. It is tried again where it fails, unless it says that all is `done`."""
-    for pause in _PAUSES:
+    for pause in PAUSES:
         try:
             return _once(*command)
         except subprocess.SubprocessError as error:

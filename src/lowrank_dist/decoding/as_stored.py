@@ -1,13 +1,14 @@
 """Weights that stay in the bytes of a quantized checkpoint: their layout in memory, and what can be kept so.
 
 The bytes of the tensors that encode a matrix are sharded evenly over the ranks and gathered as any residual. A layer
-decodes them with the code that decodes checkpoints as they are read, so that both give the same bits.
+decodes them with the code that decodes checkpoints as they are read, so that both give the same bits. A residual that
+is left of a matrix when a method has taken its part is encoded in the residual format of the same kind.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -20,9 +21,13 @@ from lowrank_dist.decoding.scaled import ScaledMatrix
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import FlatStorage, RowPartition
 from lowrank_dist.errors import CheckpointError, ModelError
-from lowrank_dist.model.plan import Plan
+from lowrank_dist.model.plan import Plan, PlannedMatrix
+from lowrank_dist.quantization.blocks import BlockFormat
 from lowrank_dist.quantization.dense import Dense
 from lowrank_dist.quantization.format import AS_STORED, Encoded, Product, ReadFile, ResidualFormat
+from lowrank_dist.quantization.fp8 import FP8
+from lowrank_dist.quantization.int8 import INT8
+from lowrank_dist.quantization.mxfp4 import MXFP4
 from lowrank_dist.storage.dtypes import DTYPES
 from lowrank_dist.storage.reader import FileTensor
 
@@ -174,7 +179,8 @@ class StoredMatrix:
 class AsStored(Dense):
     """The formats of a model whose base stays as its checkpoint stores it.
 
-    A matrix that the checkpoint holds dense is dense in `dtype`.
+    A matrix that the checkpoint holds dense is dense in `dtype`. What a method leaves of a quantized one is encoded
+    again, in the residual format of the same kind.
 
     Parameters
     ----------
@@ -182,7 +188,7 @@ class AsStored(Dense):
         Formats of the quantized matrices, by the names that the reader has for their weights.
     """
 
-    formats: Mapping[str, StoredMatrix] = field(default_factory=dict)
+    formats: Mapping[str, StoredMatrix | BlockFormat] = field(default_factory=dict)
 
     @property
     def exact(self) -> bool:
@@ -195,22 +201,37 @@ class AsStored(Dense):
     def of_matrix(self, key: str) -> ResidualFormat:
         return self.formats.get(key) or Dense(dtype=self.dtype)
 
+    @property
+    def again(self) -> dict[str, BlockFormat]:
+        """Formats of the matrices whose residual is encoded again, by the names of their weights."""
+        return {key: residual for key, residual in self.formats.items() if isinstance(residual, BlockFormat)}
+
     def __repr__(self) -> str:
-        return AS_STORED
+        kinds = sorted({str(residual) for residual in self.again.values()})
+        return AS_STORED if not kinds else f"{AS_STORED}, residuals in {' and '.join(kinds)}"
 
     @classmethod
-    def of(cls, plan: Plan, reader: DecodingReader, dtype: torch.dtype) -> AsStored:
+    def of(
+        cls,
+        plan: Plan,
+        reader: DecodingReader,
+        dtype: torch.dtype,
+        *,
+        leaves_residual: Callable[[PlannedMatrix], bool],
+    ) -> AsStored:
         """The formats of the matrices of `plan`, from the headers.
+
+        `leaves_residual` says which of them are not kept: a method takes its part from them.
 
         Raises
         ------
         ModelError
-            If a quantized matrix cannot be kept as it is stored.
+            If a quantized matrix cannot be kept as it is stored, or its residual not be encoded so.
         """
-        found: dict[str, StoredMatrix] = {}
-        of_stack: dict[str, StoredMatrix | None] = {}
+        found: dict[str, StoredMatrix | BlockFormat] = {}
+        of_stack: dict[str, StoredMatrix | BlockFormat | None] = {}
         for planned in plan.matrices:
-            stored = _stored(planned.key, reader)
+            stored = (_of_residual if leaves_residual(planned) else _stored)(planned.key, reader)
             if stored is not None:
                 found[planned.key] = stored
             if planned.expert is not None and of_stack.setdefault(planned.name.partition("[")[0], stored) != stored:
@@ -254,6 +275,31 @@ def _stored(key: str, reader: DecodingReader) -> StoredMatrix | None:
             )
         )
     return StoredMatrix(parts=tuple(parts))
+
+
+def _of_residual(key: str, reader: DecodingReader) -> BlockFormat | None:
+    """The residual format of the kind that the matrix `key` is stored in; None if it is dense."""
+    encoded = [reader.encoded(piece.key) for piece in reader.pieces(key)]
+    if not any(matrix is not None and matrix.is_quantized for matrix in encoded):
+        return None
+    kinds = {None if matrix is None else _same_kind(matrix, reader) for matrix in encoded}
+    kind = kinds.pop() if len(kinds) == 1 else None
+    if kind is None:
+        raise ModelError(
+            f"quantization={AS_STORED!r}: {key} is stored in {reader.encoding}, and no residual format is of the same "
+            "kind to encode its residual again; pass init=LoRA() to keep the weights as they are, or quantization="
+            "NF4(), FP8() or another format"
+        )
+    return kind
+
+
+def _same_kind(matrix: EncodedMatrix, reader: DecodingReader) -> BlockFormat | None:
+    """The residual format whose codes are of the kind of a stored matrix; its blocks may be others."""
+    if isinstance(matrix, StackedBlocks) or (isinstance(matrix, PackedGroups) and len(matrix.tensors) == 2):
+        return MXFP4()
+    if isinstance(matrix, ScaledMatrix):
+        return {"F8_E4M3": FP8(), "I8": INT8()}.get(reader.stored_reader.stored(matrix.tensors[0]).dtype)
+    return None
 
 
 def read_stored(

@@ -25,7 +25,6 @@ import torch
 
 from lowrank_dist.decomposition.walk import Batch, DecomposedMatrix, Walk
 from lowrank_dist.distributed.group import ShardGroup
-from lowrank_dist.distributed.partition import RowPartition
 from lowrank_dist.errors import InputError
 from lowrank_dist.methods.base import Method, Work
 from lowrank_dist.methods.frozen import method_for
@@ -264,8 +263,8 @@ def _batches(
 
 def _encoded_bytes(matrix: PlannedMatrix, size: int, residual: ResidualFormat) -> int:
     """Bytes of the residual as `size` ranks shard it, and of factors in fp32."""
-    partition = RowPartition(rows=matrix.rows, columns=matrix.columns, world_size=size, block=residual.block)
-    storages = residual.storages(partition).values()
+    residual = residual.of_matrix(matrix.key)
+    storages = residual.storages(matrix.row_partition(size, block=residual.block)).values()
     nbytes = sum(storage.numel * storage.dtype.itemsize for storage in storages)
     return nbytes + 4 * matrix.rank * (matrix.rows + matrix.columns)
 

@@ -141,7 +141,6 @@ class Walk:
         self.reader, self.group, self.init, self.residual = reader, group, init, residual
         self.factor_dtype, self.device = factor_dtype, device or torch.device("cpu")
         self.advance, self.statistics, self.known, self.thorough = advance, statistics, known or {}, thorough
-        self.measure = Measure(init, residual, thorough=thorough)
 
     def run(self, batches: Iterable[Batch]) -> Iterator[DecomposedMatrix]:
         """Decompose all matrices of `batches`. Collective: all ranks iterate to the end.
@@ -183,7 +182,7 @@ class Walk:
 
     def _rows(self, batch: Batch, planned: PlannedMatrix) -> RowRange:
         """The rows of a matrix that this rank reads."""
-        partition = planned.row_partition(batch.group_size, block=self.residual.block)
+        partition = self._partition(planned, batch.group_size)
         start, stop = partition.bounds(self.group.rank % batch.group_size)
         return RowRange(key=planned.key, start=start, stop=stop)
 
@@ -194,7 +193,7 @@ class Walk:
 
         The first measure is a flag: whether the residual was encoded from factors other than A and B.
         """
-        partition = planned.row_partition(group.size, block=self.residual.block)
+        residual, partition = self.residual.of_matrix(planned.key), self._partition(planned, group.size)
         matrix = Matrix.of(
             planned,
             block.values,
@@ -207,9 +206,9 @@ class Walk:
             buffers=buffers,
         )
         init, measured = method_for(planned, self.init), planned.name not in self.known
-        measure = self.measure if init is self.init else Measure(init, self.residual, thorough=self.thorough)
+        measure = Measure(init, residual, thorough=self.thorough)
         before = measure.before(matrix) if measured else {}
-        decomposition = init.decompose(matrix, self.residual)
+        decomposition = init.decompose(matrix, residual)
         shards = decomposition.residual.shards | factor_shards(
             planned, partition, decomposition.factors, group, self.factor_dtype
         )
@@ -238,7 +237,7 @@ class Walk:
             seconds = (time.monotonic() - started) / len(batch.matrices)
             yield DecomposedMatrix(
                 planned=planned,
-                partition=planned.row_partition(self.group.size, block=self.residual.block),
+                partition=self._partition(planned, self.group.size),
                 residual={name: mine[name] for name in self._storages(planned, self.group.size)},
                 factors={name: mine[name] for name in planned.factor_names},
                 encoded_from={name: mine[key] for name, key in _ENCODED_FROM.items() if key in mine},
@@ -255,9 +254,13 @@ class Walk:
             return replace(self.known[planned.name], digest=None)
         return report_of(planned, measured)
 
+    def _partition(self, planned: PlannedMatrix, size: int) -> RowPartition:
+        """The rows of a matrix as `size` ranks shard them."""
+        return planned.row_partition(size, block=self.residual.of_matrix(planned.key).block)
+
     def _storages(self, planned: PlannedMatrix, size: int) -> dict[str, FlatStorage]:
         """The tensors of the encoded residual as `size` ranks shard them."""
-        return dict(self.residual.storages(planned.row_partition(size, block=self.residual.block)))
+        return dict(self.residual.of_matrix(planned.key).storages(self._partition(planned, size)))
 
     def _layout(
         self, planned: PlannedMatrix, group_size: int, *, encoded_from: bool

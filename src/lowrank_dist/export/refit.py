@@ -27,7 +27,9 @@ from torch import Tensor, nn
 from lowrank_dist.adapters.files import changed_config, open_adapter, read_config, whole_tensor
 from lowrank_dist.adapters.match import changes_tied
 from lowrank_dist.adapters.source import refuse_copies
+from lowrank_dist.decoding.as_stored import AsStored
 from lowrank_dist.decoding.open import open_reader
+from lowrank_dist.decoding.reader import DecodingReader
 from lowrank_dist.decomposition.report import MatrixReport
 from lowrank_dist.decomposition.restore import StoredDecompositions, StoredFactors
 from lowrank_dist.distributed.group import ShardGroup
@@ -41,14 +43,14 @@ from lowrank_dist.model.skeleton import build_skeleton
 from lowrank_dist.model.stacking import positions, put_factor
 from lowrank_dist.progress import progress_bar
 from lowrank_dist.quantization.dense import Dense
-from lowrank_dist.quantization.format import Encoded
+from lowrank_dist.quantization.format import Encoded, ResidualFormat
 from lowrank_dist.quantization.nf4 import NF4
 from lowrank_dist.quantization.registry import format_from_dict
 from lowrank_dist.residual_model.fingerprint import source_fingerprint
 from lowrank_dist.residual_model.reader import ResidualModel
 from lowrank_dist.storage.atomic import atomic_directory
 from lowrank_dist.storage.digest import digest_sums, digests
-from lowrank_dist.storage.dtypes import DTYPES
+from lowrank_dist.storage.dtypes import DTYPES, NAMED_DTYPES
 from lowrank_dist.storage.layout import ADAPTER_DIR, MANIFEST, WEIGHTS, parts_of, read_manifest
 from lowrank_dist.storage.reader import FileTensor, check_finite
 from lowrank_dist.storage.replacing import check_target
@@ -253,8 +255,8 @@ class _Refit:
                     )
             self.reports = {e["name"]: MatrixReport.from_dict(e) for e in self.manifest.records("matrices")}
             residual = format_from_dict(self.manifest["residual"])
-            # the base of a run that kept the stored bytes is the decoded weight
-            self.format = Dense(dtype=torch.float32) if isinstance(residual, str) else residual
+            # where a run kept the stored bytes, the base is the decoded weight
+            self.format: ResidualFormat = Dense(dtype=torch.float32) if isinstance(residual, str) else residual
             self.target = None
             if base == "nf4":
                 self.target = self.format if isinstance(self.format, NF4) else NF4()
@@ -270,7 +272,10 @@ class _Refit:
             untie = changes_tied(backbone, self.trained, self.config.modules_to_save)
         opened = open_plan(self.reader, self.config, backbone=backbone, untie=untie, limit_rank=False, group=group)
         self.plan = opened.plan
-        if isinstance(residual, str):  # their digests are those of the stored bytes
+        if isinstance(residual, str) and not self.earlier.starts_at_zero:
+            with group.shared_errors():
+                self.format = self._encoded_again()
+        elif isinstance(residual, str):  # their digests are those of the stored bytes
             self.reports = {name: replace(report, digest=None) for name, report in self.reports.items()}
             fingerprint = source_fingerprint(self.reader, group)
             with group.shared_errors():
@@ -293,6 +298,16 @@ class _Refit:
                 self.earlier.check_factors(self.plan, torch.float32, self.reports)
             first = peft_name(next(iter(self.plan.matrices[0].factor_names.values())))
             self.dtype = dtype or DTYPES[self.trained.info(first).dtype]
+
+    def _encoded_again(self) -> AsStored:
+        """The formats of a run that encoded residuals in the kinds that their matrices are stored in."""
+        dtype = NAMED_DTYPES[self.manifest.record("residual").expect("dtype", NAMED_DTYPES.__contains__, "a dtype")]
+        if not isinstance(self.reader, DecodingReader):
+            raise CheckpointError(
+                f"{self.checkpoint}: the run kept a quantized base, but {self.reader.directory} is not quantized; use "
+                "the weights of the run, or convert without --base"
+            )
+        return AsStored.of(self.plan, self.reader, dtype, leaves_residual=lambda planned: True)
 
     def _check_quantizable(self) -> None:
         """Raise ModelError for layers that transformers quantizes in another orientation than the stored one."""
@@ -362,13 +377,14 @@ class _Refit:
             On every rank, if its digest differs from the checkpoint's.
         """
         if self.decomposed is None:
-            found = self.earlier.decompose(matrix, self.format)
+            found = self.earlier.decompose(matrix, self.format.of_matrix(planned.key))
             residual, initial = found.residual, found.factors
         else:
             stored = self.stored[planned.name]
             residual = self.decomposed.residual_of(stored, matrix.partition, self.group, self.device)
             initial = self.earlier.initial.read(matrix)
-        sums = digest_sums(residual.shards, self.format.storages(matrix.partition), self.group.rank)
+        storages = self.format.of_matrix(planned.key).storages(matrix.partition)
+        sums = digest_sums(residual.shards, storages, self.group.rank)
         (digest,) = digests([sums.to(self.group.device)], self.group)
         if self.reports[planned.name].digest not in (None, digest):
             raise CheckpointError(
@@ -380,7 +396,7 @@ class _Refit:
         return residual, None if self.earlier.starts_at_zero else initial
 
     def _matrix(self, planned: PlannedMatrix) -> Matrix:
-        partition = planned.row_partition(self.group.size, block=self.format.block)
+        partition = planned.row_partition(self.group.size, block=self.format.of_matrix(planned.key).block)
         with self.group.shared_errors():
             start, stop = partition.bounds(self.group.rank)
             block = self.reader.rows(planned.key, start, stop).float()

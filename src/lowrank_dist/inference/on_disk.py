@@ -137,7 +137,7 @@ class ModelOnDisk:
         self.recipe = recorded_recipe(self.checkpoint, pretrained=base, cache=self._cache)
         self._adapter = self.recipe.adapter if isinstance(self.recipe.adapter, PeftConfig) else None
         residual = manifest.get("quantization")
-        held = {None: "dense", AS_STORED: AS_STORED}.get(residual, f"in {residual}")
+        held = "dense" if residual is None else residual if residual.startswith(AS_STORED) else f"in {residual}"
         at = "as initialised" if self.stage == "step0" else f"trained for {manifest['step']} steps"
         self.kind = f"checkpoint, {manifest['method']} {at}, its frozen base {held}"
 

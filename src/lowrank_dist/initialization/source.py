@@ -212,11 +212,15 @@ class PretrainedSource:
             On every rank, if any rank finds a NaN or infinity or cannot read, or if the checkpoint of a run that is
             resumed lacks factors.
         """
+        self.check_resumed(plan, group, factor_dtype)
+        walk = self._walk(group, factor_dtype, device, advance)
+        yield from scheduled(walk, plan.matrices, self.sharding, self.announce)
+
+    def check_resumed(self, plan: Plan, group: ShardGroup, factor_dtype: torch.dtype) -> None:
+        """Raise CheckpointError, on every rank, if a run that is resumed lacks factors of `plan`. Collective."""
         if self.resume is not None and self._earlier is not None:
             with group.shared_errors():
                 self._earlier.check_factors(plan, factor_dtype, self.resume.reports)
-        walk = self._walk(group, factor_dtype, device, advance)
-        yield from scheduled(walk, plan.matrices, self.sharding, self.announce)
 
     def _walk(
         self,

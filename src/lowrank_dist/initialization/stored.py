@@ -1,4 +1,9 @@
-"""A zero start over the bytes of a quantized checkpoint: nothing is decoded or encoded when a run begins."""
+"""A base that keeps the bytes of a quantized checkpoint.
+
+An adapter that starts at zero leaves every matrix as it is: nothing is decoded or encoded when a run begins. A method
+that takes its part from the weights leaves residuals, which the walk encodes again in the format of the same kind;
+matrices without an adapter are kept then too.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +18,17 @@ from torch import Tensor
 from lowrank_dist.decoding.as_stored import AsStored, StoredMatrix, read_stored
 from lowrank_dist.decoding.reader import DecodingReader
 from lowrank_dist.decomposition.report import MatrixReport
-from lowrank_dist.decomposition.restore import RecordedMethod, RestoredMethod
 from lowrank_dist.decomposition.walk import DecomposedMatrix, check_matrices, factor_shards
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import RowPartition
 from lowrank_dist.errors import InputError, ModelError
 from lowrank_dist.initialization.source import PretrainedSource
-from lowrank_dist.methods import LoRA, Matrix, Method
-from lowrank_dist.methods.frozen import Frozen, method_for
+from lowrank_dist.methods import Matrix, Method
+from lowrank_dist.methods.frozen import method_for
 from lowrank_dist.model.plan import Plan, PlannedMatrix
 from lowrank_dist.quantization.dense import Dense
 from lowrank_dist.quantization.format import AS_STORED, Encoded
 from lowrank_dist.storage.prefetch import read_ahead
-from lowrank_dist.storage.reader import check_finite
 
 
 class _Nothing(Dense):
@@ -36,7 +39,7 @@ class _Nothing(Dense):
 
 
 class StoredSource(PretrainedSource):
-    """Pretrained weights that stay as they are stored, with an adapter that starts at zero.
+    """Pretrained weights that stay as they are stored, but for those that the method takes its part from.
 
     Parameters
     ----------
@@ -57,24 +60,38 @@ class StoredSource(PretrainedSource):
         self.stored_reader: DecodingReader = self.reader
 
     def check(self, plan: Plan) -> None:
-        """Decide the formats of the matrices of `plan`, and say what is decoded.
+        """Decide the formats of the matrices of `plan`, and say what is encoded again and what is decoded.
 
         Raises
         ------
+        InputError
+            If the method cannot decompose a matrix that is stored dense.
         ModelError
-            If a quantized matrix cannot be kept.
+            If a quantized matrix cannot be kept, or its residual not be encoded again.
         """
         check_matrices(plan, self.init)
-        self.residual = AsStored.of(plan, self.stored_reader, self.residual.dtype)
+
+        def leaves_residual(planned: PlannedMatrix) -> bool:
+            return not method_for(planned, self.init).starts_at_zero
+
+        self.residual = AsStored.of(plan, self.stored_reader, self.residual.dtype, leaves_residual=leaves_residual)
         if not self.residual.formats:
             raise ModelError(
                 f"quantization={AS_STORED!r}: no linear layer and no adapted parameter of {self.reader.directory} is "
                 "quantized; leave quantization out"
             )
-        dense = len(plan.matrices) - len(self.residual.formats)
+        for planned in filter(leaves_residual, plan.matrices):
+            try:
+                self.init.check(self.residual.of_matrix(planned.key))
+            except InputError as error:
+                raise InputError(f"{planned.name}, which is stored dense: {error}") from None
+        dense, again = len(plan.matrices) - len(self.residual.formats), len(self.residual.again)
         keys = [tensor.key for tensor in plan.parameters if tensor.key is not None]
         decoded = [key for key in keys if self.reader.decodes(key)]
-        lines = [f"{len(self.residual.formats)} matrices stay in {self.reader.encoding}"]
+        lines = [f"{len(self.residual.formats) - again} matrices stay in {self.reader.encoding}"]
+        if again:
+            kinds = " and ".join(sorted({str(residual) for residual in self.residual.again.values()}))
+            lines.append(f"the residuals that {self.method} leaves of {again} are encoded again, in {kinds}")
         if dense:
             lines.append(f"{dense} that are stored dense stay dense")
         if decoded:
@@ -96,7 +113,9 @@ class StoredSource(PretrainedSource):
         device: torch.device | None = None,
         advance: Callable[[int], object] = lambda _: None,
     ) -> Iterator[DecomposedMatrix]:
-        """All matrices of `plan`, read as they are stored. Collective: all ranks of `group` iterate to the end.
+        """All matrices of `plan`: those of the walk, which are dense or leave a residual, then those that are kept.
+
+        Collective: all ranks of `group` iterate to the end.
 
         Raises
         ------
@@ -104,13 +123,18 @@ class StoredSource(PretrainedSource):
             On every rank, if any rank finds a NaN or infinity or cannot read, or if the checkpoint of a run that is
             resumed lacks factors.
         """
+        kept = {
+            m.name: stored for m in plan.matrices if isinstance(stored := self.residual.of_matrix(m.key), StoredMatrix)
+        }
+        self.check_resumed(plan, group, factor_dtype)
+        rest = replace(plan, matrices=[planned for planned in plan.matrices if planned.name not in kept])
+        if rest.matrices:
+            yield from super().matrices(rest, group, factor_dtype, device=device, advance=advance)
         known = {} if self.resume is None else self.resume.reports
-        if self._earlier is not None:
-            with group.shared_errors():
-                self._earlier.check_factors(plan, factor_dtype, known)
         device = device or torch.device("cpu")
-        shards_of = read_ahead(lambda planned: self._read(planned, group), plan.matrices)
-        for planned in plan.matrices:
+        stay = [planned for planned in plan.matrices if planned.name in kept]
+        shards_of = read_ahead(lambda planned: self._read(planned, kept[planned.name], group), stay)
+        for planned in stay:
             started = time.monotonic()
             with group.shared_errors():
                 shards = next(shards_of)
@@ -134,27 +158,21 @@ class StoredSource(PretrainedSource):
             )
             advance(nbytes)
 
-    def _read(self, planned: PlannedMatrix, group: ShardGroup) -> dict[str, Tensor]:
-        """This rank's shards of a matrix, on the CPU."""
-        residual, partition = self.residual.of_matrix(planned.key), planned.row_partition(group.size, block=1)
-        if isinstance(residual, StoredMatrix):
-            return read_stored(planned.key, residual, self.stored_reader, partition, group.rank)
-        start, stop = partition.bounds(group.rank)
-        rows = self.reader.rows(planned.key, start, stop)
-        check_finite(planned.key, rows, start)
-        return residual.encode(rows, partition, group).shards
+    def _read(self, planned: PlannedMatrix, stored: StoredMatrix, group: ShardGroup) -> dict[str, Tensor]:
+        """This rank's shards of a matrix that is kept, on the CPU."""
+        partition = planned.row_partition(group.size, block=1)
+        return read_stored(planned.key, stored, self.stored_reader, partition, group.rank)
 
 
 def check_options(init: Method | None, cache: object) -> None:
     """Raise InputError if options contradict a base that stays as it is stored."""
-    original = init.original if isinstance(init, RestoredMethod) else init
-    if not isinstance(original, LoRA | Frozen | RecordedMethod):
+    if init is not None and init.statistic is not None:
         raise InputError(
-            f"quantization={AS_STORED!r} keeps the weights as they are, but init={original or 'PiSSA (the default)'} "
-            "is made from them and leaves a residual; pass init=LoRA(), or encode the residual with "
-            "quantization=FP8(), MXFP4() or NF4()"
+            f"quantization={AS_STORED!r}: init={init} looks at data with the whole model before anything is encoded, "
+            "which needs one format for all weights; pass quantization=FP8(), MXFP4() or NF4(), or another init"
         )
     if cache is not None:
         raise InputError(
-            f"quantization={AS_STORED!r} decomposes nothing that init_cache={str(cache)!r} could keep; leave it out"
+            f"quantization={AS_STORED!r} has a format for every matrix, which no residual model in init_cache="
+            f"{str(cache)!r} can hold; leave init_cache out"
         )

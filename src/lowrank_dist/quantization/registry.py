@@ -25,9 +25,8 @@ def format_as_dict(residual: ResidualFormat) -> dict[str, Any]:
     """Describe a residual format for a manifest, by its name and its options."""
     if isinstance(residual, BlockFormat):
         return {"format": residual.name, **asdict(residual)}
-    if str(residual) == AS_STORED:
-        return {"format": AS_STORED}
-    return {"format": "dense", "dtype": str(getattr(residual, "dtype", None)).removeprefix("torch.")}
+    kind = AS_STORED if str(residual).startswith(AS_STORED) else "dense"
+    return {"format": kind, "dtype": str(getattr(residual, "dtype", None)).removeprefix("torch.")}
 
 
 def format_from_dict(values: Mapping[str, Any]) -> ResidualFormat | AsStoredOption:

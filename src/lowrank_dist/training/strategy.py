@@ -55,8 +55,8 @@ class PiSSAStrategy(ModelStrategy):
         Method that makes adapters and residual from the weights: ``PiSSA(...)``, ``LoRA()``, ``LoftQ(...)``, ...
     quantization
         Format of the residual: ``NF4(...)``, ``FP4(...)`` or ``MXFP4()`` (4 bits), ``INT8(...)`` or ``FP8(...)``
-        (8 bits); None keeps it in the compute dtype. ``"as stored"`` keeps the bytes of a checkpoint in FP8 or MXFP4,
-        for ``init=LoRA()`` and every other adapter that starts at zero.
+        (8 bits); None keeps it in the compute dtype. ``"as stored"`` keeps the bytes of a checkpoint in FP8, INT8 or
+        MXFP4, and encodes what `init` leaves of a matrix again in the format of the same kind.
     encode
         Linear layers in the format of `quantization`: all but the output embedding (``"all-linear"``), or the adapted
         ones (``"adapted"``). Default: the adapted ones with a LoRA, whose residuals are made with it, else all.

@@ -18,7 +18,7 @@ from helpers.models import save_checkpoint
 from helpers.quantized import KINDS, quantize, quantize_experts, write_dense
 from helpers.ranks import run_ranks
 from helpers.training import ByStep, CausalLM, loader, make_strategy, make_trainer
-from lowrank_dist import AdapterCheckpoint, LoRA, PiSSA
+from lowrank_dist import FP8, INT8, MXFP4, AdapterCheckpoint, CorDA, LoRA, PiSSA
 from lowrank_dist.decomposition.schedule import Sharding
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import CheckpointError, InputError, ModelError
@@ -97,6 +97,7 @@ def trained(pretrained: Path, output: Path | None, options: dict[str, Any]) -> d
         "losses": module.losses,
         "logits": module.logits,
         "held": report.residual_bytes_per_rank,
+        "errors": {matrix.name: matrix.error / matrix.norm for matrix in report.matrices if matrix.error is not None},
         "read": report.bytes_read / report.checkpoint_bytes,
     }
 
@@ -189,6 +190,49 @@ def test_other_formats(made: Callable[[str], tuple[Path, Path]]) -> None:
         assert stored["held"] < dense["held"]
 
 
+def with_formats(pairs: dict[str, tuple[Path, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    return {name: trained(quantized, None, options) for name, (quantized, options) in pairs.items()}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_residuals_of_pissa_are_encoded_again_in_the_same_kind(
+    ranks: int, made: Callable[[str], tuple[Path, Path]]
+) -> None:
+    """As with that residual format, but layers without an adapter stay as they are stored."""
+    experts = LoraConfig(r=4, lora_alpha=4, target_modules=[], target_parameters=EXPERTS.target_parameters)
+    pairs = {}
+    for kind, adapter, same in (("fp8-blocks", SOME, FP8()), ("mxfp4", experts, MXFP4()), ("ct-int8", SOME, INT8())):
+        for name, quantization in ((f"{kind} as stored", "as stored"), (kind, same)):
+            pairs[name] = (made(kind)[0], {"adapter": adapter, "init": PiSSA(), "quantization": quantization})
+    found = run_ranks(ranks, with_formats, pairs)[0]
+    for kind in ("fp8-blocks", "mxfp4", "ct-int8"):
+        stored, encoded = found[f"{kind} as stored"], found[kind]
+        assert stored["losses"] == pytest.approx(encoded["losses"], rel=1e-6), kind
+        lost = {name: error for name, error in stored["errors"].items() if error > 0}
+        assert lost == pytest.approx(encoded["errors"], rel=1e-5), kind
+        assert max(lost.values()) < 0.2
+    assert found["fp8-blocks as stored"]["held"] > found["fp8-blocks"]["held"]  # the other layers are there too
+
+
+def test_pissa_over_a_mixture_of_stored_kinds(made: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
+    """Experts in MXFP4 and attention that is stored dense: resumed, opened, refitted to the original."""
+    quantized, options = made("mxfp4")[0], {"adapter": EXPERTS, "init": PiSSA(), "quantization": "as stored"}
+    whole = run_ranks(2, trained, quantized, tmp_path / "out", options)[0]
+    assert {name: error < 1e-6 for name, error in whole["errors"].items()} == {
+        name: "experts" not in name for name in whole["errors"]
+    }
+    checkpoint = tmp_path / "out" / f"step={STEPS}"
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    assert manifest["quantization"] == "as stored, residuals in MXFP4()"
+    assert manifest["residual"] == {"format": "as stored", "dtype": "float32"}
+    kind, logits = run_ranks(3, opened, checkpoint)[0]
+    assert "its frozen base as stored, residuals in MXFP4()" in kind
+    torch.testing.assert_close(logits, whole["logits"], rtol=1e-4, atol=1e-4)
+    refitted = refit_checkpoint(checkpoint, tmp_path / "refit", rank=4, base="original")
+    for left in refitted.leftovers:  # what the encoding lost is in the difference
+        assert left.after < left.before or "experts" not in left.name
+
+
 def resumed(quantized: Path, output: Path | None, checkpoint: Path | None, options: dict[str, Any]) -> list[float]:
     module, strategy = ByStep(quantized), make_strategy(quantized, quantization="as stored", **options)
     callbacks = [AdapterCheckpoint(output, filename="{step}", every_n_train_steps=1, save_top_k=-1)] if output else []
@@ -238,9 +282,9 @@ def test_what_goes_with_it(made: Callable[[str], tuple[Path, Path]], tmp_path: P
 def test_what_cannot_be_kept_is_refused(made: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
     """Before weights are read, by name."""
     quantized, dense = made("fp8-blocks")
-    with pytest.raises(InputError, match=r"init=PiSSA is made from them and leaves a residual; pass init=LoRA\(\)"):
-        make_strategy(quantized, quantization="as stored", init=PiSSA())
-    with pytest.raises(InputError, match="decomposes nothing that init_cache"):
+    with pytest.raises(InputError, match="init=CorDA.* looks at data with the whole model before anything is encoded"):
+        make_strategy(quantized, quantization="as stored", init=CorDA())
+    with pytest.raises(InputError, match="has a format for every matrix, which no residual model in init_cache"):
         make_strategy(quantized, quantization="as stored", init=LoRA(), init_cache=tmp_path)
     with pytest.raises(ValueError, match="quantization='nf4' is neither a format nor 'as stored'"):
         make_strategy(quantized, quantization="nf4", init=LoRA())

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import bitsandbytes.functional as bnb
 import huggingface_hub
@@ -102,7 +103,8 @@ class Troubled(Measure):
 
 def walk_with_trouble(checkpoint: Path, group_size: int) -> None:
     """Rank 1 fails in its first turn."""
-    walk_in_turns(checkpoint, group_size, Troubled(LoRA(), NF4(), thorough=False))
+    with patch.object(lowrank_dist.decomposition.walk, "Measure", Troubled):
+        walk_in_turns(checkpoint, group_size)
 
 
 @pytest.mark.parametrize("group_size", [1, 2])
@@ -148,10 +150,9 @@ def planned_matrices(checkpoint: Path) -> list[PlannedMatrix]:
     ]
 
 
-def walk_in_turns(checkpoint: Path, group_size: int, measure: Measure | None = None) -> dict[str, DecomposedMatrix]:
+def walk_in_turns(checkpoint: Path, group_size: int) -> dict[str, DecomposedMatrix]:
     """All matrices in one batch: most groups have more than one, some fewer than others."""
     walk = Walk(CheckpointReader(checkpoint), ShardGroup(), init=LoRA(), residual=NF4(), factor_dtype=torch.float32)
-    walk.measure = measure or walk.measure
     batch = Batch(group_size=group_size, matrices=tuple(planned_matrices(checkpoint)))
     return {matrix.planned.key: matrix for matrix in walk.run([batch])}
 

@@ -24,7 +24,7 @@ def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         exit $status""")
     command.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    monkeypatch.setattr(allocation, "_PAUSES", (0, 0, 0))
+    monkeypatch.setattr(allocation, "PAUSES", (0, 0, 0))
     for name, value in (("JOB_ID", 7), ("PROCID", 0), ("NTASKS", 1), ("LOCALID", 0), ("NODEID", 0), ("NNODES", 1)):
         monkeypatch.setenv(f"SLURM_{name}", str(value))
     return answers
