@@ -10,6 +10,7 @@ host's work is hidden behind the arithmetic, as long as it takes less time.
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import tempfile
 import time
@@ -53,7 +54,26 @@ def main() -> None:
     known.add_argument("--compiled", action="store_true", help="also with compiled layers, which needs a compiler")
     options = known.options()
     compared = WAYS | (COMPILED if options.compiled else {})
-    layers = 2 if options.tiny else 16
+    with tempfile.TemporaryDirectory() as folder:
+        layers = 2 if options.tiny else 16
+        job = small_model(Path(folder), layers, options.steps)
+        found: dict[str, list[float]] = {way: [] for way in compared}
+        collectives: dict[str, dict[str, tuple[int, int]]] = {}
+        for way, ranks, train in by_turns(compared, options.rounds):
+            measured = run_ranks(ranks, _run, train, job, group=ranks > 1)
+            found[way].append(max(statistics.median(rank.seconds) for rank, _ in measured))
+            collectives[way] = measured[0][1]
+    notes = [
+        said_of(job, options, f"{layers}"),
+        "ours: NF4 with double quantization under `PiSSAStrategy`, from a batch's start to its end in Lightning's "
+        "loop; PEFT: forward, backward and step without a Trainer",
+    ]
+    parts = [_table(found, layers), _collectives(collectives[TWO], layers), _verdicts(found)]
+    report(options, "CPU time of a training step", "bench_host.py", notes, parts)
+
+
+def small_model(folder: Path, layers: int, steps: int) -> RunSpec:
+    """A job on a model so small that its arithmetic is next to nothing, saved in `folder`."""
     config = LlamaConfig(
         hidden_size=64,
         intermediate_size=128,
@@ -62,31 +82,25 @@ def main() -> None:
         num_key_value_heads=2,
         vocab_size=256,
     )
-    with tempfile.TemporaryDirectory() as folder:
-        job = RunSpec(
-            name="host",
-            checkpoint=trainers.save_model(Path(folder) / "model", config, "cpu"),
-            tokens=16,
-            sequences=2,
-            rank=8,
-            steps=options.steps,
-            device="cpu",
-            clock=time.process_time,
-        )
-        found: dict[str, list[float]] = {way: [] for way in compared}
-        collectives: dict[str, dict[str, tuple[int, int]]] = {}
-        for way, ranks, train in by_turns(compared, options.rounds):
-            measured = run_ranks(ranks, _run, train, job, group=ranks > 1)
-            found[way].append(max(statistics.median(rank.seconds) for rank, _ in measured))
-            collectives[way] = measured[0][1]
-    notes = [
-        f"a LLaMA of {layers} layers of width 64, adapters on all linears (r = 8), gradient checkpointing, batches of "
-        f"2 x 16 tokens, AdamW, fp32; medians of {options.steps} steps, {options.rounds} rounds by turns",
-        "ours: NF4 with double quantization under `PiSSAStrategy`, from a batch's start to its end in Lightning's "
-        "loop; PEFT: forward, backward and step without a Trainer",
-    ]
-    parts = [_table(found, layers), _collectives(collectives[TWO], layers), _verdicts(found)]
-    report(options, "CPU time of a training step", "bench_host.py", notes, parts)
+    return RunSpec(
+        name="host",
+        checkpoint=trainers.save_model(folder / "model", config, "cpu"),
+        tokens=16,
+        sequences=2,
+        rank=8,
+        steps=steps,
+        device="cpu",
+        clock=time.process_time,
+    )
+
+
+def said_of(job: RunSpec, options: argparse.Namespace, layers: str) -> str:
+    """What a report says of `small_model`."""
+    return (
+        f"a LLaMA of {layers} layers of width 64, adapters on all linears (r = {job.rank}), gradient checkpointing, "
+        f"batches of {job.sequences} x {job.tokens} tokens, AdamW, fp32; medians of {options.steps} steps, "
+        f"{options.rounds} rounds by turns"
+    )
 
 
 def _run(train: Train, job: RunSpec) -> tuple[Measured, dict[str, tuple[int, int]]]:

@@ -19,7 +19,7 @@ import lightning as L
 import torch
 from benchmarks.gpu.profiles import on_streams, overlap, profiler
 from lightning.pytorch.callbacks import Checkpoint
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -31,11 +31,13 @@ from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import RowPartition
 from lowrank_dist.layers.adapted import FoldAdapters, fuse_adapters
 from lowrank_dist.layers.frozen import FrozenLinear
+from lowrank_dist.quantization.blocks import BlockFormat
 from lowrank_dist.storage.writer import write_json
 from lowrank_dist.training.module import CausalLMModule
 from lowrank_dist.training.optim import build_optimizer
 
 WARM_UP = 2  # steps
+DEFAULT = NF4(double_quant=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,8 @@ class RunSpec:
         Of a step.
     clock
         What seconds are measured with.
+    tuner
+        PEFT's configuration of the adapter; a LoRA of `rank` by default.
     """
 
     name: str
@@ -70,13 +74,16 @@ class RunSpec:
     device: str
     sequences: int = 1
     clock: Callable[[], float] = time.perf_counter
+    tuner: PeftConfig | None = None
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the arithmetic."""
         return torch.bfloat16 if self.device == "cuda" else torch.float32
 
-    def adapter(self) -> LoraConfig:
+    def adapter(self) -> PeftConfig:
+        if self.tuner is not None:
+            return self.tuner
         return LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules="all-linear", task_type="CAUSAL_LM")
 
     def batches(self) -> list[dict[str, Tensor]]:
@@ -139,19 +146,24 @@ class Meter:
 
 
 def train_ours(
-    job: RunSpec, *, fold: FoldAdapters, fused_loss: bool = False, compile_layers: str | None = None
+    job: RunSpec,
+    *,
+    fold: FoldAdapters,
+    fused_loss: bool = False,
+    compile_layers: str | None = None,
+    quantization: BlockFormat | None = DEFAULT,
 ) -> Measured:
     """`PiSSAStrategy`; zero-start adapters, as the initialisation is not what is measured.
 
     `fold` says where adapters are added to the decoded weight. `fused_loss` takes the loss without logits, on CUDA.
-    `compile_layers` is a backend of ``torch.compile``.
+    `compile_layers` is a backend of ``torch.compile``. `quantization` is the strategy's.
     """
     meter = Meter(job.device, job.clock)
     strategy = PiSSAStrategy(
         job.checkpoint,
         job.adapter(),
-        LoRA(),
-        NF4(double_quant=True),
+        LoRA() if isinstance(job.adapter(), LoraConfig) else None,
+        quantization,
         fold_adapters=fold,
         compile_layers=compile_layers,
         show_progress=False,
@@ -219,7 +231,7 @@ class Timing(L.Callback):
 def train_unsharded(job: RunSpec, *, fused: bool) -> Measured:
     """Our layers without DeepSpeed: what sharding costs on one device is the difference."""
     model = get_peft_model(_load(job, job.device), job.adapter())
-    residual, group = NF4(double_quant=True), ShardGroup.single()
+    residual, group = DEFAULT, ShardGroup.single()
     for module in list(model.modules()):
         if not hasattr(module, "lora_A"):
             continue

@@ -114,7 +114,7 @@ def _alike(layers: list[nn.Module]) -> dict[int, int]:
 def _kind(layer: nn.Module) -> tuple[Any, ...]:
     """All that tells layers apart: their modules with plain settings, and their tensors; not the layer's number."""
     modules = tuple(
-        (name, type(module), *((key, value) for key, value in vars(module).items() if _is_setting(key, value)))
+        (name, type(module), *((key, repr(value)) for key, value in vars(module).items() if _is_setting(key, value)))
         for name, module in layer.named_modules()
     )
     tensors = tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in layer.named_parameters())
@@ -122,6 +122,8 @@ def _kind(layer: nn.Module) -> tuple[Any, ...]:
 
 
 def _is_setting(key: str, value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_setting("", part) for part in value)
     return isinstance(value, bool | int | float | str) and key != "layer_idx"
 
 

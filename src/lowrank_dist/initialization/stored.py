@@ -88,10 +88,11 @@ class StoredSource(PretrainedSource):
         dense, again = len(plan.matrices) - len(self.residual.formats), len(self.residual.again)
         keys = [tensor.key for tensor in plan.parameters if tensor.key is not None]
         decoded = [key for key in keys if self.reader.decodes(key)]
-        lines = [f"{len(self.residual.formats) - again} matrices stay in {self.reader.encoding}"]
+        kept = len(self.residual.formats) - again
+        lines = [f"{kept} matrices stay in {self.reader.encoding}"] if kept else []
         if again:
             kinds = " and ".join(sorted({str(residual) for residual in self.residual.again.values()}))
-            lines.append(f"the residuals that {self.method} leaves of {again} are encoded again, in {kinds}")
+            lines.append(f"what {self.method} leaves of {again} matrices is encoded again, in {kinds}")
         if dense:
             lines.append(f"{dense} that are stored dense stay dense")
         if decoded:
