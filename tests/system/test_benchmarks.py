@@ -216,6 +216,16 @@ def test_the_host_at_tiny_scale(tmp_path: Path) -> None:
     assert int(gathers) == 2 * 2 + 2 + 2  # of two layers, the norm, the embedding and the head
 
 
+@pytest.mark.matrix
+def test_tuners_at_tiny_scale(tmp_path: Path) -> None:
+    report = dry_run("benchmarks/bench_tuners.py", output=tmp_path / "tuners.md")
+    for tuner in ("LoRA", "VeRA", "IA3", "OFT", "LoHa"):
+        (row,) = re.findall(rf"^\| {tuner} \| (.*) \|$", report, flags=re.MULTILINE)
+        assert len(row.split(" | ")) == 4
+        assert (row.split(" | ")[2] == "- / -") == (tuner == "LoHa")  # PEFT has no LoHa over bitsandbytes
+        assert f"- {tuner}: a layer takes " in report
+
+
 def test_dora_at_tiny_scale(tmp_path: Path) -> None:
     report = dry_run("benchmarks/bench_dora.py", output=tmp_path / "dora.md")
     for way in ("LoRA, ours", "DoRA, ours", "DoRA, PEFT's layer on ours", "DoRA, PEFT + bitsandbytes"):

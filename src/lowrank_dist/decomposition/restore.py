@@ -138,6 +138,10 @@ class RestoredMethod(Method):
         return self.original.starts_at_zero
 
     @property
+    def looks_at_weights(self) -> bool:
+        return False  # at those in the checkpoint
+
+    @property
     def layout(self) -> FactorLayout:
         return self.original.layout
 

@@ -32,7 +32,7 @@ from lowrank_dist.storage.prefetch import read_ahead
 
 
 class _Nothing(Dense):
-    """Takes the place of a residual format while factors are made: they do not depend on the weight."""
+    """Takes the place of a residual format while factors are made for a matrix that stays as it is stored."""
 
     def encode(self, block: Tensor, partition: RowPartition, group: ShardGroup) -> Encoded:
         return Encoded(shards={}, rows=lambda some: block[some])
@@ -134,14 +134,15 @@ class StoredSource(PretrainedSource):
         known = {} if self.resume is None else self.resume.reports
         device = device or torch.device("cpu")
         stay = [planned for planned in plan.matrices if planned.name in kept]
-        shards_of = read_ahead(lambda planned: self._read(planned, kept[planned.name], group), stay)
+        read = read_ahead(lambda planned: self._read(planned, kept[planned.name], group), stay)
         for planned in stay:
             started = time.monotonic()
             with group.shared_errors():
-                shards = next(shards_of)
+                shards, rows = next(read)
             partition = planned.row_partition(group.size, block=1)
             start, stop = partition.bounds(group.rank)
-            block = torch.empty(1, 1, device=device).expand(stop - start, planned.columns)  # takes no memory
+            nothing = torch.empty(1, 1, device=device).expand(stop - start, planned.columns)  # takes no memory
+            block = nothing if rows is None else rows.to(device)
             matrix = Matrix.of(planned, block, group, partition=partition, factor_dtype=factor_dtype)
             found = method_for(planned, self.init).decompose(matrix, _Nothing(dtype=torch.float32))
             report = known.get(planned.name) or MatrixReport(
@@ -159,10 +160,15 @@ class StoredSource(PretrainedSource):
             )
             advance(nbytes)
 
-    def _read(self, planned: PlannedMatrix, stored: StoredMatrix, group: ShardGroup) -> dict[str, Tensor]:
-        """This rank's shards of a matrix that is kept, on the CPU."""
+    def _read(
+        self, planned: PlannedMatrix, stored: StoredMatrix, group: ShardGroup
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """This rank's shards of a matrix that is kept, and its decoded rows in fp32 for a method that looks at them."""
         partition = planned.row_partition(group.size, block=1)
-        return read_stored(planned.key, stored, self.stored_reader, partition, group.rank)
+        shards = read_stored(planned.key, stored, self.stored_reader, partition, group.rank)
+        if not method_for(planned, self.init).looks_at_weights:
+            return shards, None
+        return shards, self.reader.rows(planned.key, *partition.bounds(group.rank)).float()
 
 
 def check_options(init: Method | None, cache: object) -> None:

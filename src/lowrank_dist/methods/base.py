@@ -311,6 +311,11 @@ class Method(ABC):
         return False
 
     @property
+    def looks_at_weights(self) -> bool:
+        """Whether A and B depend on W, which must then be read and decoded even if it stays as it is stored."""
+        return True
+
+    @property
     def layout(self) -> FactorLayout:
         """Which parameters of the update are trained, and how files store them."""
         return TrainedFactors()

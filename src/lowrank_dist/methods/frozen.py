@@ -57,6 +57,10 @@ class Frozen(Method):
     def starts_at_zero(self) -> bool:
         return True
 
+    @property
+    def looks_at_weights(self) -> bool:
+        return False
+
     def decompose(self, matrix: Matrix, residual: ResidualFormat) -> Decomposition:
         rows, columns = matrix.block.shape
         none = Factors(left=matrix.block.new_empty(rows, 0), right=matrix.block.new_empty(0, columns))

@@ -70,6 +70,10 @@ class LoRA(Method):
     def starts_at_zero(self) -> bool:
         return True
 
+    @property
+    def looks_at_weights(self) -> bool:
+        return False
+
     def decompose(self, matrix: Matrix, residual: ResidualFormat) -> Decomposition:
         inputs, outputs = layer_shape(matrix)
         generator = torch.Generator().manual_seed(seed_from_name(matrix.name, self.seed or 0))

@@ -18,7 +18,7 @@ from helpers.models import save_checkpoint
 from helpers.quantized import KINDS, quantize, quantize_experts, write_dense
 from helpers.ranks import run_ranks
 from helpers.training import ByStep, CausalLM, loader, make_strategy, make_trainer
-from lowrank_dist import FP8, INT8, MXFP4, AdapterCheckpoint, CorDA, LoRA, PiSSA
+from lowrank_dist import FP8, INT8, MXFP4, AdapterCheckpoint, CorDA, LoRA, LoRAXS, PiSSA
 from lowrank_dist.decomposition.schedule import Sharding
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import CheckpointError, InputError, ModelError
@@ -184,6 +184,7 @@ def test_other_formats(made: Callable[[str], tuple[Path, Path]]) -> None:
     pairs = {kind: (*made(kind), None, options_of(kind)) for kind in OTHERS}
     tuner = IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
     pairs["tuner"] = (*made("fp8-blocks"), None, {"adapter": tuner, "init": None})
+    pairs["core"] = (*made("fp8-blocks"), None, {"adapter": SOME, "init": LoRAXS()})  # of the decoded weights
     pairs["fp8-experts"] = (*made("fp8-experts"), None, {"adapter": EXPERTS, "init": LoRA()})
     for kind, (stored, dense) in run_ranks(2, compared, pairs)[0].items():
         assert stored["losses"] == pytest.approx(dense["losses"], rel=1e-6), kind
@@ -211,6 +212,8 @@ def test_residuals_of_pissa_are_encoded_again_in_the_same_kind(
         lost = {name: error for name, error in stored["errors"].items() if error > 0}
         assert lost == pytest.approx(encoded["errors"], rel=1e-5), kind
         assert max(lost.values()) < 0.2
+        options = {name: value for name, value in pairs[kind][1].items() if name != "quantization"}
+        assert stored["held"] == planned_bytes(made(kind)[0], ranks, options)
     assert found["fp8-blocks as stored"]["held"] > found["fp8-blocks"]["held"]  # the other layers are there too
 
 
