@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,60 +26,23 @@ from lowrank_dist.model.plan import Plan, PlannedMatrix
 from lowrank_dist.model.skeleton import build_skeleton
 from lowrank_dist.model.stacking import StackedFactors
 from lowrank_dist.quantization.four_bit import FourBit
+from lowrank_dist.residual_model.journal import Journal, Sums, add, sums_of, total
 from lowrank_dist.residual_model.reader import factor_keys, has_stock_layout, packed_name
 from lowrank_dist.storage.atomic import put_in_place, staging_directory
 from lowrank_dist.storage.digest import digest_of_pieces, piece_sums
 from lowrank_dist.storage.disk import check_free, flush_directory
 from lowrank_dist.storage.dtypes import CODES
-from lowrank_dist.storage.layout import CONFIG, MANIFEST, RESIDUAL_STEM, check_matrix, sealed
+from lowrank_dist.storage.layout import CONFIG, MANIFEST, RESIDUAL_STEM, sealed
 from lowrank_dist.storage.lock import Lock, Owner, lock_of
-from lowrank_dist.storage.parse import (
-    MAX_MANIFEST,
-    Record,
-    is_integer,
-    is_list_of,
-    is_object_of,
-    parse_object,
-    read_bytes,
-    read_record,
-)
+from lowrank_dist.storage.parse import Record, read_record
 from lowrank_dist.storage.reader import FileTensor, check_finite
 from lowrank_dist.storage.verify import ENCODED_STEM, FROZEN_STEM, INITIAL, compare, file_digest, label
 from lowrank_dist.storage.writer import TensorFiles, copy_other_files, stored_dtype, write_json
 
 FORMAT = 3  # version of the manifest and of what the fingerprint covers
-JOURNAL = "journal.jsonl"
 FLUSH_BYTES = 64 * 2**20  # bytes of pretrained weights between two flushes; the journal grows after each
 COPY_BYTES = 64 * 2**20  # most bytes of an unchanged tensor that are read at once
 BESIDE = "beside"  # name of B among the shards of a matrix whose adapter file holds ``f(B)``
-
-
-#: Sums of the pieces of tensors (`lowrank_dist.storage.digest.piece_sums`) by stem of the files and name.
-_Sums = dict[str, dict[str, list[int]]]
-
-
-def _checked_sums(entry: Mapping[str, Any]) -> _Sums:
-    found: _Sums = Record(entry, JOURNAL).expect(
-        "sums", is_object_of(is_object_of(_is_pair)), "sums by file and tensor"
-    )
-    return found
-
-
-def _is_pair(value: Any) -> bool:
-    return is_list_of(lambda half: is_integer(half, 0, 2**64 - 1))(value) and len(value) == 2
-
-
-def _add(sums: dict[str, list[int]], name: str, part: Sequence[int]) -> None:
-    sums[name] = [(a + b) % 2**64 for a, b in zip(sums.get(name, [0, 0]), part, strict=True)]
-
-
-def _total(parts: Iterable[_Sums]) -> _Sums:
-    total: _Sums = {}
-    for part in parts:
-        for stem, sums in part.items():
-            for name, pair in sums.items():
-                _add(total.setdefault(stem, {}), name, pair)
-    return total
 
 
 class ResidualModelWriter:
@@ -134,8 +95,8 @@ class ResidualModelWriter:
             for factor, shape in planned.parameter_shapes.items():
                 factors[factor_keys(planned)[factor]] = FileTensor(shape=shape, dtype=walk.factor_dtype)
         # sums of the bytes that were handed to the files, by matrix (None: those of no matrix), file and tensor
-        self._sums: dict[str | None, _Sums] = {}
-        self._recorded: list[tuple[str | None, _Sums]] = []
+        self._sums: dict[str | None, Sums] = {}
+        self._recorded: list[tuple[str | None, Sums]] = []
         self.stock = all(has_stock_layout(planned, self.residual, self.reader) for planned in plan.matrices)
         self._stacks: dict[str, StackedFactors] = {}
         self._encoded_stacks: dict[str, StackedFactors] = {}
@@ -203,54 +164,40 @@ class ResidualModelWriter:
         with self.group.shared_errors():
             if self.group.rank == 0:
                 self._build_in(staging_directory(self.output, resumes=self._resumes))
-                found = self._journal()
-                if not found:
+                complete = self._complete()
+                if complete is None:
                     self._create()
+                found = complete or []
                 staging = str(self.staging)
         self._build_in(Path(str(self.group.broadcast_object(staging))))
-        reports = self.group.broadcast_object(found[1:])
+        reports = self.group.broadcast_object(found)
         assert isinstance(reports, list)
         reported = {entry["name"]: MatrixReport.from_dict(entry) for entry in reports}
         lacking = {planned.layer for planned in self.plan.matrices if planned.name not in reported}
-        complete = [planned.name for planned in self.plan.matrices if planned.layer not in lacking]
-        self.reports = {name: reported[name] for name in complete}
-        self._recorded = [(entry["name"], _checked_sums(entry)) for entry in reports if entry["name"] in self.reports]
+        done = [planned.name for planned in self.plan.matrices if planned.layer not in lacking]
+        self.reports = {name: reported[name] for name in done}
+        self._recorded = [(entry["name"], sums_of(entry)) for entry in reports if entry["name"] in self.reports]
 
     def _build_in(self, directory: Path) -> None:
         self.staging, self.initial = directory, directory / f"{str(self.walk.init).lower()}_init"
+        self._journal = Journal(directory, self.key)
         for stem, files in self._files.items():
             files.directory = directory if stem == self._stem else self.initial
 
     def _resumes(self, directory: Path) -> bool:
         self._build_in(directory)
-        return bool(self._journal())
+        return self._complete() is not None
 
-    def _journal(self) -> list[dict[str, Any]]:
-        """Entries of the journal if it has this fingerprint and all files exist; else none.
-
-        The last line may be incomplete: the run may have been killed while it wrote it.
-        """
-        path = self.staging / JOURNAL
-        if not path.is_file() or not all(f.exist() for f in self._files.values()):
-            return []
-        entries: list[dict[str, Any]] = []
-        try:
-            for line in read_bytes(path, MAX_MANIFEST).splitlines():
-                entry = Record(parse_object(line, str(path)), str(path))
-                if entries:
-                    check_matrix(entry)
-                    _checked_sums(entry)
-                entries.append(entry)
-        except CheckpointError:
-            pass
-        return entries if entries and entries[0] == {"fingerprint": self.key} else []
+    def _complete(self) -> list[dict[str, Any]] | None:
+        """Entries of the journal; None if it is not of this fingerprint, or if a file is missing."""
+        return self._journal.entries() if all(files.exist() for files in self._files.values()) else None
 
     def _create(self) -> None:
         check_free(self.output, sum(files.nbytes for files in self._files.values()))
         self.initial.mkdir()
         for files in self._files.values():
             files.create()
-        (self.staging / JOURNAL).write_text(json.dumps({"fingerprint": self.key}) + "\n")
+        self._journal.create()
         flush_directory(self.staging)
 
     def matrices(self, decomposed: Iterable[DecomposedMatrix]) -> None:
@@ -295,7 +242,7 @@ class ResidualModelWriter:
         """Write elements of a tensor, and add their bytes to the sums of `matrix`."""
         tensor, values = self._tensors[stem][name], values.detach().cpu()
         sums = self._sums.setdefault(matrix, {}).setdefault(stem, {})
-        _add(sums, name, piece_sums(label(name, CODES[tensor.dtype], tensor.shape), values, start))
+        add(sums, name, piece_sums(label(name, CODES[tensor.dtype], tensor.shape), values, start))
         self._files[stem].write(name, start, values)
 
     def _stored_factors(self, matrix: DecomposedMatrix) -> dict[str, Tensor] | None:
@@ -371,14 +318,10 @@ class ResidualModelWriter:
         self.reports |= {report.name: report for report in self._pending}
         done = [None, *(report.name for report in self._pending)]
         everyone = self.group.gather_objects({name: self._sums.pop(name) for name in done if name in self._sums})
-        sums = {name: _total([each[name] for each in everyone if name in each]) for name in done}
+        sums = {name: total([each[name] for each in everyone if name in each]) for name in done}
         self._recorded += sums.items()
         if self.group.rank == 0 and self._pending:
-            with open(self.staging / JOURNAL, "a") as journal:
-                lines = ({**report.as_dict(), "sums": sums[report.name]} for report in self._pending)
-                journal.writelines(json.dumps(line) + "\n" for line in lines)
-                journal.flush()
-                os.fsync(journal.fileno())
+            self._journal.record({**report.as_dict(), "sums": sums[report.name]} for report in self._pending)
         self._pending = []
 
     def others(self) -> None:
@@ -452,7 +395,7 @@ class ResidualModelWriter:
             try:
                 compare(self.staging, manifest, self.group)
             except CheckpointError as error:
-                (self.staging / JOURNAL).unlink(missing_ok=True)  # the next run begins anew
+                self._journal.remove()
                 raise CheckpointError(f"{error}; another program or the disk has changed it: start again") from error
         with self.group.shared_errors():
             if self.group.rank == 0:
@@ -460,11 +403,11 @@ class ResidualModelWriter:
                 flush_directory(self.staging)
                 self._lock.check()
                 put_in_place(self.staging, self.output, overwrite=True)
-                (self.output / JOURNAL).unlink()
+                Journal(self.output, self.key).remove()
 
     def _digests(self) -> dict[str, dict[str, str]]:
         """Digests of all tensors, from the sums of their pieces."""
-        totals = _total([sums for _, sums in self._recorded])
+        totals = total([sums for _, sums in self._recorded])
         return {
             stem: {
                 name: digest_of_pieces(
