@@ -12,11 +12,12 @@ import pytest
 import yaml
 from lightning.pytorch.strategies import DDPStrategy
 
-from lowrank_dist import NF4, LoftQ, LoRA, PiSSA, PiSSAStrategy
+from lowrank_dist import EVA, NF4, QERA, CorDA, LoftQ, LoRA, LoRAGA, PiSSA, PiSSAStrategy
 from lowrank_dist.cli.plan import command
 from lowrank_dist.cli.plan.command import parser, planned_run
 from lowrank_dist.forecast import Forecast, ModelShapes
 from lowrank_dist.inference.tasks.gsm8k import PEFT_PROMPT
+from lowrank_dist.methods import Method
 from lowrank_dist.quantization.stacks import DECODED_BYTES
 from lowrank_dist.training.fit_cli import fit_parser, instantiated, parse_fit
 
@@ -166,6 +167,9 @@ PAIRS = [
 ]
 
 
+CALIBRATED = {"corda": CorDA, "eva": EVA, "lora_ga": LoRAGA, "qera": QERA}
+
+
 def composed(base: str, method: str, rank: int | None = None) -> list[Path]:
     paths = [CONFIGS / "base" / f"{base}.yaml", CONFIGS / "method" / f"{method}.yaml"]
     return paths if rank is None else [*paths, CONFIGS / "rank" / f"{rank}.yaml"]
@@ -181,6 +185,14 @@ def test_methods_that_are_compared_on_a_small_model(method: str) -> None:
     assert settings.model.loraplus_lr_ratio == (16 if method == "loraplus" else 1)
 
 
+@pytest.mark.parametrize(("method", "kind"), CALIBRATED.items())
+def test_methods_that_look_at_data(method: str, kind: type[Method]) -> None:
+    strategy = instantiated(parse(*composed(SMALL, method)), "trainer").strategy
+    assert type(strategy.init) is kind
+    assert isinstance(strategy.quantization, NF4)
+    assert strategy.calibration.batches == 8
+
+
 def test_the_large_models_are_there() -> None:
     assert {base for base, _, _ in PAIRS} == set(BASES)
     models = {base.partition("_")[0] for base in BASES}
@@ -193,6 +205,7 @@ def test_the_large_models_are_there() -> None:
         "llama_pro",
         "longlora",
         "loraplus",
+        *CALIBRATED,
         *METHODS,
     }
 
