@@ -8,8 +8,10 @@ is left of a matrix when a method has taken its part is encoded in the residual 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -201,14 +203,13 @@ class AsStored(Dense):
     def of_matrix(self, key: str) -> ResidualFormat:
         return self.formats.get(key) or Dense(dtype=self.dtype)
 
-    @property
-    def again(self) -> dict[str, BlockFormat]:
-        """Formats of the matrices whose residual is encoded again, by the names of their weights."""
-        return {key: residual for key, residual in self.formats.items() if isinstance(residual, BlockFormat)}
+    @cached_property  # the text is asked for once a matrix
+    def again(self) -> dict[str, int]:
+        """Formats that residuals are encoded in again, and the number of their matrices."""
+        return Counter(str(residual) for residual in self.formats.values() if isinstance(residual, BlockFormat))
 
     def __repr__(self) -> str:
-        kinds = sorted({str(residual) for residual in self.again.values()})
-        return AS_STORED if not kinds else f"{AS_STORED}, residuals in {' and '.join(kinds)}"
+        return AS_STORED if not self.again else f"{AS_STORED}, residuals in {' and '.join(sorted(self.again))}"
 
     @classmethod
     def of(

@@ -85,13 +85,13 @@ class StoredSource(PretrainedSource):
                 self.init.check(self.residual.of_matrix(planned.key))
             except InputError as error:
                 raise InputError(f"{planned.name}, which is stored dense: {error}") from None
-        dense, again = len(plan.matrices) - len(self.residual.formats), len(self.residual.again)
+        dense, again = len(plan.matrices) - len(self.residual.formats), sum(self.residual.again.values())
         keys = [tensor.key for tensor in plan.parameters if tensor.key is not None]
         decoded = [key for key in keys if self.reader.decodes(key)]
         kept = len(self.residual.formats) - again
         lines = [f"{kept} matrices stay in {self.reader.encoding}"] if kept else []
         if again:
-            kinds = " and ".join(sorted({str(residual) for residual in self.residual.again.values()}))
+            kinds = " and ".join(sorted(self.residual.again))
             lines.append(f"what {self.method} leaves of {again} matrices is encoded again, in {kinds}")
         if dense:
             lines.append(f"{dense} that are stored dense stay dense")
