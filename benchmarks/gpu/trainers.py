@@ -37,7 +37,7 @@ from lowrank_dist.training.module import CausalLMModule
 from lowrank_dist.training.optim import build_optimizer
 
 WARM_UP = 2  # steps
-DEFAULT = NF4(double_quant=True)
+QUANTIZATION = NF4(double_quant=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +151,7 @@ def train_ours(
     fold: FoldAdapters,
     fused_loss: bool = False,
     compile_layers: str | None = None,
-    quantization: BlockFormat | None = DEFAULT,
+    quantization: BlockFormat | None = QUANTIZATION,
 ) -> Measured:
     """`PiSSAStrategy`; zero-start adapters, as the initialisation is not what is measured.
 
@@ -231,7 +231,7 @@ class Timing(L.Callback):
 def train_unsharded(job: RunSpec, *, fused: bool) -> Measured:
     """Our layers without DeepSpeed: what sharding costs on one device is the difference."""
     model = get_peft_model(_load(job, job.device), job.adapter())
-    residual, group = DEFAULT, ShardGroup.single()
+    residual, group = QUANTIZATION, ShardGroup.single()
     for module in list(model.modules()):
         if not hasattr(module, "lora_A"):
             continue

@@ -65,7 +65,7 @@ class StoredSource(PretrainedSource):
         Raises
         ------
         InputError
-            If the method cannot decompose a matrix that is stored dense.
+            If the method cannot decompose a matrix into the format of its residual: one that is stored dense, say.
         ModelError
             If a quantized matrix cannot be kept, or its residual not be encoded again.
         """
@@ -81,10 +81,12 @@ class StoredSource(PretrainedSource):
                 "quantized; leave quantization out"
             )
         for planned in filter(leaves_residual, plan.matrices):
+            residual = self.residual.of_matrix(planned.key)
             try:
-                self.init.check(self.residual.of_matrix(planned.key))
+                self.init.check(residual)
             except InputError as error:
-                raise InputError(f"{planned.name}, which is stored dense: {error}") from None
+                held = "is stored dense" if residual.exact else f"is encoded again in {residual}"
+                raise InputError(f"{planned.name} {held}: {error}, or leave it out of the adapter") from None
         dense, again = len(plan.matrices) - len(self.residual.formats), sum(self.residual.again.values())
         keys = [tensor.key for tensor in plan.parameters if tensor.key is not None]
         decoded = [key for key in keys if self.reader.decodes(key)]
