@@ -5,7 +5,8 @@
     python benchmarks/bench_host.py --compiled    # also with compiled layers
 
 CPU seconds of a step (``time.process_time``), each way in processes of its own, all ways by turns. On a device the
-host's work is hidden behind the arithmetic, as long as it takes less time.
+host's work is hidden behind the arithmetic, as long as it takes less time. Seconds of the thread that trains are told
+apart: gloo moves data, and asks for them, in threads of its own, which a device does not have.
 """
 
 from __future__ import annotations
@@ -58,17 +59,19 @@ def main() -> None:
         layers = 2 if options.tiny else 16
         job = small_model(Path(folder), layers, options.steps)
         found: dict[str, list[float]] = {way: [] for way in compared}
+        alone: dict[str, list[float]] = {way: [] for way in compared}  # of the training thread
         collectives: dict[str, dict[str, tuple[int, int]]] = {}
         for way, ranks, train in by_turns(compared, options.rounds):
             measured = run_ranks(ranks, _run, train, job, group=ranks > 1)
-            found[way].append(max(statistics.median(rank.seconds) for rank, _ in measured))
-            collectives[way] = measured[0][1]
+            found[way].append(max(statistics.median(rank.seconds) for rank, _, _ in measured))
+            alone[way].append(max(of_thread for _, of_thread, _ in measured))
+            collectives[way] = measured[0][2]
     notes = [
         said_of(job, options, f"{layers}"),
         "ours: NF4 with double quantization under `PiSSAStrategy`, from a batch's start to its end in Lightning's "
         "loop; PEFT: forward, backward and step without a Trainer",
     ]
-    parts = [_table(found, layers), _collectives(collectives[TWO], layers), _verdicts(found)]
+    parts = [_table(found, alone, layers), _collectives(collectives[TWO], layers), _verdicts(found)]
     report(options, "CPU time of a training step", "bench_host.py", notes, parts)
 
 
@@ -103,23 +106,28 @@ def said_of(job: RunSpec, options: argparse.Namespace, layers: str) -> str:
     )
 
 
-def _run(train: Train, job: RunSpec) -> tuple[Measured, dict[str, tuple[int, int]]]:
-    """A way's steps; by collective, how often the last timed step called it, and bytes that it brought together."""
+def _run(train: Train, job: RunSpec) -> tuple[Measured, float, dict[str, tuple[int, int]]]:
+    """A way's steps; seconds of the training thread in a timed step; what the last timed step called.
+
+    That is by collective, how often it was called, and bytes that it brought together.
+    """
     calls: list[tuple[str, int]] = []
-    marks: list[int] = []  # how many calls there were whenever the clock was read; at last, around that step
+    marks: list[tuple[float, int]] = []  # seconds of this thread, and calls, whenever the clock was read around a step
     for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce"):
         setattr(dist, name, _counted(name, getattr(dist, name), calls))
 
     def clock() -> float:
-        marks.append(len(calls))
+        marks.append((time.thread_time(), len(calls)))
         return job.clock()
 
     measured = train(replace(job, clock=clock))
     found: dict[str, tuple[int, int]] = {}
-    for name, nbytes in calls[marks[-2] : marks[-1]]:
+    for name, nbytes in calls[marks[-2][1] : marks[-1][1]]:
         before = found.get(name, (0, 0))
         found[name] = before[0] + 1, before[1] + nbytes
-    return measured, found
+    timed = [seconds for seconds, _ in marks[-2 * job.steps :]]
+    of_thread = statistics.median(end - begin for begin, end in zip(timed[::2], timed[1::2], strict=True))
+    return measured, of_thread, found
 
 
 def _counted(name: str, collective: Callable[..., Any], calls: list[tuple[str, int]]) -> Callable[..., Any]:
@@ -131,18 +139,26 @@ def _counted(name: str, collective: Callable[..., Any], calls: list[tuple[str, i
     return called
 
 
-def _table(found: dict[str, list[float]], layers: int) -> str:
+def _table(found: dict[str, list[float]], alone: dict[str, list[float]], layers: int) -> str:
     rows = [
         [
             way,
             f"{1e3 * min(times):.1f} / {1e3 * statistics.median(times):.1f}",
+            f"{1e3 * min(alone[way]):.1f}",
             f"{1e6 * min(times) / layers:.0f}",
             f"{min(times) / min(found[PEER]):.2f}",
             f"{min(times) / min(found[DENSE]):.2f}",
         ]
         for way, times in found.items()
     ]
-    columns = ["", "ms a step, least / median round", "us a layer", f"of {PEER}", f"of {DENSE}"]
+    columns = [
+        "",
+        "ms a step, least / median round",
+        "of the training thread, least",
+        "us a layer",
+        f"of {PEER}",
+        f"of {DENSE}",
+    ]
     return table(columns, rows)
 
 

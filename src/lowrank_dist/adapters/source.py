@@ -146,8 +146,8 @@ def find_adapter(
             "computes from the base model; convert it with PEFT's "
             "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
-    if isinstance(config, LoraConfig):
-        config.init_lora_weights = True
+    if isinstance(config, LoraConfig):  # how it was made does not matter any more
+        config.init_lora_weights, config.lora_ga_config = True, None
     config.inference_mode = False
     norms = {entry["name"]: entry.get("norm") for entry in manifest.get("matrices", [])}
     return AdapterSource(

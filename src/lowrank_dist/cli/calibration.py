@@ -22,8 +22,8 @@ from lowrank_dist.zero3.partition import Partitioner, use_cpu_accelerator
 
 # arguments of SFTDataModule that the command sets by its own options, or that serve training and evaluation only
 _NOT_OFFERED = {
-    *("tokenizer", "train", "validation", "test", "validation_split", "test_split", "eval_limit", "packing"),
-    *("stopping_strategy", "streaming", "shuffle_buffer"),
+    *("tokenizer", "train", "validation", "test", "validation_split", "test_split", "eval_limit"),
+    *("packing", "padding_free", "stopping_strategy", "streaming", "shuffle_buffer"),
 }
 
 

@@ -28,7 +28,8 @@ SHOWN = 5  # reasons and duplicates that are shown
 _NOT_OFFERED = {
     *("tokenizer", "train", "validation", "test", "validation_split", "test_split", "eval_limit"),
     *("stopping_strategy", "streaming", "shuffle_buffer"),
-    *("batch_size", "tokens_per_batch", "packing", "group_by_length", "num_workers", "seed", "cache_dir", "num_proc"),
+    *("batch_size", "tokens_per_batch", "packing", "padding_free", "group_by_length"),
+    *("num_workers", "seed", "cache_dir", "num_proc"),
 }
 
 

@@ -10,7 +10,7 @@ import torch
 from lowrank_dist.data.mixture import Mixing
 from lowrank_dist.data.packing import Collator, ItemLists, Items
 from lowrank_dist.data.sampler import ShardedSampler
-from lowrank_dist.data.token_batches import TokenBatchSampler, padded
+from lowrank_dist.data.token_batches import TokenBatchSampler, batch_tokens, padded
 from lowrank_dist.errors import InputError
 
 
@@ -22,6 +22,7 @@ class Batching:
     batch_size: int
     tokens_per_batch: int | None
     packing: bool
+    padding_free: bool
     group_by_length: bool
     num_workers: int
     streaming: bool
@@ -64,7 +65,8 @@ class Batching:
 
     def check_items(self, items: Items) -> None:
         """Raise InputError if an item has more tokens than a batch may have."""
-        largest = padded(max(items.lengths)) * items.per_item
+        longest = max(items.lengths)
+        largest = batch_tokens(1, longest, longest, rows=items.per_item)
         if self.tokens_per_batch is not None and self.tokens_per_batch < largest:
             raise InputError(
                 f"tokens_per_batch={self.tokens_per_batch} is less than the largest pair has, {largest}; raise it, or "
@@ -92,8 +94,14 @@ class Batching:
             "mixing": mixing,
         }
         if self.tokens_per_batch is not None:
-            return TokenBatchSampler(dataset, tokens_per_batch=self.tokens_per_batch, **settings)
+            return TokenBatchSampler(
+                dataset, tokens_per_batch=self.tokens_per_batch, padding_free=self.padding_free, **settings
+            )
         return ShardedSampler(dataset, batch_size=self.batch_size, **settings)
+
+    def collator(self, pad_token_id: int) -> Collator:
+        """What makes a batch of items."""
+        return Collator(pad_token_id, padding_free=self.padding_free)
 
     def loader_arguments(self, dataset: Items, pad_token_id: int) -> dict[str, Any]:
         """Arguments of a DataLoader beside the sampler."""
@@ -101,11 +109,24 @@ class Batching:
         return {
             "dataset": ItemLists(dataset) if by_tokens else dataset,
             "batch_size": None if by_tokens else self.batch_size,
-            "collate_fn": Collator(pad_token_id),
+            "collate_fn": self.collator(pad_token_id),
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
             "pin_memory": torch.cuda.is_available(),
         }
+
+
+def full_rows(*, batch_size: int, tokens_per_batch: int | None, max_length: int, per_item: int) -> int:
+    """Rows of `max_length` tokens that a batch of one device has at most, for forecasts of its memory.
+
+    Parameters
+    ----------
+    batch_size, tokens_per_batch, max_length
+        Options of `lowrank_dist.SFTDataModule`.
+    per_item
+        Rows of an item: 2 for pairs.
+    """
+    return batch_size * per_item if tokens_per_batch is None else max(1, tokens_per_batch // max_length)
 
 
 def check_numbers(**least: tuple[int | None, int]) -> None:

@@ -25,6 +25,9 @@ CHUNK = 1000
 OnBadRecord = Literal["error", "skip"]
 """What is done with a record that cannot be used."""
 
+OnLongExample = Literal["cut", "split", "drop"]
+"""What is done with an example of more than `max_length` tokens."""
+
 Transform = Callable[[dict[str, Any]], Mapping[str, Any] | None]
 """A user's function from a record to one with known columns, or to None to leave it out."""
 
@@ -87,6 +90,9 @@ class Preparer:
         Function that every record passes through first.
     on_bad_record
         Raise the error of the first record that cannot be used, or skip such records and count them.
+    on_long_example
+        Cut examples of more than `max_length` tokens on the right, split them, or drop them. Passages are split by
+        ``"cut"`` too.
     """
 
     renderer: Renderer | LabelledRenderer
@@ -95,6 +101,7 @@ class Preparer:
     names: Sequence[str]
     transform: Transform | None = None
     on_bad_record: OnBadRecord = "error"
+    on_long_example: OnLongExample = "cut"
 
     def __call__(self, chunk: Chunk) -> Loaded:
         """Examples of the records of a chunk, and what became of the others.
@@ -122,10 +129,16 @@ class Preparer:
                     raise
                 loaded.skipped.append(str(error))
         for where, item, encoded in _encoded(self.encoder, items, loaded, self.on_bad_record):
-            if len(item) == 2:
+            lengths = [one.length or len(one.tokens) for one in encoded]
+            loaded.lengths += lengths
+            longer = sum(length > self.max_length for length in lengths)
+            if longer and self.on_long_example == "drop":
+                loaded.too_long += longer
+            elif len(item) == 2:
                 _keep_pair(loaded, where, encoded, self.max_length)
             else:
-                _keep(loaded, where, item[0], encoded[0], self.max_length, whole)
+                split = self.on_long_example == "split"
+                _keep(loaded, where, item[0], encoded[0], self.max_length, whole=whole, split=split)
         if isinstance(renderer, Renderer):
             loaded.notes.update(renderer.notes)
             renderer.notes.clear()
@@ -179,30 +192,36 @@ def _texts(item: tuple[Any, ...]) -> Iterator[str]:
 
 
 def _keep(
-    loaded: Loaded, where: str, example: Example | Labelled, encoded: Encoded, max_length: int, whole: bool
+    loaded: Loaded,
+    where: str,
+    example: Example | Labelled,
+    encoded: Encoded,
+    max_length: int,
+    *,
+    whole: bool,
+    split: bool,
 ) -> None:
     tokens, along = _tensors(encoded)
-    length = encoded.length or tokens.shape[1]
-    loaded.lengths.append(length)
     if isinstance(example, Labelled):  # its encoder has cut it
-        loaded.cut += length > max_length
+        loaded.cut += (encoded.length or tokens.shape[1]) > max_length
         _append(loaded, where, tokens, along, target=encoded.target)
         return
-    if example.splittable:
+    length = tokens.shape[1]
+    starts = range(0, 1)
+    if example.splittable or split:
         loaded.split += length > max_length
         # nothing predicts the first token of a part; a last part of one token would train nothing
-        parts = [part for part in tokens.split(max_length, dim=1) if part.shape[1] > 1]
+        starts = range(0, max(1, length - 1), max_length)
     else:
         loaded.cut += length > max_length
-        parts = [tokens[:, :max_length]]
-        along = {name: values[:max_length] for name, values in along.items()}
-    for part in parts:
+    for start in starts:
+        part = tokens[:, start : start + max_length]
         trained = part[1, 1:] != IGNORE_INDEX
         if trained.any():
             if not (example.splittable or whole):
                 loaded.full += all(on or not text for text, on in example.segments)
                 loaded.silent += length == part.shape[1] and int(trained.sum()) == 1
-            _append(loaded, where, part, along)
+            _append(loaded, where, part, {name: values[start : start + max_length] for name, values in along.items()})
         else:
             loaded.dropped += 1
 
@@ -210,9 +229,7 @@ def _keep(
 def _keep_pair(loaded: Loaded, where: str, encoded: Sequence[Encoded], max_length: int) -> None:
     """Keep both examples, or none."""
     sides = [_tensors(one) for one in encoded]
-    lengths = [tokens.shape[1] for tokens, _ in sides]
-    loaded.lengths += lengths
-    loaded.cut += sum(length > max_length for length in lengths)
+    loaded.cut += sum(tokens.shape[1] > max_length for tokens, _ in sides)
     left = [tokens[:, :max_length] for tokens, _ in sides]
     if not all(bool((tokens[1, 1:] != IGNORE_INDEX).any()) for tokens in left):
         loaded.dropped += 2

@@ -19,8 +19,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lowrank_dist.data.batching import Batching, check_numbers
-from lowrank_dist.data.chunks import OnBadRecord, Transform
+from lowrank_dist.data.batching import Batching, check_numbers, full_rows
+from lowrank_dist.data.chunks import OnBadRecord, OnLongExample, Transform
 from lowrank_dist.data.examples import ExampleSettings
 from lowrank_dist.data.loaded import Loaded
 from lowrank_dist.data.mixture import Mixing, Names, Part, StoppingStrategy, parts_of
@@ -72,7 +72,8 @@ class SFTDataModule(L.LightningDataModule):
 
     What a record gives must be found in the rendered text: a template that drops a call, a function, a message or its
     thinking makes the record a bad one. The end-of-sequence token is trained on. Examples longer than `max_length` are
-    truncated on the right. Examples left without a response are dropped, and their number is logged.
+    cut on the right, unless `on_long_example` says otherwise. Examples left without a response are dropped, and their
+    number is logged.
 
     Parameters
     ----------
@@ -136,6 +137,10 @@ class SFTDataModule(L.LightningDataModule):
     num_proc
         Number of processes that render and tokenize for `cache_dir`, with the results of one. They are started afresh,
         which takes seconds. None: the rank itself.
+    on_long_example
+        What is done with an example of more than `max_length` tokens; a line of the log has the number. ``"cut"``: it
+        is cut on the right, but ``text`` is split. ``"split"``: it is split, so that later parts have no prompt.
+        ``"drop"``: it is dropped, also ``text``, and of a pair both.
     max_length
         Largest number of tokens in an example and in a packed row.
     batch_size
@@ -147,6 +152,9 @@ class SFTDataModule(L.LightningDataModule):
         Put several examples into one row of up to `max_length` tokens, without attention between them. The model must
         find the borders from `position_ids`. Many models of transformers do; convolutions, state spaces, linear
         attention and some others do not, and are refused with the first batch.
+    padding_free
+        Join the examples (with `packing`: packed rows) of a batch in one row, without attention between them and
+        without padding. As `packing`, it needs a model that finds the borders from `position_ids`.
     group_by_length
         Form steps, over all devices, from examples of similar length. Cannot be combined with `packing`.
     limit
@@ -209,12 +217,14 @@ class SFTDataModule(L.LightningDataModule):
         prompt_template: str | None = None,
         transform: Transform | None = None,
         on_bad_record: OnBadRecord = "error",
+        on_long_example: OnLongExample = "cut",
         cache_dir: str | None = None,
         num_proc: int | None = None,
         max_length: int = 512,
         batch_size: int = 1,
         tokens_per_batch: int | None = None,
         packing: bool = False,
+        padding_free: bool = False,
         group_by_length: bool = False,
         limit: int | None = None,
         eval_limit: int | None = None,
@@ -247,12 +257,14 @@ class SFTDataModule(L.LightningDataModule):
         self.prompt_template = None if prompt_template is None else PromptTemplate(prompt_template)
         self.transform = transform
         self.on_bad_record = on_bad_record
+        self.on_long_example = on_long_example
         self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
         self.num_proc = num_proc
         self.max_length = max_length
         self.batch_size = batch_size
         self.tokens_per_batch = tokens_per_batch
         self.packing = packing
+        self.padding_free = padding_free
         self.group_by_length = group_by_length
         self.num_workers = num_workers
         self.streaming = streaming
@@ -277,7 +289,7 @@ class SFTDataModule(L.LightningDataModule):
                 f"num_proc={num_proc} without cache_dir: every rank tokenizes by itself, and would start {num_proc} "
                 "processes; set cache_dir, so that one rank tokenizes for all of a host"
             )
-        self._example_settings.check(packing=packing)
+        self._example_settings.check(packing=packing, padding_free=padding_free)
 
     @property
     def _example_settings(self) -> ExampleSettings:
@@ -302,8 +314,18 @@ class SFTDataModule(L.LightningDataModule):
                 "leave it out"
             )
         task: Task = self.task or wanted or "sft"
-        self._example_settings.check_task(task, packing=self.packing)
+        self._example_settings.check_task(task, packing=self.packing, padding_free=self.padding_free)
         return task
+
+    @property
+    def full_rows(self) -> int:
+        """Rows of `max_length` tokens that a batch of one device has at most."""
+        return full_rows(
+            batch_size=self.batch_size,
+            tokens_per_batch=self.tokens_per_batch,
+            max_length=self.max_length,
+            per_item=PER_ITEM[self._task()],
+        )
 
     # ---- Lightning's hooks, in order
     def prepare_data(self) -> None:
@@ -457,7 +479,7 @@ class SFTDataModule(L.LightningDataModule):
             batch_size=self.batch_size,
             capacity=self.max_length if self.packing else None,
             per_item=PER_ITEM[task],
-            pad_token_id=self.pad_token_id,
+            collate=self._batching.collator(self.pad_token_id),
             seed=self.seed,
         )
         largest, lines = self.stream_settings.first()

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from lowrank_dist.data.cache import Made, cached, key_of
 from lowrank_dist.data.chat_template import read_template
-from lowrank_dist.data.chunks import OnBadRecord, Preparer, Transform
+from lowrank_dist.data.chunks import OnBadRecord, OnLongExample, Preparer, Transform
 from lowrank_dist.data.classes import CLASS_NAMES, LabelledEncoder, LabelledRenderer
 from lowrank_dist.data.loaded import Loaded
 from lowrank_dist.data.loading import Prepare, prepared
@@ -29,6 +29,8 @@ from lowrank_dist.errors import InputError
 COLUMN_NAMES = {"sft": NAMES, "preference": PREFERENCE_NAMES, "classification": CLASS_NAMES}
 """Columns that are known, by the task."""
 
+_SETTINGS = ("train_on", "thinking", "on_bad_record", "on_long_example", "max_length", "classes")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExampleSettings:
@@ -44,28 +46,36 @@ class ExampleSettings:
     prompt_template: PromptTemplate | None
     transform: Transform | None
     on_bad_record: OnBadRecord
+    on_long_example: OnLongExample
     max_length: int
 
-    def check(self, *, packing: bool) -> None:
+    def check(self, *, packing: bool, padding_free: bool) -> None:
         """Raise InputError if a choice is not valid, or choices exclude each other."""
         if self.task is not None:
             if self.task not in get_args(Task):
                 raise InputError(f"task={self.task!r}; valid choices: {', '.join(get_args(Task))}")
-            self.check_task(self.task, packing=packing)
+            self.check_task(self.task, packing=packing, padding_free=padding_free)
         check_columns(self.columns, list(dict.fromkeys(name for names in COLUMN_NAMES.values() for name in names)))
         for name, chosen, choices in (
             ("train_on", self.train_on, get_args(TrainOn)),
             ("thinking", self.thinking, get_args(Thinking)),
             ("on_bad_record", self.on_bad_record, get_args(OnBadRecord)),
+            ("on_long_example", self.on_long_example, get_args(OnLongExample)),
         ):
             if chosen not in choices:
                 raise InputError(f"{name}={chosen!r}; valid choices: {', '.join(choices)}")
 
-    def check_task(self, task: Task, *, packing: bool) -> None:
+    def check_task(self, task: Task, *, packing: bool, padding_free: bool) -> None:
         """Raise InputError if these settings do not go with a task."""
         check_columns(self.columns, COLUMN_NAMES[task])
-        if task != "sft" and packing:
-            raise InputError(f"packing=True puts several examples into a row, which task={task!r} cannot keep apart")
+        if task != "sft" and (packing or padding_free):
+            name = "packing" if packing else "padding_free"
+            raise InputError(f"{name}=True puts several examples into a row, which task={task!r} cannot keep apart")
+        if task != "sft" and self.on_long_example == "split":
+            raise InputError(
+                f"on_long_example='split' would make several items of one, which task={task!r} cannot use; choose "
+                "'cut' or 'drop'"
+            )
         if task == "preference" and self.train_on == "everything":
             raise InputError(
                 "train_on='everything' would compare prompts, which both responses of a pair share; use "
@@ -90,9 +100,7 @@ class ExampleSettings:
             "chat_template": read_template(self.chat_template),
             "limit": limit,
             "task": task,
-            **{
-                name: getattr(self, name) for name in ("train_on", "thinking", "on_bad_record", "max_length", "classes")
-            },
+            **{name: getattr(self, name) for name in _SETTINGS},
             **self.of_prompts,
         }
         if (key := key_of(source, tokenizer, settings)) is None:
@@ -126,6 +134,7 @@ class ExampleSettings:
             names=(*COLUMN_NAMES[task], *(self.prompt_template.names if self.prompt_template else ())),
             transform=self.transform,
             on_bad_record=self.on_bad_record,
+            on_long_example=self.on_long_example,
         )
 
     def tokens(

@@ -32,9 +32,11 @@ class Loaded:
         Errors of the records that were skipped, in order.
     left_out
         Number of records that the user's function left out.
-    cut, dropped, split
-        Examples longer than `max_length` that were cut; those without a trained token in what is left, of pairs both if
-        one has none; and passages that were split into several examples.
+    cut, split, dropped
+        Examples longer than `max_length` that were cut; those that were split into several; and what has no trained
+        token after that: cut examples, of pairs both if one has none, and parts of examples.
+    too_long
+        Examples longer than `max_length` that were dropped, those of pairs with the other one.
     alike
         Pairs whose two responses are the same in what is left, which were dropped.
     full
@@ -57,8 +59,9 @@ class Loaded:
     skipped: list[str] = field(default_factory=list)
     left_out: int = 0
     cut: int = 0
-    dropped: int = 0
     split: int = 0
+    dropped: int = 0
+    too_long: int = 0
     alike: int = 0
     full: int = 0
     silent: int = 0
@@ -87,15 +90,21 @@ class Loaded:
             lines.append(f"skipped {len(self.skipped)} of {self.records} records; the first: {self.skipped[0]}")
         if self.left_out:
             lines.append(f"transform left out {self.left_out} of {self.records} records")
+        longer = f"of {len(self.lengths)} examples are longer than max_length={max_length}"
         if self.cut:
             lines.append(
-                f"{self.cut} of {len(self.lengths)} examples are longer than max_length={max_length} and were cut; "
-                f"{self.dropped} of them had no response left and were dropped"
+                f"{self.cut} {longer} and were cut; {self.dropped} of them had no response left and were dropped"
             )
+        if self.too_long:
+            lines.append(f"{self.too_long} {longer} and were dropped")
         if self.alike:
             lines.append(f"{self.alike} pairs were dropped: what is left of their two responses is the same")
         if self.split:
-            lines.append(f"{self.split} passages are longer than max_length={max_length} and were split")
+            lines.append(
+                f"{self.split} {longer} and were split; {self.dropped} parts had no response and were dropped"
+                if self.dropped and not self.cut
+                else f"{self.split} {longer} and were split"
+            )
         if self.full:
             lines.append(f"{self.full} examples have no prompt: every token of them is trained")
         if self.silent:

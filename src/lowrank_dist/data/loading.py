@@ -7,7 +7,7 @@ from functools import partial
 
 from tqdm import tqdm
 
-from lowrank_dist.data.chunks import Chunk, OnBadRecord, Preparer, Transform, chunks_of
+from lowrank_dist.data.chunks import Chunk, OnBadRecord, OnLongExample, Preparer, Transform, chunks_of
 from lowrank_dist.data.classes import LabelledEncoder, LabelledRenderer
 from lowrank_dist.data.loaded import Loaded
 from lowrank_dist.data.rendering import Renderer
@@ -29,6 +29,7 @@ def load(
     limit: int | None = None,
     transform: Transform | None = None,
     on_bad_record: OnBadRecord = "error",
+    on_long_example: OnLongExample = "cut",
     progress: bool = False,
 ) -> Loaded:
     """Read, render and tokenize a source in this process.
@@ -37,7 +38,7 @@ def load(
     ----------
     source
         What is read.
-    renderer, encoder, max_length, names, transform, on_bad_record
+    renderer, encoder, max_length, names, transform, on_bad_record, on_long_example
         See `lowrank_dist.data.chunks.Preparer`.
     limit
         Number of records to read. None: all.
@@ -56,6 +57,7 @@ def load(
         names=names,
         transform=transform,
         on_bad_record=on_bad_record,
+        on_long_example=on_long_example,
     )
     return prepared(source, partial(map, preparer), limit=limit, on_bad_record=on_bad_record, progress=progress)
 

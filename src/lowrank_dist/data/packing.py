@@ -279,22 +279,28 @@ class Collator:
     ----------
     pad_token_id
         Token of the padding, which no label asks for.
+    padding_free
+        Join the items of a batch in one row, which is padded to a multiple of 8.
 
     Notes
     -----
-    A batch of single examples has an `attention_mask`. A packed batch has `position_ids` instead, starting again from 0
-    at every example and at the padding: transformers finds the borders there and keeps attention within them, but only
-    if it is given no `attention_mask` and no key-value cache. All values are int64 of shape [batch, length].
+    A batch of single examples has an `attention_mask`. A packed batch and one without padding have `position_ids`
+    instead, starting again from 0 at every example and at the padding: transformers finds the borders there and keeps
+    attention within them, but only if it is given no `attention_mask` and no key-value cache. All values are int64 of
+    shape [batch, length], and ``weights`` fp32.
 
     `DataCollatorForSeq2Seq` of transformers pads no `position_ids`, and takes a tokenizer, which must have a padding
-    token and pads on the side that it chooses; `DataCollatorWithFlattening` makes one row of a batch.
+    token and pads on the side that it chooses; `DataCollatorWithFlattening` knows no packed rows and no weights.
     """
 
     pad_token_id: int
+    padding_free: bool = False
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         if SIDES[0] in items[0]:
             items = [item[side] for side in SIDES for item in items]
+        if self.padding_free:
+            items = [_joined(items)]
         longest = max(len(item["input_ids"]) for item in items)
         length = -(-longest // PAD_TO_MULTIPLE_OF) * PAD_TO_MULTIPLE_OF
         batch: dict[str, Tensor] = default_collate([self._padded(item, length) for item in items])
@@ -313,3 +319,10 @@ class Collator:
         if "position_ids" in item:
             return row | {"position_ids": torch.cat([item["position_ids"], torch.arange(missing)])}
         return row | {"attention_mask": F.pad(torch.ones_like(tokens), (0, missing))}
+
+
+def _joined(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The items as one packed row; none of them begins with a label."""
+    joined = {name: torch.cat([item[name] for item in items]) for name in items[0]}
+    positions = (item.get("position_ids", torch.arange(len(item["input_ids"]))) for item in items)
+    return joined | {"position_ids": torch.cat(list(positions))}

@@ -93,9 +93,12 @@ class ShardedSampler(DistributedSampler[Any]):
         start: int,
         order_step_size: int = 0,
         tokens_per_batch: int | None = None,
+        padding_free: bool = False,
         drawn: Sequence[int] | None = None,
     ) -> None:
         """Continue an epoch after its first `start` items, in the order of a run with steps of `order_step_size`.
+
+        `padding_free` belongs to `tokens_per_batch`.
 
         Raises
         ------

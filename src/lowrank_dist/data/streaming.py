@@ -59,8 +59,8 @@ class StreamSettings:
         Largest number of tokens in a packed row. None: no packing.
     per_item
         Consecutive examples in an item.
-    pad_token_id
-        Token of the padding.
+    collate
+        Makes a batch of items.
     seed
         Seed of the order.
     """
@@ -71,7 +71,7 @@ class StreamSettings:
     batch_size: int
     capacity: int | None
     per_item: int
-    pad_token_id: int
+    collate: Collator
     seed: int
 
     def records(self, bad: Callable[[InputError], None]) -> Records:
@@ -125,6 +125,7 @@ class StreamSettings:
         return {
             "shuffle_buffer": self.shuffle_buffer,
             "max_length": self.preparer.max_length,
+            "on_long_example": self.preparer.on_long_example,
             "packing": self.capacity is not None,
             "seed": self.seed,
         }
@@ -146,7 +147,7 @@ class Stream(IterableDataset[tuple[Batch, Position]]):
         self._skipped = 0
 
     def __iter__(self) -> Iterator[tuple[Batch, Position]]:
-        settings, collate = self.settings, Collator(self.settings.pad_token_id)
+        settings = self.settings
         block, done = self.start
         records = self._own_records(block * settings.shuffle_buffer)
         pending: list[dict[str, Any]] = []
@@ -163,7 +164,7 @@ class Stream(IterableDataset[tuple[Batch, Position]]):
                         continue
                     pending.append(items[index])
                     if len(pending) == settings.batch_size:
-                        yield collate(pending), (block, place + 1)
+                        yield settings.collate(pending), (block, place + 1)
                         pending = []
             elif self._passes > barren + 1:
                 raise InputError(

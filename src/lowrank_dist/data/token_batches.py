@@ -22,7 +22,14 @@ def padded(length: int) -> int:
     return -(-length // PAD_TO_MULTIPLE_OF) * PAD_TO_MULTIPLE_OF
 
 
-def token_batches(order: Sequence[int], lengths: Sequence[int], most: int, rows: int = 1) -> list[list[int]]:
+def batch_tokens(number: int, longest: int, total: int, *, rows: int = 1, joined: bool = False) -> int:
+    """Number of tokens, padding included, of a batch of `number` items with `total` tokens; see `token_batches`."""
+    return padded(total) if joined else number * rows * padded(longest)
+
+
+def token_batches(
+    order: Sequence[int], lengths: Sequence[int], most: int, *, rows: int = 1, joined: bool = False
+) -> list[list[int]]:
     """Consecutive items of `order` in batches that are as large as `most` tokens allow, padding included.
 
     Parameters
@@ -35,14 +42,17 @@ def token_batches(order: Sequence[int], lengths: Sequence[int], most: int, rows:
         Largest number of tokens of a batch; an item that has more is a batch by itself.
     rows
         Rows of an item in a batch.
+    joined
+        Whether the items of a batch are joined in one row, without padding between them.
     """
     batches: list[list[int]] = []
-    longest = 0
+    number = longest = total = 0
     for index in order:
-        longest = max(longest, padded(lengths[index]))
-        if not batches or (len(batches[-1]) + 1) * longest * rows > most:
+        length = lengths[index]
+        number, longest, total = number + 1, max(longest, length), total + length
+        if not batches or batch_tokens(number, longest, total, rows=rows, joined=joined) > most:
             batches.append([])
-            longest = padded(lengths[index])
+            number, longest, total = 1, length, length
         batches[-1].append(index)
     return batches
 
@@ -71,6 +81,8 @@ class TokenBatchSampler(ShardedSampler):
         Largest number of tokens of a batch on one rank, padding included.
     group_by_length
         Form batches from items of similar length, of windows of some 50 batches.
+    padding_free
+        The items of a batch are joined in one row, so that they have no padding between them.
     """
 
     def __init__(
@@ -79,11 +91,12 @@ class TokenBatchSampler(ShardedSampler):
         *,
         tokens_per_batch: int,
         group_by_length: bool,
+        padding_free: bool = False,
         mixing: Mixing | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(dataset, batch_size=1, **settings)
-        self.tokens_per_batch = tokens_per_batch
+        self.tokens_per_batch, self.padding_free = tokens_per_batch, padding_free
         lengths, generator = dataset.lengths, torch.Generator().manual_seed(self.seed)
         self.batches: list[list[int]] = []
         self._of_part: list[int] = []  # number of batches
@@ -99,10 +112,13 @@ class TokenBatchSampler(ShardedSampler):
                     for at in range(0, total, window)
                     for index in sorted(items[at : at + window], key=lambda index: -lengths[index])
                 ]
-            batches = token_batches(items, lengths, tokens_per_batch, dataset.per_item)
+            batches = token_batches(items, lengths, tokens_per_batch, rows=dataset.per_item, joined=padding_free)
             self.batches += batches
             self._of_part.append(len(batches))
-        self._tokens = [len(batch) * max(padded(lengths[index]) for index in batch) for batch in self.batches]
+        self._tokens = [
+            batch_tokens(len(sizes), max(sizes), sum(sizes), joined=padding_free)
+            for sizes in ([lengths[index] for index in batch] for batch in self.batches)
+        ]
         self._of_epoch: tuple[int, list[list[int]], list[int]] | None = None
         self.mixture = None if mixing is None else self._mixture(mixing)
 
@@ -138,7 +154,8 @@ class TokenBatchSampler(ShardedSampler):
         return -(-batches // self.num_replicas)
 
     def state(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "tokens_per_batch": self.tokens_per_batch, **self._drawn_state()}
+        joined = {"padding_free": True} if self.padding_free else {}
+        return {"epoch": self.epoch, "tokens_per_batch": self.tokens_per_batch, **joined, **self._drawn_state()}
 
     def resume(
         self,
@@ -147,6 +164,7 @@ class TokenBatchSampler(ShardedSampler):
         start: int,
         order_step_size: int = 0,
         tokens_per_batch: int | None = None,
+        padding_free: bool = False,
         drawn: Sequence[int] | None = None,
     ) -> None:
         """Continue an epoch after its first `start` items.
@@ -156,11 +174,15 @@ class TokenBatchSampler(ShardedSampler):
         InputError
             If the run had other batches.
         """
-        if tokens_per_batch != self.tokens_per_batch:
-            raise InputError(
-                f"the resumed run had tokens_per_batch={tokens_per_batch}, and this one has {self.tokens_per_batch}: "
-                "in the middle of an epoch its items cannot be divided otherwise; resume with the same"
-            )
+        for name, had, has in (
+            ("tokens_per_batch", tokens_per_batch, self.tokens_per_batch),
+            ("padding_free", padding_free, self.padding_free),
+        ):
+            if had != has:
+                raise InputError(
+                    f"the resumed run had {name}={had}, and this one has {has}: in the middle of an epoch its items "
+                    "cannot be divided otherwise; resume with the same"
+                )
         super().resume(epoch=epoch, start=start, order_step_size=self.order_step_size, drawn=drawn)
 
     def items_after(self, start: int, steps: int) -> int:

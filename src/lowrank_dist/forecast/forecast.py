@@ -185,14 +185,7 @@ def _alternatives(job: RunSpec) -> Iterator[list[tuple[str, RunSpec]]]:
     """For each setting, jobs with its other values, the mildest first. Only more nodes change the global batch."""
     if not job.gradient_checkpointing:
         yield [("gradient_checkpointing: true", replace(job, gradient_checkpointing=True))]
-    halved = [job.batch_size >> halvings for halvings in range(1, 64) if not job.batch_size % 2**halvings]
-    yield [
-        (
-            f"data.batch_size: {size} and trainer.accumulate_grad_batches: {job.accumulate * job.batch_size // size}",
-            replace(job, batch_size=size, accumulate=job.accumulate * job.batch_size // size),
-        )
-        for size in halved
-    ]
+    yield list(_smaller_batches(job))
     if job.on_gpu and not job.fused_cross_entropy:
         yield [("model.fused_cross_entropy: true", replace(job, fused_cross_entropy=True))]
     if job.optimizer != "paged_adamw_8bit":
@@ -220,6 +213,21 @@ def _alternatives(job: RunSpec) -> Iterator[list[tuple[str, RunSpec]]]:
         (f"trainer.num_nodes: {nodes} (the global batch grows with them)", replace(job, nodes=nodes))
         for nodes in (2 * job.nodes, 4 * job.nodes, 8 * job.nodes)
     ]
+
+
+def _smaller_batches(job: RunSpec) -> Iterator[tuple[str, RunSpec]]:
+    """Jobs with a half, a quarter, ... of the batch, and as many more of them in a step."""
+    items, parts = job.batch_size // job.item_rows, 2
+    while items % parts == 0:
+        option = f"data.batch_size: {items // parts}"
+        if job.tokens_per_batch is not None:
+            option = f"data.tokens_per_batch: {job.tokens_per_batch // parts}"
+            if job.tokens_per_batch // parts < -(-job.length // 8) * 8:  # a row is padded to a multiple of 8
+                return
+        accumulate = job.accumulate * parts
+        smaller = replace(job, batch_size=job.batch_size // parts, accumulate=accumulate)
+        yield f"{option} and trainer.accumulate_grad_batches: {accumulate}", smaller
+        parts *= 2
 
 
 def _disk_reads(shapes: ModelShapes, job: RunSpec) -> int:

@@ -150,6 +150,9 @@ class RunSpec:
         Their product is the number of ranks.
     batch_size, length, accumulate
         Sequences in a rank's batch, tokens of the longest sequence, batches per step.
+    item_rows, tokens_per_batch
+        Sequences of an item of the data, two for pairs; the option of the data module, if it makes batches of so many
+        tokens. They tell what to advise.
     compute_dtype, factor_dtype
         Dtype of frozen parameters and arithmetic; dtype of trained parameters.
     init
@@ -166,6 +169,8 @@ class RunSpec:
         ZeRO stage; 0: replicas (DDP).
     gradient_checkpointing, keep_decoded, live_layers, fp32_norms, experts_at_a_time, shard_within
         Options of `PiSSAStrategy`.
+    keeps_step_zero
+        Whether the values of trained parameters at step 0 are kept, as DPO's reference.
     optimizer, fused_cross_entropy
         Options of `CausalLMModule`. An optimizer given by import path is taken to keep two moments.
     optimizer_rank
@@ -185,6 +190,8 @@ class RunSpec:
     batch_size: int = 1
     length: int = 512
     accumulate: int = 1
+    item_rows: int = 1
+    tokens_per_batch: int | None = None
     compute_dtype: torch.dtype = torch.bfloat16
     factor_dtype: torch.dtype = torch.bfloat16
     init: Method | None = None
@@ -199,6 +206,7 @@ class RunSpec:
     fp32_norms: bool = False
     experts_at_a_time: int | None = None
     shard_within: ShardWithin = "world"
+    keeps_step_zero: bool = False
     optimizer: str = "adamw"
     optimizer_rank: int = 128
     fused_cross_entropy: bool = False

@@ -19,6 +19,7 @@ RESIDENT = {
     "dense": "dense residual",
     "other": "other frozen parameters",
     "trained": "trained parameters",
+    "reference": "what they were at step 0",
     "buffers": "buffers of the tuner",
     "gradients": "their gradients",
     "masters": "optimizer's fp32 copy",
@@ -108,6 +109,7 @@ def memory(shapes: ModelShapes, job: RunSpec, activations: Activations) -> Memor
     resident = dict.fromkeys(RESIDENT, 0)
     for p in every:
         resident[p.kind] += p.shard_bytes
+    resident["reference"] = resident["trained"] if job.keeps_step_zero else 0
     resident["gradients"] = reduced * job.factor_dtype.itemsize
     resident["masters"] = 4 * owned if job.stage else 0
     resident["moments"] = int(owned * _MOMENT_BYTES.get(job.optimizer if job.on_gpu else "adamw", _TWO_MOMENTS))

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from lowrank_dist.errors import ModelError
 from lowrank_dist.layers.adapted import FoldAdapters, fuse_adapters
 from lowrank_dist.layers.experts import bound_experts
-from lowrank_dist.layers.frozen import keep_decoded
+from lowrank_dist.layers.frozen import keep_decoded, multiply_plainly
 from lowrank_dist.zero3.partition import Partitioner, reduce_by_layer, repeated_layers
 
 
@@ -76,6 +76,8 @@ def make_trainable(backbone: PreTrainedModel, computation: Computation, partitio
             layer.forward = torch.compile(layer.forward, backend=computation.compile_layers)
     elif computation.gradient_checkpointing and computation.keep_decoded:
         keep_decoded(backbone)
+    if partitioner.holds_frozen_whole:
+        multiply_plainly(backbone)
     if computation.autocast is not None:
         backbone.forward = torch.autocast(partitioner.device.type, dtype=computation.autocast)(backbone.forward)
     if not computation.backward:

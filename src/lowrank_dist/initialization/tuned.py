@@ -114,7 +114,7 @@ def _refuse_positions(model: nn.Module, args: tuple[object, ...], kwargs: Mappin
     if kwargs.get("position_ids") is not None:
         raise InputError(
             "position_ids with virtual tokens: PEFT ignores them, so that packed examples would attend to each other; "
-            "set packing=False"
+            "set packing=False and padding_free=False"
         )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lowrank_dist.distributed.partition import RowPartition
 from lowrank_dist.layers.lazy_weight import LazyWeight
 from lowrank_dist.model.factor_layout import FactorLayout
+from lowrank_dist.quantization.dense import Dense
 from lowrank_dist.quantization.format import Product, ResidualFormat
 from lowrank_dist.zero3.backward import in_backward
 from lowrank_dist.zero3.partition import gathered, is_gathered
@@ -112,6 +113,9 @@ class FrozenLinear(FrozenWeight, nn.Linear):
     ----------
     keeps_decoded : bool
         Whether the weight that gradient checkpointing decodes in a recomputation is kept until the backward.
+    is_plain : bool
+        Whether the layer multiplies as an ``nn.Linear`` does, whose weight autograd saves: this rank holds it whole,
+        as it is used, so that nothing is decoded, and nothing kept that would not stay.
     """
 
     bias: Any
@@ -130,7 +134,7 @@ class FrozenLinear(FrozenWeight, nn.Linear):
         if input_first:
             self.in_features, self.out_features = self.out_features, self.in_features
         self.register_parameter("bias", None)
-        self.keeps_decoded = False
+        self.keeps_decoded = self.is_plain = False
         self._kept = _Kept()
 
     @property
@@ -153,6 +157,8 @@ class FrozenLinear(FrozenWeight, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in]`` of any floating dtype to ``[..., out]`` in the compute dtype."""
+        if self.is_plain and x.dtype == self.compute_dtype and not torch.is_autocast_enabled(x.device.type):
+            return self.biased(x @ self.matrix(x.dtype))
         return self.multiplied(x, _FrozenLinearFunction, self)
 
     def matrix(
@@ -190,6 +196,10 @@ class FrozenLinear(FrozenWeight, nn.Linear):
                 y = function.apply(x, *args)
         else:
             y = function.apply(x if x.dtype == self.compute_dtype else x.to(self.compute_dtype), *args)
+        return self.biased(y)
+
+    def biased(self, y: Tensor) -> Tensor:
+        """`y` with the bias, if there is one."""
         bias = self._parameters["bias"]
         return y if bias is None else y + bias.to(y.dtype)
 
@@ -202,6 +212,17 @@ def keep_decoded(backbone: nn.Module) -> None:
     for module in backbone.modules():
         if isinstance(module, FrozenLinear):
             module.keeps_decoded = True
+
+
+def multiply_plainly(backbone: nn.Module) -> None:
+    """Let layers multiply plainly whose weights, which this rank holds whole, are stored as they are used.
+
+    See `FrozenLinear.is_plain`.
+    """
+    for module in backbone.modules():
+        if isinstance(module, FrozenLinear):
+            residual = module.residual
+            module.is_plain = isinstance(residual, Dense) and residual.dtype == module.compute_dtype
 
 
 class FrozenEmbedding(FrozenWeight):

@@ -143,7 +143,7 @@ class ShiftedSparseAttention:
         if positions is not None and bool((positions.diff(dim=-1) != 1).any()):
             raise InputError(
                 "shifted_attention: examples are packed in a row (position_ids begin again), and a group would mix "
-                "them; set packing=False"
+                "them; set packing=False and padding_free=False"
             )
         if mask is None:
             return None

@@ -44,13 +44,18 @@ from lowrank_dist.storage.resolve import gguf_file
 log = logging.getLogger(__name__)
 
 _BIASES = ("none", "all", "lora_only")
-_UNSUPPORTED_OPTIONS = {
-    "lora_bias": "converted adapters cannot carry it",
-    "layer_replication": "replicated layers would share one sharded residual",
+#: Options of a LoraConfig that go with no sharded base, and why.
+UNSUPPORTED_OPTIONS = {
     "ensure_weight_tying": "layers that share an adapter would share one sharded residual",
-    "trainable_token_indices": "embedding rows are not sharded separately",
     "arrow_config": "it routes between adapters that exist already",
     "megatron_config": "tensor-parallel layers are sharded already",
+    "use_qalora": "PEFT computes QA-LoRA over GPTQ's own layers, and would train an ordinary LoRA here",
+    "lora_ga_config": "its options are those of init=LoRAGA(...)",
+}
+_NOT_FACTORS = {
+    "lora_bias": "converted adapters cannot carry it",
+    "layer_replication": "replicated layers would share one sharded residual",
+    "trainable_token_indices": "embedding rows are not sharded separately",
 }
 
 
@@ -313,6 +318,11 @@ def linear_layers(backbone: PreTrainedModel) -> list[str]:
     ]
 
 
+def unsupported(adapter: LoraConfig, option: str, reason: str) -> str:
+    """What is said of an option that cannot be used."""
+    return f"{option}={getattr(adapter, option)!r} is not supported: {reason}; leave it unset"
+
+
 def inject_adapter(backbone: PreTrainedModel, adapter: LoraConfig) -> None:
     """Inject PEFT's LoRA layers into `backbone`, on meta; only what PEFT makes trainable remains trainable.
 
@@ -324,11 +334,9 @@ def inject_adapter(backbone: PreTrainedModel, adapter: LoraConfig) -> None:
     ModelError
         If an option of `adapter` is not supported, or PEFT cannot apply its targets.
     """
-    for option, reason in _UNSUPPORTED_OPTIONS.items():
+    for option, reason in (UNSUPPORTED_OPTIONS | _NOT_FACTORS).items():
         if getattr(adapter, option, None):
-            raise ModelError(
-                f"LoraConfig.{option}={getattr(adapter, option)!r} is not supported: {reason}; leave it unset"
-            )
+            raise ModelError(f"LoraConfig.{unsupported(adapter, option, reason)}")
     if adapter.init_lora_weights not in (True, False):
         raise ModelError(
             f"LoraConfig.init_lora_weights={adapter.init_lora_weights!r}: the initialisation is chosen by "

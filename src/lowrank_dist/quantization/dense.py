@@ -72,7 +72,9 @@ class Dense:
     def decode(
         self, stored: Mapping[str, Tensor], partition: RowPartition, dtype: torch.dtype, product: Product | None = None
     ) -> Tensor:
-        weight = stored["weight_rows"].view(-1, partition.columns)[: partition.rows].to(dtype)
+        weight = stored["weight_rows"].view(-1, partition.columns)
+        if weight.shape[0] != partition.rows or weight.dtype != dtype:
+            weight = weight[: partition.rows].to(dtype)
         return weight if product is None else torch.addmm(weight, *product)
 
     def decode_stack(self, stored: Mapping[str, Tensor], partition: RowPartition, dtype: torch.dtype) -> Tensor:

@@ -6,6 +6,7 @@ It also parses and checks the settings of a run, with LightningCLI's own parser,
 from __future__ import annotations
 
 import gc
+import importlib
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -112,6 +113,12 @@ def fit_parser(*, named: bool = False) -> ArgumentParser:
 def module_settings(settings: Any) -> Any:
     """The options of the module in the settings from `parse_fit`, whether they name its class or not."""
     return settings.model.init_args if "class_path" in settings.model else settings.model
+
+
+def module_class(settings: Any) -> Any:
+    """The class of the module in the settings from `parse_fit`."""
+    module, _, name = settings.model.get("class_path", "lowrank_dist.CausalLMModule").rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
 def parse_fit(argv: Sequence[str]) -> Any:

@@ -146,7 +146,7 @@ class PackedExamples:
         if not self._leaks[False]:
             attention = self._backbone.config._attn_implementation
             remedy = (
-                f"{attention} attention tells them apart only in batches of one row: use batch_size=1, another "
+                f"{attention} attention tells them apart only in batches of one row: use padding_free=True, another "
                 "attn_implementation"
             )
         elif not self._without_cache:
@@ -155,7 +155,7 @@ class PackedExamples:
             remedy = "it does not keep to the borders that position_ids mark: use batches without packed rows"
         raise InputError(
             f"packed examples see each other in {type(self._backbone).__name__}: hidden states of an example differ by "
-            f"{leak:.1%} with what it is packed with; {remedy}, or packing=False (and "
+            f"{leak:.1%} with what it is packed with; {remedy}, or packing=False and padding_free=False (and "
             "group_by_length=True)"
         )
 

@@ -23,20 +23,22 @@ def run_spec(strategy: Stage3Strategy, **options: Any) -> RunSpec:
     Parameters
     ----------
     strategy
-        Its module and data module say what they can: optimizer, fused loss, batch size and longest sequence.
+        Its module and data module say what they can: optimizer, fused loss, DPO's reference, rows of a batch and
+        longest sequence.
     **options
         Further attributes of `RunSpec`.
     """
     module, zero = strategy.lightning_module, strategy._deepspeed_config["zero_optimization"]
     assert module is not None
-    optimizer = getattr(module, "optimizer", None)
+    optimizer, data = getattr(module, "optimizer", None), getattr(module.trainer, "datamodule", None)
     return RunSpec(
         nodes=strategy.num_nodes,
         gpus_per_node=strategy.world_size // strategy.num_nodes,
-        batch_size=strategy._auto_select_batch_size(),
-        length=getattr(getattr(module.trainer, "datamodule", None), "max_length", None) or _LENGTH,
+        batch_size=getattr(data, "full_rows", None) or strategy._auto_select_batch_size(),
+        length=getattr(data, "max_length", None) or _LENGTH,
         accumulate=module.trainer.accumulate_grad_batches,
         optimizer=optimizer if isinstance(optimizer, str) and optimizer in OPTIMIZERS else "adamw",
+        keeps_step_zero=getattr(module, "keeps_step_zero", False),
         fused_cross_entropy=getattr(module, "fused_cross_entropy", False),
         offload_optimizer="offload_optimizer" in zero,
         offload_parameters="offload_param" in zero,

@@ -7,6 +7,7 @@ from peft.utils import PeftType
 
 from lowrank_dist.errors import InputError
 from lowrank_dist.methods import LoRA, Method
+from lowrank_dist.model.skeleton import UNSUPPORTED_OPTIONS, unsupported
 from lowrank_dist.tuners.adalora import schedule
 
 #: Options of a LoraConfig that PEFT's own layers compute.
@@ -16,7 +17,6 @@ _LORA_OPTIONS = (
     "trainable_token_indices",
     "alora_invocation_tokens",
     "use_bdlora",
-    "use_qalora",
     "velora_config",
     "monteclora_config",
     "kasa_config",
@@ -28,6 +28,8 @@ _REFUSED = {
     "FROD": "it decomposes all weights jointly and takes its part off the frozen weights; use init=PiSSA()",
     "XLORA": "it mixes adapters that exist already; train them one by one",
     "MIXED": "a mixed model holds several adapters; train them one by one",
+    "ADAMSS": "the shapes of its parameters come from clustering whole weights, so that nothing can be planned or "
+    "sharded before they are read; use init=PiSSA() with rank_pattern, or AdaLoraConfig",
     "SHADOW": "it trains a copy of the model that is sharded with the base; use LoraConfig",
 }
 
@@ -124,9 +126,9 @@ def objection(config: PeftConfig, *, gradient_checkpointing: bool) -> str | None
             )
         if getattr(config, "kasa_config", None):
             return "KaSA takes its part off the frozen weights; use init=PiSSA()"
-        for option in ("megatron_config", "ensure_weight_tying"):
+        for option, unfit in UNSUPPORTED_OPTIONS.items():
             if getattr(config, option, None):
-                return f"{option}={getattr(config, option)!r} is not supported; leave it unset"
+                return unsupported(config, option, unfit)
     if gradient_checkpointing and name in _NOT_RECOMPUTED:
         return "it does not work with gradient checkpointing; pass gradient_checkpointing=False"
     return None

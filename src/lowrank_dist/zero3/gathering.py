@@ -47,6 +47,7 @@ from lowrank_dist.zero3.partition import (
     repeated_layers,
     set_empty,
     set_whole,
+    whole_shape,
 )
 from lowrank_dist.zero3.reduction import LayerReduction
 from lowrank_dist.zero3.units import Unit, units_of
@@ -213,7 +214,8 @@ class Gathering:
         for parameter in self._resident:
             shard = local_shard(parameter)
             if parameter.data_ptr() != shard.data_ptr():
-                set_whole(parameter, shard.detach())
+                shape = whole_shape(parameter)
+                set_whole(parameter, shard.detach()[: shape.numel()].view(shape))
 
     def _watch(self, index: int, module: nn.Module) -> None:
         stage = self._stages[index]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_dist.distributed.group import ShardGroup
-from lowrank_dist.zero3.partition import local_shard, set_empty, set_whole
+from lowrank_dist.zero3.partition import local_shard, set_empty, set_whole, whole_shape
 
 ALIGNMENT = 16
 """Bytes to whose multiples the shards of a unit are padded, so that each can be viewed in its dtype."""
@@ -19,12 +19,29 @@ ALIGNMENT = 16
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a parameter's shard lies in a buffer: `length` bytes from `start` on, then `padding`."""
+    """Where a parameter's shard lies in a buffer: `length` bytes from `start` on, then `padding`.
+
+    Behind each other, the shards of all ranks are the parameter, of a contiguous `shape`.
+    """
 
     parameter: nn.Parameter
     start: int
     length: int
     padding: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+    @classmethod
+    def of(cls, parameter: nn.Parameter, start: int) -> _Place:
+        """The place of a parameter that begins at `start`."""
+        length, shape = local_shard(parameter).nbytes, whole_shape(parameter)
+        stride = torch.empty(shape, device="meta").stride()
+        return cls(parameter, start, length, -length % ALIGNMENT, shape, stride)
+
+    @property
+    def end(self) -> int:
+        """Where the next one begins."""
+        return self.start + self.length + self.padding
 
 
 @dataclass(eq=False)
@@ -41,8 +58,8 @@ class Pack:
     places
         Where in `local` the shards are.
     copied
-        Places in `local` of the other shards, with their parameters; filled before every gather. Trained parameters'
-        shards are views of a tensor of DeepSpeed's optimizer.
+        Parameters whose shards are no views of `local`: they are copied to `copies`, which are, before every gather.
+        Trained parameters' shards are views of a tensor of DeepSpeed's optimizer.
     users
         Indices of the units that have it gathered.
     lasts
@@ -53,7 +70,8 @@ class Pack:
     local: Tensor
     lasts: bool
     places: list[_Place] = field(default_factory=list)
-    copied: list[tuple[Tensor, nn.Parameter]] = field(default_factory=list)
+    copied: list[nn.Parameter] = field(default_factory=list)
+    copies: list[Tensor] = field(default_factory=list)
     users: set[int] = field(default_factory=set)
     _fresh: bool = False
     _gathered: Tensor | None = None
@@ -63,8 +81,8 @@ class Pack:
         """Start the all-gather, unless it has been started or is done."""
         if self.users or self._fresh or self._gathered is not None:
             return
-        for place, parameter in self.copied:
-            place.copy_(local_shard(parameter), non_blocking=True)
+        if self.copied:
+            torch._foreach_copy_(self.copies, [local_shard(p) for p in self.copied], non_blocking=True)
         self._gathered, self._work = self.group.start_gather(self.local.to(device, non_blocking=True))
 
     def finish(self, user: int, device: torch.device) -> None:
@@ -78,15 +96,26 @@ class Pack:
         if self._work is not None:
             self._work.wait()
         self._gathered = self._work = None
-        whole = gathered
-        if ranks > 1:
-            whole = torch.empty_like(gathered)
-            sizes = [size for place in self.places for size in (place.length, place.padding) if size]
-            parts = [part.view(ranks, -1) for part in whole.split([ranks * size for size in sizes])]
-            torch.split_with_sizes_copy(gathered.view(ranks, -1), sizes, dim=1, out=parts)
+        whole = gathered if ranks == 1 else self._put_together(gathered)
+        of_dtype: dict[torch.dtype, Tensor] = {}
         for place in self.places:
-            flat = whole[ranks * place.start : ranks * (place.start + place.length)]
-            set_whole(place.parameter, flat.view(place.parameter.dtype))
+            dtype = place.parameter.dtype
+            if dtype not in of_dtype:
+                of_dtype[dtype] = whole.view(dtype)
+            # a view at once: slices and views of them cost the host four times as much
+            start = ranks * place.start // dtype.itemsize
+            set_whole(place.parameter, of_dtype[dtype].as_strided(place.shape, place.stride, start))
+
+    def _put_together(self, gathered: Tensor) -> Tensor:
+        """The shards of each parameter behind each other, rank by rank."""
+        ranks, whole = self.group.size, torch.empty_like(gathered)
+        sizes, parts, start = [], [], 0
+        for size in (size for place in self.places for size in (place.length, place.padding) if size):
+            sizes.append(size)
+            parts.append(whole.as_strided((ranks, size), (size, 1), start))
+            start += ranks * size
+        torch.split_with_sizes_copy(gathered.view(ranks, -1), sizes, dim=1, out=parts)
+        return whole
 
     def release(self, user: int) -> None:
         """Empty the parameters unless another unit has them, and drop what was gathered ahead."""
@@ -110,13 +139,11 @@ class Pack:
 
 def packed(parameters: Sequence[nn.Parameter], group: ShardGroup, *, lasts: bool) -> Pack:
     """Copy the shards of `parameters` into one buffer, which most frozen parameters use from then on."""
-    places, end = [], 0
+    places: list[_Place] = []
     for parameter in parameters:
-        length = local_shard(parameter).nbytes
-        places.append(_Place(parameter, end, length, -length % ALIGNMENT))
-        end += length + places[-1].padding
+        places.append(_Place.of(parameter, places[-1].end if places else 0))
     first = local_shard(parameters[0])
-    local = torch.zeros(end, dtype=torch.uint8, device=first.device)
+    local = torch.zeros(places[-1].end, dtype=torch.uint8, device=first.device)
     if first.is_pinned():
         local = local.pin_memory()
     pack = Pack(group, local, lasts, places)
@@ -128,7 +155,8 @@ def packed(parameters: Sequence[nn.Parameter], group: ShardGroup, *, lasts: bool
         shard = local_shard(place.parameter)
         mine = local[place.start : place.start + place.length].view(shard.dtype)
         if place.parameter.requires_grad or shard.dtype != dtype:
-            pack.copied.append((mine, place.parameter))
+            pack.copied.append(place.parameter)
+            pack.copies.append(mine)
         else:
             mine.copy_(shard)
             shard.data = mine

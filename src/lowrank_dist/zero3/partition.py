@@ -65,6 +65,17 @@ class Partitioner:
             self.frozen = self.group.split(self.group.size // copies)
             self._process_group = self.frozen.process_group
 
+    @property
+    def holds_frozen_whole(self) -> bool:
+        """Whether every rank holds all frozen parameters, where it computes."""
+        return self.frozen.size == 1 and self._home.type == self.device.type
+
+    @property
+    def _home(self) -> torch.device:
+        """Where shards lie between their uses."""
+        offloaded = self._init.remote_device == "cpu"  # a str or a str enum of DeepSpeed
+        return torch.device("cpu") if offloaded else self.device
+
     def group_of(self, parameter: Tensor) -> ShardGroup:
         """The ranks that share a parameter of this partitioner or of DeepSpeed."""
         return self.frozen if hasattr(parameter, "ds_zero_partition_process_group") else self.group
@@ -133,10 +144,8 @@ class Partitioner:
                 f"shard of {shard.numel()} {shard.dtype} elements does not fit a partition of "
                 f"{partition.shard_numel} {dtype} elements"
             )
-        offloaded = self._init.remote_device == "cpu"  # a str or a str enum of DeepSpeed
-        home = torch.device("cpu") if offloaded else self.device
-        stored = torch.zeros(partition.shard_numel, dtype=dtype, device=home)
-        if self._init.pin_memory and offloaded:
+        stored = torch.zeros(partition.shard_numel, dtype=dtype, device=self._home)
+        if self._init.pin_memory and self._home.type != self.device.type:
             stored = stored.pin_memory()
         stored[: shard.numel()] = shard
 
@@ -228,17 +237,23 @@ def local_shard(parameter: Tensor) -> Tensor:
     return parameter.ds_tensor  # type: ignore[attr-defined]
 
 
-def set_whole(parameter: Tensor, flat: Tensor) -> None:
-    """Give a parameter its gathered data: the first elements of `flat`, which is not copied."""
-    shape = whole_shape(parameter)
-    parameter.data = flat[: shape.numel()].view(shape)
+def set_whole(parameter: Tensor, whole: Tensor) -> None:
+    """Give a parameter its gathered data, which is not copied."""
+    parameter.data = whole
     parameter.ds_status = ZeroParamStatus.AVAILABLE  # type: ignore[attr-defined]
 
 
 def set_empty(parameter: Tensor) -> None:
     """Take its gathered data from a parameter."""
-    parameter.data = parameter.data.new_empty(0)
+    parameter.data = _nothing(parameter.dtype, parameter.device)
     parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The data of parameters that are not gathered. Making it anew every time would cost as much as the rest."""
+    with torch.inference_mode(False):
+        return torch.empty(0, dtype=dtype, device=device)
 
 
 def stored_bytes(parameters: Iterable[Tensor]) -> int:

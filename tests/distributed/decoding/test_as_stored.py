@@ -201,20 +201,28 @@ def test_residuals_of_pissa_are_encoded_again_in_the_same_kind(
 ) -> None:
     """As with that residual format, but layers without an adapter stay as they are stored."""
     experts = LoraConfig(r=4, lora_alpha=4, target_modules=[], target_parameters=EXPERTS.target_parameters)
+    dora = LoraConfig(r=4, lora_alpha=4, target_modules=SOME.target_modules, use_dora=True)
+    cases = {
+        "FP8": ("fp8-blocks", SOME, FP8()),
+        "FP8, DoRA": ("fp8-blocks", dora, FP8()),
+        "MXFP4": ("mxfp4", experts, MXFP4()),
+        "INT8": ("ct-int8", SOME, INT8()),
+    }
     pairs = {}
-    for kind, adapter, same in (("fp8-blocks", SOME, FP8()), ("mxfp4", experts, MXFP4()), ("ct-int8", SOME, INT8())):
-        for name, quantization in ((f"{kind} as stored", "as stored"), (kind, same)):
+    for case, (kind, adapter, same) in cases.items():
+        for name, quantization in ((f"{case} as stored", "as stored"), (case, same)):
             pairs[name] = (made(kind)[0], {"adapter": adapter, "init": PiSSA(), "quantization": quantization})
     found = run_ranks(ranks, with_formats, pairs)[0]
-    for kind in ("fp8-blocks", "mxfp4", "ct-int8"):
-        stored, encoded = found[f"{kind} as stored"], found[kind]
-        assert stored["losses"] == pytest.approx(encoded["losses"], rel=1e-6), kind
+    for case in cases:
+        stored, encoded = found[f"{case} as stored"], found[case]
+        assert stored["losses"] == pytest.approx(encoded["losses"], rel=1e-6), case
         lost = {name: error for name, error in stored["errors"].items() if error > 0}
-        assert lost == pytest.approx(encoded["errors"], rel=1e-5), kind
+        assert lost == pytest.approx(encoded["errors"], rel=1e-5), case
         assert max(lost.values()) < 0.2
-        options = {name: value for name, value in pairs[kind][1].items() if name != "quantization"}
-        assert stored["held"] == planned_bytes(made(kind)[0], ranks, options)
-    assert found["fp8-blocks as stored"]["held"] > found["fp8-blocks"]["held"]  # the other layers are there too
+        quantized, options = pairs[case]
+        options = {name: value for name, value in options.items() if name != "quantization"}
+        assert stored["held"] == planned_bytes(quantized, ranks, options)
+    assert found["FP8 as stored"]["held"] > found["FP8"]["held"]  # the other layers are there too
 
 
 def test_pissa_over_a_mixture_of_stored_kinds(made: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:

@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from peft import LoraConfig
 
 from helpers.models import save_checkpoint
 from helpers.ranks import alone, run_ranks, run_ranks_catching
+from helpers.sft import save_material
 from helpers.traffic import Traffic
 from helpers.training import STEPS, CausalLM, loader, make_strategy, make_trainer
-from lowrank_dist import NF4, AdapterCheckpoint, CorDA, LoRA, LoRAXS, PiSSA, PiSSAStrategy
+from lowrank_dist import (
+    NF4,
+    AdapterCheckpoint,
+    CausalLMModule,
+    CorDA,
+    LoRA,
+    LoRAXS,
+    PiSSA,
+    PiSSAStrategy,
+    PreferenceModule,
+    SFTDataModule,
+)
 from lowrank_dist.forecast import ModelShapes, RunSpec, forecast
 from lowrank_dist.forecast.job import parameters
 from lowrank_dist.forecast.traffic import traffic
 from lowrank_dist.quantization.dense import Dense
+from lowrank_dist.training.sharding import run_spec
 from lowrank_dist.zero3.partition import local_shard
 
 NODES, CUT = 2, 3
@@ -229,3 +244,34 @@ def test_ranks_of_a_host_share_its_memory(llama: Path) -> None:
     """On CPUs auto is the world: each rank has half."""
     for mine, of_all in run_ranks(2, start_by_itself, llama):
         assert 2 * mine == of_all
+
+
+PAIR = {"prompt": "what is 1 and 2? ", "chosen": "four", "rejected": "hello"}
+
+
+class Forecasts(L.Callback):
+    """Asks for what ``shard_within="auto"`` looks at on a device."""
+
+    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        found = run_spec(trainer.strategy)
+        self.found = found.batch_size, found.length, found.keeps_step_zero
+
+
+def forecast_of(material: Path, cases: list[tuple[Any, dict[str, Any]]]) -> list[tuple[int, int, bool]]:
+    model, found = str(material / "model"), []
+    for module, options in cases:
+        asks = Forecasts()
+        trainer = make_trainer(make_strategy(model), steps=1, callbacks=[asks])
+        trainer.fit(module(model), SFTDataModule(model, str(material / "data.jsonl"), max_length=64, **options))
+        found.append(asks.found)
+    return found
+
+
+def test_the_rows_of_a_batch_are_those_that_memory_is_for(tmp_path: Path) -> None:
+    """Batches of so many tokens, streams, which make batches themselves, and pairs, which are two rows."""
+    pairs = partial(PreferenceModule, loss="dpo"), partial(PreferenceModule, loss="orpo")
+    cases = [(CausalLMModule, {"batch_size": 3}), (CausalLMModule, {"tokens_per_batch": 256})]
+    cases += [(CausalLMModule, {"batch_size": 2, "streaming": True}), *((kind, {"batch_size": 2}) for kind in pairs)]
+    records = [PAIR | {"completion": PAIR["chosen"]}] * 8
+    (found,) = run_ranks(1, forecast_of, save_material(tmp_path, records), cases)
+    assert found == [(3, 64, False), (4, 64, False), (2, 64, False), (4, 64, True), (4, 64, False)]

@@ -47,7 +47,7 @@ def test_examples_lengths_and_faults_are_shown(tokenizer: str, tmp_path: Path, c
     assert "\n8 records, " in out
     assert "2 examples are longer" not in out
     assert "1 of 6 examples are longer than max_length=40 and were cut; 1 of them had no response left" in out
-    assert "1 passages are longer than max_length=40 and were split" in out
+    assert "1 of 6 examples are longer than max_length=40 and were split" in out
     assert "1 examples have no prompt: every token of them is trained" in out
     assert "1 examples have an empty response: only their last token is trained" in out
     assert f"skipped 2 of 8 records; the first: {path}:7: `prompt` is a int, not text" in out

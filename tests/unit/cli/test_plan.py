@@ -177,6 +177,33 @@ def test_what_is_advised_fits(tiny: list[str], capsys: pytest.CaptureFixture[str
     assert other.job.global_batch == found["global_batch"]
 
 
+@pytest.mark.parametrize(
+    ("options", "advised"),
+    [
+        (["--model.class_path=lowrank_dist.PreferenceModule", "--data.batch_size=16"], "data.batch_size"),
+        (["--data.tokens_per_batch=16384", "--data.max_length=512", "--data.batch_size=1"], "data.tokens_per_batch"),
+    ],
+)
+def test_what_is_advised_of_pairs_and_of_tokens_fits(tiny: list[str], options: list[str], advised: str) -> None:
+    """They have 32 rows, where half of them would fit."""
+    arguments = [*tiny, *(option.replace("--model.class_path", "--model") for option in options)]
+    found = plan(*arguments)
+    assert found.job.batch_size == 32
+    name, _, number = next(o for o in options if o.startswith(f"--{advised}")).partition("=")
+    half = plan(*arguments, f"{name}={int(number) // 2}")
+    limit = f"--gpu-memory={(found.memory.peak + half.memory.peak) / 2e9}"
+    (advice,) = (remedy for remedy in plan(*arguments, limit).remedies if remedy.startswith("data."))
+    assert advice == f"{advised}: {int(number) // 2} and trainer.accumulate_grad_batches: {2 * found.job.accumulate}"
+    assert plan(*arguments, limit, f"{name}={int(number) // 2}").fits
+
+
+def test_a_reference_is_kept_for_dpo_alone(tiny: list[str]) -> None:
+    pairs = [*tiny, "--model=lowrank_dist.PreferenceModule"]
+    dpo, orpo = plan(*pairs).memory.resident, plan(*pairs, "--model.init_args.loss=orpo").memory.resident
+    assert dpo["reference"] == dpo["trained"] > 0
+    assert orpo == {**dpo, "reference": 0}
+
+
 def test_a_loss_in_chunks_has_few_logits() -> None:
     whole, chunks = (plan(*EIGHT, f"--model.fused_cross_entropy={value}") for value in ("false", "true"))
     assert chunks.memory.logits < whole.memory.logits / 10

@@ -7,22 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from helpers.scripted_command import scripted
 from lowrank_dist.cluster import allocation
 from lowrank_dist.cluster.allocation import Allocation
 
 
 @pytest.fixture
 def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Its file of answers: ``STATUS TEXT`` a line, the last for ever. Pauses are short."""
-    answers = tmp_path / "answers"
-    command = tmp_path / "scontrol"
-    command.write_text(f"""#!/bin/sh
-        read status text < {answers}
-        [ $(wc -l < {answers}) -eq 1 ] || sed -i 1d {answers}
-        echo $* >> {tmp_path}/calls
-        [ $status -eq 0 ] && echo $text || echo $text >&2
-        exit $status""")
-    command.chmod(0o755)
+    """Its file of answers (`scripted`). Pauses are short."""
+    answers = scripted(tmp_path, "scontrol", [])
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setattr(allocation, "PAUSES", (0, 0, 0))
     for name, value in (("JOB_ID", 7), ("PROCID", 0), ("NTASKS", 1), ("LOCALID", 0), ("NODEID", 0), ("NNODES", 1)):
@@ -48,11 +41,11 @@ def test_a_busy_slurmctld_is_asked_again(scontrol: Path, caplog: pytest.LogCaptu
 def test_a_job_that_slurm_has_requeued_itself_is_requeued(scontrol: Path) -> None:
     scontrol.write_text("1 Job is pending execution for job 7\n")
     assert current().requeue() == 0
-    assert (scontrol.parent / "calls").read_text() == "requeue 7\n"
+    assert (scontrol.parent / "calls").read_text() == "scontrol requeue 7\n"
 
 
 def test_a_refusal_is_an_error_in_the_end(scontrol: Path) -> None:
     scontrol.write_text("1 Requested operation is presently disabled\n")
     with pytest.raises(subprocess.CalledProcessError):
         current().requeue()
-    assert (scontrol.parent / "calls").read_text() == 4 * "requeue 7\n"
+    assert (scontrol.parent / "calls").read_text() == 4 * "scontrol requeue 7\n"

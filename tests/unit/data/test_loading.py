@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from helpers.chat_templates import FAMILIES
 from helpers.sft import byte_level_tokenizer, write_jsonl
@@ -89,7 +90,58 @@ def test_long_text_is_split(tmp_path: Path) -> None:
     assert [token for part in parts for token in part] == whole[: sum(map(len, parts))]
     assert len(whole) - sum(map(len, parts)) <= 1
     assert all((example[1][1:] != IGNORE_INDEX).all() for example in found.examples)
-    assert found.lines(20) == ["1 passages are longer than max_length=20 and were split"]
+    assert found.lines(20) == ["1 of 2 examples are longer than max_length=20 and were split"]
+
+
+LONG = [
+    GOOD,
+    {"prompt": "hello", "completion": " world" * 20},
+    {"prompt": "hello" * 20, "completion": " world"},
+    {"text": "hello " * 40},
+]
+
+
+def test_long_examples_are_dropped(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "data.jsonl", LONG)
+    found = loaded(path, max_length=20, on_long_example="drop")
+    assert found.wheres == [f"{path}:1"]
+    assert found.lines(20) == ["3 of 4 examples are longer than max_length=20 and were dropped"]
+
+
+def test_long_examples_are_split(tmp_path: Path) -> None:
+    """Every trained token is trained once, but for the first of a part, which nothing predicts."""
+    path = write_jsonl(tmp_path / "data.jsonl", LONG)
+    whole = loaded(path, max_length=10_000)
+    found = loaded(path, max_length=20, on_long_example="split")
+    for line in range(4):
+        (one,) = (
+            example
+            for where, example in zip(whole.wheres, whole.examples, strict=True)
+            if where == f"{path}:{line + 1}"
+        )
+        parts = [e for where, e in zip(found.wheres, found.examples, strict=True) if where == f"{path}:{line + 1}"]
+        ranges = [one[:, at : at + 20] for at in range(0, one.shape[1], 20)]
+        assert [part.tolist() for part in parts] == [
+            part.tolist() for part in ranges if (part[1, 1:] != IGNORE_INDEX).any()
+        ]
+    dropped = sum(-(-length // 20) for length in whole.lengths) - len(found.examples)
+    assert dropped > 0  # of the long prompt
+    (line,) = found.lines(20)
+    assert line.startswith("3 of 4 examples are longer than max_length=20 and were split; ")
+    assert line.endswith(f"; {dropped} parts had no response and were dropped")
+
+
+def test_weights_are_split_with_their_tokens(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b " * 40, "weight": 0.5}]
+    path = write_jsonl(tmp_path / "data.jsonl", [{"messages": messages}])
+    tokenizer = FAMILIES["qwen2.5"].tokenizer()
+    whole = loaded(path, tokenizer=tokenizer, max_length=10_000)
+    found = loaded(path, tokenizer=tokenizer, max_length=16, on_long_example="split")
+    (weights,) = (along["weights"] for along in whole.along)
+    parts = [along["weights"] for along in found.along]
+    assert len(parts) > 2
+    assert [len(part) for part in parts] == [example.shape[1] for example in found.examples]
+    assert (torch.cat(parts) == 0.5).sum() >= (weights == 0.5).sum() - 1
 
 
 def test_what_a_template_made_us_do_is_said(tmp_path: Path) -> None:

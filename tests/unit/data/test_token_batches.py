@@ -30,14 +30,16 @@ def samplers(sizes: list[int], ranks: int, *, per_item: int = 1, **settings) -> 
     ]
 
 
-def tokens_of(batch: list[int], dataset: TokenDataset) -> int:
-    return Collator(0)(ItemLists(dataset)[batch])["input_ids"].numel()
+def tokens_of(batch: list[int], dataset: TokenDataset, *, padding_free: bool) -> int:
+    return Collator(0, padding_free=padding_free)(ItemLists(dataset)[batch])["input_ids"].numel()
 
 
-@given(lengths, ranks_, st.booleans(), st.booleans(), st.integers(0, 2), st.booleans())
-def test_every_item_counts_once_and_no_batch_is_too_large(sizes, ranks, grouped, shuffle, epoch, pairs):
+@given(lengths, ranks_, st.booleans(), st.booleans(), st.integers(0, 2), st.sampled_from(["", "pairs", "joined"]))
+def test_every_item_counts_once_and_no_batch_is_too_large(sizes, ranks, grouped, shuffle, epoch, kind):
+    pairs, joined = kind == "pairs", kind == "joined"
     sizes = sizes + sizes if pairs else sizes
-    everyone = samplers(sizes, ranks, group_by_length=grouped, shuffle=shuffle, per_item=1 + pairs)
+    options = {"group_by_length": grouped, "shuffle": shuffle, "padding_free": joined}
+    everyone = samplers(sizes, ranks, per_item=1 + pairs, **options)
     for sampler in everyone:
         sampler.set_epoch(epoch)
     shares = [list(sampler) for sampler in everyone]
@@ -45,7 +47,8 @@ def test_every_item_counts_once_and_no_batch_is_too_large(sizes, ranks, grouped,
     flat = [index for share in shares for batch in share for index in batch]
     assert sorted(index for index in flat if index >= 0) == list(range(len(sizes) // (1 + pairs)))
     dataset = everyone[0].dataset
-    assert max(tokens_of(batch, dataset) for share in shares for batch in share) <= MOST * (1 + pairs)
+    found = [tokens_of(batch, dataset, padding_free=joined) for share in shares for batch in share]
+    assert max(found) <= MOST * (1 + pairs)
     # only the last step may lack batches
     assert all(min(batch) >= 0 for share in shares for batch in share[:-1])
     assert shares == [list(sampler) for sampler in everyone]
@@ -99,19 +102,25 @@ def test_a_resumed_run_must_have_the_same_batches():
         sampler.resume(epoch=0, start=4, tokens_per_batch=32)
     with pytest.raises(InputError, match=r"had tokens_per_batch=None"):
         sampler.resume(epoch=0, start=4, order_step_size=8)
+    with pytest.raises(InputError, match=r"had padding_free=True, and this one has False"):
+        sampler.resume(**samplers([5] * 10, 1, padding_free=True)[0].state())
 
 
 def test_the_data_module(tmp_path: Path):
     records = [{"prompt": "hello ", "completion": "four " * (1 + place % 9)} for place in range(40)]
     material = save_material(tmp_path, records)
     model, file = str(material / "model"), str(material / "data.jsonl")
-    for options in ({}, {"group_by_length": True}, {"packing": True}):
+    for options in ({}, {"group_by_length": True}, {"packing": True}, {"padding_free": True}):
         data = SFTDataModule(model, file, validation=file, max_length=40, tokens_per_batch=120, **options)
         data.setup("fit")
         for loader in (data.train_dataloader(), data.val_dataloader()):
             batches = list(loader)
             assert len(loader) == len(batches)
             assert max(batch["input_ids"].numel() for batch in batches) <= 120
+            if data.padding_free:
+                starts = sum(int((batch["position_ids"] == 0).sum()) for batch in batches)
+                assert 40 <= starts <= 40 + len(batches)  # padding begins at 0 too
+                continue
             assert sum(len(batch["input_ids"]) for batch in batches) == (
                 40 if not data.packing else len(loader.dataset)
             )

@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, LoraGAConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -426,6 +426,7 @@ def test_an_adapter_with_something_missing_or_too_much(pair: tuple[Path, Path], 
         (ModelError, {"use_dora": True}, "q_proj.lora_magnitude_vector [64] is missing"),
         (ModelError, {"lora_bias": True}, "q_proj.lora_B.bias [64] is missing"),
         (ModelError, {"ensure_weight_tying": True}, "ensure_weight_tying=True is not supported"),
+        (ModelError, {"use_qalora": True}, "use_qalora=True is not supported: PEFT computes QA-LoRA over GPTQ's"),
     ],
     ids=str,
 )
@@ -440,6 +441,16 @@ def test_adapters_of_other_kinds(
     else:
         change_json(config, **values)
     refused(error, adapter, tmp_path / "out", text)
+
+
+def test_how_an_adapter_was_made_does_not_matter(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """PEFT leaves the options of the start in the configuration of an adapter that it has converted."""
+    adapter = shutil.copytree(pair[1], tmp_path / "adapter")
+    change_json(adapter / "adapter_config.json", lora_ga_config=asdict(LoraGAConfig()))
+    merge_checkpoint(pair[1], tmp_path / "without")
+    merge_checkpoint(adapter, tmp_path / "with")
+    first, second = (load_file(next((tmp_path / name).glob("*.safetensors"))) for name in ("without", "with"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 def test_parts_that_are_for_a_residual(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -59,13 +59,16 @@ def test_layers_that_are_alike_save_the_same(name: str) -> None:
     assert len(said.layers) == len(repeated_layers(model))
 
 
-def test_they_do_not_run() -> None:
+@pytest.mark.parametrize(("sizes", "run"), [([4] * 5, [0, 1]), ([4, 4, 4, 8, 8], [0, 1, 3, 4])])
+def test_they_do_not_run(sizes: list[int], run: list[int]) -> None:
+    """Settings in lists count, too."""
     model = backbone("llama")
     calls = []
-    for layer in repeated_layers(model):
+    for layer, size in zip(repeated_layers(model), sizes, strict=True):
+        layer.sizes = [2, size]
         layer.register_forward_hook(lambda module, *_: calls.append(module.self_attn.layer_idx))
     assert measured(model).measured
-    assert calls == [0, 1]
+    assert calls == run
 
 
 def test_a_trained_layer_is_not_like_a_frozen_one() -> None:

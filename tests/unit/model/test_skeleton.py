@@ -210,6 +210,7 @@ def test_other_layers_and_variants(tmp_path: Path, llama: Path) -> None:
         llama, "model.layers.0.conv is a Conv1d", "drop it from target_modules", model=model, target_modules=["conv"]
     )
     refused(llama, "ensure_weight_tying=True is not supported", target_modules=["q_proj"], ensure_weight_tying=True)
+    refused(llama, "would train an ordinary LoRA here", target_modules=["q_proj"], use_qalora=True)
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from helpers.scripted_command import scripted
 from lowrank_dist.slurm import TrainingJob
 from lowrank_dist.slurm.job import requeue_script
 
@@ -26,17 +27,8 @@ def test_arguments_keep_the_step_on_fewer_nodes() -> None:
 
 def answers(directory: Path, squeue: list[str], scontrol: list[str]) -> dict[str, str]:
     """An environment with commands that give one answer after the other, the last for ever; empty: they fail."""
-    for name, lines in (("squeue", squeue), ("scontrol", scontrol), ("sleep", ["slept"])):
-        (directory / f"{name}.answers").write_text("".join(f"{line}\n" for line in lines))
-        script = f"""#!/bin/sh
-            echo "{name} $*" >> {directory}/calls
-            answers={directory}/{name}.answers
-            answer=$(head -n 1 $answers)
-            [ $(wc -l < $answers) -eq 1 ] || sed -i 1d $answers
-            echo "$answer"
-            test -n "$answer" """
-        (directory / name).write_text(script)
-        (directory / name).chmod(0o755)
+    for name, texts in (("squeue", squeue), ("scontrol", scontrol), ("sleep", ["slept"])):
+        scripted(directory, name, [f"{0 if text else 1} {text}" for text in texts])
     return {**os.environ, "PATH": f"{directory}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
 
 

@@ -50,6 +50,9 @@ def test_what_is_left_open_or_contradicts_is_refused(config: Any, init: Any, mes
         (peft.LoraConfig(**TARGETS, init_lora_weights="pissa"), "init_lora_weights='pissa' .* leave .* unset"),
         (peft.LoraConfig(**TARGETS, kasa_config=peft.KasaConfig()), "KaSA takes its part off the frozen weights"),
         (peft.LoraConfig(**TARGETS, ensure_weight_tying=True), "ensure_weight_tying=True is not supported"),
+        (peft.LoraConfig(**TARGETS, use_qalora=True, lora_bias=True), "would train an ordinary LoRA here; leave it"),
+        (peft.LoraConfig(**TARGETS, lora_ga_config=peft.LoraGAConfig()), "those of init=LoRAGA"),
+        (peft.AdamssConfig(**TARGETS), "clustering whole weights"),
         (
             peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
             "pass gradient_checkpointing=False",

@@ -15,13 +15,16 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 import lowrank_dist
 from lowrank_dist.cli.plan.model import with_adapters
 from lowrank_dist.cli.plan.table import as_table
+from lowrank_dist.data.batching import full_rows
+from lowrank_dist.data.tasks import PER_ITEM
 from lowrank_dist.errors import InputError
 from lowrank_dist.forecast import Cluster, Forecast, ModelShapes, RunSpec, forecast
 from lowrank_dist.methods import PiSSA
 from lowrank_dist.quantization.dense import Dense
 from lowrank_dist.storage.dtypes import PRECISIONS
 from lowrank_dist.storage.resolve import resolve_checkpoint
-from lowrank_dist.training.fit_cli import instantiated, module_settings, parse_fit
+from lowrank_dist.training.fit_cli import instantiated, module_class, module_settings, parse_fit
+from lowrank_dist.training.preference import PreferenceModule
 from lowrank_dist.training.projected import PROJECTIONS
 from lowrank_dist.training.strategy import PiSSAStrategy
 
@@ -122,7 +125,8 @@ def _job(settings: Any, strategy: Any) -> RunSpec:
     trainer, data, precision = settings.trainer, settings.data, str(settings.trainer.precision)
     model = module_settings(settings)
     by_tokens = data.tokens_per_batch is not None
-    rows = 2 if settings.model.get("class_path", "").endswith(".PreferenceModule") else 1  # of an item: a pair
+    module = module_class(settings)
+    rows = PER_ITEM.get(getattr(module, "data_task", "sft"), 1)
     if precision not in PRECISIONS:
         raise InputError(f"plan: precision={precision!r} is not supported; use one of {', '.join(PRECISIONS)}")
     if not str(trainer.devices).isdecimal():  # a list, "auto", -1
@@ -131,12 +135,19 @@ def _job(settings: Any, strategy: Any) -> RunSpec:
     options: dict[str, Any] = {
         "nodes": trainer.num_nodes,
         "gpus_per_node": int(trainer.devices),
-        # of a batch of so many tokens, rows of the full length
-        "batch_size": max(1, data.tokens_per_batch // data.max_length) if by_tokens else data.batch_size * rows,
+        "batch_size": full_rows(
+            batch_size=data.batch_size,
+            tokens_per_batch=data.tokens_per_batch,
+            max_length=data.max_length,
+            per_item=rows,
+        ),
+        "item_rows": rows,
+        "tokens_per_batch": data.tokens_per_batch,
         "length": data.max_length,
         "accumulate": trainer.accumulate_grad_batches,
         "compute_dtype": compute_dtype,
         "factor_dtype": factor_dtype,
+        "keeps_step_zero": issubclass(module, PreferenceModule) and model.loss == "dpo",
         "optimizer": model.get("optimizer", "adamw"),
         "optimizer_rank": _projected_rank(model),
         "fused_cross_entropy": model.get("fused_cross_entropy", False),
