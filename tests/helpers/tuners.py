@@ -45,6 +45,7 @@ CASES: dict[str, Callable[[], PeftConfig]] = {
         r=4, lora_alpha=8, target_modules=QV, velora_config=peft.VeloraConfig(num_groups=4)
     ),
     "vera": lambda: peft.VeraConfig(r=8, target_modules="all-linear"),
+    "pvera": lambda: peft.PveraConfig(r=8, target_modules="all-linear"),
     "ia3": lambda: peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
     "loha": lambda: peft.LoHaConfig(r=4, alpha=8, target_modules=QV),
     "lokr": lambda: peft.LoKrConfig(r=4, alpha=8, target_modules=QV),

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 #: Steps on the first ranks, then steps of the resumed run on others.
 BEFORE, AFTER = 3, 2
 #: What these compute depends on the samples that a rank's batch holds, or on random numbers of every forward.
-DEPEND_ON_RANKS = {"lily": 3e-3, "lora+velora": 1e-3, "poly": 1e-3}
+DEPEND_ON_RANKS = {"lily": 3e-3, "lora+velora": 1e-3, "poly": 1e-3, "pvera": 3e-3}
 
 
 def train(pretrained: Path, name: str, options: dict[str, Any]) -> list[float]:

@@ -10,7 +10,7 @@ from peft import AdaLoraConfig, LoraConfig
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 
-from lowrank_dist.errors import InputError
+from lowrank_dist.errors import InputError, ModelError
 from lowrank_dist.initialization.loading import Loading
 from lowrank_dist.initialization.open import OpenedModel
 from lowrank_dist.model.adapter_files import AdapterFiles
@@ -68,6 +68,7 @@ def put_on(opened: OpenedModel, partitioner: Partitioner, loading: Loading, *, s
     backbone, dtype = opened.backbone, loading.factor_dtype
     held = set(backbone.parameters())
     injected = opened.tuner.inject(backbone, opened.plan, seed=seed)
+    _check_trained(opened, injected)
     loading.parameters(injected.loaded)
     release(held - set(injected.model.parameters()))
     for parameter in injected.made:
@@ -107,6 +108,22 @@ def put_on(opened: OpenedModel, partitioner: Partitioner, loading: Loading, *, s
         buffers=buffers,
         allocation=allocation,
     )
+
+
+def _check_trained(opened: OpenedModel, injected: Injected) -> None:
+    """Raise ModelError if PEFT trains other parameters than on meta, where memory, files and resumes were planned."""
+    assert opened.tuner is not None
+    assert opened.tuner_plan is not None
+    inside = {parameter: name for name, parameter in opened.backbone.named_parameters()}
+    trained = {
+        inside.get(parameter, name) for name, parameter in injected.model.named_parameters() if parameter.requires_grad
+    }
+    if differing := sorted(trained ^ opened.tuner_plan.trained.keys()):
+        raise ModelError(
+            f"adapter is a {opened.tuner.name} of PEFT, which trains {differing[0]} "
+            f"{'only where weights have' if differing[0] in trained else 'only where they do not have'} values: what "
+            "is trained must be known before weights are read; use another adapter"
+        )
 
 
 def _refuse_positions(model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:

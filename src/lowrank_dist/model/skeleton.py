@@ -50,6 +50,8 @@ UNSUPPORTED_OPTIONS = {
     "arrow_config": "it routes between adapters that exist already",
     "megatron_config": "tensor-parallel layers are sharded already",
     "use_qalora": "PEFT computes QA-LoRA over GPTQ's own layers, and would train an ordinary LoRA here",
+    "monteclora_config": "its layers draw from buffers of their own and write to the model in the forward, so that "
+    "ranks and recomputations would differ",
     "lora_ga_config": "its options are those of init=LoRAGA(...)",
 }
 _NOT_FACTORS = {

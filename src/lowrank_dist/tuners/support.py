@@ -18,7 +18,6 @@ _LORA_OPTIONS = (
     "alora_invocation_tokens",
     "use_bdlora",
     "velora_config",
-    "monteclora_config",
     "kasa_config",
 )
 
@@ -131,6 +130,11 @@ def objection(config: PeftConfig, *, gradient_checkpointing: bool) -> str | None
                 return unsupported(config, option, unfit)
     if gradient_checkpointing and name in _NOT_RECOMPUTED:
         return "it does not work with gradient checkpointing; pass gradient_checkpointing=False"
+    if gradient_checkpointing and getattr(config, "generator_seed", None) is not None:  # PVeRA's
+        return (
+            "generator_seed draws from a generator of its own in every forward, so that gradient checkpointing would "
+            "compute gradients with other numbers than the loss; leave it unset, or pass gradient_checkpointing=False"
+        )
     return None
 
 
@@ -143,8 +147,7 @@ def remark(config: PeftConfig) -> str | None:
     """What users should know before they train with a configuration on several ranks; None if there is nothing."""
     part = _DEPENDS_ON_RANK.get(name_of(config))
     if isinstance(config, LoraConfig):
-        for option in ("velora_config", "monteclora_config"):
-            part = option if getattr(config, option, None) else part
+        part = "velora_config" if getattr(config, "velora_config", None) else part
     if part is None:
         return None
     return f"{part} depends on the rank's own batch or random numbers, so that losses vary with the number of ranks"

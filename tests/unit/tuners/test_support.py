@@ -53,6 +53,11 @@ def test_what_is_left_open_or_contradicts_is_refused(config: Any, init: Any, mes
         (peft.LoraConfig(**TARGETS, use_qalora=True, lora_bias=True), "would train an ordinary LoRA here; leave it"),
         (peft.LoraConfig(**TARGETS, lora_ga_config=peft.LoraGAConfig()), "those of init=LoRAGA"),
         (peft.AdamssConfig(**TARGETS), "clustering whole weights"),
+        (peft.PveraConfig(**TARGETS, generator_seed=3), "generator_seed draws .* pass gradient_checkpointing=False"),
+        (
+            peft.LoraConfig(**TARGETS, monteclora_config=peft.MontecloraConfig()),
+            "recomputations would differ",
+        ),
         (
             peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
             "pass gradient_checkpointing=False",
