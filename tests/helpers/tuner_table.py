@@ -51,8 +51,8 @@ def main() -> None:
 Made by `make test-matrix` on tiny models (`tests/helpers/tuners.py` has the configurations). "Yes" under a number of
 ranks: three steps and a checkpoint there, two more after resuming, all losses equal to those of stock PEFT in one
 process on the same decoded weights to 1e-5, and `adapter/` gives the same logits in stock PEFT (Lily and PVeRA:
-3e-3, VeLoRA and Poly: 1e-3, since they depend on the ranks). Under a precision: losses within 1e-2 of those in fp32. Under merge: bit for bit
-PEFT's `merge_and_unload`; "-" cannot be merged.
+3e-3, VeLoRA and Poly: 1e-3, since they depend on the ranks). Under a precision: losses within 1e-2 of those in fp32.
+Under merge: bit for bit PEFT's `merge_and_unload`; "-" cannot be merged.
 
 """
     DOCUMENT.write_text(before + HEADING + text + table(outcomes(Path(sys.argv[1]))) + "\n")

@@ -82,4 +82,5 @@ def test_a_sweep_on_one_machine(material: Path, tmp_path: Path) -> None:
     for method in compared["methods"]:
         assert method["loss"]["mean"] < method["loss_at_step_0"]["mean"]
         assert method["trained_parameters"]["mean"] > 0
+        assert method["adapter_bytes"]["mean"] > 2 * method["trained_parameters"]["mean"]  # at least in bf16
         assert method["memory_gb"]["mean"] > 0

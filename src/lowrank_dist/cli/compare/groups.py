@@ -201,6 +201,7 @@ def as_dict(found: Comparison) -> dict[str, Any]:
                 "init_seconds": figure(Figure.of([run.init_seconds for run in runs])),
                 "train_seconds": figure(Figure.of([run.seconds for run in runs])),
                 "memory_gb": figure(Figure.of([run.memory_gb for run in runs])),
+                "adapter_bytes": figure(Figure.of([run.adapter_bytes for run in runs])),
                 "trained_parameters": figure(Figure.of([run.trained for run in runs])),
                 "scores": {name: figure(found.score(runs, name)) for name in found.tasks},
                 "runs": [str(run.directory) for run in runs],

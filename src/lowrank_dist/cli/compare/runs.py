@@ -15,6 +15,7 @@ from lowrank_dist.cli.compare.settings import Settings, flat, read_settings
 from lowrank_dist.cli.report_page import HISTORY, METRICS
 from lowrank_dist.errors import CheckpointError, InputError
 from lowrank_dist.storage.inspect import inspect
+from lowrank_dist.storage.layout import ADAPTER_DIR, LORA_DIR
 from lowrank_dist.storage.parse import MAX_JSON, MAX_MANIFEST, Record, is_number, printable, read_bytes, read_record
 
 CONFIG, INIT_REPORT = "config.yaml", "init_report.json"
@@ -51,6 +52,8 @@ class Run:
         The most of a rank.
     trained
         Trained parameters, from the newest checkpoint.
+    adapter_bytes
+        Bytes on disk of its ``lora/``, or of its ``adapter/`` where there is no LoRA.
     scores
         Last scores of `EvaluateTasks`, by task and metric.
     """
@@ -63,6 +66,7 @@ class Run:
     init_seconds: float | None = None
     memory_gb: float | None = None
     trained: int | None = None
+    adapter_bytes: int | None = None
     scores: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -109,6 +113,7 @@ def _read(config: Path) -> Run | None:
     else:
         return None
     init = _record(directory, INIT_REPORT)
+    newest = _newest(directory, settings)
     return Run(
         directory=directory,
         settings=flat(settings),
@@ -117,7 +122,8 @@ def _read(config: Path) -> Run | None:
         validation=validation,
         init_seconds=None if init is None else read_record(init, MAX_MANIFEST).get("seconds"),
         memory_gb=max((point.loss for name in _MEMORY for point in logged.get(name, [])), default=None),
-        trained=_trained(directory, settings),
+        trained=None if newest is None else inspect(newest).facts.get("trained parameters"),
+        adapter_bytes=None if newest is None else _adapter_bytes(newest),
         scores={name.removeprefix(_TASKS): of[-1].loss for name, of in logged.items() if name.startswith(_TASKS)},
     )
 
@@ -155,13 +161,16 @@ def _columns(file: Path) -> dict[str, list[Point]]:
     return {name: [Point(step=step, loss=of[step]) for step in sorted(of)] for name, of in found.items()}
 
 
-def _trained(directory: Path, settings: dict[str, Any]) -> int | None:
-    """Trained parameters, by the newest checkpoint of the run."""
-    for place in _places(directory, settings):
-        newest = newest_checkpoint(place) if place.is_dir() else None
-        if newest is not None:
-            return inspect(newest).facts.get("trained parameters")
-    return None
+def _newest(directory: Path, settings: dict[str, Any]) -> Path | None:
+    """The newest checkpoint of the run."""
+    found = (newest_checkpoint(place) for place in _places(directory, settings) if place.is_dir())
+    return next((newest for newest in found if newest is not None), None)
+
+
+def _adapter_bytes(checkpoint: Path) -> int | None:
+    """Bytes of what is taken from a checkpoint to be loaded elsewhere."""
+    taken = next((part for name in (LORA_DIR, ADAPTER_DIR) if (part := checkpoint / name).is_dir()), None)
+    return None if taken is None else sum(file.stat().st_size for file in taken.iterdir())
 
 
 def _places(directory: Path, settings: dict[str, Any]) -> Iterator[Path]:

@@ -32,7 +32,7 @@ def _titles(found: Comparison) -> list[str]:
     return [
         *("method", "lr", "tried", "runs", "loss at step 0", f"at step {found.step}", time),
         *found.tasks,
-        *("init s", "train s", "memory GB", "trained"),
+        *("init s", "train s", "memory GB", "trained", "adapter MB"),
     ]
 
 
@@ -53,6 +53,7 @@ def _row(found: Comparison, method: Method) -> list[str]:
         _number(Figure.of([run.seconds for run in runs]), ".3g"),
         _number(Figure.of([run.memory_gb for run in runs]), ".2f"),
         _number(Figure.of([run.trained for run in runs]), ",.0f"),
+        _number(Figure.of([None if run.adapter_bytes is None else run.adapter_bytes / 1e6 for run in runs]), ",.1f"),
     ]
 
 
