@@ -68,7 +68,7 @@ def test_the_example_trains_and_writes_a_lora(tmp_path: Path) -> None:
         [sys.executable, "train.py"],
         cwd=tmp_path,
         env=environment,
-        timeout=240,
+        timeout=480,
         check=False,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

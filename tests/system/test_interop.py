@@ -74,7 +74,7 @@ def in_stock_libraries(jobs: dict[str, tuple[Path, Path | None]], directory: Pat
     named = {name: [str(base), adapter and str(adapter)] for name, (base, adapter) in jobs.items()}
     arguments = [json.dumps(named), str(directory / "ids.safetensors"), str(directory / "logits.safetensors")]
     done = subprocess.run(
-        [sys.executable, "-I", "-c", STOCK, *arguments], cwd=directory, capture_output=True, text=True, timeout=240
+        [sys.executable, "-I", "-c", STOCK, *arguments], cwd=directory, capture_output=True, text=True, timeout=480
     )
     assert done.returncode == 0, done.stderr
     return load_file(directory / "logits.safetensors")

@@ -77,7 +77,7 @@ def interpreter(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     """One of its own, in this environment without a trace of a launcher."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith(LAUNCHERS)}
     command, env = [sys.executable, *arguments], {**clean, "PYTHONWARNINGS": "ignore"}
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=480)
 
 
 def test_a_bad_checkpoint_is_one_line_and_no_traceback(material: Path, tmp_path: Path) -> None:

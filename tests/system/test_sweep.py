@@ -59,14 +59,14 @@ def test_a_sweep_on_one_machine(material: Path, tmp_path: Path) -> None:
         while process.poll() is None and not list(output.glob("jobs/*/*_step")):
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
-        said, _ = process.communicate(timeout=240)
+        said, _ = process.communicate(timeout=480)
     finally:
         process.kill()
     assert process.returncode == 1
     assert said.splitlines()[-1] == "1 of 2 jobs were not started, because a signal stopped the sweep"
     assert events(output).count("begin") == 1
 
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=480)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     assert events(output) == ["begin", "end"] * 3  # never two at a time
 

@@ -58,8 +58,8 @@ class Pack:
     places
         Where in `local` the shards are.
     copied
-        Parameters whose shards are no views of `local`: they are copied to `copies`, which are, before every gather.
-        Trained parameters' shards are views of a tensor of DeepSpeed's optimizer.
+        Places in `local` of the other shards, with their parameters; filled before every gather. Trained parameters'
+        shards are views of a tensor of DeepSpeed's optimizer.
     users
         Indices of the units that have it gathered.
     lasts
@@ -70,8 +70,7 @@ class Pack:
     local: Tensor
     lasts: bool
     places: list[_Place] = field(default_factory=list)
-    copied: list[nn.Parameter] = field(default_factory=list)
-    copies: list[Tensor] = field(default_factory=list)
+    copied: list[tuple[Tensor, nn.Parameter]] = field(default_factory=list)
     users: set[int] = field(default_factory=set)
     _fresh: bool = False
     _gathered: Tensor | None = None
@@ -81,8 +80,8 @@ class Pack:
         """Start the all-gather, unless it has been started or is done."""
         if self.users or self._fresh or self._gathered is not None:
             return
-        if self.copied:
-            torch._foreach_copy_(self.copies, [local_shard(p) for p in self.copied], non_blocking=True)
+        for place, parameter in self.copied:
+            place.copy_(local_shard(parameter), non_blocking=True)
         self._gathered, self._work = self.group.start_gather(self.local.to(device, non_blocking=True))
 
     def finish(self, user: int, device: torch.device) -> None:
@@ -155,8 +154,7 @@ def packed(parameters: Sequence[nn.Parameter], group: ShardGroup, *, lasts: bool
         shard = local_shard(place.parameter)
         mine = local[place.start : place.start + place.length].view(shard.dtype)
         if place.parameter.requires_grad or shard.dtype != dtype:
-            pack.copied.append(place.parameter)
-            pack.copies.append(mine)
+            pack.copied.append((mine, place.parameter))
         else:
             mine.copy_(shard)
             shard.data = mine

@@ -111,6 +111,7 @@ def resident(backbone: Any, zero: Any) -> dict[str, int]:
     made = (b for name, b in backbone.named_buffers() if name.removeprefix("base_model.") not in stock)
     state = [v for of_group in zero.optimizer.state.values() for v in of_group.values() if isinstance(v, Tensor)]
     return found | {
+        "reference": 0,  # of DPO
         "buffers": sum(map(nbytes, made)),
         "gradients": nbytes(zero.grad_partitions_flat_buffer),
         "masters": sum(map(nbytes, zero.fp32_partitioned_groups_flat)),

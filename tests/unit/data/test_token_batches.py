@@ -103,7 +103,7 @@ def test_a_resumed_run_must_have_the_same_batches():
     with pytest.raises(InputError, match=r"had tokens_per_batch=None"):
         sampler.resume(epoch=0, start=4, order_step_size=8)
     with pytest.raises(InputError, match=r"had padding_free=True, and this one has False"):
-        sampler.resume(**samplers([5] * 10, 1, padding_free=True)[0].state())
+        sampler.resume(start=4, **samplers([5] * 10, 1, padding_free=True)[0].state())
 
 
 def test_the_data_module(tmp_path: Path):
