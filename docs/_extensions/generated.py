@@ -42,6 +42,7 @@ RESULTS = {
     "init-avx512": "Initialisation on a CPU with AVX-512",
     "gpu": "Initialisation and layers on an H200",
     "host": "CPU time of a step on the host",
+    "tuners": "CPU time of PEFT's tuners on the host",
     "step": "A training step on a CPU",
     "checkpoint": "Checkpoints",
     "data": "Preparing data",
