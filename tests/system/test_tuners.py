@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,6 +16,8 @@ from helpers.ranks import run_ranks
 from helpers.tuner_table import DOCUMENT
 from helpers.tuners import CASES, logits, reloaded, train_stock, train_tuned
 from lowrank_dist import NF4
+from lowrank_dist.errors import ModelError
+from lowrank_dist.tuners.tuner import Tuner, TunerPlan
 
 # PEFT warns of what tuners cannot be merged, of tied weights, and of extensions that it builds on CUDA
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -79,6 +84,24 @@ def test_in_bf16(llama: Path, tmp_path: Path, name: str, precision: str) -> None
     expected, _ = train_stock(llama, name, NF4(), BEFORE)
     assert losses == pytest.approx(expected, rel=1e-2)
     assert logits(reloaded(llama, name, NF4(), save / "adapter"), name).isfinite().all()
+
+
+def unplanned(pretrained: Path) -> str:
+    """What is said of a tuner that makes a parameter only where weights have values."""
+    plan = Tuner.plan
+
+    def on_meta(self: Tuner, skeleton: Any) -> TunerPlan:
+        found = plan(self, skeleton)
+        return replace(found, trained=dict(list(found.trained.items())[1:]))
+
+    with patch.object(Tuner, "plan", on_meta), pytest.raises(ModelError) as caught:
+        train_tuned(pretrained, "ia3", quantization=NF4(), steps=1)
+    return str(caught.value)
+
+
+def test_what_was_not_planned_is_not_trained(llama: Path) -> None:
+    for said in run_ranks(2, unplanned, llama):
+        assert re.match(r"adapter is a IA3 of PEFT, which trains .*ia3_l.* only where weights have values: ", said)
 
 
 def test_the_documents_have_a_row_for_each() -> None:
