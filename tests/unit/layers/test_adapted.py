@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import RowPartition
 from lowrank_dist.layers.adapted import fuse_adapters
-from lowrank_dist.layers.frozen import FrozenLinear, keep_decoded
+from lowrank_dist.layers.frozen import FrozenLinear, keep_decoded, multiply_plainly
 from lowrank_dist.quantization.dense import Dense
 from lowrank_dist.quantization.nf4 import NF4
 
@@ -357,3 +357,25 @@ def test_a_decoder_layer_asks_the_device_nothing(residual: Any, fold: Any) -> No
     with Operators() as counted:
         x.sum().item()
     assert WAITS & set(counted.names)
+
+
+@pytest.mark.parametrize("input_first", [False, True])
+def test_a_dense_weight_held_whole_is_multiplied_plainly(input_first: bool) -> None:
+    """The same bits; autograd saves the stored weight itself, and no copy of it."""
+    base, x = adapted(Dense(dtype=torch.float32), input_first=input_first).linear.base_layer, torch.randn(3, 7, IN)
+    expected = outcome(base, x)
+    multiply_plainly(base)
+    saved: list[Tensor] = []
+    with saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        found = outcome(base, x)
+    assert base.is_plain
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    weight = base.stored()[0].untyped_storage().data_ptr()
+    assert [tensor.untyped_storage().data_ptr() for tensor in saved if tensor.shape == (IN, OUT)] == [weight]
+
+
+@pytest.mark.parametrize("residual", [NF4(), Dense(dtype=torch.bfloat16)], ids=str)
+def test_what_is_decoded_is_not(residual: Any) -> None:
+    base = adapted(residual).linear.base_layer
+    multiply_plainly(base)
+    assert not base.is_plain
