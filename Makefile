@@ -6,8 +6,8 @@ SHELL := /bin/bash
 .PHONY: help setup extras demo test test-matrix test-slurm test-lowest test-serving kills fuzz lint docs test-site package bench clean
 
 PYTHON ?= python3
-# files of tests that run at a time, as many as CI has cores: a third would make ranks wait longer for each other, and
-# gloo polls meanwhile; with make --jobs, tests/slurm and the others run beside each other as well
+# files of tests that run at a time, as many as CI has cores: with a third it takes as long;
+# with make --jobs, tests/slurm and the others run beside each other as well
 JOBS ?= 2
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-input
 VENV := .venv

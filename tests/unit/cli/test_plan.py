@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 from helpers.models import save_checkpoint
-from lowrank_dist import NF4, LoRA, PiSSA
+from lowrank_dist import NF4, LoRA, PiSSA, PreferenceModule
 from lowrank_dist.cli import main
 from lowrank_dist.cli.plan.command import DOES_NOT_FIT, parser, planned_run
 from lowrank_dist.forecast import Forecast, ModelShapes, RunSpec, forecast
@@ -202,6 +203,22 @@ def test_a_reference_is_kept_for_dpo_alone(tiny: list[str]) -> None:
     dpo, orpo = plan(*pairs).memory.resident, plan(*pairs, "--model.init_args.loss=orpo").memory.resident
     assert dpo["reference"] == dpo["trained"] > 0
     assert orpo == {**dpo, "reference": 0}
+
+
+def test_a_users_class_of_pairs_is_planned_as_such(tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its constructor does not take the loss."""
+
+    class Fixed(PreferenceModule):
+        def __init__(self, pretrained: str) -> None:
+            super().__init__(pretrained, loss="dpo")
+
+    users = ModuleType("module_of_a_user")
+    users.Fixed, Fixed.__module__, Fixed.__qualname__ = Fixed, users.__name__, "Fixed"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, users.__name__, users)
+    pretrained = "--model.init_args.pretrained=x"
+    found = plan(*tiny, "--model=module_of_a_user.Fixed", pretrained, "--data.batch_size=3")
+    assert found.job.batch_size == 6
+    assert found.memory.resident["reference"] > 0
 
 
 def test_a_loss_in_chunks_has_few_logits() -> None:

@@ -147,7 +147,10 @@ def _job(settings: Any, strategy: Any) -> RunSpec:
         "accumulate": trainer.accumulate_grad_batches,
         "compute_dtype": compute_dtype,
         "factor_dtype": factor_dtype,
-        "keeps_step_zero": issubclass(module, PreferenceModule) and model.loss == "dpo",
+        # a class of a user may fix its loss, or be a function that makes the module
+        "keeps_step_zero": isinstance(module, type)
+        and issubclass(module, PreferenceModule)
+        and model.get("loss", "dpo") == "dpo",
         "optimizer": model.get("optimizer", "adamw"),
         "optimizer_rank": _projected_rank(model),
         "fused_cross_entropy": model.get("fused_cross_entropy", False),
