@@ -86,13 +86,15 @@ def test_in_bf16(llama: Path, tmp_path: Path, name: str, precision: str) -> None
     assert logits(reloaded(llama, name, NF4(), save / "adapter"), name).isfinite().all()
 
 
-def unplanned(pretrained: Path) -> str:
-    """What is said of a tuner that makes a parameter only where weights have values."""
+def unplanned(pretrained: Path, first: tuple[int, ...] | None) -> str:
+    """What is said of a tuner whose first parameter is planned with another shape, or not at all."""
     plan = Tuner.plan
 
     def on_meta(self: Tuner, skeleton: Any) -> TunerPlan:
         found = plan(self, skeleton)
-        return replace(found, trained=dict(list(found.trained.items())[1:]))
+        name, *_ = found.trained
+        trained = {**found.trained, name: first}
+        return replace(found, trained={name: shape for name, shape in trained.items() if shape is not None})
 
     with patch.object(Tuner, "plan", on_meta), pytest.raises(ModelError) as caught:
         train_tuned(pretrained, "ia3", quantization=NF4(), steps=1)
@@ -100,8 +102,10 @@ def unplanned(pretrained: Path) -> str:
 
 
 def test_what_was_not_planned_is_not_trained(llama: Path) -> None:
-    for said in run_ranks(2, unplanned, llama):
+    for said in run_ranks(2, unplanned, llama, None):
         assert re.match(r"adapter is a IA3 of PEFT, which trains .*ia3_l.* only where weights have values: ", said)
+    for said in run_ranks(2, unplanned, llama, (3,)):
+        assert re.search(r"ia3_l.* is \[.*\] for these weights and \[3\] without values: ", said)
 
 
 def test_the_documents_have_a_row_for_each() -> None:

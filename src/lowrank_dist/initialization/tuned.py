@@ -115,15 +115,21 @@ def _check_trained(opened: OpenedModel, injected: Injected) -> None:
     assert opened.tuner is not None
     assert opened.tuner_plan is not None
     inside = {parameter: name for name, parameter in opened.backbone.named_parameters()}
-    trained = {
-        inside.get(parameter, name) for name, parameter in injected.model.named_parameters() if parameter.requires_grad
-    }
-    if differing := sorted(trained ^ opened.tuner_plan.trained.keys()):
+    planned, made = opened.tuner_plan.trained, set(injected.made)
+    trained = {inside.get(p, name): p for name, p in injected.model.named_parameters() if p.requires_grad}
+    if differing := sorted(trained.keys() ^ planned.keys()):
         raise ModelError(
             f"adapter is a {opened.tuner.name} of PEFT, which trains {differing[0]} "
             f"{'only where weights have' if differing[0] in trained else 'only where they do not have'} values: what "
             "is trained must be known before weights are read; use another adapter"
         )
+    for name, parameter in trained.items():
+        if parameter in made and tuple(parameter.shape) != planned[name]:
+            raise ModelError(
+                f"adapter is a {opened.tuner.name} of PEFT, whose {name} is {list(parameter.shape)} for these weights "
+                f"and {list(planned[name])} without values: shapes must be known before weights are read; use another "
+                "adapter"
+            )
 
 
 def _refuse_positions(model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
