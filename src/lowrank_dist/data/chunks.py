@@ -113,7 +113,8 @@ class Preparer:
         """
         renderer = self.renderer
         loaded = Loaded(records=len(chunk.records) + len(chunk.unread), skipped=list(chunk.unread))
-        known = set(self.names) if renderer.columns is None else set(renderer.columns.values())
+        columns = renderer.columns or {}
+        known = {columns.get(name, name) for name in (*self.names, *columns)}
         whole = isinstance(renderer, Renderer) and renderer.train_on == "everything"
         items: list[tuple[str, tuple[Any, ...]]] = []
         for where, record in chunk.records:

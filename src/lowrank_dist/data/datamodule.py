@@ -118,7 +118,7 @@ class SFTDataModule(L.LightningDataModule):
         of the turn, in the template's own form. ``"drop"``: it is left out.
     columns
         Names of the columns in the data, by the names above: ``{"prompt": "question_text", "completion": "gold"}``.
-        None: they have these names.
+        Columns that are not listed keep their names.
     as_chat
         Render prompts and responses as a conversation, with the chat template, instead of the instruction prompt.
     prompt_template

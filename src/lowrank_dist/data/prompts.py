@@ -15,7 +15,7 @@ from lowrank_dist.data.messages import Message
 from lowrank_dist.data.prompt_template import PromptTemplate
 from lowrank_dist.data.records import kind_of, read_file
 from lowrank_dist.data.rendering import Example, Renderer
-from lowrank_dist.data.shapes import SHAPES, Conversation, Pair, Passage
+from lowrank_dist.data.shapes import Conversation, Pair, Passage, shapes_by
 from lowrank_dist.data.tokenizing import IGNORE_INDEX, Encoder
 from lowrank_dist.errors import InputError
 
@@ -152,11 +152,14 @@ class Prompter:
 
     def _completed(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
         """`record` with an empty response, if it has a prompt alone."""
-        names = self._renderer.columns
-        for ask, answer in (shape for shape in SHAPES if len(shape) == 2):
-            ask, answer = (names or {}).get(ask, ask), (names or {}).get(answer, answer)
-            if ask in record and answer not in record:
-                return {**record, answer: ""}
+        columns = self._renderer.columns or {}
+        for shape in shapes_by(columns):
+            names = [columns.get(name, name) for name in shape]
+            lacking = [name for name in names if record.get(name) is None]
+            if not lacking:
+                return record
+            if lacking == names[1:]:
+                return {**record, names[1]: ""}
         return record
 
     def file(self, path: Path) -> Iterator[Prompt]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,7 +77,7 @@ def read_columns(
     record
         Values by column.
     columns
-        Names of its columns by the names used here, if they differ; others are then not looked at.
+        Names of its columns by the names used here, where they differ.
     as_chat
         Take a prompt and its response for a conversation of two messages.
     template
@@ -89,7 +89,7 @@ def read_columns(
         If the columns are not understood or hold something else.
     """
     record = renamed(record, columns)
-    shape = _shape(record)
+    shape = _shape(record, columns or ())
     if template is not None and len(shape) != 2:
         raise InputError(f"prompt_template is for a prompt and a response, and this record is `{shape[0]}`")
     if shape[0] in ("messages", "conversations"):
@@ -145,19 +145,22 @@ def _input(record: Mapping[str, Any], column: str) -> str:
 
 
 def renamed(record: Mapping[str, Any], columns: Mapping[str, str] | None) -> Mapping[str, Any]:
-    """The record by the names used here: all of its columns, or those in `columns`.
+    """The record by the names used here: the columns of `columns` under these, and all others as they are.
+
+    A column whose name another one is given is left out.
 
     Raises
     ------
     InputError
-        If one of these is missing.
+        If a column of `columns` is missing.
     """
     if columns is None:
         return record
     for name in columns.values():
         if name not in record:
             raise InputError(f"the column {name!r} of `columns` is missing (columns found: {listed(record)})")
-    return {name: record[column] for name, column in columns.items()}
+    others = {name: value for name, value in record.items() if name not in columns and name not in columns.values()}
+    return others | {name: record[column] for name, column in columns.items()}
 
 
 def check_columns(columns: Mapping[str, str] | None, names: Sequence[str] = NAMES) -> None:
@@ -167,9 +170,16 @@ def check_columns(columns: Mapping[str, str] | None, names: Sequence[str] = NAME
             raise InputError(f"columns: {name!r} is not known; valid choices: {', '.join(names)}")
 
 
-def _shape(record: Mapping[str, Any]) -> tuple[str, ...]:
-    whole = next((needed for needed in SHAPES if all(name in record for name in needed)), None)
-    if whole is not None and whole != ("text",):
+def shapes_by(named: Iterable[str]) -> list[tuple[str, ...]]:
+    """The shapes in the order in which they are looked for: those with most of the columns that a user named first."""
+    names = set(named)
+    return sorted(SHAPES, key=lambda needed: -len(names & {*needed, *SHAPES[needed]}))
+
+
+def _shape(record: Mapping[str, Any], named: Collection[str]) -> tuple[str, ...]:
+    record = {name: value for name, value in record.items() if value is not None}  # Arrow has all columns in all rows
+    whole = next((needed for needed in shapes_by(named) if all(name in record for name in needed)), None)
+    if whole is not None and (whole != ("text",) or "text" in named):
         return whole
     if "chosen" in record and "rejected" in record:
         raise InputError(

@@ -57,6 +57,16 @@ def test_examples_lengths_and_faults_are_shown(tokenizer: str, tmp_path: Path, c
     assert "< max_length" in out
 
 
+def test_columns_that_nothing_reads_are_told_by_their_names_in_the_data(
+    tokenizer: str, tmp_path: Path, capsys: Any
+) -> None:
+    path = write_jsonl(
+        tmp_path / "data.jsonl", [{"task": "a", "input": "b", "output": "c", "instruction": "d", "id": 3}]
+    )
+    out = show(capsys, path, "--tokenizer", tokenizer, "--columns", '{"instruction": "task"}')
+    assert "columns that are not used: id, instruction\n" in out
+
+
 def test_trained_tokens_have_a_color(tokenizer: str, tmp_path: Path, capsys: Any) -> None:
     path = write_jsonl(tmp_path / "data.jsonl", [GOOD])
     out = show(capsys, path, "--tokenizer", tokenizer, "--color", "always")

@@ -44,6 +44,15 @@ def test_a_prompt_has_its_tokens_of_training(make: Any, record: dict[str, Any]) 
     assert prompter.record(alone, "f:1").tokens == expected
 
 
+def test_a_prompt_beside_other_columns() -> None:
+    tokenizer = byte_level_tokenizer(template=CHATML)
+    expected = Prompter(tokenizer).record({"messages": CONVERSATION}, "f:1")
+    assert Prompter(tokenizer).record({"messages": CONVERSATION, "prompt": "hello"}, "f:1") == expected
+    assert Prompter(tokenizer).record({"messages": None, "prompt": "hello", "completion": None}, "f:1").text == "hello"
+    named = Prompter(tokenizer, columns={"prompt": "q", "completion": "gold"})
+    assert named.record({"messages": CONVERSATION, "q": "hello"}, "f:1").text == "hello"
+
+
 def test_responses_and_what_has_none() -> None:
     prompter = Prompter(byte_level_tokenizer())
     responses = [prompter.response(record, "f:1").strip() for record in RECORDS]

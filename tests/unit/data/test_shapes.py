@@ -87,6 +87,42 @@ def test_columns_can_be_named(record, columns):
     assert read_columns(record, columns) == Pair("a", "b")
 
 
+@pytest.mark.parametrize("columns", [{"instruction": "task", "output": "output"}, {"instruction": "task"}])
+def test_columns_beside_named_ones_are_kept(columns):
+    record = {"task": "Translate.", "input": "cat", "output": "chat"}
+    named = {"instruction": "Translate.", "input": "cat", "output": "chat"}
+    assert read_columns(record, columns) == read_columns(named)
+    record = {"conv": [{"role": "user", "content": "2+2?"}], "completion": "4", "system": "Be short.", "tools": [TOOL]}
+    expected = Conversation([Message(role="system", text="Be short."), *ASKED], [TOOL], 2)
+    assert read_columns(record, {"messages": "conv"}) == expected
+
+
+@pytest.mark.parametrize(
+    ("columns", "read"),
+    [
+        ({"query": "q", "response": "gold"}, read_columns({"query": "a", "response": "b"})),
+        ({"query": "q"}, read_columns({"query": "a", "response": "c"})),
+        ({"text": "gold"}, Passage("b")),
+        ({"completion": "gold"}, Conversation([*ASKED, Message(role="assistant", text="b")], [], 2)),
+        ({"messages": "messages"}, Conversation(ASKED, [])),
+    ],
+)
+def test_named_columns_decide_what_a_record_is(columns, read):
+    record = {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}
+    record |= {"q": "a", "gold": "b", "response": "c", "prompt": "d", "text": "e"}
+    assert read_columns(record, columns) == read
+
+
+def test_null_columns_are_not_there():
+    """Arrow gives every row the columns of all."""
+    record = {"messages": None, "prompt": "a", "completion": "b", "tools": None, "text": None}
+    assert read_columns(record) == Pair("a", "b")
+    with pytest.raises(InputError, match="`completion` is a NoneType, not text"):
+        read_columns(record | {"completion": None})
+    with pytest.raises(InputError, match="columns found: none; valid choices"):
+        read_columns({"messages": None})
+
+
 def test_named_columns_must_be_there():
     with pytest.raises(InputError, match=r"the column 'q' of `columns` is missing \(columns found: `prompt`\)"):
         read_columns({"prompt": "a"}, {"prompt": "q", "completion": "prompt"})
