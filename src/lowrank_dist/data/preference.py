@@ -13,6 +13,7 @@ from lowrank_dist.data.shapes import (
     Pair,
     asked,
     asked_in_chat,
+    check_text,
     conversation,
     listed,
     renamed,
@@ -94,9 +95,7 @@ def _of_texts(
     if as_chat:
         prompt = [Message(role="user", text=asked_in_chat(record, column, template))]
         return Preference(*(conversation(prompt, [assistant(side)], record) for side in sides))
-    for name in ("system", "tools", "functions"):
-        if record.get(name):
-            raise InputError(f"`{name}` belongs to a conversation, and this pair is text; set `as_chat`")
+    check_text(record, template)
     text, gap = asked(record, column, template)
     return Preference(*(Pair(text, gap + side) for side in sides))
 

@@ -111,8 +111,19 @@ def read_columns(
     if as_chat:
         message = Message(role="user", text=asked_in_chat(record, shape[0], template))
         return conversation([message], [assistant(answer)], record)
+    check_text(record, template)
     text, gap = asked(record, shape[0], template)
     return Pair(text, gap + answer)
+
+
+def check_text(record: Mapping[str, Any], template: PromptTemplate | None) -> None:
+    """InputError if a record that is trained as text has what only a conversation has a place for."""
+    for name in ("system", "tools", "functions"):
+        if record.get(name) and name not in (template.names if template is not None else ()):
+            raise InputError(
+                f"`{name}` belongs to a conversation, and this record is text; set `as_chat`, name it in "
+                "`prompt_template`, or leave it out with `transform`"
+            )
 
 
 def asked(record: Mapping[str, Any], column: str, template: PromptTemplate | None = None) -> tuple[str, str]:

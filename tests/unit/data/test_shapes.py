@@ -8,6 +8,7 @@ import pytest
 
 from helpers.sft import CONVERSATION, byte_level_tokenizer, encode, encode_one, trained_text
 from lowrank_dist.data.messages import Message
+from lowrank_dist.data.prompt_template import PromptTemplate
 from lowrank_dist.data.rendering import Renderer
 from lowrank_dist.data.shapes import Conversation, Pair, Passage, check_columns, read_columns
 from lowrank_dist.errors import InputError
@@ -160,6 +161,22 @@ def test_a_pair_can_be_a_conversation(record):
 def test_what_is_not_understood_is_named(record, message):
     with pytest.raises(InputError, match=message):
         read_columns(record)
+
+
+@pytest.mark.parametrize("beside", [{"system": "Be short."}, {"tools": [TOOL]}, {"functions": [TOOL]}])
+@pytest.mark.parametrize("names", [("prompt", "completion"), ("instruction", "output"), ("question", "answer")])
+def test_text_has_no_place_for_what_belongs_to_a_conversation(names, beside):
+    record = dict(zip(names, ("2+2?", "4"), strict=True))
+    with pytest.raises(InputError, match=f"`{next(iter(beside))}` belongs to a conversation, and this record is text"):
+        read_columns(record | beside)
+    assert read_columns(record | dict.fromkeys(beside)) == read_columns(record)
+    read = read_columns(record | beside, as_chat=True)
+    assert (read.messages[0].text, read.tools) in (("Be short.", []), ("2+2?", [TOOL]))
+
+
+def test_a_prompt_template_may_have_a_place_for_the_system_prompt():
+    record = {"system": "Be short.", "question": "2+2?", "answer": "4"}
+    assert read_columns(record, template=PromptTemplate("{system} {question}")) == Pair("Be short. 2+2?", "4")
 
 
 def test_plain_text_is_trained_as_a_whole():
