@@ -33,12 +33,16 @@ class LabelledRenderer:
     columns
         Names of the records' columns, by the names used here.
     classes
-        Names of the classes, in order, if labels are names. None: labels are numbers from 0 on.
+        Names of the classes, in order, if labels are names. None: labels are numbers from 0 on. With names that are
+        numbers of other classes (``["1", "2", "3"]``) labels must be names, as text.
     """
 
     def __init__(self, *, columns: Mapping[str, str] | None = None, classes: Sequence[str] | None = None) -> None:
         self.columns = columns
         self.classes = None if classes is None else list(classes)
+        numbers = [(index, name) for index, name in enumerate(self.classes or ()) if _is_number(name)]
+        #: Number and name of the first class whose name is another number; None if there is none.
+        self.misnumbered = next(((index, name) for index, name in numbers if int(name) != index), None)
 
     def items(self, record: Mapping[str, Any], where: str) -> list[tuple[Labelled]]:
         """The text of a record and its class.
@@ -64,7 +68,12 @@ class LabelledRenderer:
     def _label(self, label: Any) -> int:
         if self.classes is not None and label in self.classes:
             return self.classes.index(label)
-        if isinstance(label, str) and label.isascii() and label.isdecimal():  # all of a CSV file is text
+        if self.misnumbered is not None and isinstance(label, int):
+            raise InputError(
+                f"the label {label} may be the number of a class or its name, because class {self.misnumbered[0]} is "
+                f"called {self.misnumbered[1]!r}; write labels as text, or leave `classes` out"
+            )
+        if self.misnumbered is None and isinstance(label, str) and _is_number(label):  # all of a CSV file is text
             label = int(label)
         if self.classes is not None and isinstance(label, str):
             raise InputError(f"the label {label!r} is none of the classes {', '.join(self.classes)}")
@@ -75,6 +84,10 @@ class LabelledRenderer:
             end = "" if self.classes is None else f" to {len(self.classes) - 1}"
             raise InputError(f"the label {label} is not the number of a class, 0{end or ' or more'}")
         return int(label)
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal()
 
 
 class LabelledEncoder:

@@ -75,9 +75,21 @@ def test_two_texts_have_their_kinds(tmp_path: Path) -> None:
         ({"text": "a", "label": 2}, ["bad", "good"], "the label 2 is not the number of a class, 0 to 1"),
         ({"text": "a", "label": -1}, None, "the label -1 is not the number"),
         ({"text": "a", "label": 0.5}, None, "the label 0.5 is not the number"),
+        ({"text": "a", "label": 1}, ["1", "0"], "the label 1 may be the number of a class or its name, because class 0 is called '1'"),
+        ({"text": "a", "label": 0}, ["1", "2", "3"], "the label 0 may be the number of a class or its name"),
+        ({"text": "a", "label": "0"}, ["1", "2", "3"], "the label '0' is none of the classes 1, 2, 3"),
         ({"text": 3, "label": 0}, None, "`text` is a int, not text"),
     ],
 )
 def test_what_is_not_understood_is_named(record: dict[str, Any], classes: list[str] | None, message: str) -> None:
     with pytest.raises(InputError, match=rf"f:1: .*{message}"):
         LabelledRenderer(classes=classes).items(record, "f:1")
+
+
+@pytest.mark.parametrize(
+    ("label", "classes", "number"),
+    [("1", ["1", "0"], 0), ("3", ["1", "2", "3"], 2), (1, ["0", "1"], 1), ("1", ["0", "1"], 1), (1, ["bad", "1"], 1)],
+)
+def test_names_that_are_numbers(label: Any, classes: list[str], number: int) -> None:
+    ((one,),) = LabelledRenderer(classes=classes).items({"text": "a", "label": label}, "f:1")
+    assert one.label == number
