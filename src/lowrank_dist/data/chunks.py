@@ -223,8 +223,10 @@ def _keep(
                 loaded.full += all(on or not text for text, on in example.segments)
                 loaded.silent += length == part.shape[1] and int(trained.sum()) == 1
             _append(loaded, where, part, {name: values[start : start + max_length] for name, values in along.items()})
-        else:
+        elif length > max_length:
             loaded.dropped += 1
+        else:
+            loaded.empty += 1
 
 
 def _keep_pair(loaded: Loaded, where: str, encoded: Sequence[Encoded], max_length: int) -> None:
@@ -233,7 +235,10 @@ def _keep_pair(loaded: Loaded, where: str, encoded: Sequence[Encoded], max_lengt
     loaded.cut += sum(tokens.shape[1] > max_length for tokens, _ in sides)
     left = [tokens[:, :max_length] for tokens, _ in sides]
     if not all(bool((tokens[1, 1:] != IGNORE_INDEX).any()) for tokens in left):
-        loaded.dropped += 2
+        if any(tokens.shape[1] > max_length for tokens, _ in sides):
+            loaded.dropped += 2
+        else:
+            loaded.empty += 2
     elif torch.equal(*left):
         loaded.alike += 1
     else:

@@ -105,12 +105,20 @@ class LabelledEncoder:
         self.tokenizer, self.max_length = tokenizer, max_length
 
     def __call__(self, batch: Sequence[Labelled]) -> list[Encoded]:
-        """Token ids of each text, its special tokens kept when it is cut, and its class; no token has a label."""
+        """Token ids of each text, its special tokens kept when it is cut, and its class; no token has a label.
+
+        Raises
+        ------
+        InputError
+            If a text has no tokens.
+        """
         encoded = []
         for one in batch:
             texts = (one.text,) if one.beside is None else (one.text, one.beside)
             found = self.tokenizer(*texts, truncation=False, verbose=False)
             length = len(found["input_ids"])
+            if not length:
+                raise InputError(f"{one.text!r} has no tokens; leave it out with `transform`, or skip bad records")
             if length > self.max_length:
                 found = self.tokenizer(
                     *texts, truncation="longest_first" if one.beside else True, max_length=self.max_length

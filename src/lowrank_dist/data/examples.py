@@ -197,7 +197,7 @@ class ExampleSettings:
         loaded = prepared(source, prepare, limit=limit, on_bad_record=self.on_bad_record, progress=progress, sink=sink)
         if not loaded.records:
             raise InputError(f"{source} holds no record; every line must hold one JSON object")
-        if not loaded.kept and not loaded.lengths:
+        if not loaded.kept and (loaded.empty or not loaded.lengths):
             raise InputError(
                 f"{source}: none of its {loaded.records} records is left: {'; '.join(loaded.lines(self.max_length))}"
             )

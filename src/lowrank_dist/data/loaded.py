@@ -35,6 +35,9 @@ class Loaded:
     cut, split, dropped
         Examples longer than `max_length` that were cut; those that were split into several; and what has no trained
         token after that: cut examples, of pairs both if one has none, and parts of examples.
+    empty
+        Examples that were dropped because they have no token to train, although none was cut; those of pairs with the
+        other one.
     too_long
         Examples longer than `max_length` that were dropped, those of pairs with the other one.
     alike
@@ -61,6 +64,7 @@ class Loaded:
     cut: int = 0
     split: int = 0
     dropped: int = 0
+    empty: int = 0
     too_long: int = 0
     alike: int = 0
     full: int = 0
@@ -95,6 +99,8 @@ class Loaded:
             lines.append(
                 f"{self.cut} {longer} and were cut; {self.dropped} of them had no response left and were dropped"
             )
+        if self.empty:
+            lines.append(f"{self.empty} examples have no token to train and were dropped")
         if self.too_long:
             lines.append(f"{self.too_long} {longer} and were dropped")
         if self.alike:

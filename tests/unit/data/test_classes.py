@@ -75,7 +75,11 @@ def test_two_texts_have_their_kinds(tmp_path: Path) -> None:
         ({"text": "a", "label": 2}, ["bad", "good"], "the label 2 is not the number of a class, 0 to 1"),
         ({"text": "a", "label": -1}, None, "the label -1 is not the number"),
         ({"text": "a", "label": 0.5}, None, "the label 0.5 is not the number"),
-        ({"text": "a", "label": 1}, ["1", "0"], "the label 1 may be the number of a class or its name, because class 0 is called '1'"),
+        (
+            {"text": "a", "label": 1},
+            ["1", "0"],
+            "the label 1 may be the number of a class or its name, because class 0 is called '1'",
+        ),
         ({"text": "a", "label": 0}, ["1", "2", "3"], "the label 0 may be the number of a class or its name"),
         ({"text": "a", "label": "0"}, ["1", "2", "3"], "the label '0' is none of the classes 1, 2, 3"),
         ({"text": 3, "label": 0}, None, "`text` is a int, not text"),
@@ -93,3 +97,16 @@ def test_what_is_not_understood_is_named(record: dict[str, Any], classes: list[s
 def test_names_that_are_numbers(label: Any, classes: list[str], number: int) -> None:
     ((one,),) = LabelledRenderer(classes=classes).items({"text": "a", "label": label}, "f:1")
     assert one.label == number
+
+
+def test_a_text_without_tokens_is_a_bad_record(tmp_path: Path) -> None:
+    """As an empty one under a tokenizer that adds none: it would be a row of padding."""
+    path = tmp_path / "d.jsonl"
+    write_jsonl(path, [{"text": "hello", "label": 1}, {"text": "", "label": 0}])
+    tokenizer = byte_level_tokenizer()
+    with pytest.raises(InputError, match=rf"^{path}:2: the text cannot be tokenized: '' has no tokens"):
+        loaded(path, tokenizer=tokenizer)
+    source = Source(role="train", names=str(path))
+    found = load(source, LabelledRenderer(), LabelledEncoder(tokenizer, 64), max_length=64, on_bad_record="skip")
+    assert (found.targets, found.wheres, len(found.skipped)) == ([1], [f"{path}:1"], 1)
+    assert loaded(path).targets == [1, 0]  # its special tokens are there

@@ -86,6 +86,9 @@ def test_nothing_left_is_an_error(tokenizer_dir, tmp_path):
     path = write_jsonl(tmp_path / "long.jsonl", [{"prompt": "hello" * 100, "completion": " world"}])
     with pytest.raises(ValueError, match=r"none of the 1 examples has a response token within max_length=20; raise"):
         SFTDataModule(tokenizer_dir, path, max_length=20).setup("fit")
+    path = write_jsonl(tmp_path / "silent.jsonl", [{"text": ""}])
+    with pytest.raises(ValueError, match=r"none of its 1 records is left: 1 examples have no token to train"):
+        SFTDataModule(tokenizer_dir, path).setup("fit")
 
 
 def test_an_empty_file_is_an_error(tokenizer_dir, tmp_path):

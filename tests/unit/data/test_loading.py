@@ -149,3 +149,10 @@ def test_what_a_template_made_us_do_is_said(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "data.jsonl", [{"messages": messages}] * 3)
     (line,) = loaded(path, tokenizer=FAMILIES["r1"].tokenizer()).lines(64)
     assert line.endswith("closed at once, in 3 turns")
+
+
+def test_examples_without_a_token_to_train_are_counted(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "data.jsonl", [GOOD, {"text": ""}, {"text": "hello"}])
+    found = loaded(path)
+    assert (len(found.examples), found.lengths[1]) == (2, 1)
+    assert "1 examples have no token to train and were dropped" in found.lines(64)

@@ -129,6 +129,10 @@ def test_both_of_a_pair_are_kept_or_none(tmp_path: Path) -> None:
     assert len(found.examples) == 4
     assert (found.cut, found.dropped, found.alike) == (5, 2, 1)
     assert found.lines(32)[-1] == "1 pairs were dropped: what is left of their two responses is the same"
+    write_jsonl(tmp_path / "d.jsonl", [records[0], {"prompt": "", "chosen": "", "rejected": "four"}])
+    found = loaded(tmp_path / "d.jsonl", max_length=32)
+    assert (len(found.examples), found.dropped) == (2, 0)
+    assert found.lines(32)[-1] == "2 examples have no token to train and were dropped"
 
 
 def test_turns_that_are_separate_examples_are_refused(tmp_path: Path) -> None:
