@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import glob
 import gzip
 import hashlib
 import importlib
@@ -137,7 +138,8 @@ def read_columnar(path: Path, kind: str) -> Records:
     """Yield ``("file row i", record)`` for every row of a Parquet or an Arrow file."""
     datasets = _library(str(path))
     with _naming(str(path)):
-        rows = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
+        # `datasets` takes names for patterns
+        rows = datasets.load_dataset(kind, data_files=glob.escape(str(path)), split="train", streaming=True)
         yield from _rows(rows, f"{path} row")
 
 

@@ -144,6 +144,14 @@ def test_rows_of_arrow_have_only_what_they_were_given(stored: Path, name: str) -
     assert rows[1][0].endswith(" row 1")
 
 
+def test_names_may_have_brackets(stored: Path, tmp_path: Path) -> None:
+    (tmp_path / "we[1]rd").mkdir()
+    for name in ("rows.parquet", "saved/data-00000-of-00001.arrow"):
+        path = tmp_path / "we[1]rd" / f"x[2]{Path(name).suffix}"
+        path.write_bytes((stored / name).read_bytes())
+        assert ids(str(path)) == [0, 1]
+
+
 @pytest.mark.parametrize(
     ("split", "expected"),
     [("train[:1]", [0]), ("train[50%:]", [1]), ("test", [1]), ("test+train", [1, 0, 1]), ("train[:0]", [])],
