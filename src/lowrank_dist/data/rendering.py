@@ -164,13 +164,13 @@ class Renderer:
         if self.train_on == "everything":
             return []
         spoken = [index for index, message in enumerate(messages) if index >= start and message.role == "assistant"]
-        turns = [index for index in spoken if messages[index].weight]
         if not spoken:
             raise InputError("`messages` has no assistant turn to train on; add one, or a column `completion`")
+        last = self.train_on == "last_assistant"
+        turns = [index for index in spoken[-1 if last else 0 :] if messages[index].weight]
         if not turns:
-            raise InputError("every assistant turn of `messages` has the weight 0: there is nothing to train on")
-        if self.train_on == "last_assistant":
-            turns = turns[-1:]
+            which = "the last" if last else "every"
+            raise InputError(f"{which} assistant turn of `messages` has the weight 0: there is nothing to train on")
         if turns[0] == 0:
             raise InputError(
                 "`messages` begins with an assistant turn; put a prompt before it, or give the turn `weight: 0`"

@@ -151,7 +151,7 @@ def test_turns_of_weight_0_are_not_trained_on(weights, texts):
 
 def test_the_last_turn_alone_can_be_trained_on():
     assert trained({"messages": CONVERSATION}, train_on="last_assistant") == ["four<|im_end|>"]
-    assert trained({"messages": weighted(1, 0)}, train_on="last_assistant") == ["world<|im_end|>"]
+    assert trained({"messages": weighted(0, 1)}, train_on="last_assistant") == ["four<|im_end|>"]
     # a template that rewrites earlier turns gives one example then
     assert len(segments({"messages": CONVERSATION}, REWRITING)) == 2
     (((_, _), response),) = segments({"messages": CONVERSATION}, REWRITING, train_on="last_assistant")
@@ -174,6 +174,12 @@ def test_everything_can_be_trained_on():
     ("record", "template", "settings", "message"),
     [
         (weighted(0, 0), None, {}, "every assistant turn of `messages` has the weight 0"),
+        (
+            weighted(1, 0),
+            None,
+            {"train_on": "last_assistant"},
+            "the last assistant turn of `messages` has the weight 0",
+        ),
         (weighted(0, 1), REWRITING, {"train_on": "everything"}, "message 2 has the weight 0, and .* rewrites it"),
         (
             [*CONVERSATION[1:3], {"role": "user", "content": "a", "weight": 0}, CONVERSATION[4]],
