@@ -91,11 +91,12 @@ class SFTDataModule(L.LightningDataModule):
     test
         Test data, as `train` without weights. None: no test.
     train_split
-        Split for `train`, if it is a Hugging Face data set; a slice is possible: ``train[:10%]``.
+        Split for `train`; a slice is possible: ``train[:10%]``. A directory has the splits in the names of its files.
+        Other files are the split ``train``; as `validation` and `test`, ``validation`` and ``test`` too.
     validation_split
-        Split for `validation`, if it is a Hugging Face data set.
+        Split for `validation`, as `train_split`.
     test_split
-        Split for `test`, if it is a Hugging Face data set.
+        Split for `test`, as `train_split`.
     task
         What the batches are for: ``"sft"``, ``"preference"`` (each item is a pair, and a batch has the chosen
         responses, then the rejected ones) or ``"classification"`` (labels are classes). None: what the module of the
@@ -103,7 +104,7 @@ class SFTDataModule(L.LightningDataModule):
     classes
         Names of the classes, in order, if labels are names.
     subset
-        Subset (configuration) of the Hugging Face data sets.
+        Subset (configuration) of the Hugging Face data sets; of a directory, the directory of this name in it.
     stopping_strategy
         With weights, when an epoch ends, as of ``datasets.interleave_datasets``. ``"first_exhausted"``: when one entry
         was used once; what is left of the others comes in the next epochs. ``"all_exhausted"``: when all were, some

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from lowrank_dist.data.splits import WHOLE, slices
 from lowrank_dist.errors import InputError, is_passing
 from lowrank_dist.storage.parse import load_json, open_regular, printable
 
@@ -143,22 +144,23 @@ def read_columnar(path: Path, kind: str) -> Records:
         yield from _rows(rows, f"{path} row")
 
 
-def read_saved(path: Path, split: str) -> Records:
-    """Yield ``("directory[split] row i", record)`` for a data set written by ``save_to_disk``."""
+def read_saved(path: Path, split: str, *, alias: str = WHOLE) -> Records:
+    """Yield ``("directory[split] row i", record)`` for a data set written by ``save_to_disk``.
+
+    A single set is the split ``train``, which may be called `alias` too.
+
+    Raises
+    ------
+    InputError
+        If it cannot be read, or has no such split.
+    """
     datasets = _library(str(path))
     with _naming(str(path)):
         saved = datasets.load_from_disk(str(path))
-        if isinstance(saved, Mapping):
-            sizes = {name: len(part) for name, part in saved.items()}
-            parts = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
-            ends = [sizes[part.splitname] if part.to is None else part.to for part in parts]
-            saved = datasets.concatenate_datasets(
-                [
-                    saved[part.splitname].select(range(part.from_ or 0, end))
-                    for part, end in zip(parts, ends, strict=True)
-                ]
-            )
-        yield from _rows(saved, f"{path}[{split}] row")
+        sets = dict(saved) if isinstance(saved, Mapping) else dict.fromkeys((WHOLE, alias), saved)
+        parts = slices(split, {name: len(part) for name, part in sets.items()}, str(path))
+        chosen = datasets.concatenate_datasets([sets[name].select(range(begin, end)) for name, begin, end in parts])
+        yield from _rows(chosen, f"{path}[{split}] row")
 
 
 def read_hub(name: str, subset: str | None, split: str, *, streaming: bool = False) -> Records:
@@ -179,6 +181,30 @@ def hub_identity(name: str, subset: str | None, split: str) -> str:
     rows = _loaded_set(name, subset, split)
     files = [Path(entry["filename"]) for entry in getattr(rows, "cache_files", [])]
     return repr([len(rows), *((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)])
+
+
+def sliced(read: Callable[[BadRecord], Records], begin: int, end: int, bad: BadRecord | None) -> Records:
+    """Records `begin` to `end` of those that `read` gives, among which those that cannot be read count."""
+    number = 0
+
+    def count(error: InputError) -> None:
+        nonlocal number
+        number += 1
+        if begin < number <= end:
+            _refuse(error, bad)
+
+    for where, record in read(count):
+        if number >= end:
+            return
+        number += 1
+        if begin < number:
+            yield where, record
+
+
+def count_of(read: Callable[[BadRecord], Records]) -> int:
+    """Number of the records that `read` gives, those that cannot be read included."""
+    unread: list[InputError] = []
+    return sum(1 for _ in read(unread.append)) + len(unread)
 
 
 def file_digest(path: Path) -> str:

@@ -160,8 +160,86 @@ def test_splits_have_slices(stored: Path, split: str, expected: list[int]) -> No
     assert ids(str(stored / "dict"), split) == expected
 
 
+def numbered(path: Path, values: range) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"".join(map(line, values)))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [
+        ("train", range(20)),
+        ("train[:10%]", range(2)),
+        ("train[90%:]", range(18, 20)),
+        ("train[-3:]", range(17, 20)),
+        ("train[18:]+train[:2]", [18, 19, 0, 1]),
+    ],
+)
+def test_slices_of_files_and_of_a_single_saved_set(tmp_path: Path, split: str, expected: Any) -> None:
+    """Files are one set, whatever their number, and every name is sliced for itself."""
+    numbered(tmp_path / "data" / "a.jsonl", range(15))
+    numbered(tmp_path / "data" / "b.jsonl", range(15, 20))
+    one = numbered(tmp_path / "c.jsonl", range(20))
+    datasets.Dataset.from_list([{"id": i} for i in range(20)]).save_to_disk(str(tmp_path / "saved"))
+    for name in (one, str(tmp_path / "data"), str(tmp_path / "data" / "*.jsonl"), str(tmp_path / "saved")):
+        assert ids(name, split) == list(expected)
+    assert ids([one, str(tmp_path / "data")], split) == [*expected, *expected]
+
+
+@pytest.mark.parametrize("role", ["validation", "validation[2]"])
+def test_files_are_the_split_train_which_may_be_called_by_the_role(stored: Path, tmp_path: Path, role: str) -> None:
+    for name in (numbered(tmp_path / "c.jsonl", range(2)), str(stored / "saved")):
+        for split in ("train", "validation", "validation[:100%]"):
+            assert len(list(Source(role=role, names=name, split=split).records())) == 2
+        for split in ("test", "test[:1]"):
+            with pytest.raises(InputError, match=r"has no split 'test'.*; valid choices: train, validation"):
+                list(Source(role=role, names=name, split=split).records())
+    for split in ("train[:1", "train[:1]x", "train[:200%]"):
+        with pytest.raises(InputError, match=r"the split 'train\[.*' is not understood"):
+            ids(str(tmp_path / "c.jsonl"), split)
+
+
+def test_a_record_that_cannot_be_read_counts_in_the_slice_where_it_stands(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(line(0) + b"{\n" + line(2) + b"{\n")
+    errors: list[InputError] = []
+    source = Source(role="train", names=str(path), split="train[:75%]")
+    assert [record["id"] for _, record in source.records(errors.append)] == [0, 2]
+    assert [str(error).split(": ")[0] for error in errors] == [f"{path}:2"]
+    assert ids(str(path), "train[2:3]") == [2]
+    with pytest.raises(InputError, match=rf"^{path}:2: not valid JSON"):
+        ids(str(path), "train[1:]")
+
+
+def test_files_of_a_directory_have_the_splits_in_their_names(tmp_path: Path) -> None:
+    """As a data set of the hub that was cloned."""
+    datasets.Dataset.from_list([{"id": 1}]).to_parquet(str(tmp_path / "data" / "train-00000-of-00001.parquet"))
+    numbered(tmp_path / "data" / "math_test.jsonl", range(2, 4))
+    numbered(tmp_path / "dev" / "a.jsonl", range(4, 5))
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    found = {split: ids(str(tmp_path), split) for split in ("train", "test", "test[1:]+train", "validation")}
+    assert found == {"train": [1], "test": [2, 3], "test[1:]+train": [3, 1], "validation": [4]}
+    assert ids(str(tmp_path / "data" / "*.jsonl")) == [2, 3]  # a pattern says what is wanted
+    with pytest.raises(InputError, match=r"has no split 'no'; valid choices: test, train, validation"):
+        Source(role="train", names=str(tmp_path), split="no").records()
+    digests = [list(Source(role="train", names=str(tmp_path), split=split).digests()) for split in ("train", "test")]
+    assert digests[0] != digests[1]
+    numbered(tmp_path / "odd.jsonl", range(1))
+    with pytest.raises(InputError, match=r"odd.jsonl carries no split in its name, or several, and other files carry"):
+        ids(str(tmp_path))
+
+
+def test_a_subset_of_a_directory_is_a_directory_in_it(tmp_path: Path) -> None:
+    for number, name in enumerate(("main", "socratic")):
+        numbered(tmp_path / name / "train.jsonl", range(number, number + 1))
+    assert [r["id"] for _, r in Source(role="train", names=str(tmp_path), subset="socratic").records()] == [1]
+    with pytest.raises(InputError, match=r"the directory has no subset 'no', which would be a directory in it"):
+        Source(role="train", names=str(tmp_path), subset="no").records()
+
+
 def test_damaged_and_missing_parts_are_named(stored: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r'dict: cannot be read: ValueError: Unknown split "no"'):
+    with pytest.raises(InputError, match=r"dict has no split 'no'; valid choices: train, test"):
         ids(str(stored / "dict"), "no")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1")
     with pytest.raises(InputError, match=r"bad.parquet: cannot be read"):
@@ -178,6 +256,7 @@ def test_digests_follow_what_is_read(
     assert digests(str(folder / "a.jsonl")) != digests(str(folder / "b.jsonl"))
     (folder / "a.csv").write_bytes((folder / "a.jsonl").read_bytes())
     assert digests(str(folder / "a.csv")) != digests(str(folder / "a.jsonl"))
+    assert digests(str(folder / "a.jsonl")) != digests(str(folder / "a.jsonl"), "train[:1]")
     assert digests(str(stored / "dict")) != digests(str(stored / "dict"), "test")
 
     rows = datasets.load_from_disk(str(stored / "saved"))
