@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -48,6 +49,8 @@ from lowrank_dist.seeds import global_seed
 log = logging.getLogger(__name__)
 
 _ENDLESS = 2**31  # batches
+
+_LOADERS = {"validation": "val_dataloader", "test": "test_dataloader"}
 
 
 class SFTDataModule(L.LightningDataModule):
@@ -341,7 +344,7 @@ class SFTDataModule(L.LightningDataModule):
         """Read, render and tokenize the sets that `stage` needs and that are not loaded yet."""
         if stage == "fit":
             self._train_loader, self._state = None, {}
-            if not self.sources["validation"] and self.trainer is not None:
+            if not (self.sources["validation"] or self._has_own_loader("validation")) and self.trainer is not None:
                 # Lightning warns about an empty val_dataloader and about a missing one
                 self._limit_val_batches = self.trainer.limit_val_batches
                 self.trainer.limit_val_batches = 0
@@ -358,7 +361,7 @@ class SFTDataModule(L.LightningDataModule):
                     mixture = self._sampler(loaded, shuffle=True).mixture
                     assert mixture is not None
                     self._report("train: %s", mixture.line())
-            elif stage != "fit":
+            elif stage != "fit" and not self._has_own_loader(role):
                 raise InputError(f"{stage} needs data: set `{role}` to a .jsonl file or the id of a data set")
 
     def teardown(self, stage: str) -> None:
@@ -442,6 +445,10 @@ class SFTDataModule(L.LightningDataModule):
         return self._eval_loader("test")
 
     # ---- helpers
+    def _has_own_loader(self, role: str) -> bool:
+        """Whether a subclass makes the loader of a set itself."""
+        return is_overridden(_LOADERS[role], self, SFTDataModule)
+
     def _eval_loader(self, role: str) -> DataLoader[dict[str, Tensor]] | list[Any]:
         if (dataset := self._sets.get(role)) is None:
             return []

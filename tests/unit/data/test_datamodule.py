@@ -348,6 +348,29 @@ def test_workers_and_overfitting_work(tokenizer_dir, train, tmp_path):
     assert module.seen[0] == module.seen[1]
 
 
+class OwnEvaluation(SFTDataModule):
+    """A class of a user with loaders of its own."""
+
+    def val_dataloader(self):
+        return torch.utils.data.DataLoader(
+            torch.arange(8).view(2, 4), collate_fn=lambda rows: {"input_ids": rows[0][None]}
+        )
+
+    test_dataloader = val_dataloader
+
+
+def test_loaders_of_a_subclass_are_used(tokenizer_dir, train, tmp_path):
+    module, trainer = fit(OwnEvaluation(tokenizer_dir, train, batch_size=4), tmp_path, num_sanity_val_steps=0)
+    assert len(module.validated) == 4  # two epochs of two batches
+    assert fit(SFTDataModule(tokenizer_dir, train, batch_size=4), tmp_path)[0].validated == []
+    data = OwnEvaluation(tokenizer_dir, train)
+    trainer.validate(module, data)
+    assert len(module.validated) == 6
+    data.setup("test")
+    with pytest.raises(InputError, match="test needs data: set `test`"):
+        SFTDataModule(tokenizer_dir, train).setup("test")
+
+
 def test_bad_records_are_bad_input_with_file_and_line(tmp_path):
     """A job with one of them stops for good: it is found before the weights are read, by the data module's set-up."""
     byte_level_tokenizer().save_pretrained(tmp_path / "tokenizer")
