@@ -282,7 +282,9 @@ class SFTDataModule(L.LightningDataModule):
         self.pad_token_id = 0
         #: What is streamed, once set up; None without `streaming`.
         self.stream_settings: StreamSettings | None = None
-        self._sets: dict[str, Items] = {}
+        self._sets: dict[str, TokenDataset | JoinedItems] = {}
+        #: What decided the sets when they were read.
+        self._read_with: dict[str, Any] = {}
         self._train_loader: ResumableLoader | StreamLoader | None = None
         self._state: dict[str, Any] = {}
         self._limit_val_batches: int | float | None = None
@@ -341,7 +343,7 @@ class SFTDataModule(L.LightningDataModule):
                     next(read_hub(name, source.subset, source.split), None)
 
     def setup(self, stage: str) -> None:
-        """Read, render and tokenize the sets that `stage` needs and that are not loaded yet."""
+        """Read, render and tokenize the sets that `stage` needs, unless they were read with the same settings."""
         if stage == "fit":
             self._train_loader, self._state = None, {}
             if not (self.sources["validation"] or self._has_own_loader("validation")) and self.trainer is not None:
@@ -350,17 +352,11 @@ class SFTDataModule(L.LightningDataModule):
                 self.trainer.limit_val_batches = 0
         needed = {"fit": ["train", "validation"], "validate": ["validation"], "test": ["test"]}.get(stage, [])
         for role in needed:
-            if role in self._sets:
-                continue
             if role == "train" and self.streaming:
                 self._open_stream()
-                continue
-            if parts := self.sources[role]:
-                loaded = self._sets[role] = self._loaded(parts)
-                if role == "train" and self.mixing is not None:
-                    mixture = self._sampler(loaded, shuffle=True).mixture
-                    assert mixture is not None
-                    self._report("train: %s", mixture.line())
+            elif self.sources[role]:
+                self._read(role)
+                self._check_weights(role)
             elif stage != "fit" and not self._has_own_loader(role):
                 raise InputError(f"{stage} needs data: set `{role}` to a .jsonl file or the id of a data set")
 
@@ -495,15 +491,48 @@ class SFTDataModule(L.LightningDataModule):
         for line in lines:
             self._report("%s: %s", parts[0].source, line)
 
+    def _revision(self) -> str:
+        """The revision of the tokenizer."""
+        revision_of = getattr(getattr(self.trainer, "strategy", None), "revision_of", lambda _: None)
+        return revision_of(self.tokenizer) or "main"
+
     def _load_tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        revision_of = getattr(getattr(self.trainer, "strategy", None), "revision_of", lambda _: None)
-        tokenizer = AutoTokenizer.from_pretrained(self.tokenizer, revision=revision_of(self.tokenizer) or "main")
+        tokenizer = AutoTokenizer.from_pretrained(self.tokenizer, revision=self._revision())
         self.pad_token_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
         return tokenizer
 
-    def _loaded(self, parts: Sequence[Part]) -> Items:
+    def _read(self, role: str) -> None:
+        """Read a set, unless it was read with the same settings and for the same task."""
+        parts = self.sources[role]
+        settings = (self._task(), self._example_settings, parts, self.tokenizer, self._revision(), self.packing)
+        if self._read_with.get(role) == settings:
+            return
+        loaded = self._sets[role] = self._loaded(parts)
+        self._read_with[role] = settings
+        if role == "train" and self.mixing is not None:
+            mixture = self._sampler(loaded, shuffle=True).mixture
+            assert mixture is not None
+            self._report("train: %s", mixture.line())
+
+    def _check_weights(self, role: str) -> None:
+        """InputError if a set has weights, and the module of the Trainer takes none."""
+        module = None if self.trainer is None else self.trainer.lightning_module
+        if module is None or getattr(module, "takes_weights", False):
+            return
+        items = self._sets[role]
+        for part, one in zip(
+            self.sources[role], items.parts if isinstance(items, JoinedItems) else [items], strict=True
+        ):
+            if WEIGHTS in one.examples.along:
+                raise InputError(
+                    f"{part.source}: messages have a `weight` other than 0 and 1, and {type(module).__name__} takes no "
+                    "weights, so that they would count for nothing; use CausalLMModule, or, if the module multiplies "
+                    "the losses of tokens by `weights` of the batch, give it the attribute takes_weights = True"
+                )
+
+    def _loaded(self, parts: Sequence[Part]) -> TokenDataset | JoinedItems:
         task = self._task()
         tokenizer = self._load_tokenizer()
         sets = [self._load(tokenizer, part.source, part.limit, task) for part in parts]
@@ -527,13 +556,6 @@ class SFTDataModule(L.LightningDataModule):
         self.largest_token = max(tokens.largest, self.largest_token)
         if tokens.targets is not None:
             self.largest_class = max(int(tokens.targets.max()), self.largest_class)
-        module = None if self.trainer is None else self.trainer.lightning_module
-        if WEIGHTS in tokens.along and module is not None and not getattr(module, "takes_weights", False):
-            raise InputError(
-                f"{source}: messages have a `weight` other than 0 and 1, and {type(module).__name__} takes no weights, "
-                "so that they would count for nothing; use CausalLMModule, or, if the module multiplies the losses of "
-                "tokens by `weights` of the batch, give it the attribute takes_weights = True"
-            )
         return TokenDataset(tokens, self.max_length if self.packing else None, per_item=PER_ITEM[task])
 
     def read(self, tokenizer: Any, source: Source, limit: int | None = None, *, task: Task | None = None) -> Loaded:

@@ -47,6 +47,45 @@ def test_fit_and_validate_tokenize_once(tokenizer_dir, train):
     assert (batch["labels"] != IGNORE_INDEX).any(dim=1).all()
 
 
+def trainer_of(**module):
+    """What a Trainer shows of a LightningModule."""
+    return SimpleNamespace(
+        lightning_module=SimpleNamespace(**module), distributed_sampler_kwargs=None, strategy=None, limit_val_batches=1
+    )
+
+
+def test_data_are_read_again_for_another_task_or_with_other_settings(tokenizer_dir, tmp_path):
+    record = {"prompt": "a", "completion": "b", "chosen": "c", "rejected": "d"}
+    data = SFTDataModule(tokenizer_dir, write_jsonl(tmp_path / "both.jsonl", [record]))
+
+    def read(**module):
+        data.trainer = trainer_of(**module)
+        data.setup("fit")
+        return data.train_dataloader().dataset
+
+    first = read(data_task="sft")
+    assert read(data_task="sft") is first
+    assert set(read(data_task="preference")[0]) == {"chosen", "rejected"}
+    again = read(data_task="sft")
+    assert again is not first
+    assert torch.equal(again[0]["labels"], first[0]["labels"])
+    data.max_length = 2
+    assert read(data_task="sft").lengths == [2]
+
+
+def test_every_module_is_asked_whether_it_takes_weights(tokenizer_dir, tmp_path):
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0.5}]
+    path = write_jsonl(tmp_path / "weights.jsonl", [{"messages": messages}])
+    data = SFTDataModule(tokenizer_dir, [{"path": path}, {"path": path}])
+    data.trainer = trainer_of(takes_weights=True)
+    data.setup("fit")
+    data.trainer = trainer_of()
+    with pytest.raises(
+        InputError, match=r"^train\[0\]='.*weights.jsonl': messages have a `weight` .* takes no weights"
+    ):
+        data.setup("fit")
+
+
 def test_limits(tokenizer_dir, train):
     data = SFTDataModule(tokenizer_dir, train, train, limit=5, eval_limit=3)
     data.setup("fit")
