@@ -375,8 +375,11 @@ class SFTDataModule(L.LightningDataModule):
         """Return the training examples, in a new order every epoch."""
         if self.stream_settings is not None:
             steps = 0 if self.trainer is None else self.trainer.max_steps * self.trainer.accumulate_grad_batches
+            before = self._train_loader
             self._train_loader = self._stream_loader(self.stream_settings, steps or _ENDLESS)
             self._go_on()
+            if isinstance(before, StreamLoader):  # Trainer(reload_dataloaders_every_n_epochs=...)
+                self._train_loader.go_on_from(before.end())
             return self._train_loader
         loaded = self._sets["train"]
         sampler = self._sampler(loaded, shuffle=True)

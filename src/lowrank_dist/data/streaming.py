@@ -249,6 +249,10 @@ class StreamLoader:
         """Where to go on after the batches that were used."""
         return self._trail[-1 - self._unused()]
 
+    def end(self) -> Position:
+        """Where the last batch ended, from which the next iteration goes on."""
+        return self._trail[-1]
+
     def go_on_from(self, position: Position) -> None:
         """Continue from a position."""
         self._trail = deque([position])
@@ -262,9 +266,9 @@ class StreamLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         # a generator looks at the position when the first batch is asked for, after a checkpoint was read
-        self._trail = deque([self._trail[-1]], maxlen=_REMEMBERED)
+        self._trail = deque([self.end()], maxlen=_REMEMBERED)
         loader = DataLoader(
-            self._open(self._trail[-1]),
+            self._open(self.end()),
             batch_size=None,
             num_workers=self._num_workers,
             collate_fn=_unchanged,

@@ -340,6 +340,18 @@ def test_a_run_resumes_in_the_middle_of_an_epoch(tokenizer_dir, train, tmp_path,
         assert resumed.seen == whole.seen[step:]
 
 
+def test_a_run_resumes_with_loaders_that_are_made_anew(tokenizer_dir, train, tmp_path):
+    def run(checkpoint=None, **settings):
+        data = SFTDataModule(tokenizer_dir, train, batch_size=4)
+        return fit(data, tmp_path, epochs=3, checkpoint=checkpoint, reload_dataloaders_every_n_epochs=1, **settings)[
+            0
+        ].seen
+
+    whole = run(callbacks=[Saver(tmp_path)])
+    assert whole == fit(SFTDataModule(tokenizer_dir, train, batch_size=4), tmp_path, epochs=3)[0].seen
+    assert run(tmp_path / "4.ckpt") == whole[4:]
+
+
 def test_a_run_resumes_at_the_end_of_an_epoch(tokenizer_dir, train, tmp_path):
     def data():
         return SFTDataModule(tokenizer_dir, train, train, batch_size=4)

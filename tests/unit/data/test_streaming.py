@@ -210,7 +210,7 @@ class Recorder(L.LightningModule):
         self.validated += len(batch["input_ids"])
 
     def configure_optimizers(self) -> Any:
-        assert self.trainer.estimated_stepping_batches == self.trainer.max_steps
+        assert self.trainer.estimated_stepping_batches in (self.trainer.max_steps, float("inf"))
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
@@ -236,6 +236,20 @@ def fit(data: Any, tmp_path: Path, checkpoint: Path | None = None, **settings: A
     )
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=False)
     return module
+
+
+def test_loaders_that_are_made_anew_go_on(tokenizer_dir: str, train: str, tmp_path: Path) -> None:
+    def run(checkpoint: Path | None = None, **options: Any) -> list[list[list[int]]]:
+        data = SFTDataModule(tokenizer_dir, train, batch_size=2, streaming=True, shuffle_buffer=8)
+        settings: Any = {"max_steps": 12, "max_epochs": -1, "limit_train_batches": 4, **options}
+        return fit(data, tmp_path, checkpoint, **settings).seen
+
+    whole = run(limit_train_batches=1.0)
+    assert run() == whole
+    saver = Saver(tmp_path)
+    assert run(reload_dataloaders_every_n_epochs=1, callbacks=[saver]) == whole
+    for step in (3, 4, 6):
+        assert run(tmp_path / f"{step}.ckpt", reload_dataloaders_every_n_epochs=1) == whole[step:]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
