@@ -479,7 +479,7 @@ class SFTDataModule(L.LightningDataModule):
             )
         check_streaming_trainer(self.trainer)
         preparer = self._example_settings.preparer(self._load_tokenizer(), task)
-        self.stream_settings = StreamSettings(
+        settings = StreamSettings(
             parts=parts,
             preparer=preparer,
             shuffle_buffer=self.shuffle_buffer,
@@ -489,7 +489,7 @@ class SFTDataModule(L.LightningDataModule):
             collate=self._batching.collator(self.pad_token_id),
             seed=self.seed,
         )
-        largest, lines = self.stream_settings.first()
+        largest, self.stream_settings, lines = settings.first()
         self.largest_token = max(largest, self.largest_token)
         for line in lines:
             self._report("%s: %s", parts[0].source, line)

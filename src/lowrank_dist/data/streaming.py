@@ -4,9 +4,10 @@ Records are counted through all passes over the sources, and the rank of a recor
 ranks. Every rank reads all records and renders its own. No rank ever lacks a batch: the passes never end, whatever the
 number of records or of those that are left out, so that ranks cannot wait for one that has none.
 
-A rank takes its records in blocks of `shuffle_buffer`. The examples of a block are packed, if asked, shuffled by the
-seed, the rank and the number of the block, and handed out. A position is therefore two numbers, block and item. To go
-on from it, earlier records are read but not rendered, and one block is rendered again.
+A rank takes its records in blocks of `shuffle_buffer`, or of its share of a pass if the first look has seen a whole
+pass. The examples of a block are packed, if asked, shuffled by the seed, the rank and the number of the block, and
+handed out. A position is therefore two numbers, block and item. To go on from it, earlier records are read but not
+rendered, and one block is rendered again.
 """
 
 from __future__ import annotations
@@ -63,6 +64,8 @@ class StreamSettings:
         Makes a batch of items.
     seed
         Seed of the order.
+    total
+        Records of a pass, if they are fewer than `shuffle_buffer`. None: not known.
     """
 
     parts: Sequence[Part]
@@ -73,6 +76,11 @@ class StreamSettings:
     per_item: int
     collate: Collator
     seed: int
+    total: int | None = None
+
+    def block(self, num_replicas: int) -> int:
+        """Records of a block of a rank: `shuffle_buffer`, or so few that a block has none of them twice."""
+        return self.shuffle_buffer if self.total is None else max(1, self.total // num_replicas)
 
     def records(self, bad: Callable[[InputError], None]) -> Records:
         """One pass over the sources."""
@@ -93,8 +101,10 @@ class StreamSettings:
             )
         return loaded
 
-    def first(self) -> tuple[int, list[str]]:
+    def first(self) -> tuple[int, StreamSettings, list[str]]:
         """The largest token of the first records, at most `shuffle_buffer` of them, and what becomes of them, in lines.
+
+        Between the two: these settings, with `total` if a pass has no further records.
 
         Raises
         ------
@@ -108,17 +118,22 @@ class StreamSettings:
                 raise error
             unread.append(str(error))
 
-        loaded = self.chunk(self.records(bad), unread, self.shuffle_buffer)
+        loaded = self.chunk(self.records(bad), [], self.shuffle_buffer)
+        settings = self if loaded.records == self.shuffle_buffer else replace(self, total=loaded.records)
+        loaded.skipped += unread
+        loaded.records += len(unread)
         if not loaded.kept:
             raise InputError(
                 f"{self.parts[0].source}: none of the first {loaded.records} records is left: "
                 f"{'; '.join(loaded.lines(self.preparer.max_length)) or 'it holds none'}"
             )
-        looked_at = (
-            f"the {loaded.records} records looked at have {loaded.kept} examples; the others are read in training"
-        )
+        looked_at = f"all {loaded.records} records have {loaded.kept} examples"
+        if settings.total is None:
+            looked_at = (
+                f"the {loaded.records} records looked at have {loaded.kept} examples; the others are read in training"
+            )
         largest = Tokens.of(loaded.examples, loaded.along, loaded.targets).largest
-        return largest, [looked_at, *loaded.lines(self.preparer.max_length)]
+        return largest, settings, [looked_at, *loaded.lines(self.preparer.max_length)]
 
     def identity(self) -> dict[str, Any]:
         """What decides the items of a block and their order."""
@@ -143,17 +158,19 @@ class Stream(IterableDataset[tuple[Batch, Position]]):
     def __init__(self, settings: StreamSettings, *, num_replicas: int, rank: int, start: Position) -> None:
         self.settings, self.num_replicas, self.rank, self.start = settings, num_replicas, rank, start
         self._passes = 0
+        self._told = False
         self._unread: list[str] = []
         self._skipped = 0
 
     def __iter__(self) -> Iterator[tuple[Batch, Position]]:
         settings = self.settings
         block, done = self.start
-        records = self._own_records(block * settings.shuffle_buffer)
+        size = settings.block(self.num_replicas)
+        records = self._own_records(block * size)
         pending: list[dict[str, Any]] = []
         barren = 0  # passes when the last item was there
         while True:
-            loaded = settings.chunk(records, self._unread, settings.shuffle_buffer)
+            loaded = settings.chunk(records, self._unread, size)
             self._tell(loaded)
             if loaded.kept:
                 barren = self._passes
@@ -188,7 +205,8 @@ class Stream(IterableDataset[tuple[Batch, Position]]):
             self._passes += 1
             if number < wanted:
                 number += (wanted - number) // total * total  # whole passes
-            elif self.rank == 0:
+            elif self.rank == 0 and not self._told:
+                self._told = True
                 log.warning("train: all %d records were read; they are read again", total)
 
     def _bad(self, error: InputError) -> None:

@@ -94,6 +94,25 @@ def test_a_stream_goes_on_from_any_position(tokenizer_dir: str, train: str, opti
             assert [position for _, position in rest] == [position for _, position in whole[step:]]
 
 
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_few_records_fill_the_buffer_once(
+    tokenizer_dir: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, ranks: int
+) -> None:
+    path = write_jsonl(tmp_path / "few.jsonl", RECORDS[:20])
+    with caplog.at_level(logging.WARNING):
+        settings = settings_of(tokenizer_dir, path, shuffle_buffer=1000)
+        batches = list(islice(stream(settings, ranks, 0), 60))
+    size = 20 // ranks
+    seen = numbers(batch for batch, _ in batches)
+    assert all(len(set(seen[at : at + size])) == size for at in range(0, 60 - size + 1, size))
+    assert len({tuple(seen[at : at + size]) for at in range(0, 60, size)}) > 1
+    said = [record.getMessage() for record in caplog.records]
+    assert said[0].endswith("few.jsonl': all 20 records have 20 examples")
+    assert said[1:] == ["train: all 20 records were read; they are read again"]
+    rest = list(islice(stream(settings, ranks, 0, batches[24][1]), 20))
+    assert [numbers([batch]) for batch, _ in rest] == [numbers([batch]) for batch, _ in batches[25:45]]
+
+
 def test_fewer_records_than_ranks_leave_no_rank_without(tokenizer_dir: str, tmp_path: Path) -> None:
     settings = settings_of(tokenizer_dir, write_jsonl(tmp_path / "few.jsonl", RECORDS[:3]))
     for rank in range(5):
