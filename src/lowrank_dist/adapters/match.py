@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Container, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
 from lowrank_dist.adapters.source import AdapterSource
-from lowrank_dist.errors import ModelError
+from lowrank_dist.errors import CheckpointError, ModelError
 from lowrank_dist.model.names import PEFT_PREFIX, peft_name, plain_name
 from lowrank_dist.model.plan import Plan
+from lowrank_dist.storage.parse import printable
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 # with save_embedding_layers, PEFT 0.21 writes a head under modules_to_save a second time, under these names
 _DOUBLES = (".modules_to_save.", ".original_module.")
@@ -101,6 +107,76 @@ def match_adapter(adapter: AdapterSource, backbone: PreTrainedModel, plan: Plan,
     if problems:
         raise mismatch(adapter, backbone, base, problems)
     return saved_along
+
+
+def check_same_meaning(before: PeftConfig, now: PeftConfig, where: Path) -> None:
+    """Check that the tensors of an adapter mean under `now` what they meant under `before`, whose names they have.
+
+    Parameters
+    ----------
+    before
+        Configuration in the checkpoint at `where`.
+    now
+        Configuration of the run that resumes from it.
+
+    Raises
+    ------
+    CheckpointError
+        If a scaling, the positions of entries or another setting of the update differs. The error names it.
+    """
+    was, is_now = _settings(before), _settings(now)
+    changed = [
+        f"{name}={printable(str(was.get(name)))} (now {value})"
+        for name, value in is_now.items()
+        if value is not None and was.get(name) != value
+    ]
+    if changed:
+        raise CheckpointError(
+            f"{where}: the run that wrote it had {', '.join(changed)}, which decides what the trained tensors mean; "
+            "resume with the same configuration of the adapter"
+        )
+
+
+#: Options that change which tensors there are, which the names in the files tell, where they start, or how they are
+#: trained; those that PEFT fills in itself.
+_OTHER_OPTIONS = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "bias",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "modules_to_save",
+    "peft_version",
+    "revision",
+    "target_modules",
+    "target_parameters",
+    "task_type",
+}
+#: AdaLoRA's ranks and schedule, which its own state compares.
+_OF_ADALORA = {
+    "beta1",
+    "beta2",
+    "deltaT",
+    "orth_reg_weight",
+    "rank_pattern",
+    "target_r",
+    "tfinal",
+    "tinit",
+    "total_step",
+}
+
+
+def _settings(config: PeftConfig) -> dict[str, Any]:
+    """What the update depends on beside its tensors, as JSON values."""
+    other = _OTHER_OPTIONS | (_OF_ADALORA if config.peft_type == "ADALORA" else set())
+    return {
+        name: json.loads(json.dumps(value, default=lambda one: sorted(one) if isinstance(one, set) else str(one)))
+        for name, value in config.to_dict().items()
+        if name not in other and "dropout" not in name and not name.startswith("init_") and not name.endswith("_config")
+    }
 
 
 def mismatch(adapter: AdapterSource, backbone: PreTrainedModel, base: Path, problems: list[str]) -> ModelError:

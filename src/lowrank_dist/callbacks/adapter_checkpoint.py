@@ -62,14 +62,15 @@ class AdapterCheckpoint(ModelCheckpoint):
     - ``lowrank_dist.json``: settings, step, quantization error per matrix, hashes.
 
     ``trainer.fit(..., ckpt_path=DIR)`` resumes on any number of ranks. ``ckpt_path="last"`` resumes from the newest
-    complete checkpoint in `dirpath`. The last step of a fit is also saved, whatever the interval, unless
-    ``save_top_k=0`` or a ``monitor`` decides. Under gradient accumulation a save waits for the end of the step. With
-    ``save_on_exception``, an exception raised on only some ranks triggers no save, because a save needs all ranks.
+    complete checkpoint in `dirpath`: of the run that wrote last, the one of the highest step. The last step of a fit is
+    also saved, whatever the interval, unless ``save_top_k=0`` or a ``monitor`` decides. Under gradient accumulation a
+    save waits for the end of the step. With ``save_on_exception``, an exception raised on only some ranks triggers no
+    save, because a save needs all ranks.
 
     A run that is resumed with ``ckpt_path="last"`` removes the checkpoints that `save_top_k` has superseded and that an
-    earlier attempt, killed meanwhile, has left: those of this callback in `dirpath`, by their manifests, before the
-    step from which it resumes. Nothing is ever removed outside `dirpath`, or without a manifest of this package. While
-    a run trains, another one with the same `dirpath` is refused.
+    earlier attempt, killed meanwhile, has left: those of this run and this callback in `dirpath`, by their manifests,
+    before the step from which it resumes. Nothing is ever removed outside `dirpath`, or without a manifest of this
+    package. While a run trains, another one with the same `dirpath` is refused.
 
     The class takes the arguments of `lightning.pytorch.callbacks.ModelCheckpoint` (``dirpath``,
     ``every_n_train_steps``, ``monitor``, ``save_top_k``, ``save_last``, ...) with the same meaning, and two more.
@@ -209,6 +210,8 @@ class AdapterCheckpoint(ModelCheckpoint):
         sweeps = trainer.is_global_zero and self._resumes_last and self.save_top_k > 0
         if sweeps and resumed is not None and self._is_own(str(resumed)):
             self._sweep_superseded(trainer, resumed)
+        if resumed is None and trainer.is_global_zero and self.dirpath is not None:
+            self._tell_of_others(Path(self.dirpath))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         if not trainer.fit_loop._should_accumulate():  # gradients of an unfinished step would be lost
@@ -359,13 +362,15 @@ class AdapterCheckpoint(ModelCheckpoint):
         """Remove what earlier attempts of this run have left; the checkpoint at `resumed` is complete and verified."""
         own, kept = {"filename": self.filename, "monitor": self.monitor}, {resumed.resolve()}
         kept |= {Path(path).resolve() for path in (*self.best_k_models, self.best_model_path) if path}
-        step = read_manifest(resumed)["step"]
+        manifest = read_manifest(resumed)
+        step, run = manifest["step"], manifest.get("run")
         superseded = []
         for path in sorted(resumed.parent.glob(f"*/{MANIFEST}")):
             if is_ours(path.parent) and not path.parent.name.startswith(".") and path.parent.resolve() not in kept:
                 with suppress(CheckpointError, OSError):
                     manifest = read_manifest(path.parent)
-                    if manifest.get("saved_by") == own and manifest["step"] < step:
+                    same = manifest.get("saved_by") == own and manifest.get("run") == run
+                    if same and manifest["step"] < step:
                         superseded.append(path.parent)
         for link in resumed.parent.iterdir():
             if superseded and link.is_symlink() and link.resolve() in {path.resolve() for path in superseded}:
@@ -373,6 +378,20 @@ class AdapterCheckpoint(ModelCheckpoint):
         for path in superseded:
             log.info("%s: superseded, and left by an earlier attempt; removed", path)
             _saver(trainer).remove(path)
+
+    def _tell_of_others(self, directory: Path) -> None:
+        """Warn of checkpoints of another run, among which those of this one will lie."""
+        others = [path.name for path in checkpoints(directory)]
+        if others:
+            log.warning(
+                "%s has checkpoints of an earlier run (%s%s), which stay: of this run, names that are taken get a "
+                'version, such as %s-v1, and ckpt_path="last" means the run that wrote last; pass another dirpath to '
+                "keep runs apart",
+                directory,
+                ", ".join(others[:3]),
+                ", ..." if len(others) > 3 else "",
+                others[0],
+            )
 
     def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
         directory = Path(self._ModelCheckpoint__resolve_ckpt_dir(trainer))  # type: ignore[attr-defined]

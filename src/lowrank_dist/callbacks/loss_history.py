@@ -36,6 +36,8 @@ class Clock:
 class LossHistory(Callback):
     """Record ``train_loss`` of every step and ``val_loss`` of every validation, including the sanity check.
 
+    Validations of a process that has not trained are not recorded.
+
     With ``num_sanity_val_steps=-1`` the first validation entry is the loss on the whole validation set before step 1.
     It shows whether the initialisation preserved the model.
 
@@ -70,9 +72,10 @@ class LossHistory(Callback):
         super().__init__()
         self.path = path
         self.history: dict[str, list[dict[str, float]]] = {"train": [], "validation": []}
-        self._clock = Clock()
+        self._clock, self._has_trained = Clock(), False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._has_trained = True
         self._clock.start()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -85,9 +88,12 @@ class LossHistory(Callback):
             self._record("train", "train_loss", trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if not fitting and not self._has_trained:  # the record is that of another process, and stays as it is
+            return
         self._record("validation", "val_loss", trainer)
         self._write(trainer)
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+        if fitting and not trainer.sanity_checking:
             self._clock.start()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

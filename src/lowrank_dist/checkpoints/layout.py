@@ -75,6 +75,11 @@ class TrainingCheckpoint(HashedParts):
         """Whether training can resume from the checkpoint; False if it was saved with ``weights_only``."""
         return OPTIMIZER in self.manifest["hashes"]
 
+    @property
+    def run(self) -> str | None:
+        """Which run wrote it, over all of its attempts; None if an older version did."""
+        return self.manifest.text("run") if "run" in self.manifest else None
+
     def state(self) -> dict[str, Any]:
         """Lightning's checkpoint dictionary (loops, callbacks, schedules, ...). Decoding it runs no code.
 
@@ -90,7 +95,7 @@ class TrainingCheckpoint(HashedParts):
 
 
 def checkpoints(directory: str | Path) -> list[Path]:
-    """Checkpoints in `directory` that training can resume from, those of the highest steps first.
+    """Checkpoints in `directory` that training can resume from, of the run that wrote last; the highest steps first.
 
     Of damaged ones, of which a line is logged, only those whose tensors or state are damaged are among them: only
     headers and manifests are read.
@@ -100,19 +105,21 @@ def checkpoints(directory: str | Path) -> list[Path]:
     OSError
         If a manifest cannot be read for a reason that may pass.
     """
-    found: list[tuple[int, float, Path]] = []
+    runs: dict[str | None, list[tuple[int, float, Path]]] = {}
     for path in sorted(Path(directory).glob(f"*/{MANIFEST}")):
         if path.parent.name.startswith("."):
             continue
         try:
             checkpoint = TrainingCheckpoint(path.parent)
             if checkpoint.has_training_state:
-                found.append((checkpoint.manifest["step"], path.stat().st_mtime, path.parent))
+                found = checkpoint.manifest["step"], path.stat().st_mtime, path.parent
+                runs.setdefault(checkpoint.run, []).append(found)
         except (CheckpointError, OSError) as error:
             if is_passing(error):  # an older checkpoint would be taken for the newest
                 raise
             log.warning("%s is left out: %s", path.parent, error)
-    return [path for *_, path in sorted(found, reverse=True)]
+    last = max(runs.values(), key=lambda run: max(written for _, written, _ in run), default=[])
+    return [path for *_, path in sorted(last, reverse=True)]
 
 
 def newest_checkpoint(directory: str | Path) -> Path | None:

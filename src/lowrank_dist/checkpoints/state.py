@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,6 @@ OWN_STATE = "lowrank_dist"
 ENGINE_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 _VALIDATION = "epoch_loop.val_loop.batch_progress"
-_ELSEWHERE = {"state_dict", "optimizer_states"}
 _HYPER_PARAMETERS = ("hyper_parameters", "datamodule_hyper_parameters")
 
 log = logging.getLogger(__name__)
@@ -47,7 +46,8 @@ def encode_training_state(
     Parameters
     ----------
     checkpoint
-        Lightning's dictionary. Its weights and optimizer states are left out.
+        Lightning's dictionary; its ``state_dict`` is that of the module without its model. Optimizer states are left
+        out.
     optimizer, engine
         DeepSpeed's optimizer and engine.
     group
@@ -77,9 +77,30 @@ def encode_training_state(
     with group.shared_errors():
         described = {key: checkpoint[key] for key in _HYPER_PARAMETERS if key in checkpoint}
         shown, shown_tensors = encode_state(described, lossy=True)
-        rest = {key: value for key, value in checkpoint.items() if key not in _ELSEWHERE and key not in described}
+        rest = {key: value for key, value in checkpoint.items() if key != "optimizer_states" and key not in described}
         value, tensors = encode_state({**rest, OWN_STATE: own}, where="checkpoint", first=len(shown_tensors))
     return {**shown, **value}, shown_tensors | tensors
+
+
+def changed_settings(state: Mapping[str, Any], own: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Hyper-parameters that the run of a checkpoint had and this one has otherwise, as ``name=value (was value)``.
+
+    Parameters
+    ----------
+    state
+        What `decode_training_state` returned.
+    own
+        Hyper-parameters of this run, by the same names of groups. Objects that need pickle are not compared.
+    """
+    changed = []
+    for group in _HYPER_PARAMETERS:
+        before, now = (encode_state(dict(values.get(group) or {}), lossy=True)[0] for values in (state, own))
+        changed += [
+            f"{name}={now[name]!r} (was {before[name]!r})"
+            for name in before
+            if name in now and now[name] != before[name] and "$repr" not in f"{before[name]}{now[name]}"
+        ]
+    return changed
 
 
 def decode_training_state(checkpoint: TrainingCheckpoint, *, accumulate_grad_batches: int) -> dict[str, Any]:
@@ -89,7 +110,8 @@ def decode_training_state(checkpoint: TrainingCheckpoint, *, accumulate_grad_bat
     another number of ranks, or with another batch size, the steps stay the same if `accumulate_grad_batches` keeps the
     global batch. The last step of an epoch may have fewer batches. Batches of a step that an exception interrupted are
     not counted. A checkpoint saved in a hook at the end of an epoch resumes with the next epoch: Lightning would
-    otherwise train one more batch of the finished epoch if ``max_steps`` is set. A checkpoint saved within a validation
+    otherwise train one more batch of the finished epoch if ``max_steps`` is set. One saved after the fit has ended in
+    the middle of an epoch resumes in that epoch. A checkpoint saved within a validation
     resumes with that validation, from its first batch: its metrics are those of all batches.
 
     Raises
@@ -113,6 +135,10 @@ def decode_training_state(checkpoint: TrainingCheckpoint, *, accumulate_grad_bat
         _move_to(epochs, epochs["current"]["ready"])
         _move_to(batches, 0, total=batches["total"]["processed"])
         batches["is_last_batch"] = False
+    elif current["processed"] > 0 and epochs["current"]["completed"] == epochs["current"]["ready"]:
+        # saved when the fit had ended, by `max_steps` say, in the middle of an epoch: it goes on
+        for name in ("processed", "completed"):
+            _move_to(epochs, epochs["current"]["ready"] - 1, names=[name])
     state.setdefault("state_dict", {})
     return state
 
@@ -215,9 +241,11 @@ def _count_whole_steps(progress: dict[str, Any], before: int, now: int, *, epoch
         total[name] = earlier + current[name]
 
 
-def _move_to(progress: dict[str, Any], current: int, *, total: int | None = None) -> None:
-    """Set all counts of Lightning's progress, in place; by default `total` moves as far as `current`."""
-    for name in progress["current"]:
+def _move_to(
+    progress: dict[str, Any], current: int, *, total: int | None = None, names: Sequence[str] | None = None
+) -> None:
+    """Set counts of Lightning's progress, in place, all by default; without `total` it moves as far as `current`."""
+    for name in progress["current"] if names is None else names:
         moved = progress["total"][name] + current - progress["current"][name]
         progress["total"][name] = moved if total is None else total
         progress["current"][name] = current

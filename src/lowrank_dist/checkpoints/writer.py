@@ -108,6 +108,8 @@ class CheckpointWriter:
 
     Attributes
     ----------
+    model
+        The model.
     trained
         The trained parameters, by name.
     initial
@@ -130,7 +132,7 @@ class CheckpointWriter:
         derived: Callable[[], dict[str, Tensor]] = dict,
         allocation: RankAllocation | None = None,
     ) -> None:
-        parameters = dict(model.named_parameters())
+        self.model, parameters = model, dict(model.named_parameters())
         self._names = {id(parameter): name for name, parameter in parameters.items() if parameter.requires_grad}
         self.trained = {name: parameters[name] for name in self._names.values()}
         # factors that are frozen belong to the adapter too

@@ -79,6 +79,7 @@ class Batching:
         *,
         num_replicas: int,
         rank: int,
+        alone: bool,
         shuffle: bool,
         repeats: bool,
         mixing: Mixing | None = None,
@@ -87,6 +88,7 @@ class Batching:
         settings: dict[str, Any] = {
             "num_replicas": num_replicas,
             "rank": rank,
+            "alone": alone,
             "shuffle": shuffle,
             "seed": self.seed,
             "group_by_length": self.group_by_length,

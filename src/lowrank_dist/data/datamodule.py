@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch.distributed as dist
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
@@ -29,9 +30,10 @@ from lowrank_dist.data.packing import Items, JoinedItems, TokenDataset
 from lowrank_dist.data.prompt_template import PromptTemplate
 from lowrank_dist.data.records import read_hub
 from lowrank_dist.data.rendering import Thinking, TrainOn
-from lowrank_dist.data.sampler import ResumableLoader, ShardedSampler, unused_batches
+from lowrank_dist.data.sampler import ResumableLoader, ShardedSampler, check_alone, unused_batches
 from lowrank_dist.data.sources import Source
 from lowrank_dist.data.streaming import (
+    Position,
     Stream,
     StreamLoader,
     StreamSettings,
@@ -408,9 +410,15 @@ class SFTDataModule(L.LightningDataModule):
         self, settings: StreamSettings, length: int, ranks: tuple[int, int] | None = None
     ) -> StreamLoader:
         num_replicas, rank = ranks or self._ranks()
-        module = weakref.proxy(self)
+        module, alone = weakref.proxy(self), ranks is None and self._is_alone
+
+        def stream(start: Position) -> Stream:
+            if alone:
+                check_alone()
+            return Stream(settings, num_replicas=num_replicas, rank=rank, start=start)
+
         return StreamLoader(
-            lambda start: Stream(settings, num_replicas=num_replicas, rank=rank, start=start),
+            stream,
             length=length,
             num_workers=self.num_workers,
             unused=lambda: unused_batches(module.trainer),
@@ -418,8 +426,15 @@ class SFTDataModule(L.LightningDataModule):
 
     def _ranks(self) -> tuple[int, int]:
         """Number of ranks, and this rank."""
+        if self.trainer is None and dist.is_available() and dist.is_initialized():
+            return dist.get_world_size(), dist.get_rank()
         ranks = (self.trainer.distributed_sampler_kwargs if self.trainer is not None else None) or {}
         return ranks.get("num_replicas", 1), ranks.get("rank", 0)
+
+    @property
+    def _is_alone(self) -> bool:
+        """Whether neither a Trainer nor a process group tells how many ranks there are."""
+        return self.trainer is None and not (dist.is_available() and dist.is_initialized())
 
     def sharded_dataloader(self, *, num_replicas: int, rank: int) -> DataLoader[dict[str, Tensor]] | StreamLoader:
         """Return the first training batches of one of `num_replicas` ranks, for use without a Trainer."""
@@ -460,8 +475,9 @@ class SFTDataModule(L.LightningDataModule):
             dataset,
             num_replicas=num_replicas,
             rank=rank,
+            alone=ranks is None and self._is_alone,
             shuffle=shuffle,
-            repeats=shuffle and not self._module_takes_fillers(),
+            repeats=not self._module_takes_fillers(),
             mixing=self.mixing if shuffle else None,
         )
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -21,7 +23,8 @@ class ShardedSampler(DistributedSampler[Any]):
 
     The order of an epoch is global and the same on every rank. A step takes the next ``batch_size * num_replicas``
     items and gives each rank a consecutive part. The last step may be smaller, and its parts then differ by one item:
-    those that lack it have a filler without labels (see `Items`), so that every item counts exactly once.
+    those that lack it have a filler without labels (see `Items`), so that every item counts exactly once, or another
+    item.
 
     The class derives from `DistributedSampler` because Lightning wraps or replaces any other sampler.
 
@@ -33,6 +36,8 @@ class ShardedSampler(DistributedSampler[Any]):
         Items in a batch on one rank.
     num_replicas, rank
         Number of ranks, and this rank.
+    alone
+        Nobody knew of other ranks: iterating raises InputError if there are any.
     shuffle
         Draw a new order every epoch (training), or keep the order of the set (evaluation).
     seed
@@ -41,7 +46,8 @@ class ShardedSampler(DistributedSampler[Any]):
         Form steps from items of similar length: the items of up to 50 steps are sorted and split into steps, which are
         then shuffled. The step with the longest item comes first, so that a lack of memory shows at once.
     repeats
-        Repeat an item, in place of a filler, where a rank would have a batch of fillers only.
+        Repeat an item in place of a filler, as `DistributedSampler` does: for steps that do not expect a row without
+        labels, of which a mean is NaN.
     mixing
         Weights of the parts of the set, for training: an epoch is drawn by them (`lowrank_dist.data.mixture.Mixture`).
         None: it has every item once.
@@ -55,6 +61,7 @@ class ShardedSampler(DistributedSampler[Any]):
         num_replicas: int,
         rank: int,
         shuffle: bool,
+        alone: bool = False,
         seed: int = 0,
         group_by_length: bool = False,
         repeats: bool = False,
@@ -63,7 +70,8 @@ class ShardedSampler(DistributedSampler[Any]):
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)
         self.mixture = None if mixing is None else self._mixture(mixing)
         self.lengths = torch.tensor(dataset.lengths) if group_by_length else None
-        self.repeats = repeats
+        self.alone = alone
+        self.repeats, self.group_by_length = repeats, group_by_length
         self.step_size = self.order_step_size = batch_size * num_replicas
         self.start = self.handed_out = 0
 
@@ -95,15 +103,18 @@ class ShardedSampler(DistributedSampler[Any]):
         tokens_per_batch: int | None = None,
         padding_free: bool = False,
         drawn: Sequence[int] | None = None,
+        order: Mapping[str, Any] | None = None,
     ) -> None:
         """Continue an epoch after its first `start` items, in the order of a run with steps of `order_step_size`.
 
-        `padding_free` belongs to `tokens_per_batch`.
+        `padding_free` belongs to `tokens_per_batch`. `order` is what decided the order of that run, or None if it did
+        not record it.
 
         Raises
         ------
         InputError
-            If the run had batches of so many tokens, or drew others numbers of the parts.
+            If the run had batches of so many tokens, drew other numbers of the parts, or ended within an epoch of
+            another order.
         """
         if tokens_per_batch is not None:
             raise InputError(
@@ -112,7 +123,9 @@ class ShardedSampler(DistributedSampler[Any]):
             )
         self._check_drawn(drawn)
         super().set_epoch(epoch)
-        self.start = self.handed_out = start % self.epoch_items()
+        if order is not None and start % order["items"]:
+            self._check_order(order)
+        self.start = self.handed_out = start % (self.epoch_items() if order is None else order["items"])
         self.order_step_size = order_step_size
 
     def _check_drawn(self, drawn: Sequence[int] | None) -> None:
@@ -123,12 +136,38 @@ class ShardedSampler(DistributedSampler[Any]):
                 "go on; resume with the same weights and data"
             )
 
+    def _check_order(self, order: Mapping[str, Any]) -> None:
+        changed = [
+            f"{name}={order.get(name)} (now {now})" for name, now in self._order().items() if order.get(name) != now
+        ]
+        if changed:
+            raise InputError(
+                "the resumed run ended in the middle of an epoch, and the order of its items depends on "
+                f"{', '.join(changed)}: some items would come twice and others never; resume with the same data and "
+                "settings, or from the end of an epoch, or begin a new run with the adapter of that one"
+            )
+
+    def _order(self) -> dict[str, Any]:
+        """What decides the order of this epoch, beside its number and `order_step_size`."""
+        order: dict[str, Any] = {
+            "seed": self.seed,
+            "items": self.epoch_items(),
+            "group_by_length": self.group_by_length,
+        }
+        if self._goes_by_lengths():
+            dataset: Any = self.dataset
+            order["lengths"] = f"crc32 {zlib.crc32(torch.tensor(dataset.lengths).numpy().tobytes()):08x}"
+        return order
+
+    def _goes_by_lengths(self) -> bool:
+        return self.group_by_length
+
     def state(self) -> dict[str, Any]:
         """What `resume` takes beside the position."""
-        return {"epoch": self.epoch, "order_step_size": self.order_step_size, **self._drawn_state()}
+        return {"epoch": self.epoch, "order_step_size": self.order_step_size, **self._common_state()}
 
-    def _drawn_state(self) -> dict[str, Any]:
-        return {} if self.mixture is None else {"drawn": self.mixture.counts}
+    def _common_state(self) -> dict[str, Any]:
+        return {"order": self._order()} | ({} if self.mixture is None else {"drawn": self.mixture.counts})
 
     def items_after(self, start: int, steps: int) -> int:
         """Items of the epoch that all ranks have had, `steps` steps after the first `start` ones."""
@@ -157,7 +196,13 @@ class ShardedSampler(DistributedSampler[Any]):
             whole = steps.flatten()
         return torch.cat([whole, rest]).tolist()
 
+    def check_ranks(self) -> None:
+        """Raise InputError if there are ranks that this sampler does not know."""
+        if self.alone:
+            check_alone()
+
     def __iter__(self) -> Iterator[int]:
+        self.check_ranks()
         order = self.order()
         todo = order[self.start :]
         for at in range(0, len(todo), self.step_size):
@@ -166,7 +211,17 @@ class ShardedSampler(DistributedSampler[Any]):
             mine = step[first:last]
             yield from mine
             if len(mine) * self.num_replicas < len(step):
-                yield order[self.rank % len(order)] if self.repeats and not mine else ~step[0]
+                yield order[self.rank % len(order)] if self.repeats else ~step[0]
+
+
+def check_alone() -> None:
+    """Raise InputError if this process is one of several ranks."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise InputError(
+            f"these batches were made where no other ranks were known, and there are {dist.get_world_size()}, which "
+            "would all train on every example; pass the data module itself to the Trainer, or make the loader once the "
+            "ranks have met (in the setup of your own data module, or later)"
+        )
 
 
 def unused_batches(trainer: Any) -> int:

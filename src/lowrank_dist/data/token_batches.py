@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -73,7 +73,7 @@ class TokenBatchSampler(ShardedSampler):
 
     Parameters
     ----------
-    dataset, num_replicas, rank, shuffle, seed, repeats
+    dataset, num_replicas, rank, alone, shuffle, seed, repeats
         As of `ShardedSampler`.
     mixing
         As of `ShardedSampler`; each batch then has items of one part, and batches are drawn.
@@ -97,6 +97,7 @@ class TokenBatchSampler(ShardedSampler):
     ) -> None:
         super().__init__(dataset, batch_size=1, **settings)
         self.tokens_per_batch, self.padding_free = tokens_per_batch, padding_free
+        self.group_by_length = group_by_length
         lengths, generator = dataset.lengths, torch.Generator().manual_seed(self.seed)
         self.batches: list[list[int]] = []
         self._of_part: list[int] = []  # number of batches
@@ -155,7 +156,10 @@ class TokenBatchSampler(ShardedSampler):
 
     def state(self) -> dict[str, Any]:
         joined = {"padding_free": True} if self.padding_free else {}
-        return {"epoch": self.epoch, "tokens_per_batch": self.tokens_per_batch, **joined, **self._drawn_state()}
+        return {"epoch": self.epoch, "tokens_per_batch": self.tokens_per_batch, **joined, **self._common_state()}
+
+    def _goes_by_lengths(self) -> bool:
+        return True
 
     def resume(
         self,
@@ -166,6 +170,7 @@ class TokenBatchSampler(ShardedSampler):
         tokens_per_batch: int | None = None,
         padding_free: bool = False,
         drawn: Sequence[int] | None = None,
+        order: Mapping[str, Any] | None = None,
     ) -> None:
         """Continue an epoch after its first `start` items.
 
@@ -183,7 +188,7 @@ class TokenBatchSampler(ShardedSampler):
                     f"the resumed run had {name}={had}, and this one has {has}: in the middle of an epoch its items "
                     "cannot be divided otherwise; resume with the same"
                 )
-        super().resume(epoch=epoch, start=start, order_step_size=self.order_step_size, drawn=drawn)
+        super().resume(epoch=epoch, start=start, order_step_size=self.order_step_size, drawn=drawn, order=order)
 
     def items_after(self, start: int, steps: int) -> int:
         _, ends = self.epoch_batches()
@@ -191,6 +196,7 @@ class TokenBatchSampler(ShardedSampler):
         return ends[min(place, len(ends) - 1)]
 
     def __iter__(self) -> Iterator[Any]:
+        self.check_ranks()
         batches, ends = self.epoch_batches()
         todo = batches[bisect_left(ends, self.start) :]
         for at in range(0, len(todo), self.num_replicas):

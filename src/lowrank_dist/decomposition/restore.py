@@ -302,6 +302,10 @@ def _even(rows: int, group: ShardGroup) -> RowPartition:
     return RowPartition(rows=rows, columns=1, world_size=group.size)
 
 
+#: Entries of a recipe under which the same tensors are other weights.
+_COMPARED = ("encode", "fp32_norms", "untie_embeddings", "core")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Resume:
     """What a checkpoint records about the frozen base that its run trained on.
@@ -319,6 +323,8 @@ class Resume:
         The method that decomposed the model, and the format of a quantized residual.
     tuner_seed
         Seed of the random numbers that PEFT drew for a tuner; None if there was none.
+    recipe
+        Further options of the run that decide what its numbers mean.
     reports
         Reports of the matrices, by their names. These matrices are not measured again.
     """
@@ -330,6 +336,7 @@ class Resume:
     method: str
     quantization: str | None
     tuner_seed: int | None = None
+    recipe: Mapping[str, Any] = field(default_factory=dict)
     reports: Mapping[str, MatrixReport] = field(default_factory=dict)
 
     @classmethod
@@ -339,13 +346,19 @@ class Resume:
         for name in ("pretrained", "pretrained_fingerprint", "source", "method", "quantization"):
             known[name] = facts[name]  # a CheckpointError of a manifest, if it is absent
         known.pop("checkpoint", None), known.pop("reports", None)
+        if not isinstance(known.get("recipe"), Mapping):  # an older checkpoint
+            known.pop("recipe", None)
         return cls(checkpoint=checkpoint, reports={report.name: report for report in reports}, **known)
 
-    def check_settings(self, *, method: str, quantization: str | None) -> None:
-        """Raise CheckpointError if a setting differs from that of the run; called before anything is decomposed."""
+    def check_settings(self, *, method: str, quantization: str | None, recipe: Mapping[str, Any]) -> None:
+        """Raise CheckpointError if a setting differs from that of the run; called before anything is decomposed.
+
+        Entries of `recipe` that the checkpoint does not have, or that other files of it tell, are not compared.
+        """
         for name, before, value in (
             ("method", self.method, method),
             ("quantization", self.quantization, quantization),
+            *((name, self.recipe.get(name, recipe[name]), recipe[name]) for name in _COMPARED if name in recipe),
         ):
             if before != value:
                 raise CheckpointError(

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lowrank_dist.adapters.files import read_config
+from lowrank_dist.adapters.match import check_same_meaning
 from lowrank_dist.decomposition.report import InitializationReport
 from lowrank_dist.decomposition.restore import Resume, check_digests
 from lowrank_dist.decomposition.schedule import Sharding
@@ -33,6 +35,7 @@ from lowrank_dist.progress import progress_bar
 from lowrank_dist.quantization.registry import format_as_dict
 from lowrank_dist.residual_model.fingerprint import source_fingerprint
 from lowrank_dist.seeds import global_seed
+from lowrank_dist.storage.layout import ADAPTER_DIR
 from lowrank_dist.storage.reader import CheckpointReader
 from lowrank_dist.storage.resolve import commit_of
 from lowrank_dist.tuners.adalora.allocation import RankAllocation
@@ -197,9 +200,14 @@ def build_model(
         reason = objection(opened.tuner.config, gradient_checkpointing=computation.gradient_checkpointing)
         if reason is not None:
             raise ModelError(f"adapter={str(recipe.adapter)!r} is a {opened.tuner.name}: {reason}")
+    recorded = recipe.facts() | {"fp32_norms": fp32_norms} | opened.source.layout.facts()
     if resume is not None:
         with group.shared_errors():
-            resume.check_settings(method=opened.source.method, quantization=opened.quantization)
+            resume.check_settings(method=opened.source.method, quantization=opened.quantization, recipe=recorded)
+            if recipe.adapter is not None:
+                check_same_meaning(
+                    read_config(resume.checkpoint / ADAPTER_DIR), opened.source.adapter, resume.checkpoint
+                )
     opened.check_start(group)
     commits = {"pretrained_commit": commit_of(opened.source.reader.directory)}
     if opened.start is not None:
@@ -229,6 +237,8 @@ def build_model(
 
         # With a cache, the walk writes the residual model unless it exists; the model is then read from there.
         pretrained = opened.source
+        if calibrated is not None:
+            bar.reset(2 * pretrained.reader.nbytes)  # if the pass runs, it reads them too
         opened = opened.through_cache(
             group, factor_dtype, device=partitioner.device, advance=bar.update, calibrated=calibrated
         )
@@ -237,6 +247,8 @@ def build_model(
 
         # A calibration pass leaves the weights in the model; they are then replaced there, not read again.
         if calibrated is not None and source is pretrained:
+            again = sum(source.reader.info(planned.key).nbytes for planned in plan.matrices)
+            bar.reset(source.reader.nbytes + again)
             result = calibrated.materialize()
         else:
             matrices = source.matrices(plan, group, factor_dtype, device=partitioner.device, advance=bar.update)
@@ -304,7 +316,7 @@ def build_model(
         "method": source.method,
         "quantization": opened.quantization,
         "residual": format_as_dict(source.residual),
-        "recipe": recipe.facts() | {"fp32_norms": fp32_norms} | source.layout.facts(),
+        "recipe": recorded | source.layout.facts(),
         "tuner_seed": seed,
     }
     if tuned is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -19,8 +20,8 @@ from typing import Any
 import lightning
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
 
 from lowrank_dist.checkpoints.codec import StateError
 from lowrank_dist.checkpoints.layout import TrainingCheckpoint
@@ -28,6 +29,7 @@ from lowrank_dist.checkpoints.resuming import load_allocation, load_optimizer, l
 from lowrank_dist.checkpoints.saving import Saver
 from lowrank_dist.checkpoints.state import (
     OWN_STATE,
+    changed_settings,
     check_loops,
     check_schedules,
     decode_training_state,
@@ -51,7 +53,8 @@ class CheckpointedStrategy(Stage3Strategy):
     """DeepSpeed at ZeRO stage 3 with checkpoints of trained parameters only.
 
     A subclass calls `_checkpoints_with` once its model is sharded. `_resumed` is the checkpoint that was passed to the
-    Trainer, or None; it is reset once its state is restored. `resumed_from` keeps its directory.
+    Trainer, or None; it is reset once its state is restored. `resumed_from` keeps its directory. `run` is what all
+    checkpoints of a run have in common, over all of its attempts, and no other's.
 
     Parameters
     ----------
@@ -71,6 +74,7 @@ class CheckpointedStrategy(Stage3Strategy):
         self._saved_by: dict[str, Any] | None = None
         self._resumed: TrainingCheckpoint | None = None
         self.resumed_from: Path | None = None
+        self.run: str | None = None
         self._resumed_state: dict[str, Any] = {}
         self._candidates: list[Path] = []
 
@@ -94,6 +98,7 @@ class CheckpointedStrategy(Stage3Strategy):
         """
         self._writer, self._saver = writer, Saver(writer, self._timeout or timedelta(minutes=30))
         self._allocation = writer.allocation
+        self.run = self.broadcast(uuid.uuid4().hex) if self._resumed is None else self._resumed.run
         self._load_parameters()
 
     def _load_parameters(self) -> None:
@@ -120,6 +125,8 @@ class CheckpointedStrategy(Stage3Strategy):
     ) -> None:
         """Write adapters and training state to the directory `filepath`; complete or absent. Collective.
 
+        Of the module's own buffers those of rank 0 are written, as Lightning does.
+
         Called by ``trainer.save_checkpoint``. `lowrank_dist.checkpoints.layout` describes the files.
 
         Raises
@@ -139,7 +146,7 @@ class CheckpointedStrategy(Stage3Strategy):
         state = None
         if optimizer is not None:
             state = encode_training_state(
-                checkpoint,
+                {**checkpoint, "state_dict": self._own_state()},
                 optimizer,
                 self.deepspeed_engine,
                 self._group,
@@ -148,6 +155,8 @@ class CheckpointedStrategy(Stage3Strategy):
         facts: dict[str, Any] = {} if self._allocation is None else {"rank_by_layer": self._allocation.rank_by_layer}
         if self._saved_by is not None:
             facts["saved_by"] = self._saved_by
+        if self.run is not None:
+            facts["run"] = self.run
         facts |= {
             "step": trainer.global_step,
             "epoch": trainer.current_epoch,
@@ -158,6 +167,41 @@ class CheckpointedStrategy(Stage3Strategy):
             save.result()
         else:
             self._background.append(save)
+
+    def _own_state(self) -> dict[str, Any]:
+        """The persistent buffers and the extra state of the module beside its model, those of this rank."""
+        module = self.lightning_module
+        assert module is not None
+        inside = set(map(id, self.saver.writer.model.buffers()))
+        state = module.state_dict(keep_vars=True)
+        return {
+            name: value
+            for name, value in state.items()
+            if not isinstance(value, nn.Parameter) and id(value) not in inside
+        }
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Load what `_own_state` returned, on every rank; the model is loaded when it is set up.
+
+        Raises
+        ------
+        CheckpointError
+            If a buffer has another shape.
+        """
+        super().load_model_state_dict(checkpoint, strict=strict)
+        module, state = self.lightning_module, checkpoint.get("state_dict") or {}
+        if not state:
+            return
+        assert module is not None
+        try:
+            _, unknown = module.load_state_dict(state, strict=False)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{self.resumed_from}: {type(module).__name__} cannot take the buffers of its run: "
+                + " ".join(str(error).split())
+            ) from error
+        if unknown:
+            rank_zero_warn(f"{self.resumed_from}: {type(module).__name__} has no {', '.join(unknown)}; left out")
 
     def save_adapter(self, directory: str | os.PathLike[str]) -> None:
         """Write the adapter, its initial value and the converted LoRA; complete or absent. Collective.
@@ -265,10 +309,22 @@ class CheckpointedStrategy(Stage3Strategy):
             loops = {name: getattr(trainer, name).state_dict() for name in LOOPS}
             state = decode_training_state(resumed, accumulate_grad_batches=trainer.accumulate_grad_batches)
             check_loops(state.get("loops", {}), loops)
+        self._tell_of_changes(state)
         self._resumed_state = {**state.pop(OWN_STATE), "schedules": state.get("lr_schedulers", [])}
         if self.gathering is not None:
             self._restore_in_place()
         return state
+
+    def _tell_of_changes(self, state: Mapping[str, Any]) -> None:
+        """Warn of hyper-parameters that are not those of the resumed run: most of them do not act any more."""
+        module, data = self.lightning_module, getattr(self._trainer, "datamodule", None)
+        assert module is not None
+        own = {"hyper_parameters": module.hparams, "datamodule_hyper_parameters": getattr(data, "hparams", {})}
+        if changed := changed_settings(state, own):
+            rank_zero_warn(
+                f"{self.resumed_from} is resumed with {', '.join(changed)}: optimizer and learning rates go on as in "
+                "the checkpoint, whatever these say; to change them, start a new run with its adapter"
+            )
 
     def _restore_in_place(self) -> None:
         """Go back to a checkpoint of this run while it trains, as Lightning's search for a learning rate does."""

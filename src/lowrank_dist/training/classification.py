@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.nn import functional
 
@@ -48,7 +49,7 @@ class SequenceClassificationModule(TransformersModule):
 
     A batch has ``input_ids`` and ``attention_mask``, int64 ``[batch, length]``, and ``labels``, int64 ``[batch]``,
     -100 for fillers. A decoder reads the class off the last token that is no padding, so that it must know the padding:
-    where the configuration has no ``pad_token_id``, that of the data is set. The loss is computed in fp32.
+    ``pad_token_id`` of the configuration becomes that of the data. The loss is computed in fp32.
 
     Examples
     --------
@@ -86,9 +87,15 @@ class SequenceClassificationModule(TransformersModule):
                 f"the data have the class {largest}, but the model has {config.num_labels} of them, from 0 on; set "
                 f"model.num_labels={largest + 1} or more"
             )
-        text = config.get_text_config()
-        if text.pad_token_id is None:
-            text.pad_token_id = config.pad_token_id = getattr(data, "pad_token_id", None)
+        text, padding = config.get_text_config(), getattr(data, "pad_token_id", None)
+        if padding is not None and text.pad_token_id != padding:
+            if text.pad_token_id is not None:
+                rank_zero_info(
+                    f"the data are padded with token {padding}, and the model's pad_token_id is {text.pad_token_id}: "
+                    f"it becomes {padding}, because a decoder reads the class before the padding; give the same to the "
+                    "model that you load the adapter on"
+                )
+            text.pad_token_id = config.pad_token_id = padding
 
     def forward(self, **batch: Tensor) -> Any:
         """Return the output of the model for a batch without labels."""

@@ -36,6 +36,7 @@ def run_trainer(argv: Sequence[str]) -> int:
 
         from lowrank_dist.data.datamodule import SFTDataModule
         from lowrank_dist.training.module import CausalLMModule
+        from lowrank_dist.training.run_records import RunRecords, beside_the_fit, keep_metrics
 
     class Cli(LightningCLI):
         @staticmethod
@@ -47,6 +48,16 @@ def run_trainer(argv: Sequence[str]) -> int:
             if named:  # a part of a configuration that names no class
                 parser.set_defaults({"model": {"class_path": "lowrank_dist.CausalLMModule"}})
 
+        def before_instantiate_classes(self) -> None:
+            if self.subcommand != "fit":
+                loggers = self.config[self.subcommand].trainer.logger
+                for logger in loggers if isinstance(loggers, list) else [loggers]:
+                    if hasattr(logger, "class_path"):
+                        beside_the_fit(logger, str(self.subcommand))
+
+        def before_fit(self) -> None:
+            keep_metrics(self.trainer)
+
     named = names_module(argv)
     Cli(
         lightning.LightningModule if named else CausalLMModule,
@@ -54,6 +65,7 @@ def run_trainer(argv: Sequence[str]) -> int:
         subclass_mode_model=named,
         # LightningCLI warns about `args` beside a command line, even if both are the same
         args=None if list(argv) == sys.argv[1:] else list(argv),
+        save_config_callback=RunRecords,
         save_config_kwargs={"overwrite": True},
         parser_kwargs={"prog": "lowrank-dist"},
     )

@@ -220,6 +220,9 @@ class ModelStrategy(CheckpointedStrategy):
             )
         PackedExamples(backbone, group)
         SameInputs(backbone, group)
+        if group.size > 1 and hasattr(backbone, "generate"):
+            # ranks that have answered go on until all have, as under the ZeRO-3 that transformers itself sets up
+            backbone.generate = partial(backbone.generate, synced_gpus=True)
         module.strict_loading = False  # checkpoints hold the trained parameters only
         self._gathers_with(partitioner, built.root, self.live_layers)
 

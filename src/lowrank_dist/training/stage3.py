@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lowrank_dist.distributed.group import ShardGroup
@@ -42,6 +43,9 @@ _OF_THE_TRAINER = {
     "gradient_clipping",
     "train_micro_batch_size_per_gpu",
 }
+
+#: Steps in a row without finite gradients after which a fit ends.
+MAX_SKIPPED = 20
 
 
 class Stage3Strategy(DeepSpeedStrategy):
@@ -70,6 +74,7 @@ class Stage3Strategy(DeepSpeedStrategy):
         self._gathering: Gathering | None = None
         self._whole_gradients: WholeGradients | None = None
         self._shows_gradients = False
+        self._skipped = 0
         # The user's own ZeRO settings are kept. The command line passes all options, so those at their defaults do not
         # count.
         self._chosen = {key for key, value in options.items() if value != known[key].default}
@@ -198,16 +203,19 @@ class Stage3Strategy(DeepSpeedStrategy):
     def _hooks_see_gradients(self) -> bool:
         """Whether a hook of the module or a callback may read or change gradients before a step."""
         assert self.lightning_module is not None
-        module = self.lightning_module
-        hooks = ("on_before_optimizer_step", "configure_gradient_clipping")
-        if any(is_overridden(hook, module, LightningModule) for hook in hooks):
+        if is_overridden("configure_gradient_clipping", self.lightning_module, LightningModule):
             return True
-        for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
-            hook = callback.on_before_optimizer_step
-            overridden = getattr(hook, "__func__", hook) is not Callback.on_before_optimizer_step
-            if overridden and getattr(callback, "needs_gradients", True):
-                return True
-        return False
+        return any(getattr(one, "needs_gradients", True) for one in self._overriding("on_before_optimizer_step"))
+
+    def _overriding(self, hook: str) -> Iterator[object]:
+        """The module and the callbacks that have a `hook` of their own."""
+        assert self.lightning_module is not None
+        if is_overridden(hook, self.lightning_module, LightningModule):
+            yield self.lightning_module
+        for callback in self.lightning_module.trainer.callbacks:  # type: ignore[attr-defined]
+            own = getattr(callback, hook)
+            if getattr(own, "__func__", own) is not getattr(Callback, hook):
+                yield callback
 
     def _clip_gradients(
         self,
@@ -235,24 +243,46 @@ class Stage3Strategy(DeepSpeedStrategy):
         scale_gradients(self.deepspeed_engine.optimizer, factor)
 
     def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
-        allocation, whole = self._allocation, self._whole_gradients
+        whole = self._whole_gradients
         assert whole is not None
 
         def closure_and_after() -> Any:
             result = closure()
-            if allocation is not None:
-                allocation.before_step(self.deepspeed_engine)
             if self._shows_gradients and not whole.shown:
                 whole.show()
             return result
 
         output = super().optimizer_step(optimizer, closure_and_after, *args, **kwargs)
-        if allocation is not None:
-            allocation.after_step(self.deepspeed_engine)
+        if self._allocation is not None:
+            self._allocation.after_step(self.deepspeed_engine)
+        self._tell_of_skipped_steps()
         clear_gradients(self.deepspeed_engine.optimizer)
         assert self._gathering is not None
         self._gathering.expire()
         return output
+
+    def _tell_of_skipped_steps(self) -> None:
+        """Warn of a step that DeepSpeed left out because of its gradients, which it does without a word.
+
+        Raises
+        ------
+        InputError
+            On every rank, after `MAX_SKIPPED` of them in a row.
+        """
+        if self.deepspeed_engine.was_step_applied():
+            self._skipped = 0
+            return
+        self._skipped += 1
+        assert self.lightning_module is not None
+        said = f"step {self.lightning_module.trainer.global_step + 1}: gradients are infinite or NaN"
+        if self._skipped == MAX_SKIPPED:
+            raise InputError(
+                f"{said}, in {MAX_SKIPPED} steps in a row: nothing is trained any more; look at the data and the loss "
+                "of these steps, lower the learning rate, or resume from an earlier checkpoint"
+            )
+        rank_zero_warn(
+            f"{said}; DeepSpeed leaves the step out, and parameters stay as they are ({self._skipped} in a row)"
+        )
 
     def _gathers_with(self, partitioner: Partitioner, backbone: nn.Module, ahead: int) -> None:
         """Gather the parameters that `partitioner` made in place of DeepSpeed, `ahead` layers ahead of their use.
@@ -325,10 +355,17 @@ class Stage3Strategy(DeepSpeedStrategy):
 
         def step_with_changes(*args: Any, **kwargs: Any) -> Any:
             whole.take_back()
+            if self._allocation is not None and engine.is_gradient_accumulation_boundary():
+                self._allocation.before_step(engine)
             return step(*args, **kwargs)
 
         engine.step, self._whole_gradients = step_with_changes, whole
         self._shows_gradients = self._hooks_see_gradients()
+        for one in self._overriding("on_after_backward"):
+            rank_zero_warn(
+                f"{type(one).__name__}.on_after_backward sees no gradients, and to change them there has no effect: "
+                "they are in DeepSpeed's engine, in shards; read or change them in on_before_optimizer_step"
+            )
         self.precision_plugin.clip_gradients = self._clip_gradients  # type: ignore[method-assign]
 
     @property

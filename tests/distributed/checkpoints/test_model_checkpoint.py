@@ -314,6 +314,7 @@ def tune(
     checkpoint: Path | None = None,
     fails_at: int | None = None,
     validated: bool = False,
+    steps: int = 12,
 ) -> tuple[list[list[int]], list[float]]:
     """Examples and losses of every step, ``accumulated`` batches together."""
     callbacks = [
@@ -328,7 +329,7 @@ def tune(
     module = Watched(base, fails_at)
     trainer = make_trainer(
         make_strategy(base, **PLAIN),
-        steps=12,
+        steps=steps,
         callbacks=callbacks,
         enable_checkpointing=True,
         accumulate_grad_batches=accumulated,
@@ -389,6 +390,19 @@ def test_resuming_from_the_validation_at_the_end_of_an_epoch(
     then, rest = run_ranks(2, tune, base, tmp_path / "rest", 2, 1, checkpoint, None, True)[0]
     assert then == seen[6:]
     assert rest == losses[6:]
+
+
+@pytest.mark.parametrize("validated", [False, True])
+def test_a_run_that_has_ended_is_extended(
+    tuned: tuple[Path, Path, list[list[int]], list[float]], tmp_path: Path, validated: bool
+) -> None:
+    """``max_steps`` ended it in the middle of an epoch, whose other examples come next."""
+    base, _, seen, losses = tuned
+    run_ranks(2, tune, base, tmp_path, 2, 1, None, None, validated, 3)
+    checkpoint = tmp_path / "steps" / "step=3"  # not one of its interval
+    then, rest = run_ranks(1, tune, base, tmp_path / "rest", 4, 1, checkpoint, None, validated)[0]
+    assert [set(one) for one in then] == [set(one) for one in seen[3:]]
+    assert rest == pytest.approx(losses[3:], rel=1e-4)
 
 
 def test_accumulated_gradients_are_a_mean(

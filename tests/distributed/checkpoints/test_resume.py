@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from functools import cache
@@ -191,6 +192,43 @@ def test_last_is_the_newest_good_one(llama: Path, begun: Begun, tmp_path: Path, 
     assert not (tmp_path / f".step=9.{RANDOM}.partial").exists()
 
 
+def fit_some(pretrained: Path, output: Path, steps: int, ckpt_path: str | None) -> tuple[int, list[str]]:
+    """The step from which it began, and warnings of this package's callback."""
+    callback = AdapterCheckpoint(dirpath=output, filename="{step}", every_n_train_steps=2, save_top_k=1)
+    model, said = Scheduled(pretrained), _Lines()
+    trainer = make_trainer(make_strategy(pretrained), steps=steps, callbacks=[callback], enable_checkpointing=True)
+    seen: list[int] = []
+    model.on_train_start = lambda: seen.append(trainer.global_step)
+    logger = logging.getLogger("lowrank_dist.callbacks.adapter_checkpoint")
+    logger.addHandler(said)
+    trainer.fit(model, loader(trainer.global_rank, trainer.world_size, STEPS), ckpt_path=ckpt_path)
+    logger.removeHandler(said)
+    return seen[0], said.lines
+
+
+class _Lines(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+def test_last_is_of_the_run_that_wrote_last(llama: Path, begun: Begun, tmp_path: Path) -> None:
+    """A second run in the same directory is not as far as the first; it goes on, and the first one's files stay."""
+    output, _ = begun()
+    shutil.copytree(output, tmp_path, dirs_exist_ok=True)
+    earlier = {f"step={CUT}", f"step={STEPS}"}
+    step, said = run_ranks(2, fit_some, llama, tmp_path, 2, None)[0]
+    assert step == 0
+    assert "has checkpoints of an earlier run (step=" in said[0]
+    assert {path.name for path in tmp_path.iterdir()} == {*earlier, "step=2"}
+    step, said = run_ranks(1, fit_some, llama, tmp_path, 4, "last")[0]
+    assert (step, said) == (2, [])
+    assert {path.name for path in tmp_path.iterdir()} == {*earlier, "step=4"}
+
+
 @alone
 def go_on_with_less_to_see(pretrained: Path, output: Path, blind: int) -> None:
     if torch.distributed.get_rank() == blind:
@@ -311,7 +349,15 @@ def test_damage_is_named(
 @pytest.mark.parametrize(
     ("options", "texts"),
     [
-        ({"adapter": LoraConfig(r=8, lora_alpha=8, target_modules="all-linear")}, ["lora_A", "has shape [4, 64]"]),
+        (
+            {"adapter": LoraConfig(r=8, lora_alpha=8, target_modules="all-linear")},
+            ["r=4 (now 8)", "lora_alpha=4 (now 8)", "resume with the same configuration"],
+        ),
+        (
+            {"adapter": LoraConfig(r=4, lora_alpha=4, target_modules="all-linear", alpha_pattern={"q_proj": 8})},
+            ["alpha_pattern={} (now {'q_proj': 8})"],
+        ),
+        ({"fp32_norms": True}, ["fp32_norms is True", "had False"]),
         (
             {"adapter": LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj"])},
             ["trained 28 tensors", "this run trains 4", "down_proj"],
@@ -319,11 +365,20 @@ def test_damage_is_named(
         ({"quantization": None}, ["quantization is None", "NF4(block_size=64, double_quant=False)"]),
         ({"init": LoRA()}, ["method is 'LoRA'", "'PiSSA'"]),
     ],
-    ids=["rank", "targets", "format", "method"],
+    ids=["rank", "scaling", "norms", "targets", "format", "method"],
 )
 def test_another_setting_is_refused(saved: tuple[Path, Path], options: dict[str, Any], texts: list[str]) -> None:
     for _, error in run_ranks_catching(2, go_on, *saved, options):
         assert all(text in str(error) for text in texts), error
+
+
+def test_the_same_numbers_at_other_entries_are_refused(llama: Path, tmp_path: Path) -> None:
+    """SVFT's parameters have the same names and shapes, whatever the positions that they belong to."""
+    run_ranks(2, begin, llama, tmp_path, {"init": SVFT(pattern="random", off_diagonal=1)})
+    for other in (SVFT(pattern="random", off_diagonal=1, pattern_seed=1), SVFT(pattern="banded", off_diagonal=1)):
+        for _, error in run_ranks_catching(2, go_on, llama, tmp_path / f"step={CUT}", {"init": other}):
+            assert "CheckpointError" in str(error)
+            assert "core is {" in str(error), error
 
 
 def test_another_base_is_refused(saved: tuple[Path, Path], tmp_path: Path) -> None:

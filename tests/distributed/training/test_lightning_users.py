@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from helpers.loggers import RecordingLogger
 from helpers.ranks import run_ranks
 from helpers.training import dense_state, loader, make_strategy, make_trainer
 from lowrank_dist import AdapterCheckpoint, CausalLMModule, LoRA
-from lowrank_dist.errors import InputError, ModelError
+from lowrank_dist.errors import CheckpointError, InputError, ModelError
+from lowrank_dist.training.stage3 import MAX_SKIPPED
 
 STEPS = 4
 CLIP = 0.05
@@ -338,7 +340,106 @@ def seeds(pretrained: Path, output: Path) -> None:
             make_trainer(make_strategy(pretrained, init=LoRA()), steps=1).fit(Plain(pretrained), mine(trainer))
 
 
-CASES = (monitored, auto, refusals, plateau, several_fits, loaded, seeds)
+class Counts(Plain):
+    """Buffers of its own, one of them no part of its state."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("scratch", torch.zeros(2), persistent=False)
+
+    def training_step(self, batch: Any, _: int) -> Tensor:
+        self.batches += 1
+        return super().training_step(batch, _)
+
+
+class CountsMore(Counts):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.batches = torch.zeros(3)
+
+
+def buffers(pretrained: Path, output: Path) -> None:
+    module, saved = Counts(pretrained), output / "counted"
+    trainer = make_trainer(make_strategy(pretrained), steps=3)
+    trainer.fit(module, mine(trainer))
+    trainer.save_checkpoint(saved)
+    again = Counts(pretrained)
+    trainer = make_trainer(make_strategy(pretrained), steps=5)
+    trainer.fit(again, mine(trainer, 5), ckpt_path=saved)
+    assert int(again.batches) == 5
+    assert again.scratch.tolist() == [0, 0]
+    trainer = make_trainer(make_strategy(pretrained), steps=5)
+    with pytest.raises(CheckpointError, match="CountsMore cannot take the buffers of its run: .*size mismatch"):
+        trainer.fit(CountsMore(pretrained), mine(trainer, 5), ckpt_path=saved)
+    trainer = make_trainer(make_strategy(pretrained), steps=5)
+    warned = pytest.warns(UserWarning, match="Plain has no batches; left out")
+    with warned if trainer.global_rank == 0 else nullcontext():
+        trainer.fit(Plain(pretrained), mine(trainer, 5), ckpt_path=saved)
+
+
+class Asks(Plain):
+    """Ranks answer at different lengths."""
+
+    def validation_step(self, batch: Any, _: int) -> None:
+        new = 3 + 4 * self.trainer.global_rank
+        found = self.model.generate(batch[0][:1, :4], max_new_tokens=new, do_sample=False, eos_token_id=-1)
+        self.seen.append(found.shape[1] - 4 - new)
+
+
+def answers_of_different_lengths(pretrained: Path, output: Path) -> None:
+    trainer, module = make_trainer(make_strategy(pretrained), steps=2), Asks(pretrained)
+    trainer.fit(module, mine(trainer, 2), mine(trainer, 1))
+    assert module.seen
+    assert set(module.seen) == {0}
+
+
+class Breaks(Plain):
+    """Its loss is NaN from the second step on, but for the last one."""
+
+    def training_step(self, batch: Any, _: int) -> Tensor:
+        loss, step = super().training_step(batch, _), self.trainer.global_step
+        return loss * float("nan") if 1 <= step < self.trainer.max_steps - 1 else loss
+
+
+def skipped_steps(pretrained: Path, output: Path) -> None:
+    """Parameters stay as they are, which a line says; in the end it is an error."""
+    trainer, module = make_trainer(make_strategy(pretrained), steps=4), Breaks(pretrained)
+    warned = pytest.warns(UserWarning, match="step 2: gradients are infinite or NaN; DeepSpeed leaves the step out")
+    with warned if trainer.global_rank == 0 else nullcontext():
+        trainer.fit(module, mine(trainer))
+    assert trainer.global_step == 4
+    trainer = make_trainer(make_strategy(pretrained), steps=MAX_SKIPPED + 5)
+    with pytest.raises(InputError, match=f"step {MAX_SKIPPED + 1}: gradients are .*, in {MAX_SKIPPED} steps"):
+        trainer.fit(Breaks(pretrained), mine(trainer))
+
+
+class LooksEarly(Plain):
+    def on_after_backward(self) -> None:
+        self.seen += [parameter for parameter in self.parameters() if parameter.grad is not None]
+
+
+def gradients_after_backward(pretrained: Path, output: Path) -> None:
+    trainer, module = make_trainer(make_strategy(pretrained), steps=1), LooksEarly(pretrained)
+    warned = pytest.warns(UserWarning, match="LooksEarly.on_after_backward sees no gradients")
+    with warned if trainer.global_rank == 0 else nullcontext():
+        trainer.fit(module, mine(trainer))
+    assert not module.seen
+
+
+CASES = (
+    monitored,
+    auto,
+    refusals,
+    plateau,
+    several_fits,
+    loaded,
+    seeds,
+    buffers,
+    answers_of_different_lengths,
+    skipped_steps,
+    gradients_after_backward,
+)
 
 
 def every_case(pretrained: Path, output: Path) -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from itertools import chain
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.ranks import run_ranks
 from lowrank_dist.data.packing import Collator, TokenDataset
 from lowrank_dist.data.sampler import ResumableLoader, ShardedSampler
+from lowrank_dist.data.token_batches import TokenBatchSampler
+from lowrank_dist.errors import InputError
 
 
 def dataset_of(sizes):
@@ -38,6 +42,15 @@ def test_in_evaluation_every_item_counts_once(numbers, grouped, seed):
     assert sum(index < 0 for index in flat) < ranks
 
 
+@given(counts)
+def test_in_evaluation_items_may_be_repeated(numbers):
+    items, ranks, batch_size = numbers
+    dataset = dataset_of([1 + index % 7 for index in range(items)])
+    flat = [index for share in samplers(dataset, ranks, batch_size, shuffle=False, repeats=True) for index in share]
+    assert set(flat) == set(range(items))
+    assert len(flat) - items < ranks
+
+
 @given(counts, st.booleans(), st.booleans(), st.integers(0, 3))
 def test_in_training_every_item_counts_once_an_epoch(numbers, grouped, repeats, epoch):
     items, ranks, batch_size = numbers
@@ -50,9 +63,8 @@ def test_in_training_every_item_counts_once_an_epoch(numbers, grouped, repeats, 
     flat = [index for share in shares for index in share]
     assert len(flat) - items < ranks
     assert set(range(items)) <= set(flat)
-    if repeats:  # a batch without labels is a NaN for a step that does not expect it
-        batches = [share[at : at + batch_size] for share in shares for at in range(0, len(share), batch_size)]
-        assert all(max(batch) >= 0 for batch in batches)
+    if repeats:  # a row without labels is a NaN for a step that does not expect it
+        assert min(flat) >= 0
     else:
         assert sum(index >= 0 for index in flat) == items
     assert shares == [list(sampler) for sampler in everyone]  # the same epoch has the same order
@@ -115,3 +127,44 @@ def test_grouping_makes_steps_of_similar_lengths_and_begins_with_the_longest():
     assert max(sizes) in {sizes[i] for i in steps[0]}
     longest = [max(sizes[i] for i in step) for step in steps]
     assert longest != sorted(longest, reverse=True)  # steps are shuffled
+
+
+@pytest.mark.parametrize("tokens_per_batch", [None, 64])
+def test_an_epoch_does_not_continue_in_another_order(tokens_per_batch):
+    """Some items would come twice, and others never. From the end of an epoch everything may change."""
+
+    def sampler(sizes, **settings):
+        if tokens_per_batch is None:
+            return ShardedSampler(dataset_of(sizes), batch_size=2, num_replicas=2, rank=0, shuffle=True, **settings)
+        grouped = {"group_by_length": False, "tokens_per_batch": tokens_per_batch}
+        return TokenBatchSampler(dataset_of(sizes), num_replicas=2, rank=0, shuffle=True, **grouped, **settings)
+
+    sizes = [5] * 20
+    state = sampler(sizes).state()
+    sampler(sizes).resume(start=8, **state)
+    for other, changed in (
+        (sampler(sizes, seed=1), r"seed=0 \(now 1\)"),
+        (sampler([*sizes, 5]), r"items=20 \(now 21\)"),
+    ):
+        with pytest.raises(InputError, match=f"in the middle of an epoch.*{changed}.*resume with the same data"):
+            other.resume(start=8, **state)
+        other.resume(start=20, **state)
+        assert other.start == 0
+    if tokens_per_batch is not None:  # lengths decide what a batch is
+        with pytest.raises(InputError, match="lengths=crc32"):
+            sampler([4, *sizes[1:]]).resume(start=8, **state)
+    else:
+        sampler([4, *sizes[1:]]).resume(start=8, **state)
+    del state["order"]  # of an older version
+    sampler(sizes, seed=1).resume(start=8, **state)
+
+
+def of_two_ranks() -> None:
+    dataset = dataset_of([3] * 4)
+    alone = ShardedSampler(dataset, batch_size=1, num_replicas=1, rank=0, alone=True, shuffle=True)
+    with pytest.raises(InputError, match="no other ranks were known, and there are 2"):
+        list(alone)
+
+
+def test_ranks_that_know_of_no_others_do_not_all_train_on_everything() -> None:
+    run_ranks(2, of_two_ranks)
