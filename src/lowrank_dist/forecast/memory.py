@@ -110,7 +110,8 @@ def memory(shapes: ModelShapes, job: RunSpec, activations: Activations) -> Memor
     for p in every:
         resident[p.kind] += p.shard_bytes
     resident["reference"] = resident["trained"] if job.keeps_step_zero else 0
-    resident["gradients"] = reduced * job.factor_dtype.itemsize
+    in_fp32 = job.adapts and job.accumulate > 1  # the strategy's default
+    resident["gradients"] = reduced * (4 if in_fp32 else job.factor_dtype.itemsize)
     resident["masters"] = 4 * owned if job.stage else 0
     resident["moments"] = int(owned * _MOMENT_BYTES.get(job.optimizer if job.on_gpu else "adamw", _TWO_MOMENTS))
     scored = set() if shapes.tuner is None else set(shapes.tuner.scored)

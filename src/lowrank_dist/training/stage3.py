@@ -35,9 +35,10 @@ from lowrank_dist.zero3.optimizer import keep_optimizer
 from lowrank_dist.zero3.partition import Partitioner, shaped, use_cpu_accelerator, zero_settings
 from lowrank_dist.zero3.reduction import LayerReduction
 
-#: What Lightning writes into a DeepSpeed configuration for one Trainer.
+#: What Lightning, or a strategy, writes into a DeepSpeed configuration for one Trainer.
 _OF_THE_TRAINER = {
     "bf16",
+    "data_types",
     "fp16",
     "gradient_accumulation_steps",
     "gradient_clipping",

@@ -343,4 +343,7 @@ class PiSSAStrategy(ModelStrategy):
             self._deepspeed_config.setdefault("bf16", {"enabled": False})
         if is_overridden("configure_gradient_clipping", self.lightning_module, LightningModule):
             self._deepspeed_config.setdefault("gradient_clipping", 0.0)  # the module clips
+        if self.precision_plugin.precision == "bf16-true" and self._trainer.accumulate_grad_batches > 1:
+            # sums of many batches lose as many bits as their number has
+            self._deepspeed_config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
         super()._format_config()

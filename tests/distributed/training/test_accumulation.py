@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers.covering import covering
@@ -70,6 +70,31 @@ class Counted(L.LightningModule):
             assert engine.optimizer.param_groups[0]["lr"] == schedule.get_last_lr()[0]
             if self.optimizer == "AdamW":
                 assert ShardedOptimizer(engine.optimizer).steps == self.trainer.global_step
+
+
+def gradient_of_many(pretrained: Path, precision: str, batches: int) -> Tensor:
+    """Of 64 rows, in so many batches; on one rank, before the step."""
+    found: list[Tensor] = []
+
+    class Keeps(CausalLM):
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            found.append(self.trainer.strategy.deepspeed_engine.optimizer.grad_partitions_flat_buffer.clone())
+
+    rows = torch.randint(3, 256, (64, 16), generator=torch.Generator().manual_seed(1))
+    trainer = make_trainer(
+        make_strategy(pretrained, quantization=None), steps=1, precision=precision, accumulate_grad_batches=batches
+    )
+    trainer.fit(Keeps(pretrained), DataLoader(TensorDataset(rows), batch_size=64 // batches))
+    return found[0].float()
+
+
+def test_sums_over_batches_are_in_fp32(llama: Path) -> None:
+    """In bf16 the sum of 64 batches would be twice as far from the gradient in fp32 as that of one batch is."""
+    exact, one, many = (
+        run_ranks(1, gradient_of_many, llama, precision, batches)[0]
+        for precision, batches in (("32-true", 1), ("bf16-true", 1), ("bf16-true", 64))
+    )
+    assert (many - exact).norm() < 1.1 * (one - exact).norm()
 
 
 class Stream(IterableDataset):
