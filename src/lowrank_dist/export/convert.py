@@ -28,6 +28,8 @@ from lowrank_dist.model.stacking import stacked_shapes
 from lowrank_dist.storage.atomic import atomic_directory
 from lowrank_dist.storage.dtypes import DTYPES
 from lowrank_dist.storage.layout import ADAPTER_DIR, LORA_DIR, MANIFEST, WEIGHTS, parts_of, read_manifest, sealed
+from lowrank_dist.storage.original import Original
+from lowrank_dist.storage.parse import Record
 from lowrank_dist.storage.reader import FileTensor
 from lowrank_dist.storage.replacing import check_target
 from lowrank_dist.storage.verify import hashes_of_root, verify_checkpoint
@@ -90,6 +92,8 @@ def convert_checkpoint(
     *,
     rank: int | None = None,
     dtype: torch.dtype | None = None,
+    pretrained: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
     overwrite: bool = False,
     progress: bool = False,
 ) -> Conversion:
@@ -116,6 +120,9 @@ def convert_checkpoint(
         Dtype of the written factors; None: that of the checkpoint's factors. Whole modules keep theirs. If this rounds
         ``[A; A_0]`` and ``[B | -B_0]``, singular vectors of their product are written instead, at the same rank. Their
         rounding error is proportional to the update, not to the much larger products whose difference it is.
+    pretrained, revision
+        Directory or hub id of the original model, and the revision of a hub id. Default: the recorded ones. Only the
+        nearest LoRA to an adapter of another type is made with its weights.
     overwrite
         Replace a directory at `output` that this package wrote.
     progress
@@ -130,8 +137,9 @@ def convert_checkpoint(
     ------
     InputError
         If `output` may not be replaced (`lowrank_dist.storage.replacing.check_target`), if `rank` is below 1 or above
-        that of the exact LoRA, or missing where there is none, if `dtype` cannot hold the factors, or if `output` is
-        the checkpoint itself, one of its parents, or a directory that the LoRA is made from.
+        that of the exact LoRA, or missing where there is none, if `dtype` cannot hold the factors, if `pretrained` is
+        given where no weights are read, or if `output` is the checkpoint itself, one of its parents, or a directory
+        that the LoRA is made from.
     CheckpointError
         If `checkpoint` is not a checkpoint, is damaged, or holds NaN or infinity.
     ModelError
@@ -168,7 +176,17 @@ def convert_checkpoint(
 
     config = read_config(checkpoint / ADAPTER_DIR)
     if not adds_product(config) and rank is not None:
-        return _nearest(checkpoint, output, manifest, rank=rank, dtype=dtype, overwrite=overwrite, progress=progress)
+        return _nearest(
+            checkpoint,
+            output,
+            manifest,
+            rank=rank,
+            dtype=dtype,
+            pretrained=pretrained,
+            revision=revision,
+            overwrite=overwrite,
+            progress=progress,
+        )
     if needs_peft(config) and (checkpoint / LORA_DIR).is_dir():
         raise InputError(
             f"{checkpoint}: its adapter is of {said(config)}, and {checkpoint / LORA_DIR} is the exact LoRA already; "
@@ -184,6 +202,11 @@ def convert_checkpoint(
                 else "For servers that take a LoRA or a plain model only, choose the rank of the nearest LoRA "
                 "(--rank), or merge it (lowrank-dist merge)"
             )
+        )
+    if pretrained is not None or revision is not None:
+        raise InputError(
+            f"{checkpoint}: a LoRA is converted from its factors alone; leave pretrained and revision out, or fit it "
+            "to the original model (--base)"
         )
     lora = ExactLora(checkpoint)
     if rank is not None:
@@ -218,6 +241,9 @@ def convert_checkpoint(
             config = changed_config(
                 config, r=rank, lora_alpha=rank, use_rslora=False, rank_pattern={}, alpha_pattern={}
             )
+        original = Original.recorded(manifest)
+        if original is not None:
+            config.revision = original.revision
         config.save_pretrained(str(staging))
         described = _manifest(manifest, written, energy) | {"hashes": hashes_of_root(staging)}
         write_json(staging / MANIFEST, sealed(described))
@@ -235,10 +261,12 @@ def convert_checkpoint(
 def _nearest(
     checkpoint: Path,
     output: Path,
-    manifest: dict[str, Any],
+    manifest: Record,
     *,
     rank: int,
     dtype: torch.dtype | None,
+    pretrained: str | os.PathLike[str] | None,
+    revision: str | None,
     overwrite: bool,
     progress: bool,
 ) -> Conversion:
@@ -246,7 +274,15 @@ def _nearest(
     from lowrank_dist.export.nearest import write_nearest  # builds the model, which LoRAs do not need
 
     with atomic_directory(output, overwrite=overwrite) as staging:
-        found = write_nearest(checkpoint, staging, rank=rank, dtype=dtype, show_progress=progress)
+        found = write_nearest(
+            checkpoint,
+            staging,
+            rank=rank,
+            dtype=dtype,
+            pretrained=pretrained,
+            revision=revision,
+            show_progress=progress,
+        )
         write_json(
             staging / MANIFEST, sealed(_manifest(manifest, rank, found.energy) | {"hashes": hashes_of_root(staging)})
         )

@@ -17,14 +17,16 @@ from lowrank_dist.errors import CheckpointError, InputError
 from lowrank_dist.export.serving import objections
 from lowrank_dist.storage.atomic import atomic_directory
 from lowrank_dist.storage.layout import CONFIG, MANIFEST, WEIGHTS, read_json, read_manifest, sealed
+from lowrank_dist.storage.original import Original
 from lowrank_dist.storage.parse import Record
 from lowrank_dist.storage.reader import CheckpointReader
 from lowrank_dist.storage.verify import verify_adapter
 from lowrank_dist.storage.writer import BESIDE_WEIGHTS
 
 CARD = "README.md"
-#: Entries of a manifest that name places on the machine that wrote it.
-_LOCAL = ("base", "pretrained", "started_from", "adapter", "saved_by", "files", "seal")
+#: Entries of a manifest that name places on the machine that wrote it, and those of the base, which are written anew.
+_LOCAL = ("pretrained", "pretrained_commit", "started_from", "adapter", "saved_by", "files", "seal")
+_OF_THE_BASE = ("base", "base_location", "base_commit")
 _TASKS = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification"}
 
 Scores = Mapping[str, Mapping[tuple[str, str], tuple[float, float | None]]]
@@ -140,16 +142,17 @@ def publication(source: str | os.PathLike[str], about: About) -> Publication:
 
 
 def _lora(source: Path, manifest: Record, about: About) -> Publication:
-    base = about.base_model or _hub_id(manifest, source)
+    base = _published_base(manifest, source, about.base_model)
     verify_adapter(source, ShardGroup.single())
     config = read_json(source / CONFIG)
+    named = {**config, "base_model_name_or_path": base.name, "revision": base.commit}
     card = _Card(manifest, base, about)
     card.add("rank", f"{config.get('r')}" + (" and others (`rank_pattern`)" if config.get("rank_pattern") else ""))
     card.notes += objections(source)
     return Publication(
         files={
             CARD: card.text(adapter=config),
-            CONFIG: json.dumps({**config, "base_model_name_or_path": base}, indent=2) + "\n",
+            CONFIG: json.dumps(named, indent=2) + "\n",
             WEIGHTS: source / WEIGHTS,
             MANIFEST: _scrubbed(manifest, base),
         }
@@ -160,7 +163,7 @@ def _merged(source: Path, manifest: Record, about: About) -> Publication:
     trained = manifest
     with suppress(CheckpointError, OSError):  # the checkpoint knows how it was trained, if it is still there
         trained = read_manifest(Path(manifest.text("adapter")))
-    base = about.base_model or _hub_id(trained, source)
+    base = _published_base(trained, source, about.base_model)
     with closing(CheckpointReader(source)) as reader:
         weights = {path.name: path for path in reader.files}
     others = {path.name: path for pattern in BESIDE_WEIGHTS for path in source.glob(pattern) if path.is_file()}
@@ -171,32 +174,36 @@ def _merged(source: Path, manifest: Record, about: About) -> Publication:
     return Publication(files={**others, **weights, CARD: card.text(adapter=None), MANIFEST: _scrubbed(manifest, base)})
 
 
-def _hub_id(manifest: Record, source: Path) -> str:
-    """The name of the base, if it can be one of the hub."""
-    name = manifest.text("base", None)
-    if name is None or name.count("/") > 1 or name.startswith((".", "/", "~")) or Path(name).exists():
+def _published_base(manifest: Record, source: Path, named: str | None) -> Original:
+    """The base under its hub id: the one that the user has `named`, or the recorded one.
+
+    Its commit is the recorded one, unless that is of another model of the hub than the named one.
+    """
+    recorded = Original.recorded(manifest)
+    if named is not None:
+        known = recorded is not None and (not recorded.is_on_hub or recorded.location == named)
+        return Original(name=named, location=named, commit=recorded.commit if recorded and known else None)
+    if recorded is None or not recorded.is_on_hub:
         raise InputError(
-            f"{source}: its base is {name!r}, a directory of this machine, which nobody else has; pass "
-            "--base_model ORG/NAME"
+            f"{source}: its base is {recorded and recorded.name!r}, a directory of this machine, which nobody else "
+            "has; pass --base_model ORG/NAME"
         )
-    return name
+    return recorded
 
 
-def _scrubbed(manifest: Record, base: str) -> str:
-    kept = {key: value for key, value in manifest.items() if key not in _LOCAL}
-    return json.dumps(sealed({**kept, "base": base}), indent=1, sort_keys=True) + "\n"
+def _scrubbed(manifest: Record, base: Original) -> str:
+    kept = {key: value for key, value in manifest.items() if key not in (*_LOCAL, *_OF_THE_BASE)}
+    return json.dumps(sealed({**kept, **base.facts()}), indent=1, sort_keys=True) + "\n"
 
 
 class _Card:
     """A model card in the making."""
 
-    def __init__(self, manifest: Record, base: str, about: About) -> None:
+    def __init__(self, manifest: Record, base: Original, about: About) -> None:
         self.manifest, self.base, self.about = manifest, base, about
         self.rows: list[tuple[str, str]] = []
         self.notes: list[str] = []
-        self.add(
-            "base", f"`{base}`" + (f", commit `{commit}`" if (commit := manifest.get("pretrained_commit")) else "")
-        )
+        self.add("base", f"`{base.name}`" + (f", commit `{base.commit}`" if base.commit else ""))
         self.add("fingerprint of its weights", _code(manifest.get("pretrained_fingerprint")))
         self.add("initialisation", manifest.get("method"))
         self.add("base in training", _code(manifest.get("quantization")))
@@ -228,7 +235,7 @@ class _Card:
         name = "MODEL" if adapter is None else "ADAPTER"
         method = str(self.manifest.get("method") or "")
         data = ModelCardData(
-            base_model=self.base,
+            base_model=self.base.name,
             library_name="transformers" if adapter is None else "peft",
             pipeline_tag="text-generation" if adapter is None else _TASKS.get(str(adapter.get("task_type"))),
             license=self.about.license,
@@ -239,7 +246,7 @@ class _Card:
         blocks = [
             f"---\n{data.to_yaml()}\n---",
             f"# {self.about.title}",
-            f"{what} `{self.base}`, trained with lowrank_dist {self.manifest.get('lowrank_dist')}.",
+            f"{what} `{self.base.name}`, trained with lowrank_dist {self.manifest.get('lowrank_dist')}.",
             _table(["", ""], self.rows),
         ]
         if self.about.scores:
@@ -252,11 +259,12 @@ class _Card:
             f'model = AutoModelForCausalLM.from_pretrained("{name}")',
         ]
         if adapter is not None:
+            revision = f', revision="{self.base.commit}"' if self.base.commit else ""
             use = [
                 "from peft import PeftModel",
                 "from transformers import AutoModelForCausalLM",
                 "",
-                f'base = AutoModelForCausalLM.from_pretrained("{self.base}")',
+                f'base = AutoModelForCausalLM.from_pretrained("{self.base.name}"{revision})',
                 f'model = PeftModel.from_pretrained(base, "{name}")',
             ]
         if self._is_causal(adapter):

@@ -34,6 +34,7 @@ from lowrank_dist.storage.disk import check_free, flush_directory
 from lowrank_dist.storage.dtypes import CODES
 from lowrank_dist.storage.layout import CONFIG, MANIFEST, RESIDUAL_STEM, sealed
 from lowrank_dist.storage.lock import Lock, Owner, lock_of
+from lowrank_dist.storage.original import Original
 from lowrank_dist.storage.parse import Record, read_record
 from lowrank_dist.storage.reader import FileTensor, check_finite
 from lowrank_dist.storage.verify import ENCODED_STEM, FROZEN_STEM, INITIAL, compare, file_digest, label
@@ -371,7 +372,7 @@ class ResidualModelWriter:
             "kind": "decomposed",
             "lowrank_dist": __version__,
             "fingerprint": self.key,
-            "base": base,
+            **Original.at(base, self.reader.directory).facts(),
             **({} if self.reader.encoding is None else {"decoded_from": self.reader.encoding}),
             "method": str(self.walk.init),
             "options": repr(self.walk.init),
@@ -387,7 +388,8 @@ class ResidualModelWriter:
             if self.group.rank == 0:
                 self._copy_small_files()
                 config = copy.deepcopy(adapter)
-                config.base_model_name_or_path, config.inference_mode = str(self.output), True
+                config.base_model_name_or_path, config.revision = str(self.output), None
+                config.inference_mode = True
                 config.save_pretrained(str(self.initial))
                 manifest["adapter_config"] = file_digest(self.initial / CONFIG)
         manifest = self.group.broadcast_object(manifest)  # type: ignore[assignment]
