@@ -22,11 +22,15 @@ def run(argv: Sequence[str]) -> int:
     dtype = None if options.dtype is None else NAMED_DTYPES[options.dtype]
     if options.base is not None:
         return _refit(options, dtype, argv)
+    if options.devices != 1:
+        raise InputError(f"--devices {options.devices}: ranks share a fit only; leave it out, or pass --base too")
     done = convert_checkpoint(
         options.checkpoint,
         options.output,
         rank=options.rank,
         dtype=dtype,
+        pretrained=options.pretrained,
+        revision=options.revision,
         overwrite=options.overwrite,
         progress=True,
     )
@@ -63,6 +67,12 @@ def parser() -> argparse.ArgumentParser:
         help="with --rank: fit the LoRA to the trained model, quantization included, on this base: the original model, "
         "or the original model loaded in NF4 by transformers",
     )
+    parser.add_argument(
+        "--pretrained",
+        help="with --base, and for adapters that are no LoRA: directory or hub id of the original model (default: the "
+        "one recorded in the checkpoint)",
+    )
+    parser.add_argument("--revision", help="revision of a hub id (default: the recorded commit)")
     parser.add_argument("--devices", type=int, default=1, help="with --base: ranks to start on this host")
     return parser
 
@@ -75,6 +85,8 @@ def _refit(options: argparse.Namespace, dtype: torch.dtype | None, argv: Sequenc
 
     if options.rank is None:
         raise InputError("--base fits a LoRA of a chosen rank: pass --rank too")
+    if options.devices < 1:
+        raise InputError(f"--devices {options.devices} must be at least 1")
     if options.devices > 1 and not launched():
         return launch(["convert", *argv], options.devices)
     with shard_group("auto") as (group, device):
@@ -86,6 +98,8 @@ def _refit(options: argparse.Namespace, dtype: torch.dtype | None, argv: Sequenc
             group=group,
             device=device,
             dtype=dtype,
+            pretrained=options.pretrained,
+            revision=options.revision,
             overwrite=options.overwrite,
             show_progress=True,
         )

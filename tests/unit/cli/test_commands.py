@@ -180,6 +180,22 @@ def test_convert_refuses_what_is_no_option(options: tuple[str, str], capsys: pyt
     assert options[1] in error
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--rank=2", "--devices=4"], "--devices 4: ranks share a fit only; leave it out, or pass --base too"),
+        (["--rank=2", "--base=original", "--devices=0"], "--devices 0 must be at least 1"),
+        (["--rank=2", "--pretrained=there"], "leave pretrained and revision out, or fit it to the original"),
+    ],
+)
+def test_convert_refuses_options_without_effect(
+    options: list[str], says: str, tmp_path: Path, llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, error = run(capsys, "convert", checkpoint(tmp_path, llama), "--output", str(tmp_path / "x"), *options)
+    assert status == 1
+    assert says in error.splitlines()[-1]
+
+
 ENERGY = r"\d+\.\d{4}% of the update's energy, at least \d+\.\d{4}% \(model\.layers\.\d\.[a-z_.]+\)\."
 BUFFERS = r"vLLM's --max-lora-rank is one of 1, 8, 16, 32, 64, 128, 256, 320, 512: rank {} needs 32\."
 
