@@ -19,7 +19,8 @@ from lowrank_dist.storage.dtypes import CODES
 from lowrank_dist.storage.find_weights import PICKLED
 from lowrank_dist.storage.parse import is_object_of, is_text, open_regular, printable, read_record, refuse_pointer
 from lowrank_dist.storage.reader import FileTensor
-from lowrank_dist.storage.writer import MAX_BYTES, TensorFiles, copy_other_files
+from lowrank_dist.storage.small_files import copy_small_files, small_files
+from lowrank_dist.storage.writer import MAX_BYTES, TensorFiles
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +86,7 @@ def import_checkpoint(
     source, target = Path(source), Path(output).absolute()
     check_target(target, overwrite=False, inputs=[source])
     files = _files(source)
+    beside = small_files(source, files)
     tensors: dict[str, FileTensor] = {}
     of_file: dict[str, Path] = {}
     for file in files:
@@ -101,7 +103,7 @@ def import_checkpoint(
                     written.write(name, 0, tensor.contiguous().flatten())
         finally:
             written.close()
-        copy_other_files(source, staging)
+        copy_small_files(beside, staging)
     return target
 
 

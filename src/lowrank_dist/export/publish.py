@@ -20,8 +20,8 @@ from lowrank_dist.storage.layout import CONFIG, MANIFEST, WEIGHTS, read_json, re
 from lowrank_dist.storage.original import Original
 from lowrank_dist.storage.parse import Record
 from lowrank_dist.storage.reader import CheckpointReader
+from lowrank_dist.storage.small_files import small_files
 from lowrank_dist.storage.verify import verify_adapter
-from lowrank_dist.storage.writer import BESIDE_WEIGHTS
 
 CARD = "README.md"
 #: Entries of a manifest that name places on the machine that wrote it, and those of the base, which are written anew.
@@ -74,6 +74,7 @@ class Publication:
         """
         with atomic_directory(output, overwrite=overwrite) as staging:
             for name, content in self.files.items():
+                (staging / name).parent.mkdir(exist_ok=True)
                 if isinstance(content, Path):
                     shutil.copyfile(content, staging / name)
                 else:
@@ -166,7 +167,7 @@ def _merged(source: Path, manifest: Record, about: About) -> Publication:
     base = _published_base(trained, source, about.base_model)
     with closing(CheckpointReader(source)) as reader:
         weights = {path.name: path for path in reader.files}
-    others = {path.name: path for pattern in BESIDE_WEIGHTS for path in source.glob(pattern) if path.is_file()}
+    others = small_files(source, weights.values())
     index = source / "model.safetensors.index.json"
     if index.is_file():
         others[index.name] = index

@@ -37,8 +37,9 @@ from lowrank_dist.storage.lock import Lock, Owner, lock_of
 from lowrank_dist.storage.original import Original
 from lowrank_dist.storage.parse import Record, read_record
 from lowrank_dist.storage.reader import FileTensor, check_finite
+from lowrank_dist.storage.small_files import copy_small_files, small_files
 from lowrank_dist.storage.verify import ENCODED_STEM, FROZEN_STEM, INITIAL, compare, file_digest, label
-from lowrank_dist.storage.writer import TensorFiles, copy_other_files, stored_dtype, write_json
+from lowrank_dist.storage.writer import TensorFiles, stored_dtype, write_json
 
 FORMAT = 3  # version of the manifest and of what the fingerprint covers
 FLUSH_BYTES = 64 * 2**20  # bytes of pretrained weights between two flushes; the journal grows after each
@@ -159,11 +160,14 @@ class ResidualModelWriter:
         ------
         InputError
             On every rank, if the disk has too little space.
+        CheckpointError
+            On every rank, if ``config.json`` is a link that is not followed (`small_files`).
         """
         found: list[dict[str, Any]] = []
         staging = ""
         with self.group.shared_errors():
             if self.group.rank == 0:
+                self._beside = small_files(self.reader.directory, self.reader.files)
                 self._build_in(staging_directory(self.output, resumes=self._resumes))
                 complete = self._complete()
                 if complete is None:
@@ -428,7 +432,7 @@ class ResidualModelWriter:
         What ``config.json`` says about the quantization of weights that were decoded is left out.
         If stock transformers can load a 4-bit residual, its format is added to ``config.json``.
         """
-        copy_other_files(self.reader.directory, self.staging)
+        copy_small_files(self._beside, self.staging)
         config_path = self.staging / "config.json"
         if not config_path.is_file() and self.reader.directory.is_file():  # a GGUF file says its configuration itself
             backbone = build_skeleton(self.reader.directory)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from lowrank_dist.errors import CheckpointError, InputError, is_passing
 from lowrank_dist.storage.find_weights import cached_snapshot, is_cache_of_model
+from lowrank_dist.storage.small_files import SMALL_FILES
 
 #: Files of a model on the hub that are fetched.
-_FETCHED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*"]
+_FETCHED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", *SMALL_FILES]
 
 
 def resolve_checkpoint(
