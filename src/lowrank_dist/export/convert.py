@@ -23,6 +23,7 @@ from lowrank_dist.adapters.lora import ExactLora, LoraModule
 from lowrank_dist.adapters.source import refuse_copies
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import CheckpointError, InputError
+from lowrank_dist.export.serving import SERVED_RANKS
 from lowrank_dist.linalg.truncate import EnergyKept, energy_kept, singular_values, truncate
 from lowrank_dist.model.stacking import stacked_shapes
 from lowrank_dist.storage.atomic import atomic_directory
@@ -34,10 +35,6 @@ from lowrank_dist.storage.reader import FileTensor
 from lowrank_dist.storage.replacing import check_target
 from lowrank_dist.storage.verify import hashes_of_root, verify_checkpoint
 from lowrank_dist.storage.writer import TensorFiles, write_json
-
-# vLLM's --max-lora-rank, which sizes its buffers, must be one of these. An adapter's rank may be smaller, but must be
-# the same for all modules.
-SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @dataclass(frozen=True, kw_only=True)

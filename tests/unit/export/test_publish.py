@@ -165,6 +165,11 @@ def test_the_use_of_an_adapter(adapter: dict[str, Any], auto_class: str | None) 
     assert (None if found is None else found.auto_class) == auto_class
 
 
+def test_the_card_says_what_servers_object_to(made: Path, tmp_path: Path) -> None:
+    convert_checkpoint(made / "step", tmp_path / "lora", rank=3)
+    assert "## Serving\n\n- vLLM's --max-lora-rank is one of" in card_of(tmp_path / "lora", tmp_path).text
+
+
 def test_what_is_refused(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def says(*arguments: str | Path) -> str:
         assert push(*arguments) == 1
