@@ -272,7 +272,7 @@ class CheckpointWriter:
             contents, staging = self._laid_out_for(taken), Path()
             with group.shared_errors():
                 if group.rank == 0:
-                    staging = stack.enter_context(atomic_directory(directory, overwrite=True))
+                    staging = stack.enter_context(atomic_directory(directory, overwrite=True, kind="checkpoint"))
             staging = Path(str(group.broadcast_object(str(staging))))
             files = tensor_files(contents, staging)
             for part in files.values():

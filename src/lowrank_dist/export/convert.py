@@ -163,7 +163,7 @@ def convert_checkpoint(
 
     The result is an ordinary PEFT adapter: ``PeftModel.from_pretrained(original, "lora")`` loads it.
     """
-    check_target(output, overwrite=overwrite, inputs=parts_of(Path(checkpoint)))
+    check_target(output, overwrite=overwrite, kind="lora", inputs=parts_of(Path(checkpoint)))
     checkpoint, output = Path(checkpoint), Path(output).absolute()
     refuse_copies(checkpoint)
     manifest = read_manifest(checkpoint)
@@ -213,7 +213,7 @@ def convert_checkpoint(
     written, uniform = rank or lora.rank, rank is not None or lora.uniform
     measure = lora.scalings_known and not lora.config.use_dora and not _served(written, uniform)
     spectra: dict[str, Tensor] = {}
-    with atomic_directory(output, overwrite=overwrite) as staging:
+    with atomic_directory(output, overwrite=overwrite, kind="lora") as staging:
         with closing(TensorFiles(staging, tensors, stem=Path(WEIGHTS).stem, max_bytes=sys.maxsize)) as files:
             files.create()
             for name in lora.whole:
@@ -270,7 +270,7 @@ def _nearest(
     """Convert an adapter whose update is no product of two factors."""
     from lowrank_dist.export.nearest import write_nearest  # builds the model, which LoRAs do not need
 
-    with atomic_directory(output, overwrite=overwrite) as staging:
+    with atomic_directory(output, overwrite=overwrite, kind="lora") as staging:
         found = write_nearest(
             checkpoint,
             staging,

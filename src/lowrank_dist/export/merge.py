@@ -133,7 +133,7 @@ def merge_checkpoint(
     verify_adapter(Path(checkpoint), ShardGroup.single())
     adapter = find_adapter(Path(checkpoint), any_type=True, converted_dora=True, copies=True)
     directory = find_base(adapter, base, revision)
-    check_target(output, overwrite=overwrite, inputs=[adapter.directory, directory])
+    check_target(output, overwrite=overwrite, kind="merged", inputs=[adapter.directory, directory])
     output = Path(output).absolute()
     if max_file_bytes < 1:
         raise InputError(f"max_file_bytes={max_file_bytes} must be positive")
@@ -143,7 +143,7 @@ def merge_checkpoint(
     try:
         with (
             progress_bar(plan.nbytes, show=show_progress, doing="Merging") as bar,
-            atomic_directory(output, overwrite=overwrite) as staging,
+            atomic_directory(output, overwrite=overwrite, kind="merged") as staging,
         ):
             _Merge(adapter, plan, bar.update).write(staging, max_file_bytes)
             copy_small_files(beside, staging)

@@ -31,9 +31,10 @@ _OF_THE_BASE = ("base", "base_location", "base_commit")
 
 @dataclass(frozen=True, kw_only=True)
 class Publication:
-    """Files by their name in the repository: a path to copy, or the text."""
+    """Files by their name in the repository: a path to copy, or the text; and the kind of what they are."""
 
     files: Mapping[str, Path | str]
+    kind: str
 
     def write(self, output: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write the files to a directory, complete or not at all.
@@ -43,7 +44,7 @@ class Publication:
         InputError
             If something is there that may not be replaced.
         """
-        with atomic_directory(output, overwrite=overwrite) as staging:
+        with atomic_directory(output, overwrite=overwrite, kind=self.kind) as staging:
             for name, content in self.files.items():
                 (staging / name).parent.mkdir(exist_ok=True)
                 if isinstance(content, Path):
@@ -127,7 +128,8 @@ def _lora(source: Path, manifest: Record, about: About) -> Publication:
             CONFIG: json.dumps(named, indent=2) + "\n",
             WEIGHTS: source / WEIGHTS,
             MANIFEST: _scrubbed(manifest, base),
-        }
+        },
+        kind="lora",
     )
 
 
@@ -143,7 +145,8 @@ def _merged(source: Path, manifest: Record, about: About) -> Publication:
     if index.is_file():
         others[index.name] = index
     card = Card(trained, base, about, Use.of_model(read_json(source / "config.json")))
-    return Publication(files={**others, **weights, CARD: card.text(adapter=None), MANIFEST: _scrubbed(manifest, base)})
+    files = {**others, **weights, CARD: card.text(adapter=None), MANIFEST: _scrubbed(manifest, base)}
+    return Publication(files=files, kind="merged")
 
 
 def _use_of(original: Original | None) -> Use | None:

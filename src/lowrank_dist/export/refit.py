@@ -199,7 +199,7 @@ def refit_checkpoint(
     if base not in ("original", "nf4"):
         raise InputError(f"base={base!r} is neither 'original' nor 'nf4'")
     with group.shared_errors():
-        check_target(output, overwrite=overwrite, inputs=parts_of(Path(checkpoint)))
+        check_target(output, overwrite=overwrite, kind="lora", inputs=parts_of(Path(checkpoint)))
     job = _Refit(Path(checkpoint), rank, base, group, device, dtype, pretrained, revision)
     if len(set(group.gather_objects(job.decomposed is None))) > 1:
         raise CheckpointError(
@@ -211,7 +211,7 @@ def refit_checkpoint(
     with ExitStack() as stack:
         with group.shared_errors():
             if group.rank == 0:
-                staging = stack.enter_context(atomic_directory(output, overwrite=overwrite))
+                staging = stack.enter_context(atomic_directory(output, overwrite=overwrite, kind="lora"))
                 files = stack.enter_context(closing(job.files(staging)))
         total = sum(job.reader.info(planned.key).nbytes for planned in job.plan.matrices)
         bar = stack.enter_context(progress_bar(total, show=show_progress and group.rank == 0, doing="Fitting"))

@@ -81,7 +81,7 @@ def decompose(
     """
     group = walk.group
     with group.shared_errors():
-        check_target(output, overwrite=True)
+        check_target(output, overwrite=True, kind="decomposed")
     output = Path(output).absolute()
     _check_layout(plan, walk.init)
     key = key or fingerprint(walk, plan, calibrated)
@@ -127,7 +127,7 @@ def _check_absent(output: Path, key: str, group: ShardGroup, *, overwrite: bool)
                 f"{output}: exists, and is not this model decomposed with these settings; remove it, choose another "
                 "directory, or pass overwrite"
             )
-        check_target(output, overwrite=overwrite)
+        check_target(output, overwrite=overwrite, kind="decomposed")
 
 
 def _check_layout(plan: Plan, init: Method) -> None:

@@ -408,7 +408,7 @@ class ResidualModelWriter:
                 write_json(self.staging / MANIFEST, sealed(manifest))
                 flush_directory(self.staging)
                 self._lock.check()
-                put_in_place(self.staging, self.output, overwrite=True)
+                put_in_place(self.staging, self.output, overwrite=True, kind="decomposed")
                 Journal(self.output, self.key).remove()
 
     def _digests(self) -> dict[str, dict[str, str]]:

@@ -269,3 +269,20 @@ def test_a_hub_that_cannot_be_reached_is_one_line(made: Path, capsys: pytest.Cap
     huggingface_hub.close_session()
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("lowrank-dist push: org/sums: not uploaded: ")
+
+
+def test_every_export_replaces_its_own_kind_only(made: Path, tmp_path: Path) -> None:
+    base = ("--base_model=org/tiny",)
+    commands = {
+        "lora": ("convert", made / "step", "--rank=2"),
+        "merged": ("merge", made / "step"),
+        "pushed-lora": ("push", made / "lora", *base),
+        "pushed-merged": ("push", made / "merged", *base),
+    }
+    for name, command in commands.items():
+        assert main([*map(str, command), "--output", str(tmp_path / name)]) == 0
+    for target in commands:
+        for name, command in commands.items():
+            same = name.removeprefix("pushed-") == target.removeprefix("pushed-")
+            done = main([*map(str, command), "--output", str(tmp_path / target), "--overwrite"])
+            assert (done == 0) == same, (name, target)

@@ -49,3 +49,22 @@ def test_only_what_this_package_wrote_is_replaced(tmp_path: Path, monkeypatch: p
         remove_directory(thesis)
     assert os.listdir(thesis) == ["chapter-1"]
     assert not list(tmp_path.rglob(".*"))
+
+
+def test_a_directory_of_another_kind_is_not_replaced(tmp_path: Path) -> None:
+    """A LoRA in the place of a checkpoint would end a run; what says no kind, or is damaged, is nobody's loss."""
+    manifests = {"step": '{"kind": "checkpoint"}', "old": "{}", "damaged": "{", "lora": '{"kind": "lora"}'}
+    for name, manifest in manifests.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / MANIFEST).write_text(manifest)
+    (tmp_path / "last").symlink_to("step")
+    for name in ("step", "last"):
+        with (
+            pytest.raises(InputError, match=f"{name}: holds a checkpoint of a run, which a LoRA does not replace"),
+            atomic_directory(tmp_path / name, overwrite=True, kind="lora"),
+        ):
+            raise AssertionError(name)
+    for name in ("old", "damaged", "lora"):
+        with atomic_directory(tmp_path / name, overwrite=True, kind="lora") as new:
+            (new / MANIFEST).write_text('{"kind": "lora"}')
+    assert (tmp_path / "step" / MANIFEST).read_text() == '{"kind": "checkpoint"}'
