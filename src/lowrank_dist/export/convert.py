@@ -32,7 +32,7 @@ from lowrank_dist.storage.layout import ADAPTER_DIR, LORA_DIR, MANIFEST, WEIGHTS
 from lowrank_dist.storage.original import Original
 from lowrank_dist.storage.parse import Record
 from lowrank_dist.storage.reader import FileTensor
-from lowrank_dist.storage.replacing import check_target
+from lowrank_dist.storage.replacing import check_parent, check_target
 from lowrank_dist.storage.verify import hashes_of_root, verify_checkpoint
 from lowrank_dist.storage.writer import TensorFiles, write_json
 
@@ -165,6 +165,7 @@ def convert_checkpoint(
     """
     check_target(output, overwrite=overwrite, kind="lora", inputs=parts_of(Path(checkpoint)))
     checkpoint, output = Path(checkpoint), Path(output).absolute()
+    check_parent(output)
     refuse_copies(checkpoint)
     manifest = read_manifest(checkpoint)
     verify_checkpoint(checkpoint, ShardGroup.single())

@@ -20,12 +20,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lowrank_dist.errors import CheckpointError, InputError, is_passing
-from lowrank_dist.storage.atomic import atomic_directory, check_target
+from lowrank_dist.storage.atomic import atomic_directory
 from lowrank_dist.storage.dtypes import CODES
 from lowrank_dist.storage.find_weights import PICKLED
 from lowrank_dist.storage.layout import CONFIG
 from lowrank_dist.storage.parse import is_object_of, is_text, open_regular, printable, read_record, refuse_pointer
 from lowrank_dist.storage.reader import FileTensor
+from lowrank_dist.storage.replacing import check_parent, check_target
 from lowrank_dist.storage.small_files import copy_small_files, small_files
 from lowrank_dist.storage.writer import MAX_BYTES, TensorFiles
 
@@ -94,6 +95,7 @@ def import_checkpoint(
     """
     source, target = Path(source), Path(output).absolute()
     check_target(target, overwrite=False, inputs=[source])
+    check_parent(target)
     found = _found(source)
     files, beside = found.files, small_files(source, found.files)
     if found.stem == _ADAPTER:

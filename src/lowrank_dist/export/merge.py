@@ -44,7 +44,7 @@ from lowrank_dist.storage.disk import check_free
 from lowrank_dist.storage.layout import MANIFEST
 from lowrank_dist.storage.parse import read_record
 from lowrank_dist.storage.reader import CheckpointReader, check_finite
-from lowrank_dist.storage.replacing import check_target
+from lowrank_dist.storage.replacing import check_parent, check_target
 from lowrank_dist.storage.small_files import copy_small_files, small_files
 from lowrank_dist.storage.verify import verify_adapter
 from lowrank_dist.storage.writer import MAX_BYTES, TensorFiles, write_json
@@ -135,6 +135,7 @@ def merge_checkpoint(
     directory = find_base(adapter, base, revision)
     check_target(output, overwrite=overwrite, kind="merged", inputs=[adapter.directory, directory])
     output = Path(output).absolute()
+    check_parent(output)
     if max_file_bytes < 1:
         raise InputError(f"max_file_bytes={max_file_bytes} must be positive")
     plan = plan_merge(adapter, directory, dtype)

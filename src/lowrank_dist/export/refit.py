@@ -54,7 +54,7 @@ from lowrank_dist.storage.dtypes import DTYPES, NAMED_DTYPES
 from lowrank_dist.storage.layout import ADAPTER_DIR, MANIFEST, WEIGHTS, parts_of, read_manifest
 from lowrank_dist.storage.original import Original, find_original
 from lowrank_dist.storage.reader import FileTensor, check_finite
-from lowrank_dist.storage.replacing import check_target
+from lowrank_dist.storage.replacing import check_parent, check_target
 from lowrank_dist.storage.resolve import is_hub_id, resolve_checkpoint
 from lowrank_dist.storage.verify import verify_checkpoint
 from lowrank_dist.storage.writer import TensorFiles, write_json
@@ -200,6 +200,8 @@ def refit_checkpoint(
         raise InputError(f"base={base!r} is neither 'original' nor 'nf4'")
     with group.shared_errors():
         check_target(output, overwrite=overwrite, kind="lora", inputs=parts_of(Path(checkpoint)))
+        if group.rank == 0:
+            check_parent(Path(output))
     job = _Refit(Path(checkpoint), rank, base, group, device, dtype, pretrained, revision)
     if len(set(group.gather_objects(job.decomposed is None))) > 1:
         raise CheckpointError(

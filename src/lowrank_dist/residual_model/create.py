@@ -18,7 +18,7 @@ from lowrank_dist.model.plan import Plan
 from lowrank_dist.residual_model.fingerprint import fingerprint
 from lowrank_dist.residual_model.writer import ResidualModelWriter
 from lowrank_dist.storage.layout import MANIFEST, read_manifest
-from lowrank_dist.storage.replacing import check_target, is_ours
+from lowrank_dist.storage.replacing import check_parent, check_target, is_ours
 from lowrank_dist.storage.verify import damage
 
 
@@ -128,6 +128,8 @@ def _check_absent(output: Path, key: str, group: ShardGroup, *, overwrite: bool)
                 "directory, or pass overwrite"
             )
         check_target(output, overwrite=overwrite, kind="decomposed")
+        if group.rank == 0:
+            check_parent(output)
 
 
 def _check_layout(plan: Plan, init: Method) -> None:

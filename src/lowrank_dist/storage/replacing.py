@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import stat
+import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from lowrank_dist.errors import CheckpointError, InputError
+from lowrank_dist.errors import CheckpointError, InputError, is_passing
 from lowrank_dist.storage.layout import MANIFEST, read_manifest
 
 
@@ -93,10 +94,27 @@ def _is_within(path: Path, directory: Path) -> bool:
 
 
 def check_file(path: Path, *, overwrite: bool) -> None:
-    """Raise InputError unless a file may be written at `path`: nothing is there or, with `overwrite`, a file."""
-    if not os.path.lexists(path):
-        return
-    if path.is_symlink() or not path.is_file():
-        raise InputError(f"{path}: exists and is not a regular file; choose another path")
-    if not overwrite:
-        raise InputError(f"{path}: exists; choose another path or pass overwrite")
+    """Raise InputError unless a file can be written at `path`: nothing is there or, with `overwrite`, a file."""
+    if os.path.lexists(path):
+        if path.is_symlink() or not path.is_file():
+            raise InputError(f"{path}: exists and is not a regular file; choose another path")
+        if not overwrite:
+            raise InputError(f"{path}: exists; choose another path or pass overwrite")
+    check_parent(path)
+
+
+def check_parent(path: Path) -> None:
+    """Raise InputError unless `path` can be made, whose directories need not exist yet.
+
+    Commands call it before their work, which would be lost. It makes a directory and removes it: permissions do not say
+    what file systems refuse.
+    """
+    place = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".", dir=place))
+    except OSError as error:
+        if is_passing(error):
+            raise
+        raise InputError(
+            f"{path}: nothing can be written in {place} ({error.strerror}); choose another path"
+        ) from error
