@@ -138,7 +138,7 @@ def test_vllm_takes_embeddings_where_the_model_declares_them(tmp_path: Path) -> 
 
 def test_vllm_reads_experts_in_one_tensor(tmp_path: Path) -> None:
     stacks = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], target_parameters=stacks)
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], target_parameters=stacks)
     lora, _ = converted(tmp_path, config, architecture="mixtral")
     found = served(lora, tmp_path / "found.safetensors")
     assert isinstance(found, dict), found

@@ -58,6 +58,12 @@ def open_tuned(directory: Path) -> tuple[CheckpointReader, PeftConfig]:
     CheckpointError
         If `directory` holds no adapter, a damaged one, or one of a type that the installed PEFT does not know.
     """
+    pickled = Path(WEIGHTS).with_suffix(".bin")
+    if (directory / pickled).exists() and not (directory / WEIGHTS).exists():
+        raise CheckpointError(
+            f"{directory}: holds {pickled}, which only pickle reads, and no {WEIGHTS}; write it as safetensors first: "
+            f"`lowrank-dist import {directory} --output DIRECTORY`"
+        )
     for file in (CONFIG, WEIGHTS):
         if not (directory / file).exists():
             raise CheckpointError(f"{directory}: holds no {file}; pass a directory that an adapter was saved to")

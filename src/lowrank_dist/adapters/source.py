@@ -12,7 +12,16 @@ from peft import LoraConfig, PeftConfig
 from lowrank_dist.adapters.files import open_adapter, open_tuned, read_config
 from lowrank_dist.errors import CheckpointError
 from lowrank_dist.storage.dtypes import FLOAT_DTYPES
-from lowrank_dist.storage.layout import ADAPTER_DIR, CONFIG, INITIAL_DIR, LORA_DIR, MANIFEST, read_manifest
+from lowrank_dist.storage.layout import (
+    ADAPTER_DIR,
+    CONFIG,
+    INITIAL_DIR,
+    LORA_DIR,
+    MANIFEST,
+    manifest_for,
+    read_manifest,
+)
+from lowrank_dist.storage.original import Original
 from lowrank_dist.storage.parse import is_integer, is_list_of, printable
 from lowrank_dist.storage.reader import CheckpointReader
 
@@ -35,8 +44,8 @@ class AdapterSource:
         Reader of the trained tensors.
     initial
         Reader of ``A_0`` and ``B_0``, whose product must be subtracted; None if the adapter is an ordinary LoRA.
-    base
-        Name of the original model; None if it is unknown.
+    original
+        The original model; None if it is unknown.
     has_manifest
         Whether this package wrote the directory.
     norms
@@ -49,7 +58,7 @@ class AdapterSource:
     config: PeftConfig
     trained: CheckpointReader
     initial: CheckpointReader | None
-    base: str | None
+    original: Original | None
     has_manifest: bool
     norms: dict[str, float]
     expand_blocks: int | list[int] | None = None
@@ -150,16 +159,22 @@ def find_adapter(
         config.init_lora_weights, config.lora_ga_config = True, None
     config.inference_mode = False
     norms = {entry["name"]: entry.get("norm") for entry in manifest.get("matrices", [])}
+    recorded = manifest_for(directory)
     return AdapterSource(
         directory=directory,
         config=config,
         trained=reader,
         initial=None if initial is None else _open(initial)[0],
-        base=manifest.get("base") or config.base_model_name_or_path,
+        original=(None if recorded is None else Original.recorded(recorded)) or _named_in(config),
         has_manifest=bool(manifest),
         norms={name: norm for name, norm in norms.items() if norm is not None},
         expand_blocks=copied_blocks(manifest),
     )
+
+
+def _named_in(config: PeftConfig) -> Original | None:
+    name = config.base_model_name_or_path
+    return Original(name=name, location=name, commit=config.revision) if name else None
 
 
 def copied_blocks(manifest: Mapping[str, Any]) -> int | list[int] | None:

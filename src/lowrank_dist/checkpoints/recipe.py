@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import get_args
 
 from peft import AdaLoraConfig, LoraConfig
@@ -20,7 +19,7 @@ from lowrank_dist.quantization.registry import format_from_dict
 from lowrank_dist.residual_model.reader import ResidualModel
 from lowrank_dist.storage.layout import ADAPTER_DIR, LORA_DIR, MANIFEST
 from lowrank_dist.storage.parse import is_flag, is_list_of, is_text
-from lowrank_dist.storage.resolve import resolve_checkpoint
+from lowrank_dist.storage.resolve import is_hub_id, resolve_checkpoint
 from lowrank_dist.tuners.support import needs_peft
 
 
@@ -28,6 +27,7 @@ def recorded_recipe(
     checkpoint: TrainingCheckpoint,
     *,
     pretrained: str | None = None,
+    revision: str | None = None,
     cache: str | os.PathLike[str] | None = None,
 ) -> ModelRecipe:
     """The recipe of the run that wrote `checkpoint`, to be built with `lowrank_dist.checkpoints.resuming.earlier_run`.
@@ -38,6 +38,8 @@ def recorded_recipe(
         The checkpoint; its manifest and the configuration of its adapter are read.
     pretrained
         Directory or hub id of the weights that the run began from. Default: the ones that the manifest names.
+    revision
+        Revision of a hub id. Default: the commit that the manifest records, if `pretrained` is not given.
     cache
         The run's ``init_cache``.
 
@@ -46,7 +48,8 @@ def recorded_recipe(
     CheckpointError
         If the manifest lacks an entry, or the weights are not found.
     InputError
-        If the ranks of the adapter have changed while it was trained (AdaLoRA).
+        If a revision of a directory is asked for, or if the ranks of the adapter have changed while it was trained
+        (AdaLoRA).
     """
     manifest, directory = checkpoint.manifest, checkpoint.directory
     for entry in ("pretrained", "residual", "recipe"):
@@ -65,7 +68,8 @@ def recorded_recipe(
         adapter.init_lora_weights = True
     options = manifest.record("recipe")
     name = manifest.text("pretrained") if pretrained is None else pretrained
-    revision = manifest.get("pretrained_commit") if pretrained is None and not Path(name).exists() else None
+    if revision is None and pretrained is None and is_hub_id(name):
+        revision = manifest.text("pretrained_commit", None)
     residual = format_from_dict(manifest.record("residual"))
     quantization = residual if isinstance(residual, str) or not residual.exact else None
     blocks = copied_blocks(manifest)

@@ -33,6 +33,7 @@ from lowrank_dist.model.names import peft_name
 from lowrank_dist.storage.atomic import atomic_directory
 from lowrank_dist.storage.disk import check_free, flush_directory
 from lowrank_dist.storage.layout import ADAPTER_DIR, INITIAL_DIR, LORA_DIR, MANIFEST, sealed
+from lowrank_dist.storage.original import Original
 from lowrank_dist.storage.reader import FileTensor
 from lowrank_dist.storage.verify import FORMAT, OPTIMIZER, STATE, file_digest, tensor_digest
 from lowrank_dist.storage.writer import TensorFiles, write_json, write_tensors
@@ -93,10 +94,10 @@ class CheckpointWriter:
         all-to-all per 16 MiB of shards, and removes them from `materialized`.
     group
         The ranks that share the model.
-    base
-        Pretrained model; becomes ``base_model_name_or_path``.
+    original
+        Pretrained model; its name becomes ``base_model_name_or_path``, its commit ``revision``.
     starts_at_zero
-        Whether the adapter is a LoRA for the unmodified `base`.
+        Whether the adapter is a LoRA for the unmodified `original`.
     facts
         Further entries of the manifest: method, quantization, fingerprint of the base, ...
     files
@@ -125,7 +126,7 @@ class CheckpointWriter:
         materialized: Materialized,
         group: ShardGroup,
         *,
-        base: str,
+        original: Original,
         starts_at_zero: bool,
         facts: Mapping[str, Any],
         files: AdapterFiles | None = None,
@@ -138,7 +139,8 @@ class CheckpointWriter:
         # factors that are frozen belong to the adapter too
         self._frozen = {name: parameters[name] for name in materialized.initial if name not in self.trained}
         self._config = copy.deepcopy(config)
-        self._config.base_model_name_or_path, self._config.inference_mode = base, True
+        self._config.base_model_name_or_path, self._config.revision = original.name, original.revision
+        self._config.inference_mode = True
         self._group, self._starts_at_zero, self._derived = group, starts_at_zero, derived
         self.files = materialized.layout if files is None else files
         self.allocation = allocation
@@ -173,7 +175,7 @@ class CheckpointWriter:
             "format": FORMAT,
             "kind": "checkpoint",
             "lowrank_dist": __version__,
-            "base": base,
+            **original.facts(),
             "starts_at_zero": starts_at_zero,
             "adapter_is_for": "the base" if starts_at_zero else "the residual",
             "experts": experts,
@@ -272,7 +274,7 @@ class CheckpointWriter:
             contents, staging = self._laid_out_for(taken), Path()
             with group.shared_errors():
                 if group.rank == 0:
-                    staging = stack.enter_context(atomic_directory(directory, overwrite=True))
+                    staging = stack.enter_context(atomic_directory(directory, overwrite=True, kind="checkpoint"))
             staging = Path(str(group.broadcast_object(str(staging))))
             files = tensor_files(contents, staging)
             for part in files.values():

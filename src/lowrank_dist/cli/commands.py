@@ -17,7 +17,7 @@ from functools import partial
 from pkgutil import resolve_name
 
 from lowrank_dist._version import __version__
-from lowrank_dist.errors import InputError
+from lowrank_dist.errors import InputError, RemoteError
 from lowrank_dist.training.fit_cli import TRAINER_COMMANDS, no_garbage
 
 
@@ -142,13 +142,29 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return READER_GONE
     except InputError as error:
-        from lowrank_dist.storage.parse import printable
-
-        text = "\n".join(printable(line, 10_000) for line in str(error).split("\n"))
-        print(f"lowrank-dist {name}: {text}", file=sys.stderr)
-        return 1
+        return _refused(name, str(error))
+    except OSError as error:
+        if command.takes_name:  # a run of Lightning, whose traceback says what was under way
+            raise
+        return _refused(name, _of_the_system(error))
     finally:
         gc.unfreeze()  # some libraries count what is left at the end
+
+
+def _refused(name: str, text: str) -> int:
+    """Print what ended a command, and return its exit status."""
+    from lowrank_dist.storage.parse import printable
+
+    lines = "\n".join(printable(line, 10_000) for line in text.split("\n"))
+    print(f"lowrank-dist {name}: {lines}", file=sys.stderr)
+    return 1
+
+
+def _of_the_system(error: OSError) -> str:
+    """An error of the system, beginning with the file."""
+    if error.filename is None or isinstance(error, RemoteError):
+        return str(error)
+    return f"{os.fsdecode(error.filename)}: {error.strerror}"
 
 
 def _imported(run: str) -> Callable[[list[str]], int]:

@@ -9,8 +9,8 @@ import torch
 
 from lowrank_dist.cli.output import add_overwrite
 from lowrank_dist.errors import InputError
-from lowrank_dist.export.convert import SERVED_RANKS, Conversion, convert_checkpoint
-from lowrank_dist.export.serving import DEFAULT_RANK, objections
+from lowrank_dist.export.convert import convert_checkpoint
+from lowrank_dist.export.serving import objections
 from lowrank_dist.linalg.truncate import EnergyKept
 from lowrank_dist.storage.dtypes import NAMED_DTYPES
 from lowrank_dist.storage.layout import MANIFEST
@@ -22,19 +22,25 @@ def run(argv: Sequence[str]) -> int:
     dtype = None if options.dtype is None else NAMED_DTYPES[options.dtype]
     if options.base is not None:
         return _refit(options, dtype, argv)
+    if options.devices != 1:
+        raise InputError(f"--devices {options.devices}: ranks share a fit only; leave it out, or pass --base too")
     done = convert_checkpoint(
         options.checkpoint,
         options.output,
         rank=options.rank,
         dtype=dtype,
+        pretrained=options.pretrained,
+        revision=options.revision,
         overwrite=options.overwrite,
         progress=True,
     )
     print(done.path)
     if done.energy is not None:
         print(f"Rank {done.rank} of {done.exact_rank} {_kept(done.energy)}.")
-    for line in [*advice(done), *objections(done.path)]:
+    for line in objections(done.path):
         print(line)
+    for rank, energy in done.alternatives.items():
+        print(f"--rank {rank} {_kept(energy)}.")
     return 0
 
 
@@ -63,6 +69,12 @@ def parser() -> argparse.ArgumentParser:
         help="with --rank: fit the LoRA to the trained model, quantization included, on this base: the original model, "
         "or the original model loaded in NF4 by transformers",
     )
+    parser.add_argument(
+        "--pretrained",
+        help="with --base, and for adapters that are no LoRA: directory or hub id of the original model (default: the "
+        "one recorded in the checkpoint)",
+    )
+    parser.add_argument("--revision", help="revision of a hub id (default: the recorded commit)")
     parser.add_argument("--devices", type=int, default=1, help="with --base: ranks to start on this host")
     return parser
 
@@ -75,6 +87,8 @@ def _refit(options: argparse.Namespace, dtype: torch.dtype | None, argv: Sequenc
 
     if options.rank is None:
         raise InputError("--base fits a LoRA of a chosen rank: pass --rank too")
+    if options.devices < 1:
+        raise InputError(f"--devices {options.devices} must be at least 1")
     if options.devices > 1 and not launched():
         return launch(["convert", *argv], options.devices)
     with shard_group("auto") as (group, device):
@@ -86,6 +100,8 @@ def _refit(options: argparse.Namespace, dtype: torch.dtype | None, argv: Sequenc
             group=group,
             device=device,
             dtype=dtype,
+            pretrained=options.pretrained,
+            revision=options.revision,
             overwrite=options.overwrite,
             show_progress=True,
         )
@@ -95,6 +111,8 @@ def _refit(options: argparse.Namespace, dtype: torch.dtype | None, argv: Sequenc
                 f"The exact LoRA misses {done.before:.4%} of the difference between the trained model and the "
                 f"{options.base} base (Frobenius); this LoRA of rank {done.rank} misses {done.after:.4%}."
             )
+            for line in objections(done.path):
+                print(line)
             if done.not_quantized:
                 names = ", ".join(f'"{name}"' for name in done.not_quantized[:3])
                 more = f" and {len(done.not_quantized) - 3} more: not_quantized in {MANIFEST}"
@@ -103,18 +121,6 @@ def _refit(options: argparse.Namespace, dtype: torch.dtype | None, argv: Sequenc
                     f"llm_int8_skip_modules=[{names}]){more if len(done.not_quantized) > 3 else ''}"
                 )
     return 0
-
-
-def advice(done: Conversion) -> list[str]:
-    """Lines that say which ranks vLLM takes, and the energy that other ranks keep."""
-    lines = []
-    if done.rank not in SERVED_RANKS:
-        larger = [rank for rank in SERVED_RANKS if rank > done.rank]
-        serves = f"rank {done.rank} needs {larger[0]}" if larger else f"rank {done.rank} is beyond them"
-        lines.append(f"vLLM's --max-lora-rank is one of {', '.join(map(str, SERVED_RANKS))}: {serves}.")
-    elif done.rank > DEFAULT_RANK and not done.is_dora:
-        lines.append(f"vLLM needs --max-lora-rank {done.rank}: by default it takes ranks up to {DEFAULT_RANK}.")
-    return lines + [f"--rank {rank} {_kept(energy)}." for rank, energy in done.alternatives.items()]
 
 
 def _kept(energy: EnergyKept) -> str:

@@ -26,10 +26,11 @@ def parser() -> argparse.ArgumentParser:
     """The parser of ``lowrank-dist import``."""
     parser = argparse.ArgumentParser(
         prog="lowrank-dist import",
-        description="Write the weights of pytorch_model.bin, or of other files that torch.save wrote, as safetensors. "
-        "They are read by torch.load(weights_only=True), which runs no code of the file.",
+        description="Write the weights of pytorch_model.bin, or of other files that torch.save wrote, as safetensors; "
+        "an adapter in adapter_model.bin with its configuration. They are read by torch.load(weights_only=True), which "
+        "runs no code of the file.",
     )
-    parser.add_argument("source", help="directory of the model, or one file of weights")
+    parser.add_argument("source", help="directory of the model or of the adapter, or one file of weights")
     parser.add_argument("--output", required=True, help="directory to write; complete or absent")
     parser.add_argument(
         "--max-shard-size",

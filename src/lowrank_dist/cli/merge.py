@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--base", help="directory or hub id of the original model (default: the one recorded in the checkpoint)"
     )
-    parser.add_argument("--revision", help="revision of a hub id")
+    parser.add_argument("--revision", help="revision of a hub id (default: the recorded commit)")
     parser.add_argument("--dtype", choices=list(NAMED_DTYPES), help="dtype of the output (default: that of the base)")
     parser.add_argument(
         "--max-shard-size",

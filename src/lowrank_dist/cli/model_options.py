@@ -29,7 +29,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base", help="directory or hub id of the weights that the adapter is for (default: as recorded with it)"
     )
-    parser.add_argument("--revision", help="revision of a hub id: of --base, or of a pretrained model")
+    parser.add_argument(
+        "--revision",
+        help="revision of a hub id: of --base, of the model, or of the base that the adapter names (default: the "
+        "recorded commit, or main)",
+    )
     parser.add_argument(
         "--quantization",
         choices=[*QUANT_STATES, "none"],

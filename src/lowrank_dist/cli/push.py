@@ -9,7 +9,8 @@ from pathlib import Path
 
 from lowrank_dist.cli.output import add_overwrite
 from lowrank_dist.errors import InputError
-from lowrank_dist.export.publish import CARD, About, Scores, publication
+from lowrank_dist.export.card import CARD, About, Scores
+from lowrank_dist.export.publish import publication
 from lowrank_dist.inference.scores import measured
 from lowrank_dist.storage.layout import read_json
 from lowrank_dist.storage.parse import Record

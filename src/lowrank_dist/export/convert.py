@@ -23,19 +23,18 @@ from lowrank_dist.adapters.lora import ExactLora, LoraModule
 from lowrank_dist.adapters.source import refuse_copies
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import CheckpointError, InputError
+from lowrank_dist.export.serving import SERVED_RANKS
 from lowrank_dist.linalg.truncate import EnergyKept, energy_kept, singular_values, truncate
 from lowrank_dist.model.stacking import stacked_shapes
 from lowrank_dist.storage.atomic import atomic_directory
 from lowrank_dist.storage.dtypes import DTYPES
 from lowrank_dist.storage.layout import ADAPTER_DIR, LORA_DIR, MANIFEST, WEIGHTS, parts_of, read_manifest, sealed
+from lowrank_dist.storage.original import Original
+from lowrank_dist.storage.parse import Record
 from lowrank_dist.storage.reader import FileTensor
-from lowrank_dist.storage.replacing import check_target
+from lowrank_dist.storage.replacing import check_parent, check_target
 from lowrank_dist.storage.verify import hashes_of_root, verify_checkpoint
 from lowrank_dist.storage.writer import TensorFiles, write_json
-
-# vLLM's --max-lora-rank, which sizes its buffers, must be one of these. An adapter's rank may be smaller, but must be
-# the same for all modules.
-SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +89,8 @@ def convert_checkpoint(
     *,
     rank: int | None = None,
     dtype: torch.dtype | None = None,
+    pretrained: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
     overwrite: bool = False,
     progress: bool = False,
 ) -> Conversion:
@@ -116,6 +117,9 @@ def convert_checkpoint(
         Dtype of the written factors; None: that of the checkpoint's factors. Whole modules keep theirs. If this rounds
         ``[A; A_0]`` and ``[B | -B_0]``, singular vectors of their product are written instead, at the same rank. Their
         rounding error is proportional to the update, not to the much larger products whose difference it is.
+    pretrained, revision
+        Directory or hub id of the original model, and the revision of a hub id. Default: the recorded ones. Only the
+        nearest LoRA to an adapter of another type is made with its weights.
     overwrite
         Replace a directory at `output` that this package wrote.
     progress
@@ -130,8 +134,9 @@ def convert_checkpoint(
     ------
     InputError
         If `output` may not be replaced (`lowrank_dist.storage.replacing.check_target`), if `rank` is below 1 or above
-        that of the exact LoRA, or missing where there is none, if `dtype` cannot hold the factors, or if `output` is
-        the checkpoint itself, one of its parents, or a directory that the LoRA is made from.
+        that of the exact LoRA, or missing where there is none, if `dtype` cannot hold the factors, if `pretrained` is
+        given where no weights are read, or if `output` is the checkpoint itself, one of its parents, or a directory
+        that the LoRA is made from.
     CheckpointError
         If `checkpoint` is not a checkpoint, is damaged, or holds NaN or infinity.
     ModelError
@@ -158,8 +163,9 @@ def convert_checkpoint(
 
     The result is an ordinary PEFT adapter: ``PeftModel.from_pretrained(original, "lora")`` loads it.
     """
-    check_target(output, overwrite=overwrite, inputs=parts_of(Path(checkpoint)))
+    check_target(output, overwrite=overwrite, kind="lora", inputs=parts_of(Path(checkpoint)))
     checkpoint, output = Path(checkpoint), Path(output).absolute()
+    check_parent(output)
     refuse_copies(checkpoint)
     manifest = read_manifest(checkpoint)
     verify_checkpoint(checkpoint, ShardGroup.single())
@@ -168,7 +174,17 @@ def convert_checkpoint(
 
     config = read_config(checkpoint / ADAPTER_DIR)
     if not adds_product(config) and rank is not None:
-        return _nearest(checkpoint, output, manifest, rank=rank, dtype=dtype, overwrite=overwrite, progress=progress)
+        return _nearest(
+            checkpoint,
+            output,
+            manifest,
+            rank=rank,
+            dtype=dtype,
+            pretrained=pretrained,
+            revision=revision,
+            overwrite=overwrite,
+            progress=progress,
+        )
     if needs_peft(config) and (checkpoint / LORA_DIR).is_dir():
         raise InputError(
             f"{checkpoint}: its adapter is of {said(config)}, and {checkpoint / LORA_DIR} is the exact LoRA already; "
@@ -185,6 +201,11 @@ def convert_checkpoint(
                 "(--rank), or merge it (lowrank-dist merge)"
             )
         )
+    if pretrained is not None or revision is not None:
+        raise InputError(
+            f"{checkpoint}: a LoRA is converted from its factors alone; leave pretrained and revision out, or fit it "
+            "to the original model (--base)"
+        )
     lora = ExactLora(checkpoint)
     if rank is not None:
         _check_rank(rank, lora)
@@ -193,7 +214,7 @@ def convert_checkpoint(
     written, uniform = rank or lora.rank, rank is not None or lora.uniform
     measure = lora.scalings_known and not lora.config.use_dora and not _served(written, uniform)
     spectra: dict[str, Tensor] = {}
-    with atomic_directory(output, overwrite=overwrite) as staging:
+    with atomic_directory(output, overwrite=overwrite, kind="lora") as staging:
         with closing(TensorFiles(staging, tensors, stem=Path(WEIGHTS).stem, max_bytes=sys.maxsize)) as files:
             files.create()
             for name in lora.whole:
@@ -218,6 +239,9 @@ def convert_checkpoint(
             config = changed_config(
                 config, r=rank, lora_alpha=rank, use_rslora=False, rank_pattern={}, alpha_pattern={}
             )
+        original = Original.recorded(manifest)
+        if original is not None:
+            config.revision = original.revision
         config.save_pretrained(str(staging))
         described = _manifest(manifest, written, energy) | {"hashes": hashes_of_root(staging)}
         write_json(staging / MANIFEST, sealed(described))
@@ -235,18 +259,28 @@ def convert_checkpoint(
 def _nearest(
     checkpoint: Path,
     output: Path,
-    manifest: dict[str, Any],
+    manifest: Record,
     *,
     rank: int,
     dtype: torch.dtype | None,
+    pretrained: str | os.PathLike[str] | None,
+    revision: str | None,
     overwrite: bool,
     progress: bool,
 ) -> Conversion:
     """Convert an adapter whose update is no product of two factors."""
     from lowrank_dist.export.nearest import write_nearest  # builds the model, which LoRAs do not need
 
-    with atomic_directory(output, overwrite=overwrite) as staging:
-        found = write_nearest(checkpoint, staging, rank=rank, dtype=dtype, show_progress=progress)
+    with atomic_directory(output, overwrite=overwrite, kind="lora") as staging:
+        found = write_nearest(
+            checkpoint,
+            staging,
+            rank=rank,
+            dtype=dtype,
+            pretrained=pretrained,
+            revision=revision,
+            show_progress=progress,
+        )
         write_json(
             staging / MANIFEST, sealed(_manifest(manifest, rank, found.energy) | {"hashes": hashes_of_root(staging)})
         )

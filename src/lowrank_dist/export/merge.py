@@ -44,9 +44,10 @@ from lowrank_dist.storage.disk import check_free
 from lowrank_dist.storage.layout import MANIFEST
 from lowrank_dist.storage.parse import read_record
 from lowrank_dist.storage.reader import CheckpointReader, check_finite
-from lowrank_dist.storage.replacing import check_target
+from lowrank_dist.storage.replacing import check_parent, check_target
+from lowrank_dist.storage.small_files import copy_small_files, small_files
 from lowrank_dist.storage.verify import verify_adapter
-from lowrank_dist.storage.writer import MAX_BYTES, TensorFiles, copy_other_files, write_json
+from lowrank_dist.storage.writer import MAX_BYTES, TensorFiles, write_json
 
 BLOCK_BYTES = 32 * 2**20  # of fp32 values
 
@@ -132,18 +133,22 @@ def merge_checkpoint(
     verify_adapter(Path(checkpoint), ShardGroup.single())
     adapter = find_adapter(Path(checkpoint), any_type=True, converted_dora=True, copies=True)
     directory = find_base(adapter, base, revision)
-    check_target(output, overwrite=overwrite, inputs=[adapter.directory, directory])
+    check_target(output, overwrite=overwrite, kind="merged", inputs=[adapter.directory, directory])
     output = Path(output).absolute()
+    check_parent(output)
     if max_file_bytes < 1:
         raise InputError(f"max_file_bytes={max_file_bytes} must be positive")
     plan = plan_merge(adapter, directory, dtype)
+    beside = small_files(plan.reader.directory, plan.reader.files)
     check_free(output, plan.nbytes)
     try:
         with (
             progress_bar(plan.nbytes, show=show_progress, doing="Merging") as bar,
-            atomic_directory(output, overwrite=overwrite) as staging,
+            atomic_directory(output, overwrite=overwrite, kind="merged") as staging,
         ):
             _Merge(adapter, plan, bar.update).write(staging, max_file_bytes)
+            copy_small_files(beside, staging)
+            _change_config(staging / "config.json", plan.config_changes)
     except OSError as error:
         raise CheckpointError(f"{output}: could not be written: {error}") from error
     finally:
@@ -176,8 +181,6 @@ class _Merge:
         for name, file_tensor in self.plan.files.items():
             if self._written[name] != file_tensor.numel:  # unwritten elements would be zeros, which look like weights
                 raise RuntimeError(f"{name}: {self._written[name]} of {file_tensor.numel} elements were written")
-        copy_other_files(self.plan.reader.directory, staging)
-        self._write_config(staging / "config.json")
         write_json(staging / MANIFEST, self._manifest())
 
     def _manifest(self) -> dict[str, Any]:
@@ -263,13 +266,15 @@ class _Merge:
         check_finite(key, values, 0)
         return values.float()
 
-    def _write_config(self, path: Path) -> None:
-        config, changes = dict(read_record(path)), dict(self.plan.config_changes)
-        if "dtype" in changes and "torch_dtype" in config:  # the name before transformers 5
-            changes["torch_dtype"] = changes.pop("dtype")
-        if changes:
-            inside = {key: changes[key] for key in changes if key in ("tie_word_embeddings", "dtype", "torch_dtype")}
-            write_json(path, _changed(config, inside) | changes)
+
+def _change_config(path: Path, changes: dict[str, Any]) -> None:
+    """Change entries of a ``config.json``."""
+    config, changes = dict(read_record(path)), dict(changes)
+    if "dtype" in changes and "torch_dtype" in config:  # the name before transformers 5
+        changes["torch_dtype"] = changes.pop("dtype")
+    if changes:
+        inside = {key: changes[key] for key in changes if key in ("tie_word_embeddings", "dtype", "torch_dtype")}
+        write_json(path, _changed(config, inside) | changes)
 
 
 def _changed(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -28,9 +28,8 @@ from lowrank_dist.model.names import CheckpointKeys, peft_name, plain_name
 from lowrank_dist.model.plan import Plan, PlannedMatrix, open_plan
 from lowrank_dist.model.skeleton import build_skeleton, read_config
 from lowrank_dist.residual_model.reader import initial_directory
-from lowrank_dist.storage.layout import CONFIG
+from lowrank_dist.storage.original import find_original
 from lowrank_dist.storage.reader import CheckpointReader, FileTensor, Piece
-from lowrank_dist.storage.resolve import resolve_checkpoint
 from lowrank_dist.storage.writer import stored_dtype
 from lowrank_dist.tuners.support import adds_product
 
@@ -111,22 +110,30 @@ class MergePlan:
         return sum(tensor.numel * tensor.dtype.itemsize for tensor in self.files.values())
 
 
-def find_base(adapter: AdapterSource, base: str | os.PathLike[str] | None = None, revision: str | None = None) -> Path:
-    """Directory of the original model: `base`, or else the one that the adapter names.
+def find_base(
+    adapter: AdapterSource,
+    base: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    *,
+    option: str = "base",
+) -> Path:
+    """Directory of the original model: `base`, or else the one that was recorded with the adapter.
+
+    Parameters
+    ----------
+    adapter
+        From `lowrank_dist.adapters.source.find_adapter`.
+    base, revision
+        What the user names.
+    option
+        Name of the option that `base` comes from, for messages.
 
     Raises
     ------
     CheckpointError
         If it is not there, or is a residual model although the adapter is for the original one.
     """
-    name = base or adapter.base
-    if not name:
-        raise CheckpointError(f"{adapter.directory}: {CONFIG} names no base model; pass base")
-    try:
-        directory = resolve_checkpoint(name, revision=revision or (None if base else adapter.config.revision))
-    except CheckpointError as error:
-        hint = "" if base else f" ({adapter.directory} names this base model; pass base if it is elsewhere now)"
-        raise CheckpointError(f"{error}{hint}") from error
+    directory = find_original(adapter.original, base, revision, of=adapter.directory, option=option)
     if adapter.has_manifest and initial_directory(directory) is not None:
         raise CheckpointError(
             f"{directory} is a residual model, but the adapter is for the original model; pass the original"

@@ -7,6 +7,7 @@ model itself (modules trained whole, norms, biases) goes along.
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -54,7 +55,14 @@ class Nearest:
 
 
 def write_nearest(
-    checkpoint: Path, staging: Path, *, rank: int, dtype: torch.dtype | None, show_progress: bool
+    checkpoint: Path,
+    staging: Path,
+    *,
+    rank: int,
+    dtype: torch.dtype | None,
+    pretrained: str | os.PathLike[str] | None,
+    revision: str | None,
+    show_progress: bool,
 ) -> Nearest:
     """Write the LoRA of rank `rank` that is nearest to the update of a checkpoint, as PEFT's files.
 
@@ -71,6 +79,8 @@ def write_nearest(
         zeros.
     dtype
         Dtype of the factors. Default: that of the checkpoint's adapter.
+    pretrained, revision
+        The original model. Default: the recorded one.
     show_progress
         Show a progress bar.
 
@@ -85,7 +95,7 @@ def write_nearest(
     """
     with ExitStack() as stack:
         adapter = stack.enter_context(closing(find_adapter(checkpoint, any_type=True, converted_dora=True)))
-        plan = plan_merge(adapter, find_base(adapter))
+        plan = plan_merge(adapter, find_base(adapter, pretrained, revision, option="pretrained"))
         stack.enter_context(closing(plan.reader))
         tuned = plan.tuned
         assert tuned is not None
@@ -223,7 +233,7 @@ def _config(adapter: AdapterSource, tuned: TunedModel, layers: list[str], rank: 
         modules_to_save=getattr(adapter.config, "modules_to_save", None) if tuned.whole else None,
         fan_in_fan_out=any(tuned.modules[name] is Conv1D for name in layers),
         task_type=adapter.config.task_type,
-        base_model_name_or_path=adapter.base,
-        revision=adapter.config.revision,
+        base_model_name_or_path=None if adapter.original is None else adapter.original.name,
+        revision=None if adapter.original is None else adapter.original.revision,
         inference_mode=True,
     )

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,53 +13,28 @@ from typing import Any
 
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import CheckpointError, InputError
+from lowrank_dist.export.card import CARD, About, Card, Use
 from lowrank_dist.export.serving import objections
 from lowrank_dist.storage.atomic import atomic_directory
-from lowrank_dist.storage.layout import CONFIG, MANIFEST, WEIGHTS, read_json, read_manifest, sealed
+from lowrank_dist.storage.layout import CONFIG, MANIFEST, WEIGHTS, manifest_for, read_json, read_manifest, sealed
+from lowrank_dist.storage.original import Original
 from lowrank_dist.storage.parse import Record
 from lowrank_dist.storage.reader import CheckpointReader
+from lowrank_dist.storage.resolve import resolve_checkpoint
+from lowrank_dist.storage.small_files import small_files
 from lowrank_dist.storage.verify import verify_adapter
-from lowrank_dist.storage.writer import BESIDE_WEIGHTS
 
-CARD = "README.md"
-#: Entries of a manifest that name places on the machine that wrote it.
-_LOCAL = ("base", "pretrained", "started_from", "adapter", "saved_by", "files", "seal")
-_TASKS = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification"}
-
-Scores = Mapping[str, Mapping[tuple[str, str], tuple[float, float | None]]]
-"""By model (``base``, ``converted``, ...): value and standard error by task and metric."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class About:
-    """What a model card says that the files do not.
-
-    Attributes
-    ----------
-    base_model
-        Hub id of the original model. None: the name under which the run loaded it, which must then be one.
-    title
-        Heading of the card.
-    datasets
-        Names of the training data.
-    license
-        Identifier of the licence, as the hub knows it. None: none is stated.
-    scores
-        Scores of the models of the checkpoint.
-    """
-
-    base_model: str | None = None
-    title: str
-    datasets: Sequence[str] = ()
-    license: str | None = None
-    scores: Scores | None = None
+#: Entries of a manifest that name places on the machine that wrote it, and those of the base, which are written anew.
+_LOCAL = ("pretrained", "pretrained_commit", "started_from", "adapter", "saved_by", "files", "seal")
+_OF_THE_BASE = ("base", "base_location", "base_commit")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Publication:
-    """Files by their name in the repository: a path to copy, or the text."""
+    """Files by their name in the repository: a path to copy, or the text; and the kind of what they are."""
 
     files: Mapping[str, Path | str]
+    kind: str
 
     def write(self, output: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write the files to a directory, complete or not at all.
@@ -70,8 +44,9 @@ class Publication:
         InputError
             If something is there that may not be replaced.
         """
-        with atomic_directory(output, overwrite=overwrite) as staging:
+        with atomic_directory(output, overwrite=overwrite, kind=self.kind) as staging:
             for name, content in self.files.items():
+                (staging / name).parent.mkdir(exist_ok=True)
                 if isinstance(content, Path):
                     shutil.copyfile(content, staging / name)
                 else:
@@ -140,150 +115,93 @@ def publication(source: str | os.PathLike[str], about: About) -> Publication:
 
 
 def _lora(source: Path, manifest: Record, about: About) -> Publication:
-    base = about.base_model or _hub_id(manifest, source)
+    base = _published_base(manifest, source, about.base_model)
     verify_adapter(source, ShardGroup.single())
     config = read_json(source / CONFIG)
-    card = _Card(manifest, base, about)
+    named = {**_without_places(config), "base_model_name_or_path": base.name, "revision": base.commit}
+    card = Card(manifest, base, about, Use.of_adapter(config) or _use_of(Original.recorded(manifest)))
     card.add("rank", f"{config.get('r')}" + (" and others (`rank_pattern`)" if config.get("rank_pattern") else ""))
     card.notes += objections(source)
     return Publication(
         files={
             CARD: card.text(adapter=config),
-            CONFIG: json.dumps({**config, "base_model_name_or_path": base}, indent=2) + "\n",
+            CONFIG: json.dumps(named, indent=2) + "\n",
             WEIGHTS: source / WEIGHTS,
             MANIFEST: _scrubbed(manifest, base),
-        }
+        },
+        kind="lora",
     )
 
 
 def _merged(source: Path, manifest: Record, about: About) -> Publication:
     trained = manifest
     with suppress(CheckpointError, OSError):  # the checkpoint knows how it was trained, if it is still there
-        trained = read_manifest(Path(manifest.text("adapter")))
-    base = about.base_model or _hub_id(trained, source)
+        trained = manifest_for(Path(manifest.text("adapter"))) or manifest
+    base = _published_base(trained, source, about.base_model)
     with closing(CheckpointReader(source)) as reader:
         weights = {path.name: path for path in reader.files}
-    others = {path.name: path for pattern in BESIDE_WEIGHTS for path in source.glob(pattern) if path.is_file()}
+    others = {name: _published(name, path) for name, path in small_files(source, weights.values()).items()}
     index = source / "model.safetensors.index.json"
     if index.is_file():
         others[index.name] = index
-    card = _Card(trained, base, about)
-    return Publication(files={**others, **weights, CARD: card.text(adapter=None), MANIFEST: _scrubbed(manifest, base)})
+    card = Card(trained, base, about, Use.of_model(read_json(source / "config.json")))
+    files = {**others, **weights, CARD: card.text(adapter=None), MANIFEST: _scrubbed(manifest, base)}
+    return Publication(files=files, kind="merged")
 
 
-def _hub_id(manifest: Record, source: Path) -> str:
-    """The name of the base, if it can be one of the hub."""
-    name = manifest.text("base", None)
-    if name is None or name.count("/") > 1 or name.startswith((".", "/", "~")) or Path(name).exists():
+def _use_of(original: Original | None) -> Use | None:
+    """How a base is used, if its configuration is on this machine."""
+    if original is None:
+        return None
+    name, revision = original.chosen()
+    with suppress(InputError, OSError):
+        return Use.of_model(read_json(resolve_checkpoint(name, revision=revision, fetch=False) / "config.json"))
+    return None
+
+
+def _published(name: str, path: Path) -> Path | str:
+    """A file as it is published: settings without the names of directories of this machine."""
+    if not name.endswith("config.json"):
+        return path
+    settings, kept = read_json(path), _without_places(read_json(path))
+    return path if kept == settings else json.dumps(kept, indent=2, ensure_ascii=False) + "\n"
+
+
+def _without_places(settings: Any) -> Any:
+    """Settings without entries that say where transformers, or PEFT, found the model and its files."""
+    if isinstance(settings, list):
+        return [_without_places(value) for value in settings]
+    if not isinstance(settings, Mapping):
+        return settings
+    return {
+        name: _without_places(value)
+        for name, value in settings.items()
+        if not name.endswith("name_or_path") and not _is_path(name, value)
+    }
+
+
+def _is_path(name: str, value: object) -> bool:
+    """Whether an entry of settings is an absolute path; tokens, too, may begin with a slash."""
+    return name.endswith(("_file", "_path", "_dir")) and isinstance(value, str) and Path(value).is_absolute()
+
+
+def _published_base(manifest: Record, source: Path, named: str | None) -> Original:
+    """The base under its hub id: the one that the user has `named`, or the recorded one.
+
+    Its commit is the recorded one, unless that is of another model of the hub than the named one.
+    """
+    recorded = Original.recorded(manifest)
+    if named is not None:
+        known = recorded is not None and (not recorded.is_on_hub or recorded.location == named)
+        return Original(name=named, location=named, commit=recorded.commit if recorded and known else None)
+    if recorded is None or not recorded.is_on_hub:
         raise InputError(
-            f"{source}: its base is {name!r}, a directory of this machine, which nobody else has; pass "
-            "--base_model ORG/NAME"
+            f"{source}: its base is {recorded and recorded.name!r}, a directory of this machine, which nobody else "
+            "has; pass --base_model ORG/NAME"
         )
-    return name
+    return recorded
 
 
-def _scrubbed(manifest: Record, base: str) -> str:
-    kept = {key: value for key, value in manifest.items() if key not in _LOCAL}
-    return json.dumps(sealed({**kept, "base": base}), indent=1, sort_keys=True) + "\n"
-
-
-class _Card:
-    """A model card in the making."""
-
-    def __init__(self, manifest: Record, base: str, about: About) -> None:
-        self.manifest, self.base, self.about = manifest, base, about
-        self.rows: list[tuple[str, str]] = []
-        self.notes: list[str] = []
-        self.add(
-            "base", f"`{base}`" + (f", commit `{commit}`" if (commit := manifest.get("pretrained_commit")) else "")
-        )
-        self.add("fingerprint of its weights", _code(manifest.get("pretrained_fingerprint")))
-        self.add("initialisation", manifest.get("method"))
-        self.add("base in training", _code(manifest.get("quantization")))
-        self.add("precision of training", manifest.get("precision"))
-        self.add("optimizer steps", manifest.get("step"))
-        self.add("training data", ", ".join(f"`{name}`" for name in about.datasets))
-        self._add_errors()
-
-    def add(self, name: str, value: Any) -> None:
-        """A row of the table, if there is a value."""
-        if value not in (None, ""):
-            self.rows.append((name, str(value)))
-
-    def _add_errors(self) -> None:
-        matrices = self.manifest.records("matrices")
-        known = [m for m in matrices if isinstance(m.get("error"), float) and isinstance(m.get("norm"), float)]
-        norm = math.hypot(*(m["norm"] for m in known))
-        if self.manifest.get("residual") and norm:
-            left = math.hypot(*(m["error"] for m in known)) / norm
-            self.add("lost to quantization in training, and not made up for here", f"{left:.2%} of the adapted weights")
-        kept = self.manifest.get("energy_kept")
-        if isinstance(kept, Mapping) and isinstance(kept.get("overall"), float):
-            self.add("energy of the update kept at this rank", f"{kept['overall']:.2%}")
-
-    def text(self, *, adapter: Record | None) -> str:
-        """The card of an adapter with this configuration, or of a merged model."""
-        from huggingface_hub import ModelCardData
-
-        name = "MODEL" if adapter is None else "ADAPTER"
-        method = str(self.manifest.get("method") or "")
-        data = ModelCardData(
-            base_model=self.base,
-            library_name="transformers" if adapter is None else "peft",
-            pipeline_tag="text-generation" if adapter is None else _TASKS.get(str(adapter.get("task_type"))),
-            license=self.about.license,
-            datasets=list(self.about.datasets) or None,
-            tags=["lowrank-dist", *(["lora"] if adapter is not None else []), *([method.lower()] if method else [])],
-        )
-        what = "A LoRA for" if adapter is not None else "The merged weights of a LoRA and"
-        blocks = [
-            f"---\n{data.to_yaml()}\n---",
-            f"# {self.about.title}",
-            f"{what} `{self.base}`, trained with lowrank_dist {self.manifest.get('lowrank_dist')}.",
-            _table(["", ""], self.rows),
-        ]
-        if self.about.scores:
-            blocks += ["## Scores", _scores(self.about.scores)]
-        if self.notes:
-            blocks += ["## Serving", "\n".join(f"- {note}" for note in self.notes)]
-        use = [
-            "from transformers import AutoModelForCausalLM",
-            "",
-            f'model = AutoModelForCausalLM.from_pretrained("{name}")',
-        ]
-        if adapter is not None:
-            use = [
-                "from peft import PeftModel",
-                "from transformers import AutoModelForCausalLM",
-                "",
-                f'base = AutoModelForCausalLM.from_pretrained("{self.base}")',
-                f'model = PeftModel.from_pretrained(base, "{name}")',
-            ]
-        if self._is_causal(adapter):
-            blocks += ["## Use", "\n".join(["```python", *use, "```"])]
-        return "\n\n".join(blocks) + "\n"
-
-    @staticmethod
-    def _is_causal(adapter: Record | None) -> bool:
-        return adapter is None or adapter.get("task_type") in (None, "CAUSAL_LM")
-
-
-def _code(value: object) -> str | None:
-    return None if value in (None, "") else f"`{value}`"
-
-
-def _scores(scores: Scores) -> str:
-    keys = list(dict.fromkeys(key for found in scores.values() for key in found))
-    rows = []
-    for task, metric in keys:
-        cells = []
-        for found in scores.values():
-            value, error = found.get((task, metric), (None, None))
-            cells.append("" if value is None else f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}"))
-        rows.append((task, metric, *cells))
-    return _table(["task", "metric", *scores], rows)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '¦') for cell in line)} |" for line in lines)
+def _scrubbed(manifest: Record, base: Original) -> str:
+    kept = {key: value for key, value in manifest.items() if key not in (*_LOCAL, *_OF_THE_BASE)}
+    return json.dumps(sealed({**kept, **base.facts()}), indent=1, sort_keys=True) + "\n"

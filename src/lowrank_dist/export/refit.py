@@ -52,9 +52,10 @@ from lowrank_dist.storage.atomic import atomic_directory
 from lowrank_dist.storage.digest import digest_sums, digests
 from lowrank_dist.storage.dtypes import DTYPES, NAMED_DTYPES
 from lowrank_dist.storage.layout import ADAPTER_DIR, MANIFEST, WEIGHTS, parts_of, read_manifest
+from lowrank_dist.storage.original import Original, find_original
 from lowrank_dist.storage.reader import FileTensor, check_finite
-from lowrank_dist.storage.replacing import check_target
-from lowrank_dist.storage.resolve import resolve_checkpoint
+from lowrank_dist.storage.replacing import check_parent, check_target
+from lowrank_dist.storage.resolve import is_hub_id, resolve_checkpoint
 from lowrank_dist.storage.verify import verify_checkpoint
 from lowrank_dist.storage.writer import TensorFiles, write_json
 from lowrank_dist.tuners.support import adds_product, said
@@ -126,6 +127,8 @@ def refit_checkpoint(
     group: ShardGroup | None = None,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
+    pretrained: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
     overwrite: bool = False,
     show_progress: bool = False,
 ) -> Refit:
@@ -150,6 +153,8 @@ def refit_checkpoint(
         Device on which matrices are decomposed. Default: the CPU.
     dtype
         Dtype of the written factors. Default: that of the checkpoint's factors.
+    pretrained, revision
+        Directory or hub id of the original model, and the revision of a hub id. Default: the recorded ones.
     overwrite
         Replace a directory at `output` that this package wrote.
     show_progress
@@ -194,8 +199,10 @@ def refit_checkpoint(
     if base not in ("original", "nf4"):
         raise InputError(f"base={base!r} is neither 'original' nor 'nf4'")
     with group.shared_errors():
-        check_target(output, overwrite=overwrite, inputs=parts_of(Path(checkpoint)))
-    job = _Refit(Path(checkpoint), rank, base, group, device, dtype)
+        check_target(output, overwrite=overwrite, kind="lora", inputs=parts_of(Path(checkpoint)))
+        if group.rank == 0:
+            check_parent(Path(output))
+    job = _Refit(Path(checkpoint), rank, base, group, device, dtype, pretrained, revision)
     if len(set(group.gather_objects(job.decomposed is None))) > 1:
         raise CheckpointError(
             f"{job.manifest['pretrained']}: only some ranks see the residual model that the run began from; put it "
@@ -206,7 +213,7 @@ def refit_checkpoint(
     with ExitStack() as stack:
         with group.shared_errors():
             if group.rank == 0:
-                staging = stack.enter_context(atomic_directory(output, overwrite=overwrite))
+                staging = stack.enter_context(atomic_directory(output, overwrite=overwrite, kind="lora"))
                 files = stack.enter_context(closing(job.files(staging)))
         total = sum(job.reader.info(planned.key).nbytes for planned in job.plan.matrices)
         bar = stack.enter_context(progress_bar(total, show=show_progress and group.rank == 0, doing="Fitting"))
@@ -235,11 +242,14 @@ class _Refit:
         group: ShardGroup,
         device: torch.device,
         dtype: torch.dtype | None,
+        pretrained: str | os.PathLike[str] | None,
+        revision: str | None,
     ) -> None:
         self.checkpoint, self.rank, self.group, self.device = checkpoint, rank, group, device
         with group.shared_errors():
             refuse_copies(checkpoint)
             self.manifest = read_manifest(checkpoint)
+            self.original = Original.recorded(self.manifest)
         verify_checkpoint(checkpoint, group)
         with group.shared_errors():
             config = read_config(checkpoint / ADAPTER_DIR)
@@ -263,7 +273,7 @@ class _Refit:
             self.trained, self.config = open_adapter(checkpoint / ADAPTER_DIR)
             self.factors = StoredFactors(checkpoint / ADAPTER_DIR)
             self.earlier = StoredDecompositions(checkpoint=checkpoint, starts_at_zero=self.manifest["starts_at_zero"])
-            directory = resolve_checkpoint(self.manifest["base"])
+            directory = find_original(self.original, pretrained, revision, of=checkpoint, option="pretrained")
             self.reader = open_reader(directory)
             backbone = build_skeleton(directory)
             self.config.init_lora_weights = True
@@ -289,7 +299,7 @@ class _Refit:
             fitted = {planned.layer for planned in self.plan.matrices} - self.dense
             self.not_quantized = sorted(linears - fitted) if base == "nf4" else []
             self._check_quantizable()
-            self.decomposed = self._decomposed()
+            self.decomposed = self._decomposed(directory)
             self.stored: dict[str, PlannedMatrix] = {}  # matrices under their names in its files
             if self.decomposed is not None:
                 plan = plan_walk(backbone, self.decomposed.reader, opened.tied, limit_rank=False)
@@ -318,14 +328,15 @@ class _Refit:
                     "the row blocks of the ranks; use base='original'"
                 )
 
-    def _decomposed(self) -> ResidualModel | None:
+    def _decomposed(self, original: Path) -> ResidualModel | None:
         """The residual model that the run began from; None if it began from pretrained weights or it is missing."""
-        pretrained = self.manifest["pretrained"]
+        name = self.manifest.text("pretrained")
+        if self.original is not None and name == self.original.location and not ResidualModel.is_at(original):
+            return None
         try:
-            directory = resolve_checkpoint(pretrained)
+            commit = self.manifest.text("pretrained_commit", None)
+            directory = resolve_checkpoint(name, revision=commit if is_hub_id(name) else None)
         except CheckpointError as error:
-            if pretrained == self.manifest["base"]:
-                raise
             log.warning(
                 "Residual model of the run not found; its residual is computed from the original model: %s", error
             )
@@ -439,9 +450,12 @@ class _Refit:
         config = changed_config(
             self.config, r=self.rank, lora_alpha=self.rank, use_rslora=False, rank_pattern={}, alpha_pattern={}
         )
+        if self.original is not None:
+            config.revision = self.original.revision
         config.save_pretrained(str(staging))
         kept = ("lowrank_dist", "base", "decoded_from", "method", "quantization", "step")
         manifest = {key: self.manifest[key] for key in kept if key in self.manifest}
+        manifest |= {} if self.original is None else self.original.facts()
         manifest |= {
             "kind": "lora",
             "adapter_is_for": "the base" if self.target is None else f"the base in {self.target}",

@@ -21,13 +21,17 @@ from lowrank_dist.storage.layout import CONFIG, WEIGHTS, read_json
 #: vLLM's ``--max-lora-rank`` if none is given.
 DEFAULT_RANK = 16
 
+#: vLLM's ``--max-lora-rank``, which sizes its buffers, must be one of these. An adapter's rank may be smaller, but must
+#: be the same for all modules.
+SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
 #: Heads that vLLM takes whole, for classification.
 _HEADS = ("score", "classifier")
 _FACTORS = (".lora_A.", ".lora_B.", ".lora_embedding_A", ".lora_embedding_B", ".lora_magnitude_vector")
 
 
 def objections(directory: str | os.PathLike[str]) -> list[str]:
-    """Reasons, beside the size of its ranks, for which servers do not load a LoRA, or serve another model than trained.
+    """Reasons for which servers do not load a LoRA as they are, or serve another model than was trained.
 
     Parameters
     ----------
@@ -49,6 +53,8 @@ def objections(directory: str | os.PathLike[str]) -> list[str]:
 def _of_the_configuration(config: dict[str, Any]) -> Iterator[str]:
     if config.get("use_dora"):
         yield "It is a DoRA, which vLLM, SGLang and llama.cpp refuse; --rank of convert writes the nearest LoRA."
+    else:
+        yield from _of_the_rank(max([config.get("r", 8), *(config.get("rank_pattern") or {}).values()]))
     scalings = [name for name in ("use_rslora", "alpha_pattern") if config.get(name)]
     if scalings:
         yield (
@@ -63,6 +69,15 @@ def _of_the_configuration(config: dict[str, Any]) -> Iterator[str]:
     targets = config.get("target_modules")
     if isinstance(targets, str) and targets != "all-linear":
         yield "Its target_modules are a regular expression, which SGLang refuses; name the modules in a list."
+
+
+def _of_the_rank(rank: int) -> Iterator[str]:
+    if rank not in SERVED_RANKS:
+        larger = [served for served in SERVED_RANKS if served > rank]
+        serves = f"rank {rank} needs {larger[0]}" if larger else f"rank {rank} is beyond them"
+        yield f"vLLM's --max-lora-rank is one of {', '.join(map(str, SERVED_RANKS))}: {serves}."
+    elif rank > DEFAULT_RANK:
+        yield f"vLLM needs --max-lora-rank {rank}: by default it takes ranks up to {DEFAULT_RANK}."
 
 
 def _of_the_tensors(names: Sequence[str], config: dict[str, Any]) -> Iterator[str]:

@@ -12,7 +12,7 @@ import torch
 from peft import PeftConfig
 from transformers import GenerationConfig, PretrainedConfig
 
-from lowrank_dist.adapters.source import find_adapter
+from lowrank_dist.adapters.source import copied_blocks, find_adapter
 from lowrank_dist.checkpoints.layout import TrainingCheckpoint, newest_checkpoint
 from lowrank_dist.checkpoints.recipe import recorded_recipe
 from lowrank_dist.checkpoints.resuming import earlier_run, load_parameters
@@ -30,7 +30,8 @@ from lowrank_dist.quantization.format import AS_STORED, ResidualFormat
 from lowrank_dist.residual_model.fingerprint import source_fingerprint
 from lowrank_dist.residual_model.reader import ResidualModel
 from lowrank_dist.storage.dtypes import PRECISIONS
-from lowrank_dist.storage.layout import ADAPTER_DIR, CONFIG, LORA_DIR, MANIFEST, read_manifest
+from lowrank_dist.storage.layout import ADAPTER_DIR, CONFIG, LORA_DIR, MANIFEST, manifest_for, read_manifest
+from lowrank_dist.storage.original import Original
 from lowrank_dist.storage.resolve import resolve_checkpoint
 from lowrank_dist.zero3.gathering import Gathering
 from lowrank_dist.zero3.partition import Partitioner, to_device, use_cpu_accelerator
@@ -53,7 +54,8 @@ class ModelOnDisk:
     base
         Directory or hub id of the weights that the adapter is for. Default: what the checkpoint or the adapter names.
     revision
-        Revision of a hub id: of `base`, or of a pretrained model.
+        Revision of a hub id: of `base`; without a `base`, of a `model` that is one; else of the weights that were
+        recorded with the checkpoint or the adapter. Default: the recorded one for recorded weights.
     quantization
         Hold the linear layers in this format, as training with ``encode="all-linear"`` does. A checkpoint and a
         residual model say themselves how they are held.
@@ -102,7 +104,7 @@ class ModelOnDisk:
         self._quantization = quantization
         path = Path(model)
         if _is_checkpoint(path):
-            self._take_checkpoint(path, base)
+            self._take_checkpoint(path, base, revision)
         else:
             self._take_other(path, base, revision)
         self.recipe: ModelRecipe
@@ -112,29 +114,30 @@ class ModelOnDisk:
         self.config: PretrainedConfig = read_config(pretrained)
         self._weights = pretrained
 
-    def _take_checkpoint(self, path: Path, base: str | None) -> None:
+    def _take_checkpoint(self, path: Path, base: str | None, revision: str | None) -> None:
         manifest = read_manifest(path)
         if self.precision is None and manifest.get("precision") in PRECISIONS:
             self.precision = manifest["precision"]
         if self.stage in ("base", "converted"):
             # the original model; a run from a residual model knows the one that it was made from
-            original = base or manifest.text("base")
-            if ResidualModel.is_at(resolve_checkpoint(original)):
+            name, revision = self._chosen(Original.recorded(manifest), base, revision)
+            if ResidualModel.is_at(resolve_checkpoint(name, revision=revision)):
                 self._refuse(
-                    f"the run began from the residual model {original}, and the original one is not recorded; name it "
+                    f"the run began from the residual model {name}, and the original one is not recorded; name it "
                     "(--base)"
                 )
             if self.stage == "base":
-                self.kind, self.recipe = "the original model", self._bare(original, None)
+                self._fingerprint = _recorded_fingerprint(path)
+                self.kind, self.recipe = "the original model", self._bare(name, revision)
                 return
             if not (path / LORA_DIR).is_dir():
                 self._refuse(f"it has no {LORA_DIR}/, so that there is no LoRA on the original model to score")
-            self._take_adapter(path / LORA_DIR, original, None)
+            self._take_adapter(path / LORA_DIR, name, revision)
             return
         if self._quantization:
             self._refuse("a checkpoint says itself how its base is held; leave --quantization out")
         self.checkpoint = TrainingCheckpoint(path)
-        self.recipe = recorded_recipe(self.checkpoint, pretrained=base, cache=self._cache)
+        self.recipe = recorded_recipe(self.checkpoint, pretrained=base, revision=revision, cache=self._cache)
         self._adapter = self.recipe.adapter if isinstance(self.recipe.adapter, PeftConfig) else None
         residual = manifest.get("quantization")
         held = "dense" if residual is None else residual if residual.startswith(AS_STORED) else f"in {residual}"
@@ -150,35 +153,48 @@ class ModelOnDisk:
             newest = newest_checkpoint(path)
             if newest is not None:
                 self._refuse(f"holds checkpoints; pass one of them, such as the newest, {newest}")
-        directory = resolve_checkpoint(self.model, revision=None if base is not None else revision, option="model")
+        if (path / CONFIG).is_file():
+            self._take_adapter(path, base, revision)
+            return
+        of_model, of_base = (revision, None) if base is None else (None, revision)
+        directory = resolve_checkpoint(self.model, revision=of_model, option="model")
         if ResidualModel.is_at(directory):
             if self._quantization:
                 self._refuse("a residual model says itself how its base is held; leave --quantization out")
-            self.recipe, self.kind = ModelRecipe(pretrained=self.model), "residual model with its initial adapter"
+            if base is not None:
+                self._refuse("a residual model is its own base; leave --base out")
+            self.recipe = ModelRecipe(pretrained=self.model, revision=of_model)
+            self.kind = "residual model with its initial adapter"
         elif directory.is_dir() and (directory / CONFIG).is_file():
-            self._take_adapter(directory, base, revision)
+            self._take_adapter(directory, base, of_base)
         elif base is not None:
             self._refuse(f"holds no adapter for {base}; pass an adapter or a checkpoint, or leave --base out")
         else:
-            self.kind, self.recipe = "pretrained model, without an adapter", self._bare(self.model, revision)
+            self.kind, self.recipe = "pretrained model, without an adapter", self._bare(self.model, of_model)
 
     def _take_adapter(self, directory: Path, base: str | None, revision: str | None) -> None:
         adapter = find_adapter(directory, any_type=True)
-        named, self._adapter = adapter.base, adapter.config
+        self._adapter = adapter.config
         adapter.close()
-        base = base or named
-        if not base:
-            self._refuse("does not name its base model; name it (--base)")
+        name, revision = self._chosen(adapter.original, base, revision)
         held = "" if self._quantization is None else f", in {self._quantization}"
-        self.kind = f"adapter ({_type(self._adapter)}) on {base}{held}"
+        self.kind = f"adapter ({_type(self._adapter)}) on {name}{held}"
         self._fingerprint = _recorded_fingerprint(directory)
         self.recipe = ModelRecipe(
-            pretrained=base,
+            pretrained=name,
             adapter=str(directory),
             quantization=self._quantization,
             encode="all-linear" if self._quantization else None,
             revision=revision,
         )
+
+    def _chosen(self, original: Original | None, base: str | None, revision: str | None) -> tuple[str, str | None]:
+        """Name and revision of the weights that an adapter is put on."""
+        if base is not None:
+            return base, revision
+        if original is None:
+            self._refuse("does not name its base model; name it (--base)")
+        return original.chosen(revision)
 
     def _bare(self, pretrained: str, revision: str | None) -> ModelRecipe:
         return ModelRecipe(
@@ -298,8 +314,8 @@ class ModelOnDisk:
         reader.close()
         if found != self._fingerprint:
             raise CheckpointError(
-                f"{self.recipe.adapter}: it was trained from other weights than those of {self._weights} (fingerprint "
-                f"{self._fingerprint[:12]}, here {found[:12]}); pass the ones that it is for (--base)"
+                f"{self.recipe.adapter or self.model}: it was trained from other weights than those of {self._weights} "
+                f"(fingerprint {self._fingerprint[:12]}, here {found[:12]}); pass the ones that it is for (--base)"
             )
 
     def close(self) -> None:
@@ -314,13 +330,12 @@ def _is_checkpoint(path: Path) -> bool:
 
 def _recorded_fingerprint(directory: Path) -> str | None:
     """Fingerprint of the original weights that an adapter is for, if it was recorded."""
-    directory = directory.absolute()
-    here = directory if (directory / MANIFEST).is_file() else directory.parent
-    if here != directory and (directory.name != LORA_DIR or not (here / MANIFEST).is_file()):
-        return None
-    manifest = read_manifest(here)
-    if manifest.get("pretrained") is None or ResidualModel.is_at(Path(manifest.text("pretrained"))):
-        return None  # of a residual model
+    manifest = manifest_for(directory)
+    original = None if manifest is None else Original.recorded(manifest)
+    if manifest is None or original is None or manifest.text("pretrained", None) != original.location:
+        return None  # unknown, or that of a residual model
+    if copied_blocks(manifest) is not None:
+        return None  # that of the copied layers too
     return manifest.text("pretrained_fingerprint", None)
 
 

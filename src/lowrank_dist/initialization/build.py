@@ -36,6 +36,7 @@ from lowrank_dist.quantization.registry import format_as_dict
 from lowrank_dist.residual_model.fingerprint import source_fingerprint
 from lowrank_dist.seeds import global_seed
 from lowrank_dist.storage.layout import ADAPTER_DIR
+from lowrank_dist.storage.original import Original
 from lowrank_dist.storage.reader import CheckpointReader
 from lowrank_dist.storage.resolve import commit_of
 from lowrank_dist.tuners.adalora.allocation import RankAllocation
@@ -92,6 +93,8 @@ class BuiltModel:
         made with. `Resume.from_facts` takes them.
     files
         What adapter files hold of the model.
+    original
+        The pretrained model, the base model of converted adapters.
     derived
         Computes the tensors of adapter files that are not parameters. Collective.
     allocation
@@ -104,6 +107,7 @@ class BuiltModel:
     materialized: Materialized
     facts: dict[str, Any]
     files: AdapterFiles
+    original: Original
     derived: Callable[[], dict[str, Tensor]] = dict
     allocation: RankAllocation | None = None
 
@@ -324,7 +328,13 @@ def build_model(
         if opened.expansion is not None:
             files = whole_files(name for name, parameter in backbone.named_parameters() if parameter.requires_grad)
         return BuiltModel(
-            backbone=backbone, root=backbone, source=source, materialized=result, facts=facts, files=files
+            backbone=backbone,
+            root=backbone,
+            source=source,
+            materialized=result,
+            facts=facts,
+            files=files,
+            original=pretrained.original,
         )
     return BuiltModel(
         backbone=backbone,
@@ -333,6 +343,7 @@ def build_model(
         materialized=result,
         facts=facts,
         files=tuned.files,
+        original=pretrained.original,
         derived=tuned.derived,
         allocation=tuned.allocation,
     )

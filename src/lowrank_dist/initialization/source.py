@@ -31,6 +31,7 @@ from lowrank_dist.residual_model.create import decompose, is_complete
 from lowrank_dist.residual_model.fingerprint import fingerprint, source_fingerprint
 from lowrank_dist.residual_model.reader import ResidualModel
 from lowrank_dist.storage.disk import check_writable
+from lowrank_dist.storage.original import Original
 from lowrank_dist.storage.reader import CheckpointReader
 from lowrank_dist.storage.source import WeightSource
 
@@ -55,8 +56,8 @@ class MatrixSource(Protocol):
         """Format of the residuals."""
 
     @property
-    def base(self) -> str:
-        """Name of the pretrained model, the base model of converted adapters."""
+    def original(self) -> Original:
+        """The pretrained model, the base model of converted adapters."""
 
     @property
     def method(self) -> str:
@@ -171,7 +172,8 @@ class PretrainedSource:
         if resume is not None:
             self._earlier = StoredDecompositions(checkpoint=resume.checkpoint, starts_at_zero=init.starts_at_zero)
             init = RestoredMethod(original=init, earlier=self._earlier)
-        self.adapter, self.init, self.residual, self.base, self.cache = adapter, init, residual, base, cache
+        self.adapter, self.init, self.residual, self.cache = adapter, init, residual, cache
+        self.original = Original.at(base, reader.directory)
         self.method, self.starts_at_zero, self.layout = str(init), init.starts_at_zero, init.layout
         self.sharding, self.announce = sharding, announce
 
@@ -272,7 +274,7 @@ class PretrainedSource:
             directory,
             key=key,
             adapter=self.adapter,
-            base=self.base,
+            base=self.original.name,
             sharding=self.sharding,
             announce=self.announce,
             calibrated=calibrated,

@@ -18,7 +18,7 @@ from lowrank_dist.model.plan import Plan
 from lowrank_dist.residual_model.fingerprint import fingerprint
 from lowrank_dist.residual_model.writer import ResidualModelWriter
 from lowrank_dist.storage.layout import MANIFEST, read_manifest
-from lowrank_dist.storage.replacing import check_target, is_ours
+from lowrank_dist.storage.replacing import check_parent, check_target, is_ours
 from lowrank_dist.storage.verify import damage
 
 
@@ -81,7 +81,7 @@ def decompose(
     """
     group = walk.group
     with group.shared_errors():
-        check_target(output, overwrite=True)
+        check_target(output, overwrite=True, kind="decomposed")
     output = Path(output).absolute()
     _check_layout(plan, walk.init)
     key = key or fingerprint(walk, plan, calibrated)
@@ -127,7 +127,9 @@ def _check_absent(output: Path, key: str, group: ShardGroup, *, overwrite: bool)
                 f"{output}: exists, and is not this model decomposed with these settings; remove it, choose another "
                 "directory, or pass overwrite"
             )
-        check_target(output, overwrite=overwrite)
+        check_target(output, overwrite=overwrite, kind="decomposed")
+        if group.rank == 0:
+            check_parent(output)
 
 
 def _check_layout(plan: Plan, init: Method) -> None:

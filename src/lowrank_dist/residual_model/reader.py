@@ -56,6 +56,8 @@ from lowrank_dist.storage.layout import (
     read_manifest,
     residual_stem,
 )
+from lowrank_dist.storage.original import Original
+from lowrank_dist.storage.parse import Record
 from lowrank_dist.storage.prefetch import read_ahead
 from lowrank_dist.storage.reader import PACKED_DTYPES, CheckpointReader, TensorInfo, check_finite
 from lowrank_dist.storage.verify import ENCODED_STEM, FROZEN_STEM, damage
@@ -85,9 +87,9 @@ def starts_at_zero(directory: Path) -> bool:
     return bool(_manifest(directory).get("starts_at_zero", False))
 
 
-def _manifest(directory: Path) -> dict[str, Any]:
+def _manifest(directory: Path) -> Record:
     """The manifest of a residual model; empty if this package did not write the model."""
-    return read_manifest(directory) if (directory / MANIFEST).is_file() else {}
+    return read_manifest(directory) if (directory / MANIFEST).is_file() else Record({}, str(directory / MANIFEST))
 
 
 def factor_keys(planned: PlannedMatrix) -> dict[str, str]:
@@ -178,11 +180,11 @@ class ResidualModel:
         Configuration of the initial adapter, ready for training.
     residual : ResidualFormat
         Format of the residual: the one that encoded weights are stored in, or `dense` if there are none.
-    manifest : dict
+    manifest : Record
         The manifest; empty if this package did not write the model.
-    base : str
-        Name of the pretrained model, the base model of converted adapters. Without a manifest: the base model of the
-        initial adapter, else `directory`.
+    original : Original
+        The pretrained model, the base model of converted adapters. Without a manifest: the base model of the initial
+        adapter, else the one at `directory`.
     method : str
         The initialisation. Without a manifest: the name of the initial adapter's directory, without ``_init``.
     starts_at_zero : bool
@@ -219,7 +221,7 @@ class ResidualModel:
         config.init_lora_weights, config.inference_mode = True, False
         self.adapter: LoraConfig = config
         self.residual = self._stored_format() or dense
-        self.base: str = self.manifest.get("base") or config.base_model_name_or_path or str(directory)
+        self.original = self._recorded_original(config)
         self.decoded_from: str | None = self.manifest.get("decoded_from")
         self.method: str = self.manifest.get("method") or initial.name.removesuffix("_init")
         self.starts_at_zero: bool = self.manifest.get("starts_at_zero", False)
@@ -230,6 +232,10 @@ class ResidualModel:
         self._encoded: CheckpointReader | None = None
         if (initial / f"{ENCODED_STEM}.safetensors").exists():
             self._encoded = CheckpointReader(initial, stem=ENCODED_STEM)
+
+    def _recorded_original(self, config: LoraConfig) -> Original:
+        name = config.base_model_name_or_path or str(self.directory)
+        return Original.recorded(self.manifest) or Original(name=name, location=name, commit=config.revision)
 
     @property
     def nbytes(self) -> int:

@@ -34,10 +34,12 @@ from lowrank_dist.storage.disk import check_free, flush_directory
 from lowrank_dist.storage.dtypes import CODES
 from lowrank_dist.storage.layout import CONFIG, MANIFEST, RESIDUAL_STEM, sealed
 from lowrank_dist.storage.lock import Lock, Owner, lock_of
+from lowrank_dist.storage.original import Original
 from lowrank_dist.storage.parse import Record, read_record
 from lowrank_dist.storage.reader import FileTensor, check_finite
+from lowrank_dist.storage.small_files import copy_small_files, small_files
 from lowrank_dist.storage.verify import ENCODED_STEM, FROZEN_STEM, INITIAL, compare, file_digest, label
-from lowrank_dist.storage.writer import TensorFiles, copy_other_files, stored_dtype, write_json
+from lowrank_dist.storage.writer import TensorFiles, stored_dtype, write_json
 
 FORMAT = 3  # version of the manifest and of what the fingerprint covers
 FLUSH_BYTES = 64 * 2**20  # bytes of pretrained weights between two flushes; the journal grows after each
@@ -158,11 +160,14 @@ class ResidualModelWriter:
         ------
         InputError
             On every rank, if the disk has too little space.
+        CheckpointError
+            On every rank, if ``config.json`` is a link that is not followed (`small_files`).
         """
         found: list[dict[str, Any]] = []
         staging = ""
         with self.group.shared_errors():
             if self.group.rank == 0:
+                self._beside = small_files(self.reader.directory, self.reader.files)
                 self._build_in(staging_directory(self.output, resumes=self._resumes))
                 complete = self._complete()
                 if complete is None:
@@ -371,7 +376,7 @@ class ResidualModelWriter:
             "kind": "decomposed",
             "lowrank_dist": __version__,
             "fingerprint": self.key,
-            "base": base,
+            **Original.at(base, self.reader.directory).facts(),
             **({} if self.reader.encoding is None else {"decoded_from": self.reader.encoding}),
             "method": str(self.walk.init),
             "options": repr(self.walk.init),
@@ -387,7 +392,8 @@ class ResidualModelWriter:
             if self.group.rank == 0:
                 self._copy_small_files()
                 config = copy.deepcopy(adapter)
-                config.base_model_name_or_path, config.inference_mode = str(self.output), True
+                config.base_model_name_or_path, config.revision = str(self.output), None
+                config.inference_mode = True
                 config.save_pretrained(str(self.initial))
                 manifest["adapter_config"] = file_digest(self.initial / CONFIG)
         manifest = self.group.broadcast_object(manifest)  # type: ignore[assignment]
@@ -402,7 +408,7 @@ class ResidualModelWriter:
                 write_json(self.staging / MANIFEST, sealed(manifest))
                 flush_directory(self.staging)
                 self._lock.check()
-                put_in_place(self.staging, self.output, overwrite=True)
+                put_in_place(self.staging, self.output, overwrite=True, kind="decomposed")
                 Journal(self.output, self.key).remove()
 
     def _digests(self) -> dict[str, dict[str, str]]:
@@ -426,7 +432,7 @@ class ResidualModelWriter:
         What ``config.json`` says about the quantization of weights that were decoded is left out.
         If stock transformers can load a 4-bit residual, its format is added to ``config.json``.
         """
-        copy_other_files(self.reader.directory, self.staging)
+        copy_small_files(self._beside, self.staging)
         config_path = self.staging / "config.json"
         if not config_path.is_file() and self.reader.directory.is_file():  # a GGUF file says its configuration itself
             backbone = build_skeleton(self.reader.directory)

@@ -24,7 +24,11 @@ from lowrank_dist.storage.replacing import check_file, check_target, is_ours, is
 
 @contextmanager
 def atomic_directory(
-    target: str | os.PathLike[str], *, overwrite: bool = False, resumes: Callable[[Path], bool] | None = None
+    target: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    kind: str | None = None,
+    resumes: Callable[[Path], bool] | None = None,
 ) -> Iterator[Path]:
     """Yield a directory to fill beside `target`; flush it and rename it to `target` at the end.
 
@@ -36,6 +40,8 @@ def atomic_directory(
         The directory to write. `check_target` says what it may replace, at the beginning and at the end.
     overwrite
         Whether it may replace a directory that this package wrote.
+    kind
+        The kind of directory, as its manifest names it: it replaces no other one.
     resumes
         Tells whether a directory that a dead writer of `target` left can be filled further. Such a directory is
         yielded again, and is kept on errors.
@@ -46,7 +52,7 @@ def atomic_directory(
         If `target` may not be written, or another process is writing it.
     """
     target = Path(target)
-    check_target(target, overwrite=overwrite)
+    check_target(target, overwrite=overwrite, kind=kind)
     target.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(target):
         staging = staging_directory(target, resumes=resumes)
@@ -57,7 +63,7 @@ def atomic_directory(
             flush_directory(staging)
             if not os.path.samestat(os.fstat(descriptor), staging.lstat()):
                 raise InputError(f"{staging}: another process put something else in its place; {target} is unchanged")
-            put_in_place(staging, target, overwrite=overwrite)
+            put_in_place(staging, target, overwrite=overwrite, kind=kind)
         except BaseException:
             if resumes is None:
                 shutil.rmtree(staging, ignore_errors=True)
@@ -109,13 +115,13 @@ def staging_directory(target: Path, *, resumes: Callable[[Path], bool] | None = 
     return staging
 
 
-def put_in_place(staging: Path, target: Path, *, overwrite: bool) -> None:
+def put_in_place(staging: Path, target: Path, *, overwrite: bool, kind: str | None = None) -> None:
     """Rename the flushed directory `staging` to `target`, and replace what `check_target` lets it replace.
 
     If the file system can exchange two directories (most local ones on Linux can), `target` exists at every instant.
     If the last rename fails, what was at `target` is there again.
     """
-    check_target(target, overwrite=overwrite)
+    check_target(target, overwrite=overwrite, kind=kind)
     old = None
     try:
         os.rename(staging, target)  # also onto an empty directory, but onto nothing else

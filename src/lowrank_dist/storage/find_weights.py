@@ -149,6 +149,11 @@ def _only_file(path: Path) -> WeightFiles | None:
     return None
 
 
+def is_cache_of_model(path: Path) -> bool:
+    """Whether a path is a directory of the hub's cache, ``models--owner--name``."""
+    return path.name.startswith("models--") and (path / "snapshots").is_dir()
+
+
 def cached_snapshot(path: Path, revision: str | None = None) -> Path:
     """The snapshot in a directory of the hub's cache, ``models--owner--name``; other directories are returned.
 
@@ -158,7 +163,7 @@ def cached_snapshot(path: Path, revision: str | None = None) -> Path:
         If it holds several snapshots and no reference to the revision.
     """
     snapshots = path / "snapshots"
-    if not path.name.startswith("models--") or not snapshots.is_dir():
+    if not is_cache_of_model(path):
         return path
     reference = path / "refs" / (revision or "main")
     commit = reference.read_text().strip() if reference.is_file() else revision or ""

@@ -64,6 +64,14 @@ def read_manifest(checkpoint: Path) -> Record:
     return checked_manifest(read_record(path, MAX_MANIFEST))
 
 
+def manifest_for(directory: Path) -> Record | None:
+    """The manifest in `directory`, or that of the checkpoint whose adapter it is; None if there is neither."""
+    directory = directory.absolute()
+    of_checkpoint = [directory.parent] if directory.name in (ADAPTER_DIR, LORA_DIR) else []
+    found = next((place for place in (directory, *of_checkpoint) if (place / MANIFEST).is_file()), None)
+    return None if found is None else read_manifest(found)
+
+
 def checked_manifest(manifest: Record) -> Record:
     """`manifest`, if its entries have the types that this project writes.
 
@@ -110,6 +118,7 @@ _BY_TENSOR = is_object_of(is_object_of(is_text)), "digests of tensors by file"
 _ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("lowrank_dist", "kind", "base", "method", "options", "quantization", "adapter_is_for"), _TEXT),
     **dict.fromkeys(("fingerprint", "source", "pretrained", "pretrained_fingerprint", "seal", "adapter_config"), _TEXT),
+    **dict.fromkeys(("base_location", "base_commit", "pretrained_commit", "started_from_commit"), _TEXT),
     "format": _COUNT,
     "starts_at_zero": (is_flag, "true or false"),
     **dict.fromkeys(("step", "epoch", "rank"), _COUNT),

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import os
 import stat
+import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from lowrank_dist.errors import InputError
-from lowrank_dist.storage.layout import MANIFEST
+from lowrank_dist.errors import CheckpointError, InputError, is_passing
+from lowrank_dist.storage.layout import MANIFEST, read_manifest
 
 
-def check_target(target: str | os.PathLike[str], *, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
+def check_target(
+    target: str | os.PathLike[str], *, overwrite: bool, kind: str | None = None, inputs: Iterable[Path] = ()
+) -> None:
     """Raise InputError unless a directory may be written at `target`.
 
     It may where nothing is, or an empty directory. With `overwrite` it may also replace a directory with a manifest of
-    this package (`is_ours`), and a link to such a directory beside it. It never replaces a file, the working directory,
-    one of the `inputs` that it is made from, or a directory that contains one of these.
+    this package (`is_ours`), and a link to such a directory beside it, if its manifest names the same `kind`. It never
+    replaces a file, the working directory, one of the `inputs` that it is made from, or a directory that contains one
+    of these.
     """
     path = Path(target)
     for source in inputs:
@@ -36,6 +40,29 @@ def check_target(target: str | os.PathLike[str], *, overwrite: bool, inputs: Ite
         raise InputError(f"{path}: exists and is {what}; choose another directory or pass overwrite")
     if not is_replaceable(path, path.parent):
         raise not_ours(path)
+    found = _kind_of(path)
+    if None not in (kind, found) and found != kind:
+        old, new = (_WORDS.get(str(one), str(one)) for one in (found, kind))
+        raise InputError(
+            f"{path}: holds {old}, which {new} does not replace; remove it yourself, or choose another directory"
+        )
+
+
+#: What manifests say a directory is.
+_WORDS = {
+    "checkpoint": "a checkpoint of a run",
+    "decomposed": "a residual model",
+    "lora": "a LoRA",
+    "merged": "a merged model",
+    "tokens": "tokenized data",
+}
+
+
+def _kind_of(directory: Path) -> str | None:
+    """The kind that the manifest of a directory names; None if it names none, or cannot be read."""
+    with suppress(CheckpointError):
+        return read_manifest(directory).text("kind", None)
+    return None
 
 
 def not_ours(path: Path) -> InputError:
@@ -67,10 +94,27 @@ def _is_within(path: Path, directory: Path) -> bool:
 
 
 def check_file(path: Path, *, overwrite: bool) -> None:
-    """Raise InputError unless a file may be written at `path`: nothing is there or, with `overwrite`, a file."""
-    if not os.path.lexists(path):
-        return
-    if path.is_symlink() or not path.is_file():
-        raise InputError(f"{path}: exists and is not a regular file; choose another path")
-    if not overwrite:
-        raise InputError(f"{path}: exists; choose another path or pass overwrite")
+    """Raise InputError unless a file can be written at `path`: nothing is there or, with `overwrite`, a file."""
+    if os.path.lexists(path):
+        if path.is_symlink() or not path.is_file():
+            raise InputError(f"{path}: exists and is not a regular file; choose another path")
+        if not overwrite:
+            raise InputError(f"{path}: exists; choose another path or pass overwrite")
+    check_parent(path)
+
+
+def check_parent(path: Path) -> None:
+    """Raise InputError unless `path` can be made, whose directories need not exist yet.
+
+    Commands call it before their work, which would be lost. It makes a directory and removes it: permissions do not say
+    what file systems refuse.
+    """
+    place = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".", dir=place))
+    except OSError as error:
+        if is_passing(error):
+            raise
+        raise InputError(
+            f"{path}: nothing can be written in {place} ({error.strerror}); choose another path"
+        ) from error

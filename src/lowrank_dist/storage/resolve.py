@@ -6,11 +6,12 @@ import os
 import re
 from pathlib import Path
 
-from lowrank_dist.errors import CheckpointError, is_passing
-from lowrank_dist.storage.find_weights import cached_snapshot
+from lowrank_dist.errors import CheckpointError, InputError, is_passing
+from lowrank_dist.storage.find_weights import cached_snapshot, is_cache_of_model
+from lowrank_dist.storage.small_files import SMALL_FILES
 
 #: Files of a model on the hub that are fetched.
-_FETCHED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*"]
+_FETCHED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", *SMALL_FILES]
 
 
 def resolve_checkpoint(
@@ -41,6 +42,8 @@ def resolve_checkpoint(
     ------
     CheckpointError
         If `pretrained` is not a directory and cannot be fetched.
+    InputError
+        If a `revision` of something else than a hub id is asked for.
 
     See Also
     --------
@@ -54,12 +57,17 @@ def resolve_checkpoint(
     True
     """
     path = Path(pretrained)
-    if path.is_dir():
+    if path.is_dir() and is_cache_of_model(path):
         return cached_snapshot(path, revision)
-    if path.suffix in (".gguf", ".safetensors") and path.is_file():
+    if path.is_dir() or (path.suffix in (".gguf", ".safetensors") and path.is_file()):
+        if revision not in (None, commit_of(path)):
+            what = "directory" if path.is_dir() else "file"
+            raise InputError(
+                f"{option}={str(pretrained)!r} is a {what}, which has no revisions such as {revision!r}; leave the "
+                "revision out, or pass a hub id"
+            )
         return path
-    looks_local = path.is_absolute() or str(pretrained).startswith((".", "~")) or str(pretrained).count("/") > 1
-    if looks_local or path.exists():
+    if not is_hub_id(pretrained):
         raise CheckpointError(f"{option}={str(pretrained)!r}: no such directory")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -76,6 +84,13 @@ def resolve_checkpoint(
             f"{option}={str(pretrained)!r}: neither a directory nor a model the hub or its cache could give "
             f"({type(error).__name__}: {error}); pass a local directory, or fetch it first with `hf download`"
         ) from error
+
+
+def is_hub_id(name: str | os.PathLike[str]) -> bool:
+    """Whether `name` can only be a model's id on the hub: it is no path that exists, and does not look like one."""
+    text = os.fspath(name)
+    looks_local = Path(text).is_absolute() or text.startswith((".", "~")) or text.count("/") > 1
+    return not looks_local and not Path(text).exists()
 
 
 def gguf_file(path: Path) -> Path | None:

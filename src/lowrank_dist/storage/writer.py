@@ -1,4 +1,4 @@
-"""Writing: safetensors files that several processes fill together, and the small files beside them.
+"""Writing: safetensors files that several processes fill together, and JSON.
 
 The shapes and dtypes of all tensors are known beforehand, and so are their offsets in the files. One process writes the
 headers and extends the files to their length. Then every process writes its bytes at their offsets, so that no process
@@ -10,11 +10,9 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +26,6 @@ from lowrank_dist.storage.atomic import atomic_file
 from lowrank_dist.storage.dtypes import CODES, DTYPES
 from lowrank_dist.storage.reader import FileTensor, TensorInfo
 
-#: Configuration, tokenizer, processors and licence, by the names that transformers and the hub give them.
-BESIDE_WEIGHTS = (
-    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
-    *("added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "vocab.bpe", "spiece.model", "*.tiktoken"),
-    *("tokenizer*.model", "tekken.json", "sentencepiece*.model", "chat_template*.jinja", "chat_template.json"),
-    *(
-        "preprocessor_config.json",
-        "processor_config.json",
-        "image_processor_config.json",
-        "video_preprocessor_config.json",
-    ),
-    *("feature_extractor_config.json", "config_sentence_transformers.json", "modules.json"),
-    *("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "README.md"),
-)
 MAX_BYTES = 5_000_000_000  # limit of one file, that of transformers
 
 
@@ -192,23 +176,6 @@ def _groups(tensors: Mapping[str, FileTensor], max_bytes: int) -> list[list[str]
         groups[-1].append(name)
         size += nbytes
     return groups
-
-
-def copy_other_files(source: Path, target: Path) -> None:
-    """Copy the files beside the weights that belong to a model (`BESIDE_WEIGHTS`), and no others.
-
-    A link is followed only within `source`, or within the snapshots of the hub's cache that `source` is in.
-    """
-    if source.is_file():  # a GGUF file
-        source = source.parent
-    within = [source.resolve()]
-    if source.parent.name == "snapshots":  # of <cache>/models--.../snapshots/<commit>, whose files are in blobs
-        within.append((source.parents[1] / "blobs").resolve())
-    for path in sorted(source.iterdir()):
-        real = path.resolve()
-        known = any(fnmatchcase(path.name, pattern) for pattern in BESIDE_WEIGHTS)
-        if known and real.is_file() and any(real.is_relative_to(directory) for directory in within):
-            shutil.copyfile(real, target / path.name)
 
 
 def write_report(path: Path, value: Mapping[str, Any], *, overwrite: bool = True) -> None:

@@ -204,7 +204,7 @@ class ModelStrategy(CheckpointedStrategy):
                 built.source.adapter,
                 built.materialized,
                 group,
-                base=built.source.base,
+                original=built.original,
                 starts_at_zero=built.source.starts_at_zero,
                 facts=facts,
                 files=built.files,

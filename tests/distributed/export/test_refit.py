@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from helpers.models import save_checkpoint
 from helpers.ranks import run_ranks, run_ranks_catching
 from helpers.training import STEPS, CausalLM, loader, make_strategy, make_trainer, tokens
 from lowrank_dist import NF4, AdapterCheckpoint, LoftQ, PiSSA
-from lowrank_dist.errors import InputError, ModelError
+from lowrank_dist.cli import main
+from lowrank_dist.errors import CheckpointError, InputError, ModelError
 from lowrank_dist.export.refit import Refit, refit_checkpoint
 
 CASES: dict[str, dict[str, Any]] = {
@@ -198,6 +200,29 @@ def test_factors_that_were_fitted_to_the_residual_of_a_cache(tmp_path: Path) -> 
     run_ranks(2, decompose_and_train, base, tmp_path / "out", "fitted")
     run_ranks(2, refit, tmp_path / "out" / "first" / f"step={STEPS}", tmp_path / "x", 8)
     assert all((tmp_path / "x" / name).is_file() for name in ("adapter_model.safetensors", "lowrank_dist.json"))
+
+
+def train_in(directory: Path, output: Path) -> None:
+    """A run whose base has a relative path."""
+    with contextlib.chdir(directory):
+        train(Path("base"), output, CASES["dense"])
+
+
+def test_a_base_with_a_relative_path(tmp_path: Path) -> None:
+    """It is found from another working directory; once it was moved, the user says where it is."""
+    base = save_checkpoint(tmp_path / "run" / "base", "llama")
+    run_ranks(1, train_in, tmp_path / "run", tmp_path / "out")
+    step = tmp_path / "out" / f"step={STEPS}"
+    command = ["convert", str(step), "--rank=136", "--base=original", "--output"]
+    assert main([*command, str(tmp_path / "first")]) == 0
+    assert main(["merge", str(step), "--output", str(tmp_path / "merged")]) == 0
+    base.rename(tmp_path / "moved")
+    with pytest.raises(CheckpointError, match="names this base model; pass pretrained if it is elsewhere now"):
+        refit(step, tmp_path / "x", 136)
+    assert main([*command, str(tmp_path / "second"), "--pretrained", str(tmp_path / "moved")]) == 0
+    expected = load_file(tmp_path / "first" / WEIGHTS)
+    found = load_file(tmp_path / "second" / WEIGHTS)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_refused(trained: tuple[Path, Path, Tensor], tmp_path: Path) -> None:

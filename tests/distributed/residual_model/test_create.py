@@ -313,6 +313,22 @@ def test_killed_at_any_moment_a_rerun_goes_on(llama: Path, tmp_path: Path, victi
         assert (output / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
+def test_a_model_of_links(llama: Path, tmp_path: Path) -> None:
+    """It has a configuration in the end, or nothing is decomposed."""
+    links = tmp_path / "links"
+    links.mkdir()
+    for path in llama.iterdir():
+        (links / path.name).symlink_to(path)
+    run_ranks(2, write, links, tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").is_file()
+    shutil.copy(llama / "config.json", tmp_path)
+    (links / "config.json").unlink()
+    (links / "config.json").symlink_to(tmp_path / "config.json")
+    for _, error in run_ranks_catching(2, write, links, tmp_path / "other"):
+        assert "where no weights of the model are" in str(error)
+    assert not (tmp_path / "other").exists()
+
+
 def test_what_is_in_the_way_is_not_touched(llama: Path, tmp_path: Path) -> None:
     thesis = tmp_path / "thesis"
     thesis.mkdir()

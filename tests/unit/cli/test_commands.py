@@ -180,6 +180,22 @@ def test_convert_refuses_what_is_no_option(options: tuple[str, str], capsys: pyt
     assert options[1] in error
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--rank=2", "--devices=4"], "--devices 4: ranks share a fit only; leave it out, or pass --base too"),
+        (["--rank=2", "--base=original", "--devices=0"], "--devices 0 must be at least 1"),
+        (["--rank=2", "--pretrained=there"], "leave pretrained and revision out, or fit it to the original"),
+    ],
+)
+def test_convert_refuses_options_without_effect(
+    options: list[str], says: str, tmp_path: Path, llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, error = run(capsys, "convert", checkpoint(tmp_path, llama), "--output", str(tmp_path / "x"), *options)
+    assert status == 1
+    assert says in error.splitlines()[-1]
+
+
 ENERGY = r"\d+\.\d{4}% of the update's energy, at least \d+\.\d{4}% \(model\.layers\.\d\.[a-z_.]+\)\."
 BUFFERS = r"vLLM's --max-lora-rank is one of 1, 8, 16, 32, 64, 128, 256, 320, 512: rank {} needs 32\."
 
@@ -236,3 +252,33 @@ def test_a_reader_that_has_gone_is_no_error(tmp_path: Path) -> None:
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
     os.close(writer)
     assert (done.returncode, done.stderr) == (READER_GONE, "")
+
+
+@pytest.mark.parametrize("command", ["convert", "convert --rank=2 --base=original", "merge", "import", "generate"])
+def test_where_nothing_can_be_written_is_said_before_the_work(
+    command: str, tmp_path: Path, llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Answers above all would be lost."""
+    (tmp_path / "file").touch()
+    (tmp_path / "prompts.txt").write_text("one")
+    name, *options = command.split()
+    if name == "generate":
+        options = ["--prompts", str(tmp_path / "prompts.txt"), "--accelerator=cpu"]
+    source = checkpoint(tmp_path, llama) if name in ("convert", "merge") else str(llama)
+    capsys.readouterr()
+    status, output, error = run(capsys, name, source, "--output", str(tmp_path / "file" / "out"), *options)
+    assert (status, output) == (1, "")
+    said = f"nothing can be written in {tmp_path / 'file'} (Not a directory); choose another path"
+    assert error.splitlines()[-1] == f"lowrank-dist {name}: {tmp_path / 'file' / 'out'}: {said}"
+
+
+def failing(_: list[str]) -> int:
+    raise PermissionError(13, "Permission denied", "/data/model")
+
+
+def test_an_error_of_the_system_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """But in a run of Lightning, whose traceback says what was under way."""
+    with patch("lowrank_dist.cli.commands._imported", return_value=failing):
+        assert run(capsys, "inspect") == (1, "", "lowrank-dist inspect: /data/model: Permission denied\n")
+        with pytest.raises(PermissionError):
+            run(capsys, "fit")

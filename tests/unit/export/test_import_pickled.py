@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -15,6 +17,7 @@ from helpers.models import save_checkpoint, stored
 from lowrank_dist import cli
 from lowrank_dist.errors import CheckpointError, InputError
 from lowrank_dist.export.import_pickled import import_checkpoint
+from lowrank_dist.export.merge import merge_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +69,42 @@ def test_a_state_inside_of_another_file(tmp_path: Path, caplog: pytest.LogCaptur
     found = stored(import_checkpoint(tmp_path / "last.pt", tmp_path / "out"))
     assert all(torch.equal(found[name], weight) for name, weight in weights.items())
     assert caplog.text.count("the weights are those of its entry 'state_dict'; not written: step") == 1
+
+
+def test_an_index_that_is_stale_or_wrong(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The single file is read, as of safetensors; without it the index must name what is there."""
+    torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model.bin")
+    torch.save({"a": torch.zeros(2)}, tmp_path / "part.bin")
+    (tmp_path / "pytorch_model.bin.index.json").write_text(
+        json.dumps({"weight_map": {"a": "part.bin", "b": "part.bin"}})
+    )
+    assert torch.equal(stored(import_checkpoint(tmp_path, tmp_path / "out"))["a"], torch.ones(2))
+    assert "pytorch_model.bin is read, and pytorch_model.bin.index.json beside it is not" in caplog.text
+    (tmp_path / "pytorch_model.bin").unlink()
+    with pytest.raises(CheckpointError, match=r"index.json: names b, which no file holds \(1 such tensors\)"):
+        import_checkpoint(tmp_path, tmp_path / "other")
+
+
+def test_an_adapter(model: Path, tmp_path: Path) -> None:
+    """It is one afterwards: merge refuses the old file, names this command, and takes what it wrote."""
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model), config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    torch.save(weights, tmp_path / "adapter" / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match=r"which only pickle reads.*`lowrank-dist import .*adapter --output"):
+        merge_checkpoint(tmp_path / "adapter", tmp_path / "merged")
+    for number, source in enumerate((tmp_path / "adapter", tmp_path / "adapter" / "adapter_model.bin")):
+        out = import_checkpoint(source, tmp_path / str(number), max_file_bytes=1)
+        assert {path.name for path in out.iterdir()} >= {"adapter_model.safetensors", "adapter_config.json"}
+        found = stored(out)
+        assert found.keys() == weights.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in weights.items())
+    merge_checkpoint(tmp_path / "0", tmp_path / "merged")
+    (tmp_path / "adapter" / "adapter_config.json").unlink()
+    with pytest.raises(CheckpointError, match="adapter_config.json is missing, without which nothing loads"):
+        import_checkpoint(tmp_path / "adapter", tmp_path / "2")
 
 
 class Other(nn.Module):

@@ -239,6 +239,21 @@ def test_what_is_not_adapted_is_copied(tmp_path: Path) -> None:
     assert (output / "config.json").read_text() == (base / "config.json").read_text()
 
 
+def test_a_base_of_links(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """Its configuration is read through a link, as its weights are; one that is not followed ends it at the start."""
+    base, adapter = pair
+    links = tmp_path / "links"
+    links.mkdir()
+    for path in base.iterdir():
+        (links / path.name).symlink_to(path)
+    output = merge_checkpoint(adapter, tmp_path / "merged", base=links)
+    assert {path.name for path in output.iterdir()} > {"config.json", "generation_config.json"}
+    shutil.copy(base / "config.json", tmp_path)
+    (links / "config.json").unlink()
+    (links / "config.json").symlink_to(tmp_path / "config.json")
+    refused(CheckpointError, adapter, tmp_path / "out", "where no weights of the model are", base=links)
+
+
 def tensors_of(directory: Path) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for file in directory.glob("*.safetensors"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,8 +21,10 @@ from peft import LoraConfig
 from helpers.checkpoints import load_lora, make_checkpoint
 from helpers.models import save_checkpoint
 from lowrank_dist.cli import main
+from lowrank_dist.export.card import Use
 from lowrank_dist.export.convert import convert_checkpoint
 from lowrank_dist.export.merge import merge_checkpoint
+from lowrank_dist.storage.parse import Record
 
 INPUTS = torch.tensor([[1, 2, 3, 4]])
 SCORES = {
@@ -97,6 +100,74 @@ def test_a_merged_model(made: Path, tmp_path: Path) -> None:
     data = (made / "merged" / "model.safetensors").read_bytes()
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == data
     assert not any(str(made) in path.read_text(errors="ignore") for path in (tmp_path / "out").iterdir())
+
+
+def test_settings_name_no_directory_of_this_machine(made: Path, tmp_path: Path) -> None:
+    """Neither those that transformers writes into them, at any depth, nor those of files of PEFT's methods."""
+    secret = "/home/alice/secret"
+    merged = shutil.copytree(made / "merged", tmp_path / "merged")
+    lora = shutil.copytree(made / "lora", tmp_path / "lora")
+    change_json(merged / "config.json", _name_or_path=secret, text_config={"_name_or_path": secret, "x": 1})
+    settings = {"name_or_path": secret, "tokenizer_file": f"{secret}/tokenizer.json", "unk_token": "/no"}
+    (merged / "tokenizer_config.json").write_text(json.dumps(settings))
+    manifest = json.loads((lora / "lowrank_dist.json").read_text())
+    manifest = {name: value for name, value in manifest.items() if name not in ("hashes", "seal")}
+    (lora / "lowrank_dist.json").write_text(json.dumps(manifest))
+    change_json(lora / "adapter_config.json", corda_config={"cache_file": f"{secret}/cache.pt", "verbose": False})
+    for source in (merged, lora):
+        assert push(source, "--output", tmp_path / "out" / source.name, "--base_model=org/tiny") == 0
+    for path in filter(Path.is_file, (tmp_path / "out").rglob("*")):
+        assert "alice" not in path.read_text(errors="ignore"), path
+    config = json.loads((tmp_path / "out" / "merged" / "config.json").read_text())
+    before = json.loads((made / "merged" / "config.json").read_text())
+    assert config == before | {"text_config": {"x": 1}}
+    assert json.loads((tmp_path / "out" / "merged" / "tokenizer_config.json").read_text()) == {"unk_token": "/no"}
+
+
+def change_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_the_card_says_what_the_model_is(made: Path, tmp_path: Path) -> None:
+    """By the classes of its configuration; that it was trained here is said only of what was."""
+    merged = shutil.copytree(made / "merged", tmp_path / "merged")
+    card = card_of(merged, tmp_path)
+    assert card.data.pipeline_tag == "text-generation"
+    assert "trained with lowrank_dist" in card.text
+    change_json(merged / "config.json", architectures=["LlamaForSequenceClassification"])
+    change_json(merged / "lowrank_dist.json", adapter=str(tmp_path / "plain"))
+    card = card_of(merged, tmp_path)
+    assert card.data.pipeline_tag == "text-classification"
+    assert 'AutoModelForSequenceClassification.from_pretrained("MODEL")' in card.text
+    assert "trained with" not in card.text
+    assert "an adapter merged into its weights, by lowrank_dist" in card.text
+    change_json(merged / "config.json", architectures=["OwnModel"])
+    card = card_of(merged, tmp_path)
+    assert card.data.pipeline_tag is None
+    assert "from_pretrained" not in card.text
+
+
+def card_of(source: Path, work: Path) -> ModelCard:
+    assert push(source, "--output", work / "card", "--base_model=org/tiny", "--overwrite") == 0
+    return ModelCard.load(work / "card" / "README.md")
+
+
+@pytest.mark.parametrize(
+    ("adapter", "auto_class"),
+    [
+        ({"task_type": "SEQ_CLS"}, "AutoModelForSequenceClassification"),
+        ({"auto_mapping": {"base_model_class": "LlamaForCausalLM"}}, "AutoModelForCausalLM"),
+        ({"auto_mapping": None, "task_type": None}, None),
+    ],
+)
+def test_the_use_of_an_adapter(adapter: dict[str, Any], auto_class: str | None) -> None:
+    found = Use.of_adapter(Record(adapter, "adapter_config.json"))
+    assert (None if found is None else found.auto_class) == auto_class
+
+
+def test_the_card_says_what_servers_object_to(made: Path, tmp_path: Path) -> None:
+    convert_checkpoint(made / "step", tmp_path / "lora", rank=3)
+    assert "## Serving\n\n- vLLM's --max-lora-rank is one of" in card_of(tmp_path / "lora", tmp_path).text
 
 
 def test_what_is_refused(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -198,3 +269,20 @@ def test_a_hub_that_cannot_be_reached_is_one_line(made: Path, capsys: pytest.Cap
     huggingface_hub.close_session()
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("lowrank-dist push: org/sums: not uploaded: ")
+
+
+def test_every_export_replaces_its_own_kind_only(made: Path, tmp_path: Path) -> None:
+    base = ("--base_model=org/tiny",)
+    commands = {
+        "lora": ("convert", made / "step", "--rank=2"),
+        "merged": ("merge", made / "step"),
+        "pushed-lora": ("push", made / "lora", *base),
+        "pushed-merged": ("push", made / "merged", *base),
+    }
+    for name, command in commands.items():
+        assert main([*map(str, command), "--output", str(tmp_path / name)]) == 0
+    for target in commands:
+        for name, command in commands.items():
+            same = name.removeprefix("pushed-") == target.removeprefix("pushed-")
+            done = main([*map(str, command), "--output", str(tmp_path / target), "--overwrite"])
+            assert (done == 0) == same, (name, target)

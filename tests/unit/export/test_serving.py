@@ -52,6 +52,18 @@ EMBEDDING = "base_model.model.model.embed_tokens"
         ),
         (PLAIN, {"target_modules": ".*[qv]_proj"}, ["Its target_modules are a regular expression, which SGLang"]),
         (PLAIN, {"target_modules": "all-linear"}, []),
+        (PLAIN, {"r": 32}, ["vLLM needs --max-lora-rank 32: by default it takes ranks up to 16."]),
+        (
+            PLAIN,
+            {"r": 24},
+            ["vLLM's --max-lora-rank is one of 1, 8, 16, 32, 64, 128, 256, 320, 512: rank 24 needs 32."],
+        ),
+        (
+            PLAIN,
+            {"r": 600},
+            ["vLLM's --max-lora-rank is one of 1, 8, 16, 32, 64, 128, 256, 320, 512: rank 600 is beyond"],
+        ),
+        (PLAIN, {"r": 8, "rank_pattern": {"q_proj": 64}}, ["vLLM needs --max-lora-rank 64", "Its ranks differ"]),
         (
             PLAIN[:2],
             {},

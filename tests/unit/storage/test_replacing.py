@@ -11,7 +11,7 @@ from helpers.staging import put, thesis_in
 from lowrank_dist.errors import InputError
 from lowrank_dist.storage.atomic import atomic_directory, remove_directory
 from lowrank_dist.storage.layout import MANIFEST
-from lowrank_dist.storage.replacing import check_target
+from lowrank_dist.storage.replacing import check_file, check_parent, check_target
 
 
 def test_only_what_this_package_wrote_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,3 +49,33 @@ def test_only_what_this_package_wrote_is_replaced(tmp_path: Path, monkeypatch: p
         remove_directory(thesis)
     assert os.listdir(thesis) == ["chapter-1"]
     assert not list(tmp_path.rglob(".*"))
+
+
+def test_a_place_where_nothing_can_be_made(tmp_path: Path) -> None:
+    """Root may write everywhere, as far as permissions say."""
+    check_parent(tmp_path / "a" / "b" / "c")
+    assert not list(tmp_path.iterdir())
+    for path, place in ((Path("/proc/x/y"), "/proc"), (tmp_path / "file" / "x", str(tmp_path / "file"))):
+        (tmp_path / "file").touch()
+        for check in (check_parent, lambda path: check_file(path, overwrite=True)):
+            with pytest.raises(InputError, match=rf"nothing can be written in {place} \("):
+                check(path)
+
+
+def test_a_directory_of_another_kind_is_not_replaced(tmp_path: Path) -> None:
+    """A LoRA in the place of a checkpoint would end a run; what says no kind, or is damaged, is nobody's loss."""
+    manifests = {"step": '{"kind": "checkpoint"}', "old": "{}", "damaged": "{", "lora": '{"kind": "lora"}'}
+    for name, manifest in manifests.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / MANIFEST).write_text(manifest)
+    (tmp_path / "last").symlink_to("step")
+    for name in ("step", "last"):
+        with (
+            pytest.raises(InputError, match=f"{name}: holds a checkpoint of a run, which a LoRA does not replace"),
+            atomic_directory(tmp_path / name, overwrite=True, kind="lora"),
+        ):
+            raise AssertionError(name)
+    for name in ("old", "damaged", "lora"):
+        with atomic_directory(tmp_path / name, overwrite=True, kind="lora") as new:
+            (new / MANIFEST).write_text('{"kind": "lora"}')
+    assert (tmp_path / "step" / MANIFEST).read_text() == '{"kind": "checkpoint"}'
