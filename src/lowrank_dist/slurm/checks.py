@@ -53,6 +53,11 @@ class JobShape:
         """Batches per step, over all ranks."""
         return self.nodes * self.devices * self.accumulate
 
+    @property
+    def resources(self) -> tuple[object, ...]:
+        """What a job array requests once for all of its jobs."""
+        return self.nodes, self.devices, self.on_gpu, self.counts
+
 
 def accumulated(*, batches: int, nodes: int, devices: int) -> int:
     """Batches that each of ``nodes * devices`` ranks accumulates in a step of `batches` batches.
@@ -143,13 +148,31 @@ def _class_path(part: Any) -> str:
 
 
 def _saving(trainer: Any) -> list[Any]:
-    return [part for part in trainer.callbacks or [] if _class_path(part).endswith(_CHECKPOINT.split(".")[-1])]
+    return [part for part in _callbacks(trainer) if _class_path(part).endswith(_CHECKPOINT.split(".")[-1])]
 
 
-def checkpoint_directories(settings: Any) -> list[Path]:
-    """Directories of checkpoints that the configuration sets explicitly (``dirpath``)."""
-    named = (part.init_args.get("dirpath") for part in _saving(settings.trainer))
-    return [Path(str(directory)).absolute() for directory in named if directory]
+def _callbacks(trainer: Any) -> list[Any]:
+    return _listed(trainer.callbacks)
+
+
+def _listed(parts: Any) -> list[Any]:
+    """One part or several, as the parser of ``fit`` takes them."""
+    if parts is None:
+        return []
+    return parts if isinstance(parts, list) else [parts]
+
+
+def written_paths(settings: Any) -> dict[Path, str]:
+    """Paths outside of a run's own directory to which its callbacks write, with the key that sets each."""
+    found = {}
+    for part in _callbacks(settings.trainer):
+        arguments = getattr(part, "init_args", {})
+        for key in ("dirpath", "path"):
+            value = arguments.get(key)
+            # a relative dirpath is one of the working directory, a relative path is one of the run's
+            if isinstance(value, str | Path) and (key == "dirpath" or Path(value).is_absolute()):
+                found[Path(value).absolute()] = f"{_class_path(part).rpartition('.')[2]}.{key}"
+    return found
 
 
 def _check_checkpoints(options: SubmitOptions, trainer: Any) -> None:
@@ -171,8 +194,7 @@ def _check_checkpoints(options: SubmitOptions, trainer: Any) -> None:
 
 
 def _check_requeue(trainer: Any) -> None:
-    plugins = trainer.plugins if isinstance(trainer.plugins, list) else [trainer.plugins]
-    for plugin in plugins:
+    for plugin in _listed(trainer.plugins):
         if _class_path(plugin).endswith("SLURMEnvironment") and plugin.init_args.get("auto_requeue", True):
             raise SubmitError(
                 "trainer.plugins has a SLURMEnvironment with auto_requeue on, but submit already requeues the job; set "

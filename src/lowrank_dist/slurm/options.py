@@ -24,7 +24,12 @@ SWEEP_KEYS = {
 }
 #: The key of a sweep whose values are configuration files, each after those of all points.
 FILES = "config"
-
+#: Keys that submit sets by itself for every point of a sweep.
+_OWN = {
+    "trainer.default_root_dir": "every point has a directory of its own below it",
+    "trainer.logger.save_dir": "every point has a directory of its own below trainer.default_root_dir",
+    "ckpt_path": "every point resumes from its own newest checkpoint",
+}
 
 _POSITIVE = (
     *("nodes", "min_nodes", "gpus_per_node", "cpus_per_task", "mem_gb"),
@@ -129,7 +134,22 @@ class SubmitOptions:
         for option in self.sbatch:
             if not re.fullmatch(r"[a-z][a-z-]*(=.+)?", option):
                 raise SubmitError(f"--sbatch {option}: write NAME=VALUE, as in --sbatch reservation=my_reservation")
+        self._check_keys()
         _ = self.points
+
+    def _check_keys(self) -> None:
+        """Raise SubmitError if a key of the sweep is set a second time, so that one of its values would be lost."""
+        given = {_without_classes(key): f"--{key}" for key in map(_key_of, self.overrides) if key}
+        for axis in self.sweep:
+            key = axis.partition("=")[0]
+            of_axis = [_without_classes(name) for name in SWEEP_KEYS.get(key, (key,))]
+            for name in of_axis:
+                if name in _OWN:
+                    raise SubmitError(f"--sweep {axis}: {_OWN[name]}; leave it out")
+                for earlier, option in given.items():
+                    if earlier == name or earlier.startswith(f"{name}."):
+                        raise SubmitError(f"--sweep {axis}: it would replace what {option} sets; give each key once")
+            given |= dict.fromkeys(of_axis, f"--sweep {axis}")
 
     def _check_lines(self) -> None:
         """Raise SubmitError if a value would add a line to the script of the job, or hide part of one."""
@@ -183,6 +203,16 @@ class SubmitOptions:
                 raise SubmitError(f"--sweep {axis}: write KEY=VALUE,VALUE,..., as in --sweep rank=16,64")
             axes.append([(key, value) for value in values.split(",")])
         return [dict(point) for point in product(*axes)]
+
+
+def _key_of(argument: str) -> str:
+    """The key of ``--key=value``, ``--key+=value`` or ``--key``; empty for a value that stands by itself."""
+    return argument[2:].partition("=")[0].removesuffix("+") if argument.startswith("--") else ""
+
+
+def _without_classes(key: str) -> str:
+    """A key as the parser of ``fit`` takes it too: arguments of a class directly below the class."""
+    return ".".join(part for part in key.split(".") if part != "init_args")
 
 
 def point_overrides(point: dict[str, str]) -> list[str]:

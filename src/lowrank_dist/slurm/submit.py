@@ -17,9 +17,10 @@ from typing import Any
 import submitit
 
 from lowrank_dist.cluster.attempts import AttemptLog
-from lowrank_dist.slurm.checks import JobShape, check, checkpoint_directories, newest_step
+from lowrank_dist.slurm.checks import JobShape, check, newest_step
 from lowrank_dist.slurm.job import TrainingJob, requeue_script
 from lowrank_dist.slurm.options import FILES, SubmitError, SubmitOptions, point_overrides
+from lowrank_dist.slurm.sweep import check_points, directory_names, own_directory
 from lowrank_dist.storage.disk import private_directory
 from lowrank_dist.training.fit_cli import parse_fit
 
@@ -183,60 +184,42 @@ def prepare(options: SubmitOptions) -> Submission:
         """Settings of all points with this file, but for their other keys."""
         return parse(config if file is None else [*config, _absolute(file)], options.overrides)
 
-    settings = with_file(None)
-    root = Path(settings.trainer.default_root_dir or ".").absolute()
-    # without the file of a point the configuration need not be whole
-    shape = replace(check(options, parse(*arguments(options.points[0])) if options.sweep else settings), root=root)
-    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-    folder = root / "jobs" / name
-    jobs, roots, parsed = [], [], []
-    for point in options.points:
+    base = with_file(None)
+    root = Path(base.trainer.default_root_dir or ".").absolute()
+    folder = root / "jobs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    jobs, shapes, parsed = [], [], []
+    for point, name in zip(options.points, directory_names(options.points), strict=True):
         files, overrides = arguments(point)
         if point:
-            overrides += _own_directory(point, root, with_file(point.get(FILES)))
-        parsed.append(parse(files, overrides) if point else settings)
-        roots.append(check(options, parsed[-1]).root if point else root)
+            overrides += own_directory(root / name, with_file(point.get(FILES)))
+        # without the file of a point the configuration need not be whole: points are checked, the base is not
+        parsed.append(parse(files, overrides) if point else base)
+        shapes.append(check(options, parsed[-1]))
         jobs.append(
             TrainingJob(
                 config=tuple(files),
                 overrides=tuple(overrides),
                 folder=str(folder),
-                batches=shape.batches,
+                batches=shapes[-1].batches,
                 grace=options.grace,
-                timeout=options.collective_timeout if shape.has_timeout else None,
+                timeout=options.collective_timeout if shapes[-1].has_timeout else None,
             )
         )
-    _check_distinct_directories(parsed)
-    return Submission(options=options, shape=shape, folder=folder, jobs=tuple(jobs), roots=tuple(roots))
+    check_points(options.points, shapes, parsed)
+    warnings = dict.fromkeys(warning for shape in shapes for warning in shape.warnings)
+    return Submission(
+        options=options,
+        shape=replace(shapes[0], root=root, warnings=tuple(warnings)),
+        folder=folder,
+        jobs=tuple(jobs),
+        roots=tuple(shape.root for shape in shapes),
+    )
 
 
 def _absolute(config: str) -> str:
     if not Path(config).is_file():
         raise SubmitError(f"--config {config}: no such file; pass a YAML file of `lowrank-dist fit`")
     return str(Path(config).absolute())
-
-
-def _check_distinct_directories(settings: Sequence[Any]) -> None:
-    """Raise SubmitError if two points of a sweep would write their checkpoints to the same directory."""
-    seen: set[Path] = set()
-    for of_point in settings:
-        for directory in checkpoint_directories(of_point):
-            if directory in seen:
-                raise SubmitError(
-                    f"--sweep: every point would write its checkpoints to dirpath={directory}; remove dirpath from the "
-                    "checkpoint callback, and each point writes below its own default_root_dir"
-                )
-            seen.add(directory)
-
-
-def _own_directory(point: dict[str, str], root: Path, settings: Any) -> list[str]:
-    """Arguments that give a point of a sweep, of these settings otherwise, a directory of its own below `root`."""
-    shown = {key: Path(value).stem if key == FILES else value for key, value in point.items()}
-    own = str(root / ",".join(f"{key.split('.')[-1]}={value}" for key, value in shown.items()))
-    added = [f"--trainer.default_root_dir={own}"]
-    if getattr(getattr(settings.trainer.logger, "init_args", None), "save_dir", None) is not None:
-        added.append(f"--trainer.logger.init_args.save_dir={own}")
-    return added
 
 
 def announce(submission: Submission, jobs: list[Any]) -> None:

@@ -131,4 +131,4 @@ def test_points_of_a_sweep_do_not_share_a_directory_of_checkpoints(
     part = {"class_path": "lowrank_dist.AdapterCheckpoint", "init_args": {"dirpath": str(tmp_path)}}
     argv = [f"--config={CONFIG}", "--sweep=lr=1e-5,2e-5", f"--trainer.callbacks={json.dumps([part])}", "--dry-run"]
     assert main(["submit", *argv]) == 1
-    assert f"every point would write its checkpoints to dirpath={tmp_path}" in capsys.readouterr().err
+    assert f"every point would write to AdapterCheckpoint.dirpath={tmp_path}" in capsys.readouterr().err
