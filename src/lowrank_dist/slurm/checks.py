@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import glob
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+from jsonargparse import Namespace
 
 from lowrank_dist.checkpoints.layout import newest_checkpoint
 from lowrank_dist.errors import CheckpointError
@@ -109,6 +112,7 @@ def check(options: SubmitOptions, settings: Any) -> JobShape:
         accumulated(batches=nodes * devices * accumulate, nodes=count, devices=devices)
     _check_checkpoints(options, trainer)
     _check_requeue(trainer)
+    _check_resumption(settings)
     root = Path(trainer.default_root_dir or ".").absolute()
     warnings = [*_check_paths(settings, options), *_check_root(root, options)]
     return JobShape(
@@ -202,6 +206,14 @@ def _check_requeue(trainer: Any) -> None:
             )
 
 
+def _check_resumption(settings: Any) -> None:
+    if settings.ckpt_path not in (None, "last"):
+        raise SubmitError(
+            f"ckpt_path is {settings.ckpt_path}, but a job resumes from its own newest checkpoint; remove ckpt_path, and "
+            "start from another adapter with trainer.strategy.init_args.adapter"
+        )
+
+
 def _check_paths(settings: Any, options: SubmitOptions) -> list[str]:
     """Raise SubmitError for a missing path and return warnings. Hub ids are not checked."""
     strategy = getattr(settings.trainer.strategy, "init_args", {})
@@ -214,10 +226,7 @@ def _check_paths(settings: Any, options: SubmitOptions) -> list[str]:
         "data.test": settings.data.get("test"),
     }
     warnings = []
-    values = [(key, text) for key, value in named.items() for text in (value if isinstance(value, list) else [value])]
-    for key, value in values:
-        if value is None:
-            continue
+    for key, value in [(key, _path_of(part)) for key, value in named.items() for part in _listed(value)]:
         path = Path(str(value)).expanduser().absolute()
         text = str(value)
         looks_local = text.startswith(("/", ".", "~")) or text.count("/") > 1 or text.endswith(".jsonl")
@@ -227,6 +236,11 @@ def _check_paths(settings: Any, options: SubmitOptions) -> list[str]:
         if options.cluster == "slurm" and exists and _node_local(path):
             warnings.append(f"{key}={value} seems to be on a file system that other nodes cannot see")
     return sorted(set(warnings))
+
+
+def _path_of(source: Any) -> Any:
+    """The path or id of a source of data, which may have settings of its own."""
+    return source.get("path") if isinstance(source, Mapping | Namespace) else source
 
 
 def _check_root(root: Path, options: SubmitOptions) -> list[str]:

@@ -46,6 +46,8 @@ REFUSED = {
         ["--trainer.plugins=lightning.pytorch.plugins.environments.SLURMEnvironment"],
         "a SLURMEnvironment with auto_requeue on",
     ),
+    "source": (['--data.train=[{"path": "/no/such.jsonl", "weight": 2.0}]'], "data.train=/no/such.jsonl: "),
+    "checkpoint": (["--config={one}"], "ckpt_path is runs/x, but a job resumes from its own newest checkpoint"),
     "local": (["--cluster=local"], "--cluster local is one machine, but trainer.num_nodes is 4"),
     "cluster": (["--cluster=pbs"], "--cluster pbs: unknown; choose one of slurm, local"),
     "sweep": (["--sweep=rank"], "--sweep rank: write KEY=VALUE,VALUE"),
@@ -58,6 +60,8 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_bad_options_are_refused_before_sbatch(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options, message = REFUSED[case]
+    (tmp_path / "one.yaml").write_text("ckpt_path: runs/x\n")
+    options = [option.replace("{one}", str(tmp_path / "one.yaml")) for option in options]
     assert main(["submit", f"--config={CONFIG}", *options]) == 1
     error = capsys.readouterr().err
     assert message in error
@@ -123,6 +127,21 @@ def test_configurations_that_are_composed(
     assert main(["submit", *files, "--partition=gpu"]) == 1
     assert "sbatch is not on PATH" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("no_sbatch")
+def test_one_callback_need_not_be_a_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nor one source of data with settings of its own."""
+    train = tmp_path / "train.jsonl"
+    train.touch()
+    one = {"class_path": "lowrank_dist.AdapterCheckpoint", "init_args": {"every_n_train_steps": 2}}
+    config = {"trainer": {"callbacks": one}, "data": {"train": [{"path": str(train), "weight": 2.0}]}}
+    (tmp_path / "one.yaml").write_text(json.dumps(config))
+    argv = [f"--config={CONFIG}", f"--config={tmp_path / 'one.yaml'}", "--data.validation=null"]
+    assert main(["submit", *argv, "--dry-run"]) == 0
+    assert capsys.readouterr().out.startswith("#!/bin/bash")
+    assert main(["submit", *argv, "--time=1:00:00", "--seconds-per-step=1800", "--dry-run"]) == 1
+    assert "a checkpoint every 1:00:00 and --time 1:00:00" in capsys.readouterr().err
 
 
 def test_points_of_a_sweep_do_not_share_a_directory_of_checkpoints(
