@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import secrets
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import submitit
+from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from lowrank_dist.cluster.attempts import AttemptLog
 from lowrank_dist.slurm.checks import JobShape, check, newest_step
 from lowrank_dist.slurm.job import TrainingJob, requeue_script
 from lowrank_dist.slurm.options import FILES, SubmitError, SubmitOptions, point_overrides
 from lowrank_dist.slurm.sweep import check_points, directory_names, own_directory
-from lowrank_dist.storage.disk import private_directory
+from lowrank_dist.storage.disk import check_writable, private_directory
 from lowrank_dist.training.fit_cli import parse_fit
 
 #: States of a job that will not go on.
@@ -72,20 +74,38 @@ class Submission:
         Raises
         ------
         SubmitError
-            Where sbatch is not on PATH.
+            Where sbatch is not on PATH, or refuses the jobs. Then nothing is left.
         """
         if self.options.cluster == "slurm" and shutil.which("sbatch") is None:
             raise SubmitError(
                 "sbatch is not on PATH: submit from a login node, or use --cluster local; launch/qpissa.sbatch is a "
                 "batch file for sites without submitit"
             )
+        new = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
         executor = self.executor()
-        with executor.batch():
-            return [executor.submit(job) for job in self.jobs]
+        try:
+            with redirect_stderr(io.StringIO()) as said, executor.batch():  # submitit prints what it raises
+                jobs = [executor.submit(job) for job in self.jobs]
+        except (FailedJobError, FailedSubmissionError) as error:
+            found = _one_line(str(error)) or str(error.__cause__)
+            if not isinstance(error.__cause__, subprocess.CalledProcessError):
+                raise SubmitError(
+                    f"sbatch has not said whether it has taken the job ({found}); see squeue, and {self.folder}"
+                ) from error
+            _remove(new)
+            raise SubmitError(f"sbatch refuses the job: {found}; nothing was submitted") from error
+        sys.stderr.write(said.getvalue())
+        return jobs
 
     def executor(self) -> Any:
-        """Submitit's executor of the jobs, whose folder it makes."""
-        self.folder.parent.parent.mkdir(parents=True, exist_ok=True)
+        """Submitit's executor of the jobs, whose folder it makes.
+
+        Raises
+        ------
+        InputError
+            If nothing can be written where it should be.
+        """
+        check_writable(self.folder.parent.parent, "trainer.default_root_dir")
         private_directory(self.folder.parent, uses_contents=False)
         self.folder.mkdir(mode=0o700)  # new, or an error
         return self._executor()
@@ -144,6 +164,20 @@ class Submission:
             name, equals, value = option.partition("=")
             additional[name] = value if equals else True
         return additional
+
+
+def _one_line(text: str) -> str:
+    """What a program said, as a part of a message."""
+    return "; ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def _remove(new: Sequence[Path]) -> None:
+    """Remove a folder, and the directories above it that are as new and hold nothing else."""
+    folder, *above = new
+    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):
+        for path in above:
+            path.rmdir()
 
 
 @contextmanager

@@ -68,6 +68,45 @@ def test_bad_options_are_refused_before_sbatch(case: str, tmp_path: Path, capsys
     assert not (tmp_path / "submitted").exists()
 
 
+SBATCH = {
+    "refuses": (
+        "echo 'sbatch: error: invalid partition specified: x' >&2; echo 'sbatch: error: failed' >&2; exit 1",
+        "sbatch refuses the job: sbatch: error: invalid partition specified: x; sbatch: error: failed; nothing was",
+    ),
+    "says nothing": ("exit 3", "sbatch refuses the job: Command"),
+    "says what nobody understands": ("echo Hello", "sbatch has not said whether it has taken the job (Could not make"),
+}
+
+
+@pytest.mark.usefixtures("no_sbatch")
+@pytest.mark.parametrize("case", SBATCH)
+def test_what_sbatch_refuses_leaves_nothing(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    program, message = SBATCH[case]
+    (tmp_path / "bin" / "sbatch").write_text(f"#!/bin/sh\n{program}\n")
+    root = tmp_path / "new" / "runs"
+    argv = ["submit", f"--config={CONFIG}", f"--trainer.default_root_dir={root}", "--sweep=lr=1e-4,1e-5"]
+    assert main(argv) == 1
+    *warnings, error = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"lowrank-dist submit: {message}")
+    assert all(line.startswith("warning: ") for line in warnings)
+    assert (tmp_path / "new").exists() == (case == "says what nobody understands")
+
+
+@pytest.mark.usefixtures("no_sbatch")
+def test_what_was_there_before_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = tmp_path / "runs" / "jobs" / "earlier"
+    before.mkdir(parents=True)
+    argv = ["submit", f"--config={CONFIG}", f"--trainer.default_root_dir={tmp_path / 'runs'}"]
+    assert main(argv) == 1
+    assert [path.name for path in before.parent.iterdir()] == ["earlier"]
+
+
+@pytest.mark.usefixtures("no_sbatch")
+def test_a_directory_that_cannot_be_written_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["submit", f"--config={CONFIG}", "--trainer.default_root_dir=/proc/runs"]) == 1
+    assert "trainer.default_root_dir='/proc/runs': nothing can be written there" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("no_sbatch")
 def test_an_unknown_key_is_refused_by_the_parser_of_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
