@@ -13,7 +13,7 @@ from jsonargparse import Namespace
 
 from lowrank_dist.checkpoints.layout import newest_checkpoint
 from lowrank_dist.errors import CheckpointError
-from lowrank_dist.slurm.options import SubmitError, SubmitOptions, check_line
+from lowrank_dist.slurm.options import DEFAULT_TIMEOUT, SubmitError, SubmitOptions, check_line
 from lowrank_dist.training.fit_cli import module_settings
 
 _CHECKPOINT = "lowrank_dist.AdapterCheckpoint"
@@ -113,6 +113,12 @@ def check(options: SubmitOptions, settings: Any) -> JobShape:
     _check_checkpoints(options, trainer)
     _check_requeue(trainer)
     _check_resumption(settings)
+    has_timeout = _has_timeout(trainer.strategy)
+    if not has_timeout and options.collective_timeout != DEFAULT_TIMEOUT:
+        raise SubmitError(
+            f"--collective-timeout {options.collective_timeout} has no effect: the strategy takes no timeout, or the "
+            "configuration sets it; leave the option out, or set trainer.strategy.init_args.timeout"
+        )
     root = Path(trainer.default_root_dir or ".").absolute()
     warnings = [*_check_paths(settings, options), *_check_root(root, options)]
     return JobShape(
@@ -122,7 +128,7 @@ def check(options: SubmitOptions, settings: Any) -> JobShape:
         on_gpu=_on_gpu(trainer.accelerator),
         counts=counts,
         root=root,
-        has_timeout=_has_timeout(trainer.strategy),
+        has_timeout=has_timeout,
         warnings=tuple(warnings),
     )
 
@@ -188,7 +194,12 @@ def _check_checkpoints(options: SubmitOptions, trainer: Any) -> None:
     arguments, limit = saving[0].init_args, timedelta(minutes=options.minutes)
     interval = arguments.get("train_time_interval")
     steps = arguments.get("every_n_train_steps")
-    if interval is None and steps and options.seconds_per_step:
+    if options.seconds_per_step is not None:
+        if interval is not None or not steps:
+            raise SubmitError(
+                f"--seconds-per-step {options.seconds_per_step} has no effect: {_CHECKPOINT} saves by time or by "
+                "epoch, not every so many steps; leave it out"
+            )
         interval = timedelta(seconds=steps * options.seconds_per_step)
     if interval is not None and interval >= limit:
         raise SubmitError(
@@ -209,8 +220,8 @@ def _check_requeue(trainer: Any) -> None:
 def _check_resumption(settings: Any) -> None:
     if settings.ckpt_path not in (None, "last"):
         raise SubmitError(
-            f"ckpt_path is {settings.ckpt_path}, but a job resumes from its own newest checkpoint; remove ckpt_path, and "
-            "start from another adapter with trainer.strategy.init_args.adapter"
+            f"ckpt_path is {settings.ckpt_path}, but a job resumes from its own newest checkpoint; remove ckpt_path, "
+            "and start from another adapter with trainer.strategy.init_args.adapter"
         )
 
 
@@ -226,7 +237,7 @@ def _check_paths(settings: Any, options: SubmitOptions) -> list[str]:
         "data.test": settings.data.get("test"),
     }
     warnings = []
-    for key, value in [(key, _path_of(part)) for key, value in named.items() for part in _listed(value)]:
+    for key, value in [(key, _path_of(part)) for key, given in named.items() for part in _listed(given)]:
         path = Path(str(value)).expanduser().absolute()
         text = str(value)
         looks_local = text.startswith(("/", ".", "~")) or text.count("/") > 1 or text.endswith(".jsonl")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, fields
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Literal, get_args
@@ -31,10 +33,14 @@ _OWN = {
     "ckpt_path": "every point resumes from its own newest checkpoint",
 }
 
+DEFAULT_TIMEOUT = 15.0  # minutes
+
 _POSITIVE = (
     *("nodes", "min_nodes", "gpus_per_node", "cpus_per_task", "mem_gb"),
-    *("grace", "collective_timeout", "array_parallelism"),
+    *("grace", "collective_timeout", "seconds_per_step", "array_parallelism"),
 )
+#: Options of sbatch, which a job on this machine does without.
+_OF_SLURM = ("partition", "account", "qos", "constraint", "exclude", "cpus_per_task", "mem_gb", "sbatch")
 
 
 class SubmitError(InputError):
@@ -109,7 +115,7 @@ class SubmitOptions:
     name: str | None = None
     time: str = "24:00:00"
     grace: int = 300
-    collective_timeout: float = 15.0
+    collective_timeout: float = DEFAULT_TIMEOUT
     seconds_per_step: float | None = None
     sweep: tuple[str, ...] = ()
     array_parallelism: int | None = None
@@ -122,8 +128,8 @@ class SubmitOptions:
             raise SubmitError(f"--cluster {self.cluster}: unknown; choose one of {', '.join(get_args(Cluster))}")
         for name in _POSITIVE:
             value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise SubmitError(f"--{name.replace('_', '-')} {value} must be positive")
+            if value is not None and not 0 < value < math.inf:
+                raise SubmitError(f"{_option(name)} {value} must be positive")
         if self.grace > 65535:
             raise SubmitError(f"--grace {self.grace}: sbatch takes at most 65535 s")
         if self.grace >= 60 * self.minutes:
@@ -134,8 +140,18 @@ class SubmitOptions:
         for option in self.sbatch:
             if not re.fullmatch(r"[a-z][a-z-]*(=.+)?", option):
                 raise SubmitError(f"--sbatch {option}: write NAME=VALUE, as in --sbatch reservation=my_reservation")
+        self._check_used()
         self._check_keys()
         _ = self.points
+
+    def _check_used(self) -> None:
+        """Raise SubmitError for an option that would have no effect."""
+        if self.cluster == "local" and (name := next(filter(partial(getattr, self), _OF_SLURM), None)) is not None:
+            raise SubmitError(f"{_option(name)} has no effect with --cluster local; leave it out")
+        if self.array_parallelism is not None and not self.sweep:
+            raise SubmitError(
+                f"--array-parallelism {self.array_parallelism} has no effect without --sweep; leave it out"
+            )
 
     def _check_keys(self) -> None:
         """Raise SubmitError if a key of the sweep is set a second time, so that one of its values would be lost."""
@@ -157,7 +173,7 @@ class SubmitOptions:
             value = getattr(self, field.name)
             for text in value if isinstance(value, tuple) else (value,):
                 if isinstance(text, str):
-                    check_line(f"--{field.name.replace('_', '-')}", text)
+                    check_line(_option(field.name), text)
 
     @property
     def job_name(self) -> str:
@@ -203,6 +219,11 @@ class SubmitOptions:
                 raise SubmitError(f"--sweep {axis}: write KEY=VALUE,VALUE,..., as in --sweep rank=16,64")
             axes.append([(key, value) for value in values.split(",")])
         return [dict(point) for point in product(*axes)]
+
+
+def _option(name: str) -> str:
+    """The option of the command line that sets a field."""
+    return f"--{name.replace('_', '-')}"
 
 
 def _key_of(argument: str) -> str:

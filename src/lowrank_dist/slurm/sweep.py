@@ -21,7 +21,7 @@ def directory_names(points: Sequence[Point]) -> list[str]:
 
 
 def file_names(files: Sequence[str]) -> dict[str, str]:
-    """Names by which files differ: their stems, or as many of the directories above and as much of the name as needed."""
+    """Names by which files differ: their stems or, where these are the same, directories above and endings too."""
     paths = {file: Path(os.path.abspath(file)) for file in files}
     deepest = max((len(path.parts) for path in paths.values()), default=1)
     names: dict[str, str] = {}
@@ -73,13 +73,13 @@ def check_points(points: Sequence[Point], shapes: Sequence[JobShape], settings: 
         other = by_root.setdefault(shape.root.resolve(), point)
         if other is not point:
             raise SubmitError(
-                f"--sweep: the points {_joined(other)} and {_joined(point)} would share the directory {shape.root}, and "
-                "the second would resume from the first; give every value once"
+                f"--sweep: the points {_joined(other)} and {_joined(point)} would share the directory {shape.root}, "
+                "and the second would resume from the first; give every value once"
             )
         if shape.resources != shapes[0].resources:
             raise SubmitError(
-                f"--sweep: {_joined(point)} needs {_told(shape)}, and {_joined(points[0])} {_told(shapes[0])}; the jobs "
-                "of an array are given the same: submit them one by one"
+                f"--sweep: {_joined(point)} needs {_told(shape)}, and {_joined(points[0])} {_told(shapes[0])}; the "
+                "jobs of an array are given the same: submit them one by one"
             )
     written: set[Path] = set()
     for of_point in settings:

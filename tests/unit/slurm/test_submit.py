@@ -29,6 +29,7 @@ def no_sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+BY_TIME = {"class_path": "lowrank_dist.AdapterCheckpoint", "init_args": {"train_time_interval": "0:10:00"}}
 REFUSED = {
     "nodes": (["--nodes=2"], "--nodes 2, but trainer.num_nodes is 4"),
     "gpus": (["--gpus-per-node=4"], "--gpus-per-node 4, but trainer.devices is 8"),
@@ -49,6 +50,19 @@ REFUSED = {
     "source": (['--data.train=[{"path": "/no/such.jsonl", "weight": 2.0}]'], "data.train=/no/such.jsonl: "),
     "checkpoint": (["--config={one}"], "ckpt_path is runs/x, but a job resumes from its own newest checkpoint"),
     "local": (["--cluster=local"], "--cluster local is one machine, but trainer.num_nodes is 4"),
+    "local alone": (["--cluster=local", "--partition=x"], "--partition has no effect with --cluster local"),
+    "memory": (["--cluster=local", "--mem-gb=4"], "--mem-gb has no effect with --cluster local"),
+    "no memory": (["--mem-gb=nan"], "--mem-gb nan must be positive"),
+    "no array": (["--array-parallelism=2"], "--array-parallelism 2 has no effect without --sweep"),
+    "no timeout": (
+        ["--trainer.strategy.init_args.timeout=0:05:00", "--collective-timeout=10"],
+        "--collective-timeout 10.0 has no effect: the strategy takes no timeout, or the configuration sets it",
+    ),
+    "by time": (
+        [f"--trainer.callbacks={json.dumps([BY_TIME])}", "--seconds-per-step=2"],
+        "--seconds-per-step 2.0 has no effect: lowrank_dist.AdapterCheckpoint saves by time or by epoch",
+    ),
+    "followed": (["--dry-run", "--follow"], "--follow has no effect with --dry-run"),
     "cluster": (["--cluster=pbs"], "--cluster pbs: unknown; choose one of slurm, local"),
     "sweep": (["--sweep=rank"], "--sweep rank: write KEY=VALUE,VALUE"),
     "accelerator": (["--trainer.accelerator=auto"], "the nodes may differ from this machine"),

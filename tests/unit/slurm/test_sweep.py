@@ -101,7 +101,10 @@ def test_loggers_of_a_list_write_to_the_points_directory(tmp_path: Path) -> None
     found = prepare(options(tmp_path, "lr=1e-4,1e-5", overrides=[f"--trainer.logger={loggers}"]))
     for job, root in zip(found.jobs, found.roots, strict=True):
         parsed = parse_fit([*(f"--config={path}" for path in job.config), *job.overrides]).trainer.logger
-        assert [(part.init_args.save_dir, part.init_args.name) for part in parsed] == [(str(root), "a"), (str(root), "b")]
+        assert [(part.init_args.save_dir, part.init_args.name) for part in parsed] == [
+            (str(root), "a"),
+            (str(root), "b"),
+        ]
 
 
 def test_a_file_that_all_points_would_write_is_refused(tmp_path: Path) -> None:
