@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowrank_dist.cli.model_options import add_model_options, check_ranks, loaded, on_disk, say, tokenizer_of
-from lowrank_dist.cli.output import add_overwrite
+from lowrank_dist.cli.output import add_overwrite, check_outputs
 from lowrank_dist.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,8 +28,10 @@ def run(argv: Sequence[str]) -> int:
     _check(options)
     from lowrank_dist.cli.ranks import launch, launched, shard_group
 
-    if options.devices > 1 and not launched():
-        return launch(["evaluate", *argv], options.devices)
+    if not launched():
+        _check_outputs(options)
+        if options.devices > 1:
+            return launch(["evaluate", *argv], options.devices)
     with shard_group(options.accelerator, sharded_model=True) as (group, _):
         _evaluate(options, group)
     return 0
@@ -110,12 +112,15 @@ def _check(options: Any) -> None:
         raise InputError('--gen_kwargs must be a JSON object, such as {"max_gen_toks": 128}')
 
 
+def _check_outputs(options: Any) -> None:
+    check_outputs({"--output": options.output, "--samples": options.samples}, overwrite=options.overwrite)
+
+
 def _evaluate(options: Any, group: Any) -> None:
     from lowrank_dist.cli.ranks import first_on_host
     from lowrank_dist.data.prompts import Prompter
     from lowrank_dist.inference.generation import stop_tokens
     from lowrank_dist.inference.scoring import Tasks, as_table, score
-    from lowrank_dist.storage.replacing import check_file
 
     with group.shared_errors():
         check_ranks(options, group)
@@ -132,9 +137,8 @@ def _evaluate(options: Any, group: Any) -> None:
             seed=options.seed,
             unsafe=options.confirm_run_unsafe_code,
         )
-        for output in (options.output, options.samples):
-            if group.rank == 0 and output is not None:
-                check_file(Path(output), overwrite=options.overwrite)
+        if group.rank == 0:
+            _check_outputs(options)
     stages = list(dict.fromkeys(options.stages))
     models = {stage: on_disk(options, group, stage=stage) for stage in stages}
     with group.shared_errors():
@@ -175,6 +179,11 @@ def _evaluate(options: Any, group: Any) -> None:
             _write(options, scores, {stage: model.kind for stage, model in models.items()})
 
 
+def _is_set(value: object) -> bool:
+    """Whether an option says anything; a 0 does."""
+    return not (value is None or value is False or value == [])
+
+
 def _write(options: Any, scores: Mapping[str, Scores], kinds: Mapping[str, str]) -> None:
     from lowrank_dist._version import __version__
     from lowrank_dist.storage.atomic import atomic_file
@@ -186,7 +195,7 @@ def _write(options: Any, scores: Mapping[str, Scores], kinds: Mapping[str, str])
         report = {
             "lowrank_dist": __version__,
             "model": options.model,
-            "options": {name: value for name, value in vars(options).items() if value not in (None, [], False)},
+            "options": {name: value for name, value in vars(options).items() if _is_set(value)},
             "stages": {stage: {"model": kinds[stage], **found.results} for stage, found in scores.items()},
         }
         with atomic_file(Path(options.output), overwrite=options.overwrite) as staging:
