@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from lowrank_dist.cli.compare.groups import as_dict, compare
+from lowrank_dist.cli.compare.groups import RATE, as_dict, compare
 from lowrank_dist.cli.compare.runs import find_runs
 from lowrank_dist.cli.compare.table import as_table, panels
 from lowrank_dist.cli.output import check_outputs
@@ -42,11 +42,11 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("runs", nargs="+", metavar="DIRECTORY", help="a run, or a directory with runs below it")
     parser.add_argument(
         "--choose",
-        default="model.lr",
+        default=RATE,
         metavar="KEY",
         help="setting of which every method gets its best value (default: %(default)s)",
     )
     parser.add_argument("--json", help="file to write the figures to")
-    parser.add_argument("--picture", help="PNG to draw: losses by step, by seconds and by learning rate")
+    parser.add_argument("--picture", help="PNG to draw: losses by step, by seconds and by the chosen setting")
     parser.add_argument("--overwrite", action="store_true", help="replace the files of --json and --picture")
     return parser
