@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,6 +102,9 @@ def _check(options: Any) -> None:
     for entry in options.data:
         if "=" not in entry or not all(entry.partition("=")[::2]):
             raise InputError(f"--data {entry}: must be TASK=FILE or TASK:SPLIT=FILE")
+    twice = [what for what, count in Counter(entry.partition("=")[0] for entry in options.data).items() if count > 1]
+    if twice:
+        raise InputError(f"--data {twice[0]}: given more than once; pass one file for it")
     if "responses" not in options.tasks.split(","):
         for name in _PROMPTS:
             if getattr(options, name):
@@ -176,7 +180,7 @@ def _evaluate(options: Any, group: Any) -> None:
     with group.shared_errors():
         if group.rank == 0:
             print(as_table(scores))
-            _write(options, scores, {stage: model.kind for stage, model in models.items()})
+            write_results(options, scores, {stage: model.kind for stage, model in models.items()})
 
 
 def _is_set(value: object) -> bool:
@@ -184,7 +188,8 @@ def _is_set(value: object) -> bool:
     return not (value is None or value is False or value == [])
 
 
-def _write(options: Any, scores: Mapping[str, Scores], kinds: Mapping[str, str]) -> None:
+def write_results(options: Any, scores: Mapping[str, Scores], kinds: Mapping[str, str]) -> None:
+    """Write the files of ``--output`` and ``--samples``; scores, and what was scored, by stage."""
     from lowrank_dist._version import __version__
     from lowrank_dist.storage.atomic import atomic_file
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lowrank_dist.cli import main
 from lowrank_dist.cli.compare.groups import Figure
-from lowrank_dist.cli.compare.runs import _places
+from lowrank_dist.cli.compare.runs import checkpoint_places
 from lowrank_dist.cli.compare.settings import flat, names
 from lowrank_dist.errors import InputError
 
@@ -147,16 +147,16 @@ def test_a_relative_dirpath_counts_from_where_the_run_was_started(
     trainer = {"default_root_dir": root, "logger": logger, "callbacks": [saves]}
     (tmp_path / "elsewhere" / "saved" / "a").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "elsewhere")
-    found = list(_places(Path("..") / "work" / place, {"trainer": trainer}))
+    found = list(checkpoint_places(Path("..") / "work" / place, {"trainer": trainer}))
     assert found == [tmp_path / "work" / "saved" / "a", Path("..") / "work" / place / "checkpoints"]
 
 
 def test_a_relative_dirpath_of_a_run_that_does_not_tell_is_not_guessed(tmp_path: Path) -> None:
     saves = {"class_path": "lowrank_dist.AdapterCheckpoint", "init_args": {"dirpath": "saved"}}
     trainer = {"default_root_dir": "/far/away", "callbacks": saves}
-    assert list(_places(tmp_path, {"trainer": trainer})) == [tmp_path / "checkpoints"]
+    assert list(checkpoint_places(tmp_path, {"trainer": trainer})) == [tmp_path / "checkpoints"]
     saves["init_args"] = {"dirpath": "/saved"}
-    assert list(_places(tmp_path, {"trainer": trainer})) == [Path("/saved"), tmp_path / "checkpoints"]
+    assert list(checkpoint_places(tmp_path, {"trainer": trainer})) == [Path("/saved"), tmp_path / "checkpoints"]
 
 
 def test_losses_of_csv_logger_serve_too(tmp_path: Path) -> None:

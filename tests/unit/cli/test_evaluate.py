@@ -17,6 +17,7 @@ from lowrank_dist.cli import evaluate, main
     [
         (["--output", "z.json", "--samples", "z.json"], "--samples z.json is --output too"),
         (["--output", "/proc/x/z.json"], "--output='/proc': nothing can be written there"),
+        (["--data", "gsm8k=a", "--data", "gsm8k=b"], "--data gsm8k: given more than once; pass one file for it"),
         (["--overwrite"], "--overwrite has no effect without --output or --samples"),
     ],
 )
@@ -34,7 +35,7 @@ def test_options_of_zero_are_recorded(tmp_path: Path, capsys: Any) -> None:
     output = tmp_path / "z.json"
     given = ["model", "--tasks", "gsm8k", "--seed", "0", "--num_fewshot", "0", "--output", str(output)]
     scores: Any = {"trained": SimpleNamespace(results={}, samples={})}
-    evaluate._write(evaluate.parser().parse_args(given), scores, {"trained": "checkpoint"})
+    evaluate.write_results(evaluate.parser().parse_args(given), scores, {"trained": "checkpoint"})
     recorded = json.loads(output.read_text())["options"]
     assert (recorded["seed"], recorded["num_fewshot"]) == (0, 0)
     assert {"system_instruction", "apply_chat_template", "data"}.isdisjoint(recorded)

@@ -164,7 +164,7 @@ def _columns(file: Path) -> dict[str, list[Point]]:
 
 def _newest(directory: Path, settings: dict[str, Any]) -> Path | None:
     """The newest checkpoint of the run."""
-    found = (newest_checkpoint(place) for place in _places(directory, settings) if place.is_dir())
+    found = (newest_checkpoint(place) for place in checkpoint_places(directory, settings) if place.is_dir())
     return next((newest for newest in found if newest is not None), None)
 
 
@@ -174,7 +174,7 @@ def _adapter_bytes(checkpoint: Path) -> int | None:
     return None if taken is None else sum(file.stat().st_size for file in taken.iterdir())
 
 
-def _places(directory: Path, settings: dict[str, Any]) -> Iterator[Path]:
+def checkpoint_places(directory: Path, settings: dict[str, Any]) -> Iterator[Path]:
     """Where the run's callbacks write checkpoints: in their ``dirpath``, by default beside the configuration."""
     callbacks = settings["trainer"].get("callbacks") or []
     for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
