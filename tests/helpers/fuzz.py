@@ -17,9 +17,9 @@ from typing import Any
 from safetensors import safe_open
 
 from lowrank_dist.errors import InputError
-from lowrank_dist.storage.layout import MANIFEST, sealed
+from lowrank_dist.storage.layout import MANIFEST, PARTS, sealed
 from lowrank_dist.storage.parse import is_plain
-from lowrank_dist.storage.verify import PARTS, file_digest, tensor_digest
+from lowrank_dist.storage.verify import file_digest, tensor_digest
 
 #: Values in the place of others.
 ODD: list[Any] = [

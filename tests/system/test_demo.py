@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -336,6 +338,60 @@ def test_the_table_shows_what_the_summary_holds(tmp_path: Path) -> None:
 def test_a_failing_step_names_itself(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="`python -c raise SystemExit\\(3\\)` failed with status 3"):
         run.run(["-c", "raise SystemExit(3)"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": -1}, "--steps -1 must be at least 1"),
+        ({"steps": 0}, "--steps 0 must be at least 1"),
+        ({"config": "no.yaml"}, "--config no.yaml: no such file"),
+        ({"output": "/proc/demo"}, "output='/proc/demo': nothing can be written there"),
+    ],
+)
+def test_what_cannot_be_leaves_the_earlier_run(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    work = run.begin(str(tmp_path / "demo"))
+    (work / "history.json").touch()
+    with pytest.raises(InputError, match=message):
+        run.run_demo(**{"output": str(work), **options})
+    assert (work / "history.json").exists()
+
+
+def test_records_are_those_of_this_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of an earlier one are not taken for them, and stay where training fails at once."""
+    work = run.begin(str(tmp_path / "demo"))
+    names = ("history.json", "init_report.json", "summary.json")
+    for name in names:
+        (work / name).touch()
+        os.utime(work / name, (1e9, 1e9))
+
+    def fit(train: Any) -> Path:
+        monkeypatch.setattr(run, "run", train)
+        return run.fit(work, Path("x.yaml"), work, work, work, 3, {})
+
+    def fails(_: Any) -> None:
+        raise InputError("failed with status 2")
+
+    with pytest.raises(InputError, match="failed with status 2"):
+        fit(fails)
+    assert all((work / name).exists() for name in names)
+    with pytest.raises(InputError, match=r"the run has written no history.json; add lowrank_dist.LossHistory"):
+        fit(lambda _: None)
+
+    def records(_: Any) -> None:
+        time.sleep(0.1)  # times of files are those of the last tick
+        for name in names:
+            (work / name).touch()
+
+    with pytest.raises(InputError, match="the run has written no checkpoint"):
+        fit(records)
+
+    def trains(_: Any) -> None:
+        records(_)
+        (work / "checkpoints" / "step=3").mkdir(parents=True)
+
+    assert fit(trains) == work / "checkpoints" / "step=3"
+    assert not (work / "summary.json").exists()
 
 
 def test_the_demo_works_only_in_a_directory_of_its_own(tmp_path: Path) -> None:

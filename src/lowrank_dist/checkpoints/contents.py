@@ -13,9 +13,8 @@ from torch import Tensor
 from lowrank_dist.adapters.lora import to_lora
 from lowrank_dist.model.adapter_files import AdapterFiles
 from lowrank_dist.model.names import peft_name
-from lowrank_dist.storage.layout import ADAPTER_DIR, ENCODED_DIR, INITIAL_DIR, LORA_DIR
+from lowrank_dist.storage.layout import ADAPTER_DIR, ENCODED_DIR, INITIAL_DIR, LORA_DIR, OPTIMIZER, PARTS
 from lowrank_dist.storage.reader import FileTensor
-from lowrank_dist.storage.verify import OPTIMIZER, PARTS
 from lowrank_dist.storage.writer import TensorFiles
 from lowrank_dist.tuners.adalora.files import AdaLoraFiles
 from lowrank_dist.zero3.optimizer import MASTER

@@ -24,9 +24,9 @@ from typing import Any
 from lowrank_dist.adapters.files import whole_tensor
 from lowrank_dist.checkpoints.codec import decode_state
 from lowrank_dist.errors import CheckpointError, is_passing
-from lowrank_dist.storage.layout import MANIFEST, read_manifest
+from lowrank_dist.storage.layout import MANIFEST, OPTIMIZER, STATE, read_manifest
 from lowrank_dist.storage.parse import MAX_MANIFEST, read_record
-from lowrank_dist.storage.verify import FORMAT, OPTIMIZER, STATE, HashedParts, check_seal
+from lowrank_dist.storage.verify import FORMAT, HashedParts, check_seal
 
 log = logging.getLogger(__name__)
 

@@ -15,9 +15,8 @@ from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import FlatPartition
 from lowrank_dist.errors import CheckpointError
 from lowrank_dist.model.adapter_files import AdapterFiles
-from lowrank_dist.storage.layout import ADAPTER_DIR
+from lowrank_dist.storage.layout import ADAPTER_DIR, OPTIMIZER
 from lowrank_dist.storage.reader import CheckpointReader
-from lowrank_dist.storage.verify import OPTIMIZER
 from lowrank_dist.tuners.adalora.allocation import STATES, RankAllocation
 from lowrank_dist.zero3.optimizer import MASTER, ShardedOptimizer
 from lowrank_dist.zero3.partition import local_shard, whole_shape

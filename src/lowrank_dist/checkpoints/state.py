@@ -15,8 +15,8 @@ from lowrank_dist.checkpoints.codec import encode_state
 from lowrank_dist.checkpoints.layout import TrainingCheckpoint
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import CheckpointError
+from lowrank_dist.storage.layout import STATE
 from lowrank_dist.storage.parse import Record, is_flag, is_integer, is_list_of
-from lowrank_dist.storage.verify import STATE
 from lowrank_dist.zero3.optimizer import ShardedOptimizer
 
 #: Key of this package's entry in Lightning's dictionary.

@@ -32,10 +32,10 @@ from lowrank_dist.model.adapter_files import AdapterFiles
 from lowrank_dist.model.names import peft_name
 from lowrank_dist.storage.atomic import atomic_directory
 from lowrank_dist.storage.disk import check_free, flush_directory
-from lowrank_dist.storage.layout import ADAPTER_DIR, INITIAL_DIR, LORA_DIR, MANIFEST, sealed
+from lowrank_dist.storage.layout import ADAPTER_DIR, INITIAL_DIR, LORA_DIR, MANIFEST, OPTIMIZER, STATE, sealed
 from lowrank_dist.storage.original import Original
 from lowrank_dist.storage.reader import FileTensor
-from lowrank_dist.storage.verify import FORMAT, OPTIMIZER, STATE, file_digest, tensor_digest
+from lowrank_dist.storage.verify import FORMAT, file_digest, tensor_digest
 from lowrank_dist.storage.writer import TensorFiles, write_json, write_tensors
 from lowrank_dist.tuners.adalora import files as adalora
 from lowrank_dist.tuners.adalora.allocation import RankAllocation

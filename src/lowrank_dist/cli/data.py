@@ -40,6 +40,10 @@ def run(argv: Sequence[str]) -> int:
         name: value for name, value in vars(options).items() if name not in ("data", "tokenizer", "examples", "color")
     }
     limit = settings.pop("limit")
+    if limit is not None and limit < 1:
+        raise InputError(f"--limit {limit} must be at least 1; leave it out for all records")
+    if options.examples < 0:
+        raise InputError(f"--examples {options.examples} must not be negative")
     names, split = list(options.data), settings["train_split"]
     module = SFTDataModule(options.tokenizer, names, **settings)
     source = Source(role="data", names=names if len(names) > 1 else names[0], split=split, subset=settings["subset"])

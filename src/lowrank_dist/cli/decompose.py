@@ -6,6 +6,7 @@ The process that starts the ranks, and ``--help``, import no more than the optio
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
@@ -21,6 +22,7 @@ from lowrank_dist.storage.dtypes import NAMED_DTYPES
 
 QUANTIZED = {"qpissa": "pissa", "qlora": "lora"}  # common names of a method with a quantized residual
 NEED_FORMAT = (*QUANTIZED, "loftq", "qera")
+ADAPTER_OPTIONS = ("rank", "alpha", "rslora", "target_modules")  # instead of --adapter
 FACTOR_DTYPES = [name for name in NAMED_DTYPES if name != "float16"]
 
 
@@ -28,6 +30,7 @@ def run(argv: Sequence[str]) -> int:
     """Run ``lowrank-dist decompose``; `argv` excludes the command's name. Returns the exit status."""
     name = _method_of(argv)
     options = parser(name).parse_args(list(argv))
+    _check(options)
     if options.devices > 1 and not launched():
         return launch(["decompose", *argv], options.devices)
     quantization = options.quantization or ("nf4" if name in NEED_FORMAT else "none")
@@ -43,6 +46,20 @@ def run(argv: Sequence[str]) -> int:
     init: Method = _method(name)(**({} if settings is None else vars(settings)))
     decompose_model(options, init, residual)
     return 0
+
+
+def _check(options: Any) -> None:
+    """Raise InputError for numbers that cannot be, and for options of the adapter beside a file that has them all."""
+    for option in ("rank", "alpha", "devices", "ranks_per_matrix"):
+        value = options[option]
+        if value is not None and not 0 < value < math.inf:
+            raise InputError(f"--{option} {value} must be positive")
+    given = [name for name in ADAPTER_OPTIONS if options[name]]
+    if options.adapter is not None and given:
+        raise InputError(
+            f"--{given[0]} has no effect with --adapter {options.adapter}, which says it; change it there, or leave "
+            "--adapter out"
+        )
 
 
 def _options_of(options: Any, name: str) -> dict[str, Any]:
@@ -94,10 +111,12 @@ def parser(method: str) -> ArgumentParser:
     parser.add_argument(
         "--method", default=method, help=f"one of {', '.join(sorted({*METHODS, *QUANTIZED}))} (default: pissa)"
     )
-    parser.add_argument("--rank", type=int, default=16, help="r")
+    parser.add_argument("--rank", type=int | None, help="r (default: 16)")
     parser.add_argument("--alpha", type=float | None, help="lora_alpha (default: r)")
     parser.add_argument("--rslora", action="store_true", help="scale by alpha / sqrt(r)")
-    parser.add_argument("--target_modules", type=list[str] | str, default="all-linear", help="as in peft.LoraConfig")
+    parser.add_argument(
+        "--target_modules", type=list[str] | str | None, help="as in peft.LoraConfig (default: all-linear)"
+    )
     parser.add_argument(
         "--adapter", type=str | None, help="adapter_config.json of a PEFT LoRA, instead of the four options above"
     )

@@ -21,8 +21,9 @@ from lowrank_dist.progress import progress_bar
 from lowrank_dist.quantization.dense import Dense
 from lowrank_dist.quantization.format import ResidualFormat
 from lowrank_dist.residual_model.create import decompose
+from lowrank_dist.residual_model.reader import ResidualModel
 from lowrank_dist.storage.dtypes import FLOAT_DTYPES, NAMED_DTYPES
-from lowrank_dist.storage.layout import read_manifest
+from lowrank_dist.storage.layout import MANIFEST, read_manifest
 from lowrank_dist.storage.resolve import resolve_checkpoint
 
 
@@ -52,7 +53,9 @@ def decompose_model(options: Any, init: Method, residual: ResidualFormat | None)
             if first_on_host():  # one rank per host downloads a hub id
                 resolve_checkpoint(options.pretrained, revision=options.revision)
         with group.shared_errors():
-            reader = open_reader(resolve_checkpoint(options.pretrained, revision=options.revision))
+            source = resolve_checkpoint(options.pretrained, revision=options.revision)
+            _check_source(source, options)
+            reader = open_reader(source)
             adapter = _adapter(options)
         opened = open_plan(reader, adapter, group=group)
         plan = opened.plan
@@ -92,6 +95,19 @@ def decompose_model(options: Any, init: Method, residual: ResidualFormat | None)
             print(output)
 
 
+def _check_source(source: Path, options: Any) -> None:
+    """Raise InputError for a model that is decomposed already, and a revision of a directory, which has none."""
+    if ResidualModel.is_at(source):
+        base = read_manifest(source).get("base") if (source / MANIFEST).is_file() else None
+        raise InputError(
+            f"--pretrained {options.pretrained}: is a residual model, whose weights lack what its adapter holds; "
+            f"pass the original model{f', {base}' if base else ''}, or train it as it is with "
+            f"PiSSAStrategy(pretrained={str(options.pretrained)!r})"
+        )
+    if options.revision is not None and source == Path(options.pretrained):
+        raise InputError(f"--revision {options.revision} has no effect on what is at {source}; leave it out")
+
+
 def _adapter(options: Any) -> LoraConfig:
     if options.adapter is not None:
         path = Path(options.adapter)
@@ -102,10 +118,11 @@ def _adapter(options: Any) -> LoraConfig:
             raise InputError(f"--adapter {path}: a {config.peft_type} configuration, not a LoRA")
         config.init_lora_weights, config.inference_mode = True, False
         return config
+    rank = options.rank or 16
     return LoraConfig(
-        r=options.rank,
-        lora_alpha=options.rank if options.alpha is None else options.alpha,
+        r=rank,
+        lora_alpha=options.alpha or rank,
         use_rslora=options.rslora,
-        target_modules=options.target_modules,
+        target_modules=options.target_modules or "all-linear",
         task_type="CAUSAL_LM",
     )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowrank_dist.cli.model_options import add_model_options, check_ranks, loaded, on_disk, say, tokenizer_of
-from lowrank_dist.cli.output import add_overwrite
+from lowrank_dist.cli.output import add_overwrite, check_outputs
 from lowrank_dist.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,8 +29,10 @@ def run(argv: Sequence[str]) -> int:
     _check(options)
     from lowrank_dist.cli.ranks import launch, launched, shard_group
 
-    if options.devices > 1 and not launched():
-        return launch(["evaluate", *argv], options.devices)
+    if not launched():
+        _check_outputs(options)
+        if options.devices > 1:
+            return launch(["evaluate", *argv], options.devices)
     with shard_group(options.accelerator, sharded_model=True) as (group, _):
         _evaluate(options, group)
     return 0
@@ -99,6 +102,9 @@ def _check(options: Any) -> None:
     for entry in options.data:
         if "=" not in entry or not all(entry.partition("=")[::2]):
             raise InputError(f"--data {entry}: must be TASK=FILE or TASK:SPLIT=FILE")
+    twice = [what for what, count in Counter(entry.partition("=")[0] for entry in options.data).items() if count > 1]
+    if twice:
+        raise InputError(f"--data {twice[0]}: given more than once; pass one file for it")
     if "responses" not in options.tasks.split(","):
         for name in _PROMPTS:
             if getattr(options, name):
@@ -110,12 +116,15 @@ def _check(options: Any) -> None:
         raise InputError('--gen_kwargs must be a JSON object, such as {"max_gen_toks": 128}')
 
 
+def _check_outputs(options: Any) -> None:
+    check_outputs({"--output": options.output, "--samples": options.samples}, overwrite=options.overwrite)
+
+
 def _evaluate(options: Any, group: Any) -> None:
     from lowrank_dist.cli.ranks import first_on_host
     from lowrank_dist.data.prompts import Prompter
     from lowrank_dist.inference.generation import stop_tokens
     from lowrank_dist.inference.scoring import Tasks, as_table, score
-    from lowrank_dist.storage.replacing import check_file
 
     with group.shared_errors():
         check_ranks(options, group)
@@ -132,9 +141,8 @@ def _evaluate(options: Any, group: Any) -> None:
             seed=options.seed,
             unsafe=options.confirm_run_unsafe_code,
         )
-        for output in (options.output, options.samples):
-            if group.rank == 0 and output is not None:
-                check_file(Path(output), overwrite=options.overwrite)
+        if group.rank == 0:
+            _check_outputs(options)
     stages = list(dict.fromkeys(options.stages))
     models = {stage: on_disk(options, group, stage=stage) for stage in stages}
     with group.shared_errors():
@@ -172,10 +180,16 @@ def _evaluate(options: Any, group: Any) -> None:
     with group.shared_errors():
         if group.rank == 0:
             print(as_table(scores))
-            _write(options, scores, {stage: model.kind for stage, model in models.items()})
+            write_results(options, scores, {stage: model.kind for stage, model in models.items()})
 
 
-def _write(options: Any, scores: Mapping[str, Scores], kinds: Mapping[str, str]) -> None:
+def _is_set(value: object) -> bool:
+    """Whether an option says anything; a 0 does."""
+    return not (value is None or value is False or value == [])
+
+
+def write_results(options: Any, scores: Mapping[str, Scores], kinds: Mapping[str, str]) -> None:
+    """Write the files of ``--output`` and ``--samples``; scores, and what was scored, by stage."""
     from lowrank_dist._version import __version__
     from lowrank_dist.storage.atomic import atomic_file
 
@@ -186,7 +200,7 @@ def _write(options: Any, scores: Mapping[str, Scores], kinds: Mapping[str, str])
         report = {
             "lowrank_dist": __version__,
             "model": options.model,
-            "options": {name: value for name, value in vars(options).items() if value not in (None, [], False)},
+            "options": {name: value for name, value in vars(options).items() if _is_set(value)},
             "stages": {stage: {"model": kinds[stage], **found.results} for stage, found in scores.items()},
         }
         with atomic_file(Path(options.output), overwrite=options.overwrite) as staging:

@@ -20,7 +20,7 @@ def run(argv: Sequence[str]) -> int:
     options = parser().parse_args(argv)
     found = inspect(options.path, verify=options.verify)
     print(json.dumps(found.as_dict(), indent=2) if options.json else as_table(found))
-    return 0
+    return 1 if options.verify and not found.complete else 0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lowrank-dist inspect",
         description="Describe a checkpoint, residual model, adapter, model, or directory of these. Only headers are "
-        "read, no weights, but for --verify.",
+        "read, no weights, but for --verify. Exit status 1 with --verify: something is missing or damaged.",
     )
     parser.add_argument("path", help="directory, or hub id in the cache")
     parser.add_argument("--verify", action="store_true", help="read all tensors and compare them with their hashes")

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lowrank_dist.cli.output import check_outputs
 from lowrank_dist.cli.report_figure import figure_of, panels
 from lowrank_dist.cli.report_page import HISTORY, METRICS, find, page
 from lowrank_dist.decomposition.report import MatrixReport, as_table, ranks_as_table
-from lowrank_dist.errors import CheckpointError
+from lowrank_dist.errors import CheckpointError, InputError
 from lowrank_dist.storage.atomic import atomic_file
 from lowrank_dist.storage.layout import MANIFEST, checked_manifest
 from lowrank_dist.storage.parse import MAX_MANIFEST, Record, read_record
-from lowrank_dist.storage.replacing import check_file
 from lowrank_dist.storage.writer import write_report
 
 
 def run(argv: Sequence[str]) -> int:
     """Run ``lowrank-dist report``; `argv` excludes the command's name. Returns the exit status."""
     options = parser().parse_args(argv)
-    for file in filter(None, (options.json, options.picture, options.html)):
-        check_file(Path(file), overwrite=options.overwrite)
     source = Path(options.directory)
+    given = {"history": (options.history, HISTORY), "metrics": (options.metrics, METRICS)}
+    _check_used(options, given)
+    records = {name: Path(path) if path else find(source, default) for name, (path, default) in given.items()}
+    check_outputs(
+        {"--json": options.json, "--picture": options.picture, "--html": options.html},
+        overwrite=options.overwrite,
+        inputs=[manifest_file(source), *filter(None, records.values())],
+    )
     manifest = read_manifest_of(source)
     matrices, rank_by_layer = report_of(manifest)
     tables = [as_table(matrices)] if matrices else []
@@ -40,14 +46,19 @@ def run(argv: Sequence[str]) -> int:
             figure.savefig(fresh, dpi=120, format="png")
         print(options.picture)
     if options.html is not None:
-        given = {"history": (options.history, HISTORY), "metrics": (options.metrics, METRICS)}
-        records = {name: Path(path) if path else find(source, default) for name, (path, default) in given.items()}
         text = page(source, manifest, matrices, rank_by_layer, **records)
         with atomic_file(Path(options.html), overwrite=options.overwrite) as fresh:
             fresh.write_text(text, encoding="utf-8")
         used = [str(path) for path in records.values() if path is not None]
         print(f"{options.html}{', with ' + ' and '.join(used) if used else ''}")
     return 0
+
+
+def _check_used(options: argparse.Namespace, records: Mapping[str, Any]) -> None:
+    """Raise InputError for records without a page to show them."""
+    name = next((name for name in records if getattr(options, name) is not None), None)
+    if options.html is None and name is not None:
+        raise InputError(f"--{name} {getattr(options, name)} has no effect without --html; leave it out")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -69,9 +80,14 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+def manifest_file(path: Path) -> Path:
+    """The file with the report: `path`, or the manifest in it."""
+    return path / MANIFEST if path.is_dir() else path
+
+
 def read_manifest_of(path: Path) -> Record:
     """The report stored in a residual model, in a checkpoint, or in a JSON file that `InitReport` wrote."""
-    file = path / MANIFEST if path.is_dir() else path
+    file = manifest_file(path)
     if not file.exists():
         raise CheckpointError(
             f"{path}: holds no {MANIFEST}; pass a residual model, a directory that AdapterCheckpoint wrote, or the "

@@ -29,6 +29,8 @@ def run(argv: Sequence[str]) -> int:
                 f"{key} is neither an option of submit (see --help) nor a key of the configuration "
                 "(--trainer.*, --model.*, --data.*, --seed_everything)"
             )
+    if actions["dry_run"] and actions["follow"]:
+        raise InputError("--follow has no effect with --dry-run, which submits nothing; leave one of them out")
     submission = prepare(SubmitOptions(**{**options, "overrides": tuple(overrides)}))
     for warning in submission.shape.warnings:
         print(f"warning: {warning}", file=sys.stderr)

@@ -22,10 +22,16 @@ import lowrank_dist
 from lowrank_dist.demo.assets import fetch_data, fetch_model
 from lowrank_dist.demo.plots import plot_demo
 from lowrank_dist.errors import InputError
+from lowrank_dist.storage.disk import check_writable
 from lowrank_dist.storage.writer import write_json
 
 CONFIG_NAME = "smollm2-135m_qpissa_2cpu.yaml"
 EVAL_PAIRS = 64
+#: What a run must have written, and the callback that writes it.
+RECORDS = {
+    "history.json": "lowrank_dist.LossHistory with path: history.json",
+    "init_report.json": "lowrank_dist.InitReport with path: init_report.json",
+}
 MARK = "lowrank_dist_demo.json"  # in the working directory of a demo
 
 
@@ -46,7 +52,16 @@ def run_demo(*, output: str, config: str | None = None, steps: int | None = None
     -------
     int
         Exit status 0; a step that fails raises an error.
+
+    Raises
+    ------
+    InputError
+        For a value that cannot be, before anything is written.
     """
+    if steps is not None and steps < 1:
+        raise InputError(f"--steps {steps} must be at least 1; leave it out for the configuration's")
+    if config is not None and not Path(config).is_file():
+        raise InputError(f"--config {config}: no such file; pass a YAML file of `lowrank-dist fit`")
     work = begin(output)
     seconds: dict[str, float] = {}
 
@@ -102,10 +117,10 @@ def begin(output: str) -> Path:
     Raises
     ------
     InputError
-        If anything else is there.
+        If anything else is there, or nothing can be written there.
     """
     work = Path(output).resolve()
-    work.mkdir(parents=True, exist_ok=True)
+    check_writable(work, "output")
     if any(work.iterdir()) and not (work / MARK).is_file():
         raise InputError(
             f"{output}: exists, is not empty, and holds no {MARK}, so that it is not the directory of an earlier demo; "
@@ -145,12 +160,16 @@ def fit(
         options["--trainer.precision"] = "32-true"
     if steps is not None:
         options |= {"--trainer.max_steps": steps, "--trainer.val_check_interval": steps}
-    # files of an earlier run must not be mistaken for those of this run
-    for name in ("history.json", "init_report.json", "summary.json"):
-        (work / name).unlink(missing_ok=True)
     run(["-m", "lowrank_dist.cli", "fit", *(f"{name}={value}" for name, value in options.items())])
     seconds["fit"] = time.time() - started
-    written = [path for path in (work / "checkpoints").iterdir() if path.stat().st_mtime >= started]
+    # files of an earlier run must not be mistaken for those of this run, and stay where this one fails at once
+    for name, callback in RECORDS.items():
+        if not (work / name).is_file() or (work / name).stat().st_mtime < started:
+            raise InputError(f"{config}: the run has written no {name}; add {callback} to trainer.callbacks")
+    (work / "summary.json").unlink(missing_ok=True)
+    written = [path for path in (work / "checkpoints").glob("[!.]*") if path.stat().st_mtime >= started]
+    if not written:
+        raise InputError(f"{config}: the run has written no checkpoint; add lowrank_dist.AdapterCheckpoint to it")
     return max(written, key=lambda path: path.stat().st_mtime)
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import glob
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import Namespace
+
 from lowrank_dist.checkpoints.layout import newest_checkpoint
 from lowrank_dist.errors import CheckpointError
-from lowrank_dist.slurm.options import SubmitError, SubmitOptions, check_line
+from lowrank_dist.slurm.options import DEFAULT_TIMEOUT, SubmitError, SubmitOptions, check_line
 from lowrank_dist.training.fit_cli import module_settings
 
 _CHECKPOINT = "lowrank_dist.AdapterCheckpoint"
@@ -52,6 +55,11 @@ class JobShape:
     def batches(self) -> int:
         """Batches per step, over all ranks."""
         return self.nodes * self.devices * self.accumulate
+
+    @property
+    def resources(self) -> tuple[object, ...]:
+        """What a job array requests once for all of its jobs."""
+        return self.nodes, self.devices, self.on_gpu, self.counts
 
 
 def accumulated(*, batches: int, nodes: int, devices: int) -> int:
@@ -104,6 +112,13 @@ def check(options: SubmitOptions, settings: Any) -> JobShape:
         accumulated(batches=nodes * devices * accumulate, nodes=count, devices=devices)
     _check_checkpoints(options, trainer)
     _check_requeue(trainer)
+    _check_resumption(settings)
+    has_timeout = _has_timeout(trainer.strategy)
+    if not has_timeout and options.collective_timeout != DEFAULT_TIMEOUT:
+        raise SubmitError(
+            f"--collective-timeout {options.collective_timeout} has no effect: the strategy takes no timeout, or the "
+            "configuration sets it; leave the option out, or set trainer.strategy.init_args.timeout"
+        )
     root = Path(trainer.default_root_dir or ".").absolute()
     warnings = [*_check_paths(settings, options), *_check_root(root, options)]
     return JobShape(
@@ -113,7 +128,7 @@ def check(options: SubmitOptions, settings: Any) -> JobShape:
         on_gpu=_on_gpu(trainer.accelerator),
         counts=counts,
         root=root,
-        has_timeout=_has_timeout(trainer.strategy),
+        has_timeout=has_timeout,
         warnings=tuple(warnings),
     )
 
@@ -143,13 +158,31 @@ def _class_path(part: Any) -> str:
 
 
 def _saving(trainer: Any) -> list[Any]:
-    return [part for part in trainer.callbacks or [] if _class_path(part).endswith(_CHECKPOINT.split(".")[-1])]
+    return [part for part in _callbacks(trainer) if _class_path(part).endswith(_CHECKPOINT.split(".")[-1])]
 
 
-def checkpoint_directories(settings: Any) -> list[Path]:
-    """Directories of checkpoints that the configuration sets explicitly (``dirpath``)."""
-    named = (part.init_args.get("dirpath") for part in _saving(settings.trainer))
-    return [Path(str(directory)).absolute() for directory in named if directory]
+def _callbacks(trainer: Any) -> list[Any]:
+    return _listed(trainer.callbacks)
+
+
+def _listed(parts: Any) -> list[Any]:
+    """One part or several, as the parser of ``fit`` takes them."""
+    if parts is None:
+        return []
+    return parts if isinstance(parts, list) else [parts]
+
+
+def written_paths(settings: Any) -> dict[Path, str]:
+    """Paths outside of a run's own directory to which its callbacks write, with the key that sets each."""
+    found = {}
+    for part in _callbacks(settings.trainer):
+        arguments = getattr(part, "init_args", {})
+        for key in ("dirpath", "path"):
+            value = arguments.get(key)
+            # a relative dirpath is one of the working directory, a relative path is one of the run's
+            if isinstance(value, str | Path) and (key == "dirpath" or Path(value).is_absolute()):
+                found[Path(value).absolute()] = f"{_class_path(part).rpartition('.')[2]}.{key}"
+    return found
 
 
 def _check_checkpoints(options: SubmitOptions, trainer: Any) -> None:
@@ -161,7 +194,12 @@ def _check_checkpoints(options: SubmitOptions, trainer: Any) -> None:
     arguments, limit = saving[0].init_args, timedelta(minutes=options.minutes)
     interval = arguments.get("train_time_interval")
     steps = arguments.get("every_n_train_steps")
-    if interval is None and steps and options.seconds_per_step:
+    if options.seconds_per_step is not None:
+        if interval is not None or not steps:
+            raise SubmitError(
+                f"--seconds-per-step {options.seconds_per_step} has no effect: {_CHECKPOINT} saves by time or by "
+                "epoch, not every so many steps; leave it out"
+            )
         interval = timedelta(seconds=steps * options.seconds_per_step)
     if interval is not None and interval >= limit:
         raise SubmitError(
@@ -171,13 +209,20 @@ def _check_checkpoints(options: SubmitOptions, trainer: Any) -> None:
 
 
 def _check_requeue(trainer: Any) -> None:
-    plugins = trainer.plugins if isinstance(trainer.plugins, list) else [trainer.plugins]
-    for plugin in plugins:
+    for plugin in _listed(trainer.plugins):
         if _class_path(plugin).endswith("SLURMEnvironment") and plugin.init_args.get("auto_requeue", True):
             raise SubmitError(
                 "trainer.plugins has a SLURMEnvironment with auto_requeue on, but submit already requeues the job; set "
                 "auto_requeue: false, or remove the plugin"
             )
+
+
+def _check_resumption(settings: Any) -> None:
+    if settings.ckpt_path not in (None, "last"):
+        raise SubmitError(
+            f"ckpt_path is {settings.ckpt_path}, but a job resumes from its own newest checkpoint; remove ckpt_path, "
+            "and start from another adapter with trainer.strategy.init_args.adapter"
+        )
 
 
 def _check_paths(settings: Any, options: SubmitOptions) -> list[str]:
@@ -192,10 +237,7 @@ def _check_paths(settings: Any, options: SubmitOptions) -> list[str]:
         "data.test": settings.data.get("test"),
     }
     warnings = []
-    values = [(key, text) for key, value in named.items() for text in (value if isinstance(value, list) else [value])]
-    for key, value in values:
-        if value is None:
-            continue
+    for key, value in [(key, _path_of(part)) for key, given in named.items() for part in _listed(given)]:
         path = Path(str(value)).expanduser().absolute()
         text = str(value)
         looks_local = text.startswith(("/", ".", "~")) or text.count("/") > 1 or text.endswith(".jsonl")
@@ -205,6 +247,11 @@ def _check_paths(settings: Any, options: SubmitOptions) -> list[str]:
         if options.cluster == "slurm" and exists and _node_local(path):
             warnings.append(f"{key}={value} seems to be on a file system that other nodes cannot see")
     return sorted(set(warnings))
+
+
+def _path_of(source: Any) -> Any:
+    """The path or id of a source of data, which may have settings of its own."""
+    return source.get("path") if isinstance(source, Mapping | Namespace) else source
 
 
 def _check_root(root: Path, options: SubmitOptions) -> list[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, fields
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Literal, get_args
@@ -24,12 +26,21 @@ SWEEP_KEYS = {
 }
 #: The key of a sweep whose values are configuration files, each after those of all points.
 FILES = "config"
+#: Keys that submit sets by itself for every point of a sweep.
+_OWN = {
+    "trainer.default_root_dir": "every point has a directory of its own below it",
+    "trainer.logger.save_dir": "every point has a directory of its own below trainer.default_root_dir",
+    "ckpt_path": "every point resumes from its own newest checkpoint",
+}
 
+DEFAULT_TIMEOUT = 15.0  # minutes
 
 _POSITIVE = (
     *("nodes", "min_nodes", "gpus_per_node", "cpus_per_task", "mem_gb"),
-    *("grace", "collective_timeout", "array_parallelism"),
+    *("grace", "collective_timeout", "seconds_per_step", "array_parallelism"),
 )
+#: Options of sbatch, which a job on this machine does without.
+_OF_SLURM = ("partition", "account", "qos", "constraint", "exclude", "cpus_per_task", "mem_gb", "sbatch")
 
 
 class SubmitError(InputError):
@@ -104,7 +115,7 @@ class SubmitOptions:
     name: str | None = None
     time: str = "24:00:00"
     grace: int = 300
-    collective_timeout: float = 15.0
+    collective_timeout: float = DEFAULT_TIMEOUT
     seconds_per_step: float | None = None
     sweep: tuple[str, ...] = ()
     array_parallelism: int | None = None
@@ -117,8 +128,8 @@ class SubmitOptions:
             raise SubmitError(f"--cluster {self.cluster}: unknown; choose one of {', '.join(get_args(Cluster))}")
         for name in _POSITIVE:
             value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise SubmitError(f"--{name.replace('_', '-')} {value} must be positive")
+            if value is not None and not 0 < value < math.inf:
+                raise SubmitError(f"{_option(name)} {value} must be positive")
         if self.grace > 65535:
             raise SubmitError(f"--grace {self.grace}: sbatch takes at most 65535 s")
         if self.grace >= 60 * self.minutes:
@@ -129,7 +140,32 @@ class SubmitOptions:
         for option in self.sbatch:
             if not re.fullmatch(r"[a-z][a-z-]*(=.+)?", option):
                 raise SubmitError(f"--sbatch {option}: write NAME=VALUE, as in --sbatch reservation=my_reservation")
+        self._check_used()
+        self._check_keys()
         _ = self.points
+
+    def _check_used(self) -> None:
+        """Raise SubmitError for an option that would have no effect."""
+        if self.cluster == "local" and (name := next(filter(partial(getattr, self), _OF_SLURM), None)) is not None:
+            raise SubmitError(f"{_option(name)} has no effect with --cluster local; leave it out")
+        if self.array_parallelism is not None and not self.sweep:
+            raise SubmitError(
+                f"--array-parallelism {self.array_parallelism} has no effect without --sweep; leave it out"
+            )
+
+    def _check_keys(self) -> None:
+        """Raise SubmitError if a key of the sweep is set a second time, so that one of its values would be lost."""
+        given = {_without_classes(key): f"--{key}" for key in map(_key_of, self.overrides) if key}
+        for axis in self.sweep:
+            key = axis.partition("=")[0]
+            of_axis = [_without_classes(name) for name in SWEEP_KEYS.get(key, (key,))]
+            for name in of_axis:
+                if name in _OWN:
+                    raise SubmitError(f"--sweep {axis}: {_OWN[name]}; leave it out")
+                for earlier, option in given.items():
+                    if earlier == name or earlier.startswith(f"{name}."):
+                        raise SubmitError(f"--sweep {axis}: it would replace what {option} sets; give each key once")
+            given |= dict.fromkeys(of_axis, f"--sweep {axis}")
 
     def _check_lines(self) -> None:
         """Raise SubmitError if a value would add a line to the script of the job, or hide part of one."""
@@ -137,7 +173,7 @@ class SubmitOptions:
             value = getattr(self, field.name)
             for text in value if isinstance(value, tuple) else (value,):
                 if isinstance(text, str):
-                    check_line(f"--{field.name.replace('_', '-')}", text)
+                    check_line(_option(field.name), text)
 
     @property
     def job_name(self) -> str:
@@ -183,6 +219,21 @@ class SubmitOptions:
                 raise SubmitError(f"--sweep {axis}: write KEY=VALUE,VALUE,..., as in --sweep rank=16,64")
             axes.append([(key, value) for value in values.split(",")])
         return [dict(point) for point in product(*axes)]
+
+
+def _option(name: str) -> str:
+    """The option of the command line that sets a field."""
+    return f"--{name.replace('_', '-')}"
+
+
+def _key_of(argument: str) -> str:
+    """The key of ``--key=value``, ``--key+=value`` or ``--key``; empty for a value that stands by itself."""
+    return argument[2:].partition("=")[0].removesuffix("+") if argument.startswith("--") else ""
+
+
+def _without_classes(key: str) -> str:
+    """A key as the parser of ``fit`` takes it too: arguments of a class directly below the class."""
+    return ".".join(part for part in key.split(".") if part != "init_args")
 
 
 def point_overrides(point: dict[str, str]) -> list[str]:

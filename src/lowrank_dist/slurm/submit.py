@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import secrets
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import submitit
+from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from lowrank_dist.cluster.attempts import AttemptLog
-from lowrank_dist.slurm.checks import JobShape, check, checkpoint_directories, newest_step
+from lowrank_dist.slurm.checks import JobShape, check, newest_step
 from lowrank_dist.slurm.job import TrainingJob, requeue_script
 from lowrank_dist.slurm.options import FILES, SubmitError, SubmitOptions, point_overrides
-from lowrank_dist.storage.disk import private_directory
+from lowrank_dist.slurm.sweep import check_points, directory_names, own_directory
+from lowrank_dist.storage.disk import check_writable, private_directory
 from lowrank_dist.training.fit_cli import parse_fit
 
 #: States of a job that will not go on.
@@ -71,20 +74,38 @@ class Submission:
         Raises
         ------
         SubmitError
-            Where sbatch is not on PATH.
+            Where sbatch is not on PATH, or refuses the jobs. Then nothing is left.
         """
         if self.options.cluster == "slurm" and shutil.which("sbatch") is None:
             raise SubmitError(
                 "sbatch is not on PATH: submit from a login node, or use --cluster local; launch/qpissa.sbatch is a "
                 "batch file for sites without submitit"
             )
+        new = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
         executor = self.executor()
-        with executor.batch():
-            return [executor.submit(job) for job in self.jobs]
+        try:
+            with redirect_stderr(io.StringIO()) as said, executor.batch():  # submitit prints what it raises
+                jobs = [executor.submit(job) for job in self.jobs]
+        except (FailedJobError, FailedSubmissionError) as error:
+            found = _one_line(str(error)) or str(error.__cause__)
+            if not isinstance(error.__cause__, subprocess.CalledProcessError):
+                raise SubmitError(
+                    f"sbatch has not said whether it has taken the job ({found}); see squeue, and {self.folder}"
+                ) from error
+            _remove(new)
+            raise SubmitError(f"sbatch refuses the job: {found}; nothing was submitted") from error
+        sys.stderr.write(said.getvalue())
+        return jobs
 
     def executor(self) -> Any:
-        """Submitit's executor of the jobs, whose folder it makes."""
-        self.folder.parent.parent.mkdir(parents=True, exist_ok=True)
+        """Submitit's executor of the jobs, whose folder it makes.
+
+        Raises
+        ------
+        InputError
+            If nothing can be written where it should be.
+        """
+        check_writable(self.folder.parent.parent, "trainer.default_root_dir")
         private_directory(self.folder.parent, uses_contents=False)
         self.folder.mkdir(mode=0o700)  # new, or an error
         return self._executor()
@@ -145,6 +166,20 @@ class Submission:
         return additional
 
 
+def _one_line(text: str) -> str:
+    """What a program said, as a part of a message."""
+    return "; ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def _remove(new: Sequence[Path]) -> None:
+    """Remove a folder, and the directories above it that are as new and hold nothing else."""
+    folder, *above = new
+    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):
+        for path in above:
+            path.rmdir()
+
+
 @contextmanager
 def _anywhere() -> Iterator[None]:
     """Inside, submitit makes its executor for SLURM also where there is no srun."""
@@ -183,60 +218,42 @@ def prepare(options: SubmitOptions) -> Submission:
         """Settings of all points with this file, but for their other keys."""
         return parse(config if file is None else [*config, _absolute(file)], options.overrides)
 
-    settings = with_file(None)
-    root = Path(settings.trainer.default_root_dir or ".").absolute()
-    # without the file of a point the configuration need not be whole
-    shape = replace(check(options, parse(*arguments(options.points[0])) if options.sweep else settings), root=root)
-    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-    folder = root / "jobs" / name
-    jobs, roots, parsed = [], [], []
-    for point in options.points:
+    base = with_file(None)
+    root = Path(base.trainer.default_root_dir or ".").absolute()
+    folder = root / "jobs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    jobs, shapes, parsed = [], [], []
+    for point, name in zip(options.points, directory_names(options.points), strict=True):
         files, overrides = arguments(point)
         if point:
-            overrides += _own_directory(point, root, with_file(point.get(FILES)))
-        parsed.append(parse(files, overrides) if point else settings)
-        roots.append(check(options, parsed[-1]).root if point else root)
+            overrides += own_directory(root / name, with_file(point.get(FILES)))
+        # without the file of a point the configuration need not be whole: points are checked, the base is not
+        parsed.append(parse(files, overrides) if point else base)
+        shapes.append(check(options, parsed[-1]))
         jobs.append(
             TrainingJob(
                 config=tuple(files),
                 overrides=tuple(overrides),
                 folder=str(folder),
-                batches=shape.batches,
+                batches=shapes[-1].batches,
                 grace=options.grace,
-                timeout=options.collective_timeout if shape.has_timeout else None,
+                timeout=options.collective_timeout if shapes[-1].has_timeout else None,
             )
         )
-    _check_distinct_directories(parsed)
-    return Submission(options=options, shape=shape, folder=folder, jobs=tuple(jobs), roots=tuple(roots))
+    check_points(options.points, shapes, parsed)
+    warnings = dict.fromkeys(warning for shape in shapes for warning in shape.warnings)
+    return Submission(
+        options=options,
+        shape=replace(shapes[0], root=root, warnings=tuple(warnings)),
+        folder=folder,
+        jobs=tuple(jobs),
+        roots=tuple(shape.root for shape in shapes),
+    )
 
 
 def _absolute(config: str) -> str:
     if not Path(config).is_file():
         raise SubmitError(f"--config {config}: no such file; pass a YAML file of `lowrank-dist fit`")
     return str(Path(config).absolute())
-
-
-def _check_distinct_directories(settings: Sequence[Any]) -> None:
-    """Raise SubmitError if two points of a sweep would write their checkpoints to the same directory."""
-    seen: set[Path] = set()
-    for of_point in settings:
-        for directory in checkpoint_directories(of_point):
-            if directory in seen:
-                raise SubmitError(
-                    f"--sweep: every point would write its checkpoints to dirpath={directory}; remove dirpath from the "
-                    "checkpoint callback, and each point writes below its own default_root_dir"
-                )
-            seen.add(directory)
-
-
-def _own_directory(point: dict[str, str], root: Path, settings: Any) -> list[str]:
-    """Arguments that give a point of a sweep, of these settings otherwise, a directory of its own below `root`."""
-    shown = {key: Path(value).stem if key == FILES else value for key, value in point.items()}
-    own = str(root / ",".join(f"{key.split('.')[-1]}={value}" for key, value in shown.items()))
-    added = [f"--trainer.default_root_dir={own}"]
-    if getattr(getattr(settings.trainer.logger, "init_args", None), "save_dir", None) is not None:
-        added.append(f"--trainer.logger.init_args.save_dir={own}")
-    return added
 
 
 def announce(submission: Submission, jobs: list[Any]) -> None:

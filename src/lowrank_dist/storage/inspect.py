@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -25,7 +25,10 @@ from lowrank_dist.storage.layout import (
     INITIAL_DIR,
     LORA_DIR,
     MANIFEST,
+    OPTIMIZER,
+    PARTS,
     QUANT_STATES,
+    STATE,
     WEIGHTS,
     encoded_weight,
     read_json,
@@ -110,6 +113,8 @@ def inspect(path: str | os.PathLike[str], *, verify: bool = False) -> Descriptio
         from lowrank_dist.storage.resolve import resolve_checkpoint  # imports torch
 
         directory = resolve_checkpoint(path, option="path", fetch=False)
+        if not directory.is_dir():
+            raise CheckpointError(f"{path}: is a file; pass the directory that holds it, {directory.absolute().parent}")
     found = _describe(directory, verify=verify)
     if found is None:
         children = [child for child in directory.iterdir() if child.is_dir()]
@@ -155,7 +160,7 @@ def _verify(directory: Path, found: Description) -> None:
     """Add what differs from the hashes, and what was compared to the facts."""
     # imported here because they import torch, which headers do not need
     from lowrank_dist.distributed.group import ShardGroup
-    from lowrank_dist.storage.verify import PARTS, damage, verify_checkpoint
+    from lowrank_dist.storage.verify import damage, verify_checkpoint
 
     alone = ShardGroup.single()
     problem = None
@@ -200,17 +205,18 @@ def _adapter_checkpoint(directory: Path, found: Description) -> None:
         facts["trained parameters"] = _numel_of_cores(directory) or "those of the core, which the checkpoint lacks"
     parts = [part for part in (ADAPTER_DIR, INITIAL_DIR, ENCODED_DIR, LORA_DIR) if (directory / part).is_dir()]
     facts["bytes"] = {part: _size(directory / part) for part in parts}
-    for part in ("optimizer", "state"):
+    for part in (OPTIMIZER, STATE):
         files = [path for path in directory.glob(f"{part}*") if path.is_file()]
         if files:
             facts["bytes"][part] = sum(path.stat().st_size for path in files)
-    facts["training can resume"] = "optimizer" in facts["bytes"]
     lacking = [f"{name} is missing" for name in manifest.get("files", {}) if not (directory / name).is_file()]
     is_lora = facts.get("type", "LORA") == "LORA"  # other types have no lora/
     for part in [LORA_DIR] * is_lora + ([] if manifest.get("starts_at_zero") else [INITIAL_DIR]):
         absent = [file for file in (CONFIG, WEIGHTS) if not (directory / part / file).is_file()]
         lacking += [f"{part}/{file} is missing" for file in absent]
-    found.problems += dict.fromkeys(lacking)
+    found.problems += [problem for problem in dict.fromkeys(lacking) if problem not in found.problems]
+    _add_lacking(directory, found, _hashed(manifest))
+    facts["training can resume"] = OPTIMIZER in manifest.get("hashes", facts["bytes"]) and found.complete
 
 
 def _numel_of_cores(directory: Path) -> int:
@@ -232,14 +238,18 @@ def _decomposed(directory: Path, found: Description) -> None:
         (name for name in weights.parameters if name.lower() in QUANT_STATES), "dense"
     )
     _add_weights(weights, found)
+    places = {residual_stem(directory): ""}
+    digests = manifest.get("tensors", {}).items()
+    _add_lacking(directory, found, [(places.get(stem, initial[0].name), stem, names) for stem, names in digests])
     facts["bytes"] = {"residual": weights.nbytes, **{path.name: _size(path) for path in initial}}
 
 
 def _peft_adapter(directory: Path, found: Description) -> None:
     """An adapter that PEFT wrote; a converted LoRA also has a manifest."""
-    if (directory / MANIFEST).is_file():
-        found.facts |= _manifest_facts(read_manifest(directory))
+    manifest = read_manifest(directory) if (directory / MANIFEST).is_file() else {}
+    found.facts |= _manifest_facts(manifest)
     _add_adapter(directory, found)
+    _add_lacking(directory, found, _hashed(manifest))
 
 
 def _model(directory: Path, found: Description) -> None:
@@ -298,6 +308,27 @@ def _manifest_facts(manifest: dict[str, Any]) -> dict[str, Any]:
     return facts
 
 
+def _hashed(manifest: dict[str, Any]) -> Iterator[tuple[str, str, Iterable[str]]]:
+    """Place and stem of the files that a manifest has hashes of, and the names of their tensors."""
+    for part, hashes in manifest.get("hashes", {}).items():
+        yield *PARTS.get(part, ("", part)), hashes
+
+
+def _add_lacking(directory: Path, found: Description, hashed: Iterable[tuple[str, str, Iterable[str]]]) -> None:
+    """Add the files and tensors that are missing of those of which a manifest has digests."""
+    for place, stem, names in hashed:
+        file = f"{place}/{stem}.safetensors".lstrip("/")
+        if not _holds(directory / place, stem):
+            problems = [f"{file} is missing"]
+        else:
+            weights = Weights(directory / place, stem)
+            problems = [f"{place}: {problem}".removeprefix(": ") for problem in weights.problems]
+            lacking = sorted(set(names) - weights.tensors)
+            if lacking and not problems:
+                problems = [f"{file} lacks {_first_of(lacking)}"]
+        found.problems += [problem for problem in problems if problem not in found.problems]
+
+
 #: Entries of an adapter's configuration that are listed if they are set.
 _LISTED = (
     "rank_pattern",
@@ -335,6 +366,9 @@ def _add_adapter(directory: Path, found: Description) -> None:
             facts[key.replace("_", " ")] = (
                 sorted(config[key], key=str) if isinstance(config[key], list) else config[key]
             )
+    if not _holds(directory, Path(WEIGHTS).stem):
+        found.problems.append(f"{directory.name}/{WEIGHTS} is missing")
+        return
     try:
         weights = Weights(directory, Path(WEIGHTS).stem)
     except CheckpointError as error:
@@ -390,6 +424,8 @@ class Weights:
         Of the files that are there.
     not_read : str or None
         Name of an index beside a single file, which is read in its place.
+    tensors : set of str
+        Names of the tensors in the files that are there.
     problems : list of str
         Files that are missing, truncated or damaged, and tensors that they lack.
 
@@ -426,7 +462,8 @@ class Weights:
             tensors |= held
             lacking = sorted(names[file] - held.keys())
             if lacking:
-                self.problems.append(f"{file} lacks {lacking[0]}{f' and {len(lacking) - 1} more' * (len(lacking) > 1)}")
+                self.problems.append(f"{file} lacks {_first_of(lacking)}")
+        self.tensors = set(tensors)
         states = {name: found for name in tensors if (found := encoded_weight(name)) is not None}
         packed = dict(states.values())
         self.parameters = Counter[str]()
@@ -435,6 +472,15 @@ class Weights:
                 self.parameters[packed[name].upper()] += 2 * numel if packed[name].endswith("4") else numel
             elif name not in states and name.rpartition(".")[0] not in packed:
                 self.parameters[dtype] += numel
+
+
+def _holds(directory: Path, stem: str) -> bool:
+    """Whether there is a file of weights of this stem, or an index of several."""
+    return any((directory / f"{stem}.safetensors{end}").is_file() for end in ("", ".index.json"))
+
+
+def _first_of(names: Sequence[str]) -> str:
+    return f"{names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)}"
 
 
 def _header(path: Path) -> dict[str, tuple[str, int]]:

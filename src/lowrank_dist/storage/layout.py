@@ -43,6 +43,24 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 
 
+OPTIMIZER = "optimizer"
+
+
+STATE = "state"
+
+
+#: Directory inside a checkpoint, and stem of the file names, of every part that consists of tensors.
+PARTS = {
+    ADAPTER_DIR: (ADAPTER_DIR, Path(WEIGHTS).stem),
+    INITIAL_DIR: (INITIAL_DIR, Path(WEIGHTS).stem),
+    ENCODED_DIR: (ENCODED_DIR, Path(WEIGHTS).stem),
+    LORA_DIR: (LORA_DIR, Path(WEIGHTS).stem),
+    OPTIMIZER: ("", OPTIMIZER),
+    STATE: ("", STATE),
+    "root": ("", Path(WEIGHTS).stem),  # a converted LoRA
+}
+
+
 RESIDUAL_STEM = "residual"  # of root files of residual models that stock transformers cannot load
 
 

@@ -25,7 +25,9 @@ from lowrank_dist.storage.layout import (
     INITIAL_DIR,
     LORA_DIR,
     MANIFEST,
+    PARTS,
     RESIDUAL_STEM,
+    STATE,
     WEIGHTS,
     read_manifest,
     seal_of,
@@ -34,19 +36,6 @@ from lowrank_dist.storage.parse import MAX_MANIFEST, Record, read_bytes
 from lowrank_dist.storage.reader import CheckpointReader
 
 FORMAT = 3  # of checkpoints; hashes of format 2 cover neither dtype nor shape
-OPTIMIZER = "optimizer"
-STATE = "state"
-
-#: Directory inside a checkpoint, and stem of the file names, of every part that consists of tensors.
-PARTS = {
-    ADAPTER_DIR: (ADAPTER_DIR, Path(WEIGHTS).stem),
-    INITIAL_DIR: (INITIAL_DIR, Path(WEIGHTS).stem),
-    ENCODED_DIR: (ENCODED_DIR, Path(WEIGHTS).stem),
-    LORA_DIR: (LORA_DIR, Path(WEIGHTS).stem),
-    OPTIMIZER: ("", OPTIMIZER),
-    STATE: ("", STATE),
-    "root": ("", Path(WEIGHTS).stem),  # a converted LoRA
-}
 #: The parts that hold an adapter.
 ADAPTER_PARTS = (ADAPTER_DIR, INITIAL_DIR, ENCODED_DIR, LORA_DIR, "root")
 

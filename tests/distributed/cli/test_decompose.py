@@ -64,6 +64,15 @@ def test_decompose_with_two_ranks_then_report(llama: Path, tmp_path: Path) -> No
         (["--ranks_per_matrix", "2"], "ranks_per_matrix=2 does not divide the 1 ranks"),
         (["--pretrained", "/nowhere"], "pretrained='/nowhere': no such directory"),
         (["--adapter", "/nowhere"], "--adapter /nowhere: no such file"),
+        (["--revision", "main"], "--revision main has no effect on what is at"),
+        (["--rank", "0"], "--rank 0 must be positive"),
+        (["--alpha", "0"], "--alpha 0.0 must be positive"),
+        (["--devices", "0"], "--devices 0 must be positive"),
+        (["--ranks_per_matrix", "-1"], "--ranks_per_matrix -1 must be positive"),
+        (["--adapter", "a.json", "--rank", "16"], "--rank has no effect with --adapter a.json, which says it"),
+        (["--adapter", "a.json", "--alpha", "3"], "--alpha has no effect with --adapter a.json"),
+        (["--adapter", "a.json", "--rslora"], "--rslora has no effect with --adapter a.json"),
+        (["--adapter", "a.json", "--target_modules", "q_proj"], "--target_modules has no effect with --adapter a.json"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -72,11 +81,23 @@ def test_bad_options_end_in_one_message(
 ) -> None:
     base = ["--output", str(tmp_path / "out")]
     base += [] if "--pretrained" in options else ["--pretrained", str(llama)]
-    base += [] if "--rank" in options else ["--rank", "4"]
+    base += [] if {"--rank", "--adapter"} & {*options} else ["--rank", "4"]
     assert main(["decompose", *base, *options]) == 1
     error = capsys.readouterr().err
     assert error.count("lowrank-dist decompose: ") == 1
     assert text in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_residual_model_is_not_decomposed_again(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    residual = str(tmp_path / "residual")
+    assert main(["decompose", "--pretrained", str(llama), "--output", residual, "--rank", "4"]) == 0
+    assert main(["decompose", "--pretrained", residual, "--output", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert f"--pretrained {residual}: is a residual model" in error
+    assert f"pass the original model, {llama}, or train it as it is" in error
     assert not (tmp_path / "out").exists()
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from lowrank_dist.cli import main
 from lowrank_dist.cli.compare.groups import Figure
+from lowrank_dist.cli.compare.runs import checkpoint_places
 from lowrank_dist.cli.compare.settings import flat, names
 from lowrank_dist.errors import InputError
 
@@ -55,10 +56,10 @@ def test_methods_at_their_best_rate_over_seeds(tmp_path: Path, capsys: pytest.Ca
             write_run(tmp_path / f"{name},{lr},{seed}", settings(init, lr=lr, seed=seed), points, seconds)
     found = compared(tmp_path, "--picture", str(tmp_path / "out.png"))
     best, second = found["methods"]
-    assert (best["name"], best["learning_rate"], best["is_at_an_edge"]) == ("PiSSA", "0.001", False)
+    assert (best["name"], best["best"], best["is_at_an_edge"]) == ("PiSSA", "0.001", False)
     assert best["loss"] == {"mean": pytest.approx(1.2), "deviation": pytest.approx(0.2 * 2**0.5), "runs": 2}
-    assert (second["name"], second["learning_rate"], second["is_at_an_edge"]) == ("LoRA", "0.01", True)
-    assert list(second["by_rate"]) == ["0.0001", "0.001", "0.01"]
+    assert (second["name"], second["best"], second["is_at_an_edge"]) == ("LoRA", "0.01", True)
+    assert list(second["by_value"]) == ["0.0001", "0.001", "0.01"]
     assert found["seconds"] == 10.0  # in which both runs of LoRA had ended, and those of PiSSA came to step 4
     assert best["loss_at_equal_time"]["mean"] == 3.5
     assert second["loss_at_equal_time"]["mean"] == pytest.approx(1.5)
@@ -95,6 +96,67 @@ def test_one_run_done_twice_is_no_second_seed(tmp_path: Path, capsys: pytest.Cap
         write_run(tmp_path / name, settings(LORA), {8: 2.0})
     assert main(["compare", str(tmp_path)]) == 1
     assert "2 runs of all, learning rate 0.001, have seed 0: they are one run done twice" in capsys.readouterr().err
+
+
+def test_another_setting_is_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By its key in the configuration or as the table names it; the column and the notes are called after it."""
+    for rank, loss in ((4, 2.0), (8, 1.0), (16, 1.5)):
+        write_run(tmp_path / str(rank), settings(LORA, r=rank), {8: loss})
+    for key in ("trainer.strategy.init_args.adapter.init_args.r", "trainer.strategy.adapter.r"):
+        found = compared(tmp_path, "--choose", key, "--picture", str(tmp_path / "out.png"))
+        assert found["chosen"] == "trainer.strategy.adapter.r"
+        assert [method["best"] for method in found["methods"]] == ["8"]
+        head, line, *_, notes = capsys.readouterr().out.replace("out.png", "").split("\n", 4)
+        assert head.split()[:3] == ["method", "r", "tried"]
+        assert line.split()[:3] == ["all", "8", "3"]
+        assert "learning rate" not in notes
+
+
+def test_values_without_an_order_have_no_edge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("adamw", "lion"):
+        run = settings(LORA)
+        run["model"]["optimizer"] = name
+        write_run(tmp_path / name, run, {8: float(len(name))})
+    (method,) = compared(tmp_path, "--choose", "model.optimizer", "--picture", str(tmp_path / "out.png"))["methods"]
+    assert (method["best"], method["is_at_an_edge"]) == ("lion", False)
+
+
+def test_an_unknown_setting_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "run", settings(LORA, r=4), {8: 2.0})
+    for key, meant in (("lr", "model.lr"), ("adapter.r", "trainer.strategy.adapter.r"), ("model.lrr", "model.lr or ")):
+        assert main(["compare", str(tmp_path), "--choose", key]) == 1
+        assert f"--choose {key}: no run has this setting; do you mean {meant}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("root", "save_dir", "place"),
+    [
+        ("runs/a", None, "runs/a"),
+        ("runs/a", "runs/b", "runs/b"),
+        ("runs/a", "runs/b", "runs/b/lightning_logs/version_0"),
+        (None, None, "lightning_logs/version_3"),
+        (".", None, "."),
+    ],
+)
+def test_a_relative_dirpath_counts_from_where_the_run_was_started(
+    root: str | None, save_dir: str | None, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not from where `compare` is; another run's checkpoints are there."""
+    saves = {"class_path": "lowrank_dist.AdapterCheckpoint", "init_args": {"dirpath": "saved/a"}}
+    logger = save_dir and {"class_path": "CSVLogger", "init_args": {"save_dir": save_dir}}
+    trainer = {"default_root_dir": root, "logger": logger, "callbacks": [saves]}
+    (tmp_path / "elsewhere" / "saved" / "a").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    found = list(checkpoint_places(Path("..") / "work" / place, {"trainer": trainer}))
+    assert found == [tmp_path / "work" / "saved" / "a", Path("..") / "work" / place / "checkpoints"]
+
+
+def test_a_relative_dirpath_of_a_run_that_does_not_tell_is_not_guessed(tmp_path: Path) -> None:
+    saves = {"class_path": "lowrank_dist.AdapterCheckpoint", "init_args": {"dirpath": "saved"}}
+    trainer = {"default_root_dir": "/far/away", "callbacks": saves}
+    assert list(checkpoint_places(tmp_path, {"trainer": trainer})) == [tmp_path / "checkpoints"]
+    saves["init_args"] = {"dirpath": "/saved"}
+    assert list(checkpoint_places(tmp_path, {"trainer": trainer})) == [Path("/saved"), tmp_path / "checkpoints"]
 
 
 def test_losses_of_csv_logger_serve_too(tmp_path: Path) -> None:

@@ -93,6 +93,8 @@ def test_errors_are_one_line(tokenizer: str, tmp_path: Path, capsys: Any) -> Non
     path = write_jsonl(tmp_path / "data.jsonl", [{"nothing": 1}])
     for argv, message in (
         ([path, "--tokenizer", tokenizer], f"lowrank-dist data: {path}:1: columns found: `nothing`"),
+        ([path, "--tokenizer", tokenizer, "--limit", "0"], "lowrank-dist data: --limit 0 must be at least 1"),
+        ([path, "--tokenizer", tokenizer, "--examples", "-1"], "--examples -1 must not be negative"),
         ([path, "--tokenizer", str(tmp_path / "no")], "lowrank-dist data: --tokenizer "),
         ([str(tmp_path / "no.csv"), "--tokenizer", tokenizer], "lowrank-dist data: data='"),
         (

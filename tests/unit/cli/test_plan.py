@@ -22,6 +22,7 @@ from helpers.models import save_checkpoint
 from lowrank_dist import NF4, LoRA, PiSSA, PreferenceModule
 from lowrank_dist.cli import main
 from lowrank_dist.cli.plan.command import DOES_NOT_FIT, parser, planned_run
+from lowrank_dist.errors import InputError
 from lowrank_dist.forecast import Forecast, ModelShapes, RunSpec, forecast
 from lowrank_dist.forecast.job import parameters
 from lowrank_dist.forecast.traffic import traffic
@@ -159,6 +160,31 @@ def test_nodes_and_gpus_can_be_given(tiny: list[str]) -> None:
     assert (found.job.nodes, found.job.gpus_per_node, found.job.batch_size) == (2, 4, 2)
     assert found.traffic.into_node > 0
     assert plan(*tiny).traffic.into_node == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gpu-memory=-5"], "--gpu-memory -5.0 must be positive"),
+        (["--gpu-memory=nan"], "--gpu-memory nan must be positive"),
+        (["--tflops=0"], "--tflops 0.0 must be positive"),
+        (["--nodes=0"], "--nodes 0 must be positive"),
+        (["--reserve=-1"], "--reserve -1.0 must not be negative"),
+        (["--gpu-memory=8", "--reserve=8"], "--reserve 8 leaves nothing of --gpu-memory 8; lower it"),
+        (["--nodes=2", "--trainer.num_nodes=4"], "--nodes and --trainer.num_nodes are the same; leave one of them out"),
+        (["--trainer.accelerator=cpu", "--gpu-memory=0.001"], "--gpu-memory 0.001 has no effect, because trainer.acc"),
+        (["--trainer.accelerator=cpu", "--bandwidth-within=1"], "--bandwidth-within 1 has no effect"),
+    ],
+)
+def test_options_that_cannot_be_or_have_no_effect(tiny: list[str], options: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        plan(*(argument for argument in tiny if argument != "--reserve=0"), *options)
+
+
+def test_on_cpus_nothing_is_said_of_a_limit(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [argument for argument in tiny if argument != "--reserve=0"]
+    assert main(["plan", *arguments, "--trainer.accelerator=cpu"]) == 0
+    assert "The ranks share the memory of their host" in capsys.readouterr().out
 
 
 def test_what_is_advised_fits(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:

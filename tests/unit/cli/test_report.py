@@ -92,6 +92,22 @@ def test_a_page_is_complete_in_itself(run: Path, tmp_path: Path, capsys: pytest.
     assert main(["report", str(run), "--html", str(page), "--overwrite"]) == 0
 
 
+@pytest.mark.parametrize("option", ["--history", "--metrics"])
+def test_records_without_a_page_are_refused(option: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(run), option, "/no/such"]) == 1
+    assert f"{option} /no/such has no effect without --html; leave it out" in capsys.readouterr().err
+    assert main(["report", str(run), option, "/no/such", "--html", str(run / "page.html")]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_report_does_not_replace_what_it_is_of(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for file in (run / "lowrank_dist.json", run.parents[1] / "history.json"):
+        before = file.read_bytes()
+        assert main(["report", str(run), "--html", str(file), "--overwrite"]) == 1
+        assert f"--html {file} is what the command reads too" in capsys.readouterr().err
+        assert file.read_bytes() == before
+
+
 def test_records_that_are_none(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, text, error in (
         ("--history", '{"train": [{"step": "one", "loss": 1}], "validation": []}', "step"),

@@ -36,7 +36,7 @@ def test_a_sweep_is_a_grid_and_rank_keeps_its_scaling() -> None:
 def test_one_machine_runs_one_job_at_a_time() -> None:
     assert SubmitOptions(config=("x",)).parallelism == 8
     assert SubmitOptions(config=("x",), cluster="local").parallelism == 1
-    assert SubmitOptions(config=("x",), cluster="local", array_parallelism=2).parallelism == 2
+    assert SubmitOptions(config=("x",), cluster="local", array_parallelism=2, sweep=("lr=1,2",)).parallelism == 2
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PromptTuningConfig, VeraConfig, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -128,7 +129,7 @@ def test_a_peft_adapter(base: Path, tmp_path: Path) -> None:
     assert facts["rank pattern"] == {"q_proj": 2}
     assert (facts["trained parameters"], facts["adapter dtype"]) == (parameters, "F32")
     (tmp_path / "adapter_model.safetensors").unlink()
-    assert "holds neither" in inspect(tmp_path).problems[0]
+    assert inspect(tmp_path).problems == [f"{tmp_path.name}/adapter_model.safetensors is missing"]
 
 
 def test_an_adapter_of_another_type(base: Path, tmp_path: Path) -> None:
@@ -185,6 +186,66 @@ def test_a_checkpoint(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert len(problems) == 2
     assert problems[0].startswith("adapter: adapter_model.safetensors: ")
     assert problems[1] == "adapter_init/adapter_model.safetensors is missing"
+
+
+def test_what_a_checkpoint_lacks_of_its_manifest(base: Path, tmp_path: Path) -> None:
+    """Headers suffice: files of the optimizer and the state, and single tensors."""
+    checkpoint = save_as_checkpoint(base, tmp_path / "step=8")
+    save_file({"w.exp_avg": torch.ones(2)}, checkpoint / "optimizer.safetensors")
+    save_file({"rng.0": torch.ones(2)}, checkpoint / "state.safetensors")
+    hashes = {"optimizer": {"w.exp_avg": "0"}, "state": {"rng.0": "0"}}
+    for part in ("adapter", "lora"):
+        with safe_open(checkpoint / part / "adapter_model.safetensors", "pt") as file:
+            hashes[part] = dict.fromkeys(file.keys(), "0")
+    manifest = checkpoint / "lowrank_dist.json"
+    values = json.loads(manifest.read_text())
+
+    def problems() -> list[str]:
+        manifest.write_text(json.dumps({**values, "hashes": hashes}))
+        found = inspect(checkpoint)
+        assert found.facts["training can resume"] == found.complete
+        return found.problems
+
+    assert problems() == []
+    hashes["optimizer"]["v.exp_avg"] = hashes["optimizer"]["v.exp_avg_sq"] = "0"
+    assert problems() == ["optimizer.safetensors lacks v.exp_avg and 1 more"]
+    (checkpoint / "optimizer.safetensors").unlink()
+    (checkpoint / "lora" / "adapter_model.safetensors").unlink()
+    state = checkpoint / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-1])
+    lora, optimizer, damaged = problems()
+    assert lora == "lora/adapter_model.safetensors is missing"
+    assert optimizer == "optimizer.safetensors is missing"
+    assert damaged.startswith("state.safetensors: ")
+    assert not inspect(tmp_path).complete  # nor is the directory that holds it
+
+
+def test_what_a_residual_model_lacks_of_its_manifest(base: Path, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(tmp_path)
+    save_adapter(base, tmp_path / "pissa_init")
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        names = dict.fromkeys(file.keys(), "0")
+    manifest = {"tensors": {"model": names, "frozen_factors": {"a": "0"}}}
+    (tmp_path / "lowrank_dist.json").write_text(json.dumps(manifest))
+    assert inspect(tmp_path).problems == ["pissa_init/frozen_factors.safetensors is missing"]
+
+
+def test_verify_ends_with_a_status(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = save_as_checkpoint(base, tmp_path / "runs" / "step=8")
+    (tmp_path / "runs" / ".git").mkdir()
+    for path in (checkpoint, checkpoint.parent):
+        assert cli.main(["inspect", str(path), "--verify"]) == 0
+    (checkpoint / "lora" / "adapter_model.safetensors").unlink()
+    for path in (checkpoint, checkpoint.parent):
+        assert cli.main(["inspect", str(path), "--verify"]) == 1
+        assert "complete" in capsys.readouterr().out
+        assert cli.main(["inspect", str(path)]) == 0  # which describes what is there
+
+
+def test_a_file_is_no_directory(base: Path, tmp_path: Path) -> None:
+    save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"is a file; pass the directory that holds it, {tmp_path}"):
+        inspect(tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize("bits", [16, 4])

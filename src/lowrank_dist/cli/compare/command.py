@@ -6,20 +6,19 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from lowrank_dist.cli.compare.groups import as_dict, compare
+from lowrank_dist.cli.compare.groups import RATE, as_dict, compare
 from lowrank_dist.cli.compare.runs import find_runs
 from lowrank_dist.cli.compare.table import as_table, panels
+from lowrank_dist.cli.output import check_outputs
 from lowrank_dist.cli.report_figure import figure_of
 from lowrank_dist.storage.atomic import atomic_file
-from lowrank_dist.storage.replacing import check_file
 from lowrank_dist.storage.writer import write_report
 
 
 def run(argv: Sequence[str]) -> int:
     """Run ``lowrank-dist compare``; `argv` excludes the command's name. Returns the exit status."""
     options = parser().parse_args(argv)
-    for file in filter(None, (options.json, options.picture)):
-        check_file(Path(file), overwrite=options.overwrite)
+    check_outputs({"--json": options.json, "--picture": options.picture}, overwrite=options.overwrite)
     found = compare(find_runs([Path(path) for path in options.runs]), rate=options.choose)
     print(as_table(found))
     if options.json is not None:
@@ -43,11 +42,11 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("runs", nargs="+", metavar="DIRECTORY", help="a run, or a directory with runs below it")
     parser.add_argument(
         "--choose",
-        default="model.lr",
+        default=RATE,
         metavar="KEY",
         help="setting of which every method gets its best value (default: %(default)s)",
     )
     parser.add_argument("--json", help="file to write the figures to")
-    parser.add_argument("--picture", help="PNG to draw: losses by step, by seconds and by learning rate")
+    parser.add_argument("--picture", help="PNG to draw: losses by step, by seconds and by the chosen setting")
     parser.add_argument("--overwrite", action="store_true", help="replace the files of --json and --picture")
     return parser

@@ -7,11 +7,15 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from lowrank_dist.cli.compare.runs import Run
 from lowrank_dist.cli.compare.settings import names
 from lowrank_dist.errors import InputError
+
+#: The setting that is chosen unless another one is named.
+RATE = "model.lr"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +61,10 @@ class Method:
 
     @property
     def is_at_an_edge(self) -> bool:
-        """Whether the best rate is the least or the highest of several: a better one may lie beyond."""
+        """Whether the best rate is the least or the highest of several numbers: a better one may lie beyond."""
         rates = list(self.by_rate)
-        return len(rates) > 1 and self.best in (rates[0], rates[-1])
+        numbers = all(math.isfinite(_number(rate)[0]) for rate in rates)
+        return numbers and len(rates) > 1 and self.best in (rates[0], rates[-1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,12 +82,25 @@ class Comparison:
         of all runs.
     left_out
         Runs that are not compared, with the reason.
+    chosen
+        Key of the setting of which every method has its best value.
     """
 
     methods: list[Method]
     step: int
     seconds: float | None
     left_out: dict[str, str]
+    chosen: str = RATE
+
+    @property
+    def setting(self) -> str:
+        """What is chosen, in words."""
+        return _in_words(self.chosen)
+
+    @property
+    def value(self) -> str:
+        """What one of its values is called."""
+        return "rate" if self.chosen == RATE else "value"
 
     def loss(self, runs: Sequence[Run], *, seconds: float | None = None) -> Figure | None:
         """Loss of the last validation, or of the last one up to a time."""
@@ -103,7 +121,7 @@ class Comparison:
         return Figure.of([next((p.loss for p in run.validation if p.step == 0), None) for run in runs])
 
 
-def compare(runs: Sequence[Run], *, rate: str = "model.lr") -> Comparison:
+def compare(runs: Sequence[Run], *, rate: str = RATE) -> Comparison:
     """Group runs, choose every method's best learning rate, and leave out what cannot be compared.
 
     Parameters
@@ -111,12 +129,12 @@ def compare(runs: Sequence[Run], *, rate: str = "model.lr") -> Comparison:
     runs
         From `find_runs`.
     rate
-        Key of the setting that is chosen per method.
+        Key of the setting that is chosen per method. Other than `RATE`, a run must have it.
 
     Raises
     ------
     InputError
-        If no run is left, or runs of one method, rate and seed are more than one.
+        If no run is left, no run has the setting, or runs of one method, rate and seed are more than one.
     """
     ends = Counter(run.last_step for run in runs)
     last = max(ends, key=lambda step: (ends[step], step), default=0)  # where most ended
@@ -130,12 +148,15 @@ def compare(runs: Sequence[Run], *, rate: str = "model.lr") -> Comparison:
     if not kept:
         listed = "".join(f"\n  {name}: {reason}" for name, reason in left_out.items())
         raise InputError(f"no run has a validation loss at its last step; set trainer.val_check_interval{listed}")
+    rate = ".".join(part for part in rate.split(".") if part != "init_args")  # as `flat` names it
+    if rate != RATE:
+        _check_known(rate, kept)
     groups: dict[str, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run, name in zip(kept, names([run.settings for run in kept], without=rate), strict=True):
         groups[name][run.settings.get(rate, "none")].append(run)
     methods = []
     for name, by_rate in groups.items():
-        _check_seeds(name, by_rate)
+        _check_seeds(name, _in_words(rate), by_rate)
         by_rate = {key: by_rate[key] for key in sorted(by_rate, key=_number)}
         best = min(by_rate, key=lambda key: _mean_loss(by_rate[key]))
         methods.append(Method(name=name, by_rate=by_rate, best=best))
@@ -143,16 +164,28 @@ def compare(runs: Sequence[Run], *, rate: str = "model.lr") -> Comparison:
     times = [[run.seconds for run in method.runs] for method in methods]
     known = [[time for time in of_method if time is not None] for of_method in times]
     seconds = min(map(max, known)) if known == times else None
-    return Comparison(methods=methods, step=last, seconds=seconds, left_out=left_out)
+    return Comparison(methods=methods, step=last, seconds=seconds, left_out=left_out, chosen=rate)
 
 
-def _check_seeds(name: str, by_rate: dict[str, list[Run]]) -> None:
+def _in_words(key: str) -> str:
+    return "learning rate" if key == RATE else key
+
+
+def _check_known(key: str, runs: Sequence[Run]) -> None:
+    keys = sorted({key for run in runs for key in run.settings})
+    if key not in keys:
+        end = key.rpartition(".")[2]
+        alike = [other for other in keys if other.rpartition(".")[2] == end] or get_close_matches(key, keys, cutoff=0)
+        raise InputError(f"--choose {key}: no run has this setting; do you mean {' or '.join(alike[:3])}?")
+
+
+def _check_seeds(name: str, setting: str, by_rate: dict[str, list[Run]]) -> None:
     for rate, runs in by_rate.items():
         seeds = Counter(run.seed for run in runs)
         if (twice := next((seed for seed, count in seeds.items() if count > 1), None)) is not None:
             listed = "".join(f"\n  {run.directory}" for run in runs if run.seed == twice)
             raise InputError(
-                f"{seeds[twice]} runs of {name}, learning rate {rate}, have seed {twice}: they are one run done "
+                f"{seeds[twice]} runs of {name}, {setting} {rate}, have seed {twice}: they are one run done "
                 f"twice; pass one of them{listed}"
             )
 
@@ -192,9 +225,9 @@ def as_dict(found: Comparison) -> dict[str, Any]:
         methods.append(
             {
                 "name": method.name,
-                "learning_rate": method.best,
+                "best": method.best,
                 "is_at_an_edge": method.is_at_an_edge,
-                "by_rate": {rate: figure(found.loss(of_rate)) for rate, of_rate in method.by_rate.items()},
+                "by_value": {rate: figure(found.loss(of_rate)) for rate, of_rate in method.by_rate.items()},
                 "loss_at_step_0": figure(found.start(runs)),
                 "loss": figure(found.loss(runs)),
                 "loss_at_equal_time": figure(at_time),
@@ -207,7 +240,13 @@ def as_dict(found: Comparison) -> dict[str, Any]:
                 "runs": [str(run.directory) for run in runs],
             }
         )
-    return {"step": found.step, "seconds": found.seconds, "methods": methods, "left_out": found.left_out}
+    return {
+        "chosen": found.chosen,
+        "step": found.step,
+        "seconds": found.seconds,
+        "methods": methods,
+        "left_out": found.left_out,
+    }
 
 
 def _finite(value: float) -> float | None:

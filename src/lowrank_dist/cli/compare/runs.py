@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -163,7 +164,7 @@ def _columns(file: Path) -> dict[str, list[Point]]:
 
 def _newest(directory: Path, settings: dict[str, Any]) -> Path | None:
     """The newest checkpoint of the run."""
-    found = (newest_checkpoint(place) for place in _places(directory, settings) if place.is_dir())
+    found = (newest_checkpoint(place) for place in checkpoint_places(directory, settings) if place.is_dir())
     return next((newest for newest in found if newest is not None), None)
 
 
@@ -173,12 +174,42 @@ def _adapter_bytes(checkpoint: Path) -> int | None:
     return None if taken is None else sum(file.stat().st_size for file in taken.iterdir())
 
 
-def _places(directory: Path, settings: dict[str, Any]) -> Iterator[Path]:
+def checkpoint_places(directory: Path, settings: dict[str, Any]) -> Iterator[Path]:
     """Where the run's callbacks write checkpoints: in their ``dirpath``, by default beside the configuration."""
     callbacks = settings["trainer"].get("callbacks") or []
     for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
         arguments = callback.get("init_args") if isinstance(callback, dict) else None
         dirpath = arguments.get("dirpath") if isinstance(arguments, dict) else None
-        if isinstance(dirpath, str):
+        if not isinstance(dirpath, str):
+            continue
+        if Path(dirpath).is_absolute():
             yield Path(dirpath)
+        elif (started := _started_in(directory, settings["trainer"])) is not None:
+            yield started / dirpath
     yield directory / "checkpoints"
+
+
+def _started_in(directory: Path, trainer: dict[str, Any]) -> Path | None:
+    """The directory in which a run was started, from which its relative paths count; None if nothing tells.
+
+    The configuration of a run in ``work/runs/a`` that names its own directory ``runs/a`` was started in ``work``.
+    """
+    loggers = trainer.get("logger")
+    for logger in loggers if isinstance(loggers, list) else [loggers]:
+        arguments = logger.get("init_args") if isinstance(logger, dict) else None
+        save_dir = arguments.get("save_dir") if isinstance(arguments, dict) else None
+        if (found := _without_end(directory, save_dir)) is not None:
+            return found
+    return _without_end(directory, trainer.get("default_root_dir") or ".")
+
+
+def _without_end(directory: Path, named: Any) -> Path | None:
+    """`directory` up to the relative path `named`; below it may lie the name and the version of a logger."""
+    if not isinstance(named, str) or Path(named).is_absolute():
+        return None
+    end = Path(os.path.normpath(named)).parts
+    place = Path(os.path.abspath(directory))
+    places = (place, *place.parents)
+    if not end:  # the directory itself, unless a logger made one in it
+        return next((place.parent for place in places[:2] if place.name == "lightning_logs"), places[0])
+    return next((place.parents[len(end) - 1] for place in places if place.parts[-len(end) :] == end), None)

@@ -30,7 +30,7 @@ def as_table(found: Comparison) -> str:
 def _titles(found: Comparison) -> list[str]:
     time = "at equal time" if found.seconds is None else f"at {found.seconds:.3g} s"
     return [
-        *("method", "lr", "tried", "runs", "loss at step 0", f"at step {found.step}", time),
+        *("method", found.chosen.rpartition(".")[2], "tried", "runs", "loss at step 0", f"at step {found.step}", time),
         *found.tasks,
         *("init s", "train s", "memory GB", "trained", "adapter MB"),
     ]
@@ -60,17 +60,17 @@ def _row(found: Comparison, method: Method) -> list[str]:
 def _notes(found: Comparison) -> Iterator[str]:
     yield ""
     yield (
-        f"Validation losses; of every method the learning rate with the least mean loss at step {found.step}. "
+        f"Validation losses; of every method the {found.setting} with the least mean loss at step {found.step}. "
         "Mean and sample standard deviation over seeds."
     )
     if any(method.is_at_an_edge for method in found.methods):
-        yield f"{_EDGE} The least or the highest rate that was tried: a better one may lie beyond."
+        yield f"{_EDGE} The least or the highest {found.value} that was tried: a better one may lie beyond."
     tried = {tuple(method.by_rate) for method in found.methods}
     if len(tried) > 1:
-        yield "The methods were not tried at the same rates: more rates are more chances."
+        yield f"The methods were not tried at the same {found.value}s: more {found.value}s are more chances."
     runs = {len(of_rate) for method in found.methods for of_rate in method.by_rate.values()}
     if len(runs) > 1:
-        yield "Not every rate has the same number of runs."
+        yield f"Not every {found.value} has the same number of runs."
     for name, reason in found.left_out.items():
         yield f"Left out: {name}: {reason}."
 
@@ -88,12 +88,12 @@ def _number(value: Figure | None, spec: str) -> str:
 
 
 def panels(found: Comparison) -> dict[str, Panel]:
-    """Losses by step, by seconds and by learning rate."""
-    shown = {f"validation loss, best rate of each, step {found.step}": _curves(found, by_time=False)}
+    """Losses by step, by seconds and by the setting that is chosen."""
+    shown = {f"validation loss, best {found.value} of each, step {found.step}": _curves(found, by_time=False)}
     if found.seconds is not None:
         shown["the same by seconds of training"] = _curves(found, by_time=True)
-    if any(len(method.by_rate) > 1 for method in found.methods):
-        shown[f"validation loss at step {found.step} by learning rate"] = _rates(found)
+    if any(sum(map(_is_number, method.by_rate)) > 1 for method in found.methods):
+        shown[f"validation loss at step {found.step} by {found.setting}"] = _rates(found)
     return shown
 
 
@@ -124,7 +124,7 @@ def _rates(found: Comparison) -> Panel:
             ]
             _line(axes, index, method.name, [float(rate) for rate in rates], losses)
         axes.set_xscale("log")
-        axes.set_xlabel("learning rate", fontsize=9)
+        axes.set_xlabel(found.setting, fontsize=9)
         _finish(axes)
 
     return draw

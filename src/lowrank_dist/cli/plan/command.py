@@ -30,6 +30,17 @@ from lowrank_dist.training.strategy import PiSSAStrategy
 
 DOES_NOT_FIT = 3  # exit status
 
+_ASSUMED = Cluster()
+_ALL_REDUCE = "bandwidth of a large all-reduce {} nodes: bytes of the tensor over time"
+#: Options that say what GPUs and their network are like: default, unit, help.
+OF_GPUS = {
+    "gpu_memory": (80.0, "GB", "memory of one GPU, in 1e9 bytes"),
+    "reserve": (6.0, "GB", "part of it reserved for CUDA, NCCL and fragmentation"),
+    "tflops": (_ASSUMED.flops / 1e12, "TFLOPS", "bf16 Tflop/s that one GPU reaches in training, assumed"),
+    "bandwidth_within": (_ASSUMED.bandwidth[0] / 1e9, "GB/S", f"{_ALL_REDUCE.format('within')}, assumed"),
+    "bandwidth_between": (_ASSUMED.bandwidth[1] / 1e9, "GB/S", f"{_ALL_REDUCE.format('between')}, assumed"),
+}
+
 
 def run(argv: Sequence[str]) -> int:
     """Run ``lowrank-dist plan``; `argv` excludes the command's name. Returns the exit status."""
@@ -56,35 +67,8 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--nodes", type=int, help="nodes (default: trainer.num_nodes)")
     parser.add_argument("--gpus-per-node", type=int, help="GPUs, or CPU ranks, per node (default: trainer.devices)")
-    parser.add_argument(
-        "--gpu-memory",
-        type=float,
-        default=80.0,
-        metavar="GB",
-        help="memory of one GPU, in 1e9 bytes (default: %(default)g)",
-    )
-    parser.add_argument(
-        "--reserve",
-        type=float,
-        default=6.0,
-        metavar="GB",
-        help="part of it reserved for CUDA, NCCL and fragmentation (default: %(default)g)",
-    )
-    assumed = Cluster()
-    parser.add_argument(
-        "--tflops",
-        type=float,
-        default=assumed.flops / 1e12,
-        help="bf16 Tflop/s that one GPU reaches in training (assumed: %(default)g)",
-    )
-    for where, rate in zip(("within", "between"), assumed.bandwidth, strict=True):
-        parser.add_argument(
-            f"--bandwidth-{where}",
-            type=float,
-            default=rate / 1e9,
-            metavar="GB/S",
-            help=f"bandwidth of a large all-reduce {where} nodes: bytes of the tensor over time (assumed: %(default)g)",
-        )
+    for name, (default, unit, text) in OF_GPUS.items():
+        parser.add_argument(_option(name), type=float, metavar=unit, help=f"{text} (default: {default:g})")
     parser.add_argument(
         "--model-config", help="config.json of the model, or its directory (default: that of `pretrained`, see below)"
     )
@@ -96,8 +80,48 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _check(options: argparse.Namespace, of_fit: Sequence[str]) -> None:
+    """Raise InputError for numbers that cannot be, and for a key that is given a second time."""
+    for name in ("nodes", "gpus_per_node", *OF_GPUS):
+        value, may_be_zero = getattr(options, name), name == "reserve"
+        if value is not None and not (0 < value < math.inf or (value == 0 and may_be_zero)):
+            must = "must not be negative" if may_be_zero else "must be positive"
+            raise InputError(f"plan: {_option(name)} {value} {must}")
+    for name, key in (("nodes", "--trainer.num_nodes"), ("gpus_per_node", "--trainer.devices")):
+        if getattr(options, name) is not None and key in (argument.partition("=")[0] for argument in of_fit):
+            raise InputError(f"plan: {_option(name)} and {key} are the same; leave one of them out")
+
+
+def _of_gpus(options: argparse.Namespace, *, on_gpu: bool) -> dict[str, float]:
+    """The options that describe GPUs, with their defaults.
+
+    Raises
+    ------
+    InputError
+        If one is given for a run on CPUs, or no memory is left.
+    """
+    given = {name: value for name in OF_GPUS if (value := getattr(options, name)) is not None}
+    if given and not on_gpu:
+        name, value = next(iter(given.items()))
+        raise InputError(
+            f"plan: {_option(name)} {value:g} has no effect, because trainer.accelerator is cpu: ranks share the "
+            "memory of their host, and seconds are computed for GPUs alone; leave it out"
+        )
+    found = {name: default for name, (default, *_) in OF_GPUS.items()} | given
+    if found["reserve"] >= found["gpu_memory"]:
+        raise InputError(
+            f"plan: --reserve {found['reserve']:g} leaves nothing of --gpu-memory {found['gpu_memory']:g}; lower it"
+        )
+    return found
+
+
 def planned_run(options: argparse.Namespace, of_fit: Sequence[str]) -> Forecast:
     """The forecast for parsed `options`, with further arguments of fit."""
+    _check(options, of_fit)
     overrides = []
     if options.nodes is not None:
         overrides.append(f"--trainer.num_nodes={options.nodes}")
@@ -106,17 +130,18 @@ def planned_run(options: argparse.Namespace, of_fit: Sequence[str]) -> Forecast:
     settings = parse_fit([*(f"--config={path}" for path in options.config), *overrides, *of_fit])
     strategy = instantiated(settings, "trainer").strategy
     job = _job(settings, strategy)
+    gpus = _of_gpus(options, on_gpu=job.on_gpu)
     beside = [Path(path).parent for path in options.config]
     if isinstance(strategy, PiSSAStrategy):
         source = _source(strategy.pretrained, strategy.revision, options.model_config, beside)
         shapes, job = with_adapters(strategy, source, job)
     else:
         shapes = ModelShapes.of(_source(module_settings(settings).pretrained, None, options.model_config, beside), None)
-    limit = round((options.gpu_memory - options.reserve) * 1e9) if job.on_gpu else None
+    limit = round((gpus["gpu_memory"] - gpus["reserve"]) * 1e9) if job.on_gpu else None
     automatic = isinstance(strategy, PiSSAStrategy) and strategy.shard_within == "auto"
     looks_at_data = job.init is not None and job.init.statistic is not None  # which needs the world
     cluster = Cluster(
-        flops=options.tflops * 1e12, bandwidth=(options.bandwidth_within * 1e9, options.bandwidth_between * 1e9)
+        flops=gpus["tflops"] * 1e12, bandwidth=(gpus["bandwidth_within"] * 1e9, gpus["bandwidth_between"] * 1e9)
     )
     return forecast(shapes, job, limit=limit, cluster=cluster, automatic=automatic and not looks_at_data)
 

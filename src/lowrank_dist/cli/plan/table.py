@@ -55,7 +55,11 @@ def _memory(found: Forecast) -> Iterator[str]:
 
 def _verdict(found: Forecast) -> Iterator[str]:
     if found.limit is None:
-        yield "No memory limit is given: whether it fits is unknown."
+        yield (
+            "No memory limit is given: whether it fits is unknown."
+            if found.job.on_gpu
+            else "The ranks share the memory of their host, which is unknown here: whether it fits is too."
+        )
         return
     peak = found.memory.peak
     relation = "fits" if found.fits else "does not fit"
