@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.core_model_loading import Chunk, WeightConverter
 
+from helpers.families import Family
 from helpers.models import save_checkpoint
 from lowrank_dist.decomposition.restore import Resume
 from lowrank_dist.decomposition.schedule import Sharding
@@ -28,7 +29,7 @@ from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import CheckpointError, ModelError
 from lowrank_dist.initialization.open import ModelRecipe
 from lowrank_dist.model.plan import Plan, open_plan
-from lowrank_dist.model.skeleton import inject_adapter, meta_parameters
+from lowrank_dist.model.skeleton import build_buffers_in, inject_adapter, meta_parameters
 from lowrank_dist.storage.reader import CheckpointReader
 
 
@@ -267,3 +268,21 @@ def test_conversions_that_take_columns_apart(llama: Path, monkeypatch: pytest.Mo
         "model.layers.0.self_attn.a.weight [64, 32]: transformers makes it while loading, of model.layers.0.self_attn"
     )
     refused(llama, text, "Chunk(dim=1", "save_original_format=False", model=model, target_modules=["v_proj"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("named", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["gptj", "gemma"])
+def test_buffers_are_those_of_a_model_built_in_the_dtype(kind: str, named: torch.dtype, dtype: torch.dtype) -> None:
+    """Whatever the configuration names: GPT-J's fp32 table is made of rounded frequencies, Gemma rounds a scale."""
+    config = Family(kind, config={"hidden_size": 48} if kind == "gemma" else {}).configuration()
+    with meta_parameters():
+        model = AutoModelForCausalLM.from_config(config, dtype=named)
+        wanted = dict(AutoModelForCausalLM.from_config(config, dtype=dtype).named_buffers())
+    build_buffers_in(model, dtype)
+    buffers = dict(model.named_buffers())
+    assert buffers.keys() == wanted.keys()
+    for name, buffer in buffers.items():
+        assert buffer.dtype == wanted[name].dtype
+        assert torch.equal(buffer, wanted[name]), name
+    assert {parameter.dtype for parameter in model.parameters()} == {named}
