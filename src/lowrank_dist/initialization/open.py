@@ -235,7 +235,7 @@ class ModelRecipe:
             None if tuner is not None or self.is_bare else source.adapter,
             backbone=backbone,
             untie=self.untie_embeddings,
-            limit_rank=start is None and resume is None,
+            new_adapter=start is None and resume is None,
             encode=encode,
             trained_whole=() if tuner_plan is None else tuner_plan.whole,
             also=() if tuner is not None else (*self.train_also, *(() if expansion is None else expansion.trained)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,20 @@ def test_parameters_that_cannot_be_taken_apart(tmp_path: Path) -> None:
     refused(llama, "model.embed_tokens.weight is the weight of an embedding", "use target_modules", **embedding)
     one = save_checkpoint(tmp_path / "one", "gpt_oss", num_local_experts=1, num_experts_per_tok=1)
     refused(one, "PEFT applies its adapter the wrong way round for a single expert", **down)
+
+
+@pytest.mark.parametrize("alpha", [0, -4, math.nan, math.inf])
+def test_scalings_that_are_not_positive(llama: Path, alpha: float) -> None:
+    """Of all layers, or of those that alpha_pattern names; methods divide by them or take their roots."""
+    refused(
+        llama,
+        f"lora_alpha={alpha} of model.layers.0.self_attn.q_proj makes its scaling {alpha / 4:g} (r=4)",
+        "raise lora_alpha (or alpha_pattern)",
+        target_modules=["q_proj"],
+        lora_alpha=alpha,
+    )
+    named = {"target_modules": ["q_proj", "v_proj"], "alpha_pattern": {"layers.1.self_attn.v_proj": alpha}}
+    refused(llama, f"lora_alpha={alpha} of model.layers.1.self_attn.v_proj", **named)
 
 
 def test_other_layers_and_variants(tmp_path: Path, llama: Path) -> None:
