@@ -27,9 +27,7 @@ def start_magnitudes(
         layer = backbone.get_submodule(planned.layer)
         base = layer.get_submodule("base_layer")
         a, b = (backbone.get_parameter(planned.factor_names[f"lora_{x}"]) for x in "AB")
-        further = {
-            name.rpartition(".")[2]: backbone.get_parameter(name) for name in layout.parameter_shapes(planned)
-        }
+        further = {name.rpartition(".")[2]: backbone.get_parameter(name) for name in layout.parameter_shapes(planned)}
         with gathered([*base.stored(), a, b, *further.values()]), torch.no_grad():
             whole = layout.folded(b.float(), further)
             norms = row_norms(base.dense(torch.float32), a.float(), whole, planned.scaling)

@@ -339,10 +339,10 @@ def inject_adapter(backbone: PreTrainedModel, adapter: LoraConfig) -> None:
     for option, reason in (UNSUPPORTED_OPTIONS | _NOT_FACTORS).items():
         if getattr(adapter, option, None):
             raise ModelError(f"LoraConfig.{unsupported(adapter, option, reason)}")
-    if adapter.init_lora_weights not in (True, False):
+    if adapter.init_lora_weights is not True:
         raise ModelError(
-            f"LoraConfig.init_lora_weights={adapter.init_lora_weights!r}: the initialisation is chosen by "
-            "PiSSAStrategy(init=PiSSA(...)), and PEFT's own would need whole weights; leave init_lora_weights unset"
+            f"LoraConfig.init_lora_weights={adapter.init_lora_weights!r} would have no effect: A and B start "
+            "as PiSSAStrategy(init=PiSSA(...)) says, with LoRA() from B = 0; leave init_lora_weights unset"
         )
     if adapter.bias not in _BIASES:
         raise ModelError(f"LoraConfig.bias={printable(adapter.bias)!r} must be one of {', '.join(_BIASES)}")

@@ -215,6 +215,13 @@ def test_scalings_that_are_not_positive(llama: Path, alpha: float) -> None:
     refused(llama, f"lora_alpha={alpha} of model.layers.1.self_attn.v_proj", **named)
 
 
+@pytest.mark.parametrize("start", [False, "gaussian", "orthogonal", "mica", "pissa"])
+def test_starts_that_peft_would_choose(llama: Path, start: Any) -> None:
+    """Also False, with which PEFT draws B: the model would not begin as it was pretrained."""
+    says = f"LoraConfig.init_lora_weights={start!r} would have no effect"
+    refused(llama, says, "with LoRA() from B = 0; leave init", target_modules=["q_proj"], init_lora_weights=start)
+
+
 def test_other_layers_and_variants(tmp_path: Path, llama: Path) -> None:
     class WithConvolution(nn.Module):
         pass
