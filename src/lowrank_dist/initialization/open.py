@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -203,7 +204,8 @@ class ModelRecipe:
         with group.shared_errors():
             directory, adapter_directory = self.directories()
             expansion = self._expanded(backbone, directory, announce)
-            start, adapter, init = None, self.adapter, self.init
+            # PEFT writes what it finds into the configuration, which may be the user's for several models
+            start, adapter, init = None, copy.deepcopy(self.adapter), self.init
             if adapter_directory is not None:
                 start = self._starting_adapter(adapter_directory, directory)
                 adapter, init = start.config, None if _is_decomposed(directory) else LoRA()

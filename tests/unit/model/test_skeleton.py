@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +29,7 @@ from lowrank_dist.decomposition.restore import Resume
 from lowrank_dist.decomposition.schedule import Sharding
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import CheckpointError, ModelError
+from lowrank_dist.forecast.job import ModelShapes
 from lowrank_dist.initialization.open import ModelRecipe
 from lowrank_dist.model.plan import Plan, open_plan
 from lowrank_dist.model.skeleton import build_buffers_in, inject_adapter, meta_parameters
@@ -119,6 +121,27 @@ def test_what_is_initialised_anew_is_said(tmp_path: Path, resumed: bool) -> None
     new = "bert.pooler.dense.weight, bert.pooler.dense.bias, classifier.weight, classifier.bias"
     assert lines == [] if resumed else [f"{base} holds no {new}: newly initialised and trained"]
     opened.source.close()
+
+
+def test_one_configuration_for_two_models(tmp_path: Path) -> None:
+    """PEFT writes the layers that it finds into a configuration: of one model, they are too few for a larger one."""
+    adapter = LoraConfig(r=4, target_modules="all-linear", exclude_modules=["up_proj"])
+    before = copy.deepcopy(adapter.to_dict())
+    for layers in (2, 4):
+        base = save_checkpoint(tmp_path / str(layers), "llama", num_hidden_layers=layers)
+        opened = ModelRecipe(pretrained=str(base), adapter=adapter).open(
+            skeleton(base),
+            ShardGroup.single(),
+            compute_dtype=torch.float32,
+            sharding=Sharding(),
+            announce=lambda _: None,
+            resume=None,
+        )
+        opened.close()
+        shapes = ModelShapes.of(base, adapter)
+        assert len(opened.plan.matrices) == len(shapes.plan.matrices) == 6 * layers
+        assert isinstance(opened.source.adapter.target_modules, set)  # what adapter_config.json will name
+        assert adapter.to_dict() == before
 
 
 def test_encoder_decoders_stay_tied(tmp_path: Path) -> None:
