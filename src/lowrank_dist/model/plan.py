@@ -444,6 +444,8 @@ def _unsupported_layer(layer: BaseTunerLayer, base: nn.Module) -> str | None:
                 return f" is an embedding with {option}={getattr(base, option)}, which is not supported" + drop
         return None
     if isinstance(layer, LoraLinear) and isinstance(base, nn.Linear | Conv1D):
+        if type(base).forward not in (nn.Linear.forward, Conv1D.forward):
+            return f" is a {kind}, with a forward of its own, which an adapted layer would not call" + drop
         return None
     return f" is a {kind}: only Linear, Conv1D and Embedding layers and parameters are decomposed" + drop
 

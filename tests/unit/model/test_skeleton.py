@@ -259,6 +259,21 @@ def test_other_layers_and_variants(tmp_path: Path, llama: Path) -> None:
     refused(llama, "would train an ordinary LoRA here", target_modules=["q_proj"], use_qalora=True)
 
 
+def test_linear_layers_with_a_forward_of_their_own(tmp_path: Path) -> None:
+    """Also where they are named: what replaces them computes a plain product."""
+    base = save_checkpoint(tmp_path, "llama")
+
+    class Grouped(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.unflatten(-1, (2, -1))).flatten(-2)
+
+    model = skeleton(base)
+    with meta_parameters():
+        model.model.layers[0].self_attn.q_proj = Grouped(64, 64, bias=False)
+    text = "model.layers.0.self_attn.q_proj is a Grouped, with a forward of its own"
+    refused(base, text, "drop it from target_modules", model=model, target_modules=["q_proj"])
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_experts_on_disk(tmp_path: Path, fused: bool) -> None:
     """One by one or stacked: an expert's rows are its rows, read by any range, and its name is that of the model."""
