@@ -308,6 +308,7 @@ FAMILIES: dict[str, Family] = {
             "xlnet",
         )
     },
+    "ctrl": Family("ctrl", config={"dff": 96}),
     # mixtures of experts
     **{
         name: Family(name)

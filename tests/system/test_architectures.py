@@ -84,5 +84,21 @@ def test_buffers_in_bf16(tmp_path: Path, kind: str) -> None:
         assert apart(run.last, run.first) > 1e-2
 
 
+@pytest.mark.parametrize(
+    ("kind", "changes"), [("gptj", {"rotary_dim": 8}), ("gemma", {"hidden_size": 48}), ("xglm", {})]
+)
+def test_buffers_of_a_model_in_bf16(tmp_path: Path, kind: str, changes: dict[str, int]) -> None:
+    """In 32-true, rotary tables, scales and positions are not those that a configuration in bf16 would have rounded."""
+    family = Family(kind, config=changes)
+    base = family.save(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    (base / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}), encoding="utf-8")
+    (run,) = run_ranks(1, train, base, family, tmp_path / "out", None, "32-true", {})
+    stock = family.auto_class.from_pretrained(base, dtype=torch.float32)
+    batch = family.batches(stock.config, 1)[0]
+    with torch.no_grad():
+        assert apart(run.first, answer(stock.eval()(**batch))) < 1e-6
+
+
 def test_the_documentation_has_a_row_for_each() -> None:
     assert list(json.loads(DOCUMENT.read_text(encoding="utf-8"))) == list(FAMILIES), "run `make test-matrix`"

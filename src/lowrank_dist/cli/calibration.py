@@ -18,6 +18,7 @@ from lowrank_dist.decomposition.walk import Walk
 from lowrank_dist.errors import InputError
 from lowrank_dist.methods import Method
 from lowrank_dist.model.plan import Plan
+from lowrank_dist.model.skeleton import build_buffers_in
 from lowrank_dist.zero3.partition import Partitioner, use_cpu_accelerator
 
 # arguments of SFTDataModule that the command sets by its own options, or that serve training and evaluation only
@@ -79,8 +80,10 @@ def calibration_pass(
         for batch in loader:
             yield {name: values.to(device) for name, values in batch.items()}
 
+    computed = torch.float32 if device.type == "cpu" or source_dtype == torch.float16 else source_dtype
     partitioner = Partitioner({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}})
     with group.shared_errors():
+        build_buffers_in(backbone, computed)
         return CalibrationPass(
             backbone,
             plan,
@@ -90,7 +93,7 @@ def calibration_pass(
             calibration=Calibration(**vars(options.calibration)),
             init=walk.init,
             residual=walk.residual,
-            compute_dtype=torch.float32 if device.type == "cpu" or source_dtype == torch.float16 else source_dtype,
+            compute_dtype=computed,
             factor_dtype=walk.factor_dtype,
             advance=walk.advance,
             thorough=walk.thorough,

@@ -28,6 +28,7 @@ from lowrank_dist.methods.frozen import method_for
 from lowrank_dist.model.plan import Plan, PlannedMatrix
 from lowrank_dist.quantization.format import ResidualFormat
 from lowrank_dist.storage.buffers import Buffers
+from lowrank_dist.storage.parse import printable
 from lowrank_dist.storage.prefetch import RowBlock, RowRange, read_blocks
 from lowrank_dist.storage.reader import CheckpointReader
 
@@ -208,7 +209,14 @@ class Walk:
         init, measured = method_for(planned, self.init), planned.name not in self.known
         measure = Measure(init, residual, thorough=self.thorough)
         before = measure.before(matrix) if measured else {}
-        decomposition = init.decompose(matrix, residual)
+        try:
+            decomposition = init.decompose(matrix, residual)
+        except torch.linalg.LinAlgError as error:
+            raise ModelError(
+                f"{planned.name}: {init} cannot decompose the {planned.rows} x {planned.columns} matrix "
+                f"({printable(error)}); {'calibrate on other data, or ' if init.statistic else ''}"
+                "drop it from target_modules"
+            ) from error
         shards = decomposition.residual.shards | factor_shards(
             planned, partition, decomposition.factors, group, self.factor_dtype
         )

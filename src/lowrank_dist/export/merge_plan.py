@@ -180,7 +180,7 @@ def plan_merge(adapter: AdapterSource, directory: Path, dtype: torch.dtype | Non
                 None if by_peft or expansion is not None else adapter.lora,
                 backbone=backbone,
                 untie=untie,
-                limit_rank=False,
+                new_adapter=False,
                 trained_whole=_in_file(backbone, adapter.trained) if by_peft else (),
                 also=() if expansion is None else expansion.trained,
             )

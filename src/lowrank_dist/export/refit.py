@@ -280,7 +280,7 @@ class _Refit:
             head = {name for name, module in backbone.named_modules() if module is backbone.get_output_embeddings()}
             linears = {name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)}
             untie = changes_tied(backbone, self.trained, self.config.modules_to_save)
-        opened = open_plan(self.reader, self.config, backbone=backbone, untie=untie, limit_rank=False, group=group)
+        opened = open_plan(self.reader, self.config, backbone=backbone, untie=untie, new_adapter=False, group=group)
         self.plan = opened.plan
         if isinstance(residual, str) and not self.earlier.starts_at_zero:
             with group.shared_errors():
@@ -302,7 +302,7 @@ class _Refit:
             self.decomposed = self._decomposed(directory)
             self.stored: dict[str, PlannedMatrix] = {}  # matrices under their names in its files
             if self.decomposed is not None:
-                plan = plan_walk(backbone, self.decomposed.reader, opened.tied, limit_rank=False)
+                plan = plan_walk(backbone, self.decomposed.reader, opened.tied, new_adapter=False)
                 self.stored = {planned.name: planned for planned in plan.matrices}
             if self.decomposed is None and not self.earlier.starts_at_zero:
                 self.earlier.check_factors(self.plan, torch.float32, self.reports)

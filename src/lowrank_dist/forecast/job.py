@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -107,7 +108,7 @@ class ModelShapes:
                 raise
             reader = SourceReader(shapes_only(backbone))
         encode = linear_layers(backbone) if encode_all else ()
-        plan = open_plan(reader, adapter, backbone=backbone, untie=untie, encode=encode, also=also).plan
+        plan = open_plan(reader, copy.deepcopy(adapter), backbone=backbone, untie=untie, encode=encode, also=also).plan
         if init is not None:
             check_matrices(plan, init)
         shapes = cls.planned(backbone, plan, reader)

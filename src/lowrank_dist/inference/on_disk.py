@@ -270,8 +270,7 @@ class ModelOnDisk:
         compute_dtype, factor_dtype = PRECISIONS[name]
         with group.shared_errors():
             backbone = build_skeleton(self._weights, self.config)
-            if name == "bf16-true":
-                build_buffers_in(backbone, compute_dtype)
+            build_buffers_in(backbone, factor_dtype)  # as in training
             if not backbone.can_generate():
                 self._refuse(f"a {type(backbone).__name__} does not generate text; only causal language models do")
         partitioner = Partitioner({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}})

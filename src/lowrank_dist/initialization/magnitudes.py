@@ -7,15 +7,19 @@ from transformers import PreTrainedModel
 
 from lowrank_dist.distributed.partition import FlatPartition
 from lowrank_dist.layers.dora import row_norms
+from lowrank_dist.model.factor_layout import FactorLayout
 from lowrank_dist.model.names import ADAPTER
 from lowrank_dist.model.plan import Plan
 from lowrank_dist.zero3.partition import Partitioner, gathered
 
 
-def start_magnitudes(backbone: PreTrainedModel, plan: Plan, partitioner: Partitioner, dtype: torch.dtype) -> None:
-    """Make the magnitudes ``||W_res + s B A||_row`` of all layers with DoRA, ``[out]`` in `dtype`, sharded. Collective.
+def start_magnitudes(
+    backbone: PreTrainedModel, plan: Plan, partitioner: Partitioner, dtype: torch.dtype, layout: FactorLayout
+) -> None:
+    """Make the magnitudes ``||W_res + s f(B) A||_row`` of all layers with DoRA, ``[out]`` in `dtype`, sharded.
 
-    The residual is taken as it is decoded, as PEFT does. Layers are gathered one by one, as in training.
+    f is that of `layout`. The residual is taken as it is decoded, as PEFT does. Collective: layers are gathered one by
+    one, as in training.
     """
     for planned in plan.matrices:
         if planned.magnitude is None:
@@ -23,8 +27,10 @@ def start_magnitudes(backbone: PreTrainedModel, plan: Plan, partitioner: Partiti
         layer = backbone.get_submodule(planned.layer)
         base = layer.get_submodule("base_layer")
         a, b = (backbone.get_parameter(planned.factor_names[f"lora_{x}"]) for x in "AB")
-        with gathered([*base.stored(), a, b]), torch.no_grad():
-            norms = row_norms(base.dense(torch.float32), a.float(), b.float(), planned.scaling)
+        further = {name.rpartition(".")[2]: backbone.get_parameter(name) for name in layout.parameter_shapes(planned)}
+        with gathered([*base.stored(), a, b, *further.values()]), torch.no_grad():
+            whole = layout.folded(b.float(), further)
+            norms = row_norms(base.dense(torch.float32), a.float(), whole, planned.scaling)
         start, stop = FlatPartition(numel=len(norms), world_size=partitioner.group.size).bounds(partitioner.group.rank)
         parameter = partitioner.parameter(norms.shape, dtype, norms[start:stop].to(dtype), requires_grad=True)
         layer.get_submodule(f"lora_magnitude_vector.{ADAPTER}").register_parameter("weight", parameter)

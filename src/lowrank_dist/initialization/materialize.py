@@ -131,7 +131,7 @@ def materialize(
     )
     loading.parameters(plan.parameters, fp32_norms=fp32_norms)
     loading.buffers(plan.buffers)
-    start_magnitudes(backbone, plan, partitioner, factor_dtype)
+    start_magnitudes(backbone, plan, partitioner, factor_dtype, layout)
     report = filling.report
     for of_matrix, text in zip(report.matrices, digests(sums, partitioner.group), strict=False):
         of_matrix.digest = text

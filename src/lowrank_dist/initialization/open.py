@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -203,7 +204,8 @@ class ModelRecipe:
         with group.shared_errors():
             directory, adapter_directory = self.directories()
             expansion = self._expanded(backbone, directory, announce)
-            start, adapter, init = None, self.adapter, self.init
+            # PEFT writes what it finds into the configuration, which may be the user's for several models
+            start, adapter, init = None, copy.deepcopy(self.adapter), self.init
             if adapter_directory is not None:
                 start = self._starting_adapter(adapter_directory, directory)
                 adapter, init = start.config, None if _is_decomposed(directory) else LoRA()
@@ -235,7 +237,7 @@ class ModelRecipe:
             None if tuner is not None or self.is_bare else source.adapter,
             backbone=backbone,
             untie=self.untie_embeddings,
-            limit_rank=start is None and resume is None,
+            new_adapter=start is None and resume is None,
             encode=encode,
             trained_whole=() if tuner_plan is None else tuner_plan.whole,
             also=() if tuner is not None else (*self.train_also, *(() if expansion is None else expansion.trained)),

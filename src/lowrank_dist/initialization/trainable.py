@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
 from lowrank_dist.errors import ModelError
@@ -90,13 +90,12 @@ def make_trainable(backbone: PreTrainedModel, computation: Computation, partitio
 def _require_input_grads(backbone: PreTrainedModel) -> None:
     """Let embedded inputs require gradients, for `reduce_by_layer` and reentrant gradient checkpointing.
 
-    As ``enable_input_require_grads`` does, and also where an embedding returns more than one tensor (Swin).
+    As ``enable_input_require_grads`` does, and also where an embedding returns more than one tensor (Swin), or where
+    the model changes in place what it returns (CTRL), which autograd forbids for a leaf.
     """
 
-    def require(_: nn.Module, args: Any, output: Any) -> None:
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, Tensor) and tensor.is_floating_point():
-                tensor.requires_grad_(True)
+    def require(_: nn.Module, args: Any, output: Any) -> Any:
+        return tree_map_only(Tensor, _requiring_grad, output) if torch.is_grad_enabled() else output
 
     embeddings: dict[int, nn.Module] = {}
     for module in backbone.modules():
@@ -107,3 +106,21 @@ def _require_input_grads(backbone: PreTrainedModel) -> None:
                     embeddings[id(found)] = found
     for embedding in embeddings.values():
         embedding.register_forward_hook(require)
+
+
+def _requiring_grad(tensor: Tensor) -> Tensor:
+    """`tensor`, requiring gradients; not a leaf, but the same values in the same memory."""
+    if not tensor.is_leaf or not tensor.is_floating_point():
+        return tensor
+    # also if it requires gradients already, since transformers has a hook that lets leaves do so
+    return _NotALeaf.apply(tensor, tensor.new_empty(0).requires_grad_())
+
+
+class _NotALeaf(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, _: Tensor) -> Tensor:
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        return None, None

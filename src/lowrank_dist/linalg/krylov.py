@@ -49,6 +49,10 @@ _MAX_PASSES = 6
 _STEEP = 1e3
 # From this condition number of a product in tf32 on, the following products are in fp32.
 _STEEP_TF32 = 30.0
+# Exponents of a largest entry with which the squares of much smaller ones are still in fp32.
+_SQUARED = 30
+# Exponent of the largest power of two of which the inverse is no denormal number in fp32.
+_LARGEST = 126
 
 
 class SVD(NamedTuple):
@@ -194,14 +198,15 @@ def randomized_svd(
     spectrum, tf32, a tolerance). If D reaches s (2/3 of s where columns are the short side or the group is a single
     rank), the basis spans the whole space and the result is exact to rounding.
 
-    *Memory* (fp32). ``4 D (n + m_p)`` bytes: for 28672 x 8192 and r = 128 (D = 512), 19 MB on each of 32 ranks, or
+    *Memory* (fp32). A copy of W if its entries are so small or large that their squares leave the range of fp32, and
+    ``4 D (n + m_p)`` bytes: for 28672 x 8192 and r = 128 (D = 512), 19 MB on each of 32 ranks, or
     75 MB on a single rank, whose W takes 940 MB. A tolerance doubles this and adds ``8 D^2`` bytes.
 
-    *Collectives.* Every pass issues one all-reduce of ``b x n`` fp32. Where rows are the short side, it issues another
-    of up to ``D x b`` and the reduce + broadcast of `orthonormalize`; more of these where the spectrum is steep. The
-    end issues a reduce of ``b x b``, or ``D x D`` without the recurrence, a broadcast of ``D x r``, the collectives of
-    `orthonormalize` for r vectors, and a broadcast of ``2 r + 1`` rows. A tolerance adds a reduce of ``D x D`` fp64 and
-    a broadcast of one number every ``rank / 2`` rows, at least every 8.
+    *Collectives.* An all-reduce finds the largest entry. Every pass issues one all-reduce of ``b x n`` fp32. Where rows
+    are the short side, it issues another of up to ``D x b`` and the reduce + broadcast of `orthonormalize`; more of
+    these where the spectrum is steep. The end issues a reduce of ``b x b``, or ``D x D`` without the recurrence, a
+    broadcast of ``D x r``, the collectives of `orthonormalize` for r vectors, and a broadcast of ``2 r + 1`` rows. A
+    tolerance adds a reduce of ``D x D`` fp64 and a broadcast of one number every ``rank / 2`` rows, at least every 8.
 
     *Accuracy.* If ``b >= rank``, the spectral error is at most ``(1 + e) sigma_{r+1}`` for
     ``q = O(log(n) / sqrt(e))``, whatever the gaps between singular values ([MM], theorem 1). Narrower blocks give more
@@ -237,13 +242,31 @@ def randomized_svd(
     width = math.ceil(dimension / (power_iterations + 1))
     if start is not None:
         width = max(width, start.shape[1])
+    exponent = _exponent(block, group)
+    if exponent:
+        block = block * 2.0**-exponent
     with full_fp32():
         # The estimate comes from differences of energies, which the rounding of tf32 would swamp.
         krylov = _Krylov(RowSharded(block, rows, group, tf32=tolerance is None and not estimated), rank)
         krylov.run(seed, width, power_iterations, tolerance, start)
         if estimated and math.isnan(krylov.estimate):
             krylov.estimate_in_hindsight()
-        return krylov.triplets()
+        svd = krylov.triplets()
+    return svd._replace(s=svd.s * 2.0**exponent) if exponent else svd
+
+
+def _exponent(block: Tensor, group: ShardGroup) -> int:
+    """Power of two by which W is divided, so that squares of its entries lie within fp32; 0 for most W.
+
+    The division is exact. One all-reduce of a number.
+    """
+    largest = block.new_zeros(1)
+    if block.numel():
+        low, high = torch.aminmax(block)
+        largest[0] = torch.maximum(-low, high)
+    _, exponent = math.frexp(float(group.max(largest)))
+    # the power and its inverse are fp32 numbers as well
+    return 0 if abs(exponent) <= _SQUARED else max(-_LARGEST, min(_LARGEST, exponent))
 
 
 class _Krylov:

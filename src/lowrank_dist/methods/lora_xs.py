@@ -10,6 +10,7 @@ from lowrank_dist.methods.base import Decomposition, Factors, Matrix
 from lowrank_dist.methods.core import CoreMethod
 from lowrank_dist.model.factor_layout import FactorLayout, TrainedCore
 from lowrank_dist.quantization.format import ResidualFormat
+from lowrank_dist.seeds import global_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,8 @@ class LoRAXS(CoreMethod):
     ----------
     core_std
         Standard deviation of R at step 0.
+    core_seed
+        Mixed with the weight's name into the seed of R. None: that of ``lightning.seed_everything``, or 0.
     power_iterations, oversampling, tolerance, seed
         Options of the randomized SVD, see `PrincipalMethod`.
 
@@ -64,15 +67,18 @@ class LoRAXS(CoreMethod):
     """
 
     core_std: float = 1e-5
+    core_seed: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.core_seed is None:
+            object.__setattr__(self, "core_seed", global_seed())
         if not self.core_std > 0:
             raise InputError(f"{self}: core_std={self.core_std} must be positive")
 
     @property
     def layout(self) -> FactorLayout:
-        return TrainedCore(std=self.core_std)
+        return TrainedCore(std=self.core_std, seed=self.core_seed or 0)
 
     def decompose(self, matrix: Matrix, residual: ResidualFormat) -> Decomposition:
         _, svd = self.principal_factors(matrix, matrix.block)

@@ -104,7 +104,7 @@ def svd_work(rows: int, columns: int, rank: int, oversampling: int | None, power
     return Work(
         sharded_flops=products + gram + (0.0 if tall else basis),
         replicated_flops=10.0 * dimension**3 + (basis if tall else 0.0),
-        collectives=passes * (1 if tall else 4) + 8,
+        collectives=passes * (1 if tall else 4) + 9,
         reduced_bytes=4.0 * (passes * width * columns + 2 * dimension**2),
     )
 

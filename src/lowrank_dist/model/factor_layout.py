@@ -174,22 +174,25 @@ class TrainedCore(CoreLayout):
     ----------
     std
         Standard deviation of R at step 0; its elements are drawn from ``N(0, std^2)``.
+    seed
+        Mixed with the weight's name into the seed of R.
     """
 
     std: float
+    seed: int = 0
 
     def shapes(self, planned: PlannedMatrix) -> dict[str, tuple[int, ...]]:
         return {"core": (planned.rank, planned.rank)}
 
     def initial(self, planned: PlannedMatrix) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(seed_from_name(f"{planned.key}:core"))
+        generator = torch.Generator().manual_seed(seed_from_name(f"{planned.key}:core", self.seed))
         return {"core": torch.randn(planned.rank, planned.rank, generator=generator) * self.std}
 
     def matrix(self, core: Tensor, rank: int) -> Tensor:
         return core
 
     def facts(self) -> dict[str, Any]:
-        return {"core": self.std}
+        return {"core": asdict(self) if self.seed else self.std}
 
 
 CorePattern = Literal["plain", "banded", "random"]
@@ -250,6 +253,8 @@ def stored_layout(manifest: Mapping[str, Any]) -> FactorLayout:
     if not isinstance(core, Mapping):
         return TrainedCore(std=Record(manifest, "the manifest").expect("core", is_number, "a number or an object"))
     entry = Record(core, "the core in the manifest")
+    if "std" in entry:
+        return TrainedCore(std=entry.expect("std", is_number, "a number"), seed=entry.integer("seed", low=-(2**63)))
     return SparseCore(
         pattern=entry.expect("pattern", lambda name: name in get_args(CorePattern), "a pattern of SVFT"),
         off_diagonal=entry.integer("off_diagonal", high=2**20),

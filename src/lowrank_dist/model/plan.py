@@ -7,6 +7,7 @@ same plan or raise the same error.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -175,7 +176,7 @@ def open_plan(
     *,
     backbone: PreTrainedModel | None = None,
     untie: bool = False,
-    limit_rank: bool = True,
+    new_adapter: bool = True,
     encode: Collection[str] = (),
     trained_whole: Collection[str] = (),
     also: Sequence[str] = (),
@@ -196,7 +197,7 @@ def open_plan(
     untie
         Give a tied output embedding its own weight first. One that is stored with other values than the input embedding
         has its own in any case.
-    limit_rank, encode, trained_whole
+    new_adapter, encode, trained_whole
         See `plan_walk`.
     also
         Patterns of `lowrank_dist.model.skeleton.train_also`.
@@ -220,7 +221,7 @@ def open_plan(
             train_heads(backbone, adapter, CheckpointKeys(backbone, reader, tied))
             inject_adapter(backbone, adapter)
         train_also(backbone, also)
-        plan = plan_walk(backbone, reader, tied, limit_rank=limit_rank, encode=encode, trained_whole=trained_whole)
+        plan = plan_walk(backbone, reader, tied, new_adapter=new_adapter, encode=encode, trained_whole=trained_whole)
     return PlannedModel(backbone=backbone, tied=tied, plan=plan)
 
 
@@ -229,7 +230,7 @@ def plan_walk(
     reader: CheckpointReader,
     tied: Mapping[str, str] | None = None,
     *,
-    limit_rank: bool = True,
+    new_adapter: bool = True,
     encode: Collection[str] = (),
     trained_whole: Collection[str] = (),
 ) -> Plan:
@@ -243,9 +244,9 @@ def plan_walk(
         Reader of the pretrained weights.
     tied
         From `untie_embeddings`.
-    limit_rank
-        Refuse ranks above ``min(out, in)``, the number of directions of a matrix. An existing adapter may have a higher
-        rank.
+    new_adapter
+        Refuse ranks above ``min(out, in)``, the number of directions of a matrix, and scalings that are not positive,
+        by which methods divide. An existing adapter may have both.
     encode
         Names of linear layers, as they were before the injection, that are encoded although they have no adapter. The
         adapted ones among them, and those that are trained whole, are passed over.
@@ -256,12 +257,12 @@ def plan_walk(
     ------
     ModelError
         If a layer type is unsupported, a weight is tied, missing or of another shape, or a rank exceeds
-        ``min(out, in)``. The error names the layers, their shapes and the remedy.
+        ``min(out, in)``, or a scaling is not positive. The error names the layers, the numbers and the remedy.
     """
     quantized = getattr(backbone.config, "quantization_config", None) is not None
     if quantized and not reader.returns_values:
         raise ModelError(f"{reader.directory} is quantized already; pass the pretrained model it was made from")
-    planner = _PlanBuilder(backbone, reader, CheckpointKeys(backbone, reader, tied), limit_rank)
+    planner = _PlanBuilder(backbone, reader, CheckpointKeys(backbone, reader, tied), new_adapter)
     planner.adapted_layers()
     planner.encoded_layers(encode)
     planner.other_parameters(trained_whole)
@@ -278,9 +279,9 @@ class _PlanBuilder:
     """Builds a plan, and collects every reason it cannot be executed."""
 
     def __init__(
-        self, backbone: PreTrainedModel, reader: CheckpointReader, keys: CheckpointKeys, limit_rank: bool
+        self, backbone: PreTrainedModel, reader: CheckpointReader, keys: CheckpointKeys, new_adapter: bool
     ) -> None:
-        self.backbone, self.reader, self.keys, self.limit_rank = backbone, reader, keys, limit_rank
+        self.backbone, self.reader, self.keys, self.new_adapter = backbone, reader, keys, new_adapter
         self.plan = Plan()
         self.problems: list[str] = []
         self._done: set[int] = set()  # parameters that belong to adapted layers
@@ -316,10 +317,17 @@ class _PlanBuilder:
         if problem is not None or key is None:
             return problem
         (rows, columns), rank = weight.shape[-2:], layer.r[ADAPTER]
-        if self.limit_rank and rank > min(rows, columns):
+        if self.new_adapter and rank > min(rows, columns):
             return (
                 f"rank={rank} exceeds min(out, in)={min(rows, columns)} of {weight_name if wrapped else name}; lower r "
                 f"(or rank_pattern) or drop it from {'target_parameters' if wrapped else 'target_modules'}"
+            )
+        scaling, alpha = layer.scaling[ADAPTER], layer.lora_alpha[ADAPTER]
+        if self.new_adapter and not 0 < scaling < math.inf:
+            return (
+                f"lora_alpha={alpha} of {weight_name if wrapped else plain_name(name)} makes its scaling {scaling:g} "
+                f"(r={rank}), which must be positive and finite; raise lora_alpha (or alpha_pattern), or drop it from "
+                f"{'target_parameters' if wrapped else 'target_modules'}"
             )
         lookup = isinstance(layer, LoraEmbedding)
         stacked = weight.ndim == 3
@@ -334,7 +342,7 @@ class _PlanBuilder:
                     if stacked
                     else isinstance(base, Conv1D) or lookup,
                     rank=rank,
-                    scaling=layer.scaling[ADAPTER],
+                    scaling=scaling,
                     parameter=parameter,
                     lookup=lookup,
                     wrapped=wrapped,
@@ -436,6 +444,8 @@ def _unsupported_layer(layer: BaseTunerLayer, base: nn.Module) -> str | None:
                 return f" is an embedding with {option}={getattr(base, option)}, which is not supported" + drop
         return None
     if isinstance(layer, LoraLinear) and isinstance(base, nn.Linear | Conv1D):
+        if type(base).forward not in (nn.Linear.forward, Conv1D.forward):
+            return f" is a {kind}, with a forward of its own, which an adapted layer would not call" + drop
         return None
     return f" is a {kind}: only Linear, Conv1D and Embedding layers and parameters are decomposed" + drop
 

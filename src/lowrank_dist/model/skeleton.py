@@ -201,17 +201,17 @@ def build_skeleton(directory: Path, config: PretrainedConfig | None = None) -> P
 def build_buffers_in(backbone: PreTrainedModel, dtype: torch.dtype) -> None:
     """Give floating-point buffers the values that they have in a model built in `dtype`; parameters stay.
 
-    A model is built in the dtype that its configuration names. Some buffers take it (sinusoidal positions, decays of
-    linear attention), others are fp32 whatever it is (rotary frequencies). Stock transformers builds the model in the
-    dtype in which it is loaded.
+    A model is built in the dtype that its configuration names, and stock transformers builds it in the dtype in which
+    it is loaded. Buffers depend on it: some take the dtype (sinusoidal positions, decays of linear attention, scales of
+    embeddings), and some are fp32 but computed from values that were rounded to it (rotary tables of GPT-J).
     """
-    buffers = {n: b for n, b in backbone.named_buffers() if b.is_floating_point() and b.dtype != dtype}
-    if not buffers or backbone.dtype == dtype:
+    buffers = {name: buffer for name, buffer in backbone.named_buffers() if buffer.is_floating_point()}
+    if not buffers or {p.dtype for p in backbone.parameters() if p.is_floating_point()} == {dtype}:
         return
     with meta_parameters():
         built = type(backbone)._from_config(copy.deepcopy(backbone.config), dtype=dtype)
     for name, buffer in built.named_buffers():
-        if name in buffers and buffer.dtype == dtype:
+        if name in buffers and buffer.shape == buffers[name].shape:
             owner, _, leaf = name.rpartition(".")
             setattr(backbone.get_submodule(owner), leaf, buffer)
 
@@ -339,10 +339,10 @@ def inject_adapter(backbone: PreTrainedModel, adapter: LoraConfig) -> None:
     for option, reason in (UNSUPPORTED_OPTIONS | _NOT_FACTORS).items():
         if getattr(adapter, option, None):
             raise ModelError(f"LoraConfig.{unsupported(adapter, option, reason)}")
-    if adapter.init_lora_weights not in (True, False):
+    if adapter.init_lora_weights is not True:
         raise ModelError(
-            f"LoraConfig.init_lora_weights={adapter.init_lora_weights!r}: the initialisation is chosen by "
-            "PiSSAStrategy(init=PiSSA(...)), and PEFT's own would need whole weights; leave init_lora_weights unset"
+            f"LoraConfig.init_lora_weights={adapter.init_lora_weights!r} would have no effect: A and B start "
+            "as PiSSAStrategy(init=PiSSA(...)) says, with LoRA() from B = 0; leave init_lora_weights unset"
         )
     if adapter.bias not in _BIASES:
         raise ModelError(f"LoraConfig.bias={printable(adapter.bias)!r} must be one of {', '.join(_BIASES)}")

@@ -156,8 +156,7 @@ class ModelStrategy(CheckpointedStrategy):
             resume = None if self._resumed is None else earlier_run(self._resumed)
             name, backbone = find_backbone(module)
             checkpointing = self._recomputes(backbone)
-            if precision == "bf16-true":
-                build_buffers_in(backbone, compute_dtype)
+            build_buffers_in(backbone, factor_dtype)  # stock's dtype too: under autocast its model is in fp32
         keeps_step_zero = bool(getattr(module, "keeps_step_zero", False))
         built = build_model(
             self.recipe,

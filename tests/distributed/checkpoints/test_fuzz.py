@@ -127,7 +127,7 @@ def readers(files: dict[str, Path]) -> dict[str, dict[str, Callable[[Path], obje
         adapter.verify(SINGLE)
         backbone = build_skeleton(base)
         reader = CheckpointReader(base)
-        plan = open_plan(reader, adapter.config, backbone=backbone, limit_rank=False).plan
+        plan = open_plan(reader, adapter.config, backbone=backbone, new_adapter=False).plan
         adapter.check(backbone, plan, reader, SINGLE)
 
     def data(path: Path) -> None:

@@ -30,11 +30,12 @@ from helpers.live import LiveMemory
 from helpers.models import CAUSAL_LMS, save_checkpoint
 from helpers.ranks import alone, run_ranks, run_ranks_catching
 from helpers.training import STEPS, CausalLM, loader, make_strategy, make_trainer
-from lowrank_dist import NF4, LoftQ, LoRA, PiSSA
+from lowrank_dist import NF4, LoftQ, LoRA, LoRAGA, PiSSA
 from lowrank_dist.decomposition.measure import Measure
 from lowrank_dist.decomposition.walk import Batch, DecomposedMatrix, Walk
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.distributed.partition import RowPartition
+from lowrank_dist.errors import ModelError
 from lowrank_dist.layers.frozen import FrozenLinear
 from lowrank_dist.methods.base import Matrix, residual_block
 from lowrank_dist.model.plan import PlannedMatrix
@@ -112,6 +113,21 @@ def test_trouble_in_one_turn_leaves_nobody_waiting_in_the_next(tmp_path: Path, g
     save_file({f"{i}.weight": weight(*shape) for i, shape in enumerate(SHAPES)}, tmp_path / "model.safetensors")
     for _, error in run_ranks_catching(4, walk_with_trouble, tmp_path, group_size):
         assert "the disk is gone" in str(error)
+
+
+def test_a_matrix_that_cannot_be_decomposed_is_named(tmp_path: Path) -> None:
+    save_file({"w.weight": weight(96, 64)}, tmp_path / "model.safetensors")
+    walk = Walk(
+        CheckpointReader(tmp_path),
+        ShardGroup.single(),
+        init=LoRAGA(),
+        residual=Dense(dtype=torch.float32),
+        factor_dtype=torch.float32,
+        statistics=lambda planned: torch.full((planned.rows, planned.columns), torch.nan),
+    )
+    planned = PlannedMatrix(layer="w", key="w.weight", rows=96, columns=64, input_first=False, rank=3, scaling=1.0)
+    with pytest.raises(ModelError, match=r"w: LoRAGA cannot decompose the 96 x 64 matrix .*calibrate on other data"):
+        list(walk.run([Batch(group_size=1, matrices=(planned,))]))
 
 
 @pytest.mark.parametrize("method", [PiSSA(power_iterations=8), LoRA()], ids=str)

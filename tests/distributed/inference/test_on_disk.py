@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, VeraConfig
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from helpers.families import Family
 from helpers.ranks import RankFailedError, run_ranks
 from helpers.training import fit
 from lowrank_dist import NF4, LoRA, LoRAXS, PiSSA
@@ -128,6 +130,16 @@ def test_an_adapter_and_a_base_are_opened_by_themselves(llama: Path, saved: Path
     assert kind == "pretrained model, without an adapter"
     (_, encoded) = run_ranks(2, opened, llama, "trained", {"quantization": NF4()})[0]
     assert 0.01 < (dense - encoded).abs().max() < 1
+
+
+def test_a_model_in_bf16_computes_in_fp32_as_stock_does(tmp_path: Path) -> None:
+    """Also with what is rounded when the model is built: the rotary table of GPT-J."""
+    base = Family("gptj", config={"rotary_dim": 8}).save(tmp_path)
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    (base / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}), encoding="utf-8")
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()(IDS).logits
+    torch.testing.assert_close(run_ranks(1, opened, base)[0][1], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_what_cannot_be_opened_is_refused_before_weights_are_read(llama: Path, saved: Path, tmp_path: Path) -> None:

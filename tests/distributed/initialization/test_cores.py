@@ -54,17 +54,17 @@ def train(pretrained: Path, output: Path, options: dict[str, Any]) -> dict[str, 
     return {"losses": module.losses, "state": state, "logits": module.logits, "trained": shapes}
 
 
-def train_plainly(pretrained: Path, state: dict[str, Tensor], layout: FactorLayout) -> list[float]:
+def train_plainly(pretrained: Path, state: dict[str, Tensor], layout: FactorLayout, **options: Any) -> list[float]:
     """The same weights, factors and cores in stock transformers + PEFT, one process."""
     model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32)
-    inject_adapter_in_model(LoraConfig(r=4, lora_alpha=4, target_modules="all-linear"), model)
+    inject_adapter_in_model(LoraConfig(r=4, lora_alpha=4, target_modules="all-linear", **options), model)
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLinear):
             b, core = layer.lora_B["default"].weight, nn.Parameter(state[f"{name}.lora_B.default.core"].clone())
             layer.lora_B["default"] = ExtendedLinear(layout, b, {"core": core})
     model.load_state_dict(state)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.endswith(".core"))
+        parameter.requires_grad_(name.endswith((".core", ".lora_magnitude_vector.default.weight")))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR)
     losses = []
     for ids in tokens():
@@ -121,6 +121,31 @@ def test_the_saved_lora_fits_the_original_model(llama: Path, tmp_path: Path, nam
     merged = AutoModelForCausalLM.from_pretrained(merge_checkpoint(checkpoint, tmp_path / "merged"))
     with torch.no_grad():
         torch.testing.assert_close(merged(input_ids=tokens()[0]).logits, result["logits"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("init", [INIT, SVFT()], ids=str)
+def test_magnitudes_of_dora_are_norms_of_what_the_cores_make(llama: Path, tmp_path: Path, init: Method) -> None:
+    """The run begins at the model, goes on as a plain process does, and its ``lora/`` is a DoRA for the original."""
+    adapter = LoraConfig(r=4, lora_alpha=4, target_modules="all-linear", use_dora=True)
+    options = {"init": init, "quantization": None, "adapter": adapter}
+    result = run_ranks(2, train, llama, tmp_path, options)[0]
+    original = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    ids = tokens()[0]
+    with torch.no_grad():
+        before = original(input_ids=ids, labels=ids).loss.item()
+    assert result["losses"][0] == pytest.approx(
+        before, rel=1e-3 if init is INIT else 1e-6
+    )  # a core of 1e-2, or of zero
+    assert result["losses"] == pytest.approx(
+        train_plainly(llama, result["state"], init.layout, use_dora=True), rel=1e-5
+    )
+    with torch.no_grad():
+        norms = original.model.layers[0].self_attn.q_proj.weight.norm(dim=1)
+    magnitude = result["state"]["model.layers.0.self_attn.q_proj.lora_magnitude_vector.default.weight"]
+    torch.testing.assert_close(magnitude, norms, rtol=5e-2 if init is INIT else 1e-6, atol=0)
+    tuned = PeftModel.from_pretrained(original, tmp_path / f"step={STEPS}" / "lora").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(tuned(input_ids=ids).logits, result["logits"], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("init", [INIT, BAND], ids=str)

@@ -15,7 +15,7 @@ from lowrank_dist.linalg import SVD, orthonormalize, randomized_svd
 
 # tall, wide and square; rows that no multiple of 64 divides; fewer rows than ranks have blocks; exact and iterated
 SHAPES = [(96, 64), (64, 136), (37, 36), (3, 50), (200, 20), (130, 130)]
-SPECTRA = ["slow", "steep", "rank 2", "zero"]
+SPECTRA = ["slow", "steep", "rank 2", "zero", "tiny"]
 OPTIONS: list[dict[str, Any]] = [{"power_iterations": 8}, {"tolerance": 1e-4}]
 CASES = [(*shape, spectrum, options) for shape in SHAPES for spectrum in SPECTRA for options in OPTIONS]
 
@@ -31,6 +31,7 @@ def weight(rows: int, columns: int, spectrum: str) -> Tensor:
         "steep": index**-2.0,
         "rank 2": 2.0 * (index == 1) + (index == 2),
         "zero": 0.0 * index,
+        "tiny": 1e-22 * index**-0.5,
     }
     return (u * values[spectrum]) @ v.mT
 

@@ -216,6 +216,22 @@ def test_full_rank_is_exact_to_rounding(shape: tuple[int, int]) -> None:
     assert (svd.iterations, svd.estimate) == (0, 0.0)
 
 
+@pytest.mark.parametrize("shape", [(30, 20), (200, 100), (100, 200)])
+@pytest.mark.parametrize("exponent", [-140, -73, -31, 31, 100])
+@pytest.mark.parametrize("tolerance", [None, 1e-3])
+def test_values_whose_squares_leave_fp32(shape: tuple[int, int], exponent: int, tolerance: float | None) -> None:
+    """The vectors are those of the matrix times a power of two; at 2^-140 its entries have some nine bits."""
+    w, _ = matrix(*shape, 0.5)
+    scaled = w.float() * 2.0**exponent
+    w = (scaled.double() * 2.0**-exponent).float()
+    options = {"rows": shape[0], "group": SINGLE, "seed": 0, "tolerance": tolerance}
+    expected, svd = randomized_svd(w, 4, **options), randomized_svd(scaled, 4, **options)
+    torch.testing.assert_close(
+        svd.s.double() * 2.0**-exponent, expected.s.double(), rtol=1e-5, atol=2.0 ** (-150 - exponent)
+    )
+    torch.testing.assert_close((svd.u, svd.vh), (expected.u, expected.vh), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", [(30, 20), (20, 30), (200, 100), (100, 200), (1, 7), (7, 1)])
 @pytest.mark.parametrize("tolerance", [None, 1e-3])
 def test_zero_matrix(shape: tuple[int, int], tolerance: float | None) -> None:

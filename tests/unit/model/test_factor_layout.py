@@ -23,7 +23,7 @@ SPARSE = [
     SparseCore(pattern="banded", off_diagonal=1, seed=0),
     SparseCore(pattern="random", off_diagonal=1, seed=3),
 ]
-LAYOUTS: list[FactorLayout] = [TrainedFactors(), TrainedCore(std=0.5), *SPARSE]
+LAYOUTS: list[FactorLayout] = [TrainedFactors(), TrainedCore(std=0.5), TrainedCore(std=0.5, seed=7), *SPARSE]
 
 
 def test_all_layouts_are_tested() -> None:
@@ -91,6 +91,20 @@ def test_the_core_is_drawn_with_its_deviation() -> None:
     planned = PlannedMatrix(layer="q", key="q.weight", rows=512, columns=512, input_first=False, rank=256, scaling=1.0)
     core = LoRAXS(core_std=1e-3).layout.initial(planned)["core"]
     assert float(core.std()) == pytest.approx(1e-3, rel=5 / math.sqrt(2 * 256**2))  # 5 deviations of the estimate
+
+
+def test_the_core_is_drawn_by_the_seed_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seed 0 draws what runs without ``seed_everything`` draw."""
+    drawn = {}
+    for seed in (None, "0", "1", "2"):
+        monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+        if seed is not None:
+            monkeypatch.setenv("PL_GLOBAL_SEED", seed)
+        drawn[seed] = LoRAXS(core_std=0.5).layout.initial(PLANNED)["core"]
+    assert torch.equal(drawn[None], drawn["0"])
+    assert torch.equal(drawn[None], TrainedCore(std=0.5).initial(PLANNED)["core"])
+    assert torch.equal(drawn["1"], LoRAXS(core_std=0.5, core_seed=1).layout.initial(PLANNED)["core"])
+    assert not any(torch.equal(drawn[one], drawn[other]) for one, other in (("0", "1"), ("1", "2"), ("0", "2")))
 
 
 def parameters_of(*layers: str) -> dict[str, Tensor]:

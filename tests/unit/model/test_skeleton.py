@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,14 +23,16 @@ from transformers import (
 )
 from transformers.core_model_loading import Chunk, WeightConverter
 
+from helpers.families import Family
 from helpers.models import save_checkpoint
 from lowrank_dist.decomposition.restore import Resume
 from lowrank_dist.decomposition.schedule import Sharding
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import CheckpointError, ModelError
+from lowrank_dist.forecast.job import ModelShapes
 from lowrank_dist.initialization.open import ModelRecipe
 from lowrank_dist.model.plan import Plan, open_plan
-from lowrank_dist.model.skeleton import inject_adapter, meta_parameters
+from lowrank_dist.model.skeleton import build_buffers_in, inject_adapter, meta_parameters
 from lowrank_dist.storage.reader import CheckpointReader
 
 
@@ -119,6 +123,27 @@ def test_what_is_initialised_anew_is_said(tmp_path: Path, resumed: bool) -> None
     opened.source.close()
 
 
+def test_one_configuration_for_two_models(tmp_path: Path) -> None:
+    """PEFT writes the layers that it finds into a configuration: of one model, they are too few for a larger one."""
+    adapter = LoraConfig(r=4, target_modules="all-linear", exclude_modules=["up_proj"])
+    before = copy.deepcopy(adapter.to_dict())
+    for layers in (2, 4):
+        base = save_checkpoint(tmp_path / str(layers), "llama", num_hidden_layers=layers)
+        opened = ModelRecipe(pretrained=str(base), adapter=adapter).open(
+            skeleton(base),
+            ShardGroup.single(),
+            compute_dtype=torch.float32,
+            sharding=Sharding(),
+            announce=lambda _: None,
+            resume=None,
+        )
+        opened.close()
+        shapes = ModelShapes.of(base, adapter)
+        assert len(opened.plan.matrices) == len(shapes.plan.matrices) == 6 * layers
+        assert isinstance(opened.source.adapter.target_modules, set)  # what adapter_config.json will name
+        assert adapter.to_dict() == before
+
+
 def test_encoder_decoders_stay_tied(tmp_path: Path) -> None:
     small = {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_heads": 4, "num_layers": 1, "vocab_size": 64}
     base = save_checkpoint(tmp_path, "t5", auto_class=AutoModelForSeq2SeqLM, tie_word_embeddings=True, **small)
@@ -199,6 +224,27 @@ def test_parameters_that_cannot_be_taken_apart(tmp_path: Path) -> None:
     refused(one, "PEFT applies its adapter the wrong way round for a single expert", **down)
 
 
+@pytest.mark.parametrize("alpha", [0, -4, math.nan, math.inf])
+def test_scalings_that_are_not_positive(llama: Path, alpha: float) -> None:
+    """Of all layers, or of those that alpha_pattern names; methods divide by them or take their roots."""
+    refused(
+        llama,
+        f"lora_alpha={alpha} of model.layers.0.self_attn.q_proj makes its scaling {alpha / 4:g} (r=4)",
+        "raise lora_alpha (or alpha_pattern)",
+        target_modules=["q_proj"],
+        lora_alpha=alpha,
+    )
+    named = {"target_modules": ["q_proj", "v_proj"], "alpha_pattern": {"layers.1.self_attn.v_proj": alpha}}
+    refused(llama, f"lora_alpha={alpha} of model.layers.1.self_attn.v_proj", **named)
+
+
+@pytest.mark.parametrize("start", [False, "gaussian", "orthogonal", "mica", "pissa"])
+def test_starts_that_peft_would_choose(llama: Path, start: Any) -> None:
+    """Also False, with which PEFT draws B: the model would not begin as it was pretrained."""
+    says = f"LoraConfig.init_lora_weights={start!r} would have no effect"
+    refused(llama, says, "with LoRA() from B = 0; leave init", target_modules=["q_proj"], init_lora_weights=start)
+
+
 def test_other_layers_and_variants(tmp_path: Path, llama: Path) -> None:
     class WithConvolution(nn.Module):
         pass
@@ -211,6 +257,21 @@ def test_other_layers_and_variants(tmp_path: Path, llama: Path) -> None:
     )
     refused(llama, "ensure_weight_tying=True is not supported", target_modules=["q_proj"], ensure_weight_tying=True)
     refused(llama, "would train an ordinary LoRA here", target_modules=["q_proj"], use_qalora=True)
+
+
+def test_linear_layers_with_a_forward_of_their_own(tmp_path: Path) -> None:
+    """Also where they are named: what replaces them computes a plain product."""
+    base = save_checkpoint(tmp_path, "llama")
+
+    class Grouped(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.unflatten(-1, (2, -1))).flatten(-2)
+
+    model = skeleton(base)
+    with meta_parameters():
+        model.model.layers[0].self_attn.q_proj = Grouped(64, 64, bias=False)
+    text = "model.layers.0.self_attn.q_proj is a Grouped, with a forward of its own"
+    refused(base, text, "drop it from target_modules", model=model, target_modules=["q_proj"])
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -267,3 +328,21 @@ def test_conversions_that_take_columns_apart(llama: Path, monkeypatch: pytest.Mo
         "model.layers.0.self_attn.a.weight [64, 32]: transformers makes it while loading, of model.layers.0.self_attn"
     )
     refused(llama, text, "Chunk(dim=1", "save_original_format=False", model=model, target_modules=["v_proj"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("named", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["gptj", "gemma"])
+def test_buffers_are_those_of_a_model_built_in_the_dtype(kind: str, named: torch.dtype, dtype: torch.dtype) -> None:
+    """Whatever the configuration names: GPT-J's fp32 table is made of rounded frequencies, Gemma rounds a scale."""
+    config = Family(kind, config={"hidden_size": 48} if kind == "gemma" else {}).configuration()
+    with meta_parameters():
+        model = AutoModelForCausalLM.from_config(config, dtype=named)
+        wanted = dict(AutoModelForCausalLM.from_config(config, dtype=dtype).named_buffers())
+    build_buffers_in(model, dtype)
+    buffers = dict(model.named_buffers())
+    assert buffers.keys() == wanted.keys()
+    for name, buffer in buffers.items():
+        assert buffer.dtype == wanted[name].dtype
+        assert torch.equal(buffer, wanted[name]), name
+    assert {parameter.dtype for parameter in model.parameters()} == {named}
