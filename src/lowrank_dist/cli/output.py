@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from lowrank_dist.errors import InputError
-from lowrank_dist.storage.disk import check_writable
 from lowrank_dist.storage.replacing import check_file
 
 
@@ -46,4 +45,3 @@ def check_outputs(files: Mapping[str, str | None], *, overwrite: bool, inputs: I
         if (other := seen.setdefault(file.resolve(), option)) != option:
             raise InputError(f"{option} {file} is {other} too; choose another path")
         check_file(file, overwrite=overwrite)
-        check_writable(next(path for path in file.absolute().parents if path.exists()), option)

@@ -16,7 +16,7 @@ from lowrank_dist.cli import evaluate, main
     ("options", "message"),
     [
         (["--output", "z.json", "--samples", "z.json"], "--samples z.json is --output too"),
-        (["--output", "/proc/x/z.json"], "--output='/proc': nothing can be written there"),
+        (["--output", "/proc/x/z.json"], "nothing can be written in /proc"),
         (["--data", "gsm8k=a", "--data", "gsm8k=b"], "--data gsm8k: given more than once; pass one file for it"),
         (["--overwrite"], "--overwrite has no effect without --output or --samples"),
     ],

@@ -36,7 +36,7 @@ def test_no_input_is_replaced(tmp_path: Path) -> None:
 @pytest.mark.parametrize("parent", ["/proc/x", "file", "file/below"])
 def test_what_cannot_be_written_is_named(parent: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="--json='.*': nothing can be written there"):
+    with pytest.raises(InputError, match=r"a.json: nothing can be written in /"):
         check_outputs({"--json": str(tmp_path / parent / "a.json")}, overwrite=False)
 
 
