@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lowrank_dist.distributed.partition import FlatPartition
+from lowrank_dist.errors import ModelError
 from lowrank_dist.layers.dora import row_norms
 from lowrank_dist.model.factor_layout import FactorLayout
 from lowrank_dist.model.names import ADAPTER
@@ -20,6 +21,11 @@ def start_magnitudes(
 
     f is that of `layout`. The residual is taken as it is decoded, as PEFT does. Collective: layers are gathered one by
     one, as in training.
+
+    Raises
+    ------
+    ModelError
+        On every rank, for a row of zeros: it has no direction, and DoRA divides by its norm.
     """
     for planned in plan.matrices:
         if planned.magnitude is None:
@@ -31,6 +37,13 @@ def start_magnitudes(
         with gathered([*base.stored(), a, b, *further.values()]), torch.no_grad():
             whole = layout.folded(b.float(), further)
             norms = row_norms(base.dense(torch.float32), a.float(), whole, planned.scaling)
+        zeros = int((norms == 0).sum())
+        if zeros:
+            raise ModelError(
+                f"use_dora=True: {zeros} of {len(norms)} outputs of {planned.name} have weights that are all zero (the "
+                f"first is {int(norms.argmin())}), and DoRA divides by their norms; drop it from target_modules, or "
+                "leave use_dora out"
+            )
         start, stop = FlatPartition(numel=len(norms), world_size=partitioner.group.size).bounds(partitioner.group.rank)
         parameter = partitioner.parameter(norms.shape, dtype, norms[start:stop].to(dtype), requires_grad=True)
         layer.get_submodule(f"lora_magnitude_vector.{ADAPTER}").register_parameter("weight", parameter)
