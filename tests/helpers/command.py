@@ -45,6 +45,23 @@ def lowrank_dist(
     return next((one for one in found if one.returncode != 0), found[0])
 
 
+def small_run(material: Path, output: Path) -> dict[str, object]:
+    """Options of ``fit`` that let the demo's configuration train the model of `material` and write to `output`."""
+    strategy = "--trainer.strategy.init_args"
+    return {
+        "--config": ROOT / "configs" / "smollm2-135m_qpissa_2cpu.yaml",
+        "--model.pretrained": material / "model",
+        f"{strategy}.pretrained": material / "model",
+        f"{strategy}.adapter.init_args.r": 4,
+        "--data.tokenizer": material / "model",
+        "--data.train": material / "data.jsonl",
+        "--data.validation": material / "data.jsonl",
+        "--trainer.default_root_dir": output,
+        "--trainer.logger.init_args.save_dir": output,
+        "--trainer.precision": "32-true",
+    }
+
+
 def python(*arguments: str, timeout: float = 540) -> CompletedProcess[str]:
     """``python arguments``, a program or ``-m`` and a module, in the directory of the project.
 

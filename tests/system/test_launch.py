@@ -17,29 +17,15 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from helpers.command import LAUNCHERS, lowrank_dist
+from helpers.command import LAUNCHERS, lowrank_dist, small_run
 
-CONFIG = Path(__file__).parents[2] / "configs" / "smollm2-135m_qpissa_2cpu.yaml"
 CLI = ["-m", "lowrank_dist.cli"]
 STEPS = 4
 
 
 def arguments(material: Path, output: Path) -> list[str]:
-    strategy = "--trainer.strategy.init_args"
-    options = {
-        "--config": CONFIG,
-        "--model.pretrained": material / "model",
-        f"{strategy}.pretrained": material / "model",
-        f"{strategy}.adapter.init_args.r": 4,
-        "--data.tokenizer": material / "model",
-        "--data.train": material / "data.jsonl",
-        "--data.validation": material / "data.jsonl",
-        "--trainer.default_root_dir": output,
-        "--trainer.logger.init_args.save_dir": output,
-        "--trainer.max_steps": STEPS,
-        "--trainer.val_check_interval": STEPS,
-        "--trainer.precision": "32-true",
-    }
+    own = {"--trainer.max_steps": STEPS, "--trainer.val_check_interval": STEPS}
+    options = small_run(material, output) | own
     return ["fit", *(f"{key}={value}" for key, value in options.items())]
 
 

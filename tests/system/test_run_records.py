@@ -11,31 +11,16 @@ from subprocess import CompletedProcess
 import pytest
 import yaml
 
-from helpers.command import lowrank_dist
+from helpers.command import lowrank_dist, small_run
 from lowrank_dist.callbacks.run_lock import hold, let_go
 
-CONFIG = Path(__file__).parents[2] / "configs" / "smollm2-135m_qpissa_2cpu.yaml"
 STEPS = 4
 RECORDS = ("config.yaml", "history.json", "metrics.csv")
 
 
 def run(command: str, material: Path, output: Path, *more: str) -> CompletedProcess[str]:
-    strategy = "--trainer.strategy.init_args"
-    options = {
-        "--config": CONFIG,
-        "--model.pretrained": material / "model",
-        f"{strategy}.pretrained": material / "model",
-        f"{strategy}.adapter.init_args.r": 4,
-        "--data.tokenizer": material / "model",
-        "--data.train": material / "data.jsonl",
-        "--data.validation": material / "data.jsonl",
-        "--trainer.default_root_dir": output,
-        "--trainer.logger.init_args.save_dir": output,
-        "--trainer.devices": 1,
-        "--trainer.max_steps": STEPS,
-        "--trainer.val_check_interval": 2,
-        "--trainer.precision": "32-true",
-    }
+    own = {"--trainer.devices": 1, "--trainer.max_steps": STEPS, "--trainer.val_check_interval": 2}
+    options = small_run(material, output) | own
     return lowrank_dist(command, *(f"{key}={value}" for key, value in options.items()), *more)
 
 
