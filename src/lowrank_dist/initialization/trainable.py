@@ -15,6 +15,7 @@ from lowrank_dist.errors import ModelError
 from lowrank_dist.layers.adapted import FoldAdapters, fuse_adapters
 from lowrank_dist.layers.experts import bound_experts
 from lowrank_dist.layers.frozen import keep_decoded, multiply_plainly
+from lowrank_dist.zero3.backward import started
 from lowrank_dist.zero3.partition import Partitioner, reduce_by_layer, repeated_layers
 
 
@@ -109,18 +110,6 @@ def _require_input_grads(backbone: PreTrainedModel) -> None:
 
 
 def _requiring_grad(tensor: Tensor) -> Tensor:
-    """`tensor`, requiring gradients; not a leaf, but the same values in the same memory."""
-    if not tensor.is_leaf or not tensor.is_floating_point():
-        return tensor
+    """`tensor`, or the start of a graph, if it is a leaf of floating-point numbers."""
     # also if it requires gradients already, since transformers has a hook that lets leaves do so
-    return _NotALeaf.apply(tensor, tensor.new_empty(0).requires_grad_())
-
-
-class _NotALeaf(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, _: Tensor) -> Tensor:
-        return x.detach()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
-        return None, None
+    return started(tensor) if tensor.is_leaf and tensor.is_floating_point() else tensor

@@ -38,7 +38,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lowrank_dist.distributed.group import ShardGroup
 from lowrank_dist.errors import InputError
-from lowrank_dist.zero3.backward import in_backward
+from lowrank_dist.zero3.backward import in_backward, is_start
 from lowrank_dist.zero3.packs import Pack, packed
 from lowrank_dist.zero3.partition import (
     Partitioner,
@@ -243,7 +243,7 @@ class Gathering:
                 return
             if torch.is_grad_enabled():
                 for tensor in _tensors(output):
-                    if tensor.requires_grad and not tensor.is_leaf:  # an embedding's output is made a leaf
+                    if tensor.requires_grad and not is_start(tensor):  # as the output of a frozen embedding is made
                         tensor.register_hook(lambda _: self._before_backward(index))
             if self._training and self._next(1) == [index]:
                 stage.kept = True
