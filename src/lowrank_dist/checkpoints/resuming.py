@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_dist.adapters.files import read_config
+from lowrank_dist.adapters.source import copied_blocks
 from lowrank_dist.checkpoints.layout import TrainingCheckpoint
 from lowrank_dist.decomposition.report import MatrixReport
 from lowrank_dist.decomposition.restore import Resume
@@ -124,6 +126,8 @@ def _own_range(checkpoint: TrainingCheckpoint, part: str, key: str, shape: torch
 
 
 def earlier_run(checkpoint: TrainingCheckpoint) -> Resume:
-    """Files and reports from which the residual is formed again."""
+    """Files and reports from which the residual is formed again, and what they belong to."""
     reports = (MatrixReport.from_dict(entry) for entry in checkpoint.manifest["matrices"])
-    return Resume.from_facts(checkpoint.directory, checkpoint.manifest, reports)
+    has_adapter = copied_blocks(checkpoint.manifest) is None
+    adapter = read_config(checkpoint.directory / ADAPTER_DIR) if has_adapter else None
+    return Resume.from_facts(checkpoint.directory, checkpoint.manifest, reports, adapter)

@@ -96,7 +96,7 @@ def decompose_model(options: Any, init: Method, residual: ResidualFormat | None)
 
 
 def _check_source(source: Path, options: Any) -> None:
-    """Raise InputError for a model that is decomposed already, and a revision of a directory, which has none."""
+    """Raise InputError for a model that is decomposed already."""
     if ResidualModel.is_at(source):
         base = read_manifest(source).get("base") if (source / MANIFEST).is_file() else None
         raise InputError(
@@ -104,8 +104,6 @@ def _check_source(source: Path, options: Any) -> None:
             f"pass the original model{f', {base}' if base else ''}, or train it as it is with "
             f"PiSSAStrategy(pretrained={str(options.pretrained)!r})"
         )
-    if options.revision is not None and source == Path(options.pretrained):
-        raise InputError(f"--revision {options.revision} has no effect on what is at {source}; leave it out")
 
 
 def _adapter(options: Any) -> LoraConfig:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from torch import Tensor
 
 from lowrank_dist.decomposition.report import MatrixReport
@@ -325,6 +326,8 @@ class Resume:
         Seed of the random numbers that PEFT drew for a tuner; None if there was none.
     recipe
         Further options of the run that decide what its numbers mean.
+    adapter
+        Configuration of the run's adapter; None if it is unknown, or if copies of layers were trained instead.
     reports
         Reports of the matrices, by their names. These matrices are not measured again.
     """
@@ -337,18 +340,26 @@ class Resume:
     quantization: str | None
     tuner_seed: int | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    adapter: PeftConfig | None = None
     reports: Mapping[str, MatrixReport] = field(default_factory=dict)
 
     @classmethod
-    def from_facts(cls, checkpoint: Path, facts: Mapping[str, Any], reports: Iterable[MatrixReport]) -> Resume:
+    def from_facts(
+        cls,
+        checkpoint: Path,
+        facts: Mapping[str, Any],
+        reports: Iterable[MatrixReport],
+        adapter: PeftConfig | None = None,
+    ) -> Resume:
         """Make it from entries of a manifest (`lowrank_dist.initialization.build.BuiltModel.facts`); ignore others."""
         known = {entry.name: facts[entry.name] for entry in fields(cls) if entry.name in facts}
         for name in ("pretrained", "pretrained_fingerprint", "source", "method", "quantization"):
             known[name] = facts[name]  # a CheckpointError of a manifest, if it is absent
-        known.pop("checkpoint", None), known.pop("reports", None)
+        for name in ("checkpoint", "adapter", "reports"):
+            known.pop(name, None)
         if not isinstance(known.get("recipe"), Mapping):  # an older checkpoint
             known.pop("recipe", None)
-        return cls(checkpoint=checkpoint, reports={report.name: report for report in reports}, **known)
+        return cls(checkpoint=checkpoint, adapter=adapter, reports={report.name: report for report in reports}, **known)
 
     def check_settings(self, *, method: str, quantization: str | None, recipe: Mapping[str, Any]) -> None:
         """Raise CheckpointError if a setting differs from that of the run; called before anything is decomposed.

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lowrank_dist.adapters.files import read_config
 from lowrank_dist.adapters.match import check_same_meaning
 from lowrank_dist.decomposition.report import InitializationReport
 from lowrank_dist.decomposition.restore import Resume, check_digests
@@ -35,7 +34,6 @@ from lowrank_dist.progress import progress_bar
 from lowrank_dist.quantization.registry import format_as_dict
 from lowrank_dist.residual_model.fingerprint import source_fingerprint
 from lowrank_dist.seeds import global_seed
-from lowrank_dist.storage.layout import ADAPTER_DIR
 from lowrank_dist.storage.original import Original
 from lowrank_dist.storage.reader import CheckpointReader
 from lowrank_dist.storage.resolve import commit_of
@@ -208,10 +206,8 @@ def build_model(
     if resume is not None:
         with group.shared_errors():
             resume.check_settings(method=opened.source.method, quantization=opened.quantization, recipe=recorded)
-            if recipe.adapter is not None:
-                check_same_meaning(
-                    read_config(resume.checkpoint / ADAPTER_DIR), opened.source.adapter, resume.checkpoint
-                )
+            if resume.adapter is not None:
+                check_same_meaning(resume.adapter, opened.source.adapter, resume.checkpoint)
     opened.check_start(group)
     commits = {"pretrained_commit": commit_of(opened.source.reader.directory)}
     if opened.start is not None:

@@ -64,7 +64,7 @@ def test_decompose_with_two_ranks_then_report(llama: Path, tmp_path: Path) -> No
         (["--ranks_per_matrix", "2"], "ranks_per_matrix=2 does not divide the 1 ranks"),
         (["--pretrained", "/nowhere"], "pretrained='/nowhere': no such directory"),
         (["--adapter", "/nowhere"], "--adapter /nowhere: no such file"),
-        (["--revision", "main"], "--revision main has no effect on what is at"),
+        (["--revision", "main"], "which has no revisions such as 'main'"),
         (["--rank", "0"], "--rank 0 must be positive"),
         (["--alpha", "0"], "--alpha 0.0 must be positive"),
         (["--devices", "0"], "--devices 0 must be positive"),

@@ -360,16 +360,19 @@ def test_factors_that_do_not_fit(odd: Path, tmp_path: Path) -> None:
     case = Case(PiSSA())
     resume = save(tmp_path / "checkpoint", run_ranks(1, run, odd, case)[0])
     wider = {"target_modules": "all-linear", "r": 4}
-    more = {"target_modules": ["q_proj", "lm_head"]}
+    of_head = {"target_modules": ["q_proj", "lm_head"]}
     for changed, text in (
         (replace(case, adapter=wider), r"q_proj.lora_A.weight has shape \[3, 68\], the adapter needs \[4, 68\]"),
-        (replace(case, adapter=more, untie=True), r"holds no base_model.model.lm_head.lora_A.weight"),
+        (replace(case, adapter=of_head, untie=True), r"untie_embeddings is True, but the run .* had False"),
         (replace(case, factor_dtype=BF16), r"stored as F32, which factors in torch.bfloat16 cannot hold"),
         (replace(case, residual=DOUBLE), r"quantization is .*double_quant=True.*, but the run .* had .*=False"),
     ):
         for _, error in run_ranks_catching(2, run, odd, changed, resume):
             with pytest.raises(AssertionError, match=text):
                 raise AssertionError(error)
+    fewer = run_ranks(1, run, odd, replace(case, adapter={"target_modules": ["q_proj"]}))[0]
+    for _, error in run_ranks_catching(2, run, odd, case, save(tmp_path / "fewer", fewer)):
+        assert "holds no base_model.model.model.layers.0." in str(error)
     nothing = replace(resume, checkpoint=tmp_path / "nothing")
     for _, error in run_ranks_catching(2, run, odd, case, nothing):
         assert "adapter_init: holds neither adapter_model.safetensors.index.json nor" in str(error)
