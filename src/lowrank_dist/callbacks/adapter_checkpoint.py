@@ -381,7 +381,9 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     def _tell_of_others(self, directory: Path) -> None:
         """Warn of checkpoints of another run, among which those of this one will lie."""
-        others = [path.name for path in checkpoints(directory)]
+        others: list[str] = []
+        with suppress(OSError):  # only this rank looks, so that it must not end alone
+            others = [path.name for path in checkpoints(directory)]
         if others:
             log.warning(
                 "%s has checkpoints of an earlier run (%s%s), which stay: of this run, names that are taken get a "

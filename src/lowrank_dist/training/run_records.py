@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 #: The file of `CSVLogger`.
 METRICS = "metrics.csv"
@@ -29,17 +29,22 @@ class RunRecords(SaveConfigCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().setup(trainer, pl_module, "fit")
 
+    @rank_zero_only
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for logger in _csv_loggers(trainer) if trainer.is_global_zero else []:
-            _cut_to(logger, trainer.global_step)
+        for logger in _csv_loggers(trainer):
+            try:
+                _cut_to(logger, trainer.global_step)
+            except (OSError, ValueError, csv.Error) as error:  # raised on one rank, it would leave the others waiting
+                rank_zero_warn(f"{logger.log_dir}/{METRICS} keeps the rows of lost steps: {error}")
 
 
+@rank_zero_only
 def keep_metrics(trainer: Trainer) -> None:
     """Let the `CSVLogger` of `trainer` append to the ``metrics.csv`` that is there, on rank 0; before ``fit``.
 
     It removes the file as soon as it is used: that of an earlier attempt, or of a run that still writes it.
     """
-    for logger in _csv_loggers(trainer) if is_rank_zero() else []:
+    for logger in _csv_loggers(trainer):
         path = Path(logger.log_dir) / METRICS
         if not path.is_file():
             continue
@@ -71,12 +76,6 @@ def _cut_to(logger: CSVLogger, steps: int) -> None:
             table.writeheader()
             table.writerows(kept)
         part.replace(path)
-
-
-@rank_zero_only
-def is_rank_zero() -> bool:
-    """True on rank 0; elsewhere Lightning returns None."""
-    return True
 
 
 def _table(path: Path) -> tuple[list[str], list[dict[str, str]]]:

@@ -35,7 +35,7 @@ def test_what_is_recorded_is_read_again(tmp_path: Path, monkeypatch: pytest.Monk
     ("entries", "location", "revision"),
     [
         ({"base": "me/tiny", "pretrained": "me/tiny", "pretrained_commit": COMMIT}, "me/tiny", COMMIT),
-        ({"base": "tiny", "pretrained": "/work/tiny"}, "/work/tiny", None),
+        ({"base": "tiny", "pretrained": "/models/tiny"}, "/models/tiny", None),
         # from a residual model, whose commit is not that of the original
         ({"base": "me/tiny", "pretrained": "me/tiny-pissa", "pretrained_commit": COMMIT}, "me/tiny", None),
         ({"base": "me/tiny"}, "me/tiny", None),
