@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,22 @@ def test_it_is_the_same_on_two_ranks_and_in_stock_peft(material: Path, tmp_path:
         output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels)
     assert two["val_loss"] == pytest.approx(float(output.loss), rel=1e-4)
     assert two["val_accuracy"] == pytest.approx(float((output.logits.argmax(1) == labels).float().mean()))
+
+
+def test_the_class_is_read_before_the_padding_of_the_data(material: Path, tmp_path: Path) -> None:
+    """Whatever the configuration of the model takes for padding."""
+    odd = shutil.copytree(material, tmp_path / "odd")
+    config = json.loads((odd / "model" / "config.json").read_text())
+    (odd / "model" / "config.json").write_text(json.dumps(config | {"pad_token_id": 7}))
+    (expected,), (found,) = (
+        run_ranks(1, fit, one, made(tmp_path / name)) for one, name in ((material, "a"), (odd, "b"))
+    )
+    assert found == expected
+
+
+def made(directory: Path) -> Path:
+    directory.mkdir()
+    return directory
 
 
 def test_what_cannot_be_trained_is_refused(material: Path, tmp_path: Path) -> None:
